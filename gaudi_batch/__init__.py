@@ -1,0 +1,51 @@
+"""gaudi-batch turns a Parquet dataset of prompts into images in object storage, on every Gaudi card of a Ray cluster.
+
+    from gaudi_batch import JobConfig, run
+
+    result = run(JobConfig(prompts="prompts.parquet", output="out", model="builtin:shapes", device="cpu"))
+
+What the command line does is `run`, and a job is a `JobConfig` in both. Errors that a user may see are
+`GaudiBatchError`s, each with the exit code that it means.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gaudi_batch.config import JobConfig
+    from gaudi_batch.errors import GaudiBatchError, InputError, RunStopped, StorageError
+    from gaudi_batch.run import Interrupted, RunResult, run
+
+__all__ = [
+    "GaudiBatchError",
+    "InputError",
+    "Interrupted",
+    "JobConfig",
+    "RunResult",
+    "RunStopped",
+    "StorageError",
+    "run",
+]
+
+_PLACES = {
+    "JobConfig": "config",
+    "GaudiBatchError": "errors",
+    "InputError": "errors",
+    "RunStopped": "errors",
+    "StorageError": "errors",
+    "Interrupted": "run",
+    "RunResult": "run",
+    "run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The modules are imported when they are asked for, so that `gaudi-batch --help` answers at once.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"gaudi_batch.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value

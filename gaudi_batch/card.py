@@ -1,0 +1,305 @@
+"""The Ray actor: one pinned card, one warm pipeline, shards in, images and their record out.
+
+Three things run side by side, with bounded queues between them: a thread that fetches the rows of the next shard, the
+one thread that owns the pipeline and the device, and a pool that encodes and stores images. Calls from the driver only
+touch the state that they share, so questions are answered while the device generates.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import pyarrow as pa
+
+from gaudi_batch import manifest
+from gaudi_batch.decisions import Assign
+from gaudi_batch.errors import StorageError
+from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_error
+from gaudi_batch.mailbox import Mailbox
+from gaudi_batch.messages import Announced, CardSetup, Done, Failed, News, NotLoaded, Ready
+from gaudi_batch.outputs.files import FilesOutput, StoredImage, attempt_name
+from gaudi_batch.pipelines import load_pipeline
+from gaudi_batch.pipelines.base import Generated, Item, Pipeline
+from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.rows import PromptRow
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import BatchLine, Sums
+
+STORE_THREADS = 4
+"""Images that a card encodes and stores at the same time."""
+BATCHES_IN_STORE = 2
+"""Batches that may wait for storage before the device does."""
+
+
+class Card:
+    """See the module. The driver wraps it in a Ray actor with several threads for its calls.
+
+    Args:
+        setup: the job.
+    """
+
+    def __init__(self, setup: CardSetup) -> None:
+        self._setup = setup
+        self._started = time.monotonic()
+        self._name = ""
+        self._node_id, self._node, self._module = where_am_i(setup.config.device)
+        config = setup.config
+        self._storage = Storage(config.output, config.storage_options, config.storage_patience)
+        stores = (self._storage, setup.dataset.storage)
+        self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
+        self._inbox: queue.Queue[Assign] = queue.Queue()
+        self._fetched: queue.Queue[_Work] = queue.Queue(maxsize=1)
+        self._store = ThreadPoolExecutor(STORE_THREADS, "store")
+        self._finisher = ThreadPoolExecutor(1, "finish")
+        self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
+        self._controls: dict[Bucket, Item] = {}
+        self._warmups: dict[GraphKey, int] = {}
+        self._pipeline: Pipeline
+        self._idle_since = 0.0
+        for target in (self._fetch, self._generate):
+            threading.Thread(target=self._guarded, args=(target,), name=target.__name__, daemon=True).start()
+
+    # -- calls from the driver ----------------------------------------------------------------------------------
+
+    def assign(self, name: str, assignment: Assign) -> None:
+        """Takes a shard into the hand. `name` is what this card is called in records."""
+        self._name = name
+        self._inbox.put(assignment)
+
+    def recall(self, attempt: str) -> bool:
+        """Gives a shard back if it has not begun; returns whether it does."""
+        return self._mailbox.recall(attempt)
+
+    def news(self, acknowledged: int, patience: float) -> News:
+        """What has happened after event number `acknowledged`; waits up to `patience` seconds for something."""
+        return self._mailbox.news(acknowledged, patience)
+
+    # -- threads ------------------------------------------------------------------------------------------------
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException:
+            # A thread that is gone would leave a card that looks alive and does nothing.
+            traceback.print_exc()
+            os._exit(70)
+
+    def _fetch(self) -> None:
+        while True:
+            assignment = self._inbox.get()
+            try:
+                rows, carried = self._setup.dataset.read(assignment.shard, self._setup.rules)
+            except Exception as error:
+                self._mailbox.emit(Failed(assignment.attempt, describe_error(error), storage=_is_storage(error)))
+                continue
+            self._fetched.put(_Work(assignment, rows, carried))
+
+    def _generate(self) -> None:
+        setup = self._setup
+        try:
+            self._pipeline = load_pipeline(setup.config, setup.model, setup.threads, self._module)
+        except Exception as error:
+            self._mailbox.emit(NotLoaded(describe_error(error)))
+            return
+        loaded = time.monotonic() - self._started
+        self._mailbox.emit(Ready(self._node_id, self._node, self._module, os.getpid(), loaded))
+        self._idle_since = time.monotonic()
+        while True:
+            self._mailbox.enter("idle")
+            work = self._fetched.get()
+            if self._mailbox.begin(work.assignment.attempt):
+                self._make(work)
+
+    def _make(self, work: _Work) -> None:
+        assignment, config = work.assignment, self._setup.config
+        bucket = assignment.shard.bucket
+        output = FilesOutput(self._storage, config.encoding, assignment.shard.number, assignment.attempt)
+        last_call: _Call
+
+        def call(items: list[Item]) -> Generated:
+            nonlocal last_call
+            generated, last_call = self._call(bucket, items)
+            return generated
+
+        maker = ShardMaker(
+            rows=work.rows,
+            batch_size=config.batch_size,
+            run_seed=config.seed,
+            call=call,
+            announce=(lambda rows: self._announce(assignment.attempt, rows)) if assignment.announce else lambda _: None,
+            alone=assignment.alone,
+            accused=assignment.accused,
+            condemned=assignment.condemned,
+            control=self._controls.get(bucket),
+        )
+        stored: list[_StoredBatch] = []
+        try:
+            for made in maker.batches():
+                self._store_slots.acquire()
+                batch = _StoredBatch(assignment.attempt, last_call, len(stored))
+                stored.append(self._store_batch(output, batch, made))
+                if any(batch.failed() for batch in stored):
+                    break
+        except CardFault as fault:
+            self._mailbox.emit(Failed(assignment.attempt, str(fault), fault.accused, healthy=False))
+            return
+        except Exception as error:
+            self._mailbox.emit(Failed(assignment.attempt, describe_error(error)))
+            return
+        if maker.control is not None:
+            self._controls[bucket] = maker.control
+        self._finisher.submit(self._finish, work, output, maker, stored)
+
+    def _call(self, bucket: Bucket, items: list[Item]) -> tuple[Generated, _Call]:
+        key = bucket.graph_key
+        warmup = self._warmups.get(key, 0) < self._pipeline.warmup_batches
+        started = time.monotonic()
+        wait_s = started - self._idle_since
+        self._mailbox.enter("first batch" if warmup else "batch")
+        try:
+            generated = self._pipeline.generate(bucket, items)
+        finally:
+            self._idle_since = time.monotonic()
+            self._mailbox.enter("idle")
+        generate_s = self._idle_since - started
+        self._warmups[key] = self._warmups.get(key, 0) + 1
+        if not warmup:
+            self._mailbox.batch_took(key, generate_s)
+        return generated, _Call("warmup" if warmup else "steady", generate_s, wait_s)
+
+    def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
+        self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Announced(attempt, rows)))
+
+    def _store_batch(self, output: FilesOutput, batch: _StoredBatch, made: list[MadeImage]) -> _StoredBatch:
+        left = len(made)
+        lock = threading.Lock()
+
+        def finished(_: Future[StoredImage]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                if left == 0:
+                    batch.finished_at = datetime.now(timezone.utc)
+                    self._mailbox.stored(batch.attempt, len(made))
+                    self._store_slots.release()
+
+        for image in made:
+            future = self._store.submit(output.add, image.item.row, image.item.image, image.pixels)
+            # The pixels are not kept: a shard's images together may be larger than memory.
+            batch.images.append((image.item, image.nsfw, image.truncated))
+            batch.futures.append(future)
+            future.add_done_callback(finished)
+        return batch
+
+    def _finish(self, work: _Work, output: FilesOutput, maker: ShardMaker, stored: list[_StoredBatch]) -> None:
+        """Waits until the shard's images are stored and sends its record to the driver."""
+        attempt = work.assignment.attempt
+        try:
+            self._mailbox.emit(self._record(work, output, maker, stored))
+        except Exception as error:
+            self._mailbox.emit(Failed(attempt, describe_error(error), storage=_is_storage(error)))
+
+    def _record(self, work: _Work, output: FilesOutput, maker: ShardMaker, stored: list[_StoredBatch]) -> Done:
+        images: dict[tuple[int, int], manifest.ImageFacts] = {}
+        lines: list[BatchLine] = []
+        for batch in stored:
+            results = [future.result() for future in batch.futures]
+            kept = 0
+            for (item, nsfw, truncated), result in zip(batch.images, results, strict=True):
+                if item.row in maker.failures:
+                    output.drop(result)
+                else:
+                    kept += 1
+                    images[item.row, item.image] = manifest.ImageFacts(result, nsfw, truncated)
+            lines.append(self._line(work, batch, kept, results))
+        shard, attempt = work.assignment.shard, work.assignment.attempt
+        text = "".join(f"{line.json()}\n" for line in lines)
+        self._storage.put(f"throughput/{self._name}/{attempt_name(shard.number, attempt)}.jsonl", text.encode())
+        facts = manifest.CommitFacts(
+            shard=shard.number,
+            attempt=attempt,
+            card=self._name,
+            node=self._node,
+            module=self._module,
+            rows=len(work.rows),
+            failed_rows=len(maker.failures),
+            images=len(images),
+            sums=Sums.of(lines),
+        )
+        data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
+        return Done(attempt, data, facts, len(maker.raised))
+
+    def _line(self, work: _Work, batch: _StoredBatch, kept: int, results: list[StoredImage]) -> BatchLine:
+        return BatchLine(
+            time=batch.finished_at.isoformat(timespec="milliseconds"),
+            card=self._name,
+            node=self._node,
+            module=self._module,
+            device=self._pipeline.device,
+            shard=work.assignment.shard.number,
+            batch=batch.number,
+            bucket=work.assignment.shard.bucket._asdict(),
+            phase=batch.call.phase,
+            images=kept,
+            padding=self._setup.config.batch_size - kept,
+            generate_s=round(batch.call.generate_s, 6),
+            images_per_s=round(kept / max(batch.call.generate_s, 1e-9), 4),
+            wait_s=round(batch.call.wait_s, 6),
+            encode_s=round(sum(result.encode_s for result in results), 6),
+            upload_s=round(sum(result.upload_s for result in results), 6),
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    assignment: Assign
+    rows: list[PromptRow]
+    carried: pa.Table
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How one call of the pipeline went: `warmup` or `steady`, seconds in it, seconds of idling before it."""
+
+    phase: str
+    generate_s: float
+    wait_s: float
+
+
+@dataclass
+class _StoredBatch:
+    attempt: str
+    call: _Call
+    number: int
+    images: list[tuple[Item, bool | None, bool]] = field(default_factory=list)
+    futures: list[Future[StoredImage]] = field(default_factory=list)
+    finished_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+
+    def failed(self) -> bool:
+        """Whether storing it has failed already, so that more batches would be made for nothing."""
+        return any(future.done() and future.exception() is not None for future in self.futures)
+
+
+def _is_storage(error: BaseException) -> bool:
+    return isinstance(error, StorageError)
+
+
+def where_am_i(device: str) -> tuple[str, str, int | None]:
+    """This actor's Ray node id, its host name, and the module that Ray pinned to it, None for device cpu."""
+    import ray
+
+    context = ray.get_runtime_context()
+    module = None
+    if device != "cpu":
+        ids = context.get_accelerator_ids().get("HPU", [])
+        module = int(ids[0]) if ids else None
+    return context.get_node_id(), socket.gethostname(), module

@@ -1,0 +1,89 @@
+"""The Ray cluster: found or started, and how many cards it has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.job import DEFAULT_CARDS, Job
+
+OBJECT_STORE_BYTES = 200 * 1024**2
+"""Of a Ray that is started here. Images never pass through it."""
+
+
+@dataclass(frozen=True)
+class CardResources:
+    """What one card takes of a cluster."""
+
+    name: str
+    """Ray's name of the resource."""
+    amount: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The one bundle of a card's placement group."""
+        return {self.name: self.amount}
+
+    def on(self, node: dict[str, Any]) -> int:
+        """How many cards a node, as `ray.nodes()` lists it, has in all."""
+        return int(node["Resources"].get(self.name, 0) // self.amount) if node["Alive"] else 0
+
+
+def card_resources(job: Job) -> CardResources:
+    """What a card of a job takes: an HPU, or cores for the device cpu."""
+    return CardResources("CPU", job.threads) if job.config.device == "cpu" else CardResources("HPU", 1)
+
+
+@contextlib.contextmanager
+def connected(job: Job, address: str | None) -> Iterator[None]:
+    """Connects to the cluster at `address`, or at RAY_ADDRESS, or starts Ray on this machine for as long as it takes.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "configure_logging": False,
+        "namespace": "gaudi-batch",
+    }
+    # Ray would warn of a coming change of this default at each start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            raise InputError(f"no Ray cluster answers at {address!r}: {said}") from None
+    else:
+        cards = DEFAULT_CARDS if job.config.cards == "all" else job.config.cards
+        resources = card_resources(job)
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
+            resources={} if resources.name == "CPU" else {resources.name: cards},
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wanted_cards(job: Job, resources: CardResources) -> int:
+    """How many cards the job should have of the cluster as it is now."""
+    there = sum(resources.on(node) for node in ray.nodes())
+    wanted = job.config.cards
+    if wanted == "all":
+        wanted = DEFAULT_CARDS if resources.name == "CPU" else there
+    return min(wanted, there)

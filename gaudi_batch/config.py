@@ -1,0 +1,277 @@
+"""What a job is: one immutable `JobConfig`, read from YAML, flags or Python and validated once.
+
+Every field is declared here alone: its type, its default, its rule and the sentence that explains it. The command
+line makes its flags and their help from these declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gaudi_batch.errors import InputError
+
+PROMPT_COLUMNS = (
+    "prompt",
+    "id",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "steps",
+    "guidance_scale",
+    "num_images",
+)
+"""The columns of a prompt dataset that mean something to the job; all others are carried into the manifest."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+MAX_SEED = 2**63 - 1
+"""Seeds are 0 .. 2^63 - 1, what a Parquet int64 column and a torch.Generator both hold."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EncodingConfig(_Section):
+    """How an image becomes bytes."""
+
+    type: Literal["png", "jpeg", "webp"] = "png"
+    """File type of the images."""
+
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of jpeg and webp, 1 to 100; png is lossless and ignores it."""
+
+
+class CpuConfig(_Section):
+    """Settings of `device: cpu`."""
+
+    threads: PositiveInt | None = None
+    """Threads of one card; null is its share of the machine's cores, fixed in run.json at the first run."""
+
+
+class SimulatedConfig(_Section):
+    """Settings of `device: simulated`."""
+
+    batch_seconds: Annotated[float, Field(ge=0)] = 0.885
+    """Seconds that a card takes for one batch."""
+
+    capture_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds more that the first batch of a graph key takes on a card."""
+
+    load_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that a card takes to load its pipeline."""
+
+    raise_rows: tuple[int, ...] = ()
+    """Rows for which the pipeline raises."""
+
+    kill_rows: tuple[int, ...] = ()
+    """Rows that kill the card's process."""
+
+    hang_rows: tuple[int, ...] = ()
+    """Rows for which the pipeline never returns."""
+
+    broken_modules: tuple[int, ...] = ()
+    """Modules on which every call raises."""
+
+    unloadable_modules: tuple[int, ...] = ()
+    """Modules on which loading raises."""
+
+
+class LimitsConfig(_Section):
+    """Seconds after which a card that is in the same phase still is killed and replaced."""
+
+    loading: Annotated[float, Field(gt=0)] = 1800.0
+    """Loading the pipeline, a download among it."""
+
+    first_batch: Annotated[float, Field(gt=0)] = 1800.0
+    """The first batch of a graph key, which compiles; and any batch before one of its key has been seen."""
+
+    batch: Annotated[float, Field(gt=0)] = 60.0
+    """Later batches; never less than 10 times the longest seen of the same key."""
+
+
+class JobConfig(_Section):
+    """A text-to-image job: which prompts, which model, which cards, where the images go.
+
+    Raises:
+        pydantic.ValidationError: a value breaks its rule. `JobConfig.load` turns it into an `InputError`.
+    """
+
+    prompts: str
+    """Parquet file, directory or glob of prompts, on any fsspec URL."""
+
+    output: str
+    """Where the images and their records go: a directory on any fsspec URL."""
+
+    model: str | None = None
+    """Hub id or directory of the model, or builtin:shapes; the simulated device needs none."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the dataset's columns where they are not ours, as {ours: theirs}."""
+
+    device: Literal["auto", "cpu", "simulated"] = "auto"
+    """What generates: cpu (diffusers) or simulated (sleeps and paints); auto takes the best there is."""
+
+    cards: Literal["all"] | PositiveInt = "all"
+    """Cards to use; all is every card of the cluster, or 2 where there is none."""
+
+    batch_size: PositiveInt = 8
+    """Images that one pipeline call makes."""
+
+    num_images: PositiveInt = 1
+    """Images per prompt (this and the next six: per row where the row says so)."""
+
+    steps: PositiveInt = 50
+    """Denoising steps."""
+
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 7.5
+    """Classifier-free guidance; 1 or less turns it off."""
+
+    width: PositiveInt | None = None
+    """Width in pixels; null is the model's own."""
+
+    height: PositiveInt | None = None
+    """Height in pixels; null is the model's own."""
+
+    negative_prompt: str | None = None
+    """What the images should not show."""
+
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Seed of the run, from which rows without a seed get theirs."""
+
+    scheduler: str | None = None
+    """Scheduler by name; null is ddim for Stable Diffusion 1 and 2, else the model's own."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type that the model computes in; null is float32 on the cpu."""
+
+    format: Literal["files"] = "files"
+    """How images are kept: files, one object an image."""
+
+    encoding: EncodingConfig = Field(default_factory=EncodingConfig)
+    """How an image becomes bytes."""
+
+    shard_size: PositiveInt = 256
+    """Prompts in a shard, the unit of dispatch and of commit."""
+
+    limit: PositiveInt | None = None
+    """Only the first n rows, to try a job."""
+
+    max_failed: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = None
+    """Failed rows that stop the run: more than this count, or than this share (0.05 or 5%) of all rows."""
+
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """fsspec options of the output's storage."""
+
+    prompts_storage_options: dict[str, Any] | None = None
+    """fsspec options of the prompts' storage; null takes storage_options where both are on one protocol."""
+
+    storage_patience: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for which failing storage is tried again before the run stops."""
+
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    """Time limits of a card's phases."""
+
+    cpu: CpuConfig = Field(default_factory=CpuConfig)
+    """Settings of device cpu."""
+
+    simulated: SimulatedConfig = Field(default_factory=SimulatedConfig)
+    """Settings of device simulated."""
+
+    @field_validator("prompts", "output")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a path or URL")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for ours in value:
+            if ours not in PROMPT_COLUMNS:
+                raise ValueError(f"{ours!r} is not a column of ours; ours are {', '.join(PROMPT_COLUMNS)}")
+        return value
+
+    @field_validator("max_failed", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.endswith("%"):
+            return float(value[:-1]) / 100
+        return value
+
+    @model_validator(mode="after")
+    def _model_where_needed(self) -> JobConfig:
+        if self.model is None and self.device != "simulated":
+            raise ValueError("model: is missing; name a hub id, a directory or builtin:shapes")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> JobConfig:
+        """Reads a job from a YAML file, from overrides, or from both; overrides win.
+
+        Args:
+            path: YAML file whose top level is a mapping of the fields above.
+            overrides: nested mapping of fields, merged into the file's.
+
+        Raises:
+            InputError: the file can't be read or a value breaks its rule; the message names each.
+        """
+        fields: dict[str, Any] = {}
+        if path is not None:
+            try:
+                loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"job file {str(path)!r} can't be read: {error.strerror or error}") from None
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+                raise InputError(f"job file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+            if not isinstance(loaded, dict):
+                raise InputError(f"job file {str(path)!r} must hold a mapping of fields, such as 'seed: 0'")
+            fields = loaded
+        try:
+            return cls.model_validate(merge(fields, overrides or {}))
+        except ValidationError as error:
+            raise InputError(explain(error)) from None
+        except RecursionError:
+            raise InputError(f"job file {str(path)!r} is nested too deeply") from None
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges nested mappings; where both hold a value, `above` wins."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = merge(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def explain(error: ValidationError) -> str:
+    """One line for all that is wrong with a job: each field, its value and its rule. Values of storage options,
+    which may be secrets, are not shown."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
+        where = [part for part in where if part not in ("int", "float", "str", "dict")]
+        name = ".".join(where) or "job"
+        if problem["type"] == "extra_forbidden":
+            said = "is not a field of a job"
+        elif problem["type"] == "missing":
+            said = "is missing"
+        else:
+            said = problem["msg"].removeprefix("Value error, ")
+            said = said[0].lower() + said[1:]
+            if not where:
+                lines.setdefault(said.split(":")[0], said)
+                continue
+            if "storage_options" not in name:
+                said = f"{problem['input']!r:.200}: {said}"
+        lines[name] = f"{name}: {said}" if name not in lines else f"{lines[name]}, or {said.split(': ', 1)[-1]}"
+    return "; ".join(lines.values())

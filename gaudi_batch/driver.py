@@ -1,0 +1,450 @@
+"""Binds the schedule to Ray: starts cards, turns what happens into events, and carries out what the schedule decides.
+
+One event loop does it all. Each card process has a task that asks it for news; the schedule is told, and what it
+decides is carried out at once. Only commits leave the loop, to a thread, since storage may be slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gaudi_batch.card import Card
+from gaudi_batch.cluster import CardResources
+from gaudi_batch.config import LimitsConfig
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
+from gaudi_batch.errors import StorageError
+from gaudi_batch.generation import describe_error
+from gaudi_batch.lease import BEAT_SECONDS, LeaseKeeper
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.messages import Announced, CardSetup, Done, Event, Failed, News, NotLoaded, Ready, Status
+from gaudi_batch.plan import GraphKey
+from gaudi_batch.progress import Progress, View
+from gaudi_batch.schedule import CardState, Schedule
+from gaudi_batch.summary import Tally
+
+log = logging.getLogger("gaudi_batch")
+
+NEWS_SECONDS = 1.0
+"""How long a card waits for something to happen before it answers; grows with the number of cards."""
+CARDS_PER_NEWS_SECOND = 100
+ANSWER_SECONDS = 60.0
+"""How much later than that an answer may come before the card counts as hung."""
+LOOK_SECONDS = 0.5
+PROGRESS_SECONDS = 5.0
+CLUSTER_SECONDS = 5.0
+RATE_SECONDS = 60.0
+BATCH_LIMIT_FACTOR = 10
+STORAGE_GRACE_SECONDS = 60.0
+"""How much longer than the job's patience one operation on storage may take."""
+FAULTS_KEPT = 100
+
+
+@dataclass
+class Slot:
+    """One card's place in the cluster, for the life of the job."""
+
+    number: int
+    group: PlacementGroup
+    name: str = ""
+    ready: Ready | None = None
+    actor: Any = None
+    """The Ray actor of the present process; None between two."""
+    status: Status | None = None
+    heard: float = 0.0
+    """When it last answered, monotonic."""
+    kill_reason: str = ""
+
+    @property
+    def where(self) -> str:
+        """The card as a person finds it."""
+        if self.ready is None:
+            return f"card {self.number}"
+        module = "" if self.ready.module is None else f", module {self.ready.module}"
+        return f"card {self.name} (node {self.ready.node}{module})"
+
+
+class Driver:
+    """Runs what a schedule still has to do.
+
+    Args:
+        setup: the job, as the cards get it.
+        resources: what one card takes of the cluster.
+        schedule: the state of the run.
+        ledger: the records.
+        tally: the commits so far; goes on being added to.
+        images_total: images that the whole plan asks for.
+        lease: ours.
+        view: shows progress.
+        wanted: tells how many cards the job may have of the cluster as it is now.
+    """
+
+    def __init__(
+        self,
+        setup: CardSetup,
+        resources: CardResources,
+        schedule: Schedule,
+        ledger: Ledger,
+        tally: Tally,
+        images_total: int,
+        lease: LeaseKeeper,
+        view: View,
+        wanted: Callable[[], int],
+    ) -> None:
+        self.schedule = schedule
+        self.faults: Counter[str] = Counter()
+        self._setup = setup
+        self._resources = resources
+        self._ledger = ledger
+        self._tally = tally
+        self._images_total = images_total
+        self._lease = lease
+        self._view = view
+        self._wanted = wanted
+        self._slots: dict[int, Slot] = {}
+        self._records: dict[str, Done] = {}
+        self._batch_s: dict[GraphKey, float] = {}
+        self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
+        self._rates: collections.deque[tuple[float, int]] = collections.deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._over: asyncio.Future[str | None]
+        self._setup_ref: Any = None
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> str | None:
+        """Runs to the end; returns why it stopped, or None if every shard is committed."""
+        self._over = asyncio.get_running_loop().create_future()
+        self._setup_ref = ray.put(self._setup)
+        for work in (self._grow, self._look, self._report, self._beat):
+            self._spawn(work())
+        try:
+            return await self._over
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for slot in self._slots.values():
+                self._kill(slot)
+                remove_placement_group(slot.group)
+            self._ledger.put_json("progress.json", self._describe("over"))
+
+    def stop(self, reason: str, grace: float) -> None:
+        """Takes up no more work and ends when what has begun is committed, after `grace` seconds at the latest."""
+        self._carry_out(self.schedule.stop(reason))
+        asyncio.get_running_loop().call_later(grace, self.abandon, reason)
+
+    def abandon(self, reason: str) -> None:
+        """Ends at once. What is committed stays, all else is made again by the next driver."""
+        if not self._over.done():
+            self._over.set_result(reason)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except StorageError as error:
+            self.abandon(str(error))
+        except Exception as error:
+            # A task that is gone could leave the run waiting for ever.
+            if not self._over.done():
+                self._over.set_exception(error)
+
+    # -- cards --------------------------------------------------------------------------------------------------
+
+    async def _grow(self) -> None:
+        """Gives every card of the cluster that the job may have a slot, now and when more come."""
+        while True:
+            wanted = await asyncio.to_thread(self._wanted)
+            alive = sum(self.schedule.state(number) is not CardState.GONE for number in self._slots)
+            for _ in range(wanted - alive):
+                number = len(self._slots)
+                group = placement_group([self._resources.bundle], strategy="PACK", name=f"gaudi-batch-card-{number}")
+                self._slots[number] = Slot(number, group)
+                self._spawn(self._open(self._slots[number]))
+            await asyncio.sleep(CLUSTER_SECONDS)
+
+    async def _open(self, slot: Slot) -> None:
+        """Waits for the cluster to place a new slot, then starts its first process."""
+        await slot.group.ready()
+        self._carry_out(self.schedule.starting(slot.number))
+        self._start(slot)
+
+    def _start(self, slot: Slot) -> None:
+        slot.ready = slot.status = None
+        slot.kill_reason = ""
+        slot.heard = time.monotonic()
+        amount = {self._resources.name: self._resources.amount}
+        slot.actor = (
+            ray.remote(Card)
+            .options(
+                num_cpus=amount.pop("CPU", 0),
+                resources=amount,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, 0),
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=4,
+            )
+            .remote(self._setup_ref)
+        )
+        self._spawn(self._listen(slot, slot.actor))
+
+    async def _listen(self, slot: Slot, actor: Any) -> None:
+        """Asks one card process for news until it dies or is replaced."""
+        acknowledged = 0
+        while slot.actor is actor:
+            patience = max(NEWS_SECONDS, len(self._slots) / CARDS_PER_NEWS_SECOND)
+            try:
+                news: News = await actor.news.remote(acknowledged, patience)
+            except ActorUnavailableError:
+                await asyncio.sleep(NEWS_SECONDS)
+                continue
+            except (RayActorError, RayError) as error:
+                if slot.actor is actor:
+                    await self._lost(slot, error)
+                return
+            if slot.actor is not actor:
+                return
+            slot.status, slot.heard = news.status, time.monotonic()
+            for key, seconds in news.status.batch_s.items():
+                self._batch_s[key] = max(seconds, self._batch_s.get(key, 0.0))
+            for number, event in news.events:
+                acknowledged = number
+                self._take(slot, event)
+
+    def _take(self, slot: Slot, event: Event) -> None:
+        schedule = self.schedule
+        if isinstance(event, Ready):
+            self._introduce(slot, event)
+        elif isinstance(event, NotLoaded):
+            self._fault(slot, f"could not load: {event.error}")
+            self._carry_out(schedule.died(slot.number, event.error))
+        elif isinstance(event, Announced):
+            self._carry_out(schedule.announced(event.attempt, event.rows))
+        elif isinstance(event, Failed) and event.storage:
+            self._carry_out(schedule.stop(event.error))
+            self.abandon(event.error)
+        elif isinstance(event, Failed):
+            self._fault(slot, f"failed at {event.attempt}: {event.error}")
+            self._carry_out(schedule.failed(event.attempt, event.error, event.accused, event.healthy))
+        else:
+            self._records[event.attempt] = event
+            facts = event.facts
+            self._carry_out(schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows))
+            self._records.pop(event.attempt, None)
+
+    def _introduce(self, slot: Slot, ready: Ready) -> None:
+        for other in self._slots.values():
+            held = other.ready if other is not slot and other.actor is not None else None
+            if held is None or ready.module is None:
+                continue
+            if (held.node_id, held.module) == (ready.node_id, ready.module):
+                error = f"Ray gave it module {ready.module} of node {ready.node}, which card {other.name} holds"
+                self._fault(slot, error)
+                self._carry_out(self.schedule.died(slot.number, error))
+                return
+        slot.ready = ready
+        slot.name = slot.name or self._card_name(slot, ready)
+        log.info("%s is ready after %.1f s", slot.where, ready.load_s)
+        self._carry_out(self.schedule.ready(slot.number))
+
+    def _card_name(self, slot: Slot, ready: Ready) -> str:
+        """A card is called after its place, so that its records mean the same card in the next run, too."""
+        name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
+        if any(other.name == name for other in self._slots.values()):
+            # Two Ray nodes of one host, or a node that came back under its name.
+            name = f"{name}-{ready.node_id[:6]}"
+        return name
+
+    async def _lost(self, slot: Slot, error: Exception) -> None:
+        reason = slot.kill_reason or _why_died(error)
+        node = slot.ready.node_id if slot.ready else None
+        slot.actor = None
+        if not slot.kill_reason and await asyncio.to_thread(_node_is_gone, node, error):
+            log.warning("%s left with its node", slot.where)
+            remove_placement_group(slot.group)
+            self._carry_out(self.schedule.gone(slot.number))
+            return
+        self._fault(slot, f"died: {reason}")
+        self._carry_out(self.schedule.died(slot.number, reason))
+
+    def _kill(self, slot: Slot) -> None:
+        if slot.actor is not None:
+            ray.kill(slot.actor, no_restart=True)
+            slot.actor = None
+
+    def _fault(self, slot: Slot, what: str) -> None:
+        log.warning("%s %s", slot.where, what)
+        self.faults[slot.name or str(slot.number)] += 1
+        self._recent_faults.append({"time": _now(), "card": slot.name or str(slot.number), "what": what})
+
+    # -- decisions ----------------------------------------------------------------------------------------------
+
+    def _carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, Assign):
+                slot = self._slots[decision.card]
+                slot.actor.assign.remote(slot.name, decision)
+            elif isinstance(decision, Recall):
+                self._spawn(self._recall(self._slots[decision.card].actor, decision.attempt))
+            elif isinstance(decision, Commit):
+                self._spawn(self._commit(self._records[decision.attempt]))
+            elif isinstance(decision, Replace):
+                self._kill(self._slots[decision.card])
+                self._start(self._slots[decision.card])
+            elif isinstance(decision, Quarantine):
+                slot = self._slots[decision.card]
+                log.error("%s is quarantined: %s", slot.where, decision.reason)
+                self._kill(slot)
+            elif isinstance(decision, Finish) and not self._over.done():
+                self._over.set_result(decision.reason)
+
+    async def _recall(self, actor: Any, attempt: str) -> None:
+        try:
+            given_back = await actor.recall.remote(attempt)
+        except RayError:
+            return
+        self._carry_out(self.schedule.recalled(attempt, given_back))
+
+    async def _commit(self, done: Done) -> None:
+        if await asyncio.to_thread(self._ledger.commit, done.facts.shard, done.manifest):
+            self._tally.add(done.facts)
+        else:
+            log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
+        self._carry_out(self.schedule.committed(done.facts.shard))
+
+    # -- clocks -------------------------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Kills cards that have passed a limit, and shows progress."""
+        while True:
+            for slot in self._slots.values():
+                reason = self._passed_limit(slot)
+                if reason and slot.actor is not None and not slot.kill_reason:
+                    slot.kill_reason = reason
+                    ray.kill(slot.actor, no_restart=True)
+            self._view.show(self.progress())
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _passed_limit(self, slot: Slot) -> str | None:
+        if slot.actor is None:
+            return None
+        since_heard = time.monotonic() - slot.heard
+        if slot.status is None:
+            limit = self._setup.config.limits.loading
+            return f"loading took longer than {limit:g} s (limits.loading)" if since_heard > limit else None
+        status = slot.status
+        storage_limit = self._setup.config.storage_patience + STORAGE_GRACE_SECONDS
+        if status.storage_s > storage_limit:
+            return f"an operation on storage has not ended for {status.storage_s:.0f} s"
+        passed = phase_limit(status, since_heard, self._setup.config.limits, self._batch_s)
+        if passed is None and since_heard > NEWS_SECONDS + len(self._slots) / CARDS_PER_NEWS_SECOND + ANSWER_SECONDS:
+            return f"it has not answered for {since_heard:.0f} s" if status.phase == "idle" else None
+        return passed
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.to_thread(self._ledger.put_json, "progress.json", self._describe("running"))
+            await asyncio.sleep(PROGRESS_SECONDS)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.to_thread(self._lease.beat)
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        images = self._tally.images + sum(s.status.images for s in self._slots.values() if s.status and s.actor)
+        now = time.monotonic()
+        self._rates.append((now, images))
+        while now - self._rates[0][0] > RATE_SECONDS:
+            self._rates.popleft()
+        since, before = self._rates[0]
+        rate = (images - before) / (now - since) if now - since > 2 and images > before else None
+        ready = sum(slot.ready is not None and slot.actor is not None for slot in self._slots.values())
+        return Progress(images, self._images_total, self.schedule.failed_rows, ready, len(self._slots), rate)
+
+    def _describe(self, state: str) -> dict[str, Any]:
+        """The run as progress.json has it."""
+        progress = self.progress()
+        cards = {}
+        for slot in self._slots.values():
+            tallied = self._tally.cards.get(slot.name)
+            cards[slot.name or str(slot.number)] = {
+                "node": slot.ready.node if slot.ready else None,
+                "module": slot.ready.module if slot.ready else None,
+                "state": self.schedule.state(slot.number).value,
+                "phase": slot.status.phase if slot.status and slot.actor else None,
+                "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
+                "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,
+                "faults": self.faults[slot.name or str(slot.number)],
+            }
+        return {
+            "time": _now(),
+            "state": state,
+            "images": progress.images,
+            "images_total": progress.images_total,
+            "failed_rows": progress.failed_rows,
+            "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
+            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
+            "shards_pending": self.schedule.pending(),
+            "retries": self.schedule.retries,
+            "cards": cards,
+            "faults": list(self._recent_faults),
+        }
+
+
+def phase_limit(status: Status, since_heard: float, limits: LimitsConfig, batch_s: dict[GraphKey, float]) -> str | None:
+    """Why a card has been in its phase for too long, or None.
+
+    Args:
+        status: its last answer.
+        since_heard: seconds since then.
+        limits: the job's limits.
+        batch_s: the longest batch of each graph key that any card has reported.
+    """
+    seconds = status.phase_s + since_heard
+    if status.phase == "loading":
+        name, limit = "loading", limits.loading
+    elif status.phase == "batch" and batch_s:
+        name, limit = "batch", max(limits.batch, BATCH_LIMIT_FACTOR * max(batch_s.values()))
+    elif status.phase in ("batch", "first batch"):
+        name, limit = "first_batch", limits.first_batch
+    else:
+        return None
+    return f"its {status.phase} took longer than {limit:g} s (limits.{name})" if seconds > limit else None
+
+
+def _why_died(error: Exception) -> str:
+    said = describe_error(error)
+    for mark in ("Worker exit type: ", "The actor died because"):
+        if mark in said:
+            return said[said.index(mark) :][:300]
+    return said
+
+
+def _node_is_gone(node_id: str | None, error: Exception) -> bool:
+    if "node" in str(error) and "died" in str(error) and "its node" in str(error):
+        return True
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return node_id is not None and node_id not in alive
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

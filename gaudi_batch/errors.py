@@ -1,0 +1,23 @@
+"""The errors that a user may see, each with the exit code that it means."""
+
+from __future__ import annotations
+
+
+class GaudiBatchError(Exception):
+    """Any end of a command that has a sentence for the user; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class InputError(GaudiBatchError):
+    """The job can't be run as it was given: bad usage, bad input, or an output that belongs to another job."""
+
+    exit_code = 2
+
+
+class StorageError(GaudiBatchError):
+    """Storage refused, or went on failing for longer than the job's patience."""
+
+
+class RunStopped(GaudiBatchError):
+    """The run ended before every image was made; the same command resumes it."""

@@ -1,0 +1,169 @@
+"""A job, resolved: the config together with what its prompts, its model and its machine turn out to be.
+
+All that can be wrong with a job is found here, before any card is started.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.pipelines.model import ModelFacts, describe_model
+from gaudi_batch.plan import Bucket, Shard, plan_shards
+from gaudi_batch.prompts import PromptDataset, open_prompts
+from gaudi_batch.rows import RowRules
+from gaudi_batch.storage import redact, redacted_options
+
+DEFAULT_CARDS = 2
+"""Cards of a machine or cluster that has none, for the devices cpu and simulated."""
+
+SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
+"""What shapes an image; their versions are recorded."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved job.
+
+    Args:
+        config: as the user gave it, with `device` resolved.
+        dataset: its prompts.
+        model: its model.
+        threads: threads of one card.
+    """
+
+    config: JobConfig
+    dataset: PromptDataset
+    model: ModelFacts
+    threads: int
+
+    @property
+    def rules(self) -> RowRules:
+        """What a row gets where it says nothing."""
+        config = self.config
+        return RowRules(
+            Bucket(
+                config.width or self.model.width,
+                config.height or self.model.height,
+                config.steps,
+                config.guidance_scale,
+            ),
+            config.num_images,
+            config.negative_prompt,
+            self.model.multiple,
+        )
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the dataset that the job is about."""
+        return min(self.dataset.rows, self.config.limit or self.dataset.rows)
+
+    def plan(self) -> Iterator[Shard]:
+        """The shards of the job, from the dataset."""
+        return plan_shards(
+            self.dataset.runs(self.rules, self.config.limit),
+            self.total_rows,
+            self.config.shard_size,
+            self.config.batch_size,
+            self.config.num_images,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides which images the job makes; a run is resumed only by a job with the same."""
+        config = self.config
+        same = config.model_dump(
+            mode="json",
+            include={
+                "columns",
+                "steps",
+                "guidance_scale",
+                "negative_prompt",
+                "num_images",
+                "seed",
+                "device",
+                "batch_size",
+                "limit",
+                "format",
+                "encoding",
+            },
+        )
+        bucket = self.rules.bucket
+        if config.encoding.type == "png":
+            del same["encoding"]["quality"]
+        return same | {
+            "model": self.model.name,
+            "model_revision": self.model.revision,
+            "width": bucket.width,
+            "height": bucket.height,
+            "scheduler": self.model.scheduler,
+            "dtype": config.dtype or "float32",
+            "threads": self.threads if config.device == "cpu" else None,
+            "files": {file.name: file.identity for file in self.dataset.files},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The job as run.json has it, secrets taken out."""
+        dumped = self.config.model_dump(mode="json")
+        for name in ("storage_options", "prompts_storage_options"):
+            if dumped[name]:
+                dumped[name] = redacted_options(dumped[name])
+        for name in ("prompts", "output"):
+            dumped[name] = redact(dumped[name])
+        return dumped
+
+
+def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
+    """Finds a job's prompts and model, and checks that they go together.
+
+    Args:
+        config: the job.
+        recorded_threads: threads of a card as the run's first driver fixed them, if there was one.
+
+    Raises:
+        InputError: the job can't be run as it is.
+        StorageError: the prompts' storage failed.
+    """
+    config = config.model_copy(update={"device": "cpu" if config.device == "auto" else config.device})
+    model = describe_model(config)
+    for name in ("width", "height"):
+        side = getattr(config, name)
+        if side is not None and side % model.multiple:
+            raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {model.multiple}")
+    cards = DEFAULT_CARDS if config.cards == "all" else config.cards
+    threads = config.cpu.threads or recorded_threads or max(1, (os.cpu_count() or 1) // cards)
+    return Job(config, open_prompts(config), model, threads)
+
+
+def refuse_bad_rows(job: Job, shown: int = 5) -> None:
+    """Reads every row and refuses the job if one can't be run: what `--strict` does.
+
+    Raises:
+        InputError: with the first few such rows.
+    """
+    bad = 0
+    lines: list[str] = []
+    for shard in job.plan():
+        for row in job.dataset.read(shard, job.rules)[0]:
+            if row.error is not None:
+                bad += 1
+                if len(lines) < shown:
+                    lines.append(f"row {row.row}: {row.error}")
+    if bad:
+        more = f" and {bad - len(lines)} more" if bad > len(lines) else ""
+        raise InputError(f"--strict: {bad} rows can't be run: {'; '.join(lines)}{more}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that shapes an image, as far as this machine has it."""
+    found = {}
+    for package in SHAPING_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

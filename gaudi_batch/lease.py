@@ -1,0 +1,151 @@
+"""Who drives a run: a courtesy that keeps a second driver out. Nothing depends on it for being right.
+
+lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
+that does not count for `STALE_SECONDS` on the observer's own clock is anybody's; so is, at once, one whose process on
+this machine is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.storage import Storage
+
+STALE_SECONDS = 60.0
+BEAT_SECONDS = 10.0
+"""How often the holder counts up."""
+LOOK_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What lease.json says."""
+
+    driver: str
+    """The prefix of the holder's attempts."""
+    host: str
+    machine: str
+    """The machine's boot, so that a process number means something."""
+    pid: int
+    started: str
+    """When the process started, in the machine's own ticks."""
+    beat: int
+    dead: tuple[str, ...]
+    """Drivers of this run that are known to be dead."""
+
+    @property
+    def holder(self) -> str:
+        """The holder as a person finds it."""
+        return f"process {self.pid} on {self.host}"
+
+
+class LeaseKeeper:
+    """This driver's side of the lease.
+
+    Args:
+        storage: the output.
+        driver: prefix of this driver's attempts.
+    """
+
+    def __init__(self, storage: Storage, driver: str) -> None:
+        self._storage = storage
+        pid = os.getpid()
+        self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
+
+    @property
+    def driver(self) -> str:
+        """Prefix of this driver's attempts."""
+        return self._lease.driver
+
+    @property
+    def dead(self) -> frozenset[str]:
+        """Drivers of this run that are known to be dead."""
+        return frozenset(self._lease.dead)
+
+    def take(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Takes the lease once nobody else holds it. `confirm` has to follow after a moment.
+
+        Raises:
+            InputError: another driver is alive.
+        """
+        held = self._read()
+        if held is not None and held.driver != self._lease.driver:
+            if not _is_dead(held):
+                say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
+                self._wait_until_stale(held)
+            self._lease = replace(self._lease, dead=(*held.dead, held.driver))
+        self.beat()
+
+    def confirm(self) -> None:
+        """Reads back what `take` wrote, a moment later.
+
+        Raises:
+            InputError: another driver took the lease at the same time.
+        """
+        held = self._read()
+        if held is not None and held.driver != self._lease.driver:
+            raise InputError(f"{self._storage.url}: {held.holder} has just started to drive this run")
+
+    def beat(self) -> None:
+        """Counts up."""
+        self._lease = replace(self._lease, beat=self._lease.beat + 1)
+        self._storage.put("lease.json", json.dumps(asdict(self._lease)).encode())
+
+    def release(self) -> None:
+        """Leaves the run without a holder. What is known of the dead has been cleaned up or will be found again."""
+        held = self._read()
+        if held is not None and held.driver == self._lease.driver:
+            self._storage.remove("lease.json")
+
+    def _wait_until_stale(self, held: Lease) -> None:
+        until = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+            now = self._read()
+            if now is None:
+                return
+            if now != held:
+                raise InputError(
+                    f"{self._storage.url}: {now.holder} drives this run; one output has one driver, so wait for it or"
+                    " stop it there"
+                )
+
+    def _read(self) -> Lease | None:
+        data = self._storage.get("lease.json")
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+            return Lease(**found | {"dead": tuple(found["dead"])})
+        except (ValueError, TypeError, KeyError):
+            return None
+
+
+def _is_dead(lease: Lease) -> bool:
+    """Whether the holder is known to be gone, which only its own machine can tell."""
+    return lease.machine == _machine() and lease.started != _process_started(lease.pid)
+
+
+def _machine() -> str:
+    # The boot id alone would be the same in two containers, whose process numbers mean different processes.
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()}"
+
+
+def _process_started(pid: int) -> str:
+    """When a process started; empty if there is none, or if it is dead and waits to be collected."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]

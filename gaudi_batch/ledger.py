@@ -1,0 +1,284 @@
+"""What is written down of a run: run.json, the plan, the commits; what is done, and may this job resume it.
+
+The order of writes is what makes a crash harmless. The plan is put before run.json, so a run that has a run.json has
+its plan. A shard's images are put before its manifest, so a manifest points at whole files. A manifest that can't be
+read whole is no commit.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gaudi_batch import manifest
+from gaudi_batch.errors import InputError
+from gaudi_batch.job import Job, versions
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.outputs.files import shard_name
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.storage import Storage
+
+READ_THREADS = 16
+OWN_NAMES = (
+    "manifest",
+    "images",
+    "throughput",
+    "plan.parquet",
+    "progress.json",
+    "summary.json",
+    "manifest.parquet",
+    "run.json",
+)
+"""What a run puts into its output, in the order in which starting afresh removes it: commits first, so that a crash in
+between leaves a run that makes its images again."""
+_MANIFEST = re.compile(r"(\d{6,})\.parquet")
+_ATTEMPT = re.compile(r"(\d{6,})-([0-9a-z]+)")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says."""
+
+    job: dict[str, Any]
+    """The job's config, secrets taken out."""
+    fingerprint: dict[str, Any]
+    versions: dict[str, str]
+    created_at: str
+    rows: int
+    images: int
+    """Images that the plan asks for; rows that can't be run are found later."""
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of a card, as the first driver fixed them."""
+        return self.fingerprint.get("threads")
+
+
+class Ledger:
+    """The records in one output.
+
+    Args:
+        storage: the output.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def run(self) -> RunRecord | None:
+        """The run that this output belongs to, or None.
+
+        Raises:
+            InputError: run.json is there and can't be read.
+        """
+        data = self.storage.get("run.json")
+        if data is None:
+            return None
+        try:
+            record = RunRecord(**json.loads(data))
+            for part in (record.job, record.fingerprint, record.versions):
+                if not isinstance(part, dict):
+                    raise TypeError("a part of it is not an object")
+            return record
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.storage.url}/run.json can't be read ({error}); --overwrite starts this output afresh"
+            ) from None
+
+    def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
+        """Plans a job and writes down its plan, then its run.json."""
+        shards = list(job.plan())
+        table = pa.table(
+            {
+                "shard": [shard.number for shard in shards],
+                "file": [shard.file for shard in shards],
+                "start": [shard.start for shard in shards],
+                "stop": [shard.stop for shard in shards],
+                "width": [shard.bucket.width for shard in shards],
+                "height": [shard.bucket.height for shard in shards],
+                "steps": [shard.bucket.steps for shard in shards],
+                "guidance_scale": [shard.bucket.guidance_scale for shard in shards],
+                "rows": [shard.rows for shard in shards],
+                "images": [shard.images for shard in shards],
+            }
+        )
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        record = RunRecord(
+            job=job.describe(),
+            fingerprint=job.fingerprint(),
+            versions=versions(),
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            rows=job.total_rows,
+            images=sum(shard.images for shard in shards),
+        )
+        self.storage.put("plan.parquet", buffer.getvalue())
+        self.put_json("run.json", record.__dict__)
+        return record, shards
+
+    def plan(self) -> list[Shard]:
+        """The stored plan.
+
+        Raises:
+            InputError: it is missing or can't be read.
+        """
+        data = self.storage.get("plan.parquet")
+        try:
+            if data is None:
+                raise ValueError("it is not there")
+            rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+            return [
+                Shard(
+                    number=row["shard"],
+                    file=row["file"],
+                    start=row["start"],
+                    stop=row["stop"],
+                    bucket=Bucket(row["width"], row["height"], row["steps"], row["guidance_scale"]),
+                    rows=row["rows"],
+                    images=row["images"],
+                )
+                for row in rows
+            ]
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.storage.url}/plan.parquet can't be read ({said}); --overwrite starts this output afresh"
+            ) from None
+
+    def committed_shards(self) -> list[int]:
+        """Numbers of the shards that have a manifest, from their names alone."""
+        matches = (_MANIFEST.fullmatch(name) for name in self.storage.names("manifest"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def commits(self) -> Iterator[tuple[CommitFacts, pa.Table]]:
+        """Every whole manifest, in order of its shard. One that was written in part is passed over."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for found in _ahead(pool, self._read_commit, self.committed_shards()):
+                if found is not None:
+                    yield found
+
+    def _read_commit(self, shard: int) -> tuple[CommitFacts, pa.Table] | None:
+        data = self.storage.get(manifest_path(shard))
+        if data is None:
+            return None
+        try:
+            table, facts = manifest.read(data)
+        except ValueError:
+            return None
+        return (facts, table) if facts.shard == shard else None
+
+    def commit(self, shard: int, data: bytes) -> bool:
+        """Puts a shard's manifest unless a whole one is there already; returns whether it did."""
+        if self._read_commit(shard) is not None:
+            return False
+        self.storage.put(manifest_path(shard), data)
+        return True
+
+    def join_manifests(self) -> int:
+        """Writes manifest.parquet, all manifests as one in order of shard; returns its number of rows."""
+        rows = 0
+        with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
+            path = Path(directory) / "manifest.parquet"
+            writer: pq.ParquetWriter | None = None
+            waiting: list[pa.Table] = []
+            try:
+                for _, table in self.commits():
+                    table = table.replace_schema_metadata(None)
+                    writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+                    waiting.append(table)
+                    rows += len(table)
+                    if sum(len(part) for part in waiting) >= 1 << 16:
+                        writer.write_table(pa.concat_tables(waiting))
+                        waiting.clear()
+                if writer is None:
+                    return 0
+                if waiting:
+                    writer.write_table(pa.concat_tables(waiting))
+            finally:
+                if writer is not None:
+                    writer.close()
+            self.storage.put_file("manifest.parquet", os.fspath(path))
+        return rows
+
+    def remove_orphans(self, committed: dict[int, str], is_ours: Callable[[str], bool]) -> int:
+        """Removes what attempts left behind that did not commit.
+
+        Args:
+            committed: the attempt of each committed shard.
+            is_ours: tells of an attempt whether it may be removed: our own, or a dead driver's.
+
+        Returns:
+            How many objects or directories were removed.
+        """
+        removed = 0
+        places = ["images", *(f"throughput/{card}" for card in self.storage.names("throughput"))]
+        for place in places:
+            for name in self.storage.names(place):
+                match = _ATTEMPT.match(name)
+                if match and committed.get(int(match[1])) != match[2] and is_ours(match[2]):
+                    self.storage.remove(f"{place}/{name}")
+                    removed += 1
+        return removed
+
+    def start_afresh(self) -> None:
+        """Removes a run from the output, and nothing else that lies there."""
+        for name in OWN_NAMES:
+            self.storage.remove(name)
+
+    def put_json(self, name: str, value: Any) -> None:
+        """Writes a JSON object for people and programs to read."""
+        self.storage.put(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def get_json(self, name: str) -> dict[str, Any] | None:
+        """Reads one, None where there is none that is whole."""
+        data = self.storage.get(name)
+        try:
+            loaded = json.loads(data) if data is not None else None
+        except (ValueError, RecursionError):
+            return None
+        return loaded if isinstance(loaded, dict) else None
+
+
+def manifest_path(shard: int) -> str:
+    """Where the manifest of a shard lies."""
+    return f"manifest/{shard_name(shard)}.parquet"
+
+
+def differences(run: RunRecord, job: Job) -> list[str]:
+    """How a job differs from the run that an output belongs to, a line a field; none if it may resume it."""
+    theirs, ours = run.fingerprint, job.fingerprint()
+    lines = []
+    for name in sorted(theirs.keys() | ours.keys()):
+        before, now = theirs.get(name), ours.get(name)
+        if before == now:
+            continue
+        if name == "files" and isinstance(before, dict) and isinstance(now, dict):
+            for file in sorted(before.keys() | now.keys()):
+                if before.get(file) != now.get(file):
+                    was, is_now = before.get(file, "not there"), now.get(file, "not there")
+                    lines.append(f"prompts file {file!r}: was {was}, is {is_now}")
+        else:
+            lines.append(f"{name}: was {before!r}, is {now!r}")
+    return lines
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
+    """Maps in order with a bounded number of results waiting, so that memory does not grow with the run."""
+    waiting = []
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= 4 * READ_THREADS:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()

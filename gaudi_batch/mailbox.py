@@ -1,0 +1,90 @@
+"""What a card's threads and the driver's calls share: events that wait to be acknowledged, and the present state."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from gaudi_batch.messages import Done, Event, Failed, News, Status
+from gaudi_batch.plan import GraphKey
+
+
+class Mailbox:
+    """What happened on a card and what it is doing. Threads of the card write, calls from the driver read.
+
+    Args:
+        storage_s: tells for how many seconds the oldest operation on storage has been going on.
+    """
+
+    def __init__(self, storage_s: Callable[[], float]) -> None:
+        self._storage_s = storage_s
+        self._changed = threading.Condition()
+        self._events: list[tuple[int, Event]] = []
+        self._last_event = 0
+        self._acknowledged = 0
+        self._begun: set[str] = set()
+        self._recalled: set[str] = set()
+        self._phase = "loading"
+        self._phase_since = time.monotonic()
+        self._images: Counter[str] = Counter()
+        self._batch_s: dict[GraphKey, float] = {}
+
+    def emit(self, event: Event) -> int:
+        """Adds an event for the driver and returns its number."""
+        with self._changed:
+            self._last_event += 1
+            self._events.append((self._last_event, event))
+            if isinstance(event, (Done, Failed)):
+                self._images.pop(event.attempt, None)
+            self._changed.notify_all()
+            return self._last_event
+
+    def news(self, acknowledged: int, patience: float) -> News:
+        """Drops what is acknowledged and waits up to `patience` seconds for there to be more."""
+        with self._changed:
+            self._acknowledged = acknowledged
+            self._events = [(number, event) for number, event in self._events if number > acknowledged]
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: bool(self._events), patience)
+            phase_s = time.monotonic() - self._phase_since
+            images = sum(self._images.values())
+            status = Status(self._phase, phase_s, self._storage_s(), images, dict(self._batch_s))
+            return News(tuple(self._events), status)
+
+    def wait_for_acknowledgement(self, number: int) -> None:
+        """Waits until the driver has said that it knows of an event."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._acknowledged >= number)
+
+    def begin(self, attempt: str) -> bool:
+        """Begins an attempt, unless it was given back."""
+        with self._changed:
+            if attempt in self._recalled:
+                return False
+            self._begun.add(attempt)
+            return True
+
+    def recall(self, attempt: str) -> bool:
+        """Gives an attempt back, unless it has begun."""
+        with self._changed:
+            if attempt in self._begun:
+                return False
+            self._recalled.add(attempt)
+            return True
+
+    def enter(self, phase: str) -> None:
+        """The device begins something else."""
+        with self._changed:
+            self._phase, self._phase_since = phase, time.monotonic()
+
+    def batch_took(self, key: GraphKey, seconds: float) -> None:
+        """A batch of a warm graph key has been made."""
+        with self._changed:
+            self._batch_s[key] = max(seconds, self._batch_s.get(key, 0.0))
+
+    def stored(self, attempt: str, images: int) -> None:
+        """So many more images of an attempt are in storage."""
+        with self._changed:
+            self._images[attempt] += images

@@ -1,0 +1,157 @@
+"""The manifest: one row per image or failed row; that of a shard is its commit."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gaudi_batch.outputs.files import StoredImage
+from gaudi_batch.rows import PromptRow, image_seed
+from gaudi_batch.throughput import Sums
+
+COLUMNS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("image_index", pa.int32()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("seed", pa.int64()),
+        ("prompt", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("nsfw", pa.bool_()),
+        ("truncated", pa.bool_()),
+        ("shard", pa.int64()),
+        ("card", pa.string()),
+        ("finished_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+_METADATA_KEY = b"gaudi_batch"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a manifest says of one image that was made."""
+
+    stored: StoredImage
+    nsfw: bool | None
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class CommitFacts:
+    """What a shard's manifest says of its attempt, in the Parquet file's metadata."""
+
+    shard: int
+    attempt: str
+    card: str
+    node: str
+    module: int | None
+    rows: int
+    failed_rows: int
+    images: int
+    sums: Sums
+
+
+def schema(carried: pa.Schema) -> pa.Schema:
+    """The columns of a job's manifest. A carried column that is named like one of ours gets `input_` before it."""
+    names = set(COLUMNS.names) | set(carried.names)
+    fields = list(COLUMNS)
+    for field in carried:
+        name = field.name
+        if name in COLUMNS.names:
+            while name in names:
+                name = f"input_{name}"
+            names.add(name)
+        fields.append(field.with_name(name))
+    return pa.schema(fields)
+
+
+def build(
+    rows: Sequence[PromptRow],
+    carried: pa.Table,
+    images: Mapping[tuple[int, int], ImageFacts],
+    failures: Mapping[int, str],
+    run_seed: int,
+    commit: CommitFacts,
+) -> bytes:
+    """The manifest of one shard as a Parquet file.
+
+    Args:
+        rows: the shard's rows.
+        carried: their carried columns, in the same order.
+        images: what was made, by (row, image number); whole rows only.
+        failures: the other rows' errors.
+        run_seed: seed of the run.
+        commit: facts of the attempt.
+    """
+    found: list[dict[str, Any]] = []
+    take: list[int] = []
+    for place, row in enumerate(rows):
+        common = {
+            "id": row.id,
+            "row": row.row,
+            "prompt": row.prompt,
+            "negative_prompt": row.negative_prompt,
+            "shard": commit.shard,
+            "card": commit.card,
+        }
+        if row.num_images:
+            common |= row.bucket._asdict()
+        if row.row in failures:
+            found.append(
+                common
+                | {"status": "failed", "error": failures[row.row], "finished_at": datetime.now(timezone.utc)}
+                | ({} if row.seed is None else {"seed": row.seed})
+            )
+            take.append(place)
+            continue
+        for number in range(row.num_images):
+            image = images[row.row, number]
+            found.append(
+                common
+                | {
+                    "image_index": number,
+                    "status": "ok",
+                    "path": image.stored.path,
+                    "sha256": image.stored.sha256,
+                    "seed": image_seed(run_seed, row, number),
+                    "nsfw": image.nsfw,
+                    "truncated": image.truncated,
+                    "finished_at": image.stored.finished_at,
+                }
+            )
+            take.append(place)
+    table = pa.Table.from_pylist(found, COLUMNS)
+    extra = carried.take(pa.array(take, pa.int64()))
+    whole = schema(carried.schema).with_metadata({_METADATA_KEY: json.dumps(asdict(commit)).encode()})
+    buffer = io.BytesIO()
+    pq.write_table(pa.table([*table.columns, *extra.columns], schema=whole), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
+    """A shard's manifest and what it says of its attempt.
+
+    Raises:
+        ValueError: the bytes are not a whole manifest.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        facts = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        return table, CommitFacts(**facts | {"sums": Sums(**facts["sums"])})
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a whole manifest: {' '.join(str(error).split())[:200]}") from None

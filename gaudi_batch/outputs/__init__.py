@@ -1,0 +1,1 @@
+"""How images are kept: one module a format."""

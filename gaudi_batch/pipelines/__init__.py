@@ -1,0 +1,25 @@
+"""What generates images: one pipeline a device, behind one protocol."""
+
+from __future__ import annotations
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.pipelines.base import Pipeline
+from gaudi_batch.pipelines.model import ModelFacts
+
+
+def load_pipeline(config: JobConfig, model: ModelFacts, threads: int, module: int | None) -> Pipeline:
+    """Loads the pipeline of a card. The heavy imports happen here, in the card's own process.
+
+    Args:
+        config: the job, its device resolved.
+        model: its model, resolved.
+        threads: threads of this card.
+        module: the module that Ray pinned, None where the device has none.
+    """
+    if config.device == "simulated":
+        from gaudi_batch.pipelines.simulated import SimulatedPipeline
+
+        return SimulatedPipeline(config.simulated, module)
+    from gaudi_batch.pipelines.cpu import CpuPipeline
+
+    return CpuPipeline(model, threads, config.dtype or "float32")

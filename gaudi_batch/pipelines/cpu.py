@@ -1,0 +1,83 @@
+"""Diffusers on the CPU: the embedded default where there is no card."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.model import ModelFacts
+from gaudi_batch.plan import Bucket
+
+
+class CpuPipeline:
+    """A diffusers text-to-image pipeline of the class that the model's own model_index.json names.
+
+    Args:
+        model: which model, as resolved by the driver.
+        threads: torch threads of this card, which images depend on in the last bits.
+        dtype: float32 or bfloat16.
+    """
+
+    device = "cpu"
+    warmup_batches = 1
+
+    def __init__(self, model: ModelFacts, threads: int, dtype: str) -> None:
+        torch.set_num_threads(threads)
+        silence_libraries()
+        pipeline_class = getattr(diffusers, model.pipeline_class)
+        self._pipeline = pipeline_class.from_pretrained(
+            model.path,
+            revision=model.revision if model.hub else None,
+            torch_dtype=getattr(torch, dtype),
+            use_safetensors=True,
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+        if model.scheduler is not None:
+            scheduler_class = getattr(diffusers, model.scheduler)
+            self._pipeline.scheduler = scheduler_class.from_config(self._pipeline.scheduler.config)
+
+    def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
+        """One call of the pipeline with a generator of its own for each image."""
+        output = self._pipeline(
+            prompt=[item.prompt for item in items],
+            negative_prompt=[item.negative_prompt for item in items] if bucket.guidance_scale > 1 else None,
+            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
+            num_images_per_prompt=1,
+            output_type="np",
+            width=bucket.width,
+            height=bucket.height,
+            num_inference_steps=bucket.steps,
+            guidance_scale=bucket.guidance_scale,
+        )
+        return collect(self._pipeline, output, items)
+
+
+def collect(pipeline: Any, output: Any, items: list[Item]) -> Generated:
+    """What diffusers' output says, with the truncation that it only logs."""
+    flagged = getattr(output, "nsfw_content_detected", None)
+    return Generated(
+        images=np.asarray(output.images, dtype=np.float32),
+        nsfw=[None] * len(items) if flagged is None else [bool(flag) for flag in flagged],
+        truncated=[_truncated(pipeline.tokenizer, item.prompt) for item in items],
+    )
+
+
+def silence_libraries() -> None:
+    """Keeps the libraries' own logs down: diffusers prints prompts, and progress bars have no place in a card."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _truncated(tokenizer: Any, prompt: str) -> bool:
+    return bool(len(tokenizer(prompt, truncation=False).input_ids) > tokenizer.model_max_length)

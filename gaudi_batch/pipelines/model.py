@@ -1,0 +1,165 @@
+"""What the driver must know of a model before any card is started: read from its JSON files alone, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
+
+BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
+
+MULTIPLES = {"StableDiffusionPipeline": 8}
+"""The pipeline classes that are supported, and the pixels of which a side must be a multiple."""
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Schedulers by name. None of them draws noise while it steps."""
+
+NOISY_SCHEDULERS = {"ddpm", "euler_ancestral", "euler-ancestral", "lcm", "dpm++_sde", "k_dpm_2_ancestral", "tcd"}
+
+WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model, resolved."""
+
+    name: str
+    """As the job names it."""
+    path: str
+    """Directory, or hub id."""
+    hub: bool
+    revision: str
+    """The commit of a hub model, the SHA-256 of a directory's files."""
+    pipeline_class: str
+    """Its diffusers class, from model_index.json."""
+    scheduler: str | None
+    """The diffusers class of the scheduler to put in, or None for the model's own."""
+    width: int
+    """The model's own width in pixels."""
+    height: int
+    multiple: int
+    """Pixels of which a side must be a multiple."""
+
+
+def describe_model(config: JobConfig) -> ModelFacts:
+    """Finds a job's model and reads what it is.
+
+    Raises:
+        InputError: it can't be found, is of an unsupported class, has no safetensors, or its scheduler draws noise.
+    """
+    if config.device == "simulated":
+        return ModelFacts("simulated", "", False, "", "simulated", None, DEFAULT_SIDE, DEFAULT_SIDE, 8)
+    name = config.model or ""
+    if name.startswith("builtin:"):
+        directory = BUILTIN_MODELS / name.removeprefix("builtin:")
+        if not (directory / "model_index.json").is_file():
+            known = ", ".join(f"builtin:{path.parent.name}" for path in BUILTIN_MODELS.glob("*/model_index.json"))
+            raise InputError(f"model {name!r} is not built in; built in: {known or 'none'}")
+        return _describe(config, directory, None)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if config.revision is not None:
+            raise InputError(f"revision {config.revision!r}: model {name!r} is a directory; only hub models have one")
+        return _describe(config, directory.resolve(), None)
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise InputError(f"model {name!r}: there is no such directory, and it is not a hub id such as 'owner/name'")
+    return _describe(config, *_from_hub(name, config.revision))
+
+
+def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        at = f" at revision {revision!r}" if revision else ""
+        raise InputError(
+            f"model {name!r}{at}: no such directory here, and the hub has no such model for us: {said}"
+        ) from None
+    return path, path.name
+
+
+def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFacts:
+    name = config.model or ""
+    index = _json(name, directory, "model_index.json")
+    pipeline_class = str(index.get("_class_name"))
+    if pipeline_class not in MULTIPLES:
+        raise InputError(f"model {name!r} is a {pipeline_class}; supported: {', '.join(sorted(MULTIPLES))}")
+    if commit is None:
+        _require_safetensors(name, directory, index)
+    vae = _json(name, directory, "vae/config.json")
+    scale = 2 ** (len(vae.get("block_out_channels") or [1, 1, 1, 1]) - 1)
+    sample = _json(name, directory, "unet/config.json").get("sample_size") or 64
+    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    return ModelFacts(
+        name=name,
+        path=name if commit else str(directory),
+        hub=commit is not None,
+        revision=commit or _digest(directory),
+        pipeline_class=pipeline_class,
+        scheduler=_scheduler(config),
+        width=int(width) * scale,
+        height=int(height) * scale,
+        multiple=MULTIPLES[pipeline_class],
+    )
+
+
+def _scheduler(config: JobConfig) -> str:
+    name = config.scheduler or "ddim"
+    if name in NOISY_SCHEDULERS:
+        raise InputError(
+            f"scheduler {name!r} draws noise while it steps, from one generator for the whole batch, so an image would"
+            f" depend on its neighbours; use one of {', '.join(SCHEDULERS)}"
+        )
+    if name not in SCHEDULERS:
+        raise InputError(f"scheduler {name!r} is not known; use one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name]
+
+
+def _require_safetensors(name: str, directory: Path, index: Mapping[str, Any]) -> None:
+    for component, value in index.items():
+        if not isinstance(value, list) or value[0] is None or not (directory / component / "config.json").is_file():
+            continue
+        if not any((directory / component).glob("*.safetensors")):
+            raise InputError(f"model {name!r}: its {component} has no .safetensors, and no other weights are loaded")
+
+
+def _json(name: str, directory: Path, path: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads((directory / path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"model {name!r} is not in diffusers' layout: it has no {path}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: {path} can't be read: {error}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"model {name!r}: {path} is not a JSON object")
+    return loaded
+
+
+def _digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if path.suffix in WEIGHT_SUFFIXES and path.is_file():
+            digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""A device that sleeps by the clock of a real card and paints a flat image from the seed; needs no model.
+
+It can raise, die, hang and refuse to load on demand, for tests of all that surrounds a pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+
+from gaudi_batch.config import SimulatedConfig
+from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.plan import Bucket, GraphKey
+
+DEFAULT_SIDE = 64
+"""Pixels; simulated images are small unless the job asks for a size."""
+
+
+class SimulatedPipeline:
+    """See the module.
+
+    Args:
+        config: how long things take and what goes wrong.
+        module: the module that the card holds, to which some faults belong.
+    """
+
+    device = "simulated"
+    warmup_batches = 1
+
+    def __init__(self, config: SimulatedConfig, module: int | None) -> None:
+        time.sleep(config.load_seconds)
+        if module in config.unloadable_modules:
+            raise RuntimeError(f"simulated failure to load on module {module}")
+        self._config = config
+        self._module = module
+        self._captured: set[GraphKey] = set()
+
+    def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
+        """Sleeps for a batch and paints each image in one colour, red, green and blue from 1 to 255, by its seed."""
+        rows = {item.row for item in items}
+        if rows.intersection(self._config.kill_rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rows.intersection(self._config.hang_rows):
+            time.sleep(float(2**31))
+        if self._module in self._config.broken_modules:
+            raise RuntimeError(f"simulated failure of module {self._module}")
+        if raising := rows.intersection(self._config.raise_rows):
+            raise RuntimeError(f"simulated failure of row {min(raising)}")
+        new = bucket.graph_key not in self._captured
+        self._captured.add(bucket.graph_key)
+        time.sleep(self._config.batch_seconds + (self._config.capture_seconds if new else 0))
+        images = np.empty((len(items), bucket.height, bucket.width, 3), np.float32)
+        for image, item in zip(images, items, strict=True):
+            image[:] = np.random.default_rng(item.seed).integers(1, 256, 3) / 255
+        return Generated(images, [None] * len(items), [False] * len(items))

@@ -1,0 +1,122 @@
+"""What a person sees while a job runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gaudi_batch.text import duration
+
+LINE_SECONDS = 10.0
+"""How often a plain line says how far the run is."""
+
+log = logging.getLogger("gaudi_batch")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    images: int
+    images_total: int
+    failed_rows: int
+    cards_ready: int
+    cards: int
+    images_per_s: float | None
+    """Over the last minute; None until something can be said."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until something can be said."""
+        if not self.images_per_s:
+            return None
+        return max(0, self.images_total - self.images) / self.images_per_s
+
+    def line(self) -> str:
+        """All of it in words."""
+        rate = "-" if self.images_per_s is None else f"{self.images_per_s:.2f}"
+        return (
+            f"{self.images}/{self.images_total} images, {rate} images/s, {self.cards_ready}/{self.cards} cards,"
+            f" {self.failed_rows} failed rows, {duration(self.seconds_left)} left"
+        )
+
+
+class View(Protocol):
+    """Shows progress and takes log lines meanwhile."""
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, progress: Progress) -> None:
+        """Called several times a second."""
+
+
+class LineView:
+    """Log lines, for where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __enter__(self) -> LineView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def show(self, progress: Progress) -> None:
+        """Logs a line every `LINE_SECONDS`."""
+        if time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            log.info("%s", progress.line())
+
+
+class BarView:
+    """A bar at the foot of a terminal, with log lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> BarView:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Redraws the bar."""
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(
+            ProgressBar(total=max(1, progress.images_total), completed=progress.images, width=30),
+            Text(progress.line()),
+        )
+        self._live.update(grid)
+
+
+def open_view() -> View:
+    """The view that suits this process's standard error. Log lines of the program go through it."""
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        console = Console(stderr=True)
+        if log.handlers:
+            log.handlers[:] = [RichHandler(console=console, show_path=False, show_level=False, markup=False)]
+        return BarView(console)
+    return LineView()

@@ -1,0 +1,326 @@
+"""The prompt dataset: its files and columns, and the rows of one shard.
+
+Opening a dataset reads footers alone. Planning reads the shape columns alone, where there are any, a record batch at a
+time. A card reads the row groups that its shard touches, and keeps the last one decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.plan import Run, Shard
+from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
+from gaudi_batch.storage import Storage
+
+FOOTER_THREADS = 16
+_GLOB = re.compile(r"[*?\[{]")
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """One Parquet file of the dataset."""
+
+    name: str
+    """Path below the dataset's base directory."""
+    rows: int
+    first_row: int
+    """Its first row's number over all files in sorted order."""
+    identity: str
+    """Changes when the file does: its size, its footer's SHA-256, and the store's own mark of its version (an ETag,
+    or the time of the last change)."""
+
+
+class PromptDataset:
+    """The files of a job's prompts, in sorted order, under one schema.
+
+    Args:
+        storage: the base directory.
+        files: as `open_prompts` found them.
+        schema: the unified schema of all files.
+        columns: names of our columns in the files, {ours: theirs}.
+    """
+
+    def __init__(self, storage: Storage, files: list[PromptFile], schema: pa.Schema, columns: dict[str, str]) -> None:
+        self.storage = storage
+        self.files = files
+        self.columns = columns
+        theirs = set(columns.values())
+        self.carried = pa.schema([field for field in schema if field.name not in theirs])
+        self._opened: tuple[int, pq.ParquetFile] | None = None
+        self._group: tuple[tuple[int, int], pa.Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_opened": None, "_group": None}
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+    def runs(self, rules: RowRules, limit: int | None = None) -> Iterator[Run]:
+        """The dataset as runs for the planner; reads the shape columns, where there are any, and nothing else.
+
+        Raises:
+            InputError: the shape columns can't be decoded.
+        """
+        shapes = [name for name in SHAPE_COLUMNS if name in self.columns]
+        for index, file in enumerate(self.files):
+            count = file.rows if limit is None else min(file.rows, limit - file.first_row)
+            if count <= 0:
+                continue
+            present = [self.columns[name] for name in shapes]
+            try:
+                present = [name for name in present if name in self._open(index).schema_arrow.names] if shapes else []
+                if not present:
+                    yield Run(index, 0, count, rules.bucket, rules.num_images)
+                    continue
+                start = 0
+                for batch in self._open(index).iter_batches(columns=present):
+                    batch = batch.slice(0, count - start)
+                    yield from self._batch_runs(index, start, batch, rules)
+                    start += batch.num_rows
+                    if start == count:
+                        break
+            except StorageError:
+                raise
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"prompts file {file.name!r} can't be decoded: {_one_line(error)}") from None
+
+    def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
+        # A column's values are numbered and the numbers of all columns combined, so that Python looks at each
+        # distinct combination once and not at each row.
+        table = self._ours(pa.Table.from_batches([batch]))
+        codes = np.zeros(table.num_rows, dtype=np.int64)
+        for column in table.columns:
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+            codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
+            codes = np.unique(codes, return_inverse=True)[1]
+        firsts = np.unique(codes, return_index=True)[1]
+        shapes = [rules.shape(values)[:2] for values in _values(table.take(firsts))]
+        edges = np.flatnonzero(np.diff(codes)) + 1
+        for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
+            if end > begin:
+                bucket, images = shapes[codes[begin]]
+                yield Run(file, start + begin, end - begin, bucket, images)
+
+    def read(self, shard: Shard, rules: RowRules) -> tuple[list[PromptRow], pa.Table]:
+        """The rows of one shard in order, and the carried columns of the same rows.
+
+        A row group that can't be decoded costs its own rows only: they come back with the reason as their error.
+
+        Raises:
+            StorageError: the store failed for longer than the patience.
+        """
+        rows: list[PromptRow] = []
+        carried: list[pa.Table] = []
+        first = 0
+        for group, count in enumerate(self._group_sizes(shard.file)):
+            begin, end = max(shard.start, first), min(shard.stop, first + count)
+            if begin < end:
+                found, table = self._read_group(shard, group, begin - first, end - begin, first, rules)
+                rows += found
+                carried.append(table)
+            first += count
+        return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
+
+    def _read_group(
+        self, shard: Shard, group: int, offset: int, count: int, first: int, rules: RowRules
+    ) -> tuple[list[PromptRow], pa.Table]:
+        first_row = self.files[shard.file].first_row + first + offset
+        try:
+            table = self._decode(shard.file, group).slice(offset, count)
+            ours = _values(self._ours(table))
+            carried = self._carried(table)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, NotImplementedError) as error:
+            reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {_one_line(error)}"
+            rows = [make_row(first_row + i, {}, rules, reason) for i in range(count)]
+            return rows, pa.table(
+                {field.name: pa.nulls(count, field.type) for field in self.carried}, schema=self.carried
+            )
+        rows = [make_row(first_row + i, values, rules) for i, values in enumerate(ours)]
+        mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
+        if len(mine) == len(rows):
+            return rows, carried
+        return [rows[i] for i in mine], carried.take(pa.array(mine, pa.int64()))
+
+    def _decode(self, file: int, group: int) -> pa.Table:
+        if self._group is None or self._group[0] != (file, group):
+            self._group = None
+            self._group = ((file, group), self._open(file).read_row_group(group))
+        return self._group[1]
+
+    def _group_sizes(self, file: int) -> list[int]:
+        try:
+            metadata = self._open(file).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(f"prompts file {self.files[file].name!r} can't be read: {_one_line(error)}") from None
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        if self._opened is None or self._opened[0] != file:
+            self._opened = (file, pq.ParquetFile(self.storage.open(self.files[file].name), pre_buffer=True))
+        return self._opened[1]
+
+    def _ours(self, table: pa.Table) -> pa.Table:
+        present = {ours: theirs for ours, theirs in self.columns.items() if theirs in table.column_names}
+        return table.select(list(present.values())).rename_columns(list(present))
+
+    def _carried(self, table: pa.Table) -> pa.Table:
+        columns = [
+            table.column(field.name).cast(field.type)
+            if field.name in table.column_names
+            else pa.nulls(len(table), field.type)
+            for field in self.carried
+        ]
+        return pa.table(columns, schema=self.carried)
+
+
+def open_prompts(config: JobConfig) -> PromptDataset:
+    """Finds a job's prompt files and checks their columns; reads footers alone.
+
+    Raises:
+        InputError: no file, no rows, a file that is not Parquet, a missing or mistyped column, files that disagree.
+        StorageError: the store failed for longer than the job's patience.
+    """
+    storage, found = _find_files(config)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda name: _footer(storage, name, found[name]), sorted(found)))
+    files: list[PromptFile] = []
+    first_row = 0
+    for name, (metadata, _, identity) in zip(sorted(found), footers, strict=True):
+        files.append(PromptFile(name, metadata.num_rows, first_row, identity))
+        first_row += metadata.num_rows
+    if first_row == 0:
+        raise InputError(f"prompts {storage.url!r}: the files hold no rows")
+    try:
+        schemas = [schema.remove_metadata() for _, schema, _ in footers]
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {_one_line(error)}") from None
+    return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
+
+
+def _map_columns(
+    config: JobConfig, schema: pa.Schema, schemas: list[pa.Schema], files: list[PromptFile]
+) -> dict[str, str]:
+    columns = {}
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise InputError(f"prompts: column {name!r} occurs more than once; rename one")
+    for ours in PROMPT_COLUMNS:
+        theirs = config.columns.get(ours, ours)
+        if theirs in schema.names:
+            columns[ours] = theirs
+        elif ours in config.columns:
+            raise InputError(f"columns.{ours}: the prompts have no column {theirs!r}; they have {_named(schema)}")
+    if "prompt" not in columns:
+        raise InputError(
+            f"the prompts have no column 'prompt'; they have {_named(schema)}: name the right one with --columns.prompt"
+        )
+    for file, its in zip(files, schemas, strict=True):
+        if file.rows and columns["prompt"] not in its.names:
+            raise InputError(f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(its)}")
+    kind = schema.field(columns["prompt"]).type
+    if not (_is_text(kind) or pa.types.is_null(kind)):
+        raise InputError(f"prompts: column {columns['prompt']!r} is of type {kind}; a prompt must be a string")
+    return columns
+
+
+def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
+    url = config.prompts
+    options = config.prompts_storage_options
+    if options is None:
+        same = url.split("://")[0] == config.output.split("://")[0] and "://" in url
+        options = config.storage_options if same else {}
+    whole = Storage(url, options, config.storage_patience)
+    filesystem, path = whole.filesystem, whole.root
+
+    def look() -> tuple[str, dict[str, dict[str, Any]]]:
+        if _GLOB.search(path) and not filesystem.exists(path):
+            base = _GLOB.split(path)[0].rpartition("/")[0]
+            matches = filesystem.glob(path, detail=True)
+            return base, {name: info for name, info in matches.items() if info["type"] == "file"}
+        info = filesystem.info(path)
+        if info["type"] == "file":
+            return path.rpartition("/")[0], {path: info}
+        names = {name: info for name, info in filesystem.find(path, detail=True).items() if name.endswith(".parquet")}
+        return path, {
+            name: info
+            for name, info in names.items()
+            if not any(part.startswith((".", "_")) for part in name[len(path) :].strip("/").split("/"))
+        }
+
+    try:
+        base, found = whole.attempt("find the prompts", look)
+    except StorageError as error:
+        if "FileNotFoundError" in str(error):
+            raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
+        raise InputError(f"prompts: {error}") from None
+    if not found:
+        raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
+    storage = whole.at(base)
+    return storage, {name[len(base) :].lstrip("/"): info for name, info in found.items()}
+
+
+def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.FileMetaData, pa.Schema, str]:
+    size = int(info["size"] or 0)
+    try:
+        tail = storage.get_range(name, max(0, size - 65536), size)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if tail[-4:] != b"PAR1" or length > size:
+            raise pa.ArrowInvalid("it does not end as a Parquet file does")
+        if length > len(tail):
+            tail = storage.get_range(name, size - length, size)
+        # The footer alone is a readable Parquet file as long as no column is asked for.
+        opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
+        metadata, schema = opened.metadata, opened.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {_one_line(error)}") from None
+    version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
+    digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
+    return metadata, schema, f"{size} bytes, footer {digest}, {version}"
+
+
+def _values(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table as Python values; a string that is not UTF-8 comes as `Undecodable`."""
+    try:
+        return table.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        columns = {name: [_value(item) for item in table.column(name)] for name in table.column_names}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _value(item: pa.Scalar) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError:
+        raw = item.value if isinstance(item, pa.DictionaryScalar) else item
+        return Undecodable(bytes(raw.as_buffer()).decode("utf-8", "replace"))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _named(schema: pa.Schema) -> str:
+    return ", ".join(repr(name) for name in schema.names)[:400]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

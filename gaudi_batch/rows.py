@@ -1,0 +1,170 @@
+"""One row of the prompt dataset: what it may ask for, what it gets where it says nothing, and its images' seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.config import MAX_SEED
+from gaudi_batch.plan import Bucket
+
+SHAPE_COLUMNS = ("width", "height", "steps", "guidance_scale", "num_images")
+"""The columns that decide a row's bucket and how many images it asks for."""
+MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What a row gets where it says nothing, and what it may ask for."""
+
+    bucket: Bucket
+    """The job's own bucket; a row that can't be run rides in it to be recorded."""
+    num_images: int
+    negative_prompt: str | None
+    multiple: int
+    """Pixels of which a side must be a multiple."""
+
+    def shape(self, values: Mapping[str, Any]) -> tuple[Bucket, int, str | None]:
+        """The bucket of a row, its number of images, and why it can't be run (None if it can).
+
+        Args:
+            values: the row's values of SHAPE_COLUMNS; a missing or null one is the job's.
+        """
+        try:
+            width = _side(values, "width", self.bucket.width, self.multiple)
+            height = _side(values, "height", self.bucket.height, self.multiple)
+            steps = _count(values, "steps", self.bucket.steps)
+            images = _count(values, "num_images", self.num_images)
+            guidance = _guidance(values, self.bucket.guidance_scale)
+        except ValueError as error:
+            return self.bucket, 0, str(error)
+        return Bucket(width, height, steps, guidance), images, None
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of the dataset, as a card sees it."""
+
+    row: int
+    """Its number over all files in sorted order, the key of everything."""
+    id: str
+    prompt: str
+    negative_prompt: str
+    seed: int | None
+    bucket: Bucket
+    num_images: int
+    error: str | None
+    """Why it can't be run, or None."""
+
+
+def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
+    """The seed of one image, 0 .. 2^63 - 1.
+
+    It is the row's own seed plus the image's number, else the first 8 bytes (big endian) of SHA-256 over the compact
+    JSON of [run seed, id, image number], cut to 63 bits. It depends on nothing that a crash or another number of cards
+    could change.
+    """
+    if row.seed is not None:
+        return (row.seed + image) & MAX_SEED
+    text = json.dumps([run_seed, row.id, image], separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
+
+
+class Undecodable(str):
+    """A string column's value that was not UTF-8, with what could not be read replaced."""
+
+
+def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str | None = None) -> PromptRow:
+    """Applies the rules to one row.
+
+    Args:
+        number: the row's number over all files.
+        values: its values under our column names; a missing or null one is the job's.
+        rules: the rules.
+        error: why the row can't be run, if that is known already.
+    """
+    bucket, images, shape_error = rules.shape(values)
+    prompt, prompt_error = _text(values, "prompt")
+    negative, negative_error = _text(values, "negative_prompt")
+    identity, id_error = _text(values, "id")
+    seed, seed_error = _seed(values)
+    error = error or prompt_error or negative_error or id_error or shape_error or seed_error
+    if error is None and (prompt is None or not prompt.strip()):
+        error = "prompt is null" if prompt is None else "prompt is empty"
+    return PromptRow(
+        row=number,
+        id=str(number) if identity is None else identity,
+        prompt=prompt or "",
+        negative_prompt=(rules.negative_prompt if negative is None else negative) or "",
+        seed=seed,
+        bucket=bucket,
+        num_images=images,
+        error=error,
+    )
+
+
+def _text(values: Mapping[str, Any], name: str) -> tuple[str | None, str | None]:
+    value = values.get(name)
+    if isinstance(value, Undecodable):
+        return str(value), f"{name} is not valid UTF-8"
+    if value is None or isinstance(value, str):
+        return value, None
+    if name == "id":
+        return str(value), None
+    return None, f"{name} is {value!r:.80}; it must be a string"
+
+
+def _integer(values: Mapping[str, Any], name: str) -> int | None:
+    value = values.get(name)
+    if value is None:
+        return None
+    # Data frames turn a column of whole numbers with a gap in it into floats, so 512.0 is a whole number here.
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole:
+        raise ValueError(f"{name} is {_shown(value)}; it must be a whole number")
+    return int(value)
+
+
+def _count(values: Mapping[str, Any], name: str, default: int) -> int:
+    value = _integer(values, name)
+    if value is None:
+        return default
+    if not 1 <= value <= MAX_INT32:
+        raise ValueError(f"{name} is {value}; it must be at least 1 and at most {MAX_INT32}")
+    return value
+
+
+def _side(values: Mapping[str, Any], name: str, default: int, multiple: int) -> int:
+    value = _count(values, name, default)
+    if value % multiple:
+        raise ValueError(f"{name} is {value}; this model needs a multiple of {multiple}")
+    return value
+
+
+def _guidance(values: Mapping[str, Any], default: float) -> float:
+    value = values.get("guidance_scale")
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"guidance_scale is {_shown(value)}; it must be a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"guidance_scale is {value}; it must be finite and not negative")
+    return float(value)
+
+
+def _seed(values: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    try:
+        seed = _integer(values, "seed")
+    except ValueError as error:
+        return None, str(error)
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        return None, f"seed is {seed}; it must be in 0 .. {MAX_SEED}"
+    return seed, None
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"

@@ -1,0 +1,249 @@
+"""The story of a run: resolve the job, take the output, make what is missing, sum up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import string
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError, RunStopped
+from gaudi_batch.job import Job, refuse_bad_rows, resolve, versions
+from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.ledger import Ledger, RunRecord, differences
+from gaudi_batch.plan import Shard
+from gaudi_batch.storage import Storage
+from gaudi_batch.summary import Tally
+
+log = logging.getLogger("gaudi_batch")
+
+GRACE_SECONDS = 30.0
+DRIVER_NAME_LENGTH = 5
+
+
+class Interrupted(RunStopped):
+    """Ctrl-C or SIGTERM ended the run."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run came out."""
+
+    output: str
+    """Where its records are."""
+    summary: dict[str, Any]
+    """What summary.json says."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: every image is made; 3: done, and some rows failed."""
+        return 3 if self.summary["failed_rows"] else 0
+
+
+def run(
+    config: JobConfig,
+    *,
+    address: str | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    grace: float = GRACE_SECONDS,
+) -> RunResult:
+    """Makes every image of a job that its output does not have yet.
+
+    Args:
+        config: the job.
+        address: a Ray cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
+        strict: read every row first, and refuse the job if one can't be run.
+        overwrite: remove the run that is in the output first.
+        grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
+
+    Raises:
+        InputError: the job can't be run as it was given.
+        RunStopped: the run ended before every image was made; the same call resumes it.
+        StorageError: storage refused or failed for longer than `storage_patience`.
+    """
+    ledger = Ledger(Storage(config.output, config.storage_options, config.storage_patience))
+    record = None if overwrite else ledger.run()
+    job = resolve(config, record.threads if record else None)
+    if record:
+        _refuse_another_job(ledger, record, job)
+    if strict:
+        refuse_bad_rows(job)
+    driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
+    lease = LeaseKeeper(ledger.storage, driver)
+    lease.take(log.info)
+    try:
+        if overwrite:
+            ledger.start_afresh()
+        record, shards = _open_run(ledger, job)
+        tally = Tally()
+        for facts, _ in ledger.commits():
+            tally.add(facts)
+        missing = [shard for shard in shards if shard.number not in tally.attempts]
+        if len(missing) < len(shards):
+            log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
+        faults: dict[str, int] = {}
+        retries, reason = 0, None
+        if missing:
+            faults, retries, reason = _drive(job, ledger, record, missing, tally, lease, address, grace)
+        return _sum_up(ledger, record, tally, lease, faults, retries, reason)
+    finally:
+        lease.release()
+
+
+def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
+    different = differences(record, job)
+    if different:
+        raise InputError(
+            f"{ledger.storage.url} belongs to another job; what differs: {'; '.join(different)}."
+            " Name another output, or start this one afresh with --overwrite"
+        )
+
+
+def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
+    # Read again, now that the lease is ours: another driver may have begun the run in the meantime.
+    record = ledger.run()
+    if record is None:
+        return ledger.create(job)
+    _refuse_another_job(ledger, record, job)
+    if record.job.get("shard_size") != job.config.shard_size:
+        log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
+    for package, version in versions().items():
+        before = record.versions.get(package)
+        if before not in (None, version):
+            log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
+    return record, ledger.plan()
+
+
+def _drive(
+    job: Job,
+    ledger: Ledger,
+    record: RunRecord,
+    missing: list[Shard],
+    tally: Tally,
+    lease: LeaseKeeper,
+    address: str | None,
+    grace: float,
+) -> tuple[dict[str, int], int, str | None]:
+    """Has the missing shards made; returns faults by card, retries, and why it stopped (None: all are made)."""
+    # Ray is slow to import and nothing else here needs it.
+    from gaudi_batch.cluster import card_resources, connected, wanted_cards
+    from gaudi_batch.driver import Driver
+    from gaudi_batch.messages import CardSetup
+    from gaudi_batch.progress import open_view
+    from gaudi_batch.schedule import Schedule
+
+    started = time.monotonic()
+    with connected(job, address):
+        lease.confirm()
+        resources = card_resources(job)
+        cards = wanted_cards(job, resources)
+        if cards == 0:
+            raise InputError(
+                f"the cluster has no card for this job, which needs {resources.amount} {resources.name} a card;"
+                " add nodes that have, or choose another device"
+            )
+        log.info("Ray is ready after %.1f s; using %d cards", time.monotonic() - started, cards)
+        schedule = Schedule(
+            missing, lease.driver, record.rows, tally.rows, tally.failed_rows, max_failed=job.config.max_failed
+        )
+        setup = CardSetup(job.config, job.model, job.dataset, job.rules, job.threads)
+        with open_view() as view:
+            driver = Driver(
+                setup,
+                resources,
+                schedule,
+                ledger,
+                tally,
+                record.images,
+                lease,
+                view,
+                lambda: wanted_cards(job, resources),
+            )
+            reason = _run_loop(lambda: _until_over(driver, grace))
+        return driver.faults, schedule.retries, reason
+
+
+async def _until_over(driver: Any, grace: float) -> str | None:
+    """Runs the driver; the first signal stops it gently, the second at once."""
+    loop = asyncio.get_running_loop()
+    signals = 0
+
+    def interrupted(number: int) -> None:
+        nonlocal signals
+        signals += 1
+        name = signal.Signals(number).name
+        if signals == 1:
+            log.warning("%s: finishing what has begun, for up to %g s; once more stops at once", name, grace)
+            driver.stop(INTERRUPTED, grace)
+        else:
+            driver.abandon(INTERRUPTED)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupted, number)
+    return await driver.run()  # type: ignore[no-any-return]
+
+
+INTERRUPTED = "interrupted"
+
+
+def _run_loop(work: Callable[[], Any]) -> str | None:
+    """Runs a coroutine to its end, also where an event loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())  # type: ignore[no-any-return]
+    results: list[str | None] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(asyncio.run(work()))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target, name="gaudi-batch")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _sum_up(
+    ledger: Ledger,
+    record: RunRecord,
+    tally: Tally,
+    lease: LeaseKeeper,
+    faults: dict[str, int],
+    retries: int,
+    reason: str | None,
+) -> RunResult:
+    ours = lease.dead | {lease.driver}
+    ledger.remove_orphans(tally.attempts, lambda attempt: attempt[:DRIVER_NAME_LENGTH] in ours)
+    state = "stopped" if reason else "complete with failed rows" if tally.failed_rows else "complete"
+    summary = {
+        "state": state,
+        "reason": reason,
+        "images_planned": record.images,
+        "rows_planned": record.rows,
+        **tally.describe(faults, retries),
+    }
+    if reason is None:
+        ledger.join_manifests()
+    ledger.put_json("summary.json", summary)
+    if reason == INTERRUPTED:
+        raise Interrupted(f"interrupted with {tally.rows} of {record.rows} rows done; the same command resumes")
+    if reason is not None:
+        raise RunStopped(f"stopped: {reason} ({tally.rows} of {record.rows} rows are done; the same command resumes)")
+    return RunResult(ledger.storage.url, summary)

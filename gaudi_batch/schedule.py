@@ -1,0 +1,430 @@
+"""Which card gets which shard next, what is tried again, and who is to blame.
+
+All of the run's decisions are made in this file, and this file knows nothing of Ray, of storage or of the time: the
+driver tells it what happened, one method an event, and carries out the decisions that come back. Every corner can
+therefore be reached by a test, and a cluster of 10,000 cards be simulated in seconds.
+
+The rules:
+
+* A shard is pending, in hand (one live attempt on one card), committing, committed, or stuck. Only a live attempt can
+  commit; news of any other attempt changes nothing. So no shard is committed twice, and none is lost.
+* Cards pull. A card holds at most `QUEUE` shards, so that it never waits for the next one; it gets the second only
+  while there are more shards than cards without one. A queued shard that has not begun is recalled as soon as a card
+  has nothing to do.
+* A card prefers the graph keys that it has captured. A card without any takes the key with the most work per card.
+* A shard whose card died or raised goes elsewhere if any other card is left that has not failed it.
+* Which row of a shard is to blame is worked out in `blame.py`. A failure is the card's fault when its shard then
+  succeeds elsewhere without a failed row: `MAX_VINDICATIONS` of those, `MAX_STRIKES` failures in a row, or
+  `MAX_START_FAILURES` starts in a row quarantine the card.
+* A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
+* The run ends: complete, or stopped with a reason. What waits always waits for a card that is up or starting, and when
+  there is none the run is over.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from gaudi_batch.blame import Trouble
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
+from gaudi_batch.plan import GraphKey, Shard
+
+QUEUE = 2
+"""Shards in one card's hand: the one that it works on and the one after."""
+MAX_START_FAILURES = 2
+MAX_STRIKES = 6
+MAX_VINDICATIONS = 3
+ALL_FAILED_ROWS = 200
+"""A run whose first this many rows all failed stops: the job is wrong, not the rows."""
+
+
+class CardState(Enum):
+    """Where a card is in its life."""
+
+    WAITING = "waiting for the cluster"
+    STARTING = "starting"
+    READY = "ready"
+    QUARANTINED = "quarantined"
+    GONE = "gone"
+
+
+@dataclass
+class _Card:
+    number: int
+    state: CardState = CardState.GONE
+    hand: dict[str, None] = field(default_factory=dict)  # attempts, oldest first
+    keys: set[GraphKey] = field(default_factory=set)  # captured, or about to be
+    last_key: GraphKey | None = None
+    strikes: int = 0  # failures in a row
+    start_failures: int = 0  # the same of starts
+    vindications: int = 0  # shards that it failed and others made
+
+
+@dataclass
+class _Attempt:
+    shard: int
+    card: _Card
+    announced: frozenset[int] | None = None
+    asked_back: bool = False
+    kept: bool = False
+
+
+class Schedule:
+    """The state of a run.
+
+    Args:
+        shards: what is still to be made.
+        prefix: what makes this driver's attempts unique over all drivers.
+        total_rows: rows of the whole job, of which a share in `max_failed` is taken.
+        done_rows: rows that were committed before.
+        failed_rows: those among them that failed.
+        max_failed: failed rows beyond which the run stops: a count (int), a share (float), or None.
+    """
+
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        prefix: str,
+        total_rows: int,
+        done_rows: int = 0,
+        failed_rows: int = 0,
+        max_failed: int | float | None = None,
+    ) -> None:
+        self.shards = {shard.number: shard for shard in shards}
+        self.prefix = prefix
+        self.total_rows = total_rows
+        self.done_rows = done_rows
+        self.failed_rows = failed_rows
+        self.max_failed = max_failed
+        self.retries = 0
+        self.stop_reason: str | None = None
+        self.finished = False
+        self.stuck: dict[int, str] = {}
+        self._open = len(self.shards)  # shards neither committed nor stuck
+        self._again: deque[int] = deque()  # pending shards that come back, tried before fresh ones
+        self._fresh: dict[GraphKey, deque[int]] = {}
+        self._fresh_count = len(self.shards)
+        self._trouble: dict[int, Trouble] = {}
+        self._attempts: dict[str, _Attempt] = {}
+        self._committing: dict[int, str] = {}
+        self._cards: dict[int, _Card] = {}
+        # Where each usable card is filed, so that an event costs the same with ten cards or ten thousand: those that
+        # start, and those that are ready by the number of shards in their hand.
+        self._starting: dict[int, _Card] = {}
+        self._holding: list[dict[int, _Card]] = [{} for _ in range(QUEUE + 1)]
+        self._holders: Counter[GraphKey] = Counter()
+        self._sent = 0
+        self._last_error = ""
+        for shard in sorted(self.shards.values(), key=lambda shard: shard.number):
+            self._fresh.setdefault(shard.bucket.graph_key, deque()).append(shard.number)
+
+    # -- events: cards ------------------------------------------------------------------------------------------
+
+    def starting(self, number: int) -> list[Decision]:
+        """A card's process is being started for the first time."""
+        self._cards[number] = _Card(number)
+        self._set_state(self._cards[number], CardState.STARTING)
+        return []
+
+    def ready(self, number: int) -> list[Decision]:
+        """A card has loaded its pipeline."""
+        card = self._cards[number]
+        if card.state is not CardState.STARTING:
+            return []
+        card.start_failures = 0
+        self._set_state(card, CardState.READY)
+        return self._proceed()
+
+    def died(self, number: int, error: str) -> list[Decision]:
+        """A card's process ended, or was killed for passing a limit, and its node is still there."""
+        card = self._cards[number]
+        if card.state is CardState.STARTING:
+            card.start_failures += 1
+        elif card.state is CardState.READY:
+            card.strikes += 1
+            self._blame_death(card, error)
+        else:
+            return []
+        return self._replace_or_quarantine(card, error) + self._proceed()
+
+    def gone(self, number: int) -> list[Decision]:
+        """A card left with its node, or was withdrawn; that counts against nobody."""
+        card = self._cards[number]
+        if card.state is not CardState.QUARANTINED:
+            self._set_state(card, CardState.GONE)
+        return self._proceed()
+
+    # -- events: attempts ---------------------------------------------------------------------------------------
+
+    def announced(self, attempt: str, rows: Iterable[int]) -> list[Decision]:
+        """A card is about to call the pipeline for these rows."""
+        if attempt in self._attempts:
+            self._attempts[attempt].announced = frozenset(rows)
+        return []
+
+    def done(self, attempt: str, rows: int, failed_rows: int, raised_rows: int) -> list[Decision]:
+        """A card has made a shard and returned its record.
+
+        Args:
+            attempt: the attempt.
+            rows: rows in the record.
+            failed_rows: those that failed, for whatever reason.
+            raised_rows: those that failed in the pipeline, which clears the cards that failed the shard before.
+        """
+        if attempt not in self._attempts:
+            return []
+        live = self._release(attempt)
+        self._committing[live.shard] = attempt
+        live.card.strikes = 0
+        self.done_rows += rows
+        self.failed_rows += failed_rows
+        decisions: list[Decision] = [Commit(live.shard, attempt)]
+        trouble = self._trouble.pop(live.shard, None)
+        if trouble is not None and not raised_rows:
+            for number in dict.fromkeys(trouble.failed_on):
+                decisions += self._made_elsewhere(self._cards[number], live.card)
+        self._limit_failures()
+        return decisions + self._proceed()
+
+    def failed(self, attempt: str, error: str, accused: Mapping[int, str], healthy: bool) -> list[Decision]:
+        """A card could not make a shard, and its process lives.
+
+        Args:
+            attempt: the attempt.
+            error: why.
+            accused: rows that raised alone, with no other row made afterwards.
+            healthy: whether the card has made anything since; a card that has not is replaced.
+        """
+        if attempt not in self._attempts:
+            return []
+        live = self._release(attempt)
+        trouble = self._trouble.setdefault(live.shard, Trouble())
+        trouble.raised(live.card.number, error, accused)
+        self._try_again(live.shard, trouble)
+        live.card.strikes += 1
+        decisions = [] if healthy else self._replace_or_quarantine(live.card, error)
+        return decisions + self._proceed()
+
+    def recalled(self, attempt: str, given_back: bool) -> list[Decision]:
+        """A card has answered a recall: it had not begun the shard and gave it back, or it keeps it."""
+        if attempt not in self._attempts:
+            return []
+        if given_back:
+            self._again.appendleft(self._release(attempt).shard)
+        else:
+            self._attempts[attempt].kept = True
+        return self._proceed()
+
+    def committed(self, shard: int) -> list[Decision]:
+        """The manifest of a shard is in place, from this driver or from another."""
+        if self._committing.pop(shard, None) is None:
+            return []
+        self._open -= 1
+        return self._proceed()
+
+    def stop(self, reason: str) -> list[Decision]:
+        """Take up no more work; what has begun is finished."""
+        self.stop_reason = self.stop_reason or reason
+        return self._proceed()
+
+    # -- what a reader may ask ----------------------------------------------------------------------------------
+
+    def state(self, number: int) -> CardState:
+        """Where a card is in its life; one that this schedule has not heard of waits for the cluster."""
+        return self._cards[number].state if number in self._cards else CardState.WAITING
+
+    def hand(self, number: int) -> list[str]:
+        """The attempts in a card's hand, oldest first."""
+        return list(self._cards[number].hand)
+
+    def pending(self) -> int:
+        """Shards that no card has."""
+        return len(self._again) + self._fresh_count
+
+    # -- decisions ----------------------------------------------------------------------------------------------
+
+    def _proceed(self) -> list[Decision]:
+        if self.finished:
+            return []
+        decisions: list[Decision] = []
+        if self.stop_reason is None:
+            decisions += self._assign()
+            idle = len(self._holding[0])
+            if idle:
+                decisions += self._recall(idle)
+        else:
+            decisions += self._recall(len(self._cards))
+        usable = self._starting or any(self._holding)
+        over = self._open == 0 or self.stop_reason is not None or not usable
+        if over and not self._attempts and not self._committing:
+            self.finished = True
+            decisions.append(Finish(self._why_it_ended()))
+        return decisions
+
+    def _why_it_ended(self) -> str | None:
+        if self._open == 0 and not self.stuck:
+            return None
+        if self.stop_reason is not None:
+            return self.stop_reason
+        if self._open:
+            return f"no card is left; the last error of one: {self._last_error or 'none'}"
+        shard, error = next(iter(self.stuck.items()))
+        return f"{len(self.stuck)} shards could not be made; shard {shard}: {error}"
+
+    def _assign(self) -> list[Decision]:
+        decisions: list[Decision] = []
+        for in_hand in range(QUEUE):
+            for card in list(self._holding[in_hand].values()):
+                # Whoever has nothing comes first, a card that is still starting too.
+                without_work = len(self._holding[0]) + len(self._starting) if in_hand else 0
+                if self.pending() <= without_work:
+                    return decisions
+                shard = self._choose(card)
+                if shard is not None:
+                    decisions.append(self._send(card, shard))
+        return decisions
+
+    def _choose(self, card: _Card) -> int | None:
+        for place, shard in enumerate(self._again):
+            if self._may_have(card, shard):
+                del self._again[place]
+                return shard
+        if not self._fresh:
+            return None
+        if card.last_key in self._fresh:
+            key = card.last_key
+        elif captured := card.keys & self._fresh.keys():
+            key = max(captured, key=lambda key: (len(self._fresh[key]), key))
+        else:
+            key = max(self._fresh, key=lambda key: (len(self._fresh[key]) / (1 + self._holders[key]), key))
+        shard = self._fresh[key].popleft()
+        self._fresh_count -= 1
+        if not self._fresh[key]:
+            del self._fresh[key]
+        return shard
+
+    def _may_have(self, card: _Card, shard: int) -> bool:
+        trouble = self._trouble.get(shard)
+        return trouble is None or card.number not in trouble.failed_on or not self._others(trouble.failed_on)
+
+    def _others(self, numbers: Iterable[int]) -> bool:
+        """Whether a card is ready or starting that is none of these."""
+        not_these = set(numbers)
+        usable = (self._starting, *self._holding)
+        return any(number not in not_these for cards in usable for number in cards)
+
+    def _send(self, card: _Card, shard: int) -> Assign:
+        self._sent += 1
+        attempt = f"{self.prefix}{self._sent}"
+        self._attempts[attempt] = _Attempt(shard, card)
+        card.hand[attempt] = None
+        card.last_key = self.shards[shard].bucket.graph_key
+        if card.last_key not in card.keys:
+            card.keys.add(card.last_key)
+            self._holders[card.last_key] += 1
+        self._file(card)
+        trouble = self._trouble.get(shard, Trouble())
+        return Assign(
+            card.number,
+            self.shards[shard],
+            attempt,
+            trouble.announce,
+            trouble.alone,
+            dict(trouble.accused),
+            dict(trouble.condemned),
+        )
+
+    def _recall(self, wanted: int) -> list[Decision]:
+        """Asks for up to `wanted` queued shards back, those already asked for among them."""
+        decisions: list[Decision] = []
+        for card in self._holding[QUEUE].values():
+            if wanted <= 0:
+                break
+            attempt = next(reversed(card.hand))
+            live = self._attempts[attempt]
+            wanted -= not live.kept
+            if not live.asked_back:
+                live.asked_back = True
+                decisions.append(Recall(card.number, attempt))
+        return decisions
+
+    # -- failures -----------------------------------------------------------------------------------------------
+
+    def _blame_death(self, card: _Card, error: str) -> None:
+        hand = {attempt: self._attempts[attempt] for attempt in reversed(card.hand)}
+        guilty = {attempt for attempt, live in hand.items() if live.announced is not None} or set(hand)
+        for attempt, live in hand.items():
+            self._release(attempt)
+            if attempt in guilty:
+                trouble = self._trouble.setdefault(live.shard, Trouble())
+                others = self._others([*trouble.died_on, card.number])
+                trouble.died(card.number, error, live.announced, others)
+                self._try_again(live.shard, trouble)
+            else:
+                self._again.appendleft(live.shard)
+
+    def _try_again(self, shard: int, trouble: Trouble) -> None:
+        if trouble.stuck:
+            self.stuck[shard] = trouble.error
+            self._open -= 1
+        else:
+            self.retries += 1
+            self._again.appendleft(shard)
+
+    def _replace_or_quarantine(self, card: _Card, error: str) -> list[Decision]:
+        self._last_error = error
+        if card.start_failures >= MAX_START_FAILURES:
+            return self._quarantine(card, f"it failed to start {card.start_failures} times: {error}")
+        if card.strikes >= MAX_STRIKES:
+            return self._quarantine(card, f"it failed {card.strikes} times in a row: {error}")
+        self._set_state(card, CardState.STARTING)
+        return [Replace(card.number)]
+
+    def _made_elsewhere(self, card: _Card, maker: _Card) -> list[Decision]:
+        if card is maker or card.state not in (CardState.STARTING, CardState.READY):
+            return []
+        card.vindications += 1
+        if card.vindications < MAX_VINDICATIONS:
+            return []
+        return self._quarantine(card, f"{card.vindications} shards that it failed were made by other cards")
+
+    def _quarantine(self, card: _Card, reason: str) -> list[Decision]:
+        self._set_state(card, CardState.QUARANTINED)
+        return [Quarantine(card.number, reason)]
+
+    def _limit_failures(self) -> None:
+        limit = self.max_failed
+        if limit is not None and self.failed_rows > (limit if isinstance(limit, int) else limit * self.total_rows):
+            self.stop_reason = self.stop_reason or f"{self.failed_rows} rows failed, more than max_failed ({limit})"
+        elif self.done_rows >= ALL_FAILED_ROWS and self.failed_rows == self.done_rows:
+            self.stop_reason = self.stop_reason or f"the first {self.done_rows} rows all failed"
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    def _release(self, attempt: str) -> _Attempt:
+        live = self._attempts.pop(attempt)
+        del live.card.hand[attempt]
+        self._file(live.card)
+        return live
+
+    def _set_state(self, card: _Card, state: CardState) -> None:
+        """Moves a card on. Only a ready card has work in hand and graphs captured."""
+        if state is not CardState.READY:
+            for attempt in reversed(list(card.hand)):
+                self._again.appendleft(self._release(attempt).shard)
+            self._holders.subtract(card.keys)
+            card.keys.clear()
+            card.last_key = None
+        card.state = state
+        self._file(card)
+
+    def _file(self, card: _Card) -> None:
+        for cards in (self._starting, *self._holding):
+            cards.pop(card.number, None)
+        if card.state is CardState.STARTING:
+            self._starting[card.number] = card
+        elif card.state is CardState.READY:
+            self._holding[len(card.hand)][card.number] = card

@@ -1,0 +1,290 @@
+"""One root on any fsspec URL: the only place that writes objects, and the only one that tries storage again.
+
+Everything else speaks in paths relative to a root. A put is atomic: a reader sees the whole object or none. What a
+store itself calls impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong
+is tried again with backoff and jitter, for as long as the job's patience lasts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import io
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from gaudi_batch.errors import InputError, StorageError
+
+T = TypeVar("T")
+
+FIRST_DELAY_SECONDS = 0.5
+LONGEST_DELAY_SECONDS = 30.0
+PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+PERMANENT_ERRORS = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ImportError,
+    ValueError,
+    TypeError,
+)
+SECRET_KEY = re.compile(r"key|secret|token|passw|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
+_URL_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
+_URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
+
+
+def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
+    """Takes secrets out of a text: user names, passwords and queries in URLs, and the values of `options` (fsspec
+    storage options) whose names say that they are secret."""
+    for secret in sorted(_secrets(options or {}), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _URL_QUERY.sub(r"\1?***", _URL_USERINFO.sub(r"\1***@", text))
+
+
+def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options with every value that may be a secret replaced by `***`."""
+    return {
+        key: redacted_options(value)
+        if isinstance(value, Mapping)
+        else "***"
+        if SECRET_KEY.search(key)
+        else redact(value)
+        if isinstance(value, str)
+        else value
+        for key, value in options.items()
+    }
+
+
+def _secrets(options: Mapping[str, Any], inherited: bool = False) -> set[str]:
+    found: set[str] = set()
+    for key, value in options.items():
+        secret = inherited or bool(SECRET_KEY.search(str(key)))
+        if isinstance(value, Mapping):
+            found |= _secrets(value, secret)
+        elif secret and isinstance(value, str) and len(value) >= 4:
+            found.add(value)
+    return found
+
+
+def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL, with caches of listings off, and the path inside it.
+
+    Raises:
+        InputError: the protocol is unknown, its package is missing, or the options do not fit it.
+    """
+    try:
+        protocol = fsspec.core.split_protocol(url)[0]
+        if protocol in ("memory", "memoryfs"):
+            raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
+    except InputError:
+        raise
+    except ImportError as error:
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+        way_out = f"; pip install 'gaudi-batch[{extra[protocol]}]'" if protocol in extra else ""
+        raise InputError(f"{redact(url)!r} can't be opened: {error}{way_out}") from None
+    except Exception as error:
+        raise InputError(f"{redact(url)!r} can't be opened: {redact(str(error), options)}") from None
+    return filesystem, path
+
+
+class Storage:
+    """A directory on any fsspec URL, addressed by relative paths with forward slashes.
+
+    Args:
+        url: root; a plain path is a local directory.
+        options: fsspec storage options.
+        patience: seconds for which a failing operation is tried again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        options: Mapping[str, Any] | None = None,
+        patience: float = 600.0,
+    ) -> None:
+        self.options = dict(options or {})
+        self.filesystem, root = open_filesystem(url, self.options)
+        self.root = root.rstrip("/") or "/"
+        self.local = isinstance(self.filesystem, LocalFileSystem)
+        self.url = redact(root if self.local else url).rstrip("/")
+        self.patience = patience
+        self._made: set[str] = set()
+        self._running: dict[object, float] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_running", "_made")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._made, self._running, self._lock = set(), {}, threading.Lock()
+
+    def longest_running_s(self) -> float:
+        """Seconds for which the oldest operation that has not ended has been going on; 0 if there is none."""
+        with self._lock:
+            return time.monotonic() - min(self._running.values()) if self._running else 0.0
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes an object whole. Raises StorageError."""
+        self.attempt(f"write {path}", lambda: self._put(path, lambda full: self.filesystem.pipe_file(full, data)))
+
+    def put_file(self, path: str, local: str) -> None:
+        """Writes a local file as an object, whole. Raises StorageError."""
+        self.attempt(f"write {path}", lambda: self._put(path, lambda full: self.filesystem.put_file(local, full)))
+
+    def get(self, path: str) -> bytes | None:
+        """The bytes of an object, or None where there is none. Raises StorageError."""
+
+        def read() -> bytes | None:
+            try:
+                return self.filesystem.cat_file(self.full(path))  # type: ignore[no-any-return]
+            except FileNotFoundError:
+                return None
+
+        return self.attempt(f"read {path}", read)
+
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of an object. Raises StorageError."""
+        if stop <= start:
+            return b""
+        return self.attempt(  # type: ignore[no-any-return]
+            f"read {path}", lambda: self.filesystem.cat_file(self.full(path), start=start, end=stop)
+        )
+
+    def open(self, path: str) -> io.RawIOBase:
+        """An object as a file to read at any position; each read is tried again like everything here."""
+        size = self.attempt(f"read {path}", lambda: int(self.filesystem.info(self.full(path))["size"]))
+        return _Ranges(self, path, size)
+
+    def at(self, root: str) -> Storage:
+        """The same store with another root, given as the filesystem knows it."""
+        other = copy.copy(self)
+        other.root = root.rstrip("/") or "/"
+        return other
+
+    def names(self, directory: str) -> list[str]:
+        """Names of what lies directly in a directory, sorted; none where there is no such directory."""
+
+        def listing() -> list[str]:
+            try:
+                found = self.filesystem.ls(self.full(directory), detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
+
+        return [name for name in self.attempt(f"list {directory or '.'}", listing) if ".part-" not in name]
+
+    def remove(self, path: str) -> None:
+        """Removes an object or a directory with all that it holds; one that is not there is no error."""
+
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.filesystem.rm(self.full(path), recursive=True)
+            self._made = {made for made in self._made if not f"{made}/".startswith(f"{self.full(path)}/")}
+
+        self.attempt(f"remove {path}", delete)
+
+    def full(self, path: str) -> str:
+        """The path that the filesystem knows."""
+        return f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}"
+
+    def _put(self, path: str, write: Callable[[str], None]) -> None:
+        full = self.full(path)
+        if not self.local:
+            write(full)
+            return
+        parent = full.rpartition("/")[0]
+        if parent not in self._made:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            self._made.add(parent)
+        part = Path(f"{full}.part-{uuid.uuid4().hex[:8]}")
+        try:
+            write(str(part))
+            part.replace(full)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def attempt(self, what: str, operation: Callable[[], T]) -> T:
+        """Runs an operation until it succeeds, storage refuses it, or the patience is over.
+
+        Raises:
+            StorageError: with the storage's own words, secrets taken out.
+        """
+        started = time.monotonic()
+        this = object()
+        with self._lock:
+            self._running[this] = started
+        try:
+            for delay in _delays():
+                try:
+                    return operation()
+                except Exception as error:
+                    waited = time.monotonic() - started
+                    said = redact(f"{type(error).__name__}: {error}", self.options)
+                    if _permanent(error):
+                        raise StorageError(f"{self.url}: can't {what}: {said}") from None
+                    if waited + delay > self.patience:
+                        raise StorageError(
+                            f"{self.url}: can't {what}, tried for {waited:.0f} s (storage_patience): {said}"
+                        ) from None
+                    time.sleep(delay)
+        finally:
+            with self._lock:
+                del self._running[this]
+        raise AssertionError("the delays never end")
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, storage: Storage, path: str, size: int) -> None:
+        self._storage, self._path, self._size, self._position = storage, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._size, self._position + len(buffer))
+        data = self._storage.get_range(self._path, self._position, stop)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _permanent(error: Exception) -> bool:
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return True
+    if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
+        return True
+    return isinstance(error, PERMANENT_ERRORS) and not isinstance(error, (TimeoutError, ConnectionError))
+
+
+def _delays() -> Iterator[float]:
+    """Exponential backoff with full jitter, so that a thousand cards do not come back at the same instant."""
+    longest = FIRST_DELAY_SECONDS
+    while True:
+        yield random.uniform(longest / 2, longest)
+        longest = min(2 * longest, LONGEST_DELAY_SECONDS)

@@ -1,0 +1,109 @@
+"""What each card did: a line per batch, and the sums of lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BatchLine:
+    """One batch, as `throughput/<card>/<shard>-<attempt>.jsonl` has it."""
+
+    time: str
+    """When its images were in storage, ISO 8601, UTC."""
+    card: str
+    node: str
+    module: int | None
+    device: str
+    shard: int
+    batch: int
+    """Number within the shard."""
+    bucket: dict[str, float]
+    """Width, height, steps and guidance scale."""
+    phase: str
+    """`warmup` (the first batches of a graph key on a card, which compile) or `steady`."""
+    images: int
+    padding: int
+    """Images that were generated to fill the batch and dropped."""
+    generate_s: float
+    images_per_s: float
+    wait_s: float
+    """Time for which the device was idle before this batch."""
+    encode_s: float
+    """Summed over the batch's images, which are encoded side by side."""
+    upload_s: float
+    """The same of uploads."""
+
+    def json(self) -> str:
+        """The line."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Throughput lines added up; sums of sums are made with `+`."""
+
+    batches: int = 0
+    images: int = 0
+    padding: int = 0
+    steady_images: int = 0
+    steady_s: float = 0.0
+    warmup_s: float = 0.0
+    wait_s: float = 0.0
+    encode_s: float = 0.0
+    upload_s: float = 0.0
+
+    @classmethod
+    def of(cls, lines: Iterable[BatchLine]) -> Sums:
+        """Adds lines up."""
+        total = cls()
+        for line in lines:
+            steady = line.phase == "steady"
+            total += cls(
+                batches=1,
+                images=line.images,
+                padding=line.padding,
+                steady_images=line.images if steady else 0,
+                steady_s=line.generate_s if steady else 0.0,
+                warmup_s=0.0 if steady else line.generate_s,
+                wait_s=line.wait_s,
+                encode_s=line.encode_s,
+                upload_s=line.upload_s,
+            )
+        return total
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images a second of generation, warm-up left out; None before the first steady batch."""
+        return self.steady_images / self.steady_s if self.steady_s > 0 else None
+
+    @property
+    def busy_share(self) -> float | None:
+        """The share of its time for which the device was generating, 0 to 1."""
+        busy = self.steady_s + self.warmup_s
+        return busy / (busy + self.wait_s) if busy + self.wait_s > 0 else None
+
+    def describe(self) -> dict[str, Any]:
+        """The sums as the summary has them."""
+        return {
+            "images": self.images,
+            "batches": self.batches,
+            "padding": self.padding,
+            "images_per_s": _rounded(self.images_per_s),
+            "busy_share": _rounded(self.busy_share),
+            "warmup_s": _rounded(self.warmup_s),
+            "generate_s": _rounded(self.steady_s + self.warmup_s),
+            "wait_s": _rounded(self.wait_s),
+            "encode_s": _rounded(self.encode_s),
+            "upload_s": _rounded(self.upload_s),
+        }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
