@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gaudi_batch.config import JobConfig
     from gaudi_batch.errors import GaudiBatchError, InputError, RunStopped, StorageError
-    from gaudi_batch.run import Interrupted, RunResult, run
+    from gaudi_batch.runner import Interrupted, RunResult, run
 
 __all__ = [
     "GaudiBatchError",
@@ -34,9 +34,9 @@ _PLACES = {
     "InputError": "errors",
     "RunStopped": "errors",
     "StorageError": "errors",
-    "Interrupted": "run",
-    "RunResult": "run",
-    "run": "run",
+    "Interrupted": "runner",
+    "RunResult": "runner",
+    "run": "runner",
 }
 
 

@@ -25,8 +25,10 @@ from gaudi_batch.decisions import Assign
 from gaudi_batch.errors import StorageError
 from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_error
 from gaudi_batch.mailbox import Mailbox
+from gaudi_batch.manifest import StoredImage
 from gaudi_batch.messages import Announced, CardSetup, Done, Failed, News, NotLoaded, Ready
-from gaudi_batch.outputs.files import FilesOutput, StoredImage, attempt_name
+from gaudi_batch.names import throughput_path
+from gaudi_batch.outputs.files import FilesOutput
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import Generated, Item, Pipeline
 from gaudi_batch.plan import Bucket, GraphKey
@@ -223,7 +225,7 @@ class Card:
             lines.append(self._line(work, batch, kept, results))
         shard, attempt = work.assignment.shard, work.assignment.attempt
         text = "".join(f"{line.json()}\n" for line in lines)
-        self._storage.put(f"throughput/{self._name}/{attempt_name(shard.number, attempt)}.jsonl", text.encode())
+        self._storage.put(throughput_path(self._name, shard.number, attempt), text.encode())
         facts = manifest.CommitFacts(
             shard=shard.number,
             attempt=attempt,

@@ -1,4 +1,4 @@
-"""The command line: thin. Flags of a job are made from the fields of `JobConfig`."""
+"""The command line: thin. Nothing heavy is imported before the command that needs it is known."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import importlib.metadata
 import json
 import logging
 import sys
-import types
-import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
-from gaudi_batch.config import JobConfig, merge
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.text import printable
 
 log = logging.getLogger("gaudi_batch")
 
+STATUS_PATIENCE_SECONDS = 10.0
+JOB_COMMANDS = ("run", "check")
+"""The commands that take a job."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     try:
-        parsed = _parser().parse_args(_join_mapping_flags(sys.argv[1:] if arguments is None else list(arguments)))
+        parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     except InputError as error:
         print(f"gaudi-batch: {error}", file=sys.stderr)
         return error.exit_code
@@ -52,10 +49,11 @@ def entry() -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from gaudi_batch.run import run
+    from gaudi_batch.flags import job_from
+    from gaudi_batch.runner import run
 
     result = run(
-        _job(parsed), address=parsed.address, strict=parsed.strict, overwrite=parsed.overwrite, grace=parsed.grace
+        job_from(parsed), address=parsed.address, strict=parsed.strict, overwrite=parsed.overwrite, grace=parsed.grace
     )
     _print_result(result.output, result.summary)
     return result.exit_code
@@ -63,9 +61,10 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
+    from gaudi_batch.flags import job_from
     from gaudi_batch.job import refuse_bad_rows, resolve
 
-    job = resolve(_job(parsed))
+    job = resolve(job_from(parsed))
     if parsed.strict:
         refuse_bad_rows(job)
     print(check(job))
@@ -73,11 +72,14 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> int:
+    import yaml
+
     from gaudi_batch.ledger import Ledger
     from gaudi_batch.status import describe_status, read_status
     from gaudi_batch.storage import Storage
 
-    status = read_status(Ledger(Storage(parsed.output, _mapping(parsed.storage_options), patience=10.0)))
+    options = yaml.safe_load(parsed.storage_options or "{}")
+    status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)))
     print(json.dumps(status, indent=1) if parsed.json else printable(describe_status(status)))
     return 0
 
@@ -111,11 +113,20 @@ def _print_result(output: str, summary: dict[str, Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} ({self.prog} --help tells what there is)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if command not in JOB_COMMANDS:
+        return _parser(lambda command: None).parse_args(arguments)
+    from gaudi_batch.flags import add_job_flags, join_mapping_flags
+
+    return _parser(add_job_flags).parse_args(join_mapping_flags(arguments))
+
+
+def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="gaudi-batch",
         description="Turn a Parquet dataset of prompts into images in object storage on every Gaudi card of a cluster.",
@@ -136,11 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds in which what has begun is committed after SIGTERM or Ctrl-C (default: 30)",
     )
-    _job_flags(run)
+    add_job_flags(run)
 
     check = _command(commands, "check", _check, "validate a job and print its plan, starting nothing")
     check.add_argument("--strict", action="store_true", help="read every row and refuse the job if one can't be run")
-    _job_flags(check)
+    add_job_flags(check)
 
     status = _command(commands, "status", _status, "say how far the run in an output is, from the output alone")
     status.add_argument("output", help="the job's output")
@@ -158,98 +169,6 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
     command.set_defaults(command=function)
     command.add_argument("--verbose", action="store_true", help="log more")
     return command
-
-
-def _job_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", nargs="?", help="YAML file of the job; flags win over it")
-    group = command.add_argument_group("fields of the job")
-    for path, field in _fields(JobConfig):
-        default = field.get_default(call_default_factory=True)
-        shown = "" if field.is_required() or default in (None, {}, ()) else f" (default: {default})"
-        group.add_argument(
-            f"--{path.replace('_', '-')}",
-            dest=f"field:{path}",
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
-            help=f"{field.description}{shown}".replace("%", "%%"),
-        )
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    """Every field of a job under its dotted name."""
-    found: list[tuple[str, FieldInfo]] = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _fields(field.annotation, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", field))
-    return found
-
-
-def _job(parsed: argparse.Namespace) -> JobConfig:
-    overrides: dict[str, Any] = {}
-    fields = dict(_fields(JobConfig))
-    for flag, text in vars(parsed).items():
-        if flag.startswith("field:"):
-            path = flag.removeprefix("field:")
-            value = _flag_value(path, text, fields[path])
-            for part in reversed(path.split(".")):
-                value = {part: value}
-            overrides = merge(overrides, value)
-    return JobConfig.load(parsed.job, overrides)
-
-
-def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
-    """A flag's text as the config takes it: null is null, mappings and lists are YAML, the rest is as it is."""
-    kinds = _kinds(field.annotation)
-    if type(None) in kinds and text in ("null", "none", ""):
-        return None
-    if dict in kinds or tuple in kinds:
-        return _mapping(text, f"--{path.replace('_', '-')}")
-    return text
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return set().union(*(_kinds(part) for part in typing.get_args(annotation)))
-    return {typing.get_origin(annotation) or annotation}
-
-
-def _mapping(text: str | None, flag: str = "--storage-options") -> Any:
-    try:
-        return yaml.safe_load(text) if text else {}
-    except yaml.YAMLError:
-        raise InputError(f"{flag}: its value must be YAML, such as '{{key: value}}'") from None
-
-
-def _join_mapping_flags(arguments: list[str]) -> list[str]:
-    """Turns `--storage-options.anon true`, a flag for one entry, into `--storage-options '{"anon": true}'`."""
-    mappings = {
-        f"--{path.replace('_', '-')}": path for path, field in _fields(JobConfig) if dict in _kinds(field.annotation)
-    }
-    joined: dict[str, dict[str, Any]] = {}
-    rest: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        flag, equals, value = argument.partition("=")
-        name, dot, key = flag.partition(".")
-        if name in mappings and dot:
-            if not equals:
-                if not waiting:
-                    raise InputError(f"{flag} needs a value")
-                value = waiting.pop(0)
-            loaded = _mapping(value, flag)
-            # Names of columns and secrets are text, whatever YAML would make of them.
-            entry: Any = loaded if isinstance(loaded, (bool, dict, list)) else value
-            for part in reversed(key.split(".")):
-                entry = {part: entry}
-            joined[name] = merge(joined.get(name, {}), entry)
-        else:
-            rest.append(argument)
-    for name, value in joined.items():
-        rest += [name, json.dumps(value)]
-    return rest
 
 
 def _set_up_log(verbose: bool) -> None:

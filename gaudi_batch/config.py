@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gaudi_batch.errors import InputError
+from gaudi_batch.rows import MAX_SEED
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -29,8 +30,6 @@ PROMPT_COLUMNS = (
 """The columns of a prompt dataset that mean something to the job; all others are carried into the manifest."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
-MAX_SEED = 2**63 - 1
-"""Seeds are 0 .. 2^63 - 1, what a Parquet int64 column and a torch.Generator both hold."""
 
 
 class _Section(BaseModel):

@@ -116,6 +116,16 @@ class Job:
             dumped[name] = redact(dumped[name])
         return dumped
 
+    def versions(self) -> dict[str, str]:
+        """Versions of everything that shapes an image, as far as this machine has it."""
+        found = {}
+        for package in SHAPING_PACKAGES:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return found
+
 
 def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
     """Finds a job's prompts and model, and checks that they go together.
@@ -156,14 +166,3 @@ def refuse_bad_rows(job: Job, shown: int = 5) -> None:
     if bad:
         more = f" and {bad - len(lines)} more" if bad > len(lines) else ""
         raise InputError(f"--strict: {bad} rows can't be run: {'; '.join(lines)}{more}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that shapes an image, as far as this machine has it."""
-    found = {}
-    for package in SHAPING_PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -10,25 +10,26 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch import manifest
 from gaudi_batch.errors import InputError
-from gaudi_batch.job import Job, versions
 from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.outputs.files import shard_name
+from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage import Storage
+
+if TYPE_CHECKING:
+    from gaudi_batch.job import Job
 
 READ_THREADS = 16
 OWN_NAMES = (
@@ -43,8 +44,6 @@ OWN_NAMES = (
 )
 """What a run puts into its output, in the order in which starting afresh removes it: commits first, so that a crash in
 between leaves a run that makes its images again."""
-_MANIFEST = re.compile(r"(\d{6,})\.parquet")
-_ATTEMPT = re.compile(r"(\d{6,})-([0-9a-z]+)")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Ledger:
         record = RunRecord(
             job=job.describe(),
             fingerprint=job.fingerprint(),
-            versions=versions(),
+            versions=job.versions(),
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             rows=job.total_rows,
             images=sum(shard.images for shard in shards),
@@ -158,8 +157,8 @@ class Ledger:
 
     def committed_shards(self) -> list[int]:
         """Numbers of the shards that have a manifest, from their names alone."""
-        matches = (_MANIFEST.fullmatch(name) for name in self.storage.names("manifest"))
-        return sorted(int(match[1]) for match in matches if match)
+        numbers = (parse_manifest(name) for name in self.storage.names("manifest"))
+        return sorted(number for number in numbers if number is not None)
 
     def commits(self) -> Iterator[tuple[CommitFacts, pa.Table]]:
         """Every whole manifest, in order of its shard. One that was written in part is passed over."""
@@ -225,8 +224,8 @@ class Ledger:
         places = ["images", *(f"throughput/{card}" for card in self.storage.names("throughput"))]
         for place in places:
             for name in self.storage.names(place):
-                match = _ATTEMPT.match(name)
-                if match and committed.get(int(match[1])) != match[2] and is_ours(match[2]):
+                found = parse_attempt(name)
+                if found and committed.get(found[0]) != found[1] and is_ours(found[1]):
                     self.storage.remove(f"{place}/{name}")
                     removed += 1
         return removed
@@ -248,11 +247,6 @@ class Ledger:
         except (ValueError, RecursionError):
             return None
         return loaded if isinstance(loaded, dict) else None
-
-
-def manifest_path(shard: int) -> str:
-    """Where the manifest of a shard lies."""
-    return f"manifest/{shard_name(shard)}.parquet"
 
 
 def differences(run: RunRecord, job: Job) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gaudi_batch.outputs.files import StoredImage
 from gaudi_batch.rows import PromptRow, image_seed
 from gaudi_batch.throughput import Sums
 
@@ -40,6 +39,18 @@ COLUMNS = pa.schema(
     ]
 )
 _METADATA_KEY = b"gaudi_batch"
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that is in storage."""
+
+    path: str
+    """Relative to the output."""
+    sha256: str
+    finished_at: datetime
+    encode_s: float
+    upload_s: float
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gaudi_batch.config import MAX_SEED
 from gaudi_batch.plan import Bucket
 
 SHAPE_COLUMNS = ("width", "height", "steps", "guidance_scale", "num_images")
 """The columns that decide a row's bucket and how many images it asks for."""
 MAX_INT32 = 2**31 - 1
+MAX_SEED = 2**63 - 1
+"""Seeds are 0 .. 2^63 - 1, what a Parquet int64 column and a torch.Generator both hold."""
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,7 @@ class _Attempt:
     shard: int
     card: _Card
     announced: frozenset[int] | None = None
-    asked_back: bool = False
-    kept: bool = False
+    recallable: bool = True
 
 
 class Schedule:
@@ -116,6 +115,8 @@ class Schedule:
         self._starting: dict[int, _Card] = {}
         self._holding: list[dict[int, _Card]] = [{} for _ in range(QUEUE + 1)]
         self._holders: Counter[GraphKey] = Counter()
+        self._queued: dict[str, _Attempt] = {}  # behind another in its card's hand, and not asked back yet
+        self._asked_back: set[str] = set()  # asked back and not answered
         self._sent = 0
         self._last_error = ""
         for shard in sorted(self.shards.values(), key=lambda shard: shard.number):
@@ -212,10 +213,9 @@ class Schedule:
         """A card has answered a recall: it had not begun the shard and gave it back, or it keeps it."""
         if attempt not in self._attempts:
             return []
+        self._asked_back.discard(attempt)
         if given_back:
             self._again.appendleft(self._release(attempt).shard)
-        else:
-            self._attempts[attempt].kept = True
         return self._proceed()
 
     def committed(self, shard: int) -> list[Decision]:
@@ -252,11 +252,9 @@ class Schedule:
         decisions: list[Decision] = []
         if self.stop_reason is None:
             decisions += self._assign()
-            idle = len(self._holding[0])
-            if idle:
-                decisions += self._recall(idle)
+            decisions += self._recall(len(self._holding[0]) - len(self._asked_back))
         else:
-            decisions += self._recall(len(self._cards))
+            decisions += self._recall(len(self._queued))
         usable = self._starting or any(self._holding)
         over = self._open == 0 or self.stop_reason is not None or not usable
         if over and not self._attempts and not self._committing:
@@ -276,6 +274,8 @@ class Schedule:
 
     def _assign(self) -> list[Decision]:
         decisions: list[Decision] = []
+        if not self.pending():
+            return decisions
         for in_hand in range(QUEUE):
             for card in list(self._holding[in_hand].values()):
                 # Whoever has nothing comes first, a card that is still starting too.
@@ -337,18 +337,15 @@ class Schedule:
             dict(trouble.condemned),
         )
 
-    def _recall(self, wanted: int) -> list[Decision]:
-        """Asks for up to `wanted` queued shards back, those already asked for among them."""
+    def _recall(self, at_most: int) -> list[Decision]:
+        """Asks for queued shards back."""
         decisions: list[Decision] = []
-        for card in self._holding[QUEUE].values():
-            if wanted <= 0:
-                break
-            attempt = next(reversed(card.hand))
-            live = self._attempts[attempt]
-            wanted -= not live.kept
-            if not live.asked_back:
-                live.asked_back = True
-                decisions.append(Recall(card.number, attempt))
+        while self._queued and len(decisions) < at_most:
+            attempt = next(iter(self._queued))
+            live = self._queued.pop(attempt)
+            live.recallable = False
+            self._asked_back.add(attempt)
+            decisions.append(Recall(live.card.number, attempt))
         return decisions
 
     # -- failures -----------------------------------------------------------------------------------------------
@@ -406,6 +403,8 @@ class Schedule:
 
     def _release(self, attempt: str) -> _Attempt:
         live = self._attempts.pop(attempt)
+        self._asked_back.discard(attempt)
+        self._queued.pop(attempt, None)
         del live.card.hand[attempt]
         self._file(live.card)
         return live
@@ -428,3 +427,8 @@ class Schedule:
             self._starting[card.number] = card
         elif card.state is CardState.READY:
             self._holding[len(card.hand)][card.number] = card
+            for place, attempt in enumerate(card.hand):
+                if place == 0:
+                    self._queued.pop(attempt, None)
+                elif self._attempts[attempt].recallable:
+                    self._queued[attempt] = self._attempts[attempt]

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import numpy as np
 import numpy.typing as npt
 
 from gaudi_batch.config import EncodingConfig
+from gaudi_batch.manifest import StoredImage
+from gaudi_batch.names import image_path
 from gaudi_batch.outputs.encoding import SUFFIXES, encode
 from gaudi_batch.storage import Storage
-
-
-def shard_name(shard: int) -> str:
-    """A shard's number as its objects are named."""
-    return f"{shard:06d}"
-
-
-def attempt_name(shard: int, attempt: str) -> str:
-    """What every object of one attempt is named after."""
-    return f"{shard_name(shard)}-{attempt}"
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image that is in storage."""
-
-    path: str
-    """Relative to the output."""
-    sha256: str
-    finished_at: datetime
-    encode_s: float
-    upload_s: float
 
 
 class FilesOutput:
@@ -50,14 +29,14 @@ class FilesOutput:
     def __init__(self, storage: Storage, encoding: EncodingConfig, shard: int, attempt: str) -> None:
         self._storage = storage
         self._encoding = encoding
-        self._directory = f"images/{attempt_name(shard, attempt)}"
+        self._shard, self._attempt = shard, attempt
 
     def add(self, row: int, image: int, pixels: npt.NDArray[np.uint8]) -> StoredImage:
         """Encodes and stores one image; may be called from several threads. Raises StorageError."""
         started = time.monotonic()
         data = encode(pixels, self._encoding)
         encoded = time.monotonic()
-        path = f"{self._directory}/{row:08d}-{image:02d}.{SUFFIXES[self._encoding.type]}"
+        path = image_path(self._shard, self._attempt, row, image, SUFFIXES[self._encoding.type])
         self._storage.put(path, data)
         return StoredImage(
             path,

@@ -15,7 +15,7 @@ from typing import Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
-from gaudi_batch.job import Job, refuse_bad_rows, resolve, versions
+from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.plan import Shard
@@ -117,7 +117,7 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
     _refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
-    for package, version in versions().items():
+    for package, version in job.versions().items():
         before = record.versions.get(package)
         if before not in (None, version):
             log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)

@@ -1,0 +1,5 @@
+"""`python -m gaudi_batch` is `gaudi-batch`."""
+
+from gaudi_batch.cli import entry
+
+entry()

@@ -1,0 +1,40 @@
+"""The names of what a run writes. They come from numbers and attempts, never from user text."""
+
+from __future__ import annotations
+
+import re
+
+_ATTEMPT = re.compile(r"(\d{6,})-([0-9a-z]+)(\.\w+)?")
+_MANIFEST = re.compile(r"(\d{6,})\.parquet")
+
+
+def attempt_name(shard: int, attempt: str) -> str:
+    """What every object of one attempt at a shard is named after."""
+    return f"{shard:06d}-{attempt}"
+
+
+def parse_attempt(name: str) -> tuple[int, str] | None:
+    """The shard and the attempt that an object or a directory belongs to."""
+    match = _ATTEMPT.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def image_path(shard: int, attempt: str, row: int, image: int, suffix: str) -> str:
+    """One image of format `files`."""
+    return f"images/{attempt_name(shard, attempt)}/{row:08d}-{image:02d}.{suffix}"
+
+
+def throughput_path(card: str, shard: int, attempt: str) -> str:
+    """One attempt's throughput lines."""
+    return f"throughput/{card}/{attempt_name(shard, attempt)}.jsonl"
+
+
+def manifest_path(shard: int) -> str:
+    """The manifest of a shard, whose appearance commits it."""
+    return f"manifest/{shard:06d}.parquet"
+
+
+def parse_manifest(name: str) -> int | None:
+    """The shard that a manifest belongs to."""
+    match = _MANIFEST.fullmatch(name)
+    return int(match[1]) if match else None

@@ -1,0 +1,93 @@
+"""Shared by all tests: small datasets, a Ray cluster for a session, and a run of the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines differ in speed and are shared: time says nothing about whether a property holds.
+settings.register_profile(
+    "repository",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repository")
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@pytest.fixture
+def write_prompts(tmp_path: Path) -> Callable[..., Path]:
+    """Writes Parquet files of prompts and returns their directory."""
+
+    def write(*tables: pa.Table | dict[str, Any], row_group_size: int = 1000, name: str = "prompts") -> Path:
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        for number, table in enumerate(tables):
+            if isinstance(table, dict):
+                table = pa.table(table)
+            pq.write_table(table, directory / f"part-{number}.parquet", row_group_size=row_group_size)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def prompts(write_prompts: Callable[..., Path]) -> Path:
+    """Three files of uneven size with several row groups each, 100 rows in all."""
+    texts = [f"prompt number {number}" for number in range(100)]
+    cuts = [(0, 7), (7, 60), (60, 100)]
+    return write_prompts(
+        *({"prompt": texts[a:b], "topic": [f"t{n % 3}" for n in range(a, b)]} for a, b in cuts), row_group_size=20
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of four cards for the tests that kill nothing but their own cards; yields its address."""
+    with ray_cluster({"num_cpus": 4, "resources": {"HPU": 4}}) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
+    """Starts the processes of a Ray cluster, the first node its head, and yields its address."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    small = {"object_store_memory": 100 * 1024**2, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=nodes[0] | small)
+    try:
+        for node in nodes[1:]:
+            started.add_node(**node, object_store_memory=100 * 1024**2)
+        yield started.address
+    finally:
+        started.shutdown()
+
+
+def read_manifest(output: Path) -> list[dict[str, Any]]:
+    """All rows of a run's joined manifest."""
+    rows: list[dict[str, Any]] = pq.read_table(output / "manifest.parquet").to_pylist()
+    return rows
+
+
+def command_line(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `gaudi-batch` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "gaudi_batch", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environment,
+        check=False,
+    )

@@ -1,0 +1,145 @@
+"""Which row is at fault when a pipeline call raises, and that all calls have one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gaudi_batch.generation import CardFault, ShardMaker
+from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.plan import Bucket
+from gaudi_batch.rows import PromptRow
+
+BUCKET = Bucket(8, 8, 1, 1.0)
+
+
+def rows(count: int, images: int = 1) -> list[PromptRow]:
+    return [PromptRow(n, str(n), f"p{n}", "", None, BUCKET, images, None) for n in range(count)]
+
+
+class Device:
+    """Paints by row; raises for some rows, or once it is broken; paints others black or not finite."""
+
+    def __init__(self, raises: set[int] = frozenset(), black: set[int] = frozenset(), nan: set[int] = frozenset(),
+                 nsfw: set[int] = frozenset(), broken: bool = False) -> None:  # fmt: skip
+        self.raises, self.black, self.nan, self.nsfw, self.broken = raises, black, nan, nsfw, broken
+        self.calls: list[list[int]] = []
+
+    def __call__(self, items: list[Item]) -> Generated:
+        self.calls.append([item.row for item in items])
+        if self.broken or self.raises.intersection(self.calls[-1]):
+            raise RuntimeError("boom")
+        images = np.stack([np.full((8, 8, 3), (1 + item.row) / 255, np.float32) for item in items])
+        for place, item in enumerate(items):
+            if item.row in self.black | self.nsfw:
+                images[place] = 0
+            if item.row in self.nan:
+                images[place, 3, 3, 1] = np.nan
+        return Generated(images, [item.row in self.nsfw for item in items], [False] * len(items))
+
+
+def made(maker: ShardMaker) -> list[tuple[int, int]]:
+    return [(image.item.row, image.item.image) for batch in maker.batches() for image in batch]
+
+
+def maker(device: Callable[..., Any], count: int, **settings: Any) -> ShardMaker:
+    images = settings.pop("images", 1)
+    return ShardMaker(rows(count, images), batch_size=4, run_seed=0, call=device, **settings)
+
+
+def test_every_call_is_a_whole_batch() -> None:
+    device = Device()
+    assert made(maker(device, 6)) == [(n, 0) for n in range(6)]
+    assert device.calls == [[0, 1, 2, 3], [4, 5, 5, 5]]
+
+
+def test_a_row_that_raises_fails_alone() -> None:
+    device = Device(raises={2})
+    shard = maker(device, 8)
+    assert sorted(made(shard)) == [(n, 0) for n in range(8) if n != 2]
+    assert shard.failures == {2: "RuntimeError: boom"}
+    assert all(len(call) == 4 for call in device.calls)
+
+
+def test_the_last_row_is_proven_at_fault_by_making_an_earlier_one_again() -> None:
+    device = Device(raises={5})
+    shard = maker(device, 6)
+    made(shard)
+    assert set(shard.failures) == {5}
+    assert device.calls[-1] == [4, 4, 4, 4]
+
+
+def test_where_nothing_works_the_rows_are_only_accused() -> None:
+    shard = maker(Device(broken=True), 3)
+    with pytest.raises(CardFault) as caught:
+        made(shard)
+    assert set(caught.value.accused) == {0, 1, 2}
+    assert shard.failures == {}
+
+
+def test_a_card_that_can_not_repeat_what_it_made_is_at_fault_itself() -> None:
+    device = Device()
+    shard = maker(device, 12)
+    batches = shard.batches()
+    next(batches)
+    device.broken = True
+    with pytest.raises(CardFault) as caught:
+        list(batches)
+    assert caught.value.accused == {}
+    assert len(device.calls) < 12
+
+
+def test_an_accused_row_that_raises_alone_again_is_failed() -> None:
+    shard = maker(Device(broken=True), 2, accused={0: "before", 1: "before"})
+    assert made(shard) == []
+    assert set(shard.failures) == {0, 1}
+
+
+def test_an_accused_row_that_works_here_is_made() -> None:
+    shard = maker(Device(), 2, accused={0: "before"})
+    assert sorted(made(shard)) == [(0, 0), (1, 0)]
+    assert shard.failures == {}
+
+
+def test_a_condemned_row_is_not_tried() -> None:
+    device = Device()
+    shard = maker(device, 3, condemned={1: "it killed"})
+    assert made(shard) == [(0, 0), (2, 0)]
+    assert shard.failures == {1: "it killed"}
+    assert all(1 not in call for call in device.calls)
+
+
+def test_a_row_fails_whole_with_all_its_images() -> None:
+    device = Device(raises={1})
+    shard = maker(device, 3, images=3)
+    assert {row for row, _ in made(shard)} == {0, 2}
+    assert set(shard.failures) == {1}
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("nan", "not finite"), ("black", "black")])
+def test_an_image_that_can_not_be_right_fails_its_row(wrong: str, said: str) -> None:
+    shard = maker(Device(**{wrong: {2}}), 4)
+    assert len(made(shard)) == 3
+    assert said in shard.failures[2]
+
+
+def test_what_the_safety_checker_blackens_is_ok() -> None:
+    shard = maker(Device(nsfw={2}), 4)
+    flags = {image.item.row: image.nsfw for batch in shard.batches() for image in batch}
+    assert flags == {0: False, 1: False, 2: True, 3: False}
+    assert shard.failures == {}
+
+
+def test_each_batch_is_announced_before_its_call() -> None:
+    order: list[Any] = []
+    device = Device()
+
+    def call(items: list[Item]) -> Generated:
+        order.append("call")
+        return device(items)
+
+    made(maker(call, 6, announce=order.append, alone=frozenset({4, 5})))
+    assert order == [(0, 1, 2, 3), "call", (4,), "call", (5,), "call"]

@@ -1,0 +1,193 @@
+"""The prompt dataset: what is found, what is refused, and the rows of a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.plan import Bucket, plan_shards
+from gaudi_batch.prompts import PromptDataset, open_prompts
+from gaudi_batch.rows import MAX_SEED, PromptRow, RowRules, image_seed, make_row
+
+RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8)
+
+
+def opened(prompts: Path | str, **fields: Any) -> PromptDataset:
+    return open_prompts(JobConfig(prompts=str(prompts), output="out", device="simulated", **fields))
+
+
+def all_rows(dataset: PromptDataset, shard_size: int = 16) -> list[PromptRow]:
+    shards = plan_shards(dataset.runs(RULES), dataset.rows, shard_size, 8)
+    rows = [row for shard in shards for row in dataset.read(shard, RULES)[0]]
+    return sorted(rows, key=lambda row: row.row)
+
+
+def test_files_are_found_by_directory_glob_and_name(prompts: Path) -> None:
+    assert opened(prompts).rows == 100
+    assert opened(prompts / "part-[01].parquet").rows == 60
+    assert opened(f"file://{prompts}/part-2.parquet").rows == 40
+
+
+def test_rows_are_numbered_over_the_files_in_sorted_order(prompts: Path) -> None:
+    rows = all_rows(opened(prompts))
+    assert [row.row for row in rows] == list(range(100))
+    assert [row.prompt for row in rows] == [f"prompt number {number}" for number in range(100)]
+    assert [row.id for row in rows] == [str(number) for number in range(100)]
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([None, 64, 128, 0, -8, 65, 2**31]),
+            st.sampled_from([None, 0.0, 1.0, 7.5, -1.0, float("nan"), float("inf")]),
+            st.sampled_from([None, 0, 1, 2, 3]),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+    shard_size=st.integers(1, 40),
+    group=st.integers(1, 30),
+)
+@settings(max_examples=60)
+def test_planned_shards_hold_each_row_once_in_its_own_bucket(
+    tmp_path: Path, rows: list[tuple[Any, ...]], shard_size: int, group: int
+) -> None:
+    table = pa.table(
+        {
+            "prompt": ["p"] * len(rows),
+            "place": range(len(rows)),
+            "width": pa.array([row[0] for row in rows], pa.int64()),
+            "guidance_scale": pa.array([row[1] for row in rows], pa.float64()),
+            "num_images": pa.array([row[2] for row in rows], pa.int32()),
+        }
+    )
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=group)
+    dataset = opened(tmp_path / "p.parquet")
+    seen = []
+    for shard in plan_shards(dataset.runs(RULES), dataset.rows, shard_size, 8):
+        found, carried = dataset.read(shard, RULES)
+        assert len(found) == shard.rows == carried.num_rows
+        assert {row.bucket for row in found} == {shard.bucket}
+        assert sum(row.num_images for row in found) == shard.images
+        assert carried.column("place").to_pylist() == [row.row for row in found]
+        seen += [row.row for row in found]
+    assert sorted(seen) == list(range(len(rows)))
+
+
+def test_columns_can_have_other_names(write_prompts: Callable[..., Path]) -> None:
+    directory = write_prompts({"caption": ["a", "b"], "key": [7, 8], "note": ["x", "y"]})
+    dataset = opened(directory, columns={"prompt": "caption", "id": "key"})
+    assert [(row.id, row.prompt) for row in all_rows(dataset)] == [("7", "a"), ("8", "b")]
+    assert dataset.carried.names == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda d: None, "no such file or directory"),
+        (lambda d: d.mkdir(), "no Parquet file"),
+        (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"")), "not a readable Parquet file"),
+        (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"hello" * 99)), "not a readable Parquet file"),
+        (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"\xff" * 8 + b"PAR1")), "not a readable Parquet file"),
+        (
+            lambda d: (d.mkdir(), pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), d / "a.parquet")),
+            "no rows",
+        ),
+        (lambda d: (d.mkdir(), pq.write_table(pa.table({"text": ["x"]}), d / "a.parquet")), "no column 'prompt'"),
+        (lambda d: (d.mkdir(), pq.write_table(pa.table({"prompt": [1]}), d / "a.parquet")), "must be a string"),
+    ],
+)
+def test_what_can_not_be_read_is_refused_in_one_line(tmp_path: Path, make: Callable[[Path], Any], said: str) -> None:
+    make(tmp_path / "data")
+    with pytest.raises(InputError, match=said) as caught:
+        opened(tmp_path / "data")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_disagree_are_refused(write_prompts: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="disagree"):
+        opened(write_prompts({"prompt": ["a"], "x": [1]}, {"prompt": ["b"], "x": [["list"]]}))
+
+
+def test_a_column_that_only_some_files_have_is_null_in_the_others(write_prompts: Callable[..., Path]) -> None:
+    dataset = opened(write_prompts({"prompt": ["a"], "seed": [3]}, {"prompt": ["b"], "mood": ["grim"]}))
+    assert [row.seed for row in all_rows(dataset)] == [3, None]
+    shards = plan_shards(dataset.runs(RULES), 2, 8, 8)
+    assert [dataset.read(shard, RULES)[1].to_pylist() for shard in shards] == [[{"mood": None}], [{"mood": "grim"}]]
+
+
+def test_a_row_group_that_can_not_be_decoded_costs_only_its_own_rows(write_prompts: Callable[..., Path]) -> None:
+    directory = write_prompts({"prompt": [f"prompt {n}" * 20 for n in range(90)]}, row_group_size=30)
+    path = directory / "part-0.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    data[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(bytes(data))
+    rows = all_rows(opened(directory), shard_size=24)
+    assert [row.row for row in rows] == list(range(90))
+    assert {row.row for row in rows if row.error} == set(range(30, 60))
+    assert "row group 1 of 'part-0.parquet' can't be decoded" in str(rows[30].error)
+
+
+def test_text_that_is_not_utf8_fails_its_row_alone(write_prompts: Callable[..., Path]) -> None:
+    broken = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfeok")]
+    )
+    rows = all_rows(opened(write_prompts(pa.table({"prompt": broken}))))
+    assert rows[0].error == "prompt is not valid UTF-8"
+    assert rows[1].error is None
+
+
+def test_dictionary_and_large_strings_are_strings(write_prompts: Callable[..., Path]) -> None:
+    table = pa.table(
+        {
+            "prompt": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "negative_prompt": pa.array(["x", None, "z"], pa.large_string()),
+        }
+    )
+    rows = all_rows(opened(write_prompts(table)))
+    assert [(row.prompt, row.negative_prompt) for row in rows] == [("a", "x"), ("b", ""), ("a", "z")]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["prompt", "id", "negative_prompt", "seed", "width", "steps", "num_images", "guidance_scale"]),
+        st.none() | st.text() | st.integers() | st.floats() | st.booleans() | st.binary() | st.lists(st.integers()),
+    )
+)
+def test_no_value_of_a_row_raises(values: dict[str, Any]) -> None:
+    row = make_row(3, values, RULES)
+    assert row.error is None or "\n" not in row.error.replace(repr(values), "")
+    if row.error is None:
+        assert row.prompt.strip()
+        assert row.num_images >= 1
+
+
+@given(st.integers(0, MAX_SEED), st.text(), st.integers(0, 1000), st.none() | st.integers(0, MAX_SEED))
+def test_seeds_fit_a_generator_and_depend_on_id_and_number_alone(
+    run_seed: int, identity: str, image: int, seed: int | None
+) -> None:
+    row = PromptRow(1, identity, "p", "", seed, RULES.bucket, 1, None)
+    other = PromptRow(2, identity, "q", "n", seed, Bucket(8, 8, 1, 0), 5, None)
+    assert 0 <= image_seed(run_seed, row, image) <= MAX_SEED
+    assert image_seed(run_seed, row, image) == image_seed(run_seed, other, image)
+
+
+def test_the_seed_of_an_image_never_changes_between_versions() -> None:
+    row = PromptRow(0, "cat-7", "p", "", None, RULES.bucket, 2, None)
+    assert [image_seed(0, row, 0), image_seed(0, row, 1), image_seed(1, row, 0)] == [
+        5578371787168392505,
+        8544753772169437478,
+        7794365734099006145,
+    ]
+    assert image_seed(9, PromptRow(0, "x", "p", "", 40, RULES.bucket, 2, None), 2) == 42

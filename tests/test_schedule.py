@@ -1,0 +1,412 @@
+"""Whatever the order of events, the schedule loses no shard, commits none twice, and ends.
+
+The machine below plays the driver and the cards: it carries out what the schedule decides and lets anything happen at
+any time, late news of the dead among it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.schedule import MAX_VINDICATIONS, QUEUE, CardState, Schedule
+
+BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
+
+
+def shards(count: int, rows: int = 4, buckets: int = 1) -> list[Shard]:
+    return [
+        Shard(number, 0, number * rows, (number + 1) * rows, BUCKETS[number % buckets], rows, rows)
+        for number in range(count)
+    ]
+
+
+@dataclass
+class World:
+    """Cards that obey, and a record of all that the schedule must not do."""
+
+    schedule: Schedule
+    rows: int = 4
+    hands: dict[int, list[Assign]] = field(default_factory=dict)
+    starting: set[int] = field(default_factory=set)
+    quarantined: set[int] = field(default_factory=set)
+    recalls: list[Recall] = field(default_factory=list)
+    commits: list[tuple[int, str]] = field(default_factory=list)
+    old: list[Assign] = field(default_factory=list)
+    committed: set[int] = field(default_factory=set)
+    assigned_to: dict[int, list[int]] = field(default_factory=dict)
+    finished: list[str | None] = field(default_factory=list)
+
+    def do(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            assert not self.finished, f"{decision} after the end"
+            if isinstance(decision, Assign):
+                number = decision.shard.number
+                assert number not in self.committed
+                assert number not in [shard for shard, _ in self.commits]
+                assert all(a.shard.number != number for hand in self.hands.values() for a in hand), "in two hands"
+                self.hands[decision.card].append(decision)
+                assert len(self.hands[decision.card]) <= QUEUE
+                self.assigned_to.setdefault(number, []).append(decision.card)
+            elif isinstance(decision, Recall):
+                self.recalls.append(decision)
+            elif isinstance(decision, Commit):
+                assert decision.shard not in self.committed
+                self.commits.append((decision.shard, decision.attempt))
+            elif isinstance(decision, Replace):
+                self.old += self.hands.pop(decision.card, [])
+                self.starting.add(decision.card)
+            elif isinstance(decision, Quarantine):
+                self.old += self.hands.pop(decision.card, [])
+                self.quarantined.add(decision.card)
+            elif isinstance(decision, Finish):
+                self.finished.append(decision.reason)
+
+    def join(self, card: int) -> None:
+        self.do(self.schedule.starting(card))
+        self.starting.add(card)
+
+    def ready(self, card: int) -> None:
+        self.starting.discard(card)
+        self.hands[card] = []
+        self.do(self.schedule.ready(card))
+
+    def die(self, card: int, error: str = "killed") -> None:
+        self.starting.discard(card)
+        self.old += self.hands.pop(card, [])
+        self.do(self.schedule.died(card, error))
+
+    def leave(self, card: int) -> None:
+        self.starting.discard(card)
+        self.old += self.hands.pop(card, [])
+        self.do(self.schedule.gone(card))
+
+    def finish_first(self, card: int, failed: int = 0) -> None:
+        assignment = self.hands[card].pop(0)
+        self.do(self.schedule.done(assignment.attempt, self.rows, failed, failed))
+
+    def fail_first(self, card: int, accused: bool, healthy: bool) -> None:
+        assignment = self.hands[card].pop(0)
+        rows = {assignment.shard.start: "boom"} if accused else {}
+        self.do(self.schedule.failed(assignment.attempt, "boom", rows, healthy))
+
+    def commit_first(self) -> None:
+        shard, _ = self.commits.pop(0)
+        self.committed.add(shard)
+        self.do(self.schedule.committed(shard))
+
+    def answer_recall(self, give_back: bool) -> None:
+        recall = self.recalls.pop(0)
+        hand = self.hands.get(recall.card, [])
+        mine = [assignment for assignment in hand if assignment.attempt == recall.attempt]
+        # A card that is working on a shard already keeps it.
+        given = bool(mine) and give_back and mine[0] is not hand[0]
+        if given:
+            hand.remove(mine[0])
+        if mine:
+            self.do(self.schedule.recalled(recall.attempt, given))
+
+
+def let_it_end(world: World, new_card: int) -> None:
+    """From here on nothing goes wrong; the run has to end within a bounded number of events."""
+    if not world.finished and not world.hands and not world.starting:
+        world.join(new_card)
+    for _ in range(10_000):
+        if world.finished:
+            return
+        if world.commits:
+            world.commit_first()
+        elif world.recalls:
+            world.answer_recall(True)
+        elif world.starting:
+            world.ready(next(iter(world.starting)))
+        else:
+            busy = [card for card, hand in world.hands.items() if hand]
+            assert busy, "nothing happens any more and the run has not ended"
+            world.finish_first(busy[0])
+    raise AssertionError("the run does not end")
+
+
+def something_joins(world: World, card: int) -> bool:
+    world.join(card)
+    return True
+
+
+def anything_happens(world: World, rng: random.Random) -> None:
+    """One event of those that can happen now, likely ones more often."""
+    busy = [card for card, hand in world.hands.items() if hand]
+    alive = sorted(world.hands) + sorted(world.starting)
+    possible = (
+        ["ready"] * 4 * bool(world.starting)
+        + ["finish"] * 6 * bool(busy)
+        + ["fail", "announce"] * bool(busy)
+        + ["commit"] * 6 * bool(world.commits)
+        + ["recall"] * 4 * bool(world.recalls)
+        + ["die"] * bool(alive)
+        + ["leave"] * (len(alive) > 1)
+        + ["late"] * 2 * bool(world.old)
+    )
+    event = rng.choice(possible) if possible else ""
+    if event == "ready":
+        world.ready(rng.choice(sorted(world.starting)))
+    elif event == "finish":
+        world.finish_first(rng.choice(busy), rng.choice([0, 0, 1]))
+    elif event == "fail":
+        world.fail_first(rng.choice(busy), rng.random() < 0.5, rng.random() < 0.5)
+    elif event == "announce":
+        first = world.hands[rng.choice(busy)][0]
+        rows = range(first.shard.start, first.shard.start + rng.randint(1, 4))
+        world.do(world.schedule.announced(first.attempt, rows))
+    elif event == "commit":
+        world.commit_first()
+    elif event == "recall":
+        world.answer_recall(rng.random() < 0.5)
+    elif event == "die":
+        world.die(rng.choice(alive))
+    elif event == "leave":
+        world.leave(rng.choice(alive))
+    elif event == "late":
+        attempt = rng.choice(world.old).attempt
+        late = [
+            world.schedule.done(attempt, 4, 0, 0),
+            world.schedule.failed(attempt, "late", {}, True),
+            world.schedule.announced(attempt, [1]),
+            world.schedule.recalled(attempt, True),
+        ]
+        assert late == [[], [], [], []]
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_no_order_of_events_loses_or_repeats_a_shard(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 12), "shards")
+    world = World(Schedule(shards(count, buckets=data.draw(st.integers(1, 3))), "a", total_rows=4 * count))
+    cards = data.draw(st.integers(1, 5), "cards")
+    for card in range(cards):
+        world.join(card)
+    rng = random.Random(data.draw(st.integers(0, 2**32), "order"))
+    for _ in range(data.draw(st.integers(0, 120), "events")):
+        if world.finished:
+            break
+        cards += rng.random() < 0.05 and something_joins(world, cards)
+        anything_happens(world, rng)
+    let_it_end(world, cards + 1)
+    (reason,) = world.finished
+    if reason is None:
+        assert world.committed == set(range(count))
+    else:
+        assert world.schedule.stuck or "no card is left" in reason
+
+
+def start(world: World, cards: int) -> None:
+    for card in range(cards):
+        world.join(card)
+    for card in range(cards):
+        world.ready(card)
+
+
+def test_a_card_has_the_next_shard_while_it_works_on_one() -> None:
+    world = World(Schedule(shards(10), "a", 40))
+    start(world, 2)
+    assert [len(hand) for hand in world.hands.values()] == [2, 2]
+
+
+def test_near_the_end_nothing_queues_behind_a_busy_card() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    start(world, 2)
+    world.finish_first(0)
+    world.finish_first(0)
+    assert [recall.card for recall in world.recalls] == [1]
+    world.answer_recall(True)
+    assert [len(world.hands[card]) for card in (0, 1)] == [1, 1]
+
+
+def test_a_failed_shard_goes_to_another_card() -> None:
+    world = World(Schedule(shards(6), "a", 24))
+    start(world, 3)
+    shard = world.hands[1][0].shard.number
+    world.fail_first(1, accused=False, healthy=True)
+    for _ in range(20):
+        busy = [card for card, hand in world.hands.items() if hand]
+        if world.finished or not busy:
+            break
+        world.finish_first(busy[0])
+    assert len(world.assigned_to[shard]) == 2
+    assert world.assigned_to[shard][1] != 1
+
+
+def test_a_card_keeps_to_the_graph_keys_that_it_has_captured() -> None:
+    work = shards(60, buckets=3)
+    world = World(Schedule(work, "a", 240))
+    start(world, 3)
+    captured: dict[int, set[object]] = {card: set() for card in range(3)}
+    while not world.finished:
+        for card, hand in list(world.hands.items()):
+            if hand:
+                captured[card].add(hand[0].shard.bucket.graph_key)
+                world.finish_first(card)
+        while world.commits:
+            world.commit_first()
+        while world.recalls:
+            world.answer_recall(True)
+    assert sum(len(keys) for keys in captured.values()) <= 5, captured
+
+
+@pytest.mark.parametrize("cards", [1, 2, 5])
+def test_a_row_that_kills_is_found_within_three_deaths(cards: int) -> None:
+    work = shards(8, rows=16)
+    world = World(Schedule(work, "a", 128), rows=16)
+    start(world, cards)
+    killer, deaths = 35, 0
+    for _ in range(1000):
+        if world.finished:
+            break
+        while world.commits:
+            world.commit_first()
+        while world.recalls:
+            world.answer_recall(False)
+        for card in sorted(world.starting):
+            world.ready(card)
+        if world.finished:
+            break
+        card = next(card for card, hand in world.hands.items() if hand)
+        first = world.hands[card][0]
+        rows = range(first.shard.start, first.shard.stop)
+        if killer not in rows or killer in first.condemned:
+            world.finish_first(card, failed=len(first.condemned))
+            continue
+        batches = [[row] for row in rows if row in first.alone]
+        rest = [row for row in rows if row not in first.alone]
+        batches += [rest[i : i + 4] for i in range(0, len(rest), 4)]
+        for batch in batches:
+            if first.announce:
+                world.do(world.schedule.announced(first.attempt, batch))
+            if killer in batch:
+                deaths += 1
+                world.die(card)
+                break
+    assert world.finished == [None]
+    assert deaths == 3
+    assert world.schedule.failed_rows == 1
+
+
+def test_a_card_that_always_fails_is_quarantined_and_costs_no_row() -> None:
+    work = shards(40)
+    world = World(Schedule(work, "a", 160))
+    start(world, 3)
+    failures = 0
+    while not world.finished:
+        while world.commits:
+            world.commit_first()
+        while world.recalls:
+            world.answer_recall(True)
+        for card in sorted(world.starting):
+            world.ready(card)
+        for card, hand in list(world.hands.items()):
+            if hand and card in world.hands:
+                if card == 1:
+                    failures += 1
+                    world.fail_first(1, accused=True, healthy=False)
+                else:
+                    world.finish_first(card)
+    assert world.finished == [None]
+    assert world.quarantined == {1}
+    assert world.schedule.failed_rows == 0
+    assert failures <= MAX_VINDICATIONS + QUEUE
+
+
+def test_cards_that_never_start_end_the_run_with_their_error() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    for card in range(3):
+        world.join(card)
+    while not world.finished:
+        world.die(next(iter(world.starting)), "no memory")
+    (reason,) = world.finished
+    assert reason is not None
+    assert "no memory" in reason
+
+
+def test_the_loss_of_a_node_counts_against_nobody() -> None:
+    world = World(Schedule(shards(10), "a", 40))
+    start(world, 3)
+    world.leave(2)
+    assert world.schedule.retries == 0
+    assert world.schedule.state(2) is CardState.GONE
+    let_it_end(world, 9)
+    assert world.finished == [None]
+
+
+@pytest.mark.parametrize(("limit", "stops"), [(3, True), (4, False), (0.09, True), (0.11, False), (None, False)])
+def test_max_failed_is_a_count_or_a_share(limit: float | None, stops: bool) -> None:
+    world = World(Schedule(shards(10), "a", 40, max_failed=limit))
+    start(world, 1)
+    while not world.finished:
+        while world.commits:
+            world.commit_first()
+        while world.recalls:
+            world.answer_recall(True)
+        if world.hands[0]:
+            number = world.hands[0][0].shard.number
+            world.finish_first(0, failed=1 if number < 4 else 0)
+    assert (world.finished[0] is not None) is stops
+
+
+def test_a_run_whose_first_200_rows_all_failed_stops() -> None:
+    world = World(Schedule(shards(100), "a", 400))
+    start(world, 2)
+    while not world.finished:
+        while world.commits:
+            world.commit_first()
+        while world.recalls:
+            world.answer_recall(True)
+        for card, hand in list(world.hands.items()):
+            if hand:
+                world.finish_first(card, failed=4)
+    assert "all failed" in str(world.finished[0])
+    assert world.schedule.done_rows < 220
+
+
+def test_stop_finishes_what_has_begun_and_takes_back_the_rest() -> None:
+    world = World(Schedule(shards(10), "a", 40))
+    start(world, 2)
+    world.do(world.schedule.stop("enough"))
+    while world.recalls:
+        world.answer_recall(True)
+    for card in (0, 1):
+        world.finish_first(card)
+    assert not world.finished
+    while world.commits:
+        world.commit_first()
+    assert world.finished == ["enough"]
+    assert len(world.committed) == 2
+
+
+def test_ten_thousand_cards_are_scheduled_in_seconds() -> None:
+    count, cards = 60_000, 10_000
+    world = World(Schedule(shards(count), "a", 4 * count))
+    start_of = {}
+    schedule = world.schedule
+    for card in range(cards):
+        schedule.starting(card)
+    waiting: list[Assign] = []
+    for card in range(cards):
+        waiting += [d for d in schedule.ready(card) if isinstance(d, Assign)]
+    done = 0
+    rng = random.Random(0)
+    while waiting:
+        place = rng.randrange(len(waiting))
+        waiting[place], waiting[-1] = waiting[-1], waiting[place]
+        assignment = waiting.pop()
+        start_of[assignment.shard.number] = assignment
+        decisions = schedule.done(assignment.attempt, 4, 0, 0)
+        decisions += schedule.committed(assignment.shard.number)
+        done += 1
+        waiting += [d for d in decisions if isinstance(d, Assign)]
+    assert done == count
+    assert schedule.finished
