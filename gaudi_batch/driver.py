@@ -59,6 +59,7 @@ class Slot:
     group: PlacementGroup
     name: str = ""
     ready: Ready | None = None
+    """What the last process that loaded said of itself."""
     actor: Any = None
     """The Ray actor of the present process; None between two."""
     status: Status | None = None
@@ -85,6 +86,7 @@ class Driver:
         ledger: the records.
         tally: the commits so far; goes on being added to.
         images_total: images that the whole plan asks for.
+        images_missing: images that committed shards were to have and have not, since rows failed.
         lease: ours.
         view: shows progress.
         wanted: tells how many cards the job may have of the cluster as it is now.
@@ -98,6 +100,7 @@ class Driver:
         ledger: Ledger,
         tally: Tally,
         images_total: int,
+        images_missing: int,
         lease: LeaseKeeper,
         view: View,
         wanted: Callable[[], int],
@@ -114,6 +117,7 @@ class Driver:
         self._wanted = wanted
         self._slots: dict[int, Slot] = {}
         self._records: dict[str, Done] = {}
+        self._missing = images_missing
         self._batch_s: dict[GraphKey, float] = {}
         self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
@@ -187,7 +191,7 @@ class Driver:
         self._start(slot)
 
     def _start(self, slot: Slot) -> None:
-        slot.ready = slot.status = None
+        slot.status = None
         slot.kill_reason = ""
         slot.heard = time.monotonic()
         amount = {self._resources.name: self._resources.amount}
@@ -251,16 +255,20 @@ class Driver:
 
     def _introduce(self, slot: Slot, ready: Ready) -> None:
         for other in self._slots.values():
-            held = other.ready if other is not slot and other.actor is not None else None
-            if held is None or ready.module is None:
+            held = other.ready
+            if other is slot or held is None or ready.module is None:
                 continue
-            if (held.node_id, held.module) == (ready.node_id, ready.module):
+            if self.schedule.state(other.number) is CardState.READY and (held.node_id, held.module) == (
+                ready.node_id,
+                ready.module,
+            ):
                 error = f"Ray gave it module {ready.module} of node {ready.node}, which card {other.name} holds"
                 self._fault(slot, error)
                 self._carry_out(self.schedule.died(slot.number, error))
                 return
         slot.ready = ready
         slot.name = slot.name or self._card_name(slot, ready)
+        self._tally.card(slot.name, ready.node, ready.module)
         log.info("%s is ready after %.1f s", slot.where, ready.load_s)
         self._carry_out(self.schedule.ready(slot.number))
 
@@ -325,6 +333,7 @@ class Driver:
     async def _commit(self, done: Done) -> None:
         if await asyncio.to_thread(self._ledger.commit, done.facts.shard, done.manifest):
             self._tally.add(done.facts)
+            self._missing += self.schedule.shards[done.facts.shard].images - done.facts.images
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         self._carry_out(self.schedule.committed(done.facts.shard))
@@ -372,12 +381,13 @@ class Driver:
         """How far the run is."""
         images = self._tally.images + sum(s.status.images for s in self._slots.values() if s.status and s.actor)
         now = time.monotonic()
-        self._rates.append((now, images))
-        while now - self._rates[0][0] > RATE_SECONDS:
+        if images > self._tally.images or self._rates:
+            self._rates.append((now, images))
+        while self._rates and now - self._rates[0][0] > RATE_SECONDS:
             self._rates.popleft()
-        since, before = self._rates[0]
+        since, before = self._rates[0] if self._rates else (now, images)
         rate = (images - before) / (now - since) if now - since > 2 and images > before else None
-        ready = sum(slot.ready is not None and slot.actor is not None for slot in self._slots.values())
+        ready = sum(self.schedule.state(number) is CardState.READY for number in self._slots)
         return Progress(images, self._images_total, self.schedule.failed_rows, ready, len(self._slots), rate)
 
     def _describe(self, state: str) -> dict[str, Any]:
@@ -400,6 +410,7 @@ class Driver:
             "state": state,
             "images": progress.images,
             "images_total": progress.images_total,
+            "images_missing": self._missing,
             "failed_rows": progress.failed_rows,
             "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
@@ -433,9 +444,10 @@ def phase_limit(status: Status, since_heard: float, limits: LimitsConfig, batch_
 
 def _why_died(error: Exception) -> str:
     said = describe_error(error)
-    for mark in ("Worker exit type: ", "The actor died because"):
+    said = said.partition(" Some common causes")[0]
+    for mark in ("Worker exit detail: ", "The actor died because of an error raised in its creation task, "):
         if mark in said:
-            return said[said.index(mark) :][:300]
+            return said.partition(mark)[2]
     return said
 
 

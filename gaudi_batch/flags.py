@@ -51,9 +51,7 @@ def job_from(parsed: argparse.Namespace) -> JobConfig:
         if flag.startswith("field:"):
             path = flag.removeprefix("field:")
             value: Any = _flag_value(path, text, fields[path])
-            for part in reversed(path.split(".")):
-                value = {part: value}
-            overrides = merge(overrides, value)
+            overrides = merge(overrides, _nested(path, value))
     return JobConfig.load(parsed.job, overrides)
 
 
@@ -65,6 +63,13 @@ def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
     if dict in kinds or tuple in kinds:
         return read_mapping(text, f"--{path.replace('_', '-')}")
     return text
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and 1 as {"a": {"b": 1}}."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -100,12 +105,10 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
                 value = waiting.pop(0)
             loaded = read_mapping(value, flag)
             # Names of columns and secrets are text, whatever YAML would make of them.
-            entry: Any = loaded if isinstance(loaded, (bool, dict, list)) else value
-            for part in reversed(key.split(".")):
-                entry = {part: entry}
-            joined[name] = merge(joined.get(name, {}), entry)
+            entry = loaded if isinstance(loaded, (bool, dict, list)) else value
+            joined[name] = merge(joined.get(name, {}), _nested(key, entry))
         else:
             rest.append(argument)
-    for name, value in joined.items():
-        rest += [name, json.dumps(value)]
+    for name, mapping in joined.items():
+        rest += [name, json.dumps(mapping)]
     return rest

@@ -77,7 +77,10 @@ class LeaseKeeper:
         """
         held = self._read()
         if held is not None and held.driver != self._lease.driver:
-            if not _is_dead(held):
+            alive = _is_alive(held)
+            if alive:
+                raise self._refusal(held)
+            if alive is None:
                 say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
                 self._wait_until_stale(held)
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
@@ -112,10 +115,13 @@ class LeaseKeeper:
             if now is None:
                 return
             if now != held:
-                raise InputError(
-                    f"{self._storage.url}: {now.holder} drives this run; one output has one driver, so wait for it or"
-                    " stop it there"
-                )
+                raise self._refusal(now)
+
+    def _refusal(self, held: Lease) -> InputError:
+        return InputError(
+            f"{self._storage.url}: {held.holder} drives this run; one output has one driver, so wait for it or stop it"
+            " there"
+        )
 
     def _read(self) -> Lease | None:
         data = self._storage.get("lease.json")
@@ -128,9 +134,11 @@ class LeaseKeeper:
             return None
 
 
-def _is_dead(lease: Lease) -> bool:
-    """Whether the holder is known to be gone, which only its own machine can tell."""
-    return lease.machine == _machine() and lease.started != _process_started(lease.pid)
+def _is_alive(lease: Lease) -> bool | None:
+    """Whether the holder lives, which only its own machine can tell; None on another."""
+    if lease.machine != _machine():
+        return None
+    return lease.started == _process_started(lease.pid)
 
 
 def _machine() -> str:

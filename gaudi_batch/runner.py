@@ -94,7 +94,10 @@ def run(
         faults: dict[str, int] = {}
         retries, reason = 0, None
         if missing:
-            faults, retries, reason = _drive(job, ledger, record, missing, tally, lease, address, grace)
+            committed = record.images - sum(shard.images for shard in missing)
+            faults, retries, reason = _drive(
+                job, ledger, record, missing, tally, committed - tally.images, lease, address, grace
+            )
         return _sum_up(ledger, record, tally, lease, faults, retries, reason)
     finally:
         lease.release()
@@ -130,6 +133,7 @@ def _drive(
     record: RunRecord,
     missing: list[Shard],
     tally: Tally,
+    images_missing: int,
     lease: LeaseKeeper,
     address: str | None,
     grace: float,
@@ -165,6 +169,7 @@ def _drive(
                 ledger,
                 tally,
                 record.images,
+                images_missing,
                 lease,
                 view,
                 lambda: wanted_cards(job, resources),

@@ -26,7 +26,7 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
     progress = ledger.get_json("progress.json") or {}
-    images = sum(shard.images for shard in plan if shard.number in committed)
+    images = sum(shard.images for shard in plan if shard.number in committed) - progress.get("images_missing", 0)
     complete = len(committed) == len(plan)
     if complete and summary is not None and summary["state"] != "stopped":
         state = summary["state"]

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 30.0
+REMOVE_THREADS = 16
 PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
 PERMANENT_ERRORS = (
     PermissionError,
@@ -192,9 +194,15 @@ class Storage:
         """Removes an object or a directory with all that it holds; one that is not there is no error."""
 
         def delete() -> None:
+            full = self.full(path)
             with contextlib.suppress(FileNotFoundError):
-                self.filesystem.rm(self.full(path), recursive=True)
-            self._made = {made for made in self._made if not f"{made}/".startswith(f"{self.full(path)}/")}
+                if self.local:
+                    self.filesystem.rm(full, recursive=True)
+                else:
+                    # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
+                    with ThreadPoolExecutor(REMOVE_THREADS) as pool:
+                        list(pool.map(self.filesystem.rm_file, self.filesystem.find(full)))
+            self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
         self.attempt(f"remove {path}", delete)
 

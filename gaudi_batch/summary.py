@@ -39,10 +39,14 @@ class Tally:
         self.attempts[facts.shard] = facts.attempt
         self.rows += facts.rows
         self.failed_rows += facts.failed_rows
-        card = self.cards.setdefault(facts.card, CardTally(facts.node, facts.module))
+        card = self.card(facts.card, facts.node, facts.module)
         card.shards += 1
         card.failed_rows += facts.failed_rows
         card.sums += facts.sums
+
+    def card(self, name: str, node: str, module: int | None) -> CardTally:
+        """A card's own tally; one that has committed nothing counts, too."""
+        return self.cards.setdefault(name, CardTally(node, module))
 
     @property
     def images(self) -> int:

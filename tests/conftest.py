@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ settings.register_profile(
 settings.load_profile("repository")
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture
@@ -64,7 +69,6 @@ def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
     """Starts the processes of a Ray cluster, the first node its head, and yields its address."""
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     small = {"object_store_memory": 100 * 1024**2, "include_dashboard": False}
     started = Cluster(initialize_head=True, head_node_args=nodes[0] | small)
     try:
@@ -91,3 +95,57 @@ def command_line(*arguments: str | Path, **environment: str) -> subprocess.Compl
         env=os.environ | environment,
         check=False,
     )
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A real S3 server on this machine, with one bucket named `bucket`."""
+
+    port: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """fsspec storage options."""
+        return {
+            "key": "tester",
+            "secret": "tester-password",
+            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{self.port}", "region_name": "us-east-1"},
+        }
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """JuiceFS's S3 gateway, which carries MinIO's server."""
+    import s3fs
+
+    home = tmp_path_factory.mktemp("s3")
+    juicefs = str(Path(sys.executable).parent / "juicefs")
+    meta = f"sqlite3://{home}/meta.db"
+    bucket = ["--storage", "file", "--bucket", f"{home}/data", "--trash-days", "0"]
+    subprocess.run([juicefs, "format", *bucket, meta, "test"], check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server = S3Server(free.getsockname()[1])
+    ports = [f"127.0.0.1:{server.port}", "--metrics", "127.0.0.1:0", "--cache-dir", f"{home}/cache"]
+    process = subprocess.Popen(
+        [juicefs, "gateway", "--multi-buckets", "--no-banner", *ports[1:], meta, ports[0]],
+        env=os.environ | {"MINIO_ROOT_USER": "tester", "MINIO_ROOT_PASSWORD": "tester-password"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", server.port), 1).close()
+                break
+            time.sleep(0.2)
+        filesystem = s3fs.S3FileSystem(**server.options, skip_instance_cache=True)
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                filesystem.mkdir("bucket")
+                break
+            time.sleep(0.2)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(20)

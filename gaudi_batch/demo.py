@@ -1,0 +1,66 @@
+"""The demo: bundled prompts through the built-in model on two cards of this machine, and a sheet to look at."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.runner import RunResult, run
+from gaudi_batch.storage import Storage
+
+PROMPTS = Path(__file__).resolve().parent / "models" / "demo_prompts.parquet"
+SHEET = "contact_sheet.png"
+COLUMNS = 10
+CELL = 128
+"""Side of a picture on the sheet, in pixels."""
+CAPTION = 30
+MARGIN = 8
+
+
+def demo(output: str, prompts: int) -> RunResult:
+    """Runs the demo job and puts `contact_sheet.png` beside its images.
+
+    Args:
+        output: where to; any fsspec URL.
+        prompts: how many of the bundled prompts.
+    """
+    config = JobConfig(
+        prompts=str(PROMPTS),
+        output=output,
+        model="builtin:shapes",
+        device="cpu",
+        cards=2,
+        steps=20,
+        limit=prompts,
+        shard_size=32,
+    )
+    result = run(config)
+    make_contact_sheet(Storage(output))
+    return result
+
+
+def make_contact_sheet(storage: Storage) -> None:
+    """Draws the images of a finished run with their prompts under them, in order of their rows."""
+    table = pq.read_table(
+        io.BytesIO(storage.get("manifest.parquet") or b""), columns=["row", "status", "prompt", "path"]
+    )
+    made = sorted((row for row in table.to_pylist() if row["status"] == "ok"), key=lambda row: row["row"])
+    width, height = CELL + MARGIN, CELL + CAPTION + MARGIN
+    lines = -(-len(made) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width + MARGIN, max(1, lines) * height + MARGIN), "#f4f4f4")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for place, row in enumerate(made):
+        x, y = MARGIN + place % COLUMNS * width, MARGIN + place // COLUMNS * height
+        picture = Image.open(io.BytesIO(storage.get(row["path"]) or b"")).resize((CELL, CELL), Image.Resampling.NEAREST)
+        sheet.paste(picture, (x, y))
+        caption = "\n".join(textwrap.wrap(row["prompt"], 24)[:2])
+        draw.multiline_text((x, y + CELL + 1), caption, fill="black", font=font, spacing=1)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    storage.put(SHEET, buffer.getvalue())

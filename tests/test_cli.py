@@ -1,0 +1,114 @@
+"""The command line as a user meets it: exit codes, one clear line for what is wrong, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import S3Server, command_line, read_manifest
+
+JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", "2")
+
+
+def test_help_and_version_answer_at_once() -> None:
+    started = time.monotonic()
+    assert "make every image of a job" in command_line("--help").stdout
+    assert time.monotonic() - started < 3
+    assert command_line("--version").stdout.strip()
+    assert "Denoising steps. (default: 50)" in " ".join(command_line("run", "--help").stdout.split())
+
+
+@pytest.mark.parametrize("module", ["gaudi_batch.cli", "gaudi_batch.status", "gaudi_batch.flags"])
+def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        f"import sys, {module}; print([m for m in ('ray', 'torch', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        ([], "required: COMMAND"),
+        (["run", "--prompts", "nowhere", "--output", "OUT", *JOB], "nowhere': there is no such file"),
+        (["run", "--prompts", "PROMPTS", "--output", "OUT", *JOB, "--width", "65"], "width is 65"),
+        (["run", "--prompts", "PROMPTS", "--output", "OUT", *JOB, "--columns.prompt", "text"], "no column 'text'"),
+        (["run", "--prompts", "PROMPTS", "--output", "OUT", "--model", "./none"], "'./none'"),
+        (
+            ["run", "--prompts", "PROMPTS", "--output", "OUT", "--model", "builtin:none"],
+            "'builtin:none' is not built in",
+        ),
+        (["run", "--prompts", "PROMPTS", "--output", "OUT", *JOB, "--address", "127.0.0.1:1"], "'127.0.0.1:1'"),
+        (["status", "OUT"], "there is no run here"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(prompts: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    places = {"PROMPTS": str(prompts), "OUT": str(tmp_path / "out")}
+    result = command_line(*(places.get(argument, argument) for argument in arguments))
+    lines = [line for line in result.stderr.splitlines() if "Ray is" not in line]
+    assert result.returncode == 2, result.stderr
+    assert said in lines[-1]
+    assert len(lines) == 1
+
+
+def test_check_prints_the_plan_and_starts_nothing(write_prompts: Callable[..., Path], tmp_path: Path) -> None:
+    prompts = write_prompts({"prompt": ["a", "", "c"] * 10, "width": [64, 64, 128] * 10, "mood": ["x"] * 30})
+    result = command_line("check", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
+    assert result.returncode == 0
+    assert "30 images in 2 shards and 5 batches of 8, padding 25.00%" in result.stdout
+    assert "bucket   128x64, 50 steps, guidance 7.5: 10 rows, 10 images, 1 shards" in result.stdout
+    assert "carried: mood" in result.stdout
+    assert not (tmp_path / "out").exists()
+    strict = command_line("check", "--strict", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
+    assert strict.returncode == 2
+    assert "10 rows can't be run: row 1: prompt is empty" in strict.stderr
+
+
+def test_a_job_file_runs_on_a_ray_that_is_started_for_it_and_status_tells(prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    job = tmp_path / "job.yaml"
+    job.write_text(f"prompts: {prompts}/*.parquet\noutput: {output}\ndevice: simulated\ncards: 3\nshard_size: 8\n")
+    result = command_line("run", job, "--simulated.batch-seconds", "0.05", "--simulated.raise-rows", "[3]")
+    assert result.returncode == 3, result.stderr
+    assert "complete with failed rows: 99 images, 1 failed rows, 3 cards" in result.stdout
+    assert f"images:   {output}/images" in result.stdout
+    assert len(read_manifest(output)) == 100
+    status = command_line("status", output)
+    assert status.stdout.startswith(f"{output}: complete with failed rows\nimages   99 of 100 committed")
+    told: dict[str, Any] = json.loads(command_line("status", output, "--json").stdout)
+    assert told["summary"]["images"] == told["images_committed"] == 99
+    assert told["failed_rows"] == 1
+
+
+def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, cluster: str) -> None:
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(**s3.options, skip_instance_cache=True, use_listings_cache=False)
+    filesystem.put(f"{prompts}/", "bucket/prompts/", recursive=True)
+    options = ("--storage-options", json.dumps(s3.options))
+    command = (
+        *("run", "--prompts", "s3://bucket/prompts/*.parquet", "--output", "s3://bucket/runs/one", *options, *JOB),
+        *("--shard-size", "16", "--address", cluster, "--encoding.type", "webp"),
+    )
+    result = command_line(*command)
+    assert result.returncode == 0, result.stderr
+    with filesystem.open("bucket/runs/one/manifest.parquet") as file:
+        rows = pq.read_table(file).to_pylist()
+    there = {name.removeprefix("bucket/runs/one/") for name in filesystem.find("bucket/runs/one/images")}
+    assert there == {row["path"] for row in rows}
+    assert len(rows) == 100
+    written = [filesystem.cat_file(name) for name in filesystem.find("bucket/runs/one") if name.endswith("json")]
+    assert not any(s3.options["secret"].encode() in data for data in written)
+    assert s3.options["secret"] not in result.stderr + result.stdout
+    assert "complete" in command_line("status", "s3://bucket/runs/one", *options).stdout
+    assert command_line(*command, "--overwrite").returncode == 0

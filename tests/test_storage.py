@@ -1,0 +1,120 @@
+"""One root on any store: puts are whole, failures are tried again, secrets stay inside. Local disk and a real S3."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import S3Server
+
+from gaudi_batch import storage as storage_module
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.storage import Storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return Storage(str(tmp_path / "root"))
+    server: S3Server = request.getfixturevalue("s3")
+    return Storage(f"s3://bucket/{tmp_path.name}", server.options, patience=20)
+
+
+def test_what_is_put_is_read_listed_and_removed(storage: Storage) -> None:
+    storage.put("a/b/one.bin", b"first")
+    storage.put("a/b/one.bin", b"second")
+    storage.put("a/two.bin", b"")
+    assert storage.get("a/b/one.bin") == b"second"
+    assert storage.get("a/none") is None
+    assert storage.names("a") == ["b", "two.bin"]
+    assert storage.names("nowhere") == []
+    assert storage.get_range("a/b/one.bin", 1, 4) == b"eco"
+    storage.remove("a/b")
+    storage.remove("a/b")
+    assert storage.names("a") == ["two.bin"]
+    storage.put("a/b/one.bin", b"again")
+    assert storage.get("a/b/one.bin") == b"again"
+
+
+def test_a_file_is_read_at_any_position(storage: Storage) -> None:
+    storage.put("f", bytes(range(100)))
+    with storage.open("f") as file:
+        file.seek(-10, 2)
+        assert file.read(4) == bytes(range(90, 94))
+        file.seek(5)
+        assert file.read() == bytes(range(5, 100))
+        assert file.read(1) == b""
+
+
+def test_a_storage_can_be_sent_to_a_card(storage: Storage) -> None:
+    storage.put("x", b"1")
+    assert pickle.loads(pickle.dumps(storage)).get("x") == b"1"
+
+
+def test_a_local_file_is_put_whole(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(b"z" * 3_000_000)
+    storage.put_file("big", str(tmp_path / "big"))
+    assert storage.get("big") == b"z" * 3_000_000
+
+
+def failing(times: int, error: Exception) -> Callable[[], str]:
+    left = [times]
+
+    def operation() -> str:
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return "done"
+
+    return operation
+
+
+def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "FIRST_DELAY_SECONDS", 0.001)
+    storage = Storage(str(tmp_path))
+    assert storage.attempt("try", failing(4, OSError(errno.EIO, "slow down"))) == "done"
+    assert storage.attempt("try", failing(2, TimeoutError())) == "done"
+    assert storage.attempt("try", failing(2, ConnectionResetError())) == "done"
+    assert storage.longest_running_s() == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError("no"), OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError("no such bucket")],
+)
+def test_what_can_not_pass_is_raised_at_once(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(StorageError, match="can't write x"):
+        Storage(str(tmp_path), patience=3600).attempt("write x", failing(1, error))
+
+
+def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "FIRST_DELAY_SECONDS", 0.01)
+    with pytest.raises(StorageError, match=r"tried for .* s \(storage_patience\): OSError: 503"):
+        Storage(str(tmp_path), patience=0.1).attempt("read x", failing(10**6, OSError("503")))
+
+
+def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path), {"secret": "hunter2-hunter2"})
+    with pytest.raises(StorageError) as caught:
+        storage.attempt("read", failing(1, PermissionError("denied for hunter2-hunter2 at http://u:p@host/?sig=1")))
+    assert not any(secret in str(caught.value) for secret in ("hunter2", "u:p@", "sig=1"))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("nope://x/y", "can't be opened"), ("memory://x", "lives in one process"), ("gs://b/x", r"gaudi-batch\[gcs\]")],
+)
+def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Storage(url)
+
+
+def test_wrong_credentials_are_the_stores_own_words(s3: S3Server) -> None:
+    storage = Storage("s3://bucket/x", s3.options | {"secret": "wrong-password"}, patience=5)
+    with pytest.raises(StorageError) as caught:
+        storage.put("a", b"1")
+    assert "wrong-password" not in str(caught.value)
+    assert "signature" in str(caught.value).lower()
