@@ -10,7 +10,7 @@ The rules:
   commit; news of any other attempt changes nothing. So no shard is committed twice, and none is lost.
 * Cards pull. A card holds at most `QUEUE` shards, so that it never waits for the next one; it gets the second only
   while there are more shards than cards without one. A queued shard that has not begun is recalled as soon as a card
-  has nothing to do.
+  that may have it has nothing to do.
 * A card prefers the graph keys that it has captured. A card without any takes the key with the most work per card.
 * A shard whose card died or raised goes elsewhere if any other card is left that has not failed it.
 * Which row of a shard is to blame is worked out in `blame.py`. A failure is the card's fault when its shard then
@@ -251,10 +251,9 @@ class Schedule:
             return []
         decisions: list[Decision] = []
         if self.stop_reason is None:
-            decisions += self._assign()
-            decisions += self._recall(len(self._holding[0]) - len(self._asked_back))
+            decisions += self._assign() + self._recall_for_idle()
         else:
-            decisions += self._recall(len(self._queued))
+            decisions += [self._recall(attempt) for attempt in list(self._queued)]
         usable = self._starting or any(self._holding)
         over = self._open == 0 or self.stop_reason is not None or not usable
         if over and not self._attempts and not self._committing:
@@ -337,16 +336,23 @@ class Schedule:
             dict(trouble.condemned),
         )
 
-    def _recall(self, at_most: int) -> list[Decision]:
-        """Asks for queued shards back."""
+    def _recall_for_idle(self) -> list[Decision]:
+        """Asks back a queued shard for each card that has nothing to do, if it is one that the card may have."""
         decisions: list[Decision] = []
-        while self._queued and len(decisions) < at_most:
-            attempt = next(iter(self._queued))
-            live = self._queued.pop(attempt)
-            live.recallable = False
-            self._asked_back.add(attempt)
-            decisions.append(Recall(live.card.number, attempt))
+        for card in self._holding[0].values():
+            if not self._queued or len(self._asked_back) >= len(self._holding[0]):
+                break
+            for attempt, live in self._queued.items():
+                if self._may_have(card, live.shard):
+                    decisions.append(self._recall(attempt))
+                    break
         return decisions
+
+    def _recall(self, attempt: str) -> Recall:
+        live = self._queued.pop(attempt)
+        live.recallable = False
+        self._asked_back.add(attempt)
+        return Recall(live.card.number, attempt)
 
     # -- failures -----------------------------------------------------------------------------------------------
 

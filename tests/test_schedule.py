@@ -183,7 +183,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=1000)
 def test_no_order_of_events_loses_or_repeats_a_shard(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 12), "shards")
     world = World(Schedule(shards(count, buckets=data.draw(st.integers(1, 3))), "a", total_rows=4 * count))
@@ -225,6 +225,16 @@ def test_near_the_end_nothing_queues_behind_a_busy_card() -> None:
     assert [recall.card for recall in world.recalls] == [1]
     world.answer_recall(True)
     assert [len(world.hands[card]) for card in (0, 1)] == [1, 1]
+
+
+def test_an_idle_card_does_not_ask_back_what_it_may_not_have() -> None:
+    world = World(Schedule(shards(3), "a", 12))
+    start(world, 2)
+    world.fail_first(1, accused=False, healthy=True)
+    world.answer_recall(True)
+    assert [assignment.shard.number for assignment in world.hands[0]] == [0, 2]
+    world.finish_first(1)
+    assert not world.recalls, "card 1 has failed shard 2, which waits for card 0"
 
 
 def test_a_failed_shard_goes_to_another_card() -> None:
