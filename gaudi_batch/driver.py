@@ -44,6 +44,7 @@ ANSWER_SECONDS = 60.0
 LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 5.0
 CLUSTER_SECONDS = 5.0
+PLACE_SECONDS = 0.2
 RATE_SECONDS = 60.0
 BATCH_LIMIT_FACTOR = 10
 STORAGE_GRACE_SECONDS = 60.0
@@ -186,7 +187,8 @@ class Driver:
 
     async def _open(self, slot: Slot) -> None:
         """Waits for the cluster to place a new slot, then starts its first process."""
-        await slot.group.ready()
+        while not slot.group.wait(timeout_seconds=0):
+            await asyncio.sleep(PLACE_SECONDS)
         self._carry_out(self.schedule.starting(slot.number))
         self._start(slot)
 

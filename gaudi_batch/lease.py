@@ -77,7 +77,7 @@ class LeaseKeeper:
         """
         held = self._read()
         if held is not None and held.driver != self._lease.driver:
-            alive = _is_alive(held)
+            alive = is_alive(held)
             if alive:
                 raise self._refusal(held)
             if alive is None:
@@ -124,17 +124,22 @@ class LeaseKeeper:
         )
 
     def _read(self) -> Lease | None:
-        data = self._storage.get("lease.json")
-        if data is None:
-            return None
-        try:
-            found = json.loads(data)
-            return Lease(**found | {"dead": tuple(found["dead"])})
-        except (ValueError, TypeError, KeyError):
-            return None
+        return read_lease(self._storage)
 
 
-def _is_alive(lease: Lease) -> bool | None:
+def read_lease(storage: Storage) -> Lease | None:
+    """Who drives the run in an output, as far as is written down."""
+    data = storage.get("lease.json")
+    if data is None:
+        return None
+    try:
+        found = json.loads(data)
+        return Lease(**found | {"dead": tuple(found["dead"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def is_alive(lease: Lease) -> bool | None:
     """Whether the holder lives, which only its own machine can tell; None on another."""
     if lease.machine != _machine():
         return None

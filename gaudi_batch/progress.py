@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.live import Live
+from rich.logging import RichHandler
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -113,10 +115,18 @@ class BarView:
 def open_view() -> View:
     """The view that suits this process's standard error. Log lines of the program go through it."""
     if sys.stderr.isatty():
-        from rich.logging import RichHandler
-
         console = Console(stderr=True)
         if log.handlers:
-            log.handlers[:] = [RichHandler(console=console, show_path=False, show_level=False, markup=False)]
+            log.handlers[:] = [
+                RichHandler(
+                    console=console,
+                    show_path=False,
+                    show_level=False,
+                    markup=False,
+                    highlighter=NullHighlighter(),
+                    omit_repeated_times=False,
+                    log_time_format="%H:%M:%S",
+                )
+            ]
         return BarView(console)
     return LineView()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gaudi_batch.errors import InputError
+from gaudi_batch.lease import is_alive, read_lease
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.text import duration
 
@@ -13,8 +14,8 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     """The state of the run in an output.
 
     Returns:
-        `state` (`complete`, `complete with failed rows`, `stopped`, `running` or `not running`), the counts of shards
-        and images, and what progress.json and summary.json add.
+        `state` (`complete`, `complete with failed rows`, `stopped` or `running`), the counts of shards and images, and
+        what progress.json and summary.json add.
 
     Raises:
         InputError: there is no run in the output.
@@ -27,17 +28,18 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     summary = ledger.get_json("summary.json")
     progress = ledger.get_json("progress.json") or {}
     images = sum(shard.images for shard in plan if shard.number in committed) - progress.get("images_missing", 0)
+    reason = summary["reason"] if summary else None
     complete = len(committed) == len(plan)
     if complete and summary is not None and summary["state"] != "stopped":
         state = summary["state"]
-    elif ledger.get_json("lease.json") is not None:
-        state = "running"
     else:
-        state = "stopped"
+        lease = read_lease(ledger.storage)
+        state = "stopped" if lease is None or is_alive(lease) is False else "running"
+        reason = f"its driver, {lease.holder}, is gone" if lease and state == "stopped" else reason
     return {
         "output": ledger.storage.url,
         "state": state,
-        "reason": summary["reason"] if summary and state == "stopped" else None,
+        "reason": reason if state == "stopped" else None,
         "created_at": record.created_at,
         "rows": record.rows,
         "images_planned": record.images,

@@ -95,6 +95,7 @@ def test_a_killed_driver_costs_nothing_that_was_committed(prompts: Path, tmp_pat
     driver.communicate()
     committed = {path: path.stat().st_mtime_ns for path in output.glob("manifest/*.parquet")}
     assert (output / "lease.json").exists()
+    assert f"stopped (its driver, process {driver.pid} on" in command_line("status", output).stdout
     assert command_line(*command).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in committed} == committed
     assert outcome(output) == (list(range(100)), {})
