@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from tools.shapes.judge import NoVerdict, judge
+from tools.shapes.judge import NoVerdict, judge, judge_colours
 from tools.shapes.pictures import FULL_CAPTIONS, SIZELESS_CAPTIONS, Scene, say
 
 BATCH = 16
@@ -34,7 +34,7 @@ class Score:
     """Pictures whose prompt names a size."""
     right: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*Scene.__annotations__, "everything"), 0))
     refused: dict[str, int] = field(default_factory=dict)
-    """Pictures without a verdict, by reason; nothing in them counts as right."""
+    """Pictures without a verdict, by reason; of these, at most the colours can be right."""
     seconds: float = 0.0
 
     def share(self, part: str) -> float:
@@ -86,15 +86,16 @@ def mark(images: list[Image.Image], tasks: list[Task]) -> Score:
         sized = task.scene.size in task.prompt
         score.sized += sized
         try:
+            background, colour = judge_colours(image)
+            score.right["background"] += background == task.scene.background
+            score.right["colour"] += colour == task.scene.colour
             seen = judge(image)
         except NoVerdict as reason:
             score.refused[str(reason)] = score.refused.get(str(reason), 0) + 1
             continue
-        right = {part: getattr(seen, part) == getattr(task.scene, part) for part in Scene.__annotations__}
-        right["size"] = right["size"] or not sized
-        right["everything"] = all(right.values())
-        for part, good in right.items():
-            score.right[part] += good and (sized or part != "size")
+        score.right["shape"] += seen.shape == task.scene.shape
+        score.right["size"] += sized and seen.size == task.scene.size
+        score.right["everything"] += seen == (task.scene if sized else replace(task.scene, size=seen.size))
     return score
 
 

@@ -62,16 +62,25 @@ def judge(image: Image.Image) -> Scene:
     return examine(image).scene
 
 
+def judge_colours(image: Image.Image) -> tuple[str, str]:
+    """Say of which two colours a picture is, whatever the outline between them.
+
+    Args:
+        image: as for `judge`.
+
+    Returns:
+        Background colour and shape colour.
+
+    Raises:
+        NoVerdict: if the picture is not of two of the colours, with a plain border.
+    """
+    background, colour, _ = _find_colours(image)
+    return background, colour
+
+
 def examine(image: Image.Image) -> Evidence:
     """Say what a picture shows, and where and how clearly; see `judge`."""
-    if min(image.size) < 16:
-        raise NoVerdict(f"{image.width} x {image.height} pixels are too few")
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    ground, background = _find_background(pixels)
-    paint, colour = _find_paint(pixels, ground)
-    if colour == background:
-        raise NoVerdict(f"shape and background are both {colour}")
-    cover = _find_cover(pixels, ground, paint)
+    background, colour, cover = _find_colours(image)
     _require_one_piece(cover > 0.5)
     _require_sharp_edge(cover)
     shape, x, y, radius, overlap = _find_shape(cover)
@@ -80,6 +89,18 @@ def examine(image: Image.Image) -> Evidence:
         if SIZE_LIMITS[size][0] <= relative <= SIZE_LIMITS[size][1]:
             return Evidence(Scene(background, colour, shape, size), x, y, radius, overlap)
     raise NoVerdict(f"a radius of {relative:.1f} pixels is no size")
+
+
+def _find_colours(image: Image.Image) -> tuple[str, str, np.ndarray]:
+    """Names of the two colours, and how much of each pixel the second covers."""
+    if min(image.size) < 16:
+        raise NoVerdict(f"{image.width} x {image.height} pixels are too few")
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    ground, background = _find_background(pixels)
+    paint, colour = _find_paint(pixels, ground)
+    if colour == background:
+        raise NoVerdict(f"shape and background are both {colour}")
+    return background, colour, _find_cover(pixels, ground, paint)
 
 
 def _name(colour: np.ndarray) -> str:

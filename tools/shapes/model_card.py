@@ -53,8 +53,8 @@ image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance})
 ## How good it is
 
 Measured by `tools/shapes/judge.py`, which reads colours, shape and size from the pixels, without learning, and refuses
-what is unclear; an image without a verdict counts as wrong in everything. Sizes are asked of the prompts that name one,
-about four in five. "Unseen" combinations of background, colour, shape and size were in no training picture; those of
+what is unclear. An image without a verdict counts as wrong in shape and size, and in the colours too unless it is
+clearly of two of them. Sizes are asked of the prompts that name one, about four in five. "Unseen" combinations of background, colour, shape and size were in no training picture; those of
 the first row were not used to choose any setting either.
 
 | prompts | images | steps | guidance | background | shape colour | shape | size | everything | no verdict |
