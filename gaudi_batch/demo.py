@@ -36,6 +36,7 @@ def demo(output: str, prompts: int) -> RunResult:
         device="cpu",
         cards=2,
         steps=20,
+        guidance_scale=2.0,  # what the model draws best with, says its card
         limit=prompts,
         shard_size=32,
     )
@@ -59,7 +60,7 @@ def make_contact_sheet(storage: Storage) -> None:
         x, y = MARGIN + place % COLUMNS * width, MARGIN + place // COLUMNS * height
         picture = Image.open(io.BytesIO(storage.get(row["path"]) or b"")).resize((CELL, CELL), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
-        caption = "\n".join(textwrap.wrap(row["prompt"], 24)[:2])
+        caption = "\n".join(textwrap.wrap(row["prompt"], 22)[:2])
         draw.multiline_text((x, y + CELL + 1), caption, fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
