@@ -33,7 +33,6 @@ from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import Generated, Item, Pipeline
 from gaudi_batch.plan import Bucket, GraphKey
 from gaudi_batch.rows import PromptRow
-from gaudi_batch.storage import Storage
 from gaudi_batch.throughput import BatchLine, Sums
 
 STORE_THREADS = 4
@@ -53,9 +52,9 @@ class Card:
         self._setup = setup
         self._started = time.monotonic()
         self._name = ""
+        self._seen: set[str] = set()
         self._node_id, self._node, self._module = where_am_i(setup.config.device)
-        config = setup.config
-        self._storage = Storage(config.output, config.storage_options, config.storage_patience)
+        self._storage = setup.storage
         stores = (self._storage, setup.dataset.storage)
         self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
         self._inbox: queue.Queue[Assign] = queue.Queue()
@@ -73,9 +72,11 @@ class Card:
     # -- calls from the driver ----------------------------------------------------------------------------------
 
     def assign(self, name: str, assignment: Assign) -> None:
-        """Takes a shard into the hand. `name` is what this card is called in records."""
+        """Takes a shard into the hand, once. `name` is what this card is called in records."""
         self._name = name
-        self._inbox.put(assignment)
+        if assignment.attempt not in self._seen:
+            self._seen.add(assignment.attempt)
+            self._inbox.put(assignment)
 
     def recall(self, attempt: str) -> bool:
         """Gives a shard back if it has not begun; returns whether it does."""
@@ -182,7 +183,7 @@ class Card:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Announced(attempt, rows)))
 
     def _store_batch(self, output: FilesOutput, batch: _StoredBatch, made: list[MadeImage]) -> _StoredBatch:
-        left = len(made)
+        left = count = len(made)
         lock = threading.Lock()
 
         def finished(_: Future[StoredImage]) -> None:
@@ -191,7 +192,7 @@ class Card:
                 left -= 1
                 if left == 0:
                     batch.finished_at = datetime.now(timezone.utc)
-                    self._mailbox.stored(batch.attempt, len(made))
+                    self._mailbox.stored(batch.attempt, count)
                     self._store_slots.release()
 
         for image in made:
@@ -214,9 +215,20 @@ class Card:
         images: dict[tuple[int, int], manifest.ImageFacts] = {}
         lines: list[BatchLine] = []
         for batch in stored:
-            results = [future.result() for future in batch.futures]
+            for (item, _, _), future in zip(batch.images, batch.futures, strict=True):
+                error = future.exception()
+                if isinstance(error, StorageError):
+                    raise error
+                if error is not None:
+                    maker.failures[item.row] = f"image {item.image} can't be encoded: {describe_error(error)}"
+                    maker.raised.add(item.row)
+        for batch in stored:
             kept = 0
-            for (item, nsfw, truncated), result in zip(batch.images, results, strict=True):
+            results = [future.result() for future in batch.futures if future.exception() is None]
+            for (item, nsfw, truncated), future in zip(batch.images, batch.futures, strict=True):
+                if future.exception() is not None:
+                    continue
+                result = future.result()
                 if item.row in maker.failures:
                     output.drop(result)
                 else:
@@ -287,8 +299,8 @@ class _StoredBatch:
     finished_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
     def failed(self) -> bool:
-        """Whether storing it has failed already, so that more batches would be made for nothing."""
-        return any(future.done() and future.exception() is not None for future in self.futures)
+        """Whether storage has failed already, so that more batches would be made for nothing."""
+        return any(future.done() and isinstance(future.exception(), StorageError) for future in self.futures)
 
 
 def _is_storage(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.plan import summarize
-from gaudi_batch.text import duration
+from gaudi_batch.text import duration, name
 
 BUCKETS_SHOWN = 20
 
@@ -20,8 +20,10 @@ def check(job: Job) -> str:
     plans = buckets.values()
     images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
     batches = sum(plan.batches for plan in plans)
-    columns = [ours if ours == theirs else f"{ours}={theirs}" for ours, theirs in job.dataset.columns.items()]
-    carried = f"; carried: {', '.join(job.dataset.carried.names)}" if job.dataset.carried.names else ""
+    columns = [ours if ours == theirs else f"{ours}={name(theirs)}" for ours, theirs in job.dataset.columns.items()]
+    carried = (
+        f"; carried: {', '.join(name(each) for each in job.dataset.carried.names)}" if job.dataset.carried.names else ""
+    )
     lines = [
         f"prompts  {job.total_rows} rows of {job.dataset.rows} in {len(job.dataset.files)} files",
         f"columns  {', '.join(columns)}{carried}",

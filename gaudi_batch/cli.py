@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -28,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gaudi-batch: {error}", file=sys.stderr)
         return error.exit_code
     _set_up_log(parsed.verbose)
+    if threading.current_thread() is threading.main_thread():
+        # SIGTERM means the same as Ctrl-C from the first moment on, not only while images are made.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         return int(parsed.command(parsed))
     except GaudiBatchError as error:
@@ -67,18 +72,17 @@ def _check(parsed: argparse.Namespace) -> int:
     job = resolve(job_from(parsed))
     if parsed.strict:
         refuse_bad_rows(job)
-    print(check(job))
+    print(printable(check(job)))
     return 0
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    import yaml
-
     from gaudi_batch.ledger import Ledger
     from gaudi_batch.status import describe_status, read_status
     from gaudi_batch.storage import Storage
+    from gaudi_batch.text import read_yaml
 
-    options = yaml.safe_load(parsed.storage_options or "{}")
+    options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)))
     print(json.dumps(status, indent=1) if parsed.json else printable(describe_status(status)))
     return 0

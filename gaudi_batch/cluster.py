@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ import ray
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 
-KNOCK_SECONDS = 10.0
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
 
@@ -45,12 +43,15 @@ def card_resources(job: Job) -> CardResources:
 
 @contextlib.contextmanager
 def connected(job: Job, address: str | None) -> Iterator[None]:
-    """Connects to the cluster at `address`, or at RAY_ADDRESS, or starts Ray on this machine for as long as it takes.
+    """Connects to the cluster at `address`, or starts Ray on this machine for as long as it takes; a Ray that this
+    process has connected to already is used as it is.
 
     Raises:
         InputError: there is no cluster at the address.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        yield
+        return
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {
         "log_to_driver": False,
@@ -61,7 +62,6 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address and address != "local":
         try:
-            _knock(address)
             ray.init(address=address, **quiet)
         except Exception as error:
             said = " ".join(str(error).split())[:300]
@@ -81,13 +81,6 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Finds out at once what takes Ray minutes: that nobody listens. Raises OSError."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "//" not in host:
-        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def wanted_cards(job: Job, resources: CardResources) -> int:

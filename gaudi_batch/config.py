@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gaudi_batch.errors import InputError
-from gaudi_batch.rows import MAX_SEED
+from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -125,7 +125,7 @@ class JobConfig(_Section):
     batch_size: PositiveInt = 8
     """Images that one pipeline call makes."""
 
-    num_images: PositiveInt = 1
+    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     """Images per prompt (this and the next six: per row where the row says so)."""
 
     steps: PositiveInt = 50
@@ -205,6 +205,8 @@ class JobConfig(_Section):
     def _percent(cls, value: Any) -> Any:
         if isinstance(value, str) and value.endswith("%"):
             return float(value[:-1]) / 100
+        if isinstance(value, str) and "." in value:
+            return float(value)
         return value
 
     @model_validator(mode="after")
@@ -231,7 +233,10 @@ class JobConfig(_Section):
             except OSError as error:
                 raise InputError(f"job file {str(path)!r} can't be read: {error.strerror or error}") from None
             except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-                raise InputError(f"job file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+                # The error's own words quote the file, in which there may be a secret.
+                mark = getattr(error, "problem_mark", None)
+                where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+                raise InputError(f"job file {str(path)!r} is not YAML{where}") from None
             if not isinstance(loaded, dict):
                 raise InputError(f"job file {str(path)!r} must hold a mapping of fields, such as 'seed: 0'")
             fields = loaded

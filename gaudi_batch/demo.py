@@ -23,24 +23,27 @@ MARGIN = 8
 
 
 def demo(output: str, prompts: int) -> RunResult:
-    """Runs the demo job and puts `contact_sheet.png` beside its images.
+    """Runs the demo job, afresh each time, and puts `contact_sheet.png` beside its images.
 
     Args:
         output: where to; any fsspec URL.
         prompts: how many of the bundled prompts.
     """
-    config = JobConfig(
-        prompts=str(PROMPTS),
-        output=output,
-        model="builtin:shapes",
-        device="cpu",
-        cards=2,
-        steps=20,
-        guidance_scale=2.0,  # what the model draws best with, says its card
-        limit=prompts,
-        shard_size=32,
+    config = JobConfig.load(
+        None,
+        {
+            "prompts": str(PROMPTS),
+            "output": output,
+            "model": "builtin:shapes",
+            "device": "cpu",
+            "cards": 2,
+            "steps": 20,
+            "guidance_scale": 2.0,  # what the model draws best with, says its card
+            "limit": prompts,
+            "shard_size": 32,
+        },
     )
-    result = run(config)
+    result = run(config, overwrite=True)
     make_contact_sheet(Storage(output))
     return result
 

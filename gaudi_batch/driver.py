@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,6 @@ from gaudi_batch.config import LimitsConfig
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
 from gaudi_batch.errors import StorageError
 from gaudi_batch.generation import describe_error
-from gaudi_batch.lease import BEAT_SECONDS, LeaseKeeper
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.messages import Announced, CardSetup, Done, Event, Failed, News, NotLoaded, Ready, Status
 from gaudi_batch.plan import GraphKey
@@ -45,11 +45,15 @@ LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 5.0
 CLUSTER_SECONDS = 5.0
 PLACE_SECONDS = 0.2
+WAITING_SECONDS = 30.0
 RATE_SECONDS = 60.0
 BATCH_LIMIT_FACTOR = 10
 STORAGE_GRACE_SECONDS = 60.0
 """How much longer than the job's patience one operation on storage may take."""
 FAULTS_KEPT = 100
+COMMIT_THREADS = 8
+COMMIT_SECONDS = 5.0
+"""How long the end of a run waits for commits that have been begun."""
 
 
 @dataclass
@@ -88,7 +92,6 @@ class Driver:
         tally: the commits so far; goes on being added to.
         images_total: images that the whole plan asks for.
         images_missing: images that committed shards were to have and have not, since rows failed.
-        lease: ours.
         view: shows progress.
         wanted: tells how many cards the job may have of the cluster as it is now.
     """
@@ -102,7 +105,6 @@ class Driver:
         tally: Tally,
         images_total: int,
         images_missing: int,
-        lease: LeaseKeeper,
         view: View,
         wanted: Callable[[], int],
     ) -> None:
@@ -113,11 +115,14 @@ class Driver:
         self._ledger = ledger
         self._tally = tally
         self._images_total = images_total
-        self._lease = lease
         self._view = view
         self._wanted = wanted
         self._slots: dict[int, Slot] = {}
+        self.unsettled: set[str] = set()
+        """Attempts whose manifest may or may not be in place, since its put has not ended."""
         self._records: dict[str, Done] = {}
+        self._commits: set[asyncio.Task[None]] = set()
+        self._commit_pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         self._missing = images_missing
         self._batch_s: dict[GraphKey, float] = {}
         self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
@@ -132,14 +137,17 @@ class Driver:
         """Runs to the end; returns why it stopped, or None if every shard is committed."""
         self._over = asyncio.get_running_loop().create_future()
         self._setup_ref = ray.put(self._setup)
-        for work in (self._grow, self._look, self._report, self._beat):
+        for work in (self._grow, self._look, self._report):
             self._spawn(work())
         try:
             return await self._over
         finally:
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            # A commit that has been begun can't be taken back: its thread goes on whatever becomes of its task.
+            if self._commits:
+                await asyncio.wait(self._commits, timeout=COMMIT_SECONDS)
+            self._commit_pool.shutdown(wait=False)
             for slot in self._slots.values():
                 self._kill(slot)
                 remove_placement_group(slot.group)
@@ -187,8 +195,14 @@ class Driver:
 
     async def _open(self, slot: Slot) -> None:
         """Waits for the cluster to place a new slot, then starts its first process."""
+        said, waits_since = 0.0, time.monotonic()
         while not slot.group.wait(timeout_seconds=0):
             await asyncio.sleep(PLACE_SECONDS)
+            waits = time.monotonic() - waits_since
+            if waits > said + WAITING_SECONDS:
+                said = waits
+                need = f"{self._resources.amount} {self._resources.name}"
+                log.info("%s has waited %.0f s for the cluster: no %s is free", slot.where, waits, need)
         self._carry_out(self.schedule.starting(slot.number))
         self._start(slot)
 
@@ -250,10 +264,11 @@ class Driver:
             self._fault(slot, f"failed at {event.attempt}: {event.error}")
             self._carry_out(schedule.failed(event.attempt, event.error, event.accused, event.healthy))
         else:
-            self._records[event.attempt] = event
             facts = event.facts
-            self._carry_out(schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows))
-            self._records.pop(event.attempt, None)
+            decisions = schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows)
+            if decisions:
+                self._records[event.attempt] = event
+            self._carry_out(decisions)
 
     def _introduce(self, slot: Slot, ready: Ready) -> None:
         for other in self._slots.values():
@@ -285,8 +300,9 @@ class Driver:
     async def _lost(self, slot: Slot, error: Exception) -> None:
         reason = slot.kill_reason or _why_died(error)
         node = slot.ready.node_id if slot.ready else None
+        node_is_gone = not slot.kill_reason and await asyncio.to_thread(_node_is_gone, node, error)
         slot.actor = None
-        if not slot.kill_reason and await asyncio.to_thread(_node_is_gone, node, error):
+        if node_is_gone:
             log.warning("%s left with its node", slot.where)
             remove_placement_group(slot.group)
             self._carry_out(self.schedule.gone(slot.number))
@@ -310,11 +326,13 @@ class Driver:
         for decision in decisions:
             if isinstance(decision, Assign):
                 slot = self._slots[decision.card]
-                slot.actor.assign.remote(slot.name, decision)
+                self._spawn(self._assign(slot.actor, slot.name, decision))
             elif isinstance(decision, Recall):
                 self._spawn(self._recall(self._slots[decision.card].actor, decision.attempt))
             elif isinstance(decision, Commit):
-                self._spawn(self._commit(self._records[decision.attempt]))
+                commit = asyncio.get_running_loop().create_task(self._guarded(self._commit(decision.attempt)))
+                self._commits.add(commit)
+                commit.add_done_callback(self._commits.discard)
             elif isinstance(decision, Replace):
                 self._kill(self._slots[decision.card])
                 self._start(self._slots[decision.card])
@@ -325,6 +343,16 @@ class Driver:
             elif isinstance(decision, Finish) and not self._over.done():
                 self._over.set_result(decision.reason)
 
+    async def _assign(self, actor: Any, name: str, assignment: Assign) -> None:
+        while True:
+            try:
+                return await actor.assign.remote(name, assignment)  # type: ignore[no-any-return]
+            except ActorUnavailableError:
+                # It may have arrived or not; a card takes the same attempt once.
+                await asyncio.sleep(NEWS_SECONDS)
+            except RayError:
+                return None
+
     async def _recall(self, actor: Any, attempt: str) -> None:
         try:
             given_back = await actor.recall.remote(attempt)
@@ -332,8 +360,14 @@ class Driver:
             return
         self._carry_out(self.schedule.recalled(attempt, given_back))
 
-    async def _commit(self, done: Done) -> None:
-        if await asyncio.to_thread(self._ledger.commit, done.facts.shard, done.manifest):
+    async def _commit(self, attempt: str) -> None:
+        done = self._records[attempt]
+        self.unsettled.add(attempt)
+        loop = asyncio.get_running_loop()
+        put = await loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts.shard, done.manifest)
+        self.unsettled.discard(attempt)
+        del self._records[attempt]
+        if put:
             self._tally.add(done.facts)
             self._missing += self.schedule.shards[done.facts.shard].images - done.facts.images
         else:
@@ -373,11 +407,6 @@ class Driver:
         while True:
             await asyncio.to_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_SECONDS)
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(BEAT_SECONDS)
-            await asyncio.to_thread(self._lease.beat)
 
     def progress(self) -> Progress:
         """How far the run is."""

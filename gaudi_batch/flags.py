@@ -8,12 +8,12 @@ import types
 import typing
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gaudi_batch.config import JobConfig, merge
 from gaudi_batch.errors import InputError
+from gaudi_batch.text import read_yaml
 
 
 def add_job_flags(command: argparse.ArgumentParser) -> None:
@@ -60,8 +60,11 @@ def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
     kinds = _kinds(field.annotation)
     if type(None) in kinds and text in ("null", "none", ""):
         return None
-    if dict in kinds or tuple in kinds:
-        return read_mapping(text, f"--{path.replace('_', '-')}")
+    flag = f"--{path.replace('_', '-')}"
+    if dict in kinds:
+        return read_yaml(text, dict, flag)
+    if tuple in kinds:
+        return read_yaml(text, list, flag)
     return text
 
 
@@ -76,14 +79,6 @@ def _kinds(annotation: Any) -> set[Any]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return set().union(*(_kinds(part) for part in typing.get_args(annotation)))
     return {typing.get_origin(annotation) or annotation}
-
-
-def read_mapping(text: str | None, flag: str = "--storage-options") -> Any:
-    """The value of a flag that takes YAML. Raises InputError."""
-    try:
-        return yaml.safe_load(text) if text else {}
-    except yaml.YAMLError:
-        raise InputError(f"{flag}: its value must be YAML, such as '{{key: value}}'") from None
 
 
 def join_mapping_flags(arguments: list[str]) -> list[str]:
@@ -103,10 +98,13 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
                 if not waiting:
                     raise InputError(f"{flag} needs a value")
                 value = waiting.pop(0)
-            loaded = read_mapping(value, flag)
             # Names of columns and secrets are text, whatever YAML would make of them.
-            entry = loaded if isinstance(loaded, (bool, dict, list)) else value
+            entry: Any = {"true": True, "false": False}.get(value, value) if name != "--columns" else value
             joined[name] = merge(joined.get(name, {}), _nested(key, entry))
+        elif name in mappings:
+            if not equals:
+                value = waiting.pop(0) if waiting else ""
+            joined[name] = merge(joined.get(name, {}), read_yaml(value, dict, flag))
         else:
             rest.append(argument)
     for name, mapping in joined.items():

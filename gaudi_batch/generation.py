@@ -8,6 +8,7 @@ control.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,21 +86,19 @@ class ShardMaker:
             else:
                 runnable.append(row)
         apart = self.alone | self.accused.keys()
-        together = [item for row in runnable if row.row not in apart for item in self._items(row)]
-        groups = list(_chunks(together, self.batch_size))
+        together = (item for row in runnable if row.row not in apart for item in self._items(row))
+        for group in _chunks(together, self.batch_size):
+            yield from self._make(group)
         for row in runnable:
             if row.row in apart:
-                groups += _chunks(self._items(row), self.batch_size)
-        for group in groups:
-            yield from self._make(group)
+                for group in _chunks(self._items(row), self.batch_size):
+                    yield from self._make(group)
         if self._unproven:
             self._prove_by_control()
 
-    def _items(self, row: PromptRow) -> list[Item]:
-        return [
-            Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self.run_seed, row, image))
-            for image in range(row.num_images)
-        ]
+    def _items(self, row: PromptRow) -> Iterator[Item]:
+        for image in range(row.num_images):
+            yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self.run_seed, row, image))
 
     def _make(self, group: list[Item]) -> Iterator[list[MadeImage]]:
         group = [item for item in group if item.row not in self.failures and item.row not in self._unproven]
@@ -170,6 +169,6 @@ def describe_error(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk

@@ -17,7 +17,7 @@ from gaudi_batch.pipelines.model import ModelFacts, describe_model
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.rows import RowRules
-from gaudi_batch.storage import redact, redacted_options
+from gaudi_batch.storage import open_filesystem, redact, redacted_options
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
@@ -138,6 +138,7 @@ def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
         InputError: the job can't be run as it is.
         StorageError: the prompts' storage failed.
     """
+    open_filesystem(config.output, config.storage_options)
     config = config.model_copy(update={"device": "cpu" if config.device == "auto" else config.device})
     model = describe_model(config)
     for name in ("width", "height"):

@@ -8,20 +8,26 @@ this machine is gone.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
+
+log = logging.getLogger("gaudi_batch")
 
 STALE_SECONDS = 60.0
 BEAT_SECONDS = 10.0
 """How often the holder counts up."""
 LOOK_SECONDS = 2.0
+SETTLE_SECONDS = 1.0
+"""Between writing and reading back."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class Lease:
     """When the process started, in the machine's own ticks."""
     beat: int
     dead: tuple[str, ...]
-    """Drivers of this run that are known to be dead."""
+    """Drivers of this run that are known to be dead, and whose leavings nobody has removed yet."""
+    released: bool = False
+    """Whether the holder has let go, and left this only to hand the dead on."""
 
     @property
     def holder(self) -> str:
@@ -56,6 +64,7 @@ class LeaseKeeper:
 
     def __init__(self, storage: Storage, driver: str) -> None:
         self._storage = storage
+        self._over = threading.Event()
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
 
@@ -70,42 +79,57 @@ class LeaseKeeper:
         return frozenset(self._lease.dead)
 
     def take(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Takes the lease once nobody else holds it. `confirm` has to follow after a moment.
+        """Takes the lease once nobody else holds it, and keeps counting up until `release`.
 
         Raises:
-            InputError: another driver is alive.
+            InputError: another driver is alive, or takes the lease at the same time.
         """
         held = self._read()
         if held is not None and held.driver != self._lease.driver:
-            alive = is_alive(held)
+            alive = False if held.released else is_alive(held)
             if alive:
                 raise self._refusal(held)
             if alive is None:
                 say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
                 self._wait_until_stale(held)
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
-        self.beat()
-
-    def confirm(self) -> None:
-        """Reads back what `take` wrote, a moment later.
-
-        Raises:
-            InputError: another driver took the lease at the same time.
-        """
+        self._write()
+        time.sleep(SETTLE_SECONDS)
         held = self._read()
         if held is not None and held.driver != self._lease.driver:
             raise InputError(f"{self._storage.url}: {held.holder} has just started to drive this run")
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
-    def beat(self) -> None:
-        """Counts up."""
+    def release(self, cleaned: bool) -> None:
+        """Leaves the run without a holder.
+
+        Args:
+            cleaned: whether the leavings of the dead have been removed; if not, the next driver is told of them.
+        """
+        self._over.set()
+        held = self._read()
+        if held is None or held.driver != self._lease.driver:
+            return
+        if cleaned or not self._lease.dead:
+            self._storage.remove("lease.json")
+        else:
+            self._lease = replace(self._lease, released=True)
+            self._write()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            try:
+                held = self._read()
+                if held is not None and held.driver != self._lease.driver:
+                    log.warning("%s drives this run as well now; commits stay right, work is done twice", held.holder)
+                    return
+                self._write()
+            except StorageError as error:
+                log.warning("the lease can't be kept up: %s", error)
+
+    def _write(self) -> None:
         self._lease = replace(self._lease, beat=self._lease.beat + 1)
         self._storage.put("lease.json", json.dumps(asdict(self._lease)).encode())
-
-    def release(self) -> None:
-        """Leaves the run without a holder. What is known of the dead has been cleaned up or will be found again."""
-        held = self._read()
-        if held is not None and held.driver == self._lease.driver:
-            self._storage.remove("lease.json")
 
     def _wait_until_stale(self, held: Lease) -> None:
         until = time.monotonic() + STALE_SECONDS

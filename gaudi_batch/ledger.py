@@ -32,18 +32,8 @@ if TYPE_CHECKING:
     from gaudi_batch.job import Job
 
 READ_THREADS = 16
-OWN_NAMES = (
-    "manifest",
-    "images",
-    "throughput",
-    "plan.parquet",
-    "progress.json",
-    "summary.json",
-    "manifest.parquet",
-    "run.json",
-)
-"""What a run puts into its output, in the order in which starting afresh removes it: commits first, so that a crash in
-between leaves a run that makes its images again."""
+OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "manifest.parquet", "run.json")
+"""What a run has once; beside these it has manifests, and what is named after attempts."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +211,7 @@ class Ledger:
             How many objects or directories were removed.
         """
         removed = 0
-        places = ["images", *(f"throughput/{card}" for card in self.storage.names("throughput"))]
-        for place in places:
+        for place in self._attempt_places():
             for name in self.storage.names(place):
                 found = parse_attempt(name)
                 if found and committed.get(found[0]) != found[1] and is_ours(found[1]):
@@ -231,9 +220,24 @@ class Ledger:
         return removed
 
     def start_afresh(self) -> None:
-        """Removes a run from the output, and nothing else that lies there."""
-        for name in OWN_NAMES:
+        """Removes a run from the output, and nothing else that lies there.
+
+        Commits go first and run.json last, so that a crash in between leaves a run that makes its images again.
+        """
+        if self.storage.get("run.json") is None:
+            return
+        for shard in self.committed_shards():
+            self.storage.remove(manifest_path(shard))
+        for place in self._attempt_places():
+            for name in self.storage.names(place):
+                if parse_attempt(name):
+                    self.storage.remove(f"{place}/{name}")
+        for name in OWN_FILES:
             self.storage.remove(name)
+
+    def _attempt_places(self) -> list[str]:
+        """The directories in which attempts leave something."""
+        return ["images", *(f"throughput/{card}" for card in self.storage.names("throughput"))]
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""

@@ -12,6 +12,7 @@ from gaudi_batch.pipelines.model import ModelFacts
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.prompts import PromptDataset
 from gaudi_batch.rows import RowRules
+from gaudi_batch.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class CardSetup:
 
     config: JobConfig
     """With its device resolved."""
+    storage: Storage
+    """The output, as the driver has opened it."""
     model: ModelFacts
     dataset: PromptDataset
     rules: RowRules

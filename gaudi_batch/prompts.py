@@ -104,13 +104,12 @@ class PromptDataset:
         table = self._ours(pa.Table.from_batches([batch]))
         codes = np.zeros(table.num_rows, dtype=np.int64)
         for column in table.columns:
-            if pa.types.is_dictionary(column.type):
-                column = column.cast(column.type.value_type)
-            encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+            encoded = _plain_values(column).dictionary_encode(null_encoding="encode")
             codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
             codes = np.unique(codes, return_inverse=True)[1]
-        firsts = np.unique(codes, return_index=True)[1]
-        shapes = [rules.shape(values)[:2] for values in _values(table.take(firsts))]
+        firsts = np.unique(codes, return_index=True)[1].tolist()
+        distinct = [{name: _value(table.column(name)[first]) for name in table.column_names} for first in firsts]
+        shapes = [rules.shape(values)[:2] for values in distinct]
         edges = np.flatnonzero(np.diff(codes)) + 1
         for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
             if end > begin:
@@ -141,17 +140,21 @@ class PromptDataset:
         self, shard: Shard, group: int, offset: int, count: int, first: int, rules: RowRules
     ) -> tuple[list[PromptRow], pa.Table]:
         first_row = self.files[shard.file].first_row + first + offset
+        reason = None
         try:
             table = self._decode(shard.file, group).slice(offset, count)
             ours = _values(self._ours(table))
             carried = self._carried(table)
-        except (pa.ArrowException, OSError, UnicodeDecodeError, NotImplementedError) as error:
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
             reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {_one_line(error)}"
-            rows = [make_row(first_row + i, {}, rules, reason) for i in range(count)]
-            return rows, pa.table(
-                {field.name: pa.nulls(count, field.type) for field in self.carried}, schema=self.carried
-            )
-        rows = [make_row(first_row + i, values, rules) for i, values in enumerate(ours)]
+            # The shape columns could be read when the job was planned; they say whose rows these are.
+            shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
+            table = self._open(shard.file).read_row_group(group, columns=shapes).slice(offset, count)
+            ours = _values(self._ours(table)) if shapes else [{}] * count
+            carried = pa.table([pa.nulls(count, field.type) for field in self.carried], schema=self.carried)
+        rows = [make_row(first_row + i, values, rules, reason) for i, values in enumerate(ours)]
         mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
         if len(mine) == len(rows):
             return rows, carried
@@ -181,7 +184,7 @@ class PromptDataset:
 
     def _carried(self, table: pa.Table) -> pa.Table:
         columns = [
-            table.column(field.name).cast(field.type)
+            _cast(table.column(field.name), field.type)
             if field.name in table.column_names
             else pa.nulls(len(table), field.type)
             for field in self.carried
@@ -207,7 +210,8 @@ def open_prompts(config: JobConfig) -> PromptDataset:
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")
     try:
-        schemas = [schema.remove_metadata() for _, schema, _ in footers]
+        # A file without rows, such as an empty data frame's, often has no types worth the name.
+        schemas = [_plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {_one_line(error)}") from None
@@ -253,11 +257,13 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
         if _GLOB.search(path) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
             matches = filesystem.glob(path, detail=True)
-            return base, {name: info for name, info in matches.items() if info["type"] == "file"}
+            return base, {name: info for name, info in matches.items() if info["type"] != "directory"}
         info = filesystem.info(path)
         if info["type"] == "file":
             return path.rpartition("/")[0], {path: info}
-        names = {name: info for name, info in filesystem.find(path, detail=True).items() if name.endswith(".parquet")}
+        found = filesystem.find(path, detail=True).items()
+        output = str(filesystem._strip_protocol(config.output)).rstrip("/") + "/"
+        names = {name: info for name, info in found if name.endswith(".parquet") and not name.startswith(output)}
         return path, {
             name: info
             for name, info in names.items()
@@ -296,10 +302,10 @@ def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.Fi
 
 
 def _values(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a table as Python values; a string that is not UTF-8 comes as `Undecodable`."""
+    """The rows of a table as Python values; one that Python can't hold comes as `Undecodable`."""
     try:
         return table.to_pylist()  # type: ignore[no-any-return]
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # UnicodeDecodeError among them
         columns = {name: [_value(item) for item in table.column(name)] for name in table.column_names}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -310,6 +316,38 @@ def _value(item: pa.Scalar) -> Any:
     except UnicodeDecodeError:
         raw = item.value if isinstance(item, pa.DictionaryScalar) else item
         return Undecodable(bytes(raw.as_buffer()).decode("utf-8", "replace"))
+    except (ValueError, OverflowError):
+        return Undecodable(_text(item))
+
+
+def _text(item: pa.Scalar) -> str:
+    try:
+        return str(item.cast(pa.string()).as_py())
+    except (pa.ArrowException, ValueError, OverflowError):
+        return f"a {item.type} that can't be shown"
+
+
+def _plain_values(column: pa.ChunkedArray) -> pa.Array:
+    """A shape column in a type that Arrow can number the values of."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or _is_text(kind):
+        plain = pa.string() if _is_text(kind) else kind
+        return column.cast(plain).combine_chunks()
+    return pa.array([_text(item) if item.is_valid else None for item in column], pa.string())
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A carried column in the type that all files share. Precision may be lost, a row never."""
+    try:
+        return column.cast(kind)
+    except pa.ArrowInvalid:
+        return column.cast(kind, safe=False)
+
+
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """The schema with its view types, which Arrow can't select rows of, as plain ones."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    return pa.schema([field.with_type(plain.get(field.type, field.type)) for field in schema])
 
 
 def _is_text(kind: pa.DataType) -> bool:

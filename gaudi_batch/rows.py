@@ -14,6 +14,8 @@ from gaudi_batch.plan import Bucket
 SHAPE_COLUMNS = ("width", "height", "steps", "guidance_scale", "num_images")
 """The columns that decide a row's bucket and how many images it asks for."""
 MAX_INT32 = 2**31 - 1
+MAX_IMAGES = 10_000
+"""Images of one row; more is a mistake, and would hold up the neighbours."""
 MAX_SEED = 2**63 - 1
 """Seeds are 0 .. 2^63 - 1, what a Parquet int64 column and a torch.Generator both hold."""
 
@@ -39,7 +41,7 @@ class RowRules:
             width = _side(values, "width", self.bucket.width, self.multiple)
             height = _side(values, "height", self.bucket.height, self.multiple)
             steps = _count(values, "steps", self.bucket.steps)
-            images = _count(values, "num_images", self.num_images)
+            images = _count(values, "num_images", self.num_images, MAX_IMAGES)
             guidance = _guidance(values, self.bucket.guidance_scale)
         except ValueError as error:
             return self.bucket, 0, str(error)
@@ -76,7 +78,7 @@ def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
 
 
 class Undecodable(str):
-    """A string column's value that was not UTF-8, with what could not be read replaced."""
+    """A value that Python can't hold, such as text that is not UTF-8, as near as can be."""
 
 
 def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str | None = None) -> PromptRow:
@@ -111,7 +113,7 @@ def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str
 def _text(values: Mapping[str, Any], name: str) -> tuple[str | None, str | None]:
     value = values.get(name)
     if isinstance(value, Undecodable):
-        return str(value), f"{name} is not valid UTF-8"
+        return str(value), f"{name} can't be read as text: {str(value)!r:.80}"
     if value is None or isinstance(value, str):
         return value, None
     if name == "id":
@@ -130,12 +132,12 @@ def _integer(values: Mapping[str, Any], name: str) -> int | None:
     return int(value)
 
 
-def _count(values: Mapping[str, Any], name: str, default: int) -> int:
+def _count(values: Mapping[str, Any], name: str, default: int, most: int = MAX_INT32) -> int:
     value = _integer(values, name)
     if value is None:
         return default
-    if not 1 <= value <= MAX_INT32:
-        raise ValueError(f"{name} is {value}; it must be at least 1 and at most {MAX_INT32}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} is {value}; it must be at least 1 and at most {most}")
     return value
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
+import socket
 import string
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.config import JobConfig
@@ -25,6 +27,7 @@ from gaudi_batch.summary import Tally
 log = logging.getLogger("gaudi_batch")
 
 GRACE_SECONDS = 30.0
+KNOCK_SECONDS = 10.0
 DRIVER_NAME_LENGTH = 5
 
 
@@ -79,8 +82,12 @@ def run(
     if strict:
         refuse_bad_rows(job)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _knock(address)
     lease = LeaseKeeper(ledger.storage, driver)
     lease.take(log.info)
+    complete = False
     try:
         if overwrite:
             ledger.start_afresh()
@@ -91,16 +98,26 @@ def run(
         missing = [shard for shard in shards if shard.number not in tally.attempts]
         if len(missing) < len(shards):
             log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
-        faults: dict[str, int] = {}
-        retries, reason = 0, None
+        ended = _Ended(None)
         if missing:
             committed = record.images - sum(shard.images for shard in missing)
-            faults, retries, reason = _drive(
-                job, ledger, record, missing, tally, committed - tally.images, lease, address, grace
-            )
-        return _sum_up(ledger, record, tally, lease, faults, retries, reason)
+            ended = _drive(job, ledger, record, missing, tally, committed - tally.images, driver, address, grace)
+        result = _sum_up(ledger, record, tally, lease, ended)
+        complete = True
+        return result
     finally:
-        lease.release()
+        lease.release(cleaned=complete)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How the making of images ended."""
+
+    reason: str | None
+    """Why it stopped; None if every shard is committed."""
+    faults: Mapping[str, int] = field(default_factory=dict)
+    retries: int = 0
+    unsettled: frozenset[str] = frozenset()
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
@@ -134,11 +151,11 @@ def _drive(
     missing: list[Shard],
     tally: Tally,
     images_missing: int,
-    lease: LeaseKeeper,
+    driver_name: str,
     address: str | None,
     grace: float,
-) -> tuple[dict[str, int], int, str | None]:
-    """Has the missing shards made; returns faults by card, retries, and why it stopped (None: all are made)."""
+) -> _Ended:
+    """Has the missing shards made."""
     # Ray is slow to import and nothing else here needs it.
     from gaudi_batch.cluster import card_resources, connected, wanted_cards
     from gaudi_batch.driver import Driver
@@ -148,7 +165,6 @@ def _drive(
 
     started = time.monotonic()
     with connected(job, address):
-        lease.confirm()
         resources = card_resources(job)
         cards = wanted_cards(job, resources)
         if cards == 0:
@@ -158,9 +174,9 @@ def _drive(
             )
         log.info("Ray is ready after %.1f s; using %d cards", time.monotonic() - started, cards)
         schedule = Schedule(
-            missing, lease.driver, record.rows, tally.rows, tally.failed_rows, max_failed=job.config.max_failed
+            missing, driver_name, record.rows, tally.rows, tally.failed_rows, max_failed=job.config.max_failed
         )
-        setup = CardSetup(job.config, job.model, job.dataset, job.rules, job.threads)
+        setup = CardSetup(job.config, ledger.storage, job.model, job.dataset, job.rules, job.threads)
         with open_view() as view:
             driver = Driver(
                 setup,
@@ -170,12 +186,21 @@ def _drive(
                 tally,
                 record.images,
                 images_missing,
-                lease,
                 view,
                 lambda: wanted_cards(job, resources),
             )
             reason = _run_loop(lambda: _until_over(driver, grace))
-        return driver.faults, schedule.retries, reason
+        return _Ended(reason, driver.faults, schedule.retries, frozenset(driver.unsettled))
+
+
+def _knock(address: str) -> None:
+    """Finds out at once what takes Ray minutes: that nobody listens. Raises InputError."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "//" not in host:
+        try:
+            socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+        except OSError as error:
+            raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
 async def _until_over(driver: Any, grace: float) -> str | None:
@@ -230,19 +255,25 @@ def _sum_up(
     record: RunRecord,
     tally: Tally,
     lease: LeaseKeeper,
-    faults: dict[str, int],
-    retries: int,
-    reason: str | None,
+    ended: _Ended,
 ) -> RunResult:
-    ours = lease.dead | {lease.driver}
-    ledger.remove_orphans(tally.attempts, lambda attempt: attempt[:DRIVER_NAME_LENGTH] in ours)
+    reason = ended.reason
+    # What is committed is what storage says: another driver may have committed, too.
+    for facts, _ in ledger.commits():
+        tally.add(facts)
+    # The leavings of a driver that is taken for dead are safe to remove only when nothing is left to commit.
+    removable = {lease.driver} if reason else lease.dead | {lease.driver}
+    ledger.remove_orphans(
+        tally.attempts,
+        lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ended.unsettled,
+    )
     state = "stopped" if reason else "complete with failed rows" if tally.failed_rows else "complete"
     summary = {
         "state": state,
         "reason": reason,
         "images_planned": record.images,
         "rows_planned": record.rows,
-        **tally.describe(faults, retries),
+        **tally.describe(ended.faults, ended.retries),
     }
     if reason is None:
         ledger.join_manifests()

@@ -162,8 +162,11 @@ class Schedule:
 
     def announced(self, attempt: str, rows: Iterable[int]) -> list[Decision]:
         """A card is about to call the pipeline for these rows."""
-        if attempt in self._attempts:
-            self._attempts[attempt].announced = frozenset(rows)
+        live = self._attempts.get(attempt)
+        if live is not None:
+            if live.announced is not None:
+                live.card.strikes = 0  # it has made the batch before
+            live.announced = frozenset(rows)
         return []
 
     def done(self, attempt: str, rows: int, failed_rows: int, raised_rows: int) -> list[Decision]:
@@ -180,6 +183,7 @@ class Schedule:
         live = self._release(attempt)
         self._committing[live.shard] = attempt
         live.card.strikes = 0
+        live.card.vindications = max(0, live.card.vindications - 1)
         self.done_rows += rows
         self.failed_rows += failed_rows
         decisions: list[Decision] = [Commit(live.shard, attempt)]
@@ -358,13 +362,18 @@ class Schedule:
 
     def _blame_death(self, card: _Card, error: str) -> None:
         hand = {attempt: self._attempts[attempt] for attempt in reversed(card.hand)}
-        guilty = {attempt for attempt, live in hand.items() if live.announced is not None} or set(hand)
+        announced = {attempt for attempt, live in hand.items() if live.announced is not None}
+        suspects = announced or set(hand)
+        first = next(iter(card.hand), None)
         for attempt, live in hand.items():
             self._release(attempt)
-            if attempt in guilty:
+            if attempt in suspects:
                 trouble = self._trouble.setdefault(live.shard, Trouble())
                 others = self._others([*trouble.died_on, card.number])
                 trouble.died(card.number, error, live.announced, others)
+                if attempt != first and attempt not in announced:
+                    # It was behind another and may not have begun: suspect, but no failure of the card's.
+                    trouble.failed_on.pop()
                 self._try_again(live.shard, trouble)
             else:
                 self._again.appendleft(live.shard)

@@ -34,8 +34,10 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
         state = summary["state"]
     else:
         lease = read_lease(ledger.storage)
-        state = "stopped" if lease is None or is_alive(lease) is False else "running"
-        reason = f"its driver, {lease.holder}, is gone" if lease and state == "stopped" else reason
+        state = "stopped" if lease is None or lease.released or is_alive(lease) is False else "running"
+        reason = (
+            f"its driver, {lease.holder}, is gone" if lease and state == "stopped" and not lease.released else reason
+        )
     return {
         "output": ledger.storage.url,
         "state": state,

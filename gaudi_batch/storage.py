@@ -43,8 +43,8 @@ PERMANENT_ERRORS = (
     ValueError,
     TypeError,
 )
-SECRET_KEY = re.compile(r"key|secret|token|passw|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
-_URL_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
+SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
+_URL_USERINFO = re.compile(r"(\w+://)[^\s'\"]+@")
 _URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
 
 
@@ -59,15 +59,17 @@ def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The same options with every value that may be a secret replaced by `***`."""
     return {
-        key: redacted_options(value)
-        if isinstance(value, Mapping)
-        else "***"
-        if SECRET_KEY.search(key)
-        else redact(value)
-        if isinstance(value, str)
-        else value
+        key: "***" if SECRET_KEY.search(str(key)) and not isinstance(value, (Mapping, bool)) else _redacted(value)
         for key, value in options.items()
     }
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redacted_options(value)
+    if isinstance(value, (list, tuple)):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _secrets(options: Mapping[str, Any], inherited: bool = False) -> set[str]:

@@ -96,6 +96,26 @@ def test_secrets_are_not_in_errors() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_no_flag_is_lost_or_read_as_something_else() -> None:
+    config = from_flags(
+        *("--prompts", "p", "--output", "o", "--device", "simulated", "--max-failed", "1.0"),
+        *("--columns", "{id: key}", "--columns.prompt", "yes", "--storage-options.secret", "@pa:ss%"),
+    )
+    assert config.columns == {"id": "key", "prompt": "yes"}
+    assert config.storage_options == {"secret": "@pa:ss%"}
+    assert isinstance(config.max_failed, float)
+    with pytest.raises(InputError) as caught:
+        from_flags("--prompts", "p", "--output", "o", "--storage-options", '{secret: "hunter2')
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_broken_job_file_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text('storage_options: {secret: "hunter2\n')
+    with pytest.raises(InputError, match="is not YAML at line") as caught:
+        JobConfig.load(tmp_path / "job.yaml")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_secrets_are_taken_out_of_text_and_options() -> None:
     options = {"key": "AKIA123456", "secret": "s3cr3t-value", "client_kwargs": {"endpoint_url": "http://u:pw@host"}}
     text = redact("GET s3://user:pass@bucket/x?sig=abc failed for AKIA123456 with s3cr3t-value", options)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from conftest import command_line, read_manifest
 
-from gaudi_batch import JobConfig, RunResult, RunStopped, run
+from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
+from gaudi_batch.ledger import Ledger
 
 FAST = {"batch_seconds": 0.02}
 
@@ -138,3 +139,79 @@ def test_a_second_driver_is_refused_while_the_first_lives(prompts: Path, tmp_pat
     assert f"process {driver.pid}" in second.stderr
     driver.kill()
     driver.communicate()
+
+
+def files_named(output: Path) -> set[str]:
+    """Paths that the manifests of the shards name."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path, columns=["path"]) for path in (output / "manifest").glob("*.parquet")]
+    return {path for table in tables for path in table.column("path").to_pylist()}
+
+
+def files_there(output: Path) -> set[str]:
+    return {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
+
+
+def test_a_run_that_is_abandoned_while_commits_are_under_way_keeps_their_images(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, calls = Ledger.commit, []
+
+    def slow_then_broken(self: Ledger, shard: int, data: bytes) -> bool:
+        calls.append(shard)
+        if len(calls) == 4:
+            raise StorageError("the store is gone")
+        time.sleep(1.5)
+        return commit(self, shard, data)
+
+    monkeypatch.setattr(Ledger, "commit", slow_then_broken)
+    monkeypatch.setattr("gaudi_batch.driver.COMMIT_SECONDS", 0.1)
+    with pytest.raises(RunStopped, match="the store is gone"):
+        make(prompts, tmp_path / "out", cluster, {}, shard_size=8)
+    time.sleep(2)  # commits that were under way come through now
+    assert files_named(tmp_path / "out") <= files_there(tmp_path / "out")
+    monkeypatch.undo()
+    make(prompts, tmp_path / "out", cluster, {}, shard_size=8)
+    assert outcome(tmp_path / "out") == (list(range(100)), {})
+    assert files_named(tmp_path / "out") <= files_there(tmp_path / "out")
+
+
+def test_what_a_driver_that_was_taken_for_dead_commits_after_all_stays(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    make(prompts, output, cluster, {})
+    theirs = {number: output / f"manifest/{number:06d}.parquet" for number in (2, 4)}
+    held = {number: path.read_bytes() for number, path in theirs.items()}
+    for path in theirs.values():
+        path.unlink()
+    stalled = next((output / "images").iterdir()).name.partition("-")[2][:5]
+    lease = {"driver": stalled, "host": "h", "machine": "m", "pid": 1, "started": "1", "beat": 1, "dead": []}
+    (output / "lease.json").write_text(json.dumps(lease | {"released": True}))
+    commit = Ledger.commit
+
+    def overtaken(self: Ledger, shard: int, data: bytes) -> bool:
+        theirs[shard].write_bytes(held[shard])
+        return commit(self, shard, data)
+
+    monkeypatch.setattr(Ledger, "commit", overtaken)
+    result = make(prompts, output, cluster, {})
+    assert outcome(output) == (list(range(100)), {})
+    assert result.summary["images"] == 100
+    assert files_named(output) == files_there(output)
+
+
+def test_a_refused_start_does_not_forget_who_left_orphans(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    make(prompts, output, cluster, {})
+    lease = {"driver": "aaaaa", "host": "h", "machine": "m", "pid": 1, "started": "1", "beat": 1, "dead": ["bbbbb"]}
+    (output / "lease.json").write_text(json.dumps(lease | {"released": True}))
+    (output / "images/000001-bbbbb7").mkdir()
+    (output / "images/000001-bbbbb7/00000001-00.png").write_bytes(b"left behind")
+    (output / "manifest/000001.parquet").unlink()
+    with pytest.raises(RunStopped):
+        make(prompts, output, cluster, {"unloadable_modules": [0, 1, 2, 3]})
+    assert (output / "images/000001-bbbbb7").exists()
+    make(prompts, output, cluster, {})
+    assert files_named(output) == files_there(output)

@@ -139,12 +139,49 @@ def test_a_row_group_that_can_not_be_decoded_costs_only_its_own_rows(write_promp
     assert "row group 1 of 'part-0.parquet' can't be decoded" in str(rows[30].error)
 
 
+def test_an_undecodable_row_group_costs_each_shape_its_own_rows_once(write_prompts: Callable[..., Path]) -> None:
+    texts = [f"prompt {n}" * 20 for n in range(96)]
+    directory = write_prompts({"prompt": texts, "width": [64, 128] * 48}, row_group_size=32)
+    path = directory / "part-0.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    data[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(bytes(data))
+    rows = all_rows(opened(directory), shard_size=48)
+    assert [row.row for row in rows] == list(range(96))
+    assert {row.row for row in rows if row.error} == set(range(32, 64))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1, 1], pa.date32()),
+        pa.array([10**18 + 1, 1], pa.timestamp("ns")),
+        pa.array([[1], [2]]),
+        pa.array(["a", "b"], pa.string_view()),
+        pa.array([b"\xff", b"b"], pa.binary_view()),
+    ],
+)
+def test_odd_types_of_columns_fail_rows_at_most(write_prompts: Callable[..., Path], column: pa.Array) -> None:
+    for name in ("id", "width", "seed", "carried"):
+        dataset = opened(write_prompts(pa.table({"prompt": ["p", "q"], name: column}), name=name))
+        rows = all_rows(dataset)
+        assert [row.row for row in rows] == [0, 1]
+        assert name != "carried" or not any(row.error for row in rows)
+
+
+def test_a_carried_column_never_fails_a_row(write_prompts: Callable[..., Path]) -> None:
+    rows = all_rows(opened(write_prompts({"prompt": ["a"], "n": [2**53 + 1]}, {"prompt": ["b"], "n": [0.5]})))
+    assert [row.error for row in rows] == [None, None]
+
+
 def test_text_that_is_not_utf8_fails_its_row_alone(write_prompts: Callable[..., Path]) -> None:
     broken = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfeok")]
     )
     rows = all_rows(opened(write_prompts(pa.table({"prompt": broken}))))
-    assert rows[0].error == "prompt is not valid UTF-8"
+    assert rows[0].error == "prompt can't be read as text: '\ufffd\ufffd'"
     assert rows[1].error is None
 
 

@@ -52,6 +52,50 @@ def test_every_image_is_there_once_and_named_by_the_manifest(prompts: Path, tmp_
     assert not (output / "lease.json").exists()
 
 
+def test_a_relative_output_is_relative_to_the_driver(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(Path("prompts"), Path("here/out"), cluster, limit=9)
+    rows = read_manifest(tmp_path / "here/out")
+    assert len(rows) == 9
+    assert all((tmp_path / "here/out" / row["path"]).is_file() for row in rows)
+
+
+def test_the_output_may_lie_among_the_prompts(prompts: Path, cluster: str) -> None:
+    for _ in range(2):
+        assert make(prompts, prompts / "out", cluster, limit=9).exit_code == 0
+
+
+def test_starting_afresh_removes_a_run_and_nothing_else(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    for path in ("images/holiday/rome.jpg", "manifest/cargo.txt"):
+        (output / path).parent.mkdir(parents=True)
+        (output / path).write_text("mine")
+    make(prompts, output, cluster, limit=9, overwrite=True)
+    with pytest.raises(InputError, match="no Ray cluster answers"):
+        make(prompts, output, "127.0.0.1:1", limit=9, seed=2, overwrite=True)
+    assert (output / "manifest.parquet").exists()
+    make(prompts, output, cluster, limit=9, seed=2, overwrite=True)
+    assert (output / "images/holiday/rome.jpg").exists()
+    assert (output / "manifest/cargo.txt").exists()
+    assert len(list(output.glob("images/*/*.png"))) == 9
+
+
+def test_an_image_that_can_not_be_encoded_fails_its_row_alone(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+) -> None:
+    widest_webp = 16383
+    directory = write_prompts(
+        {"prompt": ["p"] * 9, "width": [64] * 4 + [widest_webp + 9] + [64] * 4, "height": [8] * 9}
+    )
+    result = make(directory, tmp_path / "out", cluster, encoding={"type": "webp"}, batch_size=2)
+    failed = {row["row"]: row["error"] for row in read_manifest(tmp_path / "out") if row["status"] == "failed"}
+    assert result.exit_code == 3
+    assert list(failed) == [4]
+    assert "can't be encoded" in failed[4]
+
+
 def test_throughput_lines_and_summary_agree_with_the_manifest(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     summary = make(prompts, output, cluster).summary
