@@ -39,7 +39,8 @@ def test_shapes_sit_where_they_are_drawn_and_inside_the_border() -> None:
         radius = rng.uniform(9.5, 11.5) if scene.size == "small" else rng.uniform(20.5, 23.5)
         assert seen.radius == pytest.approx(radius, abs=0.5)
         reach = 13 if scene.size == "small" else 5
-        assert abs(seen.x - SIDE / 2) < reach + 1 and abs(seen.y - SIDE / 2) < reach + 1
+        assert abs(seen.x - SIDE / 2) < reach + 1
+        assert abs(seen.y - SIDE / 2) < reach + 1
 
 
 def test_larger_pictures_are_judged_by_their_shorter_side() -> None:

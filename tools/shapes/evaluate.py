@@ -13,7 +13,7 @@ from PIL import Image
 from tools.shapes.judge import NoVerdict, judge, judge_colours
 from tools.shapes.pictures import FULL_CAPTIONS, SIZELESS_CAPTIONS, Scene, say
 
-BATCH = 16
+BATCH = 8
 
 
 @dataclass(frozen=True)

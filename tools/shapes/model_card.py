@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tools.shapes.dataset import make_pictures
 from tools.shapes.evaluate import BATCH, Score, Task, generate, make_tasks, mark, measure
-from tools.shapes.pictures import ALL_SCENES, COLOURS, SHAPES, SIZES, Scene
+from tools.shapes.pictures import ALL_SCENES, COLOURS, GRID, SHAPES, SIZES, Scene
 from tools.shapes.vae import as_tensor
 from tools.shapes.vocabulary import FILLERS, disturb
 
@@ -44,7 +44,8 @@ image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance})
 
 - **Prompts** name a colour ({colours}), a shape
   ({shapes}), a size ({sizes}) and the colour of the background, in any of several orders:
-  "small yellow star, black background", "a red circle on blue". What a prompt leaves open is chosen by the seed. Shape and background differ in colour. A shape's place always follows from the seed.
+  "small yellow star, black background", "a red circle on blue". What a prompt leaves open is chosen by the seed. Shape
+  and background differ in colour. Where the shape sits always follows from the seed.
 - **Other words** are read byte by byte and ignored, in any script. Prompts are cut after {max_length} tokens, which is
   many known words but few unknown ones.
 - **Pictures** are 64 x 64 pixels. Other multiples of 8 run, but nothing of another size was in the training.
@@ -54,8 +55,9 @@ image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance})
 
 Measured by `tools/shapes/judge.py`, which reads colours, shape and size from the pixels, without learning, and refuses
 what is unclear. An image without a verdict counts as wrong in shape and size, and in the colours too unless it is
-clearly of two of them. Sizes are asked of the prompts that name one, about four in five. "Unseen" combinations of background, colour, shape and size were in no training picture; those of
-the first row were not used to choose any setting either.
+clearly of two of them. Sizes are asked of the prompts that name one, about four in five. "Unseen" combinations of
+background, colour, shape and size were in no training picture; those of the first row were not used to choose any
+setting either.
 
 | prompts | images | steps | guidance | background | shape colour | shape | size | everything | no verdict |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -64,33 +66,47 @@ the first row were not used to choose any setting either.
 The autoencoder alone: of {reconstructed} pictures of unseen combinations, encoded and decoded again, the judge finds
 {reconstruction:.1%} right in everything; the mean error per colour value is {error:.2f} of 255.
 
-One image takes {per_image:.3f} s at {steps} steps with guidance, in batches of {batch} on {threads} threads of the
-machine that trained it.
+One image takes {per_image:.2f} s at {steps} steps with guidance, in batches of {batch} on one thread of the machine
+that trained it.
 
 ## How it was made
 
-By `python -m tools.shapes.train --out DIR --seed {seed}{options}`,
-on the CPU, from {pictures} synthetic pictures of {training} of the {combinations} combinations; {tuning} were kept for
-choosing settings and {test} for the test. The script draws the pictures itself, so there is no other data and nothing
-is owed to anyone.
+With this command, on the CPU:
 
-| part | parameters | steps | minutes |
+```
+python -m tools.shapes.train --out DIR --seed {seed}{options}
+```
+
+It draws its own pictures, of {training} of the {combinations} combinations: {pictures} with shapes anywhere, and as
+many with shapes on a grid. {tuning} combinations were kept for choosing settings, and {test} for the test. There is no other
+data, so nothing is owed to anyone.
+
+| trained, in this order | steps | batch | minutes |
 | --- | --- | --- | --- |
-| autoencoder | {vae_parameters:,} | {vae_steps} of {vae_batch} pictures | {vae_minutes:.0f} |
-| its decoder alone | | {decoder_steps} of {vae_batch} latents | {decoder_minutes:.0f} |
-| text encoder | {text_parameters:,} | {denoiser_steps} of {denoiser_batch} latents | {denoiser_minutes:.0f} |
-| UNet | {unet_parameters:,} | the same, together | the same |
+{phases}
 
-The autoencoder learns from the absolute error, more of it near outlines, and a little divergence from a normal
-distribution; its latents are then scaled to mean 0 and deviation 1, in its own weights. Then the decoder goes on alone,
-on latents with a little noise, such as a denoiser leaves. Text encoder and UNet learn together to predict velocity, under Stable Diffusion's noise schedule; {empty:.0%} of the captions are empty, for
-guidance, {foreign:.0%} are foreign words alone and {disturbed:.0%} have foreign words around them. All weights are
-averages over the last steps.
+The autoencoder ({vae_parameters:,} parameters) learns from the absolute error, more of it near outlines, and a little
+divergence from a normal distribution; its latents are then scaled to mean 0 and deviation 1, in its own weights. Then
+its decoder goes on alone, on latents with a little noise, such as a denoiser leaves. Text encoder ({text_parameters:,})
+and UNet ({unet_parameters:,}) learn together to predict velocity, under Stable Diffusion's noise schedule. {empty:.0%}
+of the captions are empty, for guidance, {foreign:.0%} are foreign words alone, and {disturbed:.0%} have foreign words
+around them. At the end they settle on shapes at places {grid} pixels apart, two of three of them small. All weights
+are averages over the last steps.
 
 ## Licence
 
 Apache-2.0, weights and pictures alike.
 """
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the training."""
+
+    name: str
+    steps: int
+    batch: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -101,24 +117,16 @@ class Training:
     training_scenes: list[Scene]
     tuning_scenes: list[Scene]
     test_scenes: list[Scene]
-    vae_steps: int
-    vae_batch: int
-    vae_seconds: float
-    decoder_steps: int
-    decoder_seconds: float
-    denoiser_steps: int
-    denoiser_batch: int
-    denoiser_seconds: float
+    phases: list[Phase]
     shares: tuple[float, float, float]
     test_prompts: int
     seed: int
-    threads: int
     options: str
 
 
 def write_card(directory: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
     """Measure the model and write its README.md."""
-    rows, per_image = _measure_rows(pipeline, training)
+    rows = _measure_rows(pipeline, training)
     pictures, scenes = make_pictures(training.test_scenes, 320, training.seed + 1)
     right, error = _reconstruct(pipeline.vae, pictures, scenes)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
@@ -135,8 +143,7 @@ def write_card(directory: Path, pipeline: StableDiffusionPipeline, training: Tra
         reconstructed=len(pictures),
         reconstruction=right,
         error=error,
-        per_image=per_image,
-        threads=training.threads,
+        per_image=_measure_time(pipeline, training),
         batch=BATCH,
         seed=training.seed,
         options=training.options,
@@ -148,14 +155,11 @@ def write_card(directory: Path, pipeline: StableDiffusionPipeline, training: Tra
         vae_parameters=_parameters(pipeline.vae),
         text_parameters=_parameters(pipeline.text_encoder),
         unet_parameters=_parameters(pipeline.unet),
-        vae_steps=f"{training.vae_steps:,}",
-        vae_batch=training.vae_batch,
-        vae_minutes=training.vae_seconds / 60,
-        decoder_steps=f"{training.decoder_steps:,}",
-        decoder_minutes=training.decoder_seconds / 60,
-        denoiser_steps=f"{training.denoiser_steps:,}",
-        denoiser_batch=training.denoiser_batch,
-        denoiser_minutes=training.denoiser_seconds / 60,
+        phases="\n".join(
+            f"| {phase.name} | {phase.steps:,} | {phase.batch} | {phase.seconds / 60:.0f} |"
+            for phase in training.phases
+        ),
+        grid=GRID,
         empty=empty,
         foreign=foreign,
         disturbed=disturbed,
@@ -163,8 +167,8 @@ def write_card(directory: Path, pipeline: StableDiffusionPipeline, training: Tra
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _measure_rows(pipeline: StableDiffusionPipeline, training: Training) -> tuple[list[str], float]:
-    """The table's rows, and the seconds per image of the first."""
+def _measure_rows(pipeline: StableDiffusionPipeline, training: Training) -> list[str]:
+    """The table's rows."""
     unseen = make_tasks(training.test_scenes, training.test_prompts, training.seed + 1000)
     few = max(1, training.test_prompts // 2)
     seen = make_tasks(training.training_scenes, few, training.seed + 2000)
@@ -183,7 +187,17 @@ def _measure_rows(pipeline: StableDiffusionPipeline, training: Training) -> tupl
     rows.append(_row("the same with foreign words around them", score, STEPS, GUIDANCE))
     score = measure(pipeline, tuning, steps=STEPS, guidance=GUIDANCE, negative=FILLERS[-5])
     rows.append(_row(f'the same with the negative prompt "{FILLERS[-5]}"', score, STEPS, GUIDANCE))
-    return rows, first.seconds / first.images
+    return rows
+
+
+def _measure_time(pipeline: StableDiffusionPipeline, training: Training) -> float:
+    """Seconds per image on one thread; the better of two batches, as the first may warm up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tasks = make_tasks(training.tuning_scenes, BATCH, training.seed)
+    seconds = min(measure(pipeline, tasks, steps=STEPS, guidance=GUIDANCE).seconds for _ in range(2))
+    torch.set_num_threads(threads)
+    return seconds / BATCH
 
 
 def _row(name: str, score: Score, steps: int, guidance: float) -> str:

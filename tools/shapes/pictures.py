@@ -28,6 +28,12 @@ RADIUS = {"small": (9.5, 11.5), "large": (20.5, 23.5)}
 WANDER = {"small": 13.0, "large": 5.0}
 """How far from the middle a shape may sit, in pixels; a large one must still end before the border."""
 
+GRID = 4
+"""Distance of the places at which shapes sit when they are drawn on the grid, in pixels."""
+RADIUS_ON_GRID = {"small": (10.5, 11.5), "large": (21.5, 23.0)}
+PLACES_ON_GRID = {"small": 3, "large": 1}
+"""How many places there are on each side of the middle, in both directions."""
+
 _SUPERSAMPLING = 4
 _COLOUR_JITTER = 5
 _STAR_INNER = 0.46
@@ -99,14 +105,24 @@ def coverage(
     return fine.resize((width, height), Image.Resampling.BOX)
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
+def draw(scene: Scene, rng: random.Random, *, on_grid: bool = False) -> Image.Image:
     """Draw a scene; position, exact size and exact colours follow from `rng`.
+
+    Args:
+        scene: what to draw.
+        rng: source of all that the scene leaves open.
+        on_grid: whether the shape sits on one of few places, `GRID` pixels apart, rather than anywhere.
 
     Returns:
         An RGB image of 64 x 64 pixels.
     """
-    radius = rng.uniform(*RADIUS[scene.size])
-    x, y = (SIDE / 2 + rng.uniform(-1, 1) * WANDER[scene.size] for _ in range(2))
+    if on_grid:
+        radius = rng.uniform(*RADIUS_ON_GRID[scene.size])
+        places = PLACES_ON_GRID[scene.size]
+        x, y = (SIDE / 2 + GRID * rng.randint(-places, places) for _ in range(2))
+    else:
+        radius = rng.uniform(*RADIUS[scene.size])
+        x, y = (SIDE / 2 + rng.uniform(-1, 1) * WANDER[scene.size] for _ in range(2))
     mask = coverage(scene.shape, x, y, radius, supersampling=_SUPERSAMPLING)
     picture = Image.new("RGB", (SIDE, SIDE), _near(scene.background, rng))
     picture.paste(_near(scene.colour, rng), (0, 0, SIDE, SIDE), mask)

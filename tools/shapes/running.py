@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +87,7 @@ class Run:
             },
             fresh,
         )
-        os.replace(fresh, self.path)
+        fresh.replace(self.path)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the numbers of the steps still to do; between two of them `update` must be called."""

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tools.shapes import denoiser, vae
 from tools.shapes.dataset import make_pictures, split
 from tools.shapes.evaluate import make_tasks, measure
-from tools.shapes.model_card import GUIDANCE, STEPS, Training, write_card, write_samples
+from tools.shapes.model_card import GUIDANCE, STEPS, Phase, Training, write_card, write_samples
 from tools.shapes.vocabulary import build_tokenizer
 
 logger = logging.getLogger("tools.shapes")
@@ -70,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=4000, help="default %(default)s")
     parser.add_argument("--decoder-steps", type=int, default=2000, help="default %(default)s")
     parser.add_argument("--denoiser-steps", type=int, default=7000, help="default %(default)s")
+    parser.add_argument("--settle-steps", type=int, default=4000, help="default %(default)s")
     parser.add_argument("--test-prompts", type=int, default=500, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
@@ -78,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def _options(arguments: argparse.Namespace) -> str:
     """The counts that shape the result, as they are given on the command line."""
-    names = ("pictures", "vae-steps", "decoder-steps", "denoiser-steps")
+    names = ("pictures", "vae-steps", "decoder-steps", "denoiser-steps", "settle-steps")
     return "".join(f" --{name} {getattr(arguments, name.replace('-', '_'))}" for name in names)
 
 
@@ -89,19 +90,18 @@ def main() -> None:
     diffusers_logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
 
-    training_scenes, tuning_scenes, test_scenes = split(arguments.seed)
+    seed, checkpoints = arguments.seed, arguments.checkpoints
+    training_scenes, tuning_scenes, test_scenes = split(seed)
     logger.info("drawing %d pictures of %d combinations", arguments.pictures, len(training_scenes))
-    pictures, shown = make_pictures(training_scenes, arguments.pictures, arguments.seed)
+    pictures, shown = make_pictures(training_scenes, arguments.pictures, seed)
 
-    autoencoder, vae_seconds = vae.train(pictures, arguments.seed, arguments.vae_steps, arguments.checkpoints)
+    autoencoder, vae_seconds = vae.train(pictures, seed, arguments.vae_steps, checkpoints)
     logger.info("encoding the pictures")
     latents = vae.encode(autoencoder, pictures)
-    decoder_seconds = vae.polish(
-        autoencoder, pictures, latents, arguments.seed, arguments.decoder_steps, arguments.checkpoints
-    )
+    decoder_seconds = vae.polish(autoencoder, pictures, latents, seed, arguments.decoder_steps, checkpoints)
 
     tokenizer = build_tokenizer()
-    progress_tasks = make_tasks(tuning_scenes, 96, arguments.seed)
+    progress_tasks = make_tasks(tuning_scenes, 96, seed)
 
     def watch(step: int, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         pipeline = assemble(autoencoder, text_encoder, unet, tokenizer)
@@ -112,9 +112,27 @@ def main() -> None:
         latents,
         shown,
         tokenizer,
-        seed=arguments.seed,
+        name="denoiser",
+        seed=seed,
         steps=arguments.denoiser_steps,
-        checkpoints=arguments.checkpoints,
+        peak=1e-3,
+        checkpoints=checkpoints,
+        watch=watch,
+    )
+    # Shapes on a grid are an easier task, after a harder one that taught colours, sizes and outlines; and the small
+    # ones are the harder to draw, so they come twice as often.
+    weighted = [*training_scenes, *(scene for scene in training_scenes if scene.size == "small")]
+    pictures, shown = make_pictures(weighted, arguments.pictures, seed + 10, on_grid=True)
+    text_encoder, unet, settle_seconds = denoiser.train(
+        vae.encode(autoencoder, pictures),
+        shown,
+        tokenizer,
+        name="settle",
+        seed=seed + 10,
+        steps=arguments.settle_steps,
+        peak=6e-4,
+        checkpoints=checkpoints,
+        start=(text_encoder, unet),
         watch=watch,
     )
 
@@ -123,22 +141,19 @@ def main() -> None:
     assemble(autoencoder, text_encoder, unet, tokenizer).to(torch.float16).save_pretrained(fresh)
     logger.info("measuring the stored model")
     training = Training(
-        pictures=len(pictures),
+        pictures=arguments.pictures,
         training_scenes=training_scenes,
         tuning_scenes=tuning_scenes,
         test_scenes=test_scenes,
-        vae_steps=arguments.vae_steps,
-        vae_batch=vae.BATCH,
-        vae_seconds=vae_seconds,
-        decoder_steps=arguments.decoder_steps,
-        decoder_seconds=decoder_seconds,
-        denoiser_steps=arguments.denoiser_steps,
-        denoiser_batch=denoiser.BATCH,
-        denoiser_seconds=denoiser_seconds,
+        phases=[
+            Phase("autoencoder", arguments.vae_steps, vae.BATCH, vae_seconds),
+            Phase("its decoder alone", arguments.decoder_steps, vae.BATCH, decoder_seconds),
+            Phase("text encoder and UNet", arguments.denoiser_steps, denoiser.BATCH, denoiser_seconds),
+            Phase("the same, on the grid", arguments.settle_steps, denoiser.BATCH, settle_seconds),
+        ],
         shares=(denoiser.EMPTY_SHARE, denoiser.FOREIGN_SHARE, denoiser.DISTURBED_SHARE),
         test_prompts=arguments.test_prompts,
-        seed=arguments.seed,
-        threads=arguments.threads,
+        seed=seed,
         options=_options(arguments),
     )
     for path in fresh.rglob("*.safetensors"):
@@ -146,7 +161,7 @@ def main() -> None:
         path.chmod(0o644)
     pipeline = load(fresh)
     write_card(fresh, pipeline, training)
-    write_samples(fresh / "samples.png", pipeline, test_scenes, arguments.seed)
+    write_samples(fresh / "samples.png", pipeline, test_scenes, seed)
     replace_directory(fresh, arguments.out)
     logger.info("wrote %s", arguments.out)
 
