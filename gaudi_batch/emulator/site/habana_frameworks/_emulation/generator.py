@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,7 @@ class HpuGenerator(_plain_generator):  # type: ignore[misc, valid-type]
 
     def __init__(self) -> None:
         _addresses.add(self._cdata)
-
-    def __del__(self) -> None:
-        _addresses.discard(self._cdata)
+        weakref.finalize(self, _addresses.discard, self._cdata)
 
 
 def is_of_device(generator: Any) -> bool:

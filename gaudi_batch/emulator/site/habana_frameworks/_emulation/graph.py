@@ -90,16 +90,10 @@ class Recording:
     def replay(self) -> None:
         """Computes everything again from what the captured inputs hold now."""
         values: dict[int, torch.Tensor] = {}
-
-        def resolve(symbol: Any) -> Any:
-            if isinstance(symbol, _Slot):
-                return values[symbol.number]
-            return [resolve(element) for element in symbol] if isinstance(symbol, (list, tuple)) else symbol
-
         with torch.autocast("cpu", enabled=False):
             for operation in self._operations:
-                kwargs = {name: resolve(value) for name, value in operation.kwargs.items()}
-                results = operation.func(*map(resolve, operation.args), **kwargs)
+                kwargs = {name: _resolve(value, values) for name, value in operation.kwargs.items()}
+                results = operation.func(*[_resolve(argument, values) for argument in operation.args], **kwargs)
                 if isinstance(results, torch.Tensor):
                     results = (results,)
                 elif operation.nested:
@@ -174,6 +168,12 @@ class HPUGraph:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("cannot pickle 'HPUGraph' object")
+
+
+def _resolve(symbol: Any, values: dict[int, torch.Tensor]) -> Any:
+    if isinstance(symbol, _Slot):
+        return values[symbol.number]
+    return [_resolve(element, values) for element in symbol] if isinstance(symbol, (list, tuple)) else symbol
 
 
 def _overwrite(target: torch.Tensor, value: torch.Tensor) -> None:

@@ -179,29 +179,15 @@ def _facts(func: Any) -> _Facts:
 def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Runs one ATen operation on the values, wraps what is new, and records it if a graph is being captured."""
     facts = _facts(func)
-    wrappers: dict[int, Any] = {}
-    strangers = []
-
-    def values(argument: Any) -> Any:
-        if isinstance(argument, HpuTensor):
-            wrappers[id(argument._host)] = argument
-            return argument._host
-        if isinstance(argument, torch.Tensor):
-            wrappers[id(argument)] = argument
-            if argument.dim() > 0:
-                strangers.append(argument)
-        elif isinstance(argument, (list, tuple)):
-            return type(argument)(map(values, argument))
-        return argument
-
-    host_args = tuple(values(argument) for argument in args)
-    host_kwargs = {name: values(value) for name, value in kwargs.items()}
-    if strangers and not facts.mixes:
+    given: dict[int, torch.Tensor] = {}
+    host_args = [_take_values(argument, given) for argument in args]
+    host_kwargs = {name: _take_values(value, given) for name, value in kwargs.items()}
+    if not facts.mixes and any(not isinstance(tensor, HpuTensor) and tensor.dim() for tensor in given.values()):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, hpu:0 and cpu!"
+            "Expected all tensors to be on the same device, but found at least two devices, hpu:0 and cpu!"
             f" (when checking the arguments of {func})"
         )
-    if "device" in host_kwargs and host_kwargs["device"] is not None and host_kwargs["device"].type == "hpu":
+    if host_kwargs.get("device") is not None and host_kwargs["device"].type == "hpu":
         host_kwargs["device"] = _CPU
     results = _call(func, facts, host_args, host_kwargs)
     recording = getattr(recorder, "active", None)
@@ -210,29 +196,40 @@ def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if facts.changes_shape:
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
-    owners: dict[int, torch.Tensor] = {}
-    for wrapper in wrappers.values():
-        host = host_of(wrapper)
-        if host.layout == torch.strided:
-            owners.setdefault(host.untyped_storage()._cdata, host)
+    return _give_back(results, given)
 
-    def wrap(result: Any) -> Any:
-        if isinstance(result, torch.Tensor):
-            known = wrappers.get(id(result))
-            if known is not None:
-                return known
-            if result.device.type != "cpu":
-                return result
-            owner = owners.get(result.untyped_storage()._cdata)
-            if owner is None:
-                return on_device(result)
-            result._owner = owner  # keeps the memory of the base counted while a view of it lives
-            return HpuTensor(result)
-        if isinstance(result, (list, tuple)):
-            return type(result)(map(wrap, result))
+
+# No closures below: one that calls itself would keep tensors, and so memory, until the garbage collector runs.
+
+
+def _take_values(argument: Any, given: dict[int, torch.Tensor]) -> Any:
+    if isinstance(argument, torch.Tensor):
+        host = host_of(argument)
+        given[id(host)] = argument
+        return host
+    if isinstance(argument, (list, tuple)):
+        return [_take_values(element, given) for element in argument]
+    return argument
+
+
+def _give_back(result: Any, given: dict[int, torch.Tensor]) -> Any:
+    if isinstance(result, (list, tuple)):
+        return type(result)([_give_back(element, given) for element in result])
+    if not isinstance(result, torch.Tensor):
         return result
-
-    return wrap(results)
+    if id(result) in given:
+        return given[id(result)]
+    if result.device.type != "cpu":
+        return result
+    if result.layout == torch.strided:
+        storage = result.untyped_storage()._cdata
+        for tensor in given.values():
+            host = host_of(tensor)
+            if host.layout == torch.strided and host.untyped_storage()._cdata == storage:
+                # Keeps the memory of the base counted while a view of it lives.
+                result._owner = getattr(host, "_owner", host)  # type: ignore[attr-defined]
+                return HpuTensor(result)
+    return on_device(result)
 
 
 def _call(func: Any, facts: _Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
