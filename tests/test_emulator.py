@@ -82,6 +82,32 @@ def test_refused_acquisition_can_be_injected(tmp_path: Path) -> None:
     assert results[1].stdout.strip() == "1"
 
 
+def test_launches_fail_or_hang_on_demand(tmp_path: Path) -> None:
+    launch = (
+        "from habana_frameworks._emulation import faults, modules\n"
+        "from habana_frameworks._emulation.counters import counters\n"
+        "modules.acquire()\n"
+        "for _ in range(5):\n"
+        "  counters.count('mark_steps')\n"
+        "  try: faults.check_launch(); print('ok', flush=True)\n"
+        "  except RuntimeError as error: print(error, flush=True)\n"
+    )
+    machine = Machine(modules="1", state=str(tmp_path), faults=("oom@2x2", "hang:0@5"))
+    first = emulated(machine, launch)
+    lines = [read(first) for _ in range(4)]
+    assert [line == "ok" for line in lines] == [True, False, False, True]
+    assert "PT_DEVMEM Allocation failed for size" in lines[1]
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(0.5)
+    first.kill()
+    first.wait()
+    environment = os.environ | machine.environment()  # the same machine, whose faults are used up
+    again = subprocess.run(
+        [sys.executable, "-c", launch], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert again.stdout.split() == ["ok"] * 5
+
+
 def test_hl_smi_tells_what_each_module_does(tmp_path: Path) -> None:
     machine = Machine(modules="4,5", state=str(tmp_path), memory_gib=32)
     holder = emulated(machine, HOLD, HABANA_VISIBLE_MODULES="5")

@@ -50,6 +50,22 @@ def test_an_input_is_seen_once_it_is_copied_in() -> None:
     assert y.tolist() == [8, 9]
 
 
+def test_an_expanded_input_can_be_copied_into() -> None:
+    timestep = hpu(3).expand(4)
+    graph, y = capture(lambda: timestep * 2)
+    ht.hpu.graphs.copy_to((timestep,), (hpu(5).expand(4),))
+    graph.replay()
+    assert y.tolist() == [10] * 4
+
+
+def test_a_value_read_by_the_host_is_baked_in() -> None:
+    x = hpu(1, 2)
+    graph, y = capture(lambda: x * x.sum().item())
+    x.copy_(hpu(10, 20))
+    graph.replay()
+    assert y.tolist() == [30, 60]
+
+
 def test_python_numbers_and_copies_from_the_host_are_baked_in() -> None:
     x, factor, host = hpu(1, 2), 3, torch.tensor([1.0, 1.0])
     graph, y = capture(lambda: x * factor + host.to("hpu"))

@@ -36,6 +36,18 @@ def test_tensors_of_the_device_say_so_in_every_thread() -> None:
     assert "device='hpu:0'" in repr(made[0])
 
 
+def test_tensors_have_the_shape_of_their_values() -> None:
+    x = torch.ones(2, 3, device="hpu")
+    x.unsqueeze_(0).transpose_(1, 2)
+    assert (x.shape, x.stride()) == ((1, 3, 2), (6, 1, 3))
+    assert torch.arange(1, 6, 2, device="hpu").shape == torch.linspace(0, 1, 3, device="hpu").shape == (3,)
+    assert torch.randperm(4, device="hpu").shape == (4,)
+    assert torch.eye(2, device="hpu")[-1].tolist() == [0, 1]
+    grid = torch.empty(0, device="hpu")
+    torch.add(x, 1, out=grid)
+    assert grid.shape == x.shape
+
+
 def test_host_and_device_do_not_mix() -> None:
     x = torch.ones(2, 2, device="hpu")
     with pytest.raises(RuntimeError, match="hpu:0 and cpu"):

@@ -55,7 +55,11 @@ class Recording:
         self._outputs: list[tuple[int, torch.Tensor]] = []
 
     def add(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: Any) -> None:
-        """One operation on values of the host, as it was executed."""
+        """One operation on values of the host, as it was executed; one that only reads them to the host is not kept."""
+        if not func._schema.is_mutable and not any(
+            isinstance(value, torch.Tensor) for value in tree_flatten(results)[0]
+        ):
+            return
         given = {id(value) for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)}
         operation_args, operation_kwargs = tree_map(self._symbol, (tuple(args), kwargs))
         slots: list[int | None] = []

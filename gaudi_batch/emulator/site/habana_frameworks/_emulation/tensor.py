@@ -161,7 +161,7 @@ _MIXING = ("aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::_has_comp
 class _Facts(NamedTuple):
     draws: bool
     takes_generator: bool
-    changes_shape: bool
+    mutates: bool
     mixes: bool
 
 
@@ -171,7 +171,7 @@ def _facts(func: Any) -> _Facts:
     return _Facts(
         draws=torch.Tag.nondeterministic_seeded in func.tags,
         takes_generator=any(argument.name == "generator" for argument in func._schema.arguments),
-        changes_shape=torch.Tag.inplace_view in func.tags,
+        mutates=func._schema.is_mutable,
         mixes=name in _MIXING or name.startswith(("aten::index", "aten::_index")),
     )
 
@@ -193,9 +193,9 @@ def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     recording = getattr(recorder, "active", None)
     if recording is not None:
         recording.add(func, host_args, host_kwargs, results)
-    if facts.changes_shape:
-        with torch._C._DisableTorchDispatch():
-            func(*args, **kwargs)
+    if facts.mutates:
+        for tensor in given.values():
+            _follow_shape(tensor)
     return _give_back(results, given)
 
 
@@ -232,7 +232,20 @@ def _give_back(result: Any, given: dict[int, torch.Tensor]) -> Any:
     return on_device(result)
 
 
+def _follow_shape(tensor: torch.Tensor) -> None:
+    """Gives a tensor the shape that an operation gave its values, as `arange` does to its empty result."""
+    if not isinstance(tensor, HpuTensor):
+        return
+    host = tensor._host
+    if tensor.size() != host.size() or tensor.stride() != host.stride():
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.data.__set__(tensor, HpuTensor(host))  # type: ignore[attr-defined]
+
+
 def _call(func: Any, facts: _Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if func is torch.ops.aten.copy_.default and 0 in args[0].stride():
+        _copy_into_expanded(args[0], args[1])
+        return args[0]
     if not facts.draws:
         return func(*args, **kwargs)
     if not facts.takes_generator:
@@ -243,6 +256,15 @@ def _call(func: Any, facts: _Facts, args: Sequence[Any], kwargs: dict[str, Any])
     elif not is_of_device(generator):
         raise RuntimeError("Expected a 'hpu' device type for generator but found 'cpu'")
     return func(*args, **kwargs)
+
+
+def _copy_into_expanded(target: torch.Tensor, source: torch.Tensor) -> None:
+    """The device copies into an expanded tensor, such as a captured timestep of a batch; the host would refuse to."""
+    source = source.expand(target.size())
+    for dimension, stride in enumerate(target.stride()):
+        if stride == 0:
+            target, source = target.narrow(dimension, 0, 1), source.narrow(dimension, 0, 1)
+    target.copy_(source)
 
 
 def _rebuild(values: torch.Tensor, requires_grad: bool, is_parameter: bool) -> Any:
