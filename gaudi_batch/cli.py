@@ -97,7 +97,13 @@ def _emulate(parsed: argparse.Namespace) -> NoReturn:
 
     emulate(
         parsed.argv[1:] if parsed.argv[:1] == ["--"] else parsed.argv,
-        Machine(parsed.modules, parsed.capture_seconds, parsed.memory_gib, tuple(parsed.fault), parsed.state),
+        Machine(
+            parsed.modules,
+            parsed.capture_seconds,
+            parsed.memory_gib,
+            parsed.fault and tuple(parsed.fault),
+            parsed.state,
+        ),
     )
 
 
@@ -173,15 +179,14 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
 
     emulate = _command(commands, "emulate", _emulate, "run a command as on a machine with Gaudi cards, on the CPU")
     emulate.usage = "gaudi-batch emulate [options] -- COMMAND [ARGUMENTS]"
-    emulate.add_argument("--modules", default="8", help="how many cards, or their ids as 4,5,6,7 (default: 8)")
+    emulate.add_argument("--modules", help="how many cards, or their ids as 4,5,6,7 (default: 8)")
     emulate.add_argument(
-        "--capture-seconds", type=float, default=0.0, help="what each graph capture costs, as compilation does"
+        "--capture-seconds", type=float, help="what each graph capture costs, as compilation does (default: 0)"
     )
-    emulate.add_argument("--memory-gib", type=float, default=96.0, help="memory of one card (default: 96)")
+    emulate.add_argument("--memory-gib", type=float, help="memory of one card (default: 96)")
     emulate.add_argument(
         "--fault",
         action="append",
-        default=[],
         metavar="KIND[:MODULE][@LAUNCH][xTIMES]",
         help="inject acquire, oom or hang, from a process's launch number LAUNCH on, TIMES times (default: 1 and 1)",
     )

@@ -23,15 +23,15 @@ SITE = Path(__file__).parent / "site"
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine to emulate."""
+    """The machine to emulate; what is None is as the environment says (GAUDI_EMULATOR_MODULES and so on)."""
 
-    modules: str = "8"
-    """How many modules it has, or their ids after one another with commas, as `4,5,6,7`."""
-    capture_seconds: float = 0.0
-    """Seconds that each graph capture costs, as compilation does on a card."""
-    memory_gib: float = 96.0
-    """Device memory of one card."""
-    faults: tuple[str, ...] = ()
+    modules: str | None = None
+    """How many modules it has, or their ids after one another with commas, as `4,5,6,7`; 8 if nobody says."""
+    capture_seconds: float | None = None
+    """Seconds that each graph capture costs, as compilation does on a card; 0 if nobody says."""
+    memory_gib: float | None = None
+    """Device memory of one card; 96 if nobody says."""
+    faults: tuple[str, ...] | None = None
     """Faults to inject, each `acquire`, `oom` or `hang`, then `:MODULE`, `@LAUNCH`, `xTIMES` as wished."""
     state: str | None = None
     """Directory of the module locks and of `counters/<pid>.json`; None for one that all programs of the user share."""
@@ -47,14 +47,16 @@ class Machine:
             from habana_frameworks._emulation.settings import Settings, default_state
         finally:
             sys.path.remove(str(SITE))
-        state = Path(self.state).absolute() if self.state else default_state()
-        described = {
-            "GAUDI_EMULATOR_MODULES": ",".join(map(str, self._module_ids())),
-            "GAUDI_EMULATOR_CAPTURE_SECONDS": str(self.capture_seconds),
-            "GAUDI_EMULATOR_MEMORY_GIB": str(self.memory_gib),
-            "GAUDI_EMULATOR_FAULTS": " ".join(self.faults),
-            "GAUDI_EMULATOR_STATE": str(state),
+        state = Path(self.state or os.environ.get("GAUDI_EMULATOR_STATE") or default_state()).absolute()
+        wished = {
+            "GAUDI_EMULATOR_MODULES": self._module_ids(),
+            "GAUDI_EMULATOR_CAPTURE_SECONDS": self.capture_seconds,
+            "GAUDI_EMULATOR_MEMORY_GIB": self.memory_gib,
+            "GAUDI_EMULATOR_FAULTS": None if self.faults is None else " ".join(self.faults),
+            "GAUDI_EMULATOR_STATE": state,
         }
+        inherited = {name: value for name, value in os.environ.items() if name in wished}
+        described = inherited | {name: str(value) for name, value in wished.items() if value is not None}
         try:
             Settings.from_environment(described)
         except ValueError as error:
@@ -76,7 +78,9 @@ class Machine:
         state = Path(environment["GAUDI_EMULATOR_STATE"])
         shutil.rmtree(state / "faults", ignore_errors=True)
         folder = state / "bin"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if state.stat().st_uid != os.getuid():
+            raise InputError(f"{state} belongs to another user; choose another directory with --state")
         # optimum-habana starts hl-smi with an empty environment, so all that it needs is written here.
         described = " ".join(
             f"{name}={shlex.quote(value)}"
@@ -90,7 +94,9 @@ class Machine:
         script.replace(folder / "hl-smi")
         return environment
 
-    def _module_ids(self) -> list[int]:
+    def _module_ids(self) -> str | None:
+        if self.modules is None:
+            return None
         try:
             numbers = [int(number) for number in self.modules.split(",")]
         except ValueError:
@@ -99,7 +105,7 @@ class Machine:
             numbers = list(range(*numbers))
         if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
             raise InputError(f"--modules {self.modules}: a number of modules or their ids, as 8 or 4,5,6,7")
-        return numbers
+        return ",".join(map(str, numbers))
 
 
 def emulate(command: Sequence[str], machine: Machine) -> NoReturn:

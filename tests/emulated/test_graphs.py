@@ -199,6 +199,17 @@ def test_a_capture_costs_what_the_machine_says() -> None:
     assert captured - start >= settings().capture_seconds > time.perf_counter() - captured
 
 
+def test_a_capture_that_fails_leaves_the_device_usable() -> None:
+    x = hpu(1, 2)
+    with pytest.raises(RuntimeError, match="PT_DEVMEM"):
+        capture(lambda: (x + 1, torch.empty(ht.hpu.mem_get_info()[1], device="hpu")))
+    with pytest.raises(RuntimeError, match="hpu:0 and cpu"):
+        capture(lambda: x + torch.ones(2))
+    graph, y = capture(lambda: x + 1)
+    graph.replay()
+    assert y.tolist() == [2, 3]
+
+
 def test_what_a_graph_cannot_do_is_an_error() -> None:
     graph, _ = capture(lambda: hpu(1) + 1)
     with pytest.raises(TypeError, match="cannot pickle 'HPUGraph'"):

@@ -142,7 +142,11 @@ class HPUGraph:
         if not self._capturing or self._recording is None:
             raise RuntimeError("capture_end without capture_begin")
         self._capturing = False
+        given_up = getattr(recorder, "active", None) is not self._recording
         recorder.active = None
+        if given_up:
+            self._recording = None
+            raise RuntimeError("the capture was given up, as an operation in it failed")
         self._recording.end()
         time.sleep(settings().capture_seconds)
 

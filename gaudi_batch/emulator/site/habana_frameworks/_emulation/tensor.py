@@ -47,7 +47,11 @@ class HpuTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return execute(func, args, kwargs or {})
+        try:
+            return execute(func, args, kwargs or {})
+        except Exception:
+            recorder.active = None  # a capture in which something failed is given up
+            raise
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,7 +132,11 @@ class HpuTensor(torch.Tensor):
 
 def on_device(host: torch.Tensor) -> HpuTensor:
     """A tensor of the device from values that nobody else holds; takes the device's memory for them."""
-    memory.take(host)
+    try:
+        memory.take(host)
+    except RuntimeError:
+        recorder.active = None
+        raise
     return HpuTensor(host)
 
 
