@@ -96,6 +96,21 @@ def _demo(parsed: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _emulate(parsed: argparse.Namespace) -> NoReturn:
+    from gaudi_batch.emulator import Machine, emulate
+
+    emulate(
+        parsed.argv[1:] if parsed.argv[:1] == ["--"] else parsed.argv,
+        Machine(
+            parsed.modules,
+            parsed.capture_seconds,
+            parsed.memory_gib,
+            parsed.fault and tuple(parsed.fault),
+            parsed.state,
+        ),
+    )
+
+
 def _print_result(output: str, summary: dict[str, Any]) -> None:
     rate = f", {summary['images_per_s']:.2f} images/s of generation" if summary["images_per_s"] else ""
     print(
@@ -165,6 +180,22 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     demo = _command(commands, "demo", _demo, "run a small job of bundled prompts on two cards of this machine")
     demo.add_argument("--output", default="demo-output", help="where the images go (default: demo-output)")
     demo.add_argument("--prompts-count", type=int, default=200, help="how many prompts (default: 200)")
+
+    emulate = _command(commands, "emulate", _emulate, "run a command as on a machine with Gaudi cards, on the CPU")
+    emulate.usage = "gaudi-batch emulate [options] -- COMMAND [ARGUMENTS]"
+    emulate.add_argument("--modules", help="how many cards, or their ids as 4,5,6,7 (default: 8)")
+    emulate.add_argument(
+        "--capture-seconds", type=float, help="what each graph capture costs, as compilation does (default: 0)"
+    )
+    emulate.add_argument("--memory-gib", type=float, help="memory of one card (default: 96)")
+    emulate.add_argument(
+        "--fault",
+        action="append",
+        metavar="KIND[:MODULE][@LAUNCH][xTIMES]",
+        help="inject acquire, oom or hang, from a process's launch number LAUNCH on, TIMES times (default: 1 and 1)",
+    )
+    emulate.add_argument("--state", metavar="DIR", help="directory of the module locks and of counters/<pid>.json")
+    emulate.add_argument("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 

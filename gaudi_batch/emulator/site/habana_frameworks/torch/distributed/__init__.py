@@ -1,0 +1,1 @@
+"""Work on several devices at once, which is not emulated."""

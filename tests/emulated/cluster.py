@@ -1,0 +1,67 @@
+"""What Ray makes of emulated cards, as one line of JSON; run by test_emulator.py, not a test itself."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import ray
+
+IMPORT_ORDERS = [
+    ["ray", "torch", "habana_frameworks.torch"],
+    ["torch", "ray", "habana_frameworks.torch"],
+    ["habana_frameworks.torch", "torch", "ray"],
+]
+
+
+@ray.remote(resources={"HPU": 1}, num_cpus=0, max_restarts=0)
+class Card:
+    """Holds one card."""
+
+    def acquire(self, modules: list[str]) -> dict[str, Any]:
+        """Imports in an order, then uses the card from a thread of its own."""
+        visible = os.environ["HABANA_VISIBLE_MODULES"]
+        for module in modules:
+            importlib.import_module(module)
+        import habana_frameworks.torch.hpu as hpu
+        import torch
+
+        before = hpu.is_initialized()
+        devices: list[str] = []
+        thread = threading.Thread(target=lambda: devices.append(str(torch.ones(2, device="hpu").device)))
+        thread.start()
+        thread.join()
+        return {
+            "pid": os.getpid(),
+            "visible": visible,
+            "still_visible": os.environ["HABANA_VISIBLE_MODULES"],
+            "count": hpu.device_count(),
+            "acquired_by_import": before,
+            "device": devices[0],
+        }
+
+
+def main() -> None:
+    """A card for each import order, then one killed and replaced."""
+    ray.init(include_dashboard=False, num_cpus=2, object_store_memory=80 * 1024**2, logging_level="ERROR")
+    cards = [Card.remote() for _ in IMPORT_ORDERS]
+    held = ray.get([card.acquire.remote(order) for card, order in zip(cards, IMPORT_ORDERS, strict=True)])
+    os.kill(held[1]["pid"], signal.SIGKILL)
+    replacement = ray.get(Card.remote().acquire.remote(IMPORT_ORDERS[0]))
+    facts = {
+        "resources": ray.cluster_resources().get("HPU"),
+        "held": held,
+        "replacement": replacement,
+        "driver": os.getpid(),
+    }
+    ray.shutdown()
+    json.dump(facts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
