@@ -13,25 +13,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gaudi_batch.card import Card
 from gaudi_batch.cluster import CardResources
-from gaudi_batch.config import LimitsConfig
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
 from gaudi_batch.errors import StorageError
-from gaudi_batch.generation import describe_error
 from gaudi_batch.ledger import Ledger
-from gaudi_batch.messages import Announced, CardSetup, Done, Event, Failed, News, NotLoaded, Ready, Status
+from gaudi_batch.messages import Announced, CardSetup, Done, Event, Failed, News, NotLoaded, Ready
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import Progress, View
 from gaudi_batch.schedule import CardState, Schedule
+from gaudi_batch.slot import Slot, node_is_gone, phase_limit, why_died
 from gaudi_batch.summary import Tally
 
 log = logging.getLogger("gaudi_batch")
@@ -47,38 +45,12 @@ CLUSTER_SECONDS = 5.0
 PLACE_SECONDS = 0.2
 WAITING_SECONDS = 30.0
 RATE_SECONDS = 60.0
-BATCH_LIMIT_FACTOR = 10
 STORAGE_GRACE_SECONDS = 60.0
 """How much longer than the job's patience one operation on storage may take."""
 FAULTS_KEPT = 100
 COMMIT_THREADS = 8
 COMMIT_SECONDS = 5.0
 """How long the end of a run waits for commits that have been begun."""
-
-
-@dataclass
-class Slot:
-    """One card's place in the cluster, for the life of the job."""
-
-    number: int
-    group: PlacementGroup
-    name: str = ""
-    ready: Ready | None = None
-    """What the last process that loaded said of itself."""
-    actor: Any = None
-    """The Ray actor of the present process; None between two."""
-    status: Status | None = None
-    heard: float = 0.0
-    """When it last answered, monotonic."""
-    kill_reason: str = ""
-
-    @property
-    def where(self) -> str:
-        """The card as a person finds it."""
-        if self.ready is None:
-            return f"card {self.number}"
-        module = "" if self.ready.module is None else f", module {self.ready.module}"
-        return f"card {self.name} (node {self.ready.node}{module})"
 
 
 class Driver:
@@ -298,11 +270,11 @@ class Driver:
         return name
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
-        reason = slot.kill_reason or _why_died(error)
+        reason = slot.kill_reason or why_died(error)
         node = slot.ready.node_id if slot.ready else None
-        node_is_gone = not slot.kill_reason and await asyncio.to_thread(_node_is_gone, node, error)
+        left = not slot.kill_reason and await asyncio.to_thread(node_is_gone, node, error)
         slot.actor = None
-        if node_is_gone:
+        if left:
             log.warning("%s left with its node", slot.where)
             remove_placement_group(slot.group)
             self._carry_out(self.schedule.gone(slot.number))
@@ -450,43 +422,6 @@ class Driver:
             "cards": cards,
             "faults": list(self._recent_faults),
         }
-
-
-def phase_limit(status: Status, since_heard: float, limits: LimitsConfig, batch_s: dict[GraphKey, float]) -> str | None:
-    """Why a card has been in its phase for too long, or None.
-
-    Args:
-        status: its last answer.
-        since_heard: seconds since then.
-        limits: the job's limits.
-        batch_s: the longest batch of each graph key that any card has reported.
-    """
-    seconds = status.phase_s + since_heard
-    if status.phase == "loading":
-        name, limit = "loading", limits.loading
-    elif status.phase == "batch" and batch_s:
-        name, limit = "batch", max(limits.batch, BATCH_LIMIT_FACTOR * max(batch_s.values()))
-    elif status.phase in ("batch", "first batch"):
-        name, limit = "first_batch", limits.first_batch
-    else:
-        return None
-    return f"its {status.phase} took longer than {limit:g} s (limits.{name})" if seconds > limit else None
-
-
-def _why_died(error: Exception) -> str:
-    said = describe_error(error)
-    said = said.partition(" Some common causes")[0]
-    for mark in ("Worker exit detail: ", "The actor died because of an error raised in its creation task, "):
-        if mark in said:
-            return said.partition(mark)[2]
-    return said
-
-
-def _node_is_gone(node_id: str | None, error: Exception) -> bool:
-    if "node" in str(error) and "died" in str(error) and "its node" in str(error):
-        return True
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return node_id is not None and node_id not in alive
 
 
 def _now() -> str:

@@ -1,0 +1,83 @@
+"""One card's place in the cluster: where it is, what became of its process, and when it has taken too long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from gaudi_batch.config import LimitsConfig
+from gaudi_batch.generation import describe_error
+from gaudi_batch.messages import Ready, Status
+from gaudi_batch.plan import GraphKey
+
+BATCH_LIMIT_FACTOR = 10
+
+
+@dataclass
+class Slot:
+    """One card's place in the cluster, for the life of the job."""
+
+    number: int
+    group: PlacementGroup
+    name: str = ""
+    ready: Ready | None = None
+    """What the last process that loaded said of itself."""
+    actor: Any = None
+    """The Ray actor of the present process; None between two."""
+    status: Status | None = None
+    heard: float = 0.0
+    """When it last answered, monotonic."""
+    kill_reason: str = ""
+
+    @property
+    def where(self) -> str:
+        """The card as a person finds it."""
+        if self.ready is None:
+            return f"card {self.number}"
+        module = "" if self.ready.module is None else f", module {self.ready.module}"
+        return f"card {self.name} (node {self.ready.node}{module})"
+
+
+def phase_limit(
+    status: Status, since_heard: float, limits: LimitsConfig, batch_s: Mapping[GraphKey, float]
+) -> str | None:
+    """Why a card has been in its phase for too long, or None.
+
+    Args:
+        status: its last answer.
+        since_heard: seconds since then.
+        limits: the job's limits.
+        batch_s: the longest batch of each graph key that any card has reported.
+    """
+    seconds = status.phase_s + since_heard
+    if status.phase == "loading":
+        name, limit = "loading", limits.loading
+    elif status.phase == "batch" and batch_s:
+        name, limit = "batch", max(limits.batch, BATCH_LIMIT_FACTOR * max(batch_s.values()))
+    elif status.phase in ("batch", "first batch"):
+        name, limit = "first_batch", limits.first_batch
+    else:
+        return None
+    return f"its {status.phase} took longer than {limit:g} s (limits.{name})" if seconds > limit else None
+
+
+def why_died(error: Exception) -> str:
+    """What Ray says of a dead actor, without its guesses."""
+    said = describe_error(error)
+    said = said.partition(" Some common causes")[0]
+    for mark in ("Worker exit detail: ", "The actor died because of an error raised in its creation task, "):
+        if mark in said:
+            return said.partition(mark)[2]
+    return said
+
+
+def node_is_gone(node_id: str | None, error: Exception) -> bool:
+    """Whether an actor died because its node did."""
+    if "node" in str(error) and "died" in str(error) and "its node" in str(error):
+        return True
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return node_id is not None and node_id not in alive
