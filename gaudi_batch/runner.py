@@ -83,8 +83,8 @@ def run(
         refuse_bad_rows(job)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _knock(address)
+    if address and overwrite:
+        _knock(address)  # before anything is removed
     lease = LeaseKeeper(ledger.storage, driver)
     lease.take(log.info)
     complete = False
@@ -164,6 +164,8 @@ def _drive(
     from gaudi_batch.schedule import Schedule
 
     started = time.monotonic()
+    if address:
+        _knock(address)
     with connected(job, address):
         resources = card_resources(job)
         cards = wanted_cards(job, resources)
