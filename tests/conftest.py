@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import S3Server
 from hypothesis import HealthCheck, settings
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
@@ -77,40 +77,6 @@ def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
         yield started.address
     finally:
         started.shutdown()
-
-
-def read_manifest(output: Path) -> list[dict[str, Any]]:
-    """All rows of a run's joined manifest."""
-    rows: list[dict[str, Any]] = pq.read_table(output / "manifest.parquet").to_pylist()
-    return rows
-
-
-def command_line(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `gaudi-batch` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "gaudi_batch", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | environment,
-        check=False,
-    )
-
-
-@dataclass(frozen=True)
-class S3Server:
-    """A real S3 server on this machine, with one bucket named `bucket`."""
-
-    port: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """fsspec storage options."""
-        return {
-            "key": "tester",
-            "secret": "tester-password",
-            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{self.port}", "region_name": "us-east-1"},
-        }
 
 
 @pytest.fixture(scope="session")

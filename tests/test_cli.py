@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3Server, command_line, read_manifest
+from helpers import S3Server, command_line, read_manifest
 
 JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", "2")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, read_manifest
+from helpers import command_line, read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, run

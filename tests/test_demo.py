@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import read_manifest
+from helpers import read_manifest
 from PIL import Image
 
 from gaudi_batch.demo import COLUMNS, PROMPTS, demo

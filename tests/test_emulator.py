@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command_line
+from helpers import command_line
 
 from gaudi_batch.emulator import SITE, Machine
 

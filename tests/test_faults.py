@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command_line, read_manifest
+from helpers import command_line, read_manifest
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
 from gaudi_batch.ledger import Ledger

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import read_manifest
+from helpers import read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run

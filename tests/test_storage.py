@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import S3Server
+from helpers import S3Server
 
 from gaudi_batch import storage as storage_module
 from gaudi_batch.errors import InputError, StorageError
