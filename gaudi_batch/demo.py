@@ -18,7 +18,8 @@ SHEET = "contact_sheet.png"
 COLUMNS = 10
 CELL = 128
 """Side of a picture on the sheet, in pixels."""
-CAPTION = 30
+CAPTION = 42
+"""Height of the three lines under it."""
 MARGIN = 8
 
 
@@ -63,7 +64,7 @@ def make_contact_sheet(storage: Storage) -> None:
         x, y = MARGIN + place % COLUMNS * width, MARGIN + place // COLUMNS * height
         picture = Image.open(io.BytesIO(storage.get(row["path"]) or b"")).resize((CELL, CELL), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
-        caption = "\n".join(textwrap.wrap(row["prompt"], 22)[:2])
+        caption = "\n".join(textwrap.wrap(row["prompt"], 22)[:3])
         draw.multiline_text((x, y + CELL + 1), caption, fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
