@@ -48,7 +48,9 @@ class Card:
 
 def main() -> None:
     """A card for each import order, then one killed and replaced."""
-    ray.init(include_dashboard=False, num_cpus=2, object_store_memory=80 * 1024**2, logging_level="ERROR")
+    ray.init(
+        address="local", include_dashboard=False, num_cpus=2, object_store_memory=80 * 1024**2, logging_level="ERROR"
+    )
     cards = [Card.remote() for _ in IMPORT_ORDERS]
     held = ray.get([card.acquire.remote(order) for card, order in zip(cards, IMPORT_ORDERS, strict=True)])
     os.kill(held[1]["pid"], signal.SIGKILL)
