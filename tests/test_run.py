@@ -114,7 +114,7 @@ def test_throughput_lines_and_summary_agree_with_the_manifest(prompts: Path, tmp
 
 def test_every_card_of_the_cluster_works_on_a_module_of_its_own(prompts: Path, tmp_path: Path, cluster: str) -> None:
     summary = make(
-        prompts, tmp_path / "out", cluster, simulated={"batch_seconds": 1.0}, shard_size=8, cards="all"
+        prompts, tmp_path / "out", cluster, simulated={"batch_seconds": 1.0}, num_images=4, shard_size=8, cards="all"
     ).summary
     assert {card["module"] for card in summary["cards"].values()} == {0, 1, 2, 3}
     assert min(card["images"] for card in summary["cards"].values()) > 0
