@@ -39,7 +39,7 @@ def demo(output: str, prompts: int) -> RunResult:
             "device": "cpu",
             "cards": 2,
             "steps": 20,
-            "guidance_scale": 2.0,  # what the model draws best with, says its card
+            "guidance_scale": 2.0,  # higher values bleed colours into each other
             "limit": prompts,
             "shard_size": 32,
         },
