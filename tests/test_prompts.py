@@ -125,14 +125,17 @@ def test_a_column_that_only_some_files_have_is_null_in_the_others(write_prompts:
     assert [dataset.read(shard, RULES)[1].to_pylist() for shard in shards] == [[{"mood": None}], [{"mood": "grim"}]]
 
 
-def test_a_row_group_that_can_not_be_decoded_costs_only_its_own_rows(write_prompts: Callable[..., Path]) -> None:
-    directory = write_prompts({"prompt": [f"prompt {n}" * 20 for n in range(90)]}, row_group_size=30)
-    path = directory / "part-0.parquet"
-    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+def spoil_first_column(path: Path, row_group: int) -> None:
+    column = pq.ParquetFile(path).metadata.row_group(row_group).column(0)
     data = bytearray(path.read_bytes())
     begin = column.dictionary_page_offset or column.data_page_offset
     data[begin : begin + 40] = b"\xff" * 40
     path.write_bytes(bytes(data))
+
+
+def test_a_row_group_that_can_not_be_decoded_costs_only_its_own_rows(write_prompts: Callable[..., Path]) -> None:
+    directory = write_prompts({"prompt": [f"prompt {n}" * 20 for n in range(90)]}, row_group_size=30)
+    spoil_first_column(directory / "part-0.parquet", row_group=1)
     rows = all_rows(opened(directory), shard_size=24)
     assert [row.row for row in rows] == list(range(90))
     assert {row.row for row in rows if row.error} == set(range(30, 60))
@@ -142,12 +145,7 @@ def test_a_row_group_that_can_not_be_decoded_costs_only_its_own_rows(write_promp
 def test_an_undecodable_row_group_costs_each_shape_its_own_rows_once(write_prompts: Callable[..., Path]) -> None:
     texts = [f"prompt {n}" * 20 for n in range(96)]
     directory = write_prompts({"prompt": texts, "width": [64, 128] * 48}, row_group_size=32)
-    path = directory / "part-0.parquet"
-    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
-    data = bytearray(path.read_bytes())
-    begin = column.dictionary_page_offset or column.data_page_offset
-    data[begin : begin + 40] = b"\xff" * 40
-    path.write_bytes(bytes(data))
+    spoil_first_column(directory / "part-0.parquet", row_group=1)
     rows = all_rows(opened(directory), shard_size=48)
     assert [row.row for row in rows] == list(range(96))
     assert {row.row for row in rows if row.error} == set(range(32, 64))
