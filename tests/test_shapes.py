@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tools.shapes.judge import COLOUR_TOLERANCE, NoVerdict, examine, judge, judge_colours
-from tools.shapes.pictures import ALL_SCENES, COLOURS, FULL_CAPTIONS, SIDE, Scene, caption, coverage, draw, say
+from tools.shapes.pictures import ALL_SCENES, COLOURS, FULL_CAPTIONS, SIDE, Scene, caption, coverage, draw, paint, say
 
 A_SCENE = Scene("blue", "red", "circle", "large")
 
@@ -19,11 +19,25 @@ def test_scenes_are_every_combination_of_two_different_colours() -> None:
     assert len(ALL_SCENES) == len(set(ALL_SCENES)) == 8 * 7 * 4 * 2
 
 
+RADIUS = {"small": (9.5, 12.5), "large": (20.0, 23.5)}
+REACH = {"small": 13, "large": 5}
+"""How far from the middle, in pixels, a shape of each size may sit without touching the border."""
+
+
+def _anywhere(scene: Scene, seed: int) -> tuple[Image.Image, float, float, float]:
+    """A picture with its shape off the training's places, and where that is: x, y, radius."""
+    rng = random.Random(seed)
+    x, y = (SIDE / 2 + rng.uniform(-1, 1) * REACH[scene.size] for _ in range(2))
+    radius = rng.uniform(*RADIUS[scene.size])
+    return paint(scene, x, y, radius, rng), x, y, radius
+
+
 @pytest.mark.parametrize("background", COLOURS)
 def test_every_drawn_picture_is_judged_right(background: str) -> None:
     scenes = [scene for scene in ALL_SCENES if scene.background == background]
-    for scene, seed in itertools.product(scenes, range(2)):
-        assert judge(draw(scene, random.Random(seed))) == scene
+    for scene in scenes:
+        assert judge(draw(scene, random.Random(0))) == scene
+        assert judge(_anywhere(scene, seed=1)[0]) == scene
 
 
 def test_picture_follows_from_its_seed() -> None:
@@ -32,15 +46,11 @@ def test_picture_follows_from_its_seed() -> None:
     assert (pictures[0] != pictures[2]).any()
 
 
-def test_shapes_sit_where_they_are_drawn_and_inside_the_border() -> None:
-    for scene in ALL_SCENES[::7]:
-        seen = examine(draw(scene, random.Random(3)))
-        rng = random.Random(3)
-        radius = rng.uniform(9.5, 11.5) if scene.size == "small" else rng.uniform(20.5, 23.5)
-        assert seen.radius == pytest.approx(radius, abs=0.5)
-        reach = 13 if scene.size == "small" else 5
-        assert abs(seen.x - SIDE / 2) < reach + 1
-        assert abs(seen.y - SIDE / 2) < reach + 1
+def test_shapes_are_found_where_they_are_drawn() -> None:
+    for seed, scene in enumerate(ALL_SCENES[::7]):
+        picture, x, y, radius = _anywhere(scene, seed)
+        seen = examine(picture)
+        assert (seen.x, seen.y, seen.radius) == pytest.approx((x, y, radius), abs=0.5)
 
 
 def test_larger_pictures_are_judged_by_their_shorter_side() -> None:

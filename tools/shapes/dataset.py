@@ -19,16 +19,13 @@ def split(seed: int) -> tuple[list[Scene], list[Scene], list[Scene]]:
     return scenes[2 * HELD_OUT :], scenes[HELD_OUT : 2 * HELD_OUT], scenes[:HELD_OUT]
 
 
-def make_pictures(
-    scenes: list[Scene], count: int, seed: int, *, on_grid: bool = False
-) -> tuple[np.ndarray, list[Scene]]:
+def make_pictures(scenes: list[Scene], count: int, seed: int) -> tuple[np.ndarray, list[Scene]]:
     """Draw pictures, each scene as often as any other.
 
     Args:
         scenes: what may be drawn.
         count: how many pictures.
         seed: positions, exact sizes and exact colours follow from it.
-        on_grid: see `pictures.draw`.
 
     Returns:
         The pictures as bytes of shape (count, 64, 64, 3), and what each of them shows.
@@ -36,5 +33,5 @@ def make_pictures(
     shown = [scenes[i % len(scenes)] for i in range(count)]
     pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
     for i, scene in enumerate(shown):
-        pictures[i] = np.asarray(draw(scene, random.Random(f"{seed}/{i}"), on_grid=on_grid))
+        pictures[i] = np.asarray(draw(scene, random.Random(f"{seed}/{i}")))
     return pictures, shown

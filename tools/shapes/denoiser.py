@@ -86,12 +86,9 @@ def train(
     shown: list[Scene],
     tokenizer: CLIPTokenizer,
     *,
-    name: str,
     seed: int,
     steps: int,
-    peak: float,
     checkpoints: Path | None,
-    start: tuple[CLIPTextModel, UNet2DConditionModel] | None = None,
     watch: Callable[[int, CLIPTextModel, UNet2DConditionModel], None] | None = None,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel, float]:
     """Train text encoder and UNet.
@@ -100,22 +97,20 @@ def train(
         latents: means and deviations of the pictures' latents, each of shape (n, 4, 8, 8).
         shown: what each of the pictures shows.
         tokenizer: of the text encoder.
-        name: of this training, under which its checkpoint is kept.
         seed: of weights, order, captions and noise.
         steps: how many batches.
-        peak: highest learning rate.
         checkpoints: where to keep and find the state of the training.
-        start: what to go on with; fresh ones if None.
         watch: called every thousand steps with the number of steps done and the averaged modules.
 
     Returns:
         Text encoder and UNet with averaged weights, and the seconds of training.
     """
     torch.manual_seed(seed + 1)
-    text_encoder, unet = start or (build_text_encoder(tokenizer), build_unet())
-    modules = {"text_encoder": text_encoder.train().requires_grad_(True), "unet": unet.train().requires_grad_(True)}
+    text_encoder, unet = build_text_encoder(tokenizer), build_unet()
+    unet = unet.to(memory_format=torch.channels_last)  # A third faster on a CPU.
+    modules = {"text_encoder": text_encoder.train(), "unet": unet.train()}
     scheduler = build_scheduler()
-    run = Run(name, modules, checkpoints, steps=steps, peak=peak)
+    run = Run("denoiser", modules, checkpoints, steps=steps, peak=1e-3)
     means, deviations = latents
     for step in run:
         if watch and step and step % 1000 == 0:

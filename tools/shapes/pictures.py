@@ -23,19 +23,14 @@ SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
 
 SIDE = 64
-RADIUS = {"small": (9.5, 11.5), "large": (20.5, 23.5)}
+RADIUS = {"small": (11.5, 12.5), "large": (21.5, 22.5)}
 """Half the extent of a shape, in pixels of a picture of 64 x 64; every shape of one radius covers a similar area."""
-WANDER = {"small": 13.0, "large": 5.0}
-"""How far from the middle a shape may sit, in pixels; a large one must still end before the border."""
-
-GRID = 4
-"""Distance of the places at which shapes sit when they are drawn on the grid, in pixels."""
-RADIUS_ON_GRID = {"small": (10.5, 11.5), "large": (21.5, 23.0)}
-PLACES_ON_GRID = {"small": 3, "large": 1}
+GRID = 8
+"""Distance of the places at which shapes sit, in pixels: one number of the latents, so that each place looks alike there."""
+PLACES = {"small": 1, "large": 0}
 """How many places there are on each side of the middle, in both directions."""
 
-_SUPERSAMPLING = 4
-_COLOUR_JITTER = 5
+_COLOUR_JITTER = 4
 _STAR_INNER = 0.46
 
 
@@ -105,28 +100,31 @@ def coverage(
     return fine.resize((width, height), Image.Resampling.BOX)
 
 
-def draw(scene: Scene, rng: random.Random, *, on_grid: bool = False) -> Image.Image:
-    """Draw a scene; position, exact size and exact colours follow from `rng`.
+def paint(scene: Scene, x: float, y: float, radius: float, rng: random.Random) -> Image.Image:
+    """Draw a scene with its shape at a place; the exact colours follow from `rng`.
 
     Args:
         scene: what to draw.
-        rng: source of all that the scene leaves open.
-        on_grid: whether the shape sits on one of few places, `GRID` pixels apart, rather than anywhere.
+        x: horizontal position of the shape's centre of mass, in pixels from the left edge.
+        y: vertical position of the same, from the top.
+        radius: half of the shape's extent, in pixels; the scene's size is not looked at.
+        rng: source of the deviations from the colours as they are named.
 
     Returns:
         An RGB image of 64 x 64 pixels.
     """
-    if on_grid:
-        radius = rng.uniform(*RADIUS_ON_GRID[scene.size])
-        places = PLACES_ON_GRID[scene.size]
-        x, y = (SIDE / 2 + GRID * rng.randint(-places, places) for _ in range(2))
-    else:
-        radius = rng.uniform(*RADIUS[scene.size])
-        x, y = (SIDE / 2 + rng.uniform(-1, 1) * WANDER[scene.size] for _ in range(2))
-    mask = coverage(scene.shape, x, y, radius, supersampling=_SUPERSAMPLING)
+    mask = coverage(scene.shape, x, y, radius)
     picture = Image.new("RGB", (SIDE, SIDE), _near(scene.background, rng))
     picture.paste(_near(scene.colour, rng), (0, 0, SIDE, SIDE), mask)
     return picture
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draw a scene as the training sees it; place, exact size and exact colours follow from `rng`."""
+    radius = rng.uniform(*RADIUS[scene.size])
+    places = PLACES[scene.size]
+    x, y = (SIDE / 2 + GRID * rng.randint(-places, places) for _ in range(2))
+    return paint(scene, x, y, radius, rng)
 
 
 def _near(colour: str, rng: random.Random) -> tuple[int, ...]:

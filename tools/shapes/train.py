@@ -66,11 +66,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.shapes.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the model is written; replaced when done")
     parser.add_argument("--checkpoints", type=Path, help="where to keep the state of the training, and to find it")
-    parser.add_argument("--pictures", type=int, default=18_432, help="how many are drawn (default %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=4000, help="default %(default)s")
-    parser.add_argument("--decoder-steps", type=int, default=2000, help="default %(default)s")
-    parser.add_argument("--denoiser-steps", type=int, default=7000, help="default %(default)s")
-    parser.add_argument("--settle-steps", type=int, default=4000, help="default %(default)s")
+    parser.add_argument("--pictures", type=int, default=12_288, help="how many are drawn (default %(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=3000, help="default %(default)s")
+    parser.add_argument("--decoder-steps", type=int, default=1500, help="default %(default)s")
+    parser.add_argument("--denoiser-steps", type=int, default=8000, help="default %(default)s")
     parser.add_argument("--test-prompts", type=int, default=500, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
@@ -79,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def _options(arguments: argparse.Namespace) -> str:
     """The counts that shape the result, as they are given on the command line."""
-    names = ("pictures", "vae-steps", "decoder-steps", "denoiser-steps", "settle-steps")
+    names = ("pictures", "vae-steps", "decoder-steps", "denoiser-steps")
     return "".join(f" --{name} {getattr(arguments, name.replace('-', '_'))}" for name in names)
 
 
@@ -112,30 +111,11 @@ def main() -> None:
         latents,
         shown,
         tokenizer,
-        name="denoiser",
         seed=seed,
         steps=arguments.denoiser_steps,
-        peak=1e-3,
         checkpoints=checkpoints,
         watch=watch,
     )
-    # Shapes on a grid are an easier task, after a harder one that taught colours, sizes and outlines; and the small
-    # ones are the harder to draw, so they come twice as often.
-    weighted = [*training_scenes, *(scene for scene in training_scenes if scene.size == "small")]
-    pictures, shown = make_pictures(weighted, arguments.pictures, seed + 10, on_grid=True)
-    text_encoder, unet, settle_seconds = denoiser.train(
-        vae.encode(autoencoder, pictures),
-        shown,
-        tokenizer,
-        name="settle",
-        seed=seed + 10,
-        steps=arguments.settle_steps,
-        peak=6e-4,
-        checkpoints=checkpoints,
-        start=(text_encoder, unet),
-        watch=watch,
-    )
-
     fresh = arguments.out.with_name(arguments.out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     assemble(autoencoder, text_encoder, unet, tokenizer).to(torch.float16).save_pretrained(fresh)
@@ -149,7 +129,6 @@ def main() -> None:
             Phase("autoencoder", arguments.vae_steps, vae.BATCH, vae_seconds),
             Phase("its decoder alone", arguments.decoder_steps, vae.BATCH, decoder_seconds),
             Phase("text encoder and UNet", arguments.denoiser_steps, denoiser.BATCH, denoiser_seconds),
-            Phase("the same, on the grid", arguments.settle_steps, denoiser.BATCH, settle_seconds),
         ],
         shares=(denoiser.EMPTY_SHARE, denoiser.FOREIGN_SHARE, denoiser.DISTURBED_SHARE),
         test_prompts=arguments.test_prompts,
