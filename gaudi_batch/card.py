@@ -26,11 +26,11 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_error
 from gaudi_batch.mailbox import Mailbox
 from gaudi_batch.manifest import StoredImage
-from gaudi_batch.messages import Announced, CardSetup, Done, Failed, News, NotLoaded, Ready
+from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Failed, News, Ready
 from gaudi_batch.names import throughput_path
 from gaudi_batch.outputs.files import FilesOutput
 from gaudi_batch.pipelines import load_pipeline
-from gaudi_batch.pipelines.base import Generated, Item, Pipeline
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
 from gaudi_batch.plan import Bucket, GraphKey
 from gaudi_batch.rows import PromptRow
 from gaudi_batch.throughput import BatchLine, Sums
@@ -111,16 +111,21 @@ class Card:
         try:
             self._pipeline = load_pipeline(setup.config, setup.model, setup.threads, self._module)
         except Exception as error:
-            self._mailbox.emit(NotLoaded(describe_error(error)))
+            self._mailbox.emit(Broken(describe_error(error)))
             return
         loaded = time.monotonic() - self._started
-        self._mailbox.emit(Ready(self._node_id, self._node, self._module, os.getpid(), loaded))
+        notes = tuple(self._pipeline.notes())
+        self._mailbox.emit(Ready(self._node_id, self._node, self._module, os.getpid(), loaded, notes))
         self._idle_since = time.monotonic()
         while True:
             self._mailbox.enter("idle")
             work = self._fetched.get()
             if self._mailbox.begin(work.assignment.attempt):
-                self._make(work)
+                try:
+                    self._make(work)
+                except DeviceError as error:
+                    self._mailbox.emit(Broken(str(error)[:1000]))
+                    return
 
     def _make(self, work: _Work) -> None:
         assignment, config = work.assignment, self._setup.config
@@ -143,6 +148,7 @@ class Card:
             accused=assignment.accused,
             condemned=assignment.condemned,
             control=self._controls.get(bucket),
+            suspect=assignment.announce,
         )
         stored: list[_StoredBatch] = []
         try:
@@ -152,6 +158,8 @@ class Card:
                 stored.append(self._store_batch(output, batch, made))
                 if any(batch.failed() for batch in stored):
                     break
+        except DeviceError:
+            raise
         except CardFault as fault:
             self._mailbox.emit(Failed(assignment.attempt, str(fault), fault.accused, healthy=False))
             return
@@ -164,7 +172,12 @@ class Card:
 
     def _call(self, bucket: Bucket, items: list[Item]) -> tuple[Generated, _Call]:
         key = bucket.graph_key
-        warmup = self._warmups.get(key, 0) < self._pipeline.warmup_batches
+        self._warmups[key] = self._warmups.pop(key, 0)  # the most recently used is the last
+        while len(self._warmups) > self._setup.config.gaudi.max_graphs:
+            oldest = next(iter(self._warmups))
+            del self._warmups[oldest]
+            self._pipeline.forget(oldest)
+        warmup = self._warmups[key] < self._pipeline.warmup_batches
         started = time.monotonic()
         wait_s = started - self._idle_since
         self._mailbox.enter("first batch" if warmup else "batch")
@@ -174,7 +187,7 @@ class Card:
             self._idle_since = time.monotonic()
             self._mailbox.enter("idle")
         generate_s = self._idle_since - started
-        self._warmups[key] = self._warmups.get(key, 0) + 1
+        self._warmups[key] += 1
         if not warmup:
             self._mailbox.batch_took(key, generate_s)
         return generated, _Call("warmup" if warmup else "steady", generate_s, wait_s)

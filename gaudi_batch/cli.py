@@ -66,10 +66,11 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
+    from gaudi_batch.devices import with_device
     from gaudi_batch.flags import job_from
     from gaudi_batch.job import refuse_bad_rows, resolve
 
-    job = resolve(job_from(parsed))
+    job = resolve(with_device(job_from(parsed), None))
     if parsed.strict:
         refuse_bad_rows(job)
     print(printable(check(job)))

@@ -13,6 +13,7 @@ import ray
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
+from gaudi_batch.pipelines.gaudi import require_stack
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
@@ -47,40 +48,65 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
     process has connected to already is used as it is.
 
     Raises:
-        InputError: there is no cluster at the address.
+        InputError: there is no cluster at the address, or this machine can't have the job's cards.
     """
-    if ray.is_initialized():
-        yield
+    if ray.is_initialized() or address not in (None, "local"):
+        with attached(address):
+            yield
         return
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "configure_logging": False,
-        "namespace": "gaudi-batch",
-    }
-    # Ray would warn of a coming change of this default at each start.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address and address != "local":
+    resources = card_resources(job)
+    cards = DEFAULT_CARDS if job.config.cards == "all" else job.config.cards
+    own: dict[str, float] | None = {} if resources.name == "CPU" else {resources.name: cards}
+    if job.config.device == "hpu":
         try:
-            ray.init(address=address, **quiet)
-        except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            raise InputError(f"no Ray cluster answers at {address!r}: {said}") from None
-    else:
-        cards = DEFAULT_CARDS if job.config.cards == "all" else job.config.cards
-        resources = card_resources(job)
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
-            resources={} if resources.name == "CPU" else {resources.name: cards},
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+            require_stack()
+        except RuntimeError as error:
+            raise InputError(f"device hpu: {error}") from None
+        own = None  # Ray finds the cards
+    _quieten()
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
+        resources=own,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        **_QUIET,
+    )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def attached(address: str | None) -> Iterator[None]:
+    """Connects to the cluster at `address`, unless this process is connected already.
+
+    Raises:
+        InputError: there is none.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _quieten()
+    try:
+        ray.init(address=address, **_QUIET)
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(f"no Ray cluster answers at {address!r}: {said}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "gaudi-batch"}
+
+
+def _quieten() -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray would warn of a coming change of this default at each start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def wanted_cards(job: Job, resources: CardResources) -> int:

@@ -29,6 +29,16 @@ PROMPT_COLUMNS = (
 )
 """The columns of a prompt dataset that mean something to the job; all others are carried into the manifest."""
 
+GAUDI_FIELDS = (
+    "use_torch_autocast",
+    "autocast_bf16_ops",
+    "autocast_fp32_ops",
+    "use_dynamic_shapes",
+    "use_fused_adam",
+    "use_fused_clip_norm",
+)
+"""What `GaudiConfig` of optimum-habana 1.21.2 knows."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -51,6 +61,36 @@ class CpuConfig(_Section):
 
     threads: PositiveInt | None = None
     """Threads of one card; null is its share of the machine's cores, fixed in run.json at the first run."""
+
+
+class GaudiConfig(_Section):
+    """Settings of `device: hpu`."""
+
+    config: dict[str, Any] | str = Field(default_factory=lambda: {"use_torch_autocast": True})
+    """Gaudi config of optimum-habana: fields, or a hub id or path of a gaudi_config.json."""
+
+    hpu_graphs: bool = True
+    """Whether to capture the UNet as an HPU graph and replay it."""
+
+    max_graphs: PositiveInt = 16
+    """Graph keys whose graphs a card keeps; the least recently used is given up for one more."""
+
+    recipe_cache: str | None = "${HOME}/.cache/gaudi-batch/recipes"
+    """Directory on each node's own disk for compiled recipes, which its cards share; null keeps none."""
+
+    recipe_cache_mb: PositiveInt = 16384
+    """Size of that directory in MB, beyond which the oldest recipes are removed."""
+
+    @field_validator("config")
+    @classmethod
+    def _known_fields(cls, value: dict[str, Any] | str) -> dict[str, Any] | str:
+        if isinstance(value, dict):
+            for name in value:
+                if name not in GAUDI_FIELDS:
+                    raise ValueError(f"{name!r} is not a field of a Gaudi config; those are {', '.join(GAUDI_FIELDS)}")
+        elif not value.strip():
+            raise ValueError("must be a mapping, a hub id or a path")
+        return value
 
 
 class SimulatedConfig(_Section):
@@ -116,8 +156,9 @@ class JobConfig(_Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the dataset's columns where they are not ours, as {ours: theirs}."""
 
-    device: Literal["auto", "cpu", "simulated"] = "auto"
-    """What generates: cpu (diffusers) or simulated (sleeps and paints); auto takes the best there is."""
+    device: Literal["auto", "hpu", "cpu", "simulated"] = "auto"
+    """What generates: hpu (optimum-habana), cpu (diffusers) or simulated (sleeps and paints); auto is hpu where the
+    cluster has Gaudi cards, else cpu."""
 
     cards: Literal["all"] | PositiveInt = "all"
     """Cards to use; all is every card of the cluster, or 2 where there is none."""
@@ -150,7 +191,7 @@ class JobConfig(_Section):
     """Scheduler by name; null is ddim for Stable Diffusion 1 and 2, else the model's own."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type that the model computes in; null is float32 on the cpu."""
+    """Type that the model computes in; null is float32 on the cpu, and as the Gaudi config says on hpu."""
 
     format: Literal["files"] = "files"
     """How images are kept: files, one object an image."""
@@ -181,6 +222,9 @@ class JobConfig(_Section):
 
     cpu: CpuConfig = Field(default_factory=CpuConfig)
     """Settings of device cpu."""
+
+    gaudi: GaudiConfig = Field(default_factory=GaudiConfig)
+    """Settings of device hpu."""
 
     simulated: SimulatedConfig = Field(default_factory=SimulatedConfig)
     """Settings of device simulated."""

@@ -25,7 +25,8 @@ from gaudi_batch.cluster import CardResources
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
 from gaudi_batch.errors import StorageError
 from gaudi_batch.ledger import Ledger
-from gaudi_batch.messages import Announced, CardSetup, Done, Event, Failed, News, NotLoaded, Ready
+from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
+from gaudi_batch.pipelines.gaudi import environment
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import Progress, View
 from gaudi_batch.schedule import CardState, Schedule
@@ -102,6 +103,8 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._over: asyncio.Future[str | None]
         self._setup_ref: Any = None
+        self._runtime_env = {"env_vars": environment(setup.config)} if setup.config.device == "hpu" else None
+        self._notes: set[str] = set()
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -192,6 +195,7 @@ class Driver:
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=4,
+                runtime_env=self._runtime_env,
             )
             .remote(self._setup_ref)
         )
@@ -224,9 +228,9 @@ class Driver:
         schedule = self.schedule
         if isinstance(event, Ready):
             self._introduce(slot, event)
-        elif isinstance(event, NotLoaded):
-            self._fault(slot, f"could not load: {event.error}")
-            self._carry_out(schedule.died(slot.number, event.error))
+        elif isinstance(event, Broken):
+            self._fault(slot, event.error)
+            self._carry_out(schedule.broken(slot.number, event.error))
         elif isinstance(event, Announced):
             self._carry_out(schedule.announced(event.attempt, event.rows))
         elif isinstance(event, Failed) and event.storage:
@@ -259,6 +263,10 @@ class Driver:
         slot.name = slot.name or self._card_name(slot, ready)
         self._tally.card(slot.name, ready.node, ready.module)
         log.info("%s is ready after %.1f s", slot.where, ready.load_s)
+        for note in ready.notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                log.warning("%s: %s", slot.where, note)
         self._carry_out(self.schedule.ready(slot.number))
 
     def _card_name(self, slot: Slot, ready: Ready) -> str:

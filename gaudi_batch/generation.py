@@ -16,8 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gaudi_batch.outputs.encoding import to_pixels
-from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.rows import PromptRow, image_seed
+
+NEUTRAL = Item(-1, 0, "", "", 0)
+"""The control of a card that has made nothing yet: an empty prompt, of no row."""
 
 
 class CardFault(Exception):
@@ -53,6 +56,8 @@ class ShardMaker:
         accused: rows that raised alone elsewhere; raising alone here makes them failed.
         condemned: rows to record as failed without a try.
         control: an item of the bucket that this card has made before, if there is one.
+        suspect: whether a process died of this shard. Then a control comes first, announced as no row at all: what
+            the card does to that is no row's fault.
     """
 
     rows: Sequence[PromptRow]
@@ -64,6 +69,7 @@ class ShardMaker:
     accused: Mapping[int, str] = field(default_factory=dict)
     condemned: Mapping[int, str] = field(default_factory=dict)
     control: Item | None = None
+    suspect: bool = False
     failures: dict[int, str] = field(default_factory=dict)
     """Rows that failed, with their errors; complete when `batches` has ended."""
     raised: set[int] = field(default_factory=set)
@@ -85,6 +91,10 @@ class ShardMaker:
                 self.raised.add(row.row)
             else:
                 runnable.append(row)
+        if self.suspect and runnable:
+            self.announce(())
+            self.control = self.control or NEUTRAL
+            self._make_control()
         apart = self.alone | self.accused.keys()
         together = (item for row in runnable if row.row not in apart for item in self._items(row))
         for group in _chunks(together, self.batch_size):
@@ -108,6 +118,8 @@ class ShardMaker:
         self.announce(rows)
         try:
             made, wrong = self._generate(group)
+        except DeviceError:
+            raise
         except Exception as error:
             said = describe_error(error)
             if len(rows) == 1:
@@ -155,13 +167,19 @@ class ShardMaker:
     def _prove_by_control(self) -> None:
         if self.control is None:
             raise CardFault(next(iter(self._unproven.values())), self._unproven)
+        self._make_control()
+        self._prove()
+
+    def _make_control(self) -> None:
+        assert self.control is not None
         try:
             made, wrong = self._generate([self.control])
+        except DeviceError:
+            raise
         except Exception as error:
-            raise CardFault(f"the card can't make again what it made before: {describe_error(error)}", {}) from None
+            raise CardFault(f"the card can't make its control: {describe_error(error)}", {}) from None
         if not made:
-            raise CardFault(f"the card can't make again what it made before: {next(iter(wrong.values()))}", {})
-        self._prove()
+            raise CardFault(f"the card can't make its control: {next(iter(wrong.values()))}", {})
 
 
 def describe_error(error: BaseException) -> str:

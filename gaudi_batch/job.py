@@ -13,7 +13,7 @@ from typing import Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError
-from gaudi_batch.pipelines.model import ModelFacts, describe_model
+from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.rows import RowRules
@@ -21,6 +21,9 @@ from gaudi_batch.storage import open_filesystem, redact, redacted_options
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
+
+CARDS_OF_A_NODE = 8
+"""Of a Gaudi node; what they leave of the host's cores to each card."""
 
 SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
 """What shapes an image; their versions are recorded."""
@@ -92,6 +95,8 @@ class Job:
                 "encoding",
             },
         )
+        if config.device == "hpu":
+            same["gaudi"] = config.gaudi.model_dump(mode="json", include={"config", "hpu_graphs"})
         bucket = self.rules.bucket
         if config.encoding.type == "png":
             del same["encoding"]["quality"]
@@ -101,7 +106,7 @@ class Job:
             "width": bucket.width,
             "height": bucket.height,
             "scheduler": self.model.scheduler,
-            "dtype": config.dtype or "float32",
+            "dtype": config.dtype or ("as the Gaudi config says" if config.device == "hpu" else "float32"),
             "threads": self.threads if config.device == "cpu" else None,
             "files": {file.name: file.identity for file in self.dataset.files},
         }
@@ -131,7 +136,7 @@ def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
     """Finds a job's prompts and model, and checks that they go together.
 
     Args:
-        config: the job.
+        config: the job, with a device other than auto.
         recorded_threads: threads of a card as the run's first driver fixed them, if there was one.
 
     Raises:
@@ -139,13 +144,15 @@ def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
         StorageError: the prompts' storage failed.
     """
     open_filesystem(config.output, config.storage_options)
-    config = config.model_copy(update={"device": "cpu" if config.device == "auto" else config.device})
+    if config.device == "hpu":
+        gaudi = config.gaudi.model_copy(update={"config": read_gaudi_config(config.gaudi.config)})
+        config = config.model_copy(update={"gaudi": gaudi})
     model = describe_model(config)
     for name in ("width", "height"):
         side = getattr(config, name)
         if side is not None and side % model.multiple:
             raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {model.multiple}")
-    cards = DEFAULT_CARDS if config.cards == "all" else config.cards
+    cards = CARDS_OF_A_NODE if config.device == "hpu" else DEFAULT_CARDS if config.cards == "all" else config.cards
     threads = config.cpu.threads or recorded_threads or max(1, (os.cpu_count() or 1) // cards)
     return Job(config, open_prompts(config), model, threads)
 

@@ -40,11 +40,13 @@ class Ready:
     """The module that Ray pinned; None where the device has none."""
     pid: int
     load_s: float
+    notes: tuple[str, ...] = ()
+    """What a person should know of its device and versions."""
 
 
 @dataclass(frozen=True)
-class NotLoaded:
-    """The pipeline could not be loaded."""
+class Broken:
+    """The pipeline could not be loaded, or the device has failed: this process is to be replaced."""
 
     error: str
 
@@ -82,7 +84,7 @@ class Failed:
     """Whether it was storage that failed, which is nobody's fault here."""
 
 
-Event: TypeAlias = Ready | NotLoaded | Announced | Done | Failed
+Event: TypeAlias = Ready | Broken | Announced | Done | Failed
 
 
 @dataclass(frozen=True)

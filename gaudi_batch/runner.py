@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import signal
 import socket
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.devices import address_of, with_device
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper
@@ -76,13 +76,14 @@ def run(
     """
     ledger = Ledger(Storage(config.output, config.storage_options, config.storage_patience))
     record = None if overwrite else ledger.run()
+    address = address_of(address)
+    config = with_device(config, address, record.job["device"] if record else None)
     job = resolve(config, record.threads if record else None)
     if record:
         _refuse_another_job(ledger, record, job)
     if strict:
         refuse_bad_rows(job)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
-    address = address or os.environ.get("RAY_ADDRESS")
     if address and overwrite:
         _knock(address)  # before anything is removed
     lease = LeaseKeeper(ledger.storage, driver)
@@ -174,9 +175,15 @@ def _drive(
                 f"the cluster has no card for this job, which needs {resources.amount} {resources.name} a card;"
                 " add nodes that have, or choose another device"
             )
-        log.info("Ray is ready after %.1f s; using %d cards", time.monotonic() - started, cards)
+        log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, cards, job.config.device)
         schedule = Schedule(
-            missing, driver_name, record.rows, tally.rows, tally.failed_rows, max_failed=job.config.max_failed
+            missing,
+            driver_name,
+            record.rows,
+            tally.rows,
+            tally.failed_rows,
+            max_failed=job.config.max_failed,
+            max_graphs=job.config.gaudi.max_graphs,
         )
         setup = CardSetup(job.config, ledger.storage, job.model, job.dataset, job.rules, job.threads)
         with open_view() as view:

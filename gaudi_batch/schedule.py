@@ -56,10 +56,11 @@ class _Card:
     number: int
     state: CardState = CardState.GONE
     hand: dict[str, None] = field(default_factory=dict)  # attempts, oldest first
-    keys: set[GraphKey] = field(default_factory=set)  # captured, or about to be
+    keys: dict[GraphKey, None] = field(default_factory=dict)  # captured, or about to be; the latest used is the last
+    proven: bool = False  # has made a batch since its process began
     last_key: GraphKey | None = None
     strikes: int = 0  # failures in a row
-    start_failures: int = 0  # the same of starts
+    start_failures: int = 0  # processes in a row that could not make a batch, by their own word
     vindications: int = 0  # shards that it failed and others made
 
 
@@ -80,6 +81,7 @@ class Schedule:
         total_rows: rows of the whole job, of which a share in `max_failed` is taken.
         done_rows: rows that were committed before.
         failed_rows: those among them that failed.
+        max_graphs: graph keys whose graphs a card keeps.
         max_failed: failed rows beyond which the run stops: a count (int), a share (float), or None.
     """
 
@@ -91,6 +93,7 @@ class Schedule:
         done_rows: int = 0,
         failed_rows: int = 0,
         max_failed: int | float | None = None,
+        max_graphs: int = 16,
     ) -> None:
         self.shards = {shard.number: shard for shard in shards}
         self.prefix = prefix
@@ -98,6 +101,7 @@ class Schedule:
         self.done_rows = done_rows
         self.failed_rows = failed_rows
         self.max_failed = max_failed
+        self.max_graphs = max_graphs
         self.retries = 0
         self.stop_reason: str | None = None
         self.finished = False
@@ -135,7 +139,6 @@ class Schedule:
         card = self._cards[number]
         if card.state is not CardState.STARTING:
             return []
-        card.start_failures = 0
         self._set_state(card, CardState.READY)
         return self._proceed()
 
@@ -151,6 +154,13 @@ class Schedule:
             return []
         return self._replace_or_quarantine(card, error) + self._proceed()
 
+    def broken(self, number: int, error: str) -> list[Decision]:
+        """A card's process says that it can't go on: it could not load its pipeline, or its device failed."""
+        card = self._cards[number]
+        if card.state is CardState.READY and not card.proven:
+            card.start_failures += 1
+        return self.died(number, error)
+
     def gone(self, number: int) -> list[Decision]:
         """A card left with its node, or was withdrawn; that counts against nobody."""
         card = self._cards[number]
@@ -165,7 +175,7 @@ class Schedule:
         live = self._attempts.get(attempt)
         if live is not None:
             if live.announced is not None:
-                live.card.strikes = 0  # it has made the batch before
+                self._prove(live.card)  # it has made the batch before
             live.announced = frozenset(rows)
         return []
 
@@ -182,7 +192,7 @@ class Schedule:
             return []
         live = self._release(attempt)
         self._committing[live.shard] = attempt
-        live.card.strikes = 0
+        self._prove(live.card)
         live.card.vindications = max(0, live.card.vindications - 1)
         self.done_rows += rows
         self.failed_rows += failed_rows
@@ -299,7 +309,7 @@ class Schedule:
             return None
         if card.last_key in self._fresh:
             key = card.last_key
-        elif captured := card.keys & self._fresh.keys():
+        elif captured := card.keys.keys() & self._fresh.keys():
             key = max(captured, key=lambda key: (len(self._fresh[key]), key))
         else:
             key = max(self._fresh, key=lambda key: (len(self._fresh[key]) / (1 + self._holders[key]), key))
@@ -325,9 +335,7 @@ class Schedule:
         self._attempts[attempt] = _Attempt(shard, card)
         card.hand[attempt] = None
         card.last_key = self.shards[shard].bucket.graph_key
-        if card.last_key not in card.keys:
-            card.keys.add(card.last_key)
-            self._holders[card.last_key] += 1
+        self._use(card, card.last_key)
         self._file(card)
         trouble = self._trouble.get(shard, Trouble())
         return Assign(
@@ -339,6 +347,17 @@ class Schedule:
             dict(trouble.accused),
             dict(trouble.condemned),
         )
+
+    def _use(self, card: _Card, key: GraphKey) -> None:
+        """A card will have a key's graph; for one more than it keeps, it gives up the least recently used."""
+        if key not in card.keys:
+            self._holders[key] += 1
+        card.keys.pop(key, None)
+        card.keys[key] = None
+        if len(card.keys) > self.max_graphs:
+            oldest = next(iter(card.keys))
+            del card.keys[oldest]
+            self._holders[oldest] -= 1
 
     def _recall_for_idle(self) -> list[Decision]:
         """Asks back a queued shard for each card that has nothing to do, if it is one that the card may have."""
@@ -424,14 +443,19 @@ class Schedule:
         self._file(live.card)
         return live
 
+    def _prove(self, card: _Card) -> None:
+        card.proven = True
+        card.strikes = card.start_failures = 0
+
     def _set_state(self, card: _Card, state: CardState) -> None:
         """Moves a card on. Only a ready card has work in hand and graphs captured."""
         if state is not CardState.READY:
             for attempt in reversed(list(card.hand)):
                 self._again.appendleft(self._release(attempt).shard)
-            self._holders.subtract(card.keys)
+            self._holders.subtract(list(card.keys))
             card.keys.clear()
             card.last_key = None
+            card.proven = False
         card.state = state
         self._file(card)
 

@@ -20,6 +20,10 @@ def load_pipeline(config: JobConfig, model: ModelFacts, threads: int, module: in
         from gaudi_batch.pipelines.simulated import SimulatedPipeline
 
         return SimulatedPipeline(config.simulated, module)
+    if config.device == "hpu":
+        from gaudi_batch.pipelines.gaudi import GaudiPipeline
+
+        return GaudiPipeline(config, model, threads)
     from gaudi_batch.pipelines.cpu import CpuPipeline
 
     return CpuPipeline(model, threads, config.dtype or "float32")

@@ -8,7 +8,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gaudi_batch.plan import Bucket
+from gaudi_batch.plan import Bucket, GraphKey
+
+
+class DeviceError(RuntimeError):
+    """The device has failed, whatever rows were in its hand; its process can't go on."""
 
 
 class Item(NamedTuple):
@@ -48,5 +52,12 @@ class Pipeline(Protocol):
         """Makes one image for each item. `items` always holds exactly the job's batch size.
 
         Raises:
-            Exception: whatever the device or the libraries raise; the card finds out what it was about.
+            DeviceError: the device failed, so this process is to be replaced.
+            Exception: whatever else the libraries raise; the card finds out what it was about.
         """
+
+    def forget(self, key: GraphKey) -> None:
+        """Drops what has been compiled for a graph key."""
+
+    def notes(self) -> list[str]:
+        """What a person should know of this process's device and versions, a line each."""

@@ -13,7 +13,7 @@ import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.model import ModelFacts
-from gaudi_batch.plan import Bucket
+from gaudi_batch.plan import Bucket, GraphKey
 
 
 class CpuPipeline:
@@ -57,6 +57,13 @@ class CpuPipeline:
             guidance_scale=bucket.guidance_scale,
         )
         return collect(self._pipeline, output, items)
+
+    def forget(self, key: GraphKey) -> None:
+        """Nothing is compiled."""
+
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []
 
 
 def collect(pipeline: Any, output: Any, items: list[Item]) -> Generated:

@@ -10,14 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.config import JobConfig
+from gaudi_batch.config import GAUDI_FIELDS, JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
 
-MULTIPLES = {"StableDiffusionPipeline": 8}
-"""The pipeline classes that are supported, and the pixels of which a side must be a multiple."""
+
+@dataclass(frozen=True)
+class PipelineClass:
+    """What the product knows of a pipeline class of diffusers."""
+
+    gaudi_class: str
+    """Its counterpart in optimum-habana."""
+    multiple: int
+    """Pixels of which a side must be a multiple."""
+    scheduler: str
+    """Scheduler, by name, of a job that names none."""
+    gaudi_schedulers: Mapping[str, str]
+    """The schedulers of optimum-habana for it, by name, that take one generator for each image."""
+
+
+SUPPORTED = {
+    "StableDiffusionPipeline": PipelineClass("GaudiStableDiffusionPipeline", 8, "ddim", {"ddim": "GaudiDDIMScheduler"}),
+}
+"""The pipeline classes that are supported, by the name in a model's model_index.json."""
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -26,10 +43,13 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-"""Schedulers by name. None of them draws noise while it steps."""
+"""Schedulers of diffusers by name, for the cpu. None of them draws noise while it steps."""
 
 NOISY_SCHEDULERS = {"ddpm", "euler_ancestral", "euler-ancestral", "lcm", "dpm++_sde", "k_dpm_2_ancestral", "tcd"}
+NOISY_GAUDI_SCHEDULERS = NOISY_SCHEDULERS | {"euler"}
+"""Those of optimum-habana draw noise from a single generator; its Euler does so at every step, needed or not."""
 
+GAUDI_CONFIG_FILE = "gaudi_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -78,36 +98,35 @@ def describe_model(config: JobConfig) -> ModelFacts:
         return _describe(config, directory.resolve(), None)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(f"model {name!r}: there is no such directory, and it is not a hub id such as 'owner/name'")
-    return _describe(config, *_from_hub(name, config.revision))
+    snapshot = _from_hub("model", name, config.revision, "*.json")
+    return _describe(config, snapshot, snapshot.name)
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
+    """The folder, named after its commit, of files that are fetched or in the cache already."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[files]))
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(
-            f"model {name!r}{at}: no such directory here, and the hub has no such model for us: {said}"
-        ) from None
-    return path, path.name
+        raise InputError(f"{what} {name!r}{at}: no such directory here, and the hub gives none: {said}") from None
 
 
 def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFacts:
     name = config.model or ""
-    index = _json(name, directory, "model_index.json")
+    index = _json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = str(index.get("_class_name"))
-    if pipeline_class not in MULTIPLES:
-        raise InputError(f"model {name!r} is a {pipeline_class}; supported: {', '.join(sorted(MULTIPLES))}")
+    if pipeline_class not in SUPPORTED:
+        raise InputError(f"model {name!r} is a {pipeline_class}; supported: {', '.join(sorted(SUPPORTED))}")
     if commit is None:
         _require_safetensors(name, directory, index)
-    vae = _json(name, directory, "vae/config.json")
+    vae = _json(f"model {name!r}", directory, "vae/config.json")
     scale = 2 ** (len(vae.get("block_out_channels") or [1, 1, 1, 1]) - 1)
-    sample = _json(name, directory, "unet/config.json").get("sample_size") or 64
+    sample = _json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
     height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
     return ModelFacts(
         name=name,
@@ -115,23 +134,26 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFa
         hub=commit is not None,
         revision=commit or _digest(directory),
         pipeline_class=pipeline_class,
-        scheduler=_scheduler(config),
+        scheduler=_scheduler(config, SUPPORTED[pipeline_class]),
         width=int(width) * scale,
         height=int(height) * scale,
-        multiple=MULTIPLES[pipeline_class],
+        multiple=SUPPORTED[pipeline_class].multiple,
     )
 
 
-def _scheduler(config: JobConfig) -> str:
-    name = config.scheduler or "ddim"
-    if name in NOISY_SCHEDULERS:
+def _scheduler(config: JobConfig, pipeline_class: PipelineClass) -> str:
+    name = config.scheduler or pipeline_class.scheduler
+    on_hpu = config.device == "hpu"
+    known = pipeline_class.gaudi_schedulers if on_hpu else SCHEDULERS
+    if name in known:
+        return known[name]
+    choose = f"use one of {', '.join(known)}" if len(known) > 1 else f"use {next(iter(known))}"
+    if name in (NOISY_GAUDI_SCHEDULERS if on_hpu else NOISY_SCHEDULERS):
         raise InputError(
             f"scheduler {name!r} draws noise while it steps, from one generator for the whole batch, so an image would"
-            f" depend on its neighbours; use one of {', '.join(SCHEDULERS)}"
+            f" depend on its neighbours; {choose}"
         )
-    if name not in SCHEDULERS:
-        raise InputError(f"scheduler {name!r} is not known; use one of {', '.join(SCHEDULERS)}")
-    return SCHEDULERS[name]
+    raise InputError(f"scheduler {name!r} is not known for device {config.device}; {choose}")
 
 
 def _require_safetensors(name: str, directory: Path, index: Mapping[str, Any]) -> None:
@@ -142,15 +164,35 @@ def _require_safetensors(name: str, directory: Path, index: Mapping[str, Any]) -
             raise InputError(f"model {name!r}: its {component} has no .safetensors, and no other weights are loaded")
 
 
-def _json(name: str, directory: Path, path: str) -> dict[str, Any]:
+def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A Gaudi config as a mapping of the fields that count, from a mapping, a path or a hub id.
+
+    Raises:
+        InputError: it can't be found or read.
+    """
+    if not isinstance(source, str):
+        return dict(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / GAUDI_CONFIG_FILE
+    elif not path.exists():
+        if not _HUB_ID.fullmatch(source):
+            raise InputError(f"gaudi.config {source!r}: there is no such file, and it is not a hub id as 'owner/name'")
+        path = _from_hub("gaudi.config", source, None, GAUDI_CONFIG_FILE) / GAUDI_CONFIG_FILE
+    found = _json(f"gaudi.config {source!r}", path.parent, path.name)
+    # Configs on the hub have fields of older releases, too, which optimum-habana passes over.
+    return {name: value for name, value in found.items() if name in GAUDI_FIELDS}
+
+
+def _json(owner: str, directory: Path, path: str) -> dict[str, Any]:
     try:
         loaded = json.loads((directory / path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"model {name!r} is not in diffusers' layout: it has no {path}") from None
+        raise InputError(f"{owner} has no {path}, so it is not what it should be") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"model {name!r}: {path} can't be read: {error}") from None
+        raise InputError(f"{owner}: {path} can't be read: {error}") from None
     if not isinstance(loaded, dict):
-        raise InputError(f"model {name!r}: {path} is not a JSON object")
+        raise InputError(f"{owner}: {path} is not a JSON object")
     return loaded
 
 

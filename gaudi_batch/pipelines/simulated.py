@@ -56,3 +56,11 @@ class SimulatedPipeline:
         for image, item in zip(images, items, strict=True):
             image[:] = np.random.default_rng(item.seed).integers(1, 256, 3) / 255
         return Generated(images, [None] * len(items), [False] * len(items))
+
+    def forget(self, key: GraphKey) -> None:
+        """The next batch of this key captures again."""
+        self._captured.discard(key)
+
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []

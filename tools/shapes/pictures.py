@@ -26,7 +26,7 @@ SIDE = 64
 RADIUS = {"small": (11.5, 12.5), "large": (21.5, 22.5)}
 """Half the extent of a shape, in pixels of a picture of 64 x 64; every shape of one radius covers a similar area."""
 GRID = 8
-"""Distance of the places at which shapes sit, in pixels: one number of the latents, so that each place looks alike there."""
+"""Distance of the places at which shapes sit, in pixels: one number of the latents, where all then look alike."""
 PLACES = {"small": 1, "large": 0}
 """How many places there are on each side of the middle, in both directions."""
 

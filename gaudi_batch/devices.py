@@ -1,0 +1,76 @@
+"""Which device `auto` means: hpu where there are Gaudi cards with Intel's stack beside them, else cpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+
+from gaudi_batch.config import JobConfig
+
+log = logging.getLogger("gaudi_batch")
+
+COUNT_SECONDS = 120.0
+_COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
+
+
+def with_device(config: JobConfig, address: str | None, recorded: str | None = None) -> JobConfig:
+    """The job with a device other than auto.
+
+    Args:
+        config: the job.
+        address: the Ray cluster that it is for; None or "local" is this machine.
+        recorded: the device as the run's first driver found it, if there was one.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    if config.device != "auto":
+        return config
+    if recorded is not None:
+        return config.model_copy(update={"device": recorded})
+    device = "hpu" if (_cluster_has_cards(address) if _is_cluster(address) else this_machine_has_cards()) else "cpu"
+    log.debug("device auto is %s here", device)
+    return config.model_copy(update={"device": device})
+
+
+def this_machine_has_cards() -> bool:
+    """Whether Intel's stack is here and finds a card; asked in a process of its own, as this one needs no device."""
+    if importlib.util.find_spec("habana_frameworks") is None:
+        return False
+    asked = subprocess.run(
+        [sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
+    )
+    answer = asked.stdout.split()[-1:]
+    return asked.returncode == 0 and answer not in ([], ["0"])
+
+
+def _is_cluster(address: str | None) -> bool:
+    ray = sys.modules.get("ray")
+    return address not in (None, "local") or (ray is not None and ray.is_initialized())
+
+
+def _cluster_has_cards(address: str | None) -> bool:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from gaudi_batch.cluster import attached
+
+    with attached(address):
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("HPU")]
+        if not nodes:
+            return False
+        there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=False)
+        look = ray.remote(_has_stack).options(num_cpus=0, scheduling_strategy=there)
+        return bool(ray.get(look.remote()))
+
+
+def _has_stack() -> bool:
+    return importlib.util.find_spec("habana_frameworks") is not None
+
+
+def address_of(address: str | None) -> str | None:
+    """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine."""
+    return address or os.environ.get("RAY_ADDRESS") or None

@@ -1,0 +1,245 @@
+"""Optimum-habana on one Gaudi card: the Gaudi pipeline of the model's class, with its HPU graphs kept warm.
+
+Nothing of Intel's stack is imported with this module. What its bridge reads from the environment once, at its own
+import, is there before: Ray sets it for the card's process (`environment`), which first writes the files that it names
+(`prepare`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item
+from gaudi_batch.pipelines.model import SUPPORTED, ModelFacts
+from gaudi_batch.plan import Bucket, GraphKey
+
+WARMUP_BATCHES = 3
+"""First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
+(`throughput_warmup_steps` in its pipelines)."""
+
+ACQUIRE_SECONDS = 30.0
+"""For how long a card that is not free is tried again."""
+
+OUT_OF_MEMORY = ("PT_DEVMEM", "Allocation failed for size", "out of memory")
+"""What Intel's bridge says when device memory is gone."""
+DEVICE_FAILURES = ("synStatus", "FATAL ERROR :: MODULE:", "Graph compile failed", "Device acquire failed")
+"""What it says when the driver, the device or the graph compiler has failed."""
+
+_OP_LISTS = {
+    "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST": "autocast_bf16_ops",
+    "PT_HPU_AUTOCAST_FP32_OPS_LIST": "autocast_fp32_ops",
+}
+"""Variables of the bridge that name files of operations, and the fields of a Gaudi config that these hold."""
+
+
+def environment(config: JobConfig) -> dict[str, str]:
+    """What a card's process needs in its environment before it imports `habana_frameworks`.
+
+    Args:
+        config: the job, its Gaudi config resolved to a mapping.
+
+    Returns:
+        Variables for Ray's runtime environment, which puts the node's own HOME in.
+    """
+    # HPU graphs need lazy mode. Intel calls it a legacy; this is the one place that knows of it.
+    found = {"PT_HPU_LAZY_MODE": "1"}
+    gaudi = config.gaudi
+    if gaudi.recipe_cache is not None:
+        # https://docs.habana.ai/en/latest/PyTorch/Reference/Runtime_Flags.html: path, clear it first, size in MB
+        found["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
+    ops = _op_lists(config)
+    for name in ops:
+        # Optimum-habana would write to two fixed files in /tmp, which all cards and users of a node share.
+        digest = hashlib.sha256("\n".join(ops[name]).encode()).hexdigest()[:16]
+        found[name] = f"${{HOME}}/.cache/gaudi-batch/{_OP_LISTS[name]}-{digest}.txt"
+    return found
+
+
+def prepare(config: JobConfig) -> None:
+    """Makes the files and directories that the environment names. The first that a card's process does."""
+    for name, ops in _op_lists(config).items():
+        path = Path(os.environ[name])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text("".join(f"{op}\n" for op in ops))
+        fresh.replace(path)
+    recipe_cache = os.environ.get("PT_HPU_RECIPE_CACHE_CONFIG", "").rsplit(",", 2)[0]
+    if recipe_cache:
+        Path(recipe_cache).mkdir(parents=True, exist_ok=True)
+
+
+def _op_lists(config: JobConfig) -> dict[str, list[str]]:
+    """The operations for each variable; none unless the config has both lists, as optimum-habana wants it."""
+    mapping = gaudi_mapping(config)
+    lists = {name: mapping.get(field) for name, field in _OP_LISTS.items()}
+    return {} if any(ops is None for ops in lists.values()) else lists  # type: ignore[return-value]
+
+
+def gaudi_mapping(config: JobConfig) -> dict[str, Any]:
+    """A job's Gaudi config, which has been resolved, with what `dtype` changes in it."""
+    assert not isinstance(config.gaudi.config, str)
+    autocast = {} if config.dtype is None else {"use_torch_autocast": False}
+    return {**config.gaudi.config, **autocast}
+
+
+class GaudiPipeline:
+    """An optimum-habana text-to-image pipeline on the card that Ray pinned to this process.
+
+    Args:
+        config: the job, its Gaudi config resolved.
+        model: its model, resolved.
+        threads: torch threads of the host beside this card.
+
+    Raises:
+        RuntimeError: Intel's stack is not there, or the card can't be had; the message says what to do.
+    """
+
+    warmup_batches = WARMUP_BATCHES
+
+    def __init__(self, config: JobConfig, model: ModelFacts, threads: int) -> None:
+        require_stack()
+        prepare(config)
+        # Both log what they do to prompts, at INFO, as soon as they are imported.
+        logging.getLogger("optimum").setLevel(logging.ERROR)
+        import torch
+        from optimum.habana import GaudiConfig
+        from optimum.habana import diffusers as gaudi_diffusers
+
+        from gaudi_batch.pipelines.cpu import silence_libraries
+
+        torch.set_num_threads(threads)
+        silence_libraries()
+        hpu = importlib.import_module("habana_frameworks.torch.hpu")
+        _acquire(hpu)
+        self.device = f"hpu {hpu.get_device_name()}"
+        self._batch_size = config.batch_size
+        self._graphs: dict[GraphKey, set[int]] = {}
+        pipeline_class = getattr(gaudi_diffusers, SUPPORTED[model.pipeline_class].gaudi_class)
+        source: dict[str, Any] = {"revision": model.revision if model.hub else None}
+        scheduler = {}
+        if model.scheduler is not None:
+            scheduler_class = getattr(gaudi_diffusers, model.scheduler)
+            scheduler["scheduler"] = scheduler_class.from_pretrained(model.path, subfolder="scheduler", **source)
+        try:
+            self._pipeline = pipeline_class.from_pretrained(
+                model.path,
+                **source,
+                **scheduler,
+                torch_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+                use_safetensors=True,
+                use_habana=True,
+                use_hpu_graphs=config.gaudi.hpu_graphs,
+                gaudi_config=GaudiConfig(**_without_op_lists(gaudi_mapping(config))),
+                log_level=logging.ERROR,
+            )
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
+        """One call of the pipeline, as one batch, with a generator on the host of its own for each image.
+
+        Raises:
+            DeviceError: the device, its driver or its memory failed.
+        """
+        import torch
+
+        from gaudi_batch.pipelines.cpu import collect
+
+        cache: dict[int, Any] = getattr(self._pipeline, "cache", {})
+        before = set(cache)
+        try:
+            output = self._pipeline(
+                prompt=[item.prompt for item in items],
+                negative_prompt=[item.negative_prompt for item in items] if bucket.guidance_scale > 1 else None,
+                generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
+                num_images_per_prompt=1,
+                batch_size=len(items),
+                output_type="np",
+                width=bucket.width,
+                height=bucket.height,
+                num_inference_steps=bucket.steps,
+                guidance_scale=bucket.guidance_scale,
+            )
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        finally:
+            self._graphs.setdefault(bucket.graph_key, set()).update(cache.keys() - before)
+        return collect(self._pipeline, output, items)
+
+    def forget(self, key: GraphKey) -> None:
+        """Drops the graphs of a key and with them their device memory; optimum-habana keeps them for ever."""
+        for graph in self._graphs.pop(key, ()):
+            self._pipeline.cache.pop(graph, None)
+
+    def notes(self) -> list[str]:
+        """Versions that optimum-habana was not validated with."""
+        from optimum.habana.utils import CURRENTLY_VALIDATED_SYNAPSE_VERSION, get_driver_version
+        from optimum.habana.utils import get_habana_frameworks_version as get_frameworks_version
+
+        validated = CURRENTLY_VALIDATED_SYNAPSE_VERSION
+        ours = importlib.metadata.version("optimum-habana")
+        found = {"habana_frameworks": get_frameworks_version(), "the Gaudi driver": get_driver_version()}
+        return [
+            f"optimum-habana {ours} was validated with version {validated} of Intel's stack, and {name} here is {there}"
+            for name, there in found.items()
+            if there is not None and there.release[:2] != validated.release[:2]
+        ]
+
+    def _explained(self, error: RuntimeError) -> RuntimeError:
+        said = " ".join(str(error).split())
+        if any(mark in said for mark in OUT_OF_MEMORY):
+            smaller = (
+                f"try --batch-size {self._batch_size // 2}"
+                if self._batch_size > 1
+                else "the batch size is 1 already; try smaller images, or --dtype bfloat16"
+            )
+            return DeviceError(f"out of device memory at batch size {self._batch_size}; {smaller}: {said}")
+        if any(mark in said for mark in DEVICE_FAILURES):
+            return DeviceError(f"the device failed: {said}")
+        return error
+
+
+def _acquire(hpu: Any) -> None:
+    """Takes the card, which the process before this one may not have let go of yet."""
+    deadline = time.monotonic() + ACQUIRE_SECONDS
+    while True:
+        try:
+            return hpu.init()  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if "acquire failed" not in str(error) or time.monotonic() > deadline:
+                module = os.environ.get("HABANA_VISIBLE_MODULES", "any")
+                raise RuntimeError(
+                    f"module {module} of this node can't be had; hl-smi shows which process holds it: {error}"
+                ) from None
+        time.sleep(1)
+
+
+def require_stack() -> None:
+    """Raises a RuntimeError that says what to do if this Python has not what a Gaudi card needs."""
+    if importlib.util.find_spec("habana_frameworks") is None:
+        raise RuntimeError(
+            "habana_frameworks is not installed here; it comes with Intel's Gaudi container and is on no public index."
+            " Run in that container, or choose --device cpu"
+        )
+    try:
+        importlib.metadata.version("optimum-habana")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError(
+            "optimum-habana is not installed here; install gaudi-batch[gaudi] with -c constraints-gaudi.txt"
+        ) from None
+
+
+def _without_op_lists(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The lists are in place by now; once the bridge is imported, optimum-habana would refuse to be given them."""
+    return {name: value for name, value in mapping.items() if name not in _OP_LISTS.values()}
