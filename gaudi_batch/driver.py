@@ -241,7 +241,8 @@ class Driver:
             self._carry_out(schedule.failed(event.attempt, event.error, event.accused, event.healthy))
         else:
             facts = event.facts
-            decisions = schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows)
+            seconds = facts.sums.steady_s + facts.sums.warmup_s
+            decisions = schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows, seconds)
             if decisions:
                 self._records[event.attempt] = event
             self._carry_out(decisions)

@@ -11,7 +11,9 @@ The rules:
 * Cards pull. A card holds at most `QUEUE` shards, so that it never waits for the next one; it gets the second only
   while there are more shards than cards without one. A queued shard that has not begun is recalled as soon as a card
   that may have it has nothing to do.
-* A card prefers the graph keys that it has captured. A card without any takes the key with the most work per card.
+* A card prefers the graph keys that it has captured. Of others it takes the one with the most work per card that has
+  captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. What a
+  capture costs shows in how much longer a card's first shard of a key takes.
 * A shard whose card died or raised goes elsewhere if any other card is left that has not failed it.
 * Which row of a shard is to blame is worked out in `blame.py`. A failure is the card's fault when its shard then
   succeeds elsewhere without a failed row: `MAX_VINDICATIONS` of those, `MAX_STRIKES` failures in a row, or
@@ -70,6 +72,31 @@ class _Attempt:
     card: _Card
     announced: frozenset[int] | None = None
     recallable: bool = True
+    captures: bool = False  # whether its key is new to the card
+
+
+@dataclass
+class _Pace:
+    """How long shards take, as far as it has been seen."""
+
+    warm_s: float = 0.0
+    warm_images: int = 0
+    cold: list[tuple[float, int]] = field(default_factory=list)  # seconds and images of shards that captured a graph
+
+    def took(self, seconds: float, images: int, captured: bool) -> None:
+        if captured:
+            self.cold.append((seconds, images))
+        else:
+            self.warm_s += seconds
+            self.warm_images += images
+
+    def capture_cost(self, images: int) -> float:
+        """What a capture costs, in shards of this many images; 0 while nobody knows."""
+        if not self.cold or not self.warm_s or not images:
+            return 0.0
+        image_s = self.warm_s / max(1, self.warm_images)
+        capture_s = sum(seconds - image_s * made for seconds, made in self.cold) / len(self.cold)
+        return max(0.0, capture_s / (image_s * images))
 
 
 class Schedule:
@@ -119,6 +146,7 @@ class Schedule:
         self._starting: dict[int, _Card] = {}
         self._holding: list[dict[int, _Card]] = [{} for _ in range(QUEUE + 1)]
         self._holders: Counter[GraphKey] = Counter()
+        self._pace = _Pace()
         self._queued: dict[str, _Attempt] = {}  # behind another in its card's hand, and not asked back yet
         self._asked_back: set[str] = set()  # asked back and not answered
         self._sent = 0
@@ -179,7 +207,7 @@ class Schedule:
             live.announced = frozenset(rows)
         return []
 
-    def done(self, attempt: str, rows: int, failed_rows: int, raised_rows: int) -> list[Decision]:
+    def done(self, attempt: str, rows: int, failed_rows: int, raised_rows: int, seconds: float = 0.0) -> list[Decision]:
         """A card has made a shard and returned its record.
 
         Args:
@@ -187,10 +215,12 @@ class Schedule:
             rows: rows in the record.
             failed_rows: those that failed, for whatever reason.
             raised_rows: those that failed in the pipeline, which clears the cards that failed the shard before.
+            seconds: how long its pipeline calls took.
         """
         if attempt not in self._attempts:
             return []
         live = self._release(attempt)
+        self._pace.took(seconds, self.shards[live.shard].images, live.captures)
         self._committing[live.shard] = attempt
         self._prove(live.card)
         live.card.vindications = max(0, live.card.vindications - 1)
@@ -311,13 +341,23 @@ class Schedule:
             key = card.last_key
         elif captured := card.keys.keys() & self._fresh.keys():
             key = max(captured, key=lambda key: (len(self._fresh[key]), key))
+        elif worthy := [key for key, queue in self._fresh.items() if self._worth_a_capture(key, len(queue), queue[0])]:
+            key = max(worthy, key=lambda key: (len(self._fresh[key]) / (1 + self._holders[key]), key))
         else:
-            key = max(self._fresh, key=lambda key: (len(self._fresh[key]) / (1 + self._holders[key]), key))
+            return None
         shard = self._fresh[key].popleft()
         self._fresh_count -= 1
         if not self._fresh[key]:
             del self._fresh[key]
         return shard
+
+    def _worth_a_capture(self, key: GraphKey, pending: int, shard: int) -> bool:
+        """Whether a card that captures this key would be done with a shard of it before those that have captured it.
+
+        Those share what is pending. What they still have in hand is left out: it keeps captures rarer at little cost.
+        """
+        holders = self._holders[key]
+        return not holders or self._pace.capture_cost(self.shards[shard].images) + 1 <= -(-pending // holders)
 
     def _may_have(self, card: _Card, shard: int) -> bool:
         trouble = self._trouble.get(shard)
@@ -332,9 +372,9 @@ class Schedule:
     def _send(self, card: _Card, shard: int) -> Assign:
         self._sent += 1
         attempt = f"{self.prefix}{self._sent}"
-        self._attempts[attempt] = _Attempt(shard, card)
-        card.hand[attempt] = None
         card.last_key = self.shards[shard].bucket.graph_key
+        self._attempts[attempt] = _Attempt(shard, card, captures=card.last_key not in card.keys)
+        card.hand[attempt] = None
         self._use(card, card.last_key)
         self._file(card)
         trouble = self._trouble.get(shard, Trouble())
@@ -366,7 +406,8 @@ class Schedule:
             if not self._queued or len(self._asked_back) >= len(self._holding[0]):
                 break
             for attempt, live in self._queued.items():
-                if self._may_have(card, live.shard):
+                key = self.shards[live.shard].bucket.graph_key
+                if self._may_have(card, live.shard) and (key in card.keys or self._worth_a_capture(key, 1, live.shard)):
                     decisions.append(self._recall(attempt))
                     break
         return decisions

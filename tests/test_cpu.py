@@ -134,7 +134,8 @@ def test_a_model_that_can_not_run_is_refused_before_any_card(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("euler_ancestral", "draws noise while it steps"), ("magic", "is not known for device cpu; use one of")]
+    ("name", "said"),
+    [("euler_ancestral", "draws noise while it steps"), ("magic", "is not known for device cpu; use one of")],
 )
 def test_a_scheduler_that_can_not_be_used_is_refused(name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

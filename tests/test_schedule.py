@@ -42,6 +42,7 @@ class World:
     committed: set[int] = field(default_factory=set)
     assigned_to: dict[int, list[int]] = field(default_factory=dict)
     finished: list[str | None] = field(default_factory=list)
+    captured: set[tuple[int, object]] = field(default_factory=set)
 
     def do(self, decisions: list[Decision]) -> None:
         for decision in decisions:
@@ -89,7 +90,10 @@ class World:
 
     def finish_first(self, card: int, failed: int = 0) -> None:
         assignment = self.hands[card].pop(0)
-        self.do(self.schedule.done(assignment.attempt, self.rows, failed, failed))
+        graph = (card, assignment.shard.bucket.graph_key)
+        seconds = 1.0 if graph in self.captured else 50.0
+        self.captured.add(graph)
+        self.do(self.schedule.done(assignment.attempt, self.rows, failed, failed, seconds))
 
     def fail_first(self, card: int, accused: bool, healthy: bool) -> None:
         assignment = self.hands[card].pop(0)

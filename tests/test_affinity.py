@@ -1,0 +1,135 @@
+"""Cards keep to the graphs that they have captured: the schedule with cards whose batches and captures take time."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Recall
+from gaudi_batch.plan import Bucket, GraphKey, Run, Shard, plan_shards
+from gaudi_batch.schedule import Schedule
+
+SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
+BATCH = 8
+BATCH_SECONDS = 0.9
+
+
+class InPlanOrder(Schedule):
+    """A schedule without affinity: each card takes the next shard of the plan."""
+
+    def _choose(self, card: Any) -> int | None:
+        if self._fresh:
+            card.last_key = min(self._fresh, key=lambda key: self._fresh[key][0])
+        return super()._choose(card)
+
+
+def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
+    """Rows that ask for one of several shapes, in random order."""
+    buckets = [Bucket(*SHAPES[row % shapes], 20, 2.0) for row in range(rows)]
+    random.Random(0).shuffle(buckets)
+    runs = (Run(0, row, 1, bucket, 1) for row, bucket in enumerate(buckets))
+    return list(plan_shards(runs, rows, shard_size, BATCH))
+
+
+def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[int, float]:
+    """Plays cards that take their time; returns the graphs captured and the seconds of the run."""
+    rng = random.Random(0)
+    number = itertools.count()
+    events: list[tuple[float, int, tuple[Any, ...]]] = []
+    hands: dict[int, list[Assign]] = {card: [] for card in range(cards)}
+    graphs: dict[int, set[GraphKey]] = {card: set() for card in range(cards)}
+    working: set[int] = set()
+    now, captures, end = 0.0, 0, 0.0
+
+    def later(seconds: float, *event: Any) -> None:
+        heapq.heappush(events, (now + seconds, next(number), event))
+
+    def work(card: int) -> None:
+        nonlocal captures
+        if card in working or not hands[card]:
+            return
+        working.add(card)
+        assignment = hands[card][0]
+        seconds = -(-assignment.shard.images // BATCH) * BATCH_SECONDS * rng.uniform(1, 1.3)
+        if assignment.shard.bucket.graph_key not in graphs[card]:
+            graphs[card].add(assignment.shard.bucket.graph_key)
+            captures += 1
+            seconds += capture_seconds
+        later(seconds, "done", card, assignment, seconds)
+
+    def do(decisions: list[Decision]) -> None:
+        nonlocal end
+        for decision in decisions:
+            if isinstance(decision, Assign):
+                hands[decision.card].append(decision)
+                work(decision.card)
+            elif isinstance(decision, Recall):
+                queued = [each for each in hands[decision.card][1:] if each.attempt == decision.attempt]
+                for each in queued:
+                    hands[decision.card].remove(each)
+                later(0.01, "recalled", decision.attempt, bool(queued))
+            elif isinstance(decision, Commit):
+                later(0.05, "committed", decision.shard)
+            elif isinstance(decision, Finish):
+                assert decision.reason is None
+                end = now
+
+    for card in range(cards):
+        do(schedule.starting(card))
+        later(0.3 * card, "ready", card)
+    while events:
+        now, _, (kind, *facts) = heapq.heappop(events)
+        if kind == "ready":
+            do(schedule.ready(facts[0]))
+        elif kind == "recalled":
+            do(schedule.recalled(*facts))
+        elif kind == "committed":
+            do(schedule.committed(facts[0]))
+        else:
+            card, assignment, seconds = facts
+            hands[card].remove(assignment)
+            working.discard(card)
+            work(card)
+            do(schedule.done(assignment.attempt, assignment.shard.rows, 0, 0, seconds))
+    assert end
+    return captures, end
+
+
+@pytest.mark.parametrize("capture_seconds", [5.0, 60.0])
+@pytest.mark.parametrize(("rows", "shard_size"), [(1632, 32), (480, 16), (10_000, 256)])
+def test_six_shapes_on_four_cards_are_captured_nine_times_at_most(
+    rows: int, shard_size: int, capture_seconds: float
+) -> None:
+    plan = shuffled_plan(rows, shard_size)
+    captures, seconds = simulate(Schedule(plan, "a", rows), 4, capture_seconds)
+    others, longer = simulate(InPlanOrder(plan, "a", rows), 4, capture_seconds)
+    assert captures <= 9
+    assert others > 1.7 * captures
+    assert seconds < longer
+
+
+def test_every_card_helps_with_one_shape_while_that_is_worth_a_capture() -> None:
+    plan = shuffled_plan(1600, 16, shapes=1)
+    captures, seconds = simulate(Schedule(plan, "a", 1600), 8, 5.0)
+    assert captures == 8
+    assert seconds < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 15
+    # The same with a capture that takes as long as forty shards: the second half of the cards would come too late.
+    assert simulate(Schedule(plan, "a", 1600), 8, 100.0)[1] < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 130
+
+
+def test_free_captures_leave_no_card_idle() -> None:
+    plan = shuffled_plan(480, 16)
+    assert simulate(Schedule(plan, "a", 480), 8, 0.0)[1] < 480 / BATCH * BATCH_SECONDS * 1.3 / 8 + 6
+
+
+def test_a_card_that_keeps_one_graph_counts_on_no_other() -> None:
+    plan = shuffled_plan(480, 16, shapes=2)
+    schedule = Schedule(plan, "a", 480, max_graphs=1)
+    assert simulate(schedule, 1, 5.0)[0] == 2
+    (card,) = schedule._cards.values()
+    assert len(card.keys) == 1
+    assert sum(schedule._holders.values()) == 1
