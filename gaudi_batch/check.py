@@ -27,8 +27,9 @@ def check(job: Job) -> str:
     lines = [
         f"prompts  {job.total_rows} rows of {job.dataset.rows} in {len(job.dataset.files)} files",
         f"columns  {', '.join(columns)}{carried}",
-        f"model    {model.name}: {model.pipeline_class}, {model.scheduler or 'no scheduler'}",
-        f"device   {config.device}" + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
+        f"model    {model.name}: {model.pipeline_class}" + (f", {model.scheduler}" if model.scheduler else ""),
+        f"device   {config.device}, {job.dtype}"
+        + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
         f"output   {config.format}, {config.encoding.type}",
         f"plan     {images} images in {sum(plan.shards for plan in plans)} shards and {batches} batches of"
         f" {config.batch_size}, padding {padding / max(1, padding + images):.2%}",

@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from gaudi_batch.text import printable
 log = logging.getLogger("gaudi_batch")
 
 STATUS_PATIENCE_SECONDS = 10.0
-JOB_COMMANDS = ("run", "check")
+JOB_COMMANDS = ("run", "check", "bench")
 """The commands that take a job."""
 
 
@@ -70,10 +71,26 @@ def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.flags import job_from
     from gaudi_batch.job import refuse_bad_rows, resolve
 
-    job = resolve(with_device(job_from(parsed), None))
+    job = resolve(with_device(job_from(parsed), None), offline=True)
     if parsed.strict:
         refuse_bad_rows(job)
     print(printable(check(job)))
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from gaudi_batch.bench import bench
+    from gaudi_batch.demo import PROMPTS
+    from gaudi_batch.devices import address_of, with_device
+    from gaudi_batch.flags import job_from
+    from gaudi_batch.job import resolve
+
+    if parsed.calls < 1:
+        raise InputError(f"--calls is {parsed.calls}; it must be 1 or more")
+    address = address_of(parsed.address)
+    config = job_from(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
+    measured = bench(resolve(with_device(config, address)), address, parsed.calls)
+    print(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
     return 0
 
 
@@ -172,6 +189,12 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     check = _command(commands, "check", _check, "validate a job and print its plan, starting nothing")
     check.add_argument("--strict", action="store_true", help="read every row and refuse the job if one can't be run")
     add_job_flags(check)
+
+    bench = _command(commands, "bench", _bench, "measure how fast the cards at hand are with a job's model")
+    bench.add_argument("--address", help="as for run")
+    bench.add_argument("--calls", type=int, default=10, help="timed calls for each figure (default: 10)")
+    bench.add_argument("--json", action="store_true", help="as JSON")
+    add_job_flags(bench)
 
     status = _command(commands, "status", _status, "say how far the run in an output is, from the output alone")
     status.add_argument("output", help="the job's output")

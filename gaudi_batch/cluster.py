@@ -11,9 +11,11 @@ from typing import Any
 
 import ray
 
+from gaudi_batch.config import JobConfig
+from gaudi_batch.devices import name_modules
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
-from gaudi_batch.pipelines.gaudi import require_stack
+from gaudi_batch.pipelines.gaudi import environment, require_stack
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
@@ -42,6 +44,18 @@ def card_resources(job: Job) -> CardResources:
     return CardResources("CPU", job.threads) if job.config.device == "cpu" else CardResources("HPU", 1)
 
 
+def card_options(config: JobConfig, resources: CardResources) -> dict[str, Any]:
+    """Ray's options of the actor that is a card: what it takes, and what must be in its environment from the start."""
+    amount = {resources.name: resources.amount}
+    return {
+        "num_cpus": amount.pop("CPU", 0),
+        "resources": amount,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": environment(config)} if config.device == "hpu" else None,
+    }
+
+
 @contextlib.contextmanager
 def connected(job: Job, address: str | None) -> Iterator[None]:
     """Connects to the cluster at `address`, or starts Ray on this machine for as long as it takes; a Ray that this
@@ -62,6 +76,7 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
             require_stack()
         except RuntimeError as error:
             raise InputError(f"device hpu: {error}") from None
+        name_modules()
         own = None  # Ray finds the cards
     _quieten()
     ray.init(

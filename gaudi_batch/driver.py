@@ -21,12 +21,11 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gaudi_batch.card import Card
-from gaudi_batch.cluster import CardResources
+from gaudi_batch.cluster import CardResources, card_options
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
 from gaudi_batch.errors import StorageError
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
-from gaudi_batch.pipelines.gaudi import environment
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import Progress, View
 from gaudi_batch.schedule import CardState, Schedule
@@ -103,7 +102,7 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._over: asyncio.Future[str | None]
         self._setup_ref: Any = None
-        self._runtime_env = {"env_vars": environment(setup.config)} if setup.config.device == "hpu" else None
+        self._options = card_options(setup.config, resources)
         self._notes: set[str] = set()
 
     # -- the run ------------------------------------------------------------------------------------------------
@@ -185,17 +184,12 @@ class Driver:
         slot.status = None
         slot.kill_reason = ""
         slot.heard = time.monotonic()
-        amount = {self._resources.name: self._resources.amount}
         slot.actor = (
             ray.remote(Card)
             .options(
-                num_cpus=amount.pop("CPU", 0),
-                resources=amount,
+                **self._options,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, 0),
-                max_restarts=0,
-                max_task_retries=0,
                 max_concurrency=4,
-                runtime_env=self._runtime_env,
             )
             .remote(self._setup_ref)
         )

@@ -15,6 +15,10 @@ class InputError(GaudiBatchError):
     exit_code = 2
 
 
+class HubUnreachable(InputError):
+    """The model hub can't be reached, and what is asked of it is not in the cache."""
+
+
 class StorageError(GaudiBatchError):
     """Storage refused, or went on failing for longer than the job's patience."""
 

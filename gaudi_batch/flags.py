@@ -6,6 +6,7 @@ import argparse
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -43,9 +44,14 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldIn
     return found
 
 
-def job_from(parsed: argparse.Namespace) -> JobConfig:
-    """The job that the job file and the flags describe. Raises InputError."""
-    overrides: dict[str, Any] = {}
+def job_from(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None) -> JobConfig:
+    """The job that the job file and the flags describe. Raises InputError.
+
+    Args:
+        parsed: the command line.
+        given: fields that neither has to name; they win over the file and lose to flags.
+    """
+    overrides: dict[str, Any] = dict(given or {})
     fields = dict(_fields(JobConfig))
     for flag, text in vars(parsed).items():
         if flag.startswith("field:"):

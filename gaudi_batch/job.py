@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaudi_batch.config import JobConfig
-from gaudi_batch.errors import InputError
-from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config
+from gaudi_batch.errors import HubUnreachable, InputError
+from gaudi_batch.pipelines.gaudi import gaudi_mapping
+from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.rows import RowRules
@@ -62,6 +63,13 @@ class Job:
         )
 
     @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        if self.config.dtype is None and self.config.device == "hpu":
+            return "autocast to bfloat16" if gaudi_mapping(self.config).get("use_torch_autocast") else "float32"
+        return self.config.dtype or "float32"
+
+    @property
     def total_rows(self) -> int:
         """Rows of the dataset that the job is about."""
         return min(self.dataset.rows, self.config.limit or self.dataset.rows)
@@ -106,7 +114,7 @@ class Job:
             "width": bucket.width,
             "height": bucket.height,
             "scheduler": self.model.scheduler,
-            "dtype": config.dtype or ("as the Gaudi config says" if config.device == "hpu" else "float32"),
+            "dtype": self.dtype,
             "threads": self.threads if config.device == "cpu" else None,
             "files": {file.name: file.identity for file in self.dataset.files},
         }
@@ -132,12 +140,13 @@ class Job:
         return found
 
 
-def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
+def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: bool = False) -> Job:
     """Finds a job's prompts and model, and checks that they go together.
 
     Args:
         config: the job, with a device other than auto.
         recorded_threads: threads of a card as the run's first driver fixed them, if there was one.
+        offline: do with what the job itself says of a hub model that can't be reached; it can be checked, not run.
 
     Raises:
         InputError: the job can't be run as it is.
@@ -147,7 +156,12 @@ def resolve(config: JobConfig, recorded_threads: int | None = None) -> Job:
     if config.device == "hpu":
         gaudi = config.gaudi.model_copy(update={"config": read_gaudi_config(config.gaudi.config)})
         config = config.model_copy(update={"gaudi": gaudi})
-    model = describe_model(config)
+    try:
+        model = describe_model(config)
+    except HubUnreachable:
+        if not offline or config.width is None or config.height is None:
+            raise
+        model = unseen_model(config, config.width, config.height)
     for name in ("width", "height"):
         side = getattr(config, name)
         if side is not None and side % model.multiple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,16 @@ def command_line(*arguments: str | Path, **environment: str) -> subprocess.Compl
         env=os.environ | environment,
         check=False,
     )
+
+
+def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "main") -> str:
+    """Puts a folder where huggingface_hub keeps what it has fetched; returns its commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(files, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / revision).write_text(commit)
+    return commit
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command_line, read_manifest
+from helpers import command_line, put_into_hub_cache, read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, run
@@ -156,11 +156,7 @@ def test_what_shapes_an_image_changes_the_revision_of_a_directory(tmp_path: Path
 def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "models--someone--shapes"
-    shutil.copytree(BUILTIN_MODELS / "shapes", cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs/main").write_text(commit)
+    commit = put_into_hub_cache(tmp_path, "someone/shapes", BUILTIN_MODELS / "shapes")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     facts = describe_model(config("someone/shapes"))
@@ -172,11 +168,7 @@ def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_hub_model_runs_from_the_cache(prompts: Path, tmp_path: Path, cluster: str) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub/models--someone--shapes"
-    shutil.copytree(BUILTIN_MODELS / "shapes", cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs/v1").write_text(commit)
+    commit = put_into_hub_cache(tmp_path / "hub", "someone/shapes", BUILTIN_MODELS / "shapes", "v1")
     result = command_line(
         *("run", "--prompts", prompts, "--output", tmp_path / "out", "--device", "cpu", "--model", "someone/shapes"),
         *("--revision", "v1", "--limit", "3", "--steps", "2", "--cards", "1", "--cpu.threads", "1"),

@@ -17,6 +17,7 @@ from gaudi_batch.emulator import SITE, Machine
 TESTS = Path(__file__).parent
 HOLD = "from habana_frameworks._emulation.modules import acquire; print(acquire(), flush=True); input()"
 TAKE = "from habana_frameworks._emulation.modules import acquire; print(acquire())"
+MODULES = "2,3,4,5,6,7,8,9"
 BUSY = "synStatus=8 [Device not found] Device acquire failed."
 
 
@@ -156,17 +157,19 @@ def test_optimum_habana_runs_on_the_emulated_device(tmp_path: Path) -> None:
 @pytest.mark.torch
 def test_ray_finds_the_cards_and_each_actor_holds_its_own(tmp_path: Path) -> None:
     run = command_line(
-        *("emulate", "--state", tmp_path, "--modules", "5,6,7", "--", sys.executable, TESTS / "emulated/cluster.py"),
-        HABANA_VISIBLE_MODULES="5,6,7",
+        *("emulate", "--state", tmp_path, "--modules", MODULES, "--", sys.executable, TESTS / "emulated/cluster.py"),
+        HABANA_VISIBLE_MODULES=MODULES,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     facts = json.loads(run.stdout.splitlines()[-1])
-    assert facts["resources"] == 3
+    assert facts["resources"] == 8
     for card in [*facts["held"], facts["replacement"]]:
         assert card["visible"] == card["still_visible"]
         assert (card["count"], card["device"], card["acquired_by_import"]) == (1, "hpu:0", False)
-    assert sorted(card["visible"] for card in facts["held"]) == ["5", "6", "7"]
+    all_held = [*facts["held"], *facts["rest"]]
+    assert sorted(int(card["visible"]) for card in all_held) == list(range(2, 10))
+    assert all(card["module"] == int(card["visible"]) for card in facts["rest"])
     assert facts["replacement"]["visible"] == facts["held"][1]["visible"]
     counted = [json.loads(path.read_text()) for path in (tmp_path / "counters").glob("*.json")]
-    expected = {card["pid"]: int(card["visible"]) for card in [*facts["held"], facts["replacement"]]}
+    expected = {card["pid"]: int(card["visible"]) for card in [*all_held, facts["replacement"]]}
     assert {record["pid"]: record["module"] for record in counted} == expected  # no driver, no raylet

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gaudi_batch.generation import CardFault, ShardMaker
-from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.plan import Bucket
 from gaudi_batch.rows import PromptRow
 
@@ -32,7 +32,7 @@ class Device:
         self.calls.append([item.row for item in items])
         if self.broken or self.raises.intersection(self.calls[-1]):
             raise RuntimeError("boom")
-        images = np.stack([np.full((8, 8, 3), (1 + item.row) / 255, np.float32) for item in items])
+        images = np.stack([np.full((8, 8, 3), (2 + item.row) / 255, np.float32) for item in items])
         for place, item in enumerate(items):
             if item.row in self.black | self.nsfw:
                 images[place] = 0
@@ -143,3 +143,32 @@ def test_each_batch_is_announced_before_its_call() -> None:
 
     made(maker(call, 6, announce=order.append, alone=frozenset({4, 5})))
     assert order == [(0, 1, 2, 3), "call", (4,), "call", (5,), "call"]
+
+
+def test_a_device_that_fails_is_no_rows_fault() -> None:
+    def fail(items: list[Item]) -> Generated:
+        raise DeviceError("out of device memory")
+
+    shard = maker(fail, 3)
+    with pytest.raises(DeviceError):
+        made(shard)
+    assert shard.failures == {}
+
+
+def test_a_suspect_shard_begins_with_a_control_that_is_announced_as_no_row() -> None:
+    order: list[Any] = []
+    device = Device()
+
+    def call(items: list[Item]) -> Generated:
+        order.append([item.row for item in items])
+        return device(items)
+
+    assert made(maker(call, 2, announce=order.append, suspect=True)) == [(0, 0), (1, 0)]
+    assert order == [(), [-1] * 4, (0, 1), [0, 1, 1, 1]]
+
+
+def test_a_card_that_can_not_make_the_control_of_a_suspect_shard_accuses_no_row() -> None:
+    shard = maker(Device(broken=True), 2, suspect=True)
+    with pytest.raises(CardFault) as caught:
+        made(shard)
+    assert caught.value.accused == {}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import MAX_VINDICATIONS, QUEUE, CardState, Schedule
+from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, QUEUE, CardState, Schedule
 
 BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
 
@@ -82,6 +82,11 @@ class World:
         self.starting.discard(card)
         self.old += self.hands.pop(card, [])
         self.do(self.schedule.died(card, error))
+
+    def break_down(self, card: int, error: str = "out of device memory") -> None:
+        self.starting.discard(card)
+        self.old += self.hands.pop(card, [])
+        self.do(self.schedule.broken(card, error))
 
     def leave(self, card: int) -> None:
         self.starting.discard(card)
@@ -172,7 +177,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
     elif event == "recall":
         world.answer_recall(rng.random() < 0.5)
     elif event == "die":
-        world.die(rng.choice(alive))
+        rng.choice([world.die, world.break_down])(rng.choice(alive))
     elif event == "leave":
         world.leave(rng.choice(alive))
     elif event == "late":
@@ -190,7 +195,8 @@ def anything_happens(world: World, rng: random.Random) -> None:
 @settings(max_examples=1000)
 def test_no_order_of_events_loses_or_repeats_a_shard(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 12), "shards")
-    world = World(Schedule(shards(count, buckets=data.draw(st.integers(1, 3))), "a", total_rows=4 * count))
+    work = shards(count, buckets=data.draw(st.integers(1, 3), "graph keys"))
+    world = World(Schedule(work, "a", 4 * count, max_graphs=data.draw(st.integers(1, 3), "graphs of a card")))
     cards = data.draw(st.integers(1, 5), "cards")
     for card in range(cards):
         world.join(card)
@@ -347,6 +353,25 @@ def test_cards_that_never_start_end_the_run_with_their_error() -> None:
     (reason,) = world.finished
     assert reason is not None
     assert "no memory" in reason
+
+
+def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost_no_row() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    start(world, 3)
+    broken = 0
+    while not world.finished:
+        for card in sorted(world.starting):
+            world.ready(card)
+        card = next(card for card, hand in world.hands.items() if hand)
+        if world.hands[card][0].announce:
+            world.do(world.schedule.announced(world.hands[card][0].attempt, ()))  # its control, which it does not make
+        world.break_down(card)
+        broken += 1
+    assert broken == 3 * MAX_START_FAILURES
+    assert world.schedule.failed_rows == 0
+    (reason,) = world.finished
+    assert reason is not None
+    assert "out of device memory" in reason
 
 
 def test_the_loss_of_a_node_counts_against_nobody() -> None:

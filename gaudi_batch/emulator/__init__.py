@@ -62,9 +62,8 @@ class Machine:
         except ValueError as error:
             raise InputError(str(error)) from error
         folder = state / "bin"
-        folders = [str(folder), os.environ.get("PATH", os.defpath)]
-        if shutil.which("pip") is None:  # optimum-habana asks pip which habana-torch-plugin there is
-            folders.append(str(Path(sys.executable).parent))
+        # Beside this Python are gaudi-batch, and the pip that optimum-habana asks which habana-torch-plugin there is.
+        folders = [str(folder), os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
         python_path = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
         return described | {
             "GAUDI_EMULATOR_BIN": str(folder),

@@ -121,7 +121,7 @@ class GaudiPipeline:
         silence_libraries()
         hpu = importlib.import_module("habana_frameworks.torch.hpu")
         _acquire(hpu)
-        self.device = f"hpu {hpu.get_device_name()}"
+        self.device = _describe_device(hpu)
         self._batch_size = config.batch_size
         self._graphs: dict[GraphKey, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, SUPPORTED[model.pipeline_class].gaudi_class)
@@ -217,12 +217,22 @@ def _acquire(hpu: Any) -> None:
         try:
             return hpu.init()  # type: ignore[no-any-return]
         except RuntimeError as error:
+            module = os.environ.get("HABANA_VISIBLE_MODULES", "any")
+            if "Invalid HABANA_VISIBLE_MODULES" in str(error):
+                raise RuntimeError(
+                    f"this node has no module {module}; start its Ray with HABANA_VISIBLE_MODULES naming those that"
+                    f" hl-smi shows: {error}"
+                ) from None
             if "acquire failed" not in str(error) or time.monotonic() > deadline:
-                module = os.environ.get("HABANA_VISIBLE_MODULES", "any")
                 raise RuntimeError(
                     f"module {module} of this node can't be had; hl-smi shows which process holds it: {error}"
                 ) from None
         time.sleep(1)
+
+
+def _describe_device(hpu: Any) -> str:
+    emulated = " (emulated)" if getattr(importlib.import_module("habana_frameworks"), "EMULATED", False) else ""
+    return f"hpu {hpu.get_device_name()}{emulated}"
 
 
 def require_stack() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gaudi_batch.config import GAUDI_FIELDS, JobConfig
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -49,6 +49,7 @@ NOISY_SCHEDULERS = {"ddpm", "euler_ancestral", "euler-ancestral", "lcm", "dpm++_
 NOISY_GAUDI_SCHEDULERS = NOISY_SCHEDULERS | {"euler"}
 """Those of optimum-habana draw noise from a single generator; its Euler does so at every step, needed or not."""
 
+NOT_LOOKED_AT = "not looked at, as the hub can't be reached from here"
 GAUDI_CONFIG_FILE = "gaudi_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -102,17 +103,29 @@ def describe_model(config: JobConfig) -> ModelFacts:
     return _describe(config, snapshot, snapshot.name)
 
 
+def unseen_model(config: JobConfig, width: int, height: int) -> ModelFacts:
+    """A hub model that could not be looked at, for a job that says itself how large its images are."""
+    name = config.model or ""
+    return ModelFacts(name, name, True, "not looked at", NOT_LOOKED_AT, config.scheduler, width, height, 8)
+
+
 def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
     """The folder, named after its commit, of files that are fetched or in the cache already."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    at = f" at revision {revision!r}" if revision else ""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[files]))
+    except LocalEntryNotFoundError:
+        raise HubUnreachable(
+            f"{what} {name!r}{at}: no such directory here, the hub can't be reached, and its cache has none; download"
+            f" it where there is a network (hf download {name}), or name a directory"
+        ) from None
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        at = f" at revision {revision!r}" if revision else ""
         raise InputError(f"{what} {name!r}{at}: no such directory here, and the hub gives none: {said}") from None
 
 

@@ -46,18 +46,33 @@ class Card:
         }
 
 
+@ray.remote(resources={"HPU": 1}, num_cpus=0, max_restarts=0)
+class Holder:
+    """Holds one card and imports nothing for it but the emulator."""
+
+    def acquire(self) -> dict[str, Any]:
+        """Takes the module that Ray pinned."""
+        from habana_frameworks._emulation.modules import acquire
+
+        return {"pid": os.getpid(), "visible": os.environ["HABANA_VISIBLE_MODULES"], "module": acquire()}
+
+
 def main() -> None:
-    """A card for each import order, then one killed and replaced."""
+    """A card for each import order, and the rest of the machine's, all at once; then one killed and replaced."""
     ray.init(
         address="local", include_dashboard=False, num_cpus=2, object_store_memory=80 * 1024**2, logging_level="ERROR"
     )
     cards = [Card.remote() for _ in IMPORT_ORDERS]
+    holders = [Holder.remote() for _ in range(int(ray.cluster_resources()["HPU"]) - len(cards))]
+    others = [holder.acquire.remote() for holder in holders]
     held = ray.get([card.acquire.remote(order) for card, order in zip(cards, IMPORT_ORDERS, strict=True)])
+    rest = ray.get(others)
     os.kill(held[1]["pid"], signal.SIGKILL)
     replacement = ray.get(Card.remote().acquire.remote(IMPORT_ORDERS[0]))
     facts = {
         "resources": ray.cluster_resources().get("HPU"),
         "held": held,
+        "rest": rest,
         "replacement": replacement,
         "driver": os.getpid(),
     }

@@ -7,6 +7,9 @@ import os
 import subprocess
 from typing import Any
 
+EMULATED = True
+"""The real one has no such name: records and measurements can tell."""
+
 
 def __autoload() -> None:
     """What `import torch` calls, by the entry point of the plugin: in eager mode it makes device hpu known.

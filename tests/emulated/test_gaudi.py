@@ -1,0 +1,140 @@
+"""The product's own pipeline on emulated cards: diffusers' images, graphs captured once, errors that say what to do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from habana_frameworks._emulation import faults
+from habana_frameworks._emulation.counters import counters
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.pipelines.base import DeviceError, Item
+from gaudi_batch.pipelines.cpu import CpuPipeline
+from gaudi_batch.pipelines.gaudi import GaudiPipeline
+from gaudi_batch.pipelines.model import BUILTIN_MODELS, describe_model
+from gaudi_batch.plan import Bucket
+
+SQUARE, WIDE, PLAIN = Bucket(64, 64, 3, 7.5), Bucket(96, 64, 3, 7.5), Bucket(64, 64, 3, 1.0)
+ITEMS = [
+    Item(0, 0, "a large red circle on a blue background", "blurry", 5),
+    Item(0, 1, "a large red circle on a blue background", "blurry", 2**63 - 1),
+    Item(7, 0, "Kreis, größer 🟡 " * 80, "", 7),
+]
+
+
+def job(model: str | Path = "builtin:shapes", **fields: Any) -> JobConfig:
+    fields = {"device": "hpu", "dtype": "float32", "batch_size": len(ITEMS)} | fields
+    return JobConfig(prompts="p", output="o", model=str(model), **fields)
+
+
+def load(config: JobConfig) -> GaudiPipeline:
+    return GaudiPipeline(config, describe_model(config), threads=1)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> GaudiPipeline:
+    return load(job())
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[CpuPipeline]:
+    threads = torch.get_num_threads()
+    yield CpuPipeline(describe_model(job(device="cpu")), 1, "float32")
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bucket", [SQUARE, WIDE, PLAIN])
+def test_images_are_those_of_the_cpu(pipeline: GaudiPipeline, plain: CpuPipeline, bucket: Bucket) -> None:
+    ours, theirs = pipeline.generate(bucket, ITEMS), plain.generate(bucket, ITEMS)
+    assert np.array_equal(ours.images, theirs.images)
+    assert ours.images.shape == (3, bucket.height, bucket.width, 3)
+    assert ours.truncated == theirs.truncated == [False, False, True]
+    assert ours.nsfw == [None] * 3
+
+
+def test_images_without_graphs_are_the_same(plain: CpuPipeline) -> None:
+    captures = counters.captures
+    ours = load(job(gaudi={"hpu_graphs": False})).generate(SQUARE, ITEMS)
+    assert np.array_equal(ours.images, plain.generate(SQUARE, ITEMS).images)
+    assert counters.captures == captures
+
+
+def test_a_graph_key_is_captured_once_until_it_is_forgotten(pipeline: GaudiPipeline) -> None:
+    for bucket in (SQUARE, WIDE):
+        pipeline.generate(bucket, ITEMS)
+    captures, memory = counters.captures, counters.memory_in_use
+    for bucket in (SQUARE, WIDE, SQUARE._replace(steps=5), SQUARE._replace(guidance_scale=3.0)):
+        pipeline.generate(bucket, ITEMS)
+    assert counters.captures == captures
+    pipeline.forget(WIDE.graph_key)
+    assert counters.memory_in_use < memory
+    pipeline.generate(SQUARE, ITEMS)
+    assert counters.captures == captures
+    pipeline.generate(WIDE, ITEMS)
+    assert counters.captures == captures + 1
+
+
+@pytest.mark.parametrize("fields", [{"dtype": None}, {"dtype": "bfloat16"}])
+def test_reduced_precision_gives_nearly_the_same_images(plain: CpuPipeline, fields: dict[str, Any]) -> None:
+    ours = load(job(**fields)).generate(SQUARE, ITEMS).images
+    assert 0 < np.abs(ours - plain.generate(SQUARE, ITEMS).images).mean() < 0.03
+
+
+def test_the_safety_checkers_word_is_kept(tmp_path: Path, plain: CpuPipeline) -> None:
+    checked = load(job(with_safety_checker(tmp_path / "checked"))).generate(SQUARE, ITEMS)
+    assert checked.nsfw == [True] * 3
+    assert not checked.images.any()
+    same = CpuPipeline(describe_model(job(tmp_path / "checked", device="cpu")), 1, "float32").generate(SQUARE, ITEMS)
+    assert same.nsfw == checked.nsfw
+
+
+def with_safety_checker(directory: Path) -> Path:
+    """The built-in model with a tiny checker that finds everything objectionable."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    shutil.copytree(BUILTIN_MODELS / "shapes", directory)
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=tiny, vision_config=tiny | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        directory,
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        requires_safety_checker=True,
+    )
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+def test_memory_that_runs_out_is_the_devices_fault_and_names_a_smaller_batch(
+    pipeline: GaudiPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise faults.out_of_memory(2**30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "check_launch", fail)
+        with pytest.raises(DeviceError, match="out of device memory at batch size 3; try --batch-size 1"):
+            pipeline.generate(SQUARE, ITEMS)
+    assert pipeline.generate(SQUARE, ITEMS).images.any()
+
+
+def test_versions_that_were_not_validated_are_noted(pipeline: GaudiPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pipeline.device == "hpu GAUDI2 (emulated)"
+    assert pipeline.notes() == []
+    import optimum.habana.utils
+    from packaging.version import Version
+
+    monkeypatch.setattr(optimum.habana.utils, "get_driver_version", lambda: Version("1.21.3"))
+    (note,) = pipeline.notes()
+    assert "validated with version 1.24.0" in note
+    assert "the Gaudi driver here is 1.21.3" in note

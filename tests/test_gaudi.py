@@ -1,0 +1,219 @@
+"""Jobs with device hpu on emulated cards: found by themselves, the same images as on the CPU, graphs captured once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import command_line, put_into_hub_cache, read_manifest
+
+from gaudi_batch import InputError, JobConfig, run
+from gaudi_batch.check import check
+from gaudi_batch.job import resolve
+from gaudi_batch.pipelines.gaudi import environment, prepare
+from gaudi_batch.pipelines.model import BUILTIN_MODELS, describe_model
+
+CONFIGS = Path(__file__).parent.parent / "jobs/configs"
+COLOURS = ("red", "green", "blue", "white", "black")
+FLAGS = ("--model", "builtin:shapes", "--batch-size", "4", "--steps", "4", "--shard-size", "8", "--cpu.threads", "1")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty rows of two shapes, of which one can't be run, so that batches are short in places."""
+    path = tmp_path_factory.mktemp("gaudi") / "prompts.parquet"
+    texts = [f"a large {COLOURS[row % 5]} circle on a yellow background" for row in range(30)]
+    table = {"prompt": [None if row == 11 else text for row, text in enumerate(texts)], "width": [64, 96, 64] * 10}
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_cpu(prompts: Path, tmp_path_factory: pytest.TempPathFactory, cluster: str) -> dict[int, str | None]:
+    """What the same job makes on the CPU: the SHA-256 of each row."""
+    job = JobConfig(
+        prompts=str(prompts),
+        output=str(tmp_path_factory.mktemp("cpu") / "out"),
+        model="builtin:shapes",
+        device="cpu",
+        cards=1,
+        batch_size=4,
+        steps=4,
+        cpu={"threads": 1},
+    )
+    assert run(job, address=cluster).exit_code == 3
+    return hashes(Path(job.output))
+
+
+def hashes(output: Path) -> dict[int, str | None]:
+    return {row["row"]: row["sha256"] for row in read_manifest(output)}
+
+
+def counters(state: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in (state / "counters").glob("*.json")]
+
+
+@pytest.mark.torch
+def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_graph_key(
+    prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
+) -> None:
+    job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
+    state = tmp_path / "machine"
+    result = command_line(*("emulate", "--modules", "4,5", "--state", state, "--", "gaudi-batch"), *job)
+    assert result.returncode == 3, result.stderr
+    assert "2 cards, device hpu" in result.stderr
+    assert hashes(tmp_path / "out") == on_cpu
+    assert json.loads((tmp_path / "out/run.json").read_text())["job"]["device"] == "hpu"
+    cards = counters(state)
+    assert sorted(card["module"] for card in cards) == [4, 5]
+    assert all(card["captures"] <= 2 for card in cards)
+    assert sum(card["captures"] for card in cards) >= 2
+    lines = [json.loads(line) for path in (tmp_path / "out/throughput").rglob("*.jsonl") for line in path.open()]
+    assert {line["device"] for line in lines} == {"hpu GAUDI2 (emulated)"}
+    assert {line["module"] for line in lines} <= {4, 5}
+
+
+@pytest.mark.torch
+def test_a_card_whose_device_fails_is_replaced_on_its_module_and_nothing_is_lost(
+    prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
+) -> None:
+    job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
+    state = tmp_path / "machine"
+    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@7", "--state", state, "--", "gaudi-batch")
+    result = command_line(*emulate, *job)
+    assert result.returncode == 3, result.stderr
+    assert "out of device memory at batch size 4; try --batch-size 2" in result.stderr
+    assert hashes(tmp_path / "out") == on_cpu
+    assert [card["module"] for card in counters(state)] == [0, 0]
+
+
+@pytest.mark.torch
+def test_bench_measures_and_says_that_the_cards_are_emulated(tmp_path: Path) -> None:
+    bench = ("bench", "--model", "builtin:shapes", "--steps", "2", "--calls", "2", "--batch-size", "2")
+    result = command_line("emulate", "--modules", "2", "--state", tmp_path, "--", "gaudi-batch", *bench)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("EMULATED CARDS")
+    assert re.search(r"\| one card +\| [\d.]+ s \([\d.]+ to [\d.]+\) +\| [\d.]+ images/s", result.stdout)
+    assert "2 cards at once" in result.stdout
+    assert "published" not in result.stdout
+
+
+def test_without_intels_stack_the_error_says_where_it_comes_from(tmp_path: Path, prompts: Path) -> None:
+    job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--device", "hpu", *FLAGS)
+    result = command_line(*job)
+    assert result.returncode == 2
+    assert "habana_frameworks is not installed here; it comes with Intel's Gaudi container" in result.stderr
+    assert not (tmp_path / "out/images").exists()
+
+
+def hpu_job(**fields: Any) -> JobConfig:
+    return JobConfig(prompts="p", output="o", device="hpu", **({"model": "builtin:shapes"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"scheduler": "euler"}, "'euler' draws noise while it steps.*; use ddim"),
+        ({"scheduler": "euler_ancestral"}, "draws noise while it steps"),
+        ({"scheduler": "unipc"}, "'unipc' is not known for device hpu; use ddim"),
+        ({"gaudi": {"config": {"use_autocast": True}}}, "'use_autocast' is not a field of a Gaudi config"),
+        ({"gaudi": {"config": "./no/such/config.json"}}, "there is no such file, and it is not a hub id"),
+    ],
+)
+def test_what_a_gaudi_card_can_not_run_is_refused(
+    fields: dict[str, Any], said: str, prompts: Path, tmp_path: Path
+) -> None:
+    places = {"prompts": str(prompts), "output": str(tmp_path), "device": "hpu", "model": "builtin:shapes"}
+    with pytest.raises(InputError, match=said):
+        resolve(JobConfig.load(None, places | fields))
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_refused_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="model 'someone/else': no such directory here, the hub can't be reached"):
+        describe_model(hpu_job(model="someone/else"))
+    job = hpu_job(gaudi={"config": "Habana/stable-diffusion"}).model_copy(update={"prompts": str(prompts)})
+    with pytest.raises(InputError, match=r"gaudi\.config 'Habana/stable-diffusion'"):
+        resolve(job.model_copy(update={"output": str(tmp_path)}))
+
+
+def test_a_gaudi_config_is_read_once_and_shapes_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: Path
+) -> None:
+    lists = {"autocast_bf16_ops": ["conv2d", "linear"], "autocast_fp32_ops": ["softmax"]}
+    (tmp_path / "gaudi_config.json").write_text(
+        json.dumps({"use_torch_autocast": True, "optimum_version": "1.8.0", **lists})
+    )
+    job = hpu_job(gaudi={"config": str(tmp_path), "recipe_cache": str(tmp_path / "recipes")})
+    job = resolve(job.model_copy(update={"prompts": str(prompts), "output": str(tmp_path / "out")}))
+    assert job.config.gaudi.config == {"use_torch_autocast": True, **lists}
+    assert job.fingerprint()["gaudi"]["config"] == job.config.gaudi.config
+    assert "device   hpu, autocast to bfloat16" in check(job)
+
+    found = environment(job.config)
+    assert found["PT_HPU_LAZY_MODE"] == "1"
+    assert found["PT_HPU_RECIPE_CACHE_CONFIG"] == f"{tmp_path}/recipes,false,16384"
+    for name, value in found.items():  # as Ray does it on the node
+        monkeypatch.setenv(name, value.replace("${HOME}", str(tmp_path / "home")))
+    prepare(job.config)
+    assert (tmp_path / "recipes").is_dir()
+    for name, ops in (("LOWER_PRECISION", "conv2d\nlinear\n"), ("FP32", "softmax\n")):
+        assert (
+            Path(re.sub(r"\$\{HOME\}", str(tmp_path / "home"), found[f"PT_HPU_AUTOCAST_{name}_OPS_LIST"])).read_text()
+            == ops
+        )
+
+
+def test_float32_turns_autocast_off() -> None:
+    from gaudi_batch.pipelines.gaudi import gaudi_mapping
+
+    assert gaudi_mapping(hpu_job()) == {"use_torch_autocast": True}
+    assert gaudi_mapping(hpu_job(dtype="float32")) == {"use_torch_autocast": False}
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_ready_made_job_can_be_checked_without_a_network(config: Path, tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "gaudi_batch", "check", config],
+        cwd=CONFIGS.parent.parent,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    if config.stem.startswith("stable-diffusion"):
+        assert "not looked at" in result.stdout
+        assert "plan     20 images in 1 shards and 5 batches of 4" in result.stdout
+
+
+@pytest.mark.torch
+def test_the_published_example_runs_word_for_word(tmp_path: Path) -> None:
+    put_into_hub_cache(tmp_path / "hub", "stabilityai/stable-diffusion-2-base", BUILTIN_MODELS / "shapes")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/gaudi_config.json").write_text('{"use_torch_autocast": true}')
+    put_into_hub_cache(tmp_path / "hub", "Habana/stable-diffusion-2", tmp_path / "config")
+    script = Path(__file__).parent / "emulated/published_example.py"
+    result = command_line(
+        *("emulate", "--modules", "1", "--state", tmp_path / "machine", "--", sys.executable, script),
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=str(tmp_path / "hub"),
+    )
+    assert result.returncode == 0, result.stderr
+    # Five full batches of 50 steps: one capture, and a replay for every other step.
+    assert json.loads(result.stdout.splitlines()[-1]) == {"images": 20, "captures": 1, "replays": 5 * 50 - 1}
