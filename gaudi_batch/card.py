@@ -261,6 +261,7 @@ class Card:
             failed_rows=len(maker.failures),
             images=len(images),
             sums=Sums.of(lines),
+            again=shard.again,
         )
         data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
         return Done(attempt, data, facts, len(maker.raised))

@@ -59,7 +59,14 @@ def _run(parsed: argparse.Namespace) -> int:
     from gaudi_batch.runner import run
 
     result = run(
-        job_from(parsed), address=parsed.address, strict=parsed.strict, overwrite=parsed.overwrite, grace=parsed.grace
+        job_from(parsed),
+        address=parsed.address,
+        strict=parsed.strict,
+        overwrite=parsed.overwrite,
+        retry_failed=parsed.retry_failed,
+        verify=parsed.verify,
+        repair=parsed.repair,
+        grace=parsed.grace,
     )
     _print_result(result.output, result.summary)
     return result.exit_code
@@ -178,6 +185,9 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
         "--strict", action="store_true", help="read every row first and refuse the job if one can't be run"
     )
     run.add_argument("--overwrite", action="store_true", help="remove the run that is in the output and start afresh")
+    run.add_argument("--retry-failed", action="store_true", help="run the rows that have failed again")
+    run.add_argument("--verify", action="store_true", help="read every image back and compare it with its manifest")
+    run.add_argument("--repair", action="store_true", help="make images again that are missing or torn")
     run.add_argument(
         "--grace",
         type=float,

@@ -344,7 +344,8 @@ class Driver:
         del self._records[attempt]
         if put:
             self._tally.add(done.facts)
-            self._missing += self.schedule.shards[done.facts.shard].images - done.facts.images
+            shard = self.schedule.shards[done.facts.shard]
+            self._missing += (0 if shard.again else shard.images) - done.facts.images
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         self._carry_out(self.schedule.committed(done.facts.shard))

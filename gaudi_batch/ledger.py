@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gaudi_batch.job import Job
 
 READ_THREADS = 16
-OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "manifest.parquet", "run.json")
+OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "verify.json", "manifest.parquet", "run.json")
 """What a run has once; beside these it has manifests, and what is named after attempts."""
 
 
@@ -88,6 +88,20 @@ class Ledger:
     def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
         """Plans a job and writes down its plan, then its run.json."""
         shards = list(job.plan())
+        record = RunRecord(
+            job=job.describe(),
+            fingerprint=job.fingerprint(),
+            versions=job.versions(),
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            rows=job.total_rows,
+            images=sum(shard.images for shard in shards),
+        )
+        self.put_plan(shards)
+        self.put_json("run.json", record.__dict__)
+        return record, shards
+
+    def put_plan(self, shards: Sequence[Shard]) -> None:
+        """Writes plan.parquet."""
         table = pa.table(
             {
                 "shard": [shard.number for shard in shards],
@@ -100,21 +114,12 @@ class Ledger:
                 "guidance_scale": [shard.bucket.guidance_scale for shard in shards],
                 "rows": [shard.rows for shard in shards],
                 "images": [shard.images for shard in shards],
+                "only": pa.array([shard.only for shard in shards], pa.list_(pa.int64())),
             }
         )
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        record = RunRecord(
-            job=job.describe(),
-            fingerprint=job.fingerprint(),
-            versions=job.versions(),
-            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            rows=job.total_rows,
-            images=sum(shard.images for shard in shards),
-        )
         self.storage.put("plan.parquet", buffer.getvalue())
-        self.put_json("run.json", record.__dict__)
-        return record, shards
 
     def plan(self) -> list[Shard]:
         """The stored plan.
@@ -136,6 +141,7 @@ class Ledger:
                     bucket=Bucket(row["width"], row["height"], row["steps"], row["guidance_scale"]),
                     rows=row["rows"],
                     images=row["images"],
+                    only=None if row["only"] is None else tuple(row["only"]),
                 )
                 for row in rows
             ]
@@ -174,16 +180,23 @@ class Ledger:
         self.storage.put(manifest_path(shard), data)
         return True
 
-    def join_manifests(self) -> int:
-        """Writes manifest.parquet, all manifests as one in order of shard; returns its number of rows."""
+    def join_manifests(self, made_again: Mapping[int, int]) -> int:
+        """Writes manifest.parquet, all manifests as one in order of shard; returns its number of rows.
+
+        Args:
+            made_again: rows of several shards, with the highest of these, which alone counts.
+        """
         rows = 0
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             path = Path(directory) / "manifest.parquet"
             writer: pq.ParquetWriter | None = None
             waiting: list[pa.Table] = []
             try:
-                for _, table in self.commits():
+                for facts, table in self.commits():
                     table = table.replace_schema_metadata(None)
+                    if made_again:
+                        counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
+                        table = table.filter(pa.array(counts, pa.bool_()))
                     writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                     waiting.append(table)
                     rows += len(table)
@@ -218,6 +231,20 @@ class Ledger:
                     self.storage.remove(f"{place}/{name}")
                     removed += 1
         return removed
+
+    def give_up(self, attempts: Mapping[int, str]) -> None:
+        """Takes back commits whose images are broken, and then what their attempts left.
+
+        Args:
+            attempts: the committed attempt of each shard.
+        """
+        for shard in attempts:
+            self.storage.remove(manifest_path(shard))
+        for place in self._attempt_places():
+            for name in self.storage.names(place):
+                found = parse_attempt(name)
+                if found and attempts.get(found[0]) == found[1]:
+                    self.storage.remove(f"{place}/{name}")
 
     def start_afresh(self) -> None:
         """Removes a run from the output, and nothing else that lies there.

@@ -75,6 +75,8 @@ class CommitFacts:
     failed_rows: int
     images: int
     sums: Sums
+    again: bool = False
+    """Whether its rows are those that failed in shards before it, whose word on them no longer counts."""
 
 
 def schema(carried: pa.Schema) -> pa.Schema:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 TAIL_SHARE = 0.1
@@ -72,6 +72,17 @@ class Shard:
     """Rows of the bucket in the range, those that can't be run among them."""
     images: int
     """Images that its rows ask for."""
+    only: tuple[int, ...] | None = None
+    """Of a shard that runs failed rows again: these rows alone, counted in their file."""
+
+    @property
+    def again(self) -> bool:
+        """Whether its rows are those that failed in shards before it."""
+        return self.only is not None
+
+    def asking_for(self, images: int) -> Shard:
+        """The same shard with another number of images."""
+        return replace(self, images=images)
 
 
 def plan_shards(

@@ -156,6 +156,9 @@ class PromptDataset:
             carried = pa.table([pa.nulls(count, field.type) for field in self.carried], schema=self.carried)
         rows = [make_row(first_row + i, values, rules, reason) for i, values in enumerate(ours)]
         mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
+        if shard.only is not None:
+            wanted = {self.files[shard.file].first_row + row for row in shard.only}
+            mine = [i for i in mine if rows[i].row in wanted]
         if len(mine) == len(rows):
             return rows, carried
         return [rows[i] for i in mine], carried.take(pa.array(mine, pa.int64()))

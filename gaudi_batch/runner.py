@@ -21,8 +21,10 @@ from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.plan import Shard
+from gaudi_batch.retry import failed_rows, plan_again, rows_made_again
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
+from gaudi_batch.verify import verify as look
 
 log = logging.getLogger("gaudi_batch")
 
@@ -58,6 +60,9 @@ def run(
     address: str | None = None,
     strict: bool = False,
     overwrite: bool = False,
+    retry_failed: bool = False,
+    verify: bool = False,
+    repair: bool = False,
     grace: float = GRACE_SECONDS,
 ) -> RunResult:
     """Makes every image of a job that its output does not have yet.
@@ -67,6 +72,9 @@ def run(
         address: a Ray cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
         strict: read every row first, and refuse the job if one can't be run.
         overwrite: remove the run that is in the output first.
+        retry_failed: run the rows that have failed again.
+        verify: read every image back at the end and compare it with its manifest.
+        repair: do so at the start, and make the shards again whose images are missing or torn.
         grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
 
     Raises:
@@ -93,6 +101,11 @@ def run(
         if overwrite:
             ledger.start_afresh()
         record, shards = _open_run(ledger, job)
+        if repair:
+            _repair(ledger)
+        if retry_failed:
+            shards = _add_failed(ledger, job, shards)
+        made_again = rows_made_again(shards, job.dataset)
         tally = Tally()
         for facts, _ in ledger.commits():
             tally.add(facts)
@@ -101,9 +114,10 @@ def run(
             log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
         ended = _Ended(None)
         if missing:
-            committed = record.images - sum(shard.images for shard in missing)
-            ended = _drive(job, ledger, record, missing, tally, committed - tally.images, driver, address, grace)
-        result = _sum_up(ledger, record, tally, lease, ended)
+            ended = _drive(job, ledger, record, shards, missing, made_again, tally, driver, address, grace)
+        result = _sum_up(ledger, record, made_again, tally, lease, ended)
+        if verify:
+            _verify(ledger)
         complete = True
         return result
     finally:
@@ -145,13 +159,49 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
     return record, ledger.plan()
 
 
+def _repair(ledger: Ledger) -> None:
+    """Takes back the shards whose images are missing or torn, so that they are made again."""
+    findings = look(ledger)
+    log.info("%s", findings)
+    if findings.broken:
+        log.info("%d shards with missing or torn images are made again", len(findings.broken))
+        ledger.give_up(findings.broken)
+
+
+def _verify(ledger: Ledger) -> None:
+    findings = look(ledger)
+    ledger.put_json("verify.json", findings.describe())
+    log.info("%s", findings)
+    if findings.broken:
+        raise RunStopped(
+            f"{len(findings.missing)} images are missing and {len(findings.torn)} are torn; the same command with"
+            " --repair makes them again"
+        )
+
+
+def _add_failed(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
+    """The plan with shards for the rows that have failed and are in no shard that is still to be made."""
+    failed = failed_rows(ledger.commits())
+    committed = set(ledger.committed_shards())
+    waiting = rows_made_again([shard for shard in shards if shard.number not in committed], job.dataset)
+    failed = {row: shard for row, shard in failed.items() if row not in waiting}
+    if not failed:
+        log.info("no failed row is left to run again")
+        return shards
+    added = plan_again(failed, shards, job.dataset, job.rules, job.config.shard_size)
+    log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
+    ledger.put_plan([*shards, *added])
+    return [*shards, *added]
+
+
 def _drive(
     job: Job,
     ledger: Ledger,
     record: RunRecord,
+    shards: list[Shard],
     missing: list[Shard],
+    made_again: Mapping[int, int],
     tally: Tally,
-    images_missing: int,
     driver_name: str,
     address: str | None,
     grace: float,
@@ -176,14 +226,20 @@ def _drive(
                 " add nodes that have, or choose another device"
             )
         log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, cards, job.config.device)
+        # Rows that are about to be run again have neither been made nor failed.
+        undecided = sum(shard.rows for shard in missing if shard.again)
         schedule = Schedule(
             missing,
             driver_name,
             record.rows,
-            tally.rows,
-            tally.failed_rows,
+            tally.rows - undecided,
+            tally.failed_rows - undecided,
             max_failed=job.config.max_failed,
             max_graphs=job.config.gaudi.max_graphs,
+            condemned=_condemned(missing, made_again, job),
+        )
+        images_missing = (
+            sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
         )
         setup = CardSetup(job.config, ledger.storage, job.model, job.dataset, job.rules, job.threads)
         with open_view() as view:
@@ -200,6 +256,17 @@ def _drive(
             )
             reason = _run_loop(lambda: _until_over(driver, grace))
         return _Ended(reason, driver.faults, schedule.retries, frozenset(driver.unsettled))
+
+
+def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
+    """Rows of shards that are made once more after a repair, on which a later shard has the last word."""
+    found: dict[int, dict[int, str]] = {}
+    for shard in missing:
+        first = job.dataset.files[shard.file].first_row
+        for row in range(first + shard.start, first + shard.stop) if made_again else ():
+            if made_again.get(row, 0) > shard.number:
+                found.setdefault(shard.number, {})[row] = f"it failed, and is run again in shard {made_again[row]}"
+    return found
 
 
 def _knock(address: str) -> None:
@@ -262,6 +329,7 @@ def _run_loop(work: Callable[[], Any]) -> str | None:
 def _sum_up(
     ledger: Ledger,
     record: RunRecord,
+    made_again: Mapping[int, int],
     tally: Tally,
     lease: LeaseKeeper,
     ended: _Ended,
@@ -285,7 +353,7 @@ def _sum_up(
         **tally.describe(ended.faults, ended.retries),
     }
     if reason is None:
-        ledger.join_manifests()
+        ledger.join_manifests(made_again)
     ledger.put_json("summary.json", summary)
     if reason == INTERRUPTED:
         raise Interrupted(f"interrupted with {tally.rows} of {record.rows} rows done; the same command resumes")

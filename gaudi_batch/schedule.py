@@ -109,6 +109,7 @@ class Schedule:
         done_rows: rows that were committed before.
         failed_rows: those among them that failed.
         max_graphs: graph keys whose graphs a card keeps.
+        condemned: rows of a shard to record as failed without a try, with the reason.
         max_failed: failed rows beyond which the run stops: a count (int), a share (float), or None.
     """
 
@@ -121,6 +122,7 @@ class Schedule:
         failed_rows: int = 0,
         max_failed: int | float | None = None,
         max_graphs: int = 16,
+        condemned: Mapping[int, Mapping[int, str]] | None = None,
     ) -> None:
         self.shards = {shard.number: shard for shard in shards}
         self.prefix = prefix
@@ -151,6 +153,8 @@ class Schedule:
         self._asked_back: set[str] = set()  # asked back and not answered
         self._sent = 0
         self._last_error = ""
+        for number, rows in (condemned or {}).items():
+            self._trouble[number] = Trouble(condemned=dict(rows))
         for shard in sorted(self.shards.values(), key=lambda shard: shard.number):
             self._fresh.setdefault(shard.bucket.graph_key, deque()).append(shard.number)
 

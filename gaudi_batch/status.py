@@ -27,7 +27,8 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
     progress = ledger.get_json("progress.json") or {}
-    images = sum(shard.images for shard in plan if shard.number in committed) - progress.get("images_missing", 0)
+    planned = sum(shard.images for shard in plan if shard.number in committed and not shard.again)
+    images = planned - progress.get("images_missing", 0)
     reason = summary["reason"] if summary else None
     complete = len(committed) == len(plan)
     if complete and summary is not None and summary["state"] != "stopped":

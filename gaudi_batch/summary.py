@@ -37,8 +37,11 @@ class Tally:
         if facts.shard in self.attempts:
             return
         self.attempts[facts.shard] = facts.attempt
-        self.rows += facts.rows
         self.failed_rows += facts.failed_rows
+        if facts.again:
+            self.failed_rows -= facts.rows
+        else:
+            self.rows += facts.rows
         card = self.card(facts.card, facts.node, facts.module)
         card.shards += 1
         card.failed_rows += facts.failed_rows

@@ -1,0 +1,141 @@
+"""Failed rows run again, and images that are missing or torn made again; nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import read_manifest
+
+from gaudi_batch import JobConfig, RunResult, RunStopped, run
+
+Make = Callable[..., RunResult]
+
+
+@pytest.fixture
+def make(prompts: Path, tmp_path: Path, cluster: str) -> Make:
+    """Runs the job of 100 rows with some of them raising."""
+
+    def call(raising: list[int], fields: dict[str, Any] | None = None, **flags: Any) -> RunResult:
+        job = JobConfig(
+            prompts=str(prompts),
+            output=str(tmp_path / "out"),
+            device="simulated",
+            simulated={"batch_seconds": 0.02, "raise_rows": raising},
+            shard_size=16,
+            cards=2,
+            **(fields or {}),
+        )
+        return run(job, address=cluster, **flags)
+
+    return call
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def manifests(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((output / "manifest").iterdir())}
+
+
+def failed(output: Path) -> list[int]:
+    rows = read_manifest(output)
+    assert sorted(row["row"] for row in rows) == list(range(100)), "a row twice, or none"
+    return sorted(row["row"] for row in rows if row["status"] == "failed")
+
+
+def test_failed_rows_alone_are_run_again(make: Make, output: Path) -> None:
+    assert make([5, 40, 41, 99]).exit_code == 3
+    before = manifests(output)
+    result = make([40], retry_failed=True)
+    assert result.exit_code == 3
+    assert failed(output) == [40]
+    assert (result.summary["rows"], result.summary["failed_rows"], result.summary["images"]) == (100, 1, 99)
+    after = manifests(output)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 3  # rows of three files
+    assert make([], retry_failed=True).exit_code == 0
+    assert failed(output) == []
+    again = manifests(output)
+    assert len(again) == len(after) + 1
+    assert make([], retry_failed=True).summary["images"] == 100
+    assert manifests(output) == again
+
+
+def test_the_images_are_those_that_a_run_without_failures_would_have_made(
+    make: Make, output: Path, tmp_path: Path
+) -> None:
+    make([5, 40, 41, 99])
+    make([], retry_failed=True)
+    ours = {row["row"]: row["sha256"] for row in read_manifest(output)}
+    output.rename(tmp_path / "first")
+    make([])
+    assert {row["row"]: row["sha256"] for row in read_manifest(output)} == ours
+
+
+def test_rows_to_run_again_do_not_count_as_failed_meanwhile(make: Make, output: Path) -> None:
+    make([5, 40, 41, 99])
+    assert make([5], {"max_failed": 2}, retry_failed=True).exit_code == 3
+    assert failed(output) == [5]
+
+
+def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_those_again(
+    make: Make, output: Path
+) -> None:
+    make([5])
+    make([], verify=True)
+    before = manifests(output)
+    paths = {row["row"]: row for row in read_manifest(output) if row["status"] == "ok"}
+    (output / paths[20]["path"]).unlink()
+    torn = output / paths[90]["path"]
+    torn.write_bytes(torn.read_bytes()[:-7])
+    (output / "images/stranger.png").write_bytes(b"who is this")
+    with pytest.raises(RunStopped, match="1 images are missing and 1 are torn.*--repair"):
+        make([], verify=True)
+    found = json.loads((output / "verify.json").read_text())
+    assert (found["missing"], found["torn"]) == ([paths[20]["path"]], [paths[90]["path"]])
+    assert found["foreign"] == ["images/stranger.png"]
+    assert found["broken"] == sorted({paths[20]["shard"], paths[90]["shard"]})
+
+    assert make([5], repair=True, verify=True).summary["images"] == 99
+    after = manifests(output)
+    changed = [name for name in before if before[name] != after[name]]
+    assert changed == [f"{shard:06d}.parquet" for shard in found["broken"]]
+    found = json.loads((output / "verify.json").read_text())
+    assert (found["images"], found["missing"], found["torn"]) == (99, [], [])
+    assert found["foreign"] == ["images/stranger.png"]
+    hashes = {row["row"]: row["sha256"] for row in read_manifest(output)}
+    assert all(hashes[row] == paths[row]["sha256"] for row in paths)
+
+
+def test_a_repaired_shard_leaves_rows_that_were_run_again_to_the_later_shard(make: Make, output: Path) -> None:
+    make([5, 6])
+    make([6], retry_failed=True)
+    rows = {row["row"]: row for row in read_manifest(output)}
+    assert rows[5]["shard"] > rows[0]["shard"]
+    (output / rows[0]["path"]).unlink()
+    result = make([], repair=True, verify=True)
+    assert (result.summary["rows"], result.summary["failed_rows"], result.summary["images"]) == (100, 1, 99)
+    again = {row["row"]: row for row in read_manifest(output)}
+    assert again[5] == rows[5]
+    assert again[6]["status"] == "failed"
+    assert (again[0]["sha256"], again[0]["shard"]) == (rows[0]["sha256"], rows[0]["shard"])
+    assert failed(output) == [6]
+
+
+def test_a_retry_that_was_cut_short_goes_on_with_a_plain_resume(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make([5, 99])
+    monkeypatch.setattr("gaudi_batch.runner._drive", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make([], retry_failed=True)
+    monkeypatch.undo()
+    assert make([]).exit_code == 0
+    assert failed(output) == []
+    assert len({row["shard"] for row in read_manifest(output)}) == len(list((output / "manifest").iterdir()))
