@@ -133,6 +133,9 @@ class LimitsConfig(_Section):
     batch: Annotated[float, Field(gt=0)] = 60.0
     """Later batches; never less than 10 times the longest seen of the same key."""
 
+    answer: Annotated[float, Field(gt=0)] = 60.0
+    """No answer from a card's process while nothing is being generated."""
+
 
 class JobConfig(_Section):
     """A text-to-image job: which prompts, which model, which cards, where the images go.

@@ -37,8 +37,6 @@ log = logging.getLogger("gaudi_batch")
 NEWS_SECONDS = 1.0
 """How long a card waits for something to happen before it answers; grows with the number of cards."""
 CARDS_PER_NEWS_SECOND = 100
-ANSWER_SECONDS = 60.0
-"""How much later than that an answer may come before the card counts as hung."""
 LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 5.0
 CLUSTER_SECONDS = 5.0
@@ -374,10 +372,11 @@ class Driver:
         storage_limit = self._setup.config.storage_patience + STORAGE_GRACE_SECONDS
         if status.storage_s > storage_limit:
             return f"an operation on storage has not ended for {status.storage_s:.0f} s"
-        passed = phase_limit(status, since_heard, self._setup.config.limits, self._batch_s)
-        if passed is None and since_heard > NEWS_SECONDS + len(self._slots) / CARDS_PER_NEWS_SECOND + ANSWER_SECONDS:
-            return f"it has not answered for {since_heard:.0f} s" if status.phase == "idle" else None
-        return passed
+        limits = self._setup.config.limits
+        if status.phase == "idle":
+            answer = NEWS_SECONDS + len(self._slots) / CARDS_PER_NEWS_SECOND + limits.answer
+            return f"it has not answered for {since_heard:.0f} s (limits.answer)" if since_heard > answer else None
+        return phase_limit(status, since_heard, limits, self._batch_s)
 
     async def _report(self) -> None:
         while True:
