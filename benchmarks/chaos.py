@@ -42,6 +42,7 @@ class Chaos:
         batch_seconds: what a card takes for 8 images.
         limit: seconds after which a card that does not move is given up.
         bad_rows: how many rows raise, kill their process, or hang.
+        kinds: of faults to draw from.
     """
 
     home: Path
@@ -50,6 +51,7 @@ class Chaos:
     batch_seconds: float
     limit: float
     bad_rows: int
+    kinds: list[str]
     rng: random.Random
     session: str = ""
     done: Counter[str] = field(default_factory=Counter)
@@ -90,7 +92,7 @@ class Chaos:
     def under_fire(self, faults: int, over: float) -> float:
         """Runs the job with faults at random moments of the first `over` seconds; returns its seconds."""
         output = self.home / "fire"
-        kinds = self.rng.choices(list(KINDS), list(KINDS.values()), k=faults)
+        kinds = self.rng.choices(self.kinds, [KINDS[kind] for kind in self.kinds], k=faults)
         moments = sorted(self.rng.uniform(0, over) for _ in range(faults))
         plan = list(zip(moments, kinds, strict=True))
         log = (self.home / "fire.log").open("w")
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--cards", type=int, default=8)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--bad-rows", type=int, default=9, help="rows that raise, kill or hang, in both runs")
+    parser.add_argument("--only", action="append", choices=list(KINDS), help="draw from these faults alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch-seconds", type=float, default=0.2, help="0.885 is that of a Gaudi2")
     parser.add_argument("--limit", type=float, default=5.0, help="seconds after which a card counts as hung")
@@ -200,6 +203,7 @@ def main() -> None:
         arguments.batch_seconds,
         arguments.limit,
         arguments.bad_rows,
+        arguments.only or list(KINDS),
         random.Random(arguments.seed),
     )
     chaos.prepare()

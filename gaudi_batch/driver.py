@@ -160,7 +160,9 @@ class Driver:
             alive = sum(self.schedule.state(number) is not CardState.GONE for number in self._slots)
             for _ in range(wanted - alive):
                 number = len(self._slots)
-                group = placement_group([self._resources.bundle], strategy="PACK", name=f"gaudi-batch-card-{number}")
+                group = placement_group(
+                    [self._resources.bundle], strategy="PACK", name=f"gaudi-batch-{self.schedule.prefix}-{number}"
+                )
                 self._slots[number] = Slot(number, group)
                 self._spawn(self._open(self._slots[number]))
             await asyncio.sleep(CLUSTER_SECONDS)
@@ -405,6 +407,7 @@ class Driver:
             cards[slot.name or str(slot.number)] = {
                 "node": slot.ready.node if slot.ready else None,
                 "module": slot.ready.module if slot.ready else None,
+                "pid": slot.ready.pid if slot.ready and slot.actor else None,
                 "state": self.schedule.state(slot.number).value,
                 "phase": slot.status.phase if slot.status and slot.actor else None,
                 "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),

@@ -336,6 +336,7 @@ def _sum_up(
 ) -> RunResult:
     reason = ended.reason
     # What is committed is what storage says: another driver may have committed, too.
+    tally = tally.emptied()
     for facts, _ in ledger.commits():
         tally.add(facts)
     # The leavings of a driver that is taken for dead are safe to remove only when nothing is left to commit.

@@ -32,6 +32,13 @@ class Tally:
         self.failed_rows = 0
         self.cards: dict[str, CardTally] = {}
 
+    def emptied(self) -> Tally:
+        """A tally of no commits that knows of the same cards."""
+        other = Tally()
+        for name, card in self.cards.items():
+            other.card(name, card.node, card.module)
+        return other
+
     def add(self, facts: CommitFacts) -> None:
         """Adds one commit; the same shard again changes nothing."""
         if facts.shard in self.attempts:

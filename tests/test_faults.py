@@ -66,6 +66,86 @@ def test_cards_that_can_not_load_stop_the_run_with_their_error(prompts: Path, tm
         make(prompts, tmp_path / "out", cluster, {"unloadable_modules": [0, 1, 2, 3]})
 
 
+def test_cards_that_hang_while_they_load_are_given_up_and_named(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    with pytest.raises(RunStopped, match=r"loading took longer than 4 s \(limits.loading\)"):
+        make(prompts, tmp_path / "out", cluster, {"load_seconds": 600}, limits={"loading": 4}, cards=1)
+
+
+def test_a_card_whose_process_stands_still_is_replaced(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    command = (
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "1", "--shard-size", "8", "--cards", "2"),
+        *("--limits.batch", "3", "--limits.first-batch", "3", "--limits.answer", "3"),
+    )
+    driver = start_driver(*command)
+    wait_for_commits(output, 2)
+    card = next(iter(read_progress(output)["cards"].values()))
+    os.kill(card["pid"], signal.SIGSTOP)
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    assert "limits." in said
+    assert outcome(output) == (list(range(100)), {})
+
+
+def read_progress(output: Path) -> dict[str, Any]:
+    """What progress.json says once it names a card's process."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        progress: dict[str, Any] = json.loads((output / "progress.json").read_text())
+        if progress["cards"] and all(card["pid"] for card in progress["cards"].values()):
+            return progress
+        time.sleep(0.1)
+    raise AssertionError("no card is ready")
+
+
+def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    output = tmp_path / "out"
+    forced = (
+        "import sys; from gaudi_batch import lease; from gaudi_batch.cli import main;"
+        "lease.LeaseKeeper.take = lambda self, say: None; sys.exit(main(sys.argv[1:]))"
+    )
+    command = (
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "0.1", "--shard-size", "4", "--cards", "2"),
+    )
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-c", forced, *map(str, command)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [driver.communicate(timeout=200)[1] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], said
+    assert outcome(output) == (list(range(100)), {})
+    assert files_named(output) == files_there(output)
+
+
+@pytest.mark.parametrize("moment", [0.3, 1.5, 4.0])
+def test_a_driver_killed_at_any_moment_leaves_a_run_that_finishes(
+    prompts: Path, tmp_path: Path, cluster: str, moment: float
+) -> None:
+    output = tmp_path / "out"
+    command = (
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "0.1", "--shard-size", "8", "--cards", "2"),
+    )
+    driver = start_driver(*command)
+    time.sleep(moment)
+    driver.kill()
+    driver.communicate()
+    before = {path: path.read_bytes() for path in output.glob("manifest/*.parquet")}
+    assert command_line(*command).returncode == 0
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert outcome(output) == (list(range(100)), {})
+    assert files_named(output) == files_there(output)
+
+
 def start_driver(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "gaudi_batch", *map(str, arguments)],
