@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from gaudi_batch.text import printable
 
 log = logging.getLogger("gaudi_batch")
 
+INTERRUPTED = 130
 STATUS_PATIENCE_SECONDS = 10.0
 JOB_COMMANDS = ("run", "check", "bench")
 """The commands that take a job."""
@@ -41,14 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted; the same command resumes")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         return 0
 
 
 def entry() -> None:
     """What the installed command calls."""
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        # Threads that wait for storage would keep the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------

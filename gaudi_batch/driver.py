@@ -80,6 +80,7 @@ class Driver:
     ) -> None:
         self.schedule = schedule
         self.faults: Counter[str] = Counter()
+        self.at_once = False
         self._setup = setup
         self._resources = resources
         self._ledger = ledger
@@ -117,7 +118,7 @@ class Driver:
             for task in self._tasks:
                 task.cancel()
             # A commit that has been begun can't be taken back: its thread goes on whatever becomes of its task.
-            if self._commits:
+            if self._commits and not self.at_once:
                 await asyncio.wait(self._commits, timeout=COMMIT_SECONDS)
             self._commit_pool.shutdown(wait=False)
             for slot in self._slots.values():
@@ -130,8 +131,16 @@ class Driver:
         self._carry_out(self.schedule.stop(reason))
         asyncio.get_running_loop().call_later(grace, self.abandon, reason)
 
-    def abandon(self, reason: str) -> None:
-        """Ends at once. What is committed stays, all else is made again by the next driver."""
+    def abandon(self, reason: str, *, at_once: bool = False) -> None:
+        """Takes nothing more in. What is committed stays, all else is made again by the next driver.
+
+        Args:
+            reason: why.
+            at_once: do not even wait for commits under way, nor for storage that fails.
+        """
+        self.at_once = self.at_once or at_once
+        if at_once:
+            self._ledger.storage.patience = 0.0
         if not self._over.done():
             self._over.set_result(reason)
 

@@ -255,6 +255,8 @@ def _drive(
                 lambda: wanted_cards(job, resources),
             )
             reason = _run_loop(lambda: _until_over(driver, grace))
+        if driver.at_once:
+            raise Interrupted("interrupted at once; what was committed stays, and the same command resumes")
         return _Ended(reason, driver.faults, schedule.retries, frozenset(driver.unsettled))
 
 
@@ -292,7 +294,7 @@ async def _until_over(driver: Any, grace: float) -> str | None:
             log.warning("%s: finishing what has begun, for up to %g s; once more stops at once", name, grace)
             driver.stop(INTERRUPTED, grace)
         else:
-            driver.abandon(INTERRUPTED)
+            driver.abandon(INTERRUPTED, at_once=True)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 from helpers import command_line, read_manifest
+from ray.util import placement_group_table, remove_placement_group
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
 from gaudi_batch.ledger import Ledger
@@ -53,12 +56,27 @@ def test_a_row_that_hangs_is_killed_at_the_limit_and_recorded(prompts: Path, tmp
     assert "limits." in failed[90]
 
 
-def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(prompts: Path, tmp_path: Path, cluster: str) -> None:
+def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(
+    prompts: Path, tmp_path: Path, cluster: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
+    held: list[int] = []
+
+    def removed(group: Any) -> None:
+        held.append(sum(group["state"] == "CREATED" for group in placement_group_table().values()))
+        remove_placement_group(group)
+
+    monkeypatch.setattr("gaudi_batch.driver.remove_placement_group", removed)
     broken = {"broken_modules": [1], "batch_seconds": 0.5}
     result = make(prompts, tmp_path / "out", cluster, broken, cards=3, shard_size=8)
     assert result.exit_code == 0
     assert outcome(tmp_path / "out") == (list(range(100)), {})
     assert all(card["images"] == 0 for card in result.summary["cards"].values() if card["module"] == 1)
+    assert held[0] == 3, "its group is held until the end"
+    (message,) = [record.getMessage() for record in caplog.records if "is quarantined" in record.getMessage()]
+    assert "module 1" in message
+    status = command_line("status", tmp_path / "out").stdout
+    assert re.search(r"card     \S+-1: quarantined", status)
 
 
 def test_cards_that_can_not_load_stop_the_run_with_their_error(prompts: Path, tmp_path: Path, cluster: str) -> None:
@@ -92,7 +110,8 @@ def read_progress(output: Path) -> dict[str, Any]:
     """What progress.json says once it names a card's process."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        progress: dict[str, Any] = json.loads((output / "progress.json").read_text())
+        path = output / "progress.json"
+        progress: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cards": {}}
         if progress["cards"] and all(card["pid"] for card in progress["cards"].values()):
             return progress
         time.sleep(0.1)
@@ -202,6 +221,25 @@ def test_an_interrupted_run_commits_what_is_in_hand_and_can_be_resumed(
     assert len(list(output.glob("images/*"))) == len(list(output.glob("manifest/*.parquet")))
     assert command_line("status", output).stdout.startswith(f"{output}: stopped (interrupted)")
     assert command_line(*command).returncode == 0
+    assert outcome(output) == (list(range(100)), {})
+
+
+def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    command = (
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--shard-size", "8", "--cards", "2"),
+    )
+    driver = start_driver(*command, "--simulated.batch-seconds", "60", "--grace", "100")
+    read_progress(output)
+    driver.send_signal(signal.SIGINT)
+    time.sleep(1)
+    driver.send_signal(signal.SIGINT)
+    _, said = driver.communicate(timeout=20)
+    assert driver.returncode == 130, said
+    assert "interrupted at once" in said
+    assert not (output / "lease.json").exists() or json.loads((output / "lease.json").read_text())["released"]
+    assert command_line(*command, "--simulated.batch-seconds", "0.05").returncode == 0
     assert outcome(output) == (list(range(100)), {})
 
 
