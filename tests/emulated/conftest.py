@@ -4,5 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
+import pytest
+
 if importlib.util.find_spec("habana_frameworks") is None:
     collect_ignore_glob = ["*"]
+
+
+@pytest.fixture(autouse=True)
+def diffusers_own_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what optimum-habana does to diffusers for a reduced precision, in a whole process and for ever."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", UNet2DConditionModel.forward)

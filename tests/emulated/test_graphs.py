@@ -190,6 +190,32 @@ def test_wrapped_module_captures_once_per_shape() -> None:
     assert captures_and_replays() == (captures + 2, replays + 3)
 
 
+def test_wrapped_module_takes_inputs_by_name_in_lists_and_none_until_it_is_cleared() -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *, more: dict[str, list[torch.Tensor]], bias: torch.Tensor | None) -> tuple:
+            total = x + more["all"][0] * more["all"][1]
+            return (total if bias is None else total + bias, {"x": x * 2})
+
+    captures, replays = captures_and_replays()
+    module = ht.hpu.wrap_in_hpu_graph(Sum())
+    with torch.no_grad():
+        for start in (0, 10):
+            more = {"all": [hpu(start, 1), hpu(2, 3)]}
+            total, named = module(hpu(1, start), more=more, bias=None)
+            assert (total.tolist(), named["x"].tolist()) == ([1 + 2 * start, start + 3], [2, 2 * start])
+            total, _ = module(hpu(1, start), more=more, bias=hpu(100, 100))
+            assert total.tolist() == [101 + 2 * start, start + 103]
+        assert captures_and_replays() == (captures + 2, replays + 2)
+        gc.collect()
+        before = ht.hpu.memory_allocated()
+        del total, named, more
+        module.clear_cache()
+        gc.collect()
+        assert ht.hpu.memory_allocated() < before
+        module(hpu(1, 2), more={"all": [hpu(1, 2)] * 2}, bias=None)
+    assert captures_and_replays() == (captures + 3, replays + 2)
+
+
 def test_a_capture_costs_what_the_machine_says() -> None:
     assert settings().capture_seconds > 0
     start = time.perf_counter()
@@ -205,6 +231,8 @@ def test_a_capture_that_fails_leaves_the_device_usable() -> None:
         capture(lambda: (x + 1, torch.empty(ht.hpu.mem_get_info()[1], device="hpu")))
     with pytest.raises(RuntimeError, match="hpu:0 and cpu"):
         capture(lambda: x + torch.ones(2))
+    with pytest.raises(ZeroDivisionError):
+        capture(lambda: x + 1 // 0)
     graph, y = capture(lambda: x + 1)
     graph.replay()
     assert y.tolist() == [2, 3]

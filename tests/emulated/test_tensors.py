@@ -9,8 +9,6 @@ import threading
 import habana_frameworks.torch as ht
 import pytest
 import torch
-from habana_frameworks.torch.hpex.kernels import FusedSDPA, RotaryPosEmbeddingMode, apply_rotary_pos_emb
-from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
 
 
 def test_tensors_of_the_device_say_so_in_every_thread() -> None:
@@ -115,21 +113,6 @@ def test_memory_is_counted_and_ends() -> None:
     assert ht.hpu.memory_stats()["Limit"] == ht.hpu.mem_get_info()[1]
     with pytest.raises(RuntimeError, match="PT_DEVMEM Allocation failed"):
         torch.empty(ht.hpu.mem_get_info()[1], device="hpu")
-
-
-def test_fused_kernels_are_their_definitions() -> None:
-    q, k, v = (torch.randn(2, 3, 5, 8, device="hpu") for _ in range(3))
-    expected = torch.softmax(q @ k.mT / 8**0.5, -1) @ v
-    torch.testing.assert_close(FusedSDPA.apply(q, k, v, None, 0.0, False, None, "fast", None).cpu(), expected.cpu())
-    gamma = torch.randn(8, device="hpu")
-    root = (q.cpu() ** 2).mean(-1, keepdim=True) + 1e-6
-    torch.testing.assert_close(FusedRMSNorm.apply(q, gamma, 1e-6).cpu(), q.cpu() / root.sqrt() * gamma.cpu())
-    angle = torch.rand(5, 4)
-    turned = torch.polar(torch.ones(5, 4), angle) * torch.view_as_complex(q.cpu().unflatten(-1, (4, 2)))
-    cos, sin = (table.repeat_interleave(2, -1).to("hpu") for table in (angle.cos(), angle.sin()))
-    rotated = apply_rotary_pos_emb(q, cos, sin, None, 0, RotaryPosEmbeddingMode.PAIRWISE)
-    torch.testing.assert_close(rotated.cpu(), torch.view_as_real(turned).flatten(-2))
-    assert torch.equal(torch.ops.hpu.rotary_pos_embedding(q, sin, cos, None, 0, 1), rotated)
 
 
 def test_what_is_not_emulated_says_its_name() -> None:

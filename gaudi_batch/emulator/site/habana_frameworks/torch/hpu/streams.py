@@ -10,6 +10,7 @@ from typing import Any
 
 from habana_frameworks._emulation import modules
 from habana_frameworks._emulation.counters import counters
+from habana_frameworks._emulation.tensor import recorder
 
 
 class Stream:
@@ -85,11 +86,14 @@ def current_stream(device: Any = None) -> Stream:
 
 @contextlib.contextmanager
 def stream(chosen: Stream | None) -> Iterator[None]:
-    """Uses a stream in this thread."""
+    """Uses a stream in this thread; an error that leaves it gives up the graph that is being captured on it."""
     before = getattr(_local, "stream", None)
     _local.stream = chosen
     try:
         yield
+    except BaseException:
+        recorder.active = None
+        raise
     finally:
         _local.stream = before
 

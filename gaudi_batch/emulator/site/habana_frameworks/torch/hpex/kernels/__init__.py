@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 import torch
 
@@ -52,7 +51,10 @@ def apply_rotary_pos_emb(
     offset: int = 0,
     mode: RotaryPosEmbeddingMode = RotaryPosEmbeddingMode.BLOCKWISE,
 ) -> torch.Tensor:
-    """Rotates pairs of elements of `p` by the angles of `cos` and `sin`, which broadcast to it."""
+    """Rotates pairs of elements of `p` by the angles of `cos` and `sin`, which broadcast to it.
+
+    The result has the type of `p`, whatever that of the angles: attention takes it together with values of that type.
+    """
     if offset:
         raise NotImplementedError("apply_rotary_pos_emb(offset=...) is not emulated")
     if position_ids is not None:
@@ -62,16 +64,16 @@ def apply_rotary_pos_emb(
     else:
         left, right = p.chunk(2, dim=-1)
         rotated = torch.cat((-right, left), dim=-1)
-    return p * cos + rotated * sin
+    return (p * cos + rotated * sin).to(p.dtype)
 
 
 class RotaryPosEmbeddingHelperV1:
     """Rotates halves of the width; cos and sin as they are."""
 
     @staticmethod
-    def apply(p: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any) -> torch.Tensor:
+    def apply(p: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int = 0) -> torch.Tensor:
         """As `apply_rotary_pos_emb`."""
-        return apply_rotary_pos_emb(p, cos, sin)
+        return apply_rotary_pos_emb(p, cos, sin, None, offset)
 
 
 class RotaryPosEmbeddingHelperV2:
