@@ -30,7 +30,7 @@ def main() -> None:
 
     config = JobConfig(prompts="-", output="-", model="builtin:shapes", device="cpu")
     pipeline = CpuPipeline(describe_model(config), arguments.threads, "float32")
-    bucket = Bucket(64, 64, arguments.steps, 2.0)
+    bucket = Bucket(64, 64, arguments.steps, 3.0)
     items = [Item(row, 0, "a large red circle on a blue background", "", row) for row in range(arguments.batch_size)]
     pipeline.generate(bucket, items)
     seconds, shares = [], []

@@ -39,7 +39,7 @@ def demo(output: str, prompts: int) -> RunResult:
             "device": "cpu",
             "cards": 2,
             "steps": 20,
-            "guidance_scale": 2.0,  # higher values bleed colours into each other
+            "guidance_scale": 3.0,
             "limit": prompts,
             "shard_size": 32,
         },

@@ -10,7 +10,8 @@ from helpers import read_manifest
 from PIL import Image
 
 from gaudi_batch.demo import COLUMNS, PROMPTS, demo
-from tools.shapes.judge import NoVerdict, judge_colours
+from tools.shapes.judge import NoVerdict, judge, judge_colours
+from tools.shapes.pictures import Scene
 
 pytestmark = pytest.mark.torch
 
@@ -18,6 +19,13 @@ pytestmark = pytest.mark.torch
 def colours_seen(path: Path) -> tuple[str, str] | None:
     try:
         return judge_colours(Image.open(path))
+    except NoVerdict:
+        return None
+
+
+def scene_seen(path: Path) -> Scene | None:
+    try:
+        return judge(Image.open(path))
     except NoVerdict:
         return None
 
@@ -31,6 +39,9 @@ def test_each_picture_belongs_to_its_own_prompt(tmp_path: Path, cluster: str, mo
     assert len(result.summary["cards"]) == 2
     right = sum(colours_seen(tmp_path / "demo" / row["path"]) == (row["background"], row["colour"]) for row in rows)
     assert right >= 0.95 * len(rows)
+    wanted = [Scene(row["background"], row["colour"], row["shape"], row["size"]) for row in rows]
+    whole = sum(scene_seen(tmp_path / "demo" / row["path"]) == scene for row, scene in zip(rows, wanted, strict=True))
+    assert whole >= 0.9 * len(rows)
     sheet = Image.open(tmp_path / "demo/contact_sheet.png")
     assert sheet.width > COLUMNS * 128
     assert sheet.height > 200 / COLUMNS * 128
