@@ -27,6 +27,7 @@ from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage import Storage
+from gaudi_batch.text import one_line, shown
 
 if TYPE_CHECKING:
     from gaudi_batch.job import Job
@@ -82,7 +83,7 @@ class Ledger:
             return record
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
-                f"{self.storage.url}/run.json can't be read ({error}); --overwrite starts this output afresh"
+                f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
             ) from None
 
     def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
@@ -146,9 +147,9 @@ class Ledger:
                 for row in rows
             ]
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            said = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{self.storage.url}/plan.parquet can't be read ({said}); --overwrite starts this output afresh"
+                f"{self.storage.url}/plan.parquet can't be read ({one_line(error)}); --overwrite starts this output"
+                " afresh"
             ) from None
 
     def committed_shards(self) -> list[int]:
@@ -268,7 +269,7 @@ class Ledger:
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""
-        self.storage.put(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        self.storage.put(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def get_json(self, name: str) -> dict[str, Any] | None:
         """Reads one, None where there is none that is whole."""
@@ -292,9 +293,9 @@ def differences(run: RunRecord, job: Job) -> list[str]:
             for file in sorted(before.keys() | now.keys()):
                 if before.get(file) != now.get(file):
                     was, is_now = before.get(file, "not there"), now.get(file, "not there")
-                    lines.append(f"prompts file {file!r}: was {was}, is {is_now}")
+                    lines.append(f"prompts file {file!r}: was {one_line(was)}, is {one_line(is_now)}")
         else:
-            lines.append(f"{name}: was {before!r}, is {now!r}")
+            lines.append(f"{one_line(name)}: was {shown(before)}, is {shown(now)}")
     return lines
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.rows import PromptRow, image_seed
+from gaudi_batch.text import one_line
 from gaudi_batch.throughput import Sums
 
 COLUMNS = pa.schema(
@@ -167,4 +168,4 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         facts = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         return table, CommitFacts(**facts | {"sums": Sums(**facts["sums"])})
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a whole manifest: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"not a whole manifest: {one_line(error)}") from None

@@ -22,6 +22,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import Storage
+from gaudi_batch.text import one_line
 
 FOOTER_THREADS = 16
 _GLOB = re.compile(r"[*?\[{]")
@@ -96,7 +97,7 @@ class PromptDataset:
             except StorageError:
                 raise
             except (pa.ArrowException, OSError) as error:
-                raise InputError(f"prompts file {file.name!r} can't be decoded: {_one_line(error)}") from None
+                raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
 
     def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
         # A column's values are numbered and the numbers of all columns combined, so that Python looks at each
@@ -148,7 +149,7 @@ class PromptDataset:
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {_one_line(error)}"
+            reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {one_line(error, 300)}"
             # The shape columns could be read when the job was planned; they say whose rows these are.
             shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
             table = self._open(shard.file).read_row_group(group, columns=shapes).slice(offset, count)
@@ -173,7 +174,9 @@ class PromptDataset:
         try:
             metadata = self._open(file).metadata
         except (pa.ArrowException, OSError) as error:
-            raise StorageError(f"prompts file {self.files[file].name!r} can't be read: {_one_line(error)}") from None
+            raise StorageError(
+                f"prompts file {self.files[file].name!r} can't be read: {one_line(error, 300)}"
+            ) from None
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def _open(self, file: int) -> pq.ParquetFile:
@@ -217,7 +220,7 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         schemas = [_plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {_one_line(error)}") from None
+        raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
     return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
 
 
@@ -243,7 +246,9 @@ def _map_columns(
             raise InputError(f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(its)}")
     kind = schema.field(columns["prompt"]).type
     if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise InputError(f"prompts: column {columns['prompt']!r} is of type {kind}; a prompt must be a string")
+        raise InputError(
+            f"prompts: column {columns['prompt']!r} is of type {one_line(kind, 100)}; a prompt must be a string"
+        )
     return columns
 
 
@@ -298,7 +303,7 @@ def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.Fi
         opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
         metadata, schema = opened.metadata, opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {_one_line(error)}") from None
+        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
     version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
     return metadata, schema, f"{size} bytes, footer {digest}, {version}"
@@ -361,7 +366,3 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _named(schema: pa.Schema) -> str:
     return ", ".join(repr(name) for name in schema.names)[:400]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
