@@ -160,6 +160,10 @@ class JobConfig(_Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
+    use_safetensors: bool = True
+    """Whether only safetensors are loaded; false takes pickled weights (.bin), too, of a component that has no
+    others. They are read with torch's weights_only, which runs no code of theirs."""
+
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the dataset's columns where they are not ours, as {ours: theirs}."""
 
