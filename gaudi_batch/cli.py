@@ -153,9 +153,8 @@ def _print_result(output: str, summary: dict[str, Any]) -> None:
     for name, card in summary["cards"].items():
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
         busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
-        print(
-            f"  card {name}: {card['images']} images, {speed} images/s, busy {busy}, warm-up {card['warmup_s']:.1f} s"
-        )
+        spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s"
+        print(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
     where = printable(output)
     print(f"images:   {where}/images")
     print(f"manifest: {where}/manifest.parquet")

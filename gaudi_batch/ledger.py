@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, TypeAdapter
 
 from gaudi_batch import manifest
 from gaudi_batch.errors import InputError
@@ -46,14 +48,17 @@ class RunRecord:
     fingerprint: dict[str, Any]
     versions: dict[str, str]
     created_at: str
-    rows: int
-    images: int
+    rows: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0)]
     """Images that the plan asks for; rows that can't be run are found later."""
 
     @property
     def threads(self) -> int | None:
         """Threads of a card, as the first driver fixed them."""
         return self.fingerprint.get("threads")
+
+
+_RECORD = TypeAdapter(RunRecord)
 
 
 class Ledger:
@@ -76,12 +81,13 @@ class Ledger:
         if data is None:
             return None
         try:
-            record = RunRecord(**json.loads(data))
-            for part in (record.job, record.fingerprint, record.versions):
-                if not isinstance(part, dict):
-                    raise TypeError("a part of it is not an object")
+            record = _RECORD.validate_json(data, strict=True)
+            if not isinstance(record.job.get("device"), str):
+                raise ValueError("its job has no device")
+            if record.threads is not None and not (isinstance(record.threads, int) and record.threads > 0):
+                raise ValueError("its threads are no count")
             return record
-        except (ValueError, TypeError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(
                 f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
             ) from None
@@ -133,20 +139,8 @@ class Ledger:
             if data is None:
                 raise ValueError("it is not there")
             rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-            return [
-                Shard(
-                    number=row["shard"],
-                    file=row["file"],
-                    start=row["start"],
-                    stop=row["stop"],
-                    bucket=Bucket(row["width"], row["height"], row["steps"], row["guidance_scale"]),
-                    rows=row["rows"],
-                    images=row["images"],
-                    only=None if row["only"] is None else tuple(row["only"]),
-                )
-                for row in rows
-            ]
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            return [_shard(row) for row in rows]
+        except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{self.storage.url}/plan.parquet can't be read ({one_line(error)}); --overwrite starts this output"
                 " afresh"
@@ -279,6 +273,28 @@ class Ledger:
         except (ValueError, RecursionError):
             return None
         return loaded if isinstance(loaded, dict) else None
+
+
+def _shard(row: dict[str, Any]) -> Shard:
+    """A shard of the stored plan. Raises KeyError or ValueError where there is none."""
+    guidance, only = row["guidance_scale"], row["only"]
+    numbers = [row[name] for name in ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")]
+    if only is not None:
+        numbers += only if isinstance(only, list) else [only]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError("a number of it can't be")
+    if not isinstance(guidance, float) or not math.isfinite(guidance):
+        raise ValueError("a guidance scale of it can't be")
+    return Shard(
+        number=row["shard"],
+        file=row["file"],
+        start=row["start"],
+        stop=row["stop"],
+        bucket=Bucket(row["width"], row["height"], row["steps"], guidance),
+        rows=row["rows"],
+        images=row["images"],
+        only=None if only is None else tuple(only),
+    )
 
 
 def differences(run: RunRecord, job: Job) -> list[str]:

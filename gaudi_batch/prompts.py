@@ -25,6 +25,8 @@ from gaudi_batch.storage import Storage
 from gaudi_batch.text import one_line
 
 FOOTER_THREADS = 16
+MOST_ROWS = 2**31 - 1
+"""Of a job. A footer can claim any number, and the plan grows with it."""
 _GLOB = re.compile(r"[*?\[{]")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
 
@@ -150,10 +152,7 @@ class PromptDataset:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {one_line(error, 300)}"
-            # The shape columns could be read when the job was planned; they say whose rows these are.
-            shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
-            table = self._open(shard.file).read_row_group(group, columns=shapes).slice(offset, count)
-            ours = _values(self._ours(table)) if shapes else [{}] * count
+            ours = self._read_shapes(shard.file, group, offset, count, reason)
             carried = pa.table([pa.nulls(count, field.type) for field in self.carried], schema=self.carried)
         rows = [make_row(first_row + i, values, rules, reason) for i, values in enumerate(ours)]
         mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
@@ -163,6 +162,17 @@ class PromptDataset:
         if len(mine) == len(rows):
             return rows, carried
         return [rows[i] for i in mine], carried.take(pa.array(mine, pa.int64()))
+
+    def _read_shapes(self, file: int, group: int, offset: int, count: int, reason: str) -> list[dict[str, Any]]:
+        """What the shape columns alone say of the rows of a group that can't be decoded: whose rows these are. They
+        could be read when the job was planned."""
+        shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
+        if not shapes:
+            return [{}] * count
+        try:
+            return _values(self._ours(self._open(file).read_row_group(group, columns=shapes).slice(offset, count)))
+        except (pa.ArrowException, OSError, ValueError):
+            raise StorageError(f"prompts: {reason}") from None
 
     def _decode(self, file: int, group: int) -> pa.Table:
         if self._group is None or self._group[0] != (file, group):
@@ -215,6 +225,8 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         first_row += metadata.num_rows
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")
+    if first_row > MOST_ROWS:
+        raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MOST_ROWS}")
     try:
         # A file without rows, such as an empty data frame's, often has no types worth the name.
         schemas = [_plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
@@ -302,6 +314,9 @@ def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.Fi
         # The footer alone is a readable Parquet file as long as no column is asked for.
         opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
         metadata, schema = opened.metadata, opened.schema_arrow
+        groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+            raise pa.ArrowInvalid("its numbers of rows disagree")
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
     version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
@@ -353,9 +368,26 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with its view types, which Arrow can't select rows of, as plain ones."""
+    """The schema with its view types, which Arrow can't select rows of, as plain ones; and nulls are possible
+    everywhere, as a file may not have the column and a row group may not be readable."""
+    return pa.schema([field.with_type(_plain_type(field.type)).with_nullable(True) for field in schema])
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
     plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    return pa.schema([field.with_type(plain.get(field.type, field.type)) for field in schema])
+    if kind in plain:
+        return plain[kind]
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
+    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -37,7 +37,7 @@ class LocalRun:
         sockets = set()
         for process in self.processes:
             with contextlib.suppress(OSError):
-                sockets |= {os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir()}
+                sockets |= {str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir()}
         found = {}
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
