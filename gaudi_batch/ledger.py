@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, TypeAdapter
 
 from gaudi_batch import manifest
 from gaudi_batch.errors import InputError
@@ -48,17 +47,14 @@ class RunRecord:
     fingerprint: dict[str, Any]
     versions: dict[str, str]
     created_at: str
-    rows: Annotated[int, Field(ge=0)]
-    images: Annotated[int, Field(ge=0)]
+    rows: int
+    images: int
     """Images that the plan asks for; rows that can't be run are found later."""
 
     @property
     def threads(self) -> int | None:
         """Threads of a card, as the first driver fixed them."""
         return self.fingerprint.get("threads")
-
-
-_RECORD = TypeAdapter(RunRecord)
 
 
 class Ledger:
@@ -81,13 +77,19 @@ class Ledger:
         if data is None:
             return None
         try:
-            record = _RECORD.validate_json(data, strict=True)
+            # Names of files that are not UTF-8 are in it, which pydantic's reader of JSON takes for broken.
+            record = RunRecord(**json.loads(data))
+            for part in (record.job, record.fingerprint, record.versions):
+                if not isinstance(part, dict):
+                    raise TypeError("a part of it is not an object")
+            if not all(isinstance(count, int) and count >= 0 for count in (record.rows, record.images)):
+                raise ValueError("its rows or images are no count")
             if not isinstance(record.job.get("device"), str):
                 raise ValueError("its job has no device")
             if record.threads is not None and not (isinstance(record.threads, int) and record.threads > 0):
                 raise ValueError("its threads are no count")
             return record
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
             ) from None
