@@ -96,6 +96,8 @@ class PromptDataset:
                     start += batch.num_rows
                     if start == count:
                         break
+                if start != count:
+                    raise pa.ArrowInvalid("it holds fewer rows than its footer says")
             except StorageError:
                 raise
             except (pa.ArrowException, OSError) as error:
@@ -125,7 +127,7 @@ class PromptDataset:
         A row group that can't be decoded costs its own rows only: they come back with the reason as their error.
 
         Raises:
-            StorageError: the store failed for longer than the patience.
+            StorageError: the store failed for longer than the patience, or the rows are not those that were planned.
         """
         rows: list[PromptRow] = []
         carried: list[pa.Table] = []
@@ -137,6 +139,8 @@ class PromptDataset:
                 rows += found
                 carried.append(table)
             first += count
+        if len(rows) != shard.rows:
+            raise StorageError(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
         return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
 
     def _read_group(
@@ -170,14 +174,20 @@ class PromptDataset:
         if not shapes:
             return [{}] * count
         try:
-            return _values(self._ours(self._open(file).read_row_group(group, columns=shapes).slice(offset, count)))
+            found = _values(self._ours(self._open(file).read_row_group(group, columns=shapes).slice(offset, count)))
         except (pa.ArrowException, OSError, ValueError):
-            raise StorageError(f"prompts: {reason}") from None
+            found = []
+        if len(found) != count:
+            raise StorageError(f"prompts: {reason}")
+        return found
 
     def _decode(self, file: int, group: int) -> pa.Table:
         if self._group is None or self._group[0] != (file, group):
             self._group = None
-            self._group = ((file, group), self._open(file).read_row_group(group))
+            table = self._open(file).read_row_group(group)
+            if len(table) != self._group_sizes(file)[group]:
+                raise pa.ArrowInvalid(f"it holds {len(table)} rows and not as many as its footer says")
+            self._group = ((file, group), table)
         return self._group[1]
 
     def _group_sizes(self, file: int) -> list[int]:
