@@ -324,10 +324,11 @@ def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.Fi
         # The footer alone is a readable Parquet file as long as no column is asked for.
         opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
         metadata, schema = opened.metadata, opened.schema_arrow
+        str(schema)  # raises where a name in it is not UTF-8
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
             raise pa.ArrowInvalid("its numbers of rows disagree")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
     version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
