@@ -27,7 +27,7 @@ def check(job: Job) -> str:
     lines = [
         f"prompts  {job.total_rows} rows of {job.dataset.rows} in {len(job.dataset.files)} files",
         f"columns  {', '.join(columns)}{carried}",
-        f"model    {model.name}: {model.pipeline_class}" + (f", {model.scheduler}" if model.scheduler else ""),
+        f"model    {name(model.name)}: {model.pipeline_class}" + (f", {model.scheduler}" if model.scheduler else ""),
         f"device   {config.device}, {job.dtype}"
         + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
         f"output   {config.format}, {config.encoding.type}",

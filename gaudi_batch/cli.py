@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gaudi_batch.errors import GaudiBatchError, InputError
-from gaudi_batch.text import printable
+from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     except InputError as error:
-        print(f"gaudi-batch: {error}", file=sys.stderr)
+        print(f"gaudi-batch: {one_line(error, 2000)}", file=sys.stderr)
         return error.exit_code
     _set_up_log(parsed.verbose)
     if threading.current_thread() is threading.main_thread():
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed))
     except GaudiBatchError as error:
-        log.error("%s", printable(str(error)))
+        log.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted; the same command resumes")
@@ -89,7 +89,7 @@ def _check(parsed: argparse.Namespace) -> int:
     job = resolve(with_device(job_from(parsed), None), offline=True)
     if parsed.strict:
         refuse_bad_rows(job)
-    print(printable(check(job)))
+    print(check(job))
     return 0
 
 
@@ -117,7 +117,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)))
-    print(json.dumps(status, indent=1) if parsed.json else printable(describe_status(status)))
+    print(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 
 
@@ -153,12 +153,12 @@ def _print_result(output: str, summary: dict[str, Any]) -> None:
     for name, card in summary["cards"].items():
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
         busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
-        print(
-            f"  card {name}: {card['images']} images, {speed} images/s, busy {busy}, warm-up {card['warmup_s']:.1f} s"
-        )
-    print(f"images:   {output}/images")
-    print(f"manifest: {output}/manifest.parquet")
-    print(f"summary:  {output}/summary.json")
+        spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s"
+        print(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
+    where = printable(output)
+    print(f"images:   {where}/images")
+    print(f"manifest: {where}/manifest.parquet")
+    print(f"summary:  {where}/summary.json")
 
 
 # -- the parser -------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
 
 def _set_up_log(verbose: bool) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import name_modules
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.gaudi import environment, require_stack
+from gaudi_batch.text import one_line
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
@@ -79,14 +81,15 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
         name_modules()
         own = None  # Ray finds the cards
     _quieten()
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
-        resources=own,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        **_QUIET,
-    )
+    with _on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
+            resources=own,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **_QUIET,
+        )
     try:
         yield
     finally:
@@ -107,8 +110,7 @@ def attached(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address, **_QUIET)
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise InputError(f"no Ray cluster answers at {address!r}: {said}") from None
+        raise InputError(f"no Ray cluster answers at {address!r}: {one_line(error)}") from None
     try:
         yield
     finally:
@@ -122,6 +124,27 @@ def _quieten() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray would warn of a coming change of this default at each start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Has a Ray that is started meanwhile listen where this machine alone hears it.
+
+    Ray asks for a token, but on Linux it opens its ports to the network, also for a cluster of one machine, and makes
+    the network's address of a `_node_ip_address` of 127.0.0.1. On macOS and Windows it stays on the loopback address;
+    this is its own switch for that. Its processes read it from the environment, this one has read it already.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
 
 
 def wanted_cards(job: Job, resources: CardResources) -> int:

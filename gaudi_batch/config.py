@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
+from gaudi_batch.text import load_yaml, name, shown
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -38,6 +39,9 @@ GAUDI_FIELDS = (
     "use_fused_clip_norm",
 )
 """What `GaudiConfig` of optimum-habana 1.21.2 knows."""
+
+MAX_JOB_FILE = 1 << 20
+"""Bytes of a job file; a larger one is something else."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -155,6 +159,10 @@ class JobConfig(_Section):
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+
+    use_safetensors: bool = True
+    """Whether only safetensors are loaded; false takes pickled weights (.bin), too, of a component that has no
+    others. They are read with torch's weights_only, which runs no code of theirs."""
 
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the dataset's columns where they are not ours, as {ours: theirs}."""
@@ -276,9 +284,10 @@ class JobConfig(_Section):
         fields: dict[str, Any] = {}
         if path is not None:
             try:
-                loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except OSError as error:
-                raise InputError(f"job file {str(path)!r} can't be read: {error.strerror or error}") from None
+                loaded = load_yaml(_read(path))
+            except (OSError, UnicodeEncodeError) as error:
+                said = getattr(error, "strerror", None) or error
+                raise InputError(f"job file {str(path)!r} can't be read: {said}") from None
             except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
                 # The error's own words quote the file, in which there may be a secret.
                 mark = getattr(error, "problem_mark", None)
@@ -293,6 +302,14 @@ class JobConfig(_Section):
             raise InputError(explain(error)) from None
         except RecursionError:
             raise InputError(f"job file {str(path)!r} is nested too deeply") from None
+
+
+def _read(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        data = file.read(MAX_JOB_FILE + 1)
+    if len(data) > MAX_JOB_FILE:
+        raise ValueError("too large")
+    return data.decode()
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,7 +328,7 @@ def explain(error: ValidationError) -> str:
     for problem in error.errors():
         where = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
         where = [part for part in where if part not in ("int", "float", "str", "dict")]
-        name = ".".join(where) or "job"
+        field = name(".".join(where))[:200] or "job"
         if problem["type"] == "extra_forbidden":
             said = "is not a field of a job"
         elif problem["type"] == "missing":
@@ -322,7 +339,7 @@ def explain(error: ValidationError) -> str:
             if not where:
                 lines.setdefault(said.split(":")[0], said)
                 continue
-            if "storage_options" not in name:
-                said = f"{problem['input']!r:.200}: {said}"
-        lines[name] = f"{name}: {said}" if name not in lines else f"{lines[name]}, or {said.split(': ', 1)[-1]}"
+            if "storage_options" not in field:
+                said = f"{shown(problem['input'])}: {said}"
+        lines[field] = f"{field}: {said}" if field not in lines else f"{lines[field]}, or {said.split(': ', 1)[-1]}"
     return "; ".join(lines.values())

@@ -106,6 +106,8 @@ class Job:
         if config.device == "hpu":
             same["gaudi"] = config.gaudi.model_dump(mode="json", include={"config", "hpu_graphs"})
         bucket = self.rules.bucket
+        if not config.use_safetensors:
+            same["use_safetensors"] = False
         if config.encoding.type == "png":
             del same["encoding"]["quality"]
         return same | {

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
 
@@ -52,6 +54,9 @@ class Lease:
     def holder(self) -> str:
         """The holder as a person finds it."""
         return f"process {self.pid} on {self.host}"
+
+
+_LEASE = TypeAdapter(Lease)
 
 
 class LeaseKeeper:
@@ -157,9 +162,8 @@ def read_lease(storage: Storage) -> Lease | None:
     if data is None:
         return None
     try:
-        found = json.loads(data)
-        return Lease(**found | {"dead": tuple(found["dead"])})
-    except (ValueError, TypeError, KeyError):
+        return _LEASE.validate_json(data, strict=True)
+    except ValueError:
         return None
 
 

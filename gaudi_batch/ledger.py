@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage import Storage
+from gaudi_batch.text import one_line, shown
 
 if TYPE_CHECKING:
     from gaudi_batch.job import Job
@@ -75,14 +77,21 @@ class Ledger:
         if data is None:
             return None
         try:
+            # Names of files that are not UTF-8 are in it, which pydantic's reader of JSON takes for broken.
             record = RunRecord(**json.loads(data))
             for part in (record.job, record.fingerprint, record.versions):
                 if not isinstance(part, dict):
                     raise TypeError("a part of it is not an object")
+            if not all(isinstance(count, int) and count >= 0 for count in (record.rows, record.images)):
+                raise ValueError("its rows or images are no count")
+            if not isinstance(record.job.get("device"), str):
+                raise ValueError("its job has no device")
+            if record.threads is not None and not (isinstance(record.threads, int) and record.threads > 0):
+                raise ValueError("its threads are no count")
             return record
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
-                f"{self.storage.url}/run.json can't be read ({error}); --overwrite starts this output afresh"
+                f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
             ) from None
 
     def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
@@ -132,23 +141,11 @@ class Ledger:
             if data is None:
                 raise ValueError("it is not there")
             rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-            return [
-                Shard(
-                    number=row["shard"],
-                    file=row["file"],
-                    start=row["start"],
-                    stop=row["stop"],
-                    bucket=Bucket(row["width"], row["height"], row["steps"], row["guidance_scale"]),
-                    rows=row["rows"],
-                    images=row["images"],
-                    only=None if row["only"] is None else tuple(row["only"]),
-                )
-                for row in rows
-            ]
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            said = " ".join(str(error).split())[:200]
+            return [_shard(row) for row in rows]
+        except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
             raise InputError(
-                f"{self.storage.url}/plan.parquet can't be read ({said}); --overwrite starts this output afresh"
+                f"{self.storage.url}/plan.parquet can't be read ({one_line(error)}); --overwrite starts this output"
+                " afresh"
             ) from None
 
     def committed_shards(self) -> list[int]:
@@ -268,7 +265,7 @@ class Ledger:
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""
-        self.storage.put(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        self.storage.put(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def get_json(self, name: str) -> dict[str, Any] | None:
         """Reads one, None where there is none that is whole."""
@@ -278,6 +275,28 @@ class Ledger:
         except (ValueError, RecursionError):
             return None
         return loaded if isinstance(loaded, dict) else None
+
+
+def _shard(row: dict[str, Any]) -> Shard:
+    """A shard of the stored plan. Raises KeyError or ValueError where there is none."""
+    guidance, only = row["guidance_scale"], row["only"]
+    numbers = [row[name] for name in ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")]
+    if only is not None:
+        numbers += only if isinstance(only, list) else [only]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError("a number of it can't be")
+    if not isinstance(guidance, float) or not math.isfinite(guidance):
+        raise ValueError("a guidance scale of it can't be")
+    return Shard(
+        number=row["shard"],
+        file=row["file"],
+        start=row["start"],
+        stop=row["stop"],
+        bucket=Bucket(row["width"], row["height"], row["steps"], guidance),
+        rows=row["rows"],
+        images=row["images"],
+        only=None if only is None else tuple(only),
+    )
 
 
 def differences(run: RunRecord, job: Job) -> list[str]:
@@ -292,9 +311,9 @@ def differences(run: RunRecord, job: Job) -> list[str]:
             for file in sorted(before.keys() | now.keys()):
                 if before.get(file) != now.get(file):
                     was, is_now = before.get(file, "not there"), now.get(file, "not there")
-                    lines.append(f"prompts file {file!r}: was {was}, is {is_now}")
+                    lines.append(f"prompts file {file!r}: was {one_line(was)}, is {one_line(is_now)}")
         else:
-            lines.append(f"{name}: was {before!r}, is {now!r}")
+            lines.append(f"{one_line(name)}: was {shown(before)}, is {shown(now)}")
     return lines
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
-from gaudi_batch.rows import PromptRow, image_seed
+from gaudi_batch.rows import MAX_SEED, PromptRow, image_seed
+from gaudi_batch.text import one_line
 from gaudi_batch.throughput import Sums
 
 COLUMNS = pa.schema(
@@ -77,6 +79,9 @@ class CommitFacts:
     sums: Sums
     again: bool = False
     """Whether its rows are those that failed in shards before it, whose word on them no longer counts."""
+
+
+_FACTS = TypeAdapter(CommitFacts)
 
 
 def schema(carried: pa.Schema) -> pa.Schema:
@@ -164,7 +169,10 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
     """
     try:
         table = pq.read_table(pa.BufferReader(data))
-        facts = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-        return table, CommitFacts(**facts | {"sums": Sums(**facts["sums"])})
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a whole manifest: {' '.join(str(error).split())[:200]}") from None
+        facts = _FACTS.validate_json((table.schema.metadata or {})[_METADATA_KEY], strict=True)
+        numbers = [facts.shard, facts.rows, facts.failed_rows, facts.images, *asdict(facts.sums).values()]
+        if not all(0 <= number <= MAX_SEED for number in numbers):
+            raise ValueError("a number of its attempt can't be")
+        return table, facts
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"not a whole manifest: {one_line(error)}") from None

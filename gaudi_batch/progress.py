@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gaudi_batch.text import duration
+from gaudi_batch.text import OneLineFormatter, duration
 
 LINE_SECONDS = 10.0
 """How often a plain line says how far the run is."""
@@ -117,16 +117,16 @@ def open_view() -> View:
     if sys.stderr.isatty():
         console = Console(stderr=True)
         if log.handlers:
-            log.handlers[:] = [
-                RichHandler(
-                    console=console,
-                    show_path=False,
-                    show_level=False,
-                    markup=False,
-                    highlighter=NullHighlighter(),
-                    omit_repeated_times=False,
-                    log_time_format="%H:%M:%S",
-                )
-            ]
+            handler = RichHandler(
+                console=console,
+                show_path=False,
+                show_level=False,
+                markup=False,
+                highlighter=NullHighlighter(),
+                omit_repeated_times=False,
+                log_time_format="%H:%M:%S",
+            )
+            handler.setFormatter(OneLineFormatter("%(message)s"))
+            log.handlers[:] = [handler]
         return BarView(console)
     return LineView()

@@ -22,8 +22,11 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import Storage
+from gaudi_batch.text import one_line
 
 FOOTER_THREADS = 16
+MOST_ROWS = 2**31 - 1
+"""Of a job. A footer can claim any number, and the plan grows with it."""
 _GLOB = re.compile(r"[*?\[{]")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
 
@@ -93,10 +96,12 @@ class PromptDataset:
                     start += batch.num_rows
                     if start == count:
                         break
+                if start != count:
+                    raise pa.ArrowInvalid("it holds fewer rows than its footer says")
             except StorageError:
                 raise
             except (pa.ArrowException, OSError) as error:
-                raise InputError(f"prompts file {file.name!r} can't be decoded: {_one_line(error)}") from None
+                raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
 
     def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
         # A column's values are numbered and the numbers of all columns combined, so that Python looks at each
@@ -122,7 +127,7 @@ class PromptDataset:
         A row group that can't be decoded costs its own rows only: they come back with the reason as their error.
 
         Raises:
-            StorageError: the store failed for longer than the patience.
+            StorageError: the store failed for longer than the patience, or the rows are not those that were planned.
         """
         rows: list[PromptRow] = []
         carried: list[pa.Table] = []
@@ -134,6 +139,8 @@ class PromptDataset:
                 rows += found
                 carried.append(table)
             first += count
+        if len(rows) != shard.rows:
+            raise StorageError(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
         return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
 
     def _read_group(
@@ -148,11 +155,8 @@ class PromptDataset:
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {_one_line(error)}"
-            # The shape columns could be read when the job was planned; they say whose rows these are.
-            shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
-            table = self._open(shard.file).read_row_group(group, columns=shapes).slice(offset, count)
-            ours = _values(self._ours(table)) if shapes else [{}] * count
+            reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {one_line(error, 300)}"
+            ours = self._read_shapes(shard.file, group, offset, count, reason)
             carried = pa.table([pa.nulls(count, field.type) for field in self.carried], schema=self.carried)
         rows = [make_row(first_row + i, values, rules, reason) for i, values in enumerate(ours)]
         mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
@@ -163,17 +167,36 @@ class PromptDataset:
             return rows, carried
         return [rows[i] for i in mine], carried.take(pa.array(mine, pa.int64()))
 
+    def _read_shapes(self, file: int, group: int, offset: int, count: int, reason: str) -> list[dict[str, Any]]:
+        """What the shape columns alone say of the rows of a group that can't be decoded: whose rows these are. They
+        could be read when the job was planned."""
+        shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
+        if not shapes:
+            return [{}] * count
+        try:
+            found = _values(self._ours(self._open(file).read_row_group(group, columns=shapes).slice(offset, count)))
+        except (pa.ArrowException, OSError, ValueError):
+            found = []
+        if len(found) != count:
+            raise StorageError(f"prompts: {reason}")
+        return found
+
     def _decode(self, file: int, group: int) -> pa.Table:
         if self._group is None or self._group[0] != (file, group):
             self._group = None
-            self._group = ((file, group), self._open(file).read_row_group(group))
+            table = self._open(file).read_row_group(group)
+            if len(table) != self._group_sizes(file)[group]:
+                raise pa.ArrowInvalid(f"it holds {len(table)} rows and not as many as its footer says")
+            self._group = ((file, group), table)
         return self._group[1]
 
     def _group_sizes(self, file: int) -> list[int]:
         try:
             metadata = self._open(file).metadata
         except (pa.ArrowException, OSError) as error:
-            raise StorageError(f"prompts file {self.files[file].name!r} can't be read: {_one_line(error)}") from None
+            raise StorageError(
+                f"prompts file {self.files[file].name!r} can't be read: {one_line(error, 300)}"
+            ) from None
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def _open(self, file: int) -> pq.ParquetFile:
@@ -212,12 +235,14 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         first_row += metadata.num_rows
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")
+    if first_row > MOST_ROWS:
+        raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MOST_ROWS}")
     try:
         # A file without rows, such as an empty data frame's, often has no types worth the name.
         schemas = [_plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {_one_line(error)}") from None
+        raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
     return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
 
 
@@ -243,7 +268,9 @@ def _map_columns(
             raise InputError(f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(its)}")
     kind = schema.field(columns["prompt"]).type
     if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise InputError(f"prompts: column {columns['prompt']!r} is of type {kind}; a prompt must be a string")
+        raise InputError(
+            f"prompts: column {columns['prompt']!r} is of type {one_line(kind, 100)}; a prompt must be a string"
+        )
     return columns
 
 
@@ -297,8 +324,12 @@ def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.Fi
         # The footer alone is a readable Parquet file as long as no column is asked for.
         opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
         metadata, schema = opened.metadata, opened.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {_one_line(error)}") from None
+        str(schema)  # raises where a name in it is not UTF-8
+        groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+            raise pa.ArrowInvalid("its numbers of rows disagree")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
     version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
     return metadata, schema, f"{size} bytes, footer {digest}, {version}"
@@ -348,9 +379,26 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with its view types, which Arrow can't select rows of, as plain ones."""
+    """The schema with its view types, which Arrow can't select rows of, as plain ones; and nulls are possible
+    everywhere, as a file may not have the column and a row group may not be readable."""
+    return pa.schema([field.with_type(_plain_type(field.type)).with_nullable(True) for field in schema])
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
     plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    return pa.schema([field.with_type(plain.get(field.type, field.type)) for field in schema])
+    if kind in plain:
+        return plain[kind]
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
+    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -361,7 +409,3 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _named(schema: pa.Schema) -> str:
     return ", ".join(repr(name) for name in schema.names)[:400]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

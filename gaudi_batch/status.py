@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.lease import is_alive, read_lease
 from gaudi_batch.ledger import Ledger
-from gaudi_batch.text import duration
+from gaudi_batch.text import duration, printable
 
 
 def read_status(ledger: Ledger) -> dict[str, Any]:
@@ -26,13 +27,13 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     plan = ledger.plan()
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
-    progress = ledger.get_json("progress.json") or {}
+    progress = _sane(ledger.get_json("progress.json") or {})
     planned = sum(shard.images for shard in plan if shard.number in committed and not shard.again)
-    images = planned - progress.get("images_missing", 0)
-    reason = summary["reason"] if summary else None
+    images = planned - (progress.get("images_missing") or 0)
+    reason = summary.get("reason") if summary else None
     complete = len(committed) == len(plan)
-    if complete and summary is not None and summary["state"] != "stopped":
-        state = summary["state"]
+    if complete and summary is not None and summary.get("state") != "stopped":
+        state = str(summary.get("state"))
     else:
         lease = read_lease(ledger.storage)
         state = "stopped" if lease is None or lease.released or is_alive(lease) is False else "running"
@@ -59,6 +60,36 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     }
 
 
+_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left", "images", "faults")
+
+
+def _sane(found: dict[str, Any]) -> dict[str, Any]:
+    """What a progress.json says, null where it says nothing sensible: it lies where others may write."""
+    cards, faults = found.get("cards"), found.get("faults")
+    return {
+        **_sane_values(found),
+        "time": found.get("time"),
+        "cards": {
+            name: _sane_values(card) | {"state": card.get("state")}
+            for name, card in (cards.items() if isinstance(cards, dict) else ())
+            if isinstance(card, dict)
+        },
+        "faults": [
+            {name: fault.get(name) for name in ("time", "card", "what")}
+            for fault in (faults if isinstance(faults, list) else ())
+            if isinstance(fault, dict)
+        ],
+    }
+
+
+def _sane_values(found: dict[str, Any]) -> dict[str, Any]:
+    values = {name: found.get(name) for name in _NUMBERS}
+    return {
+        name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
+        for name, value in values.items()
+    }
+
+
 def describe_status(status: dict[str, Any]) -> str:
     """The status for a person, several lines."""
     lines = [
@@ -68,14 +99,15 @@ def describe_status(status: dict[str, Any]) -> str:
         f"rows     {status['rows']}, failed {status['failed_rows'] if status['failed_rows'] is not None else '-'}",
     ]
     if status["state"] == "running":
-        rate = "-" if status["images_per_s"] is None else f"{status['images_per_s']:.2f}"
-        lines.append(
-            f"speed    {rate} images/s, {duration(status['seconds_left'])} left, as of {status['progress_time']}"
-        )
+        left = duration(status["seconds_left"])
+        lines.append(f"speed    {_rate(status)} images/s, {left} left, as of {status['progress_time']}")
     for name, card in status["cards"].items():
-        rate = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
-        lines.append(
-            f"card     {name}: {card['state']}, {card['images']} images, {rate} images/s, {card['faults']} faults"
-        )
+        done = f"{card['images']} images, {_rate(card)} images/s, {card['faults']} faults"
+        lines.append(f"card     {name}: {card['state']}, {done}")
     lines += [f"fault    {fault['time']} {fault['card']} {fault['what']}" for fault in status["faults"][-10:]]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
+
+
+def _rate(record: dict[str, Any]) -> str:
+    rate = record["images_per_s"]
+    return "-" if rate is None else f"{rate:.2f}"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import reprlib
 from typing import Any
 
 import yaml
 
 from gaudi_batch.errors import InputError
+
+MOST_YAML_VALUES = 100_000
+"""A job has some dozens; nested aliases can make billions of a few lines."""
 
 
 def duration(seconds: float | None) -> str:
@@ -21,8 +27,31 @@ def duration(seconds: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere with nothing in it that could steer a terminal or forge a line."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+    """Text from elsewhere with nothing in it that could steer a terminal, turn the line around or forge another."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def one_line(text: object, most: int = 500) -> str:
+    """Text from elsewhere as a part of one line: white space as single spaces, the rest printable, at most so long."""
+    return printable(" ".join(str(text)[: 4 * most].split()))[:most]
+
+
+def shown(value: object, most: int = 200) -> str:
+    """A foreign value as a message names it, however large or deep it is: printable and at most so long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    with contextlib.suppress(ValueError):  # an integer of more digits than Python writes out
+        return one_line(short.repr(value), most)
+    return f"a {type(value).__name__} that is too large to show"
+
+
+class OneLineFormatter(logging.Formatter):
+    """Log lines whose message is one line and printable, whatever foreign text is in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def name(text: str) -> str:
@@ -30,10 +59,32 @@ def name(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, in plain Python values.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or names a Python object.
+        ValueError: it has a value that can't be, or its aliases make more of it than `MOST_YAML_VALUES`.
+        RecursionError: it is nested too deeply.
+    """
+    value = yaml.safe_load(text)
+    waiting, count = [value], 0
+    while waiting:
+        found = waiting.pop()
+        count += 1
+        if count + len(waiting) > MOST_YAML_VALUES:
+            raise ValueError("aliases make too many values")
+        if isinstance(found, dict):
+            waiting += [*found, *found.values()]
+        elif isinstance(found, (list, tuple, set)):
+            waiting += found
+    return value
+
+
 def read_yaml(text: str, kind: type, flag: str) -> Any:
     """The value of a flag that takes a YAML mapping or list. Raises InputError, which does not show the value."""
     try:
-        value = yaml.safe_load(text) if text else kind()
+        value = load_yaml(text) if text else kind()
     except (yaml.YAMLError, ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):

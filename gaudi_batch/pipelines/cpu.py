@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
-from gaudi_batch.pipelines.model import ModelFacts
+from gaudi_batch.pipelines.model import ModelFacts, refuse_code
 from gaudi_batch.plan import Bucket, GraphKey
 
 
@@ -33,10 +34,9 @@ class CpuPipeline:
         silence_libraries()
         pipeline_class = getattr(diffusers, model.pipeline_class)
         self._pipeline = pipeline_class.from_pretrained(
-            model.path,
-            revision=model.revision if model.hub else None,
+            fetch(model, pipeline_class),
             torch_dtype=getattr(torch, dtype),
-            use_safetensors=True,
+            use_safetensors=model.use_safetensors or None,
         )
         self._pipeline.set_progress_bar_config(disable=True)
         if model.scheduler is not None:
@@ -64,6 +64,31 @@ class CpuPipeline:
     def notes(self) -> list[str]:
         """Nothing to say."""
         return []
+
+
+def fetch(model: ModelFacts, pipeline_class: Any) -> str:
+    """The directory that a model is loaded from, fetched from the hub if need be. What lies there is looked at once
+    more, now that all of it does: the driver saw the model's JSON files, and maybe on another machine.
+
+    Args:
+        model: the model.
+        pipeline_class: the class of diffusers, or a child of it, that knows which files it needs.
+
+    Raises:
+        InputError: loading it would run code.
+    """
+    path = model.path
+    if model.hub:
+        path = str(
+            pipeline_class.download(
+                model.path,
+                revision=model.revision,
+                use_safetensors=model.use_safetensors or None,
+                trust_remote_code=False,
+            )
+        )
+    refuse_code(model.name, Path(path))
+    return path
 
 
 def collect(pipeline: Any, output: Any, items: list[Item]) -> Generated:

@@ -115,7 +115,7 @@ class GaudiPipeline:
         from optimum.habana import GaudiConfig
         from optimum.habana import diffusers as gaudi_diffusers
 
-        from gaudi_batch.pipelines.cpu import silence_libraries
+        from gaudi_batch.pipelines.cpu import fetch, silence_libraries
 
         torch.set_num_threads(threads)
         silence_libraries()
@@ -125,18 +125,17 @@ class GaudiPipeline:
         self._batch_size = config.batch_size
         self._graphs: dict[GraphKey, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, SUPPORTED[model.pipeline_class].gaudi_class)
-        source: dict[str, Any] = {"revision": model.revision if model.hub else None}
+        path = fetch(model, pipeline_class)
         scheduler = {}
         if model.scheduler is not None:
             scheduler_class = getattr(gaudi_diffusers, model.scheduler)
-            scheduler["scheduler"] = scheduler_class.from_pretrained(model.path, subfolder="scheduler", **source)
+            scheduler["scheduler"] = scheduler_class.from_pretrained(path, subfolder="scheduler")
         try:
             self._pipeline = pipeline_class.from_pretrained(
-                model.path,
-                **source,
+                path,
                 **scheduler,
                 torch_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
-                use_safetensors=True,
+                use_safetensors=model.use_safetensors or None,
                 use_habana=True,
                 use_hpu_graphs=config.gaudi.hpu_graphs,
                 gaudi_config=GaudiConfig(**_without_op_lists(gaudi_mapping(config))),

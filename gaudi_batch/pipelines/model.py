@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,6 +14,8 @@ from typing import Any
 from gaudi_batch.config import GAUDI_FIELDS, JobConfig
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
+from gaudi_batch.rows import MAX_INT32
+from gaudi_batch.text import one_line, shown
 
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -52,6 +55,15 @@ NOISY_GAUDI_SCHEDULERS = NOISY_SCHEDULERS | {"euler"}
 NOT_LOOKED_AT = "not looked at, as the hub can't be reached from here"
 GAUDI_CONFIG_FILE = "gaudi_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
+PICKLED = ".bin"
+"""Weights that a job without `use_safetensors` takes as well, where there are no safetensors."""
+CODE_PLACES = ("None.py", "*/*.py")
+"""Where diffusers 0.35.1 runs what it finds in a model's directory, whatever `trust_remote_code` says: a component's
+`<library>.py`, and `None.py` as that of a custom pipeline that nobody asked for."""
+MOST_BLOCKS = 10
+"""Of a VAE, each of which halves the sides; no model has as many."""
+SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
+"""The one component that has its home among diffusers' pipelines."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -75,6 +87,9 @@ class ModelFacts:
     height: int
     multiple: int
     """Pixels of which a side must be a multiple."""
+    use_safetensors: bool = True
+    """Whether only safetensors are loaded. If not, the libraries take pickles, too, where there are no safetensors, and
+    read them with torch's `weights_only`."""
 
 
 def describe_model(config: JobConfig) -> ModelFacts:
@@ -125,33 +140,46 @@ def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
             f" it where there is a network (hf download {name}), or name a directory"
         ) from None
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise InputError(f"{what} {name!r}{at}: no such directory here, and the hub gives none: {said}") from None
+        raise InputError(
+            f"{what} {name!r}{at}: no such directory here, and the hub gives none: {one_line(error)}"
+        ) from None
 
 
 def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFacts:
     name = config.model or ""
     index = _json(f"model {name!r}", directory, "model_index.json")
-    pipeline_class = str(index.get("_class_name"))
-    if pipeline_class not in SUPPORTED:
-        raise InputError(f"model {name!r} is a {pipeline_class}; supported: {', '.join(sorted(SUPPORTED))}")
-    if commit is None:
-        _require_safetensors(name, directory, index)
-    vae = _json(f"model {name!r}", directory, "vae/config.json")
-    scale = 2 ** (len(vae.get("block_out_channels") or [1, 1, 1, 1]) - 1)
-    sample = _json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
-    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    pipeline_class = index.get("_class_name")
+    if not isinstance(pipeline_class, str) or pipeline_class not in SUPPORTED:
+        found = one_line(pipeline_class, 100)
+        raise InputError(f"model {name!r} is a {found}; supported: {', '.join(sorted(SUPPORTED))}")
+    refuse_code(name, directory)
+    _require_weights(config, directory, commit, index)
+    width, height = _native_size(name, directory)
     return ModelFacts(
         name=name,
         path=name if commit else str(directory),
         hub=commit is not None,
-        revision=commit or _digest(directory),
+        revision=commit or _digest(directory, config.use_safetensors),
         pipeline_class=pipeline_class,
         scheduler=_scheduler(config, SUPPORTED[pipeline_class]),
-        width=int(width) * scale,
-        height=int(height) * scale,
+        width=width,
+        height=height,
         multiple=SUPPORTED[pipeline_class].multiple,
+        use_safetensors=config.use_safetensors,
     )
+
+
+def _native_size(name: str, directory: Path) -> tuple[int, int]:
+    """Width and height in pixels that a model was made for."""
+    blocks = _json(f"model {name!r}", directory, "vae/config.json").get("block_out_channels") or [1, 1, 1, 1]
+    sample = _json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
+    height, width = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
+    if not isinstance(blocks, list) or len(blocks) > MOST_BLOCKS:
+        raise InputError(f"model {name!r}: block_out_channels of its vae is {shown(blocks)}; it must be a short list")
+    for side in (width, height):
+        if not isinstance(side, int) or not 1 <= side <= MAX_INT32 >> MOST_BLOCKS:
+            raise InputError(f"model {name!r}: sample_size of its unet is {shown(sample)}; it must be one or two sizes")
+    return width << len(blocks) - 1, height << len(blocks) - 1
 
 
 def _scheduler(config: JobConfig, pipeline_class: PipelineClass) -> str:
@@ -169,12 +197,82 @@ def _scheduler(config: JobConfig, pipeline_class: PipelineClass) -> str:
     raise InputError(f"scheduler {name!r} is not known for device {config.device}; {choose}")
 
 
-def _require_safetensors(name: str, directory: Path, index: Mapping[str, Any]) -> None:
+def refuse_code(name: str, directory: Path) -> None:
+    """Refuses a model whose loading would run code of its own: diffusers imports whatever library model_index.json
+    names for a component, and runs Python files that lie beside the weights.
+
+    Raises:
+        InputError: it would.
+    """
+    index = _json(f"model {name!r}", directory, "model_index.json")
+    pipeline_class = index.get("_class_name")
+    if not isinstance(pipeline_class, str):
+        raise InputError(f"model {name!r} is a {shown(pipeline_class)}, which is code of its own; none is run")
     for component, value in index.items():
-        if not isinstance(value, list) or value[0] is None or not (directory / component / "config.json").is_file():
+        if not isinstance(value, list) or component.startswith("_"):
             continue
-        if not any((directory / component).glob("*.safetensors")):
-            raise InputError(f"model {name!r}: its {component} has no .safetensors, and no other weights are loaded")
+        if not (component.isidentifier() and len(value) == 2 and (value == [None, None] or _is_plain(*value))):
+            raise InputError(
+                f"model {name!r}: its {shown(component)} is {shown(value)}; components of diffusers and"
+                " transformers are loaded, and no others"
+            )
+        config = directory / component / "config.json"
+        if config.is_file() and _names_kernel(_json(f"model {name!r}", directory, f"{component}/config.json")):
+            raise InputError(f"model {name!r}: its {component} wants attention from a hub, which is code; none is run")
+    for pattern in CODE_PLACES:
+        for path in directory.glob(pattern):
+            where = path.relative_to(directory).as_posix()
+            raise InputError(f"model {name!r} brings code ({shown(where)}), and loading it would run that; none is run")
+
+
+def _is_plain(library: Any, name: Any) -> bool:
+    """Whether a component is a model, a tokenizer, a scheduler or the like of the two libraries. A pipeline is not: it
+    would be loaded by a model_index.json of its own."""
+    if not isinstance(name, str) or not name.isidentifier() or "Pipeline" in name:
+        return False
+    return library in ("diffusers", "transformers") or (library, name) == SAFETY_CHECKER
+
+
+def _names_kernel(config: Any) -> bool:
+    """Whether a config of transformers names an attention that it would fetch from the hub and import."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict) and any("attn_implementation" in key and "/" in str(value[key]) for key in value):
+            return True
+    return False
+
+
+def _require_weights(config: JobConfig, directory: Path, commit: str | None, index: Mapping[str, Any]) -> None:
+    name = config.model or ""
+    wanted = (".safetensors",) if config.use_safetensors else (".safetensors", PICKLED)
+    files, all_of_them = _files(name, directory, commit)
+    for component, value in index.items():
+        if not isinstance(value, list) or value[0] is None or f"{component}/config.json" not in files:
+            continue
+        its = [file for file in files if file.startswith(f"{component}/")]
+        if any(file.endswith(wanted) for file in its):
+            continue
+        if any(file.endswith(PICKLED) for file in its):
+            raise InputError(
+                f"model {name!r}: its {component} has no .safetensors but weights that Python has pickled;"
+                " use_safetensors: false takes those, too"
+            )
+        if all_of_them:
+            raise InputError(f"model {name!r}: its {component} has no {' and no '.join(wanted)}")
+
+
+def _files(name: str, directory: Path, commit: str | None) -> tuple[set[str], bool]:
+    """The files of a model down to its components' own, and whether these are all that there are: of a hub that can't
+    be reached, only those that were fetched before are known."""
+    from huggingface_hub import list_repo_files
+
+    if commit is not None:
+        with contextlib.suppress(Exception):
+            return set(list_repo_files(name, revision=commit)), True
+    found = {path.relative_to(directory).as_posix() for pattern in ("*", "*/*") for path in directory.glob(pattern)}
+    return found, commit is None
 
 
 def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
@@ -209,10 +307,11 @@ def _json(owner: str, directory: Path, path: str) -> dict[str, Any]:
     return loaded
 
 
-def _digest(directory: Path) -> str:
+def _digest(directory: Path, use_safetensors: bool) -> str:
     digest = hashlib.sha256()
+    suffixes = WEIGHT_SUFFIXES if use_safetensors else WEIGHT_SUFFIXES | {PICKLED}
     for path in sorted(directory.rglob("*")):
-        if path.suffix in WEIGHT_SUFFIXES and path.is_file():
+        if path.suffix in suffixes and path.is_file():
             digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):

@@ -1,0 +1,143 @@
+"""A Ray that `run` starts for itself is for this machine and this user alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CONNECT = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('connected to', len(ray.nodes()))"
+
+
+SAME_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_py_gcs_connect_timeout_s": "2"}
+"""Without the first, Ray's clients look for 127.0.0.1 at the network's address; the second is their patience."""
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """A run that goes on, on a Ray that it has started."""
+
+    processes: frozenset[int]
+    home: Path
+    environment: dict[str, str]
+
+    @property
+    def ports(self) -> dict[int, str]:
+        """Every port that one of its processes listens on, with the address in hexadecimal digits."""
+        sockets = set()
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                sockets |= {str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir()}
+        found = {}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                address, _, port = fields[1].partition(":")
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                    found[int(port, 16)] = address
+        return found
+
+    @property
+    def commands(self) -> dict[int, str]:
+        """Their command lines."""
+        found = {}
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                found[process] = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+        return found
+
+    def connect(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Has another process of this machine join its cluster."""
+        address = re.search(r"--gcs-address=(\S+)", " ".join(self.commands.values()))
+        assert address
+        return subprocess.run(
+            [sys.executable, "-c", CONNECT, address[1]],
+            env=self.environment | SAME_MACHINE | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRun]:
+    """A run in a home of its own, without anything set that has to do with Ray."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    home = tmp_path_factory.mktemp("home")
+    pq.write_table(pa.table({"prompt": ["p"] * 10_000}), home / "prompts.parquet")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["HOME"] = str(home)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "gaudi_batch", "run", "--prompts", home / "prompts.parquet"),
+            *("--output", home / "out", "--device", "simulated", "--cards", "1"),
+        ],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if " is ready after " in line and "card" in line and "Ray" not in line:
+                break
+        yield LocalRun(frozenset(children(process.pid)), home, environment)
+    finally:
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        process.wait(60)
+        process.stderr.close()
+
+
+def children(process: int) -> Iterator[int]:
+    yield process
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in task.read_text().split():
+            yield from children(int(child))
+
+
+def test_nothing_of_it_listens_to_the_network(local_run: LocalRun) -> None:
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+    assert len(local_run.ports) > 3
+    assert [address for address in local_run.ports.values() if address not in loopback] == []
+
+
+def test_it_has_no_dashboard(local_run: LocalRun) -> None:
+    assert 8265 not in local_run.ports
+    dashboards = [command for command in local_run.commands.values() if "/dashboard.py " in command]
+    assert all("--minimal" in command or "--modules-to-load=UsageStatsHead" in command for command in dashboards)
+
+
+def test_a_client_without_its_token_is_refused(local_run: LocalRun, tmp_path: Path) -> None:
+    none: dict[str, str] = {"HOME": str(tmp_path)}
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    # Side by side, since Ray's client tries for twenty seconds.
+    with ThreadPoolExecutor() as pool:
+        for refused in pool.map(lambda env: local_run.connect(**env), [none | {"RAY_AUTH_MODE": "disabled"}, wrong]):
+            assert refused.returncode != 0
+            assert "connected" not in refused.stdout
+
+
+def test_its_user_may_look_at_it(local_run: LocalRun) -> None:
+    assert local_run.connect(RAY_AUTH_MODE="token").stdout == "connected to 1\n"
+
+
+def test_nothing_in_the_package_turns_tokens_off() -> None:
+    package = Path(__file__).parent.parent / "gaudi_batch"
+    said = [path for path in package.rglob("*.py") if re.search(r"RAY_AUTH|AUTH_MODE", path.read_text())]
+    assert said == []
