@@ -113,9 +113,14 @@ class Driver:
         self._setup_ref = ray.put(self._setup)
         for work in (self._grow, self._look, self._report):
             self._spawn(work())
+        stopped = True
         try:
-            return await self._over
+            reason = await self._over
+            stopped = reason is not None
+            return reason
         finally:
+            if stopped:
+                self._ledger.storage.hurry()
             for task in self._tasks:
                 task.cancel()
             # A commit that has been begun can't be taken back: its thread goes on whatever becomes of its task.
@@ -125,7 +130,12 @@ class Driver:
             for slot in self._slots.values():
                 self._kill(slot)
                 remove_placement_group(slot.group)
-            self._ledger.put_json("progress.json", self._describe("over"))
+            try:
+                await asyncio.to_thread(self._ledger.put_json, "progress.json", self._describe("over"))
+            except StorageError as error:
+                if not stopped:
+                    raise
+                log.warning("progress.json is not up to date: %s", error)
 
     def stop(self, reason: str, grace: float) -> None:
         """Takes up no more work and ends when what has begun is committed, after `grace` seconds at the latest."""

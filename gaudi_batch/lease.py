@@ -101,20 +101,23 @@ class LeaseKeeper:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self, cleaned: bool) -> None:
-        """Leaves the run without a holder.
+        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
 
         Args:
             cleaned: whether the leavings of the dead have been removed; if not, the next driver is told of them.
         """
         self._over.set()
-        held = self._read()
-        if held is None or held.driver != self._lease.driver:
-            return
-        if cleaned or not self._lease.dead:
-            self._storage.remove("lease.json")
-        else:
-            self._lease = replace(self._lease, released=True)
-            self._write()
+        try:
+            held = self._read()
+            if held is None or held.driver != self._lease.driver:
+                return
+            if cleaned or not self._lease.dead:
+                self._storage.remove("lease.json")
+            else:
+                self._lease = replace(self._lease, released=True)
+                self._write()
+        except StorageError as error:
+            log.warning("the lease can't be given back: %s", error)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
