@@ -112,9 +112,14 @@ class Driver:
         self._setup_ref = ray.put(self._setup)
         for work in (self._grow, self._look, self._report):
             self._spawn(work())
+        stopped = True
         try:
-            return await self._over
+            reason = await self._over
+            stopped = reason is not None
+            return reason
         finally:
+            if stopped:
+                self._ledger.storage.hurry()
             for task in self._tasks:
                 task.cancel()
             # A commit that has been begun can't be taken back: its thread goes on whatever becomes of its task.
@@ -124,7 +129,12 @@ class Driver:
             for slot in self._slots.values():
                 self._kill(slot)
                 remove_placement_group(slot.group)
-            self._ledger.put_json("progress.json", self._describe("over"))
+            try:
+                await asyncio.to_thread(self._ledger.put_json, "progress.json", self._describe("over"))
+            except StorageError as error:
+                if not stopped:
+                    raise
+                log.warning("progress.json is not up to date: %s", error)
 
     def stop(self, reason: str, grace: float) -> None:
         """Takes up no more work and ends when what has begun is committed, after `grace` seconds at the latest."""
@@ -148,6 +158,7 @@ class Driver:
         task = asyncio.get_running_loop().create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # a task that is cancelled at once never begins it
         return task
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:

@@ -106,20 +106,24 @@ class LeaseKeeper:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self, cleaned: bool) -> None:
-        """Leaves the run without a holder.
+        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
 
         Args:
             cleaned: whether the leavings of the dead have been removed; if not, the next driver is told of them.
         """
         self._over.set()
-        held = self._read()
-        if held is None or held.driver != self._lease.driver:
-            return
-        if cleaned or not self._lease.dead:
-            self._storage.remove("lease.json")
-        else:
-            self._lease = replace(self._lease, released=True)
-            self._write()
+        _ended.add(self._lease.driver)
+        try:
+            held = self._read()
+            if held is None or held.driver != self._lease.driver:
+                return
+            if cleaned or not self._lease.dead:
+                self._storage.remove("lease.json")
+            else:
+                self._lease = replace(self._lease, released=True)
+                self._write()
+        except StorageError as error:
+            log.warning("the lease can't be given back: %s", error)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
@@ -156,6 +160,10 @@ class LeaseKeeper:
         return read_lease(self._storage)
 
 
+_ended: set[str] = set()
+"""Drivers of this process that are over, whether or not storage let them say so."""
+
+
 def read_lease(storage: Storage) -> Lease | None:
     """Who drives the run in an output, as far as is written down."""
     data = storage.get("lease.json")
@@ -169,6 +177,8 @@ def read_lease(storage: Storage) -> Lease | None:
 
 def is_alive(lease: Lease) -> bool | None:
     """Whether the holder lives, which only its own machine can tell; None on another."""
+    if lease.driver in _ended:
+        return False
     if lease.machine != _machine():
         return None
     return lease.started == _process_started(lease.pid)

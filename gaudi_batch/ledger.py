@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch import manifest
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
@@ -155,10 +155,14 @@ class Ledger:
 
     def commits(self) -> Iterator[tuple[CommitFacts, pa.Table]]:
         """Every whole manifest, in order of its shard. One that was written in part is passed over."""
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        pool = ThreadPoolExecutor(READ_THREADS)
+        try:
             for found in _ahead(pool, self._read_commit, self.committed_shards()):
                 if found is not None:
                     yield found
+        finally:
+            # Where one could not be read, the others would take as long to fail.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_commit(self, shard: int) -> tuple[CommitFacts, pa.Table] | None:
         data = self.storage.get(manifest_path(shard))
@@ -204,9 +208,9 @@ class Ledger:
                     return 0
                 if waiting:
                     writer.write_table(pa.concat_tables(waiting))
-            finally:
-                if writer is not None:
-                    writer.close()
+                writer.close()
+            except OSError as error:
+                raise StorageError(f"can't join the manifests in {directory}: {error}") from None
             self.storage.put_file("manifest.parquet", os.fspath(path))
         return rows
 

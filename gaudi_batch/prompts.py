@@ -21,7 +21,7 @@ from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage import MANY_SECONDS, Storage
 from gaudi_batch.text import one_line
 
 FOOTER_THREADS = 16
@@ -301,11 +301,11 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
         }
 
     try:
-        base, found = whole.attempt("find the prompts", look)
+        base, found = whole.attempt("find the prompts", look, MANY_SECONDS)
     except StorageError as error:
         if "FileNotFoundError" in str(error):
             raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
-        raise InputError(f"prompts: {error}") from None
+        raise
     if not found:
         raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
     storage = whole.at(base)

@@ -16,7 +16,7 @@ from typing import Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
-from gaudi_batch.errors import InputError, RunStopped
+from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper
 from gaudi_batch.ledger import Ledger, RunRecord, differences
@@ -120,6 +120,9 @@ def run(
             _verify(ledger)
         complete = True
         return result
+    except StorageError:
+        ledger.storage.hurry()
+        raise
     finally:
         lease.release(cleaned=complete)
 
@@ -336,6 +339,30 @@ def _sum_up(
     lease: LeaseKeeper,
     ended: _Ended,
 ) -> RunResult:
+    reason, rows = ended.reason, tally.rows
+    try:
+        summary = _write_summary(ledger, record, made_again, tally, lease, ended)
+        rows = summary["rows"]
+    except StorageError as error:
+        if reason is None:
+            raise
+        # Why the run stopped is worth more than that its end can't be written down either.
+        log.warning("summary.json is not up to date: %s", error)
+    if reason == INTERRUPTED:
+        raise Interrupted(f"interrupted with {rows} of {record.rows} rows done; the same command resumes")
+    if reason is not None:
+        raise RunStopped(f"stopped: {reason} ({rows} of {record.rows} rows are done; the same command resumes)")
+    return RunResult(ledger.storage.url, summary)
+
+
+def _write_summary(
+    ledger: Ledger,
+    record: RunRecord,
+    made_again: Mapping[int, int],
+    tally: Tally,
+    lease: LeaseKeeper,
+    ended: _Ended,
+) -> dict[str, Any]:
     reason = ended.reason
     # What is committed is what storage says: another driver may have committed, too.
     tally = tally.emptied()
@@ -358,8 +385,4 @@ def _sum_up(
     if reason is None:
         ledger.join_manifests(made_again)
     ledger.put_json("summary.json", summary)
-    if reason == INTERRUPTED:
-        raise Interrupted(f"interrupted with {tally.rows} of {record.rows} rows done; the same command resumes")
-    if reason is not None:
-        raise RunStopped(f"stopped: {reason} ({tally.rows} of {record.rows} rows are done; the same command resumes)")
-    return RunResult(ledger.storage.url, summary)
+    return summary

@@ -2,7 +2,8 @@
 
 Everything else speaks in paths relative to a root. A put is atomic: a reader sees the whole object or none. What a
 store itself calls impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong
-is tried again with backoff and jitter, for as long as the job's patience lasts.
+is tried again with backoff and jitter, for as long as the job's patience lasts. A try that does not come back is given
+up and counts as one that failed, so nothing waits for storage longer than the patience and one more try.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import contextlib
 import copy
 import errno
 import io
+import logging
+import os
 import random
 import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +32,20 @@ from gaudi_batch.errors import InputError, StorageError
 
 T = TypeVar("T")
 
+log = logging.getLogger("gaudi_batch")
+
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 30.0
+TRY_SECONDS = 60.0
+"""How long one try at reading or writing an object may take, beside what its bytes need at `SLOWEST_BYTES_PER_S`."""
+MANY_SECONDS = 600.0
+"""The same of what takes many requests, such as a listing."""
+SLOWEST_BYTES_PER_S = 1e6
+S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
+"""What botocore gets unless the options say otherwise: a request that stalls three times ends within `TRY_SECONDS`. A
+few tries of its own it must have, for a listing is many requests, and one that fails would start it all over."""
+LAST_SECONDS = 10.0
+"""How long a run that stops tries to write down how it ended; storage may be why it stops."""
 REMOVE_THREADS = 16
 PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
 PERMANENT_ERRORS = (
@@ -43,6 +59,11 @@ PERMANENT_ERRORS = (
     ValueError,
     TypeError,
 )
+PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+PASSING_STATUSES = {408, 409, 425, 429}
+PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+"""What S3 says with status 400 of a request that broke on its way."""
+SECRET_VARIABLE = re.compile(r"(AWS|AZURE|HF|GOOGLE)_\w*(SECRET|TOKEN|KEY|PASSWORD|CONNECTION_STRING)\w*")
 SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
 _URL_USERINFO = re.compile(r"(\w+://)[^\s'\"]+@")
 _URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
@@ -50,8 +71,9 @@ _URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
     """Takes secrets out of a text: user names, passwords and queries in URLs, and the values of `options` (fsspec
-    storage options) whose names say that they are secret."""
-    for secret in sorted(_secrets(options or {}), key=len, reverse=True):
+    storage options) and of the environment whose names say that they are secret."""
+    variables = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
+    for secret in sorted(_secrets(variables, True) | _secrets(options or {}), key=len, reverse=True):
         text = text.replace(secret, "***")
     return _URL_QUERY.sub(r"\1?***", _URL_USERINFO.sub(r"\1***@", text))
 
@@ -93,6 +115,10 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         protocol = fsspec.core.split_protocol(url)[0]
         if protocol in ("memory", "memoryfs"):
             raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
+        if protocol in ("s3", "s3a"):
+            # Without concurrency a read is one request, and not one for the size before it.
+            config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
+            options = {"max_concurrency": 1, **options, "config_kwargs": config}
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
     except InputError:
         raise
@@ -111,7 +137,7 @@ class Storage:
     Args:
         url: root; a plain path is a local directory.
         options: fsspec storage options.
-        patience: seconds for which a failing operation is tried again.
+        patience: seconds for which a failing operation is tried again; may be changed while operations go on.
     """
 
     def __init__(
@@ -126,6 +152,8 @@ class Storage:
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self.url = redact(root if self.local else url).rstrip("/")
         self.patience = patience
+        self.try_seconds = TRY_SECONDS
+        _own_retries_off(self.filesystem)
         self._made: set[str] = set()
         self._running: dict[object, float] = {}
         self._lock = threading.Lock()
@@ -135,6 +163,7 @@ class Storage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        _own_retries_off(self.filesystem)
         self._made, self._running, self._lock = set(), {}, threading.Lock()
 
     def longest_running_s(self) -> float:
@@ -142,32 +171,45 @@ class Storage:
         with self._lock:
             return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
+    def hurry(self) -> None:
+        """Gives operations, those under way among them, no more time than a run that stops has."""
+        self.patience = min(self.patience, LAST_SECONDS)
+        self.try_seconds = min(self.try_seconds, LAST_SECONDS)
+
     def put(self, path: str, data: bytes) -> None:
         """Writes an object whole. Raises StorageError."""
-        self.attempt(f"write {path}", lambda: self._put(path, lambda full: self.filesystem.pipe_file(full, data)))
+        self._put(path, len(data), lambda full, **limit: self.filesystem.pipe_file(full, data, **limit))
 
     def put_file(self, path: str, local: str) -> None:
         """Writes a local file as an object, whole. Raises StorageError."""
-        self.attempt(f"write {path}", lambda: self._put(path, lambda full: self.filesystem.put_file(local, full)))
+        size = Path(local).stat().st_size
+        self._put(path, size, lambda full, **limit: self.filesystem.put_file(local, full, **limit))
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None where there is none. Raises StorageError."""
+        seconds, limit = self._limit()
 
         def read() -> bytes | None:
             try:
-                return self.filesystem.cat_file(self.full(path))  # type: ignore[no-any-return]
+                return self.filesystem.cat_file(self.full(path), **limit)  # type: ignore[no-any-return]
             except FileNotFoundError:
                 return None
 
-        return self.attempt(f"read {path}", read)
+        return self.attempt(f"read {path}", read, seconds)
 
     def get_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object. Raises StorageError."""
         if stop <= start:
             return b""
-        return self.attempt(  # type: ignore[no-any-return]
-            f"read {path}", lambda: self.filesystem.cat_file(self.full(path), start=start, end=stop)
-        )
+        seconds, limit = self._limit(stop - start)
+
+        def read() -> bytes:
+            data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
+            if len(data) != stop - start:
+                raise OSError(errno.EIO, f"{len(data)} bytes came instead of {stop - start}")
+            return data
+
+        return self.attempt(f"read {path}", read, seconds)
 
     def open(self, path: str) -> io.RawIOBase:
         """An object as a file to read at any position; each read is tried again like everything here."""
@@ -190,7 +232,8 @@ class Storage:
                 return []
             return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
 
-        return [name for name in self.attempt(f"list {directory or '.'}", listing) if ".part-" not in name]
+        found = self.attempt(f"list {directory or '.'}", listing, MANY_SECONDS)
+        return [name for name in found if ".part-" not in name]
 
     def remove(self, path: str) -> None:
         """Removes an object or a directory with all that it holds; one that is not there is no error."""
@@ -206,31 +249,48 @@ class Storage:
                         list(pool.map(self.filesystem.rm_file, self.filesystem.find(full)))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
-        self.attempt(f"remove {path}", delete)
+        self.attempt(f"remove {path}", delete, MANY_SECONDS)
 
     def full(self, path: str) -> str:
         """The path that the filesystem knows."""
         return f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}"
 
-    def _put(self, path: str, write: Callable[[str], None]) -> None:
-        full = self.full(path)
-        if not self.local:
-            write(full)
-            return
-        parent = full.rpartition("/")[0]
-        if parent not in self._made:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-            self._made.add(parent)
-        part = Path(f"{full}.part-{uuid.uuid4().hex[:8]}")
-        try:
-            write(str(part))
-            part.replace(full)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    def _limit(self, size: int = 0) -> tuple[float, dict[str, float]]:
+        """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
+        sockets time out where nothing comes, but not where nothing is taken."""
+        seconds = self.try_seconds + size / SLOWEST_BYTES_PER_S
+        return seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
 
-    def attempt(self, what: str, operation: Callable[[], T]) -> T:
+    def _put(self, path: str, size: int, write: Callable[..., None]) -> None:
+        full = self.full(path)
+        seconds, limit = self._limit(size)
+
+        def put() -> None:
+            if not self.local:
+                write(full, **limit)
+                return
+            parent = full.rpartition("/")[0]
+            if parent not in self._made:
+                Path(parent).mkdir(parents=True, exist_ok=True)
+                self._made.add(parent)
+            part = Path(f"{full}.part-{uuid.uuid4().hex[:8]}")
+            try:
+                write(str(part))
+                part.replace(full)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+
+        self.attempt(f"write {path}", put, seconds)
+
+    def attempt(self, what: str, operation: Callable[[], T], seconds: float = TRY_SECONDS) -> T:
         """Runs an operation until it succeeds, storage refuses it, or the patience is over.
+
+        Args:
+            what: the operation, as one says "can't ...".
+            operation: does it.
+            seconds: how long one try may take. One on a filesystem that is asynchronous has timeouts of its own; any
+                other is left behind in its thread.
 
         Raises:
             StorageError: with the storage's own words, secrets taken out.
@@ -242,16 +302,17 @@ class Storage:
         try:
             for delay in _delays():
                 try:
-                    return operation()
+                    return operation() if self.filesystem.async_impl else _in_time(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
-                    said = redact(f"{type(error).__name__}: {error}", self.options)
+                    said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
                     if _permanent(error):
                         raise StorageError(f"{self.url}: can't {what}: {said}") from None
                     if waited + delay > self.patience:
                         raise StorageError(
                             f"{self.url}: can't {what}, tried for {waited:.0f} s (storage_patience): {said}"
                         ) from None
+                    log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, said)
                     time.sleep(delay)
         finally:
             with self._lock:
@@ -284,11 +345,41 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
+def _own_retries_off(filesystem: Any) -> None:
+    """s3fs would try five times what botocore has tried already. A copy in another process forgets this."""
+    if type(filesystem).__name__ == "S3FileSystem":
+        filesystem.retries = 1
+
+
+def _in_time(operation: Callable[[], T], seconds: float) -> T:
+    """Runs an operation in a thread that is left behind if it does not end: nothing can end one that a disk holds."""
+    ended: Future[T] = Future()
+
+    def target() -> None:
+        try:
+            ended.set_result(operation())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=target, name="storage", daemon=True).start()
+    try:
+        return ended.result(seconds)
+    except FutureTimeout:
+        if ended.done():
+            raise
+        raise TimeoutError(f"no answer for {seconds:.0f} s") from None
+
+
 def _permanent(error: Exception) -> bool:
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+    if type(error).__name__ in PERMANENT_NAMES:
         return True
     if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
         return True
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):  # botocore's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if 400 <= status < 500 and status not in PASSING_STATUSES:
+            return response.get("Error", {}).get("Code") not in PASSING_CODES
     return isinstance(error, PERMANENT_ERRORS) and not isinstance(error, (TimeoutError, ConnectionError))
 
 

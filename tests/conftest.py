@@ -6,8 +6,6 @@ import contextlib
 import os
 import secrets
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,30 +79,14 @@ def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """JuiceFS's S3 gateway, which carries MinIO's server."""
+    """A real S3 server."""
     import s3fs
 
-    home = tmp_path_factory.mktemp("s3")
-    juicefs = str(Path(sys.executable).parent / "juicefs")
-    meta = f"sqlite3://{home}/meta.db"
-    bucket = ["--storage", "file", "--bucket", f"{home}/data", "--trash-days", "0"]
-    subprocess.run([juicefs, "format", *bucket, meta, "test"], check=True, capture_output=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        server = S3Server(free.getsockname()[1])
-    ports = [f"127.0.0.1:{server.port}", "--metrics", "127.0.0.1:0", "--cache-dir", f"{home}/cache"]
-    process = subprocess.Popen(
-        [juicefs, "gateway", "--multi-buckets", "--no-banner", *ports[1:], meta, ports[0]],
-        env=os.environ | {"MINIO_ROOT_USER": "tester", "MINIO_ROOT_PASSWORD": "tester-password"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+        server = S3Server(tmp_path_factory.mktemp("s3"), free.getsockname()[1])
+    server.start()
     try:
-        for _ in range(100):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", server.port), 1).close()
-                break
-            time.sleep(0.2)
         filesystem = s3fs.S3FileSystem(**server.options, skip_instance_cache=True)
         for _ in range(100):
             with contextlib.suppress(OSError):
@@ -113,5 +95,4 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             time.sleep(0.2)
         yield server
     finally:
-        process.terminate()
-        process.wait(20)
+        server.kill()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,17 +44,49 @@ def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "mai
     return commit
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """A real S3 server on this machine, with one bucket named `bucket`."""
+    """A real S3 server on this machine, with one bucket named `bucket`: JuiceFS's gateway, which carries MinIO's."""
 
+    home: Path
     port: int
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """fsspec storage options."""
+        return self.options_at(self.port)
+
+    def options_at(self, port: int) -> dict[str, Any]:
+        """The same for somebody who stands before it on another port."""
         return {
-            "key": "tester",
+            "key": "tester-key-id",
             "secret": "tester-password",
-            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{self.port}", "region_name": "us-east-1"},
+            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"},
         }
+
+    def start(self) -> None:
+        """Starts the server on what it has stored so far, and waits until it answers."""
+        juicefs = str(Path(sys.executable).parent / "juicefs")
+        meta = f"sqlite3://{self.home}/meta.db"
+        if not (self.home / "meta.db").exists():
+            bucket = ["--storage", "file", "--bucket", f"{self.home}/data", "--trash-days", "0"]
+            subprocess.run([juicefs, "format", *bucket, meta, "test"], check=True, capture_output=True)
+        options = ["--multi-buckets", "--no-banner", "--metrics", "127.0.0.1:0", "--cache-dir", f"{self.home}/cache"]
+        self.process = subprocess.Popen(
+            [juicefs, "gateway", *options, meta, f"127.0.0.1:{self.port}"],
+            env=os.environ | {"MINIO_ROOT_USER": "tester-key-id", "MINIO_ROOT_PASSWORD": "tester-password"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Kills the server with SIGKILL."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()

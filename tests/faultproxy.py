@@ -1,0 +1,200 @@
+"""A reverse proxy that stands before a real server and makes of its answers what networks and stores make of them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KINDS = ("500", "503", "reset", "lost answer", "cut", "stall")
+
+
+@dataclass
+class Fault:
+    """What befalls requests that match.
+
+    Args:
+        kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
+            afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
+            `deaf` does not even read its body.
+        method: pattern of the method.
+        path: pattern of the path with its query, found anywhere in it.
+        count: how many requests; None is all.
+        every: only each so many-th of them.
+        when: whether it is time yet.
+        code: S3's code of the error, for a status.
+    """
+
+    kind: str
+    method: str = ""
+    path: str = ""
+    count: int | None = None
+    every: int = 1
+    when: Callable[[], bool] = lambda: True
+    code: str = "InternalError"
+    message: str = "Made by the proxy."
+    hits: int = 0
+    seen: int = 0
+
+
+class FaultProxy(ThreadingHTTPServer):
+    """Forwards to a port of this machine. The Host header stays, so signatures stay valid."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, upstream: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream
+        self.requests: list[str] = []
+        """What was asked for, as `PUT /bucket/object`."""
+        self.over = threading.Event()
+        self._faults: list[Fault] = []
+        self._lock = threading.RLock()  # `when` may ask
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def add(self, fault: Fault) -> Fault:
+        with self._lock:
+            self._faults.append(fault)
+        return fault
+
+    def clear(self) -> None:
+        """Lets everything through, and lets go of what is stalled."""
+        with self._lock:
+            self._faults.clear()
+            self.requests.clear()
+            self.over.set()
+            self.over = threading.Event()
+
+    def asked(self, pattern: str) -> int:
+        """How many requests there were of a pattern."""
+        with self._lock:
+            return sum(bool(re.search(pattern, request)) for request in self.requests)
+
+    def fault_of(self, method: str, path: str) -> Fault | None:
+        with self._lock:
+            self.requests.append(f"{method} {path}")
+            for fault in self._faults:
+                if fault.count is not None and fault.hits >= fault.count:
+                    continue
+                if not (re.search(fault.method, method) and re.search(fault.path, path) and fault.when()):
+                    continue
+                fault.seen += 1
+                if fault.seen % fault.every == 0:
+                    fault.hits += 1
+                    return fault
+        return None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone away is what this is about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultProxy
+
+    def do_GET(self) -> None:
+        fault = self.server.fault_of(self.command, self.path)
+        kind = fault.kind if fault else ""
+        if kind == "deaf":
+            self._stall()
+            return
+        body = self._body()
+        if kind == "stall":
+            self._stall()
+        elif kind == "reset":
+            self._reset()
+        elif fault and kind.isdigit():
+            self._answer(int(kind), "", [("Content-Type", "application/xml")], _xml(fault))
+        else:
+            self._forward(body, kind)
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def _forward(self, body: bytes, kind: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("expect", "transfer-encoding", "connection", "content-length"):
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            response = connection.getresponse()
+            data = response.read()
+        except OSError:
+            self._reset()  # the server is not there: what a client without the proxy would see, nearly
+            return
+        finally:
+            connection.close()
+        if kind == "lost answer":
+            self._reset()
+            return
+        self._answer(response.status, response.reason, response.getheaders(), data, cut=kind == "cut")
+
+    def _answer(self, status: int, reason: str, headers: list[tuple[str, str]], data: bytes, cut: bool = False) -> None:
+        self.send_response_only(status, reason or None)
+        lengths = [value for name, value in headers if name.lower() == "content-length"]
+        for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", lengths[0] if self.command == "HEAD" and lengths else str(len(data)))
+        self.end_headers()
+        if cut:
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self._reset()
+        elif self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _stall(self) -> None:
+        self.server.over.wait()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()  # the socket is closed when nobody holds it
+            self.connection.close()
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def _xml(fault: Fault) -> bytes:
+    said = f"<Code>{fault.code}</Code><Message>{fault.message}</Message>"
+    return f'<?xml version="1.0" encoding="UTF-8"?><Error>{said}<RequestId>1</RequestId></Error>'.encode()
+
+
+@contextlib.contextmanager
+def fault_proxy(upstream: int) -> Iterator[FaultProxy]:
+    """Runs a proxy in a thread."""
+    proxy = FaultProxy(upstream)
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.clear()
+        proxy.shutdown()
+        proxy.server_close()

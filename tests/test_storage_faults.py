@@ -1,0 +1,379 @@
+"""Storage fails in every way that it does in life, before real servers and real disks; each run ends as if it had not.
+
+One undisturbed run is the measure: a disturbed one has the same manifest in the end, or stops with a clear reason and
+has it when started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faultproxy import Fault, FaultProxy, fault_proxy
+from helpers import S3Server
+
+from gaudi_batch import cli
+from gaudi_batch import storage as storage_module
+from gaudi_batch.cluster import attached
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.status import read_status
+from gaudi_batch.storage import Storage
+
+ROWS = 48
+Content = list[tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files with several row groups; one row can't be run."""
+    directory = tmp_path_factory.mktemp("prompts")
+    texts = [None if row == 13 else f"prompt {row}" for row in range(ROWS)]
+    for number, (start, stop) in enumerate([(0, 20), (20, ROWS)]):
+        table = pa.table({"prompt": texts[start:stop], "topic": [f"topic {row}" for row in range(start, stop)]})
+        pq.write_table(table, directory / f"{number}.parquet", row_group_size=8)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ray_here(cluster: str) -> Iterator[None]:
+    """This process stays connected, so that each run needs not connect anew."""
+    with attached(cluster):
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """What the job makes where nothing breaks."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert run(dataset, output) == 3
+    return content(Storage(str(output)))
+
+
+@pytest.fixture(scope="module")
+def proxy(s3: S3Server) -> Iterator[FaultProxy]:
+    with fault_proxy(s3.port) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(storage_module, "FIRST_DELAY_SECONDS", 0.1)
+    log = logging.getLogger("gaudi_batch")
+    handlers, propagate = log.handlers[:], log.propagate
+    proxy.clear()
+    yield
+    proxy.clear()
+    log.handlers[:], log.propagate = handlers, propagate
+
+
+def options(s3: S3Server, proxy: FaultProxy) -> dict[str, Any]:
+    """A stalled request ends after a second, and nobody but Storage tries again."""
+    config = {"connect_timeout": 5, "read_timeout": 1, "retries": {"max_attempts": 0}}
+    return s3.options_at(proxy.port) | {"config_kwargs": config}
+
+
+def run(prompts: Path | str, output: Path | str, **fields: Any) -> int:
+    """Runs the job by the command line, in this process; returns its exit code."""
+    job = {
+        "prompts": str(prompts),
+        "output": str(output),
+        "device": "simulated",
+        "simulated": {"batch_seconds": 0.02},
+        "shard_size": 8,
+        "batch_size": 4,
+        "cards": 2,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(job | fields, file)
+        file.flush()
+        return cli.main(["run", file.name])
+
+
+def content(output: Storage) -> Content:
+    """What a run's manifest says was made; every image is there and is what it says."""
+    data = output.get("manifest.parquet")
+    assert data is not None
+    rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    for row in rows:
+        if row["status"] == "ok":
+            assert hashlib.sha256(output.get(row["path"]) or b"").hexdigest() == row["sha256"]
+    return sorted(
+        (row["row"], row["image_index"], row["id"], row["status"], row["error"], row["sha256"]) for row in rows
+    )
+
+
+def nothing_was_held_against_cards(output: Storage) -> None:
+    summary = json.loads(output.get("summary.json") or b"{}")
+    assert summary["retries"] == 0
+    assert [card["faults"] for card in summary["cards"].values()] == [0] * len(summary["cards"])
+
+
+def said_once(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """The last line on standard error says why, and there is no traceback."""
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    last = errors.rstrip().rsplit("\n", 1)[-1]
+    for word in words:
+        assert word in last, errors
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "reset", "lost answer", "cut", "stall"])
+def test_cards_wait_for_an_output_that_fails_for_a_while(
+    kind: str, dataset: Path, s3: S3Server, proxy: FaultProxy, tmp_path: Path, undisturbed: Content
+) -> None:
+    places = [("PUT", "/images/"), ("PUT", "/manifest/"), ("GET", "/manifest/"), ("GET", "prefix=[^&]*manifest")]
+    places += [("PUT", "/run.json"), ("PUT", "/plan.parquet"), ("PUT", "/throughput/"), ("PUT", "/manifest.parquet")]
+    if kind == "cut":
+        places = [("GET", "/manifest/"), ("GET", "prefix=[^&]*manifest"), ("GET", "/plan.parquet")]
+    code = "SlowDown" if kind == "503" else "InternalError"
+    faults = [proxy.add(Fault(kind, method, path, count=2, code=code)) for method, path in places]
+    output = Storage(f"s3://bucket/{tmp_path.name}", s3.options)
+    assert run(dataset, f"s3://bucket/{tmp_path.name}", storage_options=options(s3, proxy)) == 3
+    if kind == "cut":
+        run(dataset, f"s3://bucket/{tmp_path.name}", storage_options=options(s3, proxy))
+    assert [fault.hits for fault in faults] == [2] * len(faults)
+    assert content(output) == undisturbed
+    nothing_was_held_against_cards(output)
+
+
+def test_cards_wait_for_a_server_that_was_killed(
+    dataset: Path, s3: S3Server, proxy: FaultProxy, tmp_path: Path, undisturbed: Content
+) -> None:
+    done = threading.Event()
+
+    def kill_and_restart() -> None:
+        while proxy.asked("PUT .*/manifest/") < 2 and not done.is_set():
+            time.sleep(0.01)
+        s3.kill()
+        time.sleep(5)
+        s3.start()
+
+    killer = threading.Thread(target=kill_and_restart)
+    killer.start()
+    try:
+        url = f"s3://bucket/{tmp_path.name}"
+        slow = {"batch_seconds": 0.3}
+        assert run(dataset, url, storage_options=options(s3, proxy), simulated=slow) == 3
+    finally:
+        done.set()
+        killer.join()
+    output = Storage(f"s3://bucket/{tmp_path.name}", s3.options)
+    assert content(output) == undisturbed
+    nothing_was_held_against_cards(output)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for a part of the job."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_finishes_it(
+    dataset: Path, small_disk: Path, undisturbed: Content, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = small_disk / "out"
+    assert run(dataset, output) == 1
+    said_once(capsys, "No space left on device", "the same command resumes")
+    assert not list(output.rglob("*.part-*"))
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert run(dataset, output) == 3
+    assert content(Storage(str(output))) == undisturbed
+
+
+def test_a_manifest_that_was_written_in_part_is_no_commit(dataset: Path, tmp_path: Path, undisturbed: Content) -> None:
+    assert run(dataset, tmp_path / "out") == 3
+    manifests = sorted((tmp_path / "out/manifest").iterdir())
+    whole = {path: path.read_bytes() for path in manifests}
+    broken = {manifests[1]: whole[manifests[1]][:-100], manifests[3]: b""}
+    for path, data in broken.items():
+        path.write_bytes(data)
+    for name in ("manifest.parquet", "summary.json"):
+        (tmp_path / "out" / name).unlink()
+    assert run(dataset, tmp_path / "out") == 3
+    assert content(Storage(str(tmp_path / "out"))) == undisturbed
+    assert [path for path in manifests if path.read_bytes() != whole[path]] == list(broken)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    script = "import sys; from gaudi_batch.storage import Storage; Storage(sys.argv[1]).put('x/i.png', bytes(2**27))"
+    storage, until = Storage(str(tmp_path)), time.monotonic() + 120
+    while not list(tmp_path.glob("x/*.part-*")):
+        assert time.monotonic() < until, "no writer was caught amid its work"
+        (tmp_path / "x/i.png").unlink(missing_ok=True)
+        writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+        while writer.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("x/*.part-*")):
+            pass
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert storage.names("x") == []
+    assert storage.get("x/i.png") is None
+
+
+@pytest.mark.parametrize(("status", "code"), [("403", "AccessDenied"), ("400", "ExpiredToken")])
+def test_credentials_that_expire_stop_the_run_with_the_stores_own_words(
+    status: str,
+    code: str,
+    dataset: Path,
+    s3: S3Server,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    undisturbed: Content,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
+    late = {"when": lambda: proxy.asked("PUT .*/manifest/") > 1}
+    proxy.add(Fault(status, code=code, message="The provided token has expired.", **late))
+    assert run(dataset, url, storage_options=ours) == 1
+    said_once(capsys, "The provided token has expired.", "the same command resumes")
+    proxy.clear()
+    assert run(dataset, url, storage_options=ours) == 3
+    assert content(Storage(url, s3.options)) == undisturbed
+
+
+def test_prompts_are_read_from_storage_that_fails(
+    dataset: Path, s3: S3Server, proxy: FaultProxy, tmp_path: Path, undisturbed: Content
+) -> None:
+    prompts = Storage(f"s3://bucket/{tmp_path.name}-prompts", s3.options)
+    for path in dataset.iterdir():
+        prompts.put_file(path.name, str(path))
+    kinds = ["500", "503", "reset", "cut", "stall"]
+    planned = tmp_path / "out/run.json"
+    first = [proxy.add(Fault(kind, count=1)) for kind in kinds]
+    later = [proxy.add(Fault(kind, "GET", "parquet", count=2, every=2, when=planned.exists)) for kind in kinds]
+    assert run(prompts.url, tmp_path / "out", prompts_storage_options=options(s3, proxy)) == 3
+    assert [fault.hits for fault in first] == [1] * len(kinds)
+    assert all(fault.hits for fault in later)
+    output = Storage(str(tmp_path / "out"))
+    assert content(output) == undisturbed
+    nothing_was_held_against_cards(output)
+
+
+def test_prompts_that_storage_denies_cost_no_rows(
+    dataset: Path,
+    s3: S3Server,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    undisturbed: Content,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = Storage(f"s3://bucket/{tmp_path.name}-prompts", s3.options)
+    for path in dataset.iterdir():
+        prompts.put_file(path.name, str(path))
+    ours = options(s3, proxy)
+    proxy.add(Fault("403", code="AccessDenied", message="Not any more."))
+    assert run(prompts.url, tmp_path / "out", prompts_storage_options=ours) == 1
+    said_once(capsys, "can't find the prompts", "Forbidden")
+    for every in (1, 3):
+        proxy.clear()
+        planned = tmp_path / "out/run.json"
+        proxy.add(Fault("403", every=every, when=planned.exists, code="AccessDenied", message="Not any more."))
+        assert run(prompts.url, tmp_path / "out", prompts_storage_options=ours) == 1
+        said_once(capsys, "PermissionError", "the same command resumes")
+        assert [row for row in committed_errors(tmp_path / "out") if "prompt is" not in row] == []
+    proxy.clear()
+    assert run(prompts.url, tmp_path / "out", prompts_storage_options=ours) == 3
+    assert content(Storage(str(tmp_path / "out"))) == undisturbed
+
+
+def committed_errors(output: Path) -> list[str]:
+    tables = [pq.read_table(path, columns=["error"]) for path in output.glob("manifest/*.parquet")]
+    return [error for table in tables for error in table.column("error").to_pylist() if error]
+
+
+def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
+    dataset: Path,
+    s3: S3Server,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    undisturbed: Content,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
+    output = Storage(url, s3.options)
+    denied = {"code": "AccessDenied", "message": "Denied by the test."}
+
+    def all_committed() -> bool:
+        return proxy.asked("PUT .*/manifest/") >= ROWS // 8
+
+    before_cards: list[tuple[str, str, Callable[[], bool]]] = [
+        ("PUT", "/plan.parquet", lambda: True),
+        ("PUT", "/run.json", lambda: True),
+    ]
+    after = [("GET", "/manifest/", all_committed)]
+    after += [
+        (method, path, lambda: True)
+        for method, path in [
+            ("GET", "prefix=[^&]*manifest"),
+            ("GET", "/manifest/"),
+            ("GET", "prefix=[^&]*images"),
+            ("PUT", "/manifest.parquet"),
+            ("PUT", "/summary.json"),
+        ]
+    ]
+    for method, path, when in [*before_cards, *after]:
+        proxy.clear()
+        fault = proxy.add(Fault("403", method, path, when=when, **denied))
+        assert run(dataset, url, storage_options=ours) == 1, path
+        assert fault.hits, path
+        said_once(capsys, "Denied by the test.")
+        assert output.get("summary.json") is None
+        assert output.get("lease.json") is None
+        if output.get("run.json") is not None:
+            assert read_status(Ledger(output))["state"] == "stopped"
+    proxy.clear()
+    assert run(dataset, url, storage_options=ours) == 3
+    assert proxy.asked("PUT .*/images/") == 0, "made again"
+    assert content(output) == undisturbed
+
+
+@pytest.mark.parametrize("kind", ["503", "stall"])
+def test_a_run_stops_when_its_patience_with_storage_is_over(
+    kind: str,
+    dataset: Path,
+    s3: S3Server,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    undisturbed: Content,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(storage_module, "LAST_SECONDS", 1.0)
+    url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
+    gone: list[float] = []
+
+    def late() -> bool:
+        if not gone and proxy.asked("PUT .*/manifest/") > 1:
+            gone.append(time.monotonic())
+        return bool(gone)
+
+    proxy.add(Fault(kind, when=late, code="SlowDown", message="Please reduce your request rate."))
+    assert run(dataset, url, storage_options=ours, storage_patience=3) == 1
+    assert time.monotonic() - gone[0] < 60
+    said_once(capsys, "storage_patience", "the same command resumes")
+    proxy.clear()
+    assert run(dataset, url, storage_options=ours) == 3
+    assert content(Storage(url, s3.options)) == undisturbed
