@@ -107,7 +107,8 @@ class Chaos:
                 if driver.returncode in (0, 3):
                     self.done["not fired, the run was over"] += len(plan)
                     return time.monotonic() - started
-                if driver.returncode not in (1, 130, -signal.SIGKILL):
+                # SIGTERM itself ends a driver that was so young that it had not yet said what SIGTERM means to it.
+                if driver.returncode not in (1, 130, -signal.SIGKILL, -signal.SIGTERM):
                     raise SystemExit(f"the driver ended with {driver.returncode}; see {log.name}")
                 driver = None
                 continue
