@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from helpers import S3Server
 from gaudi_batch import cli
 from gaudi_batch import storage as storage_module
 from gaudi_batch.cluster import attached
+from gaudi_batch.errors import StorageError
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.status import read_status
 from gaudi_batch.storage import Storage
@@ -289,14 +291,16 @@ def test_prompts_that_storage_denies_cost_no_rows(
     said_once(capsys, "can't find the prompts", "Forbidden")
     for every in (1, 3):
         proxy.clear()
-        planned = tmp_path / "out/run.json"
+        output = tmp_path / f"out-{every}"
+        planned = output / "run.json"
         proxy.add(Fault("403", every=every, when=planned.exists, code="AccessDenied", message="Not any more."))
-        assert run(prompts.url, tmp_path / "out", prompts_storage_options=ours) == 1
+        assert run(prompts.url, output, prompts_storage_options=ours) == 1
+        # An answer to HEAD has no body, so the store's own words are then the status alone.
         said_once(capsys, "PermissionError", "the same command resumes")
-        assert [row for row in committed_errors(tmp_path / "out") if "prompt is" not in row] == []
+        assert [row for row in committed_errors(output) if "prompt is" not in row] == []
     proxy.clear()
-    assert run(prompts.url, tmp_path / "out", prompts_storage_options=ours) == 3
-    assert content(Storage(str(tmp_path / "out"))) == undisturbed
+    assert run(prompts.url, output, prompts_storage_options=ours) == 3
+    assert content(Storage(str(output))) == undisturbed
 
 
 def committed_errors(output: Path) -> list[str]:
@@ -377,3 +381,23 @@ def test_a_run_stops_when_its_patience_with_storage_is_over(
     proxy.clear()
     assert run(dataset, url, storage_options=ours) == 3
     assert content(Storage(url, s3.options)) == undisturbed
+
+
+def test_an_upload_that_nobody_reads_is_given_up_and_tried_again(
+    s3: S3Server, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "SLOWEST_BYTES_PER_S", 1e9)
+    storage = Storage(f"s3://bucket/{tmp_path.name}", options(s3, proxy))
+    storage.try_seconds = 3.0
+    fault = proxy.add(Fault("deaf", "PUT", "/big", count=1))
+    storage.put("big", bytes(2**25))
+    assert fault.hits == 1
+    assert len(storage.get("big") or b"") == 2**25
+
+
+def test_a_local_read_that_never_ends_ends_with_the_patience(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stuck")
+    storage = Storage(str(tmp_path), patience=1.0)
+    storage.try_seconds = 0.5
+    with pytest.raises(StorageError, match=r"storage_patience\): TimeoutError: no answer"):
+        storage.get("stuck")
