@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from gaudi_batch.card import where_am_i
 from gaudi_batch.cluster import card_options, card_resources, connected, wanted_cards
@@ -137,6 +137,8 @@ class Bench:
             self.job.config.device == "hpu"
             and not self.emulated
             and self.job.model.pipeline_class == PUBLISHED_CLASS
+            and not self.job.model.name.startswith("builtin:")
+            and (bucket.steps, bucket.graph_key.guided, self.job.dtype) == (50, True, "autocast to bfloat16")
             and (bucket.width, bucket.height) == (PUBLISHED_SIDE, PUBLISHED_SIDE)
             and (1, self.throughput.batch_size) == PUBLISHED_BATCHES
         )
@@ -183,12 +185,21 @@ def bench(job: Job, address: str | None, calls: int) -> Bench:
         cards = wanted_cards(job, resources)
         if not cards:
             raise InputError(f"the cluster has no card for this job, which needs {resources.amount} {resources.name}")
+        free = int(ray.available_resources().get(resources.name, 0) // resources.amount)
+        if free < cards:
+            raise InputError(f"{cards} cards are to be measured and {free} are free; wait for others, or lower --cards")
         options = card_options(job.config, resources)
         actors = [
             ray.remote(_BenchCard).options(**options).remote(job.config, job.model, job.threads) for _ in range(cards)
         ]
         try:
             return _measure(job, actors, calls)
+        except GetTimeoutError:
+            limits = job.config.limits
+            raise RunStopped(
+                f"a card did not answer within its limit (limits.loading {limits.loading:g} s, limits.first_batch"
+                f" {limits.first_batch:g} s a call)"
+            ) from None
         except (RayTaskError, RayActorError) as error:
             cause = getattr(error, "cause", None) or error
             raise RunStopped(f"a card failed: {describe_error(cause)}") from None
@@ -199,16 +210,21 @@ def bench(job: Job, address: str | None, calls: int) -> Bench:
 
 def _measure(job: Job, actors: Sequence[Any], calls: int) -> Bench:
     bucket, batch_size = job.rules.bucket, job.config.batch_size
-    device, warmup = ray.get([actor.load.remote() for actor in actors])[0]
+    limits = job.config.limits
+    loaded = [actor.load.remote() for actor in actors]
+    device, warmup = ray.get(loaded, timeout=limits.loading)[0]
+
+    def seconds(cards: Sequence[Any], size: int, count: int) -> list[list[float]]:
+        called = [card.call.remote(bucket, size, count) for card in cards]
+        return ray.get(called, timeout=limits.first_batch * count)  # type: ignore[no-any-return]
 
     def rate(actor: Any, size: int) -> Rate:
-        ray.get(actor.call.remote(bucket, size, warmup))
-        return Rate(size, tuple(ray.get(actor.call.remote(bucket, size, calls))))
+        seconds([actor], size, warmup)
+        return Rate(size, tuple(seconds([actor], size, calls)[0]))
 
     latency, throughput = rate(actors[0], 1), rate(actors[0], batch_size)
     together: tuple[Rate, ...] = (throughput,)
     if len(actors) > 1:
-        ray.get([actor.call.remote(bucket, batch_size, warmup) for actor in actors[1:]])
-        found = ray.get([actor.call.remote(bucket, batch_size, calls) for actor in actors])
-        together = tuple(Rate(batch_size, tuple(seconds)) for seconds in found)
+        seconds(actors[1:], batch_size, warmup)
+        together = tuple(Rate(batch_size, tuple(found)) for found in seconds(actors, batch_size, calls))
     return Bench(job, device, warmup, latency, throughput, together)

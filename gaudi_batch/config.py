@@ -43,6 +43,21 @@ GAUDI_FIELDS = (
 MAX_JOB_FILE = 1 << 20
 """Bytes of a job file; a larger one is something else."""
 
+
+def check_gaudi_fields(value: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a Gaudi config has other fields, or other types, than optimum-habana knows."""
+    for key, field in value.items():
+        if key not in GAUDI_FIELDS:
+            raise ValueError(f"{key!r} is not a field of a Gaudi config; those are {', '.join(GAUDI_FIELDS)}")
+        if key.endswith("_ops"):
+            if field is not None and not (isinstance(field, list) and all(isinstance(op, str) for op in field)):
+                raise ValueError(f"{key} must be a list of names of operations, or null")
+        elif not isinstance(field, bool):
+            raise ValueError(f"{key} must be true or false")
+    if (value.get("autocast_bf16_ops") is None) != (value.get("autocast_fp32_ops") is None):
+        raise ValueError("autocast_bf16_ops and autocast_fp32_ops go together; optimum-habana passes over one alone")
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -89,9 +104,7 @@ class GaudiConfig(_Section):
     @classmethod
     def _known_fields(cls, value: dict[str, Any] | str) -> dict[str, Any] | str:
         if isinstance(value, dict):
-            for name in value:
-                if name not in GAUDI_FIELDS:
-                    raise ValueError(f"{name!r} is not a field of a Gaudi config; those are {', '.join(GAUDI_FIELDS)}")
+            check_gaudi_fields(value)
         elif not value.strip():
             raise ValueError("must be a mapping, a hub id or a path")
         return value

@@ -67,7 +67,7 @@ def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
     if type(None) in kinds and text in ("null", "none", ""):
         return None
     flag = f"--{path.replace('_', '-')}"
-    if dict in kinds:
+    if dict in kinds and not (str in kinds and not text.lstrip().startswith("{")):
         return read_yaml(text, dict, flag)
     if tuple in kinds:
         return read_yaml(text, list, flag)
@@ -92,6 +92,8 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
     mappings = {
         f"--{path.replace('_', '-')}": path for path, field in _fields(JobConfig) if dict in _kinds(field.annotation)
     }
+    fields = dict(_fields(JobConfig))
+    also_text = {flag for flag, path in mappings.items() if str in _kinds(fields[path].annotation)}
     joined: dict[str, dict[str, Any]] = {}
     rest: list[str] = []
     waiting = list(arguments)
@@ -110,6 +112,9 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
         elif name in mappings:
             if not equals:
                 value = waiting.pop(0) if waiting else ""
+            if name in also_text and not value.lstrip().startswith("{"):
+                rest += [name, value]
+                continue
             joined[name] = merge(joined.get(name, {}), read_yaml(value, dict, flag))
         else:
             rest.append(argument)

@@ -453,7 +453,7 @@ class Schedule:
     def _replace_or_quarantine(self, card: _Card, error: str) -> list[Decision]:
         self._last_error = error
         if card.start_failures >= MAX_START_FAILURES:
-            return self._quarantine(card, f"it failed to start {card.start_failures} times: {error}")
+            return self._quarantine(card, f"it made nothing in {card.start_failures} starts: {error}")
         if card.strikes >= MAX_STRIKES:
             return self._quarantine(card, f"it failed {card.strikes} times in a row: {error}")
         self._set_state(card, CardState.STARTING)

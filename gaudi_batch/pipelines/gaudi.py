@@ -112,8 +112,15 @@ class GaudiPipeline:
         # Both log what they do to prompts, at INFO, as soon as they are imported.
         logging.getLogger("optimum").setLevel(logging.ERROR)
         import torch
-        from optimum.habana import GaudiConfig
-        from optimum.habana import diffusers as gaudi_diffusers
+
+        try:
+            from optimum.habana import GaudiConfig
+            from optimum.habana import diffusers as gaudi_diffusers
+        except IndexError:
+            raise RuntimeError(
+                "optimum-habana asks `pip list` for habana-torch-plugin, and the pip on this card's PATH does not know"
+                " it; put the pip of the Python that has habana_frameworks first on the PATH of this node's Ray"
+            ) from None
 
         from gaudi_batch.pipelines.cpu import fetch, silence_libraries
 
@@ -142,7 +149,7 @@ class GaudiPipeline:
                 log_level=logging.ERROR,
             )
         except RuntimeError as error:
-            raise self._explained(error) from error
+            raise self._explained(error, None) from error
         self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
@@ -171,7 +178,7 @@ class GaudiPipeline:
                 guidance_scale=bucket.guidance_scale,
             )
         except RuntimeError as error:
-            raise self._explained(error) from error
+            raise self._explained(error, bucket) from error
         finally:
             self._graphs.setdefault(bucket.graph_key, set()).update(cache.keys() - before)
         return collect(self._pipeline, output, items)
@@ -195,15 +202,17 @@ class GaudiPipeline:
             if there is not None and there.release[:2] != validated.release[:2]
         ]
 
-    def _explained(self, error: RuntimeError) -> RuntimeError:
+    def _explained(self, error: RuntimeError, bucket: Bucket | None) -> RuntimeError:
         said = " ".join(str(error).split())
+        if bucket is None and any(mark in said for mark in OUT_OF_MEMORY):
+            return DeviceError(f"the model does not fit into the device's memory; try --dtype bfloat16: {said}")
         if any(mark in said for mark in OUT_OF_MEMORY):
             smaller = (
                 f"try --batch-size {self._batch_size // 2}"
                 if self._batch_size > 1
                 else "the batch size is 1 already; try smaller images, or --dtype bfloat16"
             )
-            return DeviceError(f"out of device memory at batch size {self._batch_size}; {smaller}: {said}")
+            return DeviceError(f"out of device memory at batch size {self._batch_size} ({bucket}); {smaller}: {said}")
         if any(mark in said for mark in DEVICE_FAILURES):
             return DeviceError(f"the device failed: {said}")
         return error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.config import GAUDI_FIELDS, JobConfig
+from gaudi_batch.config import GAUDI_FIELDS, JobConfig, check_gaudi_fields
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.rows import MAX_INT32
@@ -292,7 +292,12 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
         path = _from_hub("gaudi.config", source, None, GAUDI_CONFIG_FILE) / GAUDI_CONFIG_FILE
     found = _json(f"gaudi.config {source!r}", path.parent, path.name)
     # Configs on the hub have fields of older releases, too, which optimum-habana passes over.
-    return {name: value for name, value in found.items() if name in GAUDI_FIELDS}
+    known = {name: value for name, value in found.items() if name in GAUDI_FIELDS}
+    try:
+        check_gaudi_fields(known)
+    except ValueError as error:
+        raise InputError(f"gaudi.config {source!r}: {error}") from None
+    return known
 
 
 def _json(owner: str, directory: Path, path: str) -> dict[str, Any]:
