@@ -112,22 +112,21 @@ class Chaos:
                     raise SystemExit(f"the driver ended with {driver.returncode}; see {log.name}")
                 driver = None
                 continue
-            if plan and time.monotonic() - started >= plan[0][0] and self._can(plan[0][1], output):
-                self._fire(plan.pop(0)[1], driver, output)
+            if plan and time.monotonic() - started >= plan[0][0] and self._fire(plan[0][1], driver, output):
+                self.done[plan.pop(0)[1]] += 1
             time.sleep(0.02)
 
-    def _can(self, kind: str, output: Path) -> bool:
-        return ("card" not in kind or bool(card_processes(self.session))) and (
-            kind != "tear manifest" or any((output / "manifest").glob("*.parquet"))
-        )
-
-    def _fire(self, kind: str, driver: subprocess.Popen[str], output: Path) -> None:
-        self.done[kind] += 1
+    def _fire(self, kind: str, driver: subprocess.Popen[str], output: Path) -> bool:
+        """Brings a fault about, unless there is nothing yet for it to hit."""
+        cards = card_processes(self.session)
+        manifests = sorted((output / "manifest").glob("*.parquet"))
+        if ("card" in kind and not cards) or (kind == "tear manifest" and not manifests):
+            return False
         with contextlib.suppress(ProcessLookupError):
             if kind == "kill card":
-                os.kill(self.rng.choice(card_processes(self.session)), signal.SIGKILL)
+                os.kill(self.rng.choice(cards), signal.SIGKILL)
             elif kind == "stop card":
-                os.kill(self.rng.choice(card_processes(self.session)), signal.SIGSTOP)
+                os.kill(self.rng.choice(cards), signal.SIGSTOP)
             elif kind == "kill driver":
                 driver.kill()
                 driver.wait()
@@ -138,8 +137,9 @@ class Chaos:
                 # A manifest that was written in part can only be there once its writer is dead.
                 driver.kill()
                 driver.wait()
-                torn = self.rng.choice(sorted((output / "manifest").glob("*.parquet")))
+                torn = self.rng.choice(manifests)
                 torn.write_bytes(torn.read_bytes()[: self.rng.randrange(200)])
+        return True
 
     def _count_retries(self, output: Path) -> None:
         with contextlib.suppress(OSError, ValueError):
