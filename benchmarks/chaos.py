@@ -1,9 +1,10 @@
 """A job under fire: faults drawn by seed hit a run, and what it leaves is compared with that of an undisturbed run.
 
-    python benchmarks/chaos.py --images 20000 --cards 8 --faults 100 --seed 1
+    python benchmarks/chaos.py --images 20000 --cards 8 --faults 100 --seed 1 --s3
 
-Cards are simulated; all else is real: Ray, its processes, signals, files. The driver is a process of its own, started
-again with the same command whenever it ended. Rows that raise, kill or hang are part of the job in both runs.
+Cards are simulated; all else is real: Ray, its processes, signals, files, and with --s3 an S3 server behind a proxy
+that fails as networks do. The driver is a process of its own, started again with the same command whenever it ended.
+Rows that raise, kill or hang are part of the job in both runs.
 """
 
 from __future__ import annotations
@@ -18,17 +19,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from faultproxy import Fault, FaultProxy, fault_proxy  # the tests' own server and proxy
+from helpers import S3Server, free_port
+
 KINDS = {"kill card": 6, "stop card": 2, "kill driver": 3, "terminate driver": 1, "tear manifest": 1}
 """The faults, and how often each is drawn relative to the others."""
+STORAGE_KINDS = {"500": 1, "503": 1, "reset": 1, "lost answer": 1, "cut": 1, "stall": 1, "kill server": 1}
+"""Those of storage, each of which lasts."""
+SHARD_SIZE = 64
+LATER_SECONDS = 4.0
+LOOK_SECONDS = 0.1
 
 
 @dataclass
@@ -43,6 +56,8 @@ class Chaos:
         limit: seconds after which a card that does not move is given up.
         bad_rows: how many rows raise, kill their process, or hang.
         kinds: of faults to draw from.
+        storage_seconds: how long storage fails each time.
+        store: where outputs go.
     """
 
     home: Path
@@ -52,6 +67,8 @@ class Chaos:
     limit: float
     bad_rows: int
     kinds: list[str]
+    storage_seconds: float
+    store: Store
     rng: random.Random
     session: str = ""
     done: Counter[str] = field(default_factory=Counter)
@@ -66,8 +83,9 @@ class Chaos:
         limits = [f"--limits.{name}={self.limit}" for name in ("first-batch", "batch", "answer")]
         return [
             *(sys.executable, "-m", "gaudi_batch", "run", "--device", "simulated", "--cards", str(self.cards)),
-            *("--prompts", str(self.home / "prompts.parquet"), "--output", str(self.home / output)),
-            *("--shard-size", "64", f"--simulated.batch-seconds={self.batch_seconds}", "--grace", "2"),
+            *("--prompts", str(self.home / "prompts.parquet"), "--output", self.store.url(output)),
+            *("--shard-size", str(SHARD_SIZE), f"--simulated.batch-seconds={self.batch_seconds}", "--grace", "2"),
+            *self.store.flags,
             *flags,
             *limits,
         ]
@@ -89,12 +107,13 @@ class Chaos:
             raise SystemExit(f"the undisturbed run ended with {result.returncode}: {result.stderr[-2000:]}")
         return time.monotonic() - started
 
-    def under_fire(self, faults: int, over: float) -> float:
-        """Runs the job with faults at random moments of the first `over` seconds; returns its seconds."""
-        output = self.home / "fire"
-        kinds = self.rng.choices(self.kinds, [KINDS[kind] for kind in self.kinds], k=faults)
-        moments = sorted(self.rng.uniform(0, over) for _ in range(faults))
-        plan = list(zip(moments, kinds, strict=True))
+    def under_fire(self, faults: int) -> float:
+        """Runs the job with faults all along: each is due at a random share of the work, and up to `LATER_SECONDS`
+        after that, so that it may hit a driver that has just begun. Returns the run's seconds."""
+        weights = KINDS | STORAGE_KINDS
+        kinds = self.rng.choices(self.kinds, [weights[kind] for kind in self.kinds], k=faults)
+        waiting = sorted(((self.rng.random(), kind) for kind in kinds), reverse=True)
+        due: list[tuple[float, str]] = []
         log = (self.home / "fire.log").open("w")
         started = time.monotonic()
         driver: subprocess.Popen[str] | None = None
@@ -103,23 +122,33 @@ class Chaos:
                 self.starts += 1
                 driver = subprocess.Popen(self.command("fire"), stderr=log, stdout=log, text=True)
             if driver.poll() is not None:
-                self._count_retries(output)
+                self._count_retries()
                 if driver.returncode in (0, 3):
-                    self.done["not fired, the run was over"] += len(plan)
+                    self.done["not fired, the run was over"] += len(waiting) + len(due)
                     return time.monotonic() - started
                 # SIGTERM itself ends a driver that was so young that it had not yet said what SIGTERM means to it.
                 if driver.returncode not in (1, 130, -signal.SIGKILL, -signal.SIGTERM):
                     raise SystemExit(f"the driver ended with {driver.returncode}; see {log.name}")
                 driver = None
                 continue
-            if plan and time.monotonic() - started >= plan[0][0] and self._fire(plan[0][1], driver, output):
-                self.done[plan.pop(0)[1]] += 1
-            time.sleep(0.02)
+            now = time.monotonic()
+            share = len(self.store.find("fire/manifest")) * SHARD_SIZE / self.images
+            while waiting and waiting[-1][0] <= share:
+                due.append((now + self.rng.uniform(0, LATER_SECONDS), waiting.pop()[1]))
+            for fault in [fault for fault in due if fault[0] <= now]:
+                if self._fire(fault[1], driver):
+                    self.done[fault[1]] += 1
+                    due.remove(fault)
+                if driver.poll() is not None:
+                    break
+            time.sleep(LOOK_SECONDS)
 
-    def _fire(self, kind: str, driver: subprocess.Popen[str], output: Path) -> bool:
+    def _fire(self, kind: str, driver: subprocess.Popen[str]) -> bool:
         """Brings a fault about, unless there is nothing yet for it to hit."""
+        if kind in STORAGE_KINDS:
+            return self.store.fail(kind, self.storage_seconds)
         cards = card_processes(self.session)
-        manifests = sorted((output / "manifest").glob("*.parquet"))
+        manifests = self.store.find("fire/manifest") if kind == "tear manifest" else []
         if ("card" in kind and not cards) or (kind == "tear manifest" and not manifests):
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -138,22 +167,25 @@ class Chaos:
                 driver.kill()
                 driver.wait()
                 torn = self.rng.choice(manifests)
-                torn.write_bytes(torn.read_bytes()[: self.rng.randrange(200)])
+                self.store.write(torn, self.store.read(torn)[: self.rng.randrange(200)])
         return True
 
-    def _count_retries(self, output: Path) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.retries += json.loads((output / "progress.json").read_text())["retries"]
+    def _count_retries(self) -> None:
+        with contextlib.suppress(Exception):
+            self.retries += json.loads(self.store.read("fire/progress.json"))["retries"]
 
     def compare(self) -> dict[str, Any]:
         """What the run under fire lost or did twice."""
-        calm, fire = (pq.read_table(self.home / name / "manifest.parquet").to_pylist() for name in ("calm", "fire"))
+        calm, fire = (
+            pq.read_table(pa.BufferReader(self.store.read(f"{name}/manifest.parquet"))).to_pylist()
+            for name in ("calm", "fire")
+        )
         expected = {(row["row"], row["image_index"]): (row["status"], row["sha256"]) for row in calm}
         found = Counter((row["row"], row["image_index"]) for row in fire)
         wrong = [
             row for row in fire if expected.get((row["row"], row["image_index"])) != (row["status"], row["sha256"])
         ]
-        there = {str(path.relative_to(self.home / "fire")) for path in (self.home / "fire/images").rglob("*.png")}
+        there = {path.removeprefix("fire/") for path in self.store.find("fire/images")}
         named = {row["path"] for row in fire if row["path"]}
         return {
             "images": sum(row["status"] == "ok" for row in fire),
@@ -164,6 +196,81 @@ class Chaos:
             "files missing": len(named - there),
             "files that nobody names": len(there - named),
         }
+
+
+class Store:
+    """Where outputs go: a directory.
+
+    Args:
+        home: it.
+    """
+
+    flags: tuple[str, ...] = ()
+
+    def __init__(self, home: Path) -> None:
+        self.root = str(home)
+        self.filesystem: Any = fsspec.filesystem("file")
+
+    def url(self, output: str) -> str:
+        """An output as the job names it."""
+        return f"{self.root}/{output}"
+
+    def find(self, directory: str) -> list[str]:
+        """All that lies in a directory, by paths below the root; nothing while nobody answers."""
+        try:
+            found = self.filesystem.find(f"{self.root}/{directory}")
+        except Exception:  # libraries of stores have errors of their own
+            return []
+        return [str(path).removeprefix(f"{self.root}/") for path in sorted(found)]
+
+    def read(self, path: str) -> bytes:
+        """What an object holds."""
+        data: bytes = self.filesystem.cat_file(f"{self.root}/{path}")
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        """Replaces an object."""
+        self.filesystem.pipe_file(f"{self.root}/{path}", data)
+
+    def fail(self, kind: str, seconds: float) -> bool:
+        """Has storage fail from now on; returns whether it can."""
+        raise NotImplementedError(f"a directory does not fail with {kind}")
+
+
+class S3Store(Store):
+    """A bucket of a real server behind a proxy that makes the faults.
+
+    Args:
+        server: started.
+        proxy: before it.
+    """
+
+    def __init__(self, server: S3Server, proxy: FaultProxy) -> None:
+        super().__init__(Path("bucket"))
+        self.server, self.proxy = server, proxy
+        self.down_until = 0.0
+        self.filesystem = fsspec.filesystem("s3", use_listings_cache=False, **server.options)
+        options = server.options_at(proxy.port) | {"config_kwargs": {"read_timeout": 5}}
+        self.flags = ("--storage-options", json.dumps(options), "--storage-patience", "120")
+
+    def url(self, output: str) -> str:
+        """An output as the job names it."""
+        return f"s3://bucket/{output}"
+
+    def fail(self, kind: str, seconds: float) -> bool:
+        """Has storage fail for so long, unless it fails already."""
+        if time.monotonic() < self.down_until:
+            return False
+        self.down_until = time.monotonic() + seconds
+        until = self.down_until
+        if kind == "kill server":
+            self.server.kill()
+            back = self.server.start
+        else:
+            self.proxy.add(Fault(kind, every=2, when=lambda: time.monotonic() < until))
+            back = self.proxy.clear
+        threading.Timer(seconds, back).start()
+        return True
 
 
 def card_processes(session: str) -> list[int]:
@@ -181,6 +288,41 @@ def card_processes(session: str) -> list[int]:
     return sorted(card for card, parent in cards.items() if parent in raylets)
 
 
+@contextlib.contextmanager
+def s3_store(home: Path) -> Iterator[S3Store]:
+    """A server with an empty bucket, and the proxy before it."""
+    server = S3Server(home / "s3", free_port())
+    server.home.mkdir()
+    server.start()
+    try:
+        server.make_bucket()
+        with fault_proxy(server.port) as proxy:
+            yield S3Store(server, proxy)
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def ray_session(cards: int) -> Iterator[str]:
+    """A cluster on this machine, which RAY_ADDRESS then names; yields its session's directory."""
+    import ray  # reads the token when it is imported
+
+    context = ray.init(
+        address="local",
+        resources={"HPU": cards},
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 1024**2,
+    )
+    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+    try:
+        yield context.address_info["session_dir"]
+    finally:
+        ray.shutdown()
+
+
 def main() -> None:
     """Runs the job calm and under fire, and prints what came of it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,7 +330,9 @@ def main() -> None:
     parser.add_argument("--cards", type=int, default=8)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--bad-rows", type=int, default=9, help="rows that raise, kill or hang, in both runs")
-    parser.add_argument("--only", action="append", choices=list(KINDS), help="draw from these faults alone")
+    parser.add_argument("--s3", action="store_true", help="write to an S3 server, which fails, too")
+    parser.add_argument("--storage-seconds", type=float, default=3.0, help="how long it fails each time")
+    parser.add_argument("--only", action="append", choices=[*KINDS, *STORAGE_KINDS], help="draw from these alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch-seconds", type=float, default=0.2, help="0.885 is that of a Gaudi2")
     parser.add_argument("--limit", type=float, default=5.0, help="seconds after which a card counts as hung")
@@ -197,37 +341,25 @@ def main() -> None:
     home = arguments.home or Path(tempfile.mkdtemp(prefix="chaos-"))
     home.mkdir(parents=True, exist_ok=True)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    chaos = Chaos(
-        home,
-        arguments.images,
-        arguments.cards,
-        arguments.batch_seconds,
-        arguments.limit,
-        arguments.bad_rows,
-        arguments.only or list(KINDS),
-        random.Random(arguments.seed),
-    )
-    chaos.prepare()
-    import ray  # reads the token when it is imported
-
-    context = ray.init(
-        address="local",
-        resources={"HPU": arguments.cards},
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 1024**2,
-    )
-    chaos.session = context.address_info["session_dir"]
-    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-    try:
+    with contextlib.ExitStack() as stack:
+        chaos = Chaos(
+            home,
+            arguments.images,
+            arguments.cards,
+            arguments.batch_seconds,
+            arguments.limit,
+            arguments.bad_rows,
+            arguments.only or [*KINDS, *(STORAGE_KINDS if arguments.s3 else ())],
+            arguments.storage_seconds,
+            stack.enter_context(s3_store(home)) if arguments.s3 else Store(home),
+            random.Random(arguments.seed),
+        )
+        chaos.prepare()
+        chaos.session = stack.enter_context(ray_session(arguments.cards))
         calm = chaos.undisturbed()
-        fire = chaos.under_fire(arguments.faults, calm * 1.5)
+        fire = chaos.under_fire(arguments.faults)
         outcome = chaos.compare()
-    finally:
-        ray.shutdown()
-    fired = sum(count for kind, count in chaos.done.items() if kind in KINDS)
+    fired = sum(count for kind, count in chaos.done.items() if kind in KINDS | STORAGE_KINDS)
     facts = {
         "seed": arguments.seed,
         "faults": dict(chaos.done),

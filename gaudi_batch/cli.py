@@ -7,15 +7,19 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.text import OneLineFormatter, one_line, printable
+
+if TYPE_CHECKING:
+    from gaudi_batch.config import JobConfig
 
 log = logging.getLogger("gaudi_batch")
 
@@ -63,11 +67,10 @@ def entry() -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from gaudi_batch.flags import job_from
     from gaudi_batch.runner import run
 
     result = run(
-        job_from(parsed),
+        _job(parsed),
         address=parsed.address,
         strict=parsed.strict,
         overwrite=parsed.overwrite,
@@ -83,10 +86,9 @@ def _run(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
     from gaudi_batch.devices import with_device
-    from gaudi_batch.flags import job_from
     from gaudi_batch.job import refuse_bad_rows, resolve
 
-    job = resolve(with_device(job_from(parsed), None), offline=True)
+    job = resolve(with_device(_job(parsed), None), offline=True)
     if parsed.strict:
         refuse_bad_rows(job)
     print(check(job))
@@ -97,13 +99,12 @@ def _bench(parsed: argparse.Namespace) -> int:
     from gaudi_batch.bench import bench
     from gaudi_batch.demo import PROMPTS
     from gaudi_batch.devices import address_of, with_device
-    from gaudi_batch.flags import job_from
     from gaudi_batch.job import resolve
 
     if parsed.calls < 1:
         raise InputError(f"--calls is {parsed.calls}; it must be 1 or more")
     address = address_of(parsed.address)
-    config = job_from(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
+    config = _job(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
     measured = bench(resolve(with_device(config, address)), address, parsed.calls)
     print(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
     return 0
@@ -142,6 +143,22 @@ def _emulate(parsed: argparse.Namespace) -> NoReturn:
             parsed.state,
         ),
     )
+
+
+def _job(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None) -> JobConfig:
+    """The job that the command line describes; see `job_from`. Takes its secrets out of this process's title, which
+    `ps` shows to everybody and Ray keeps."""
+    from setproctitle import setproctitle
+
+    from gaudi_batch.flags import job_from
+    from gaudi_batch.storage import redact
+
+    config = job_from(parsed, given)
+    command = shlex.join(sys.orig_argv)
+    without = redact(command, {"": config.storage_options, "prompts": config.prompts_storage_options or {}})
+    if without != command:
+        setproctitle(without)
+    return config
 
 
 def _print_result(output: str, summary: dict[str, Any]) -> None:

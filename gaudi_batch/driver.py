@@ -99,6 +99,8 @@ class Driver:
         self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.loop: asyncio.AbstractEventLoop
+        """That the run runs in; another thread reaches the driver through it alone."""
         self._over: asyncio.Future[str | None]
         self._setup_ref: Any = None
         self._options = card_options(setup.config, resources)
@@ -108,7 +110,8 @@ class Driver:
 
     async def run(self) -> str | None:
         """Runs to the end; returns why it stopped, or None if every shard is committed."""
-        self._over = asyncio.get_running_loop().create_future()
+        self.loop = asyncio.get_running_loop()
+        self._over = self.loop.create_future()
         self._setup_ref = ray.put(self._setup)
         for work in (self._grow, self._look, self._report):
             self._spawn(work())
@@ -139,7 +142,7 @@ class Driver:
     def stop(self, reason: str, grace: float) -> None:
         """Takes up no more work and ends when what has begun is committed, after `grace` seconds at the latest."""
         self._carry_out(self.schedule.stop(reason))
-        asyncio.get_running_loop().call_later(grace, self.abandon, reason)
+        self.loop.call_later(grace, self.abandon, reason)
 
     def abandon(self, reason: str, *, at_once: bool = False) -> None:
         """Takes nothing more in. What is committed stays, all else is made again by the next driver.
@@ -155,7 +158,7 @@ class Driver:
             self._over.set_result(reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._guarded(work))
+        task = self.loop.create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: work.close())  # a task that is cancelled at once never begins it
@@ -325,7 +328,7 @@ class Driver:
             elif isinstance(decision, Recall):
                 self._spawn(self._recall(self._slots[decision.card].actor, decision.attempt))
             elif isinstance(decision, Commit):
-                commit = asyncio.get_running_loop().create_task(self._guarded(self._commit(decision.attempt)))
+                commit = self.loop.create_task(self._guarded(self._commit(decision.attempt)))
                 self._commits.add(commit)
                 commit.add_done_callback(self._commits.discard)
             elif isinstance(decision, Replace):
@@ -358,8 +361,7 @@ class Driver:
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]
         self.unsettled.add(attempt)
-        loop = asyncio.get_running_loop()
-        put = await loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts.shard, done.manifest)
+        put = await self.loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts.shard, done.manifest)
         self.unsettled.discard(attempt)
         del self._records[attempt]
         if put:

@@ -282,15 +282,18 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
         options = config.storage_options if same else {}
     whole = Storage(url, options, config.storage_patience)
     filesystem, path = whole.filesystem, whole.root
+    # What stays a URL is http's, and its query often is a signature: a secret, and no part of any name.
+    plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")
+    query = mark + asked
 
     def look() -> tuple[str, dict[str, dict[str, Any]]]:
-        if _GLOB.search(path) and not filesystem.exists(path):
+        if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
             matches = filesystem.glob(path, detail=True)
             return base, {name: info for name, info in matches.items() if info["type"] != "directory"}
         info = filesystem.info(path)
         if info["type"] == "file":
-            return path.rpartition("/")[0], {path: info}
+            return plain.rpartition("/")[0], {plain: info}
         found = filesystem.find(path, detail=True).items()
         output = str(filesystem._strip_protocol(config.output)).rstrip("/") + "/"
         names = {name: info for name, info in found if name.endswith(".parquet") and not name.startswith(output)}
@@ -308,7 +311,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
         raise
     if not found:
         raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
-    storage = whole.at(base)
+    storage = whole.at(base, query)
     return storage, {name[len(base) :].lstrip("/"): info for name, info in found.items()}
 
 

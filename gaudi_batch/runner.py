@@ -10,9 +10,10 @@ import socket
 import string
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
@@ -25,6 +26,9 @@ from gaudi_batch.retry import failed_rows, plan_again, rows_made_again
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
 from gaudi_batch.verify import verify as look
+
+if TYPE_CHECKING:
+    from gaudi_batch.driver import Driver
 
 log = logging.getLogger("gaudi_batch")
 
@@ -257,7 +261,7 @@ def _drive(
                 view,
                 lambda: wanted_cards(job, resources),
             )
-            reason = _run_loop(lambda: _until_over(driver, grace))
+            reason = _run_to_end(driver, grace)
         if driver.at_once:
             raise Interrupted("interrupted at once; what was committed stays, and the same command resumes")
         return _Ended(reason, driver.faults, schedule.retries, frozenset(driver.unsettled))
@@ -284,7 +288,7 @@ def _knock(address: str) -> None:
             raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
-async def _until_over(driver: Any, grace: float) -> str | None:
+async def _until_over(driver: Driver, grace: float) -> str | None:
     """Runs the driver; the first signal stops it gently, the second at once."""
     loop = asyncio.get_running_loop()
     signals = 0
@@ -302,33 +306,29 @@ async def _until_over(driver: Any, grace: float) -> str | None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupted, number)
-    return await driver.run()  # type: ignore[no-any-return]
+    return await driver.run()
 
 
 INTERRUPTED = "interrupted"
 
 
-def _run_loop(work: Callable[[], Any]) -> str | None:
-    """Runs a coroutine to its end, also where an event loop is running already, as in a notebook."""
+def _run_to_end(driver: Driver, grace: float) -> str | None:
+    """Runs the driver to its end, also where an event loop is running already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work())  # type: ignore[no-any-return]
-    results: list[str | None] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
+        return asyncio.run(_until_over(driver, grace))
+    with ThreadPoolExecutor(1, "driver") as pool:
+        over = pool.submit(asyncio.run, _until_over(driver, grace))
         try:
-            results.append(asyncio.run(work()))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target, name="gaudi-batch")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+            return over.result()
+        except KeyboardInterrupt:
+            driver.loop.call_soon_threadsafe(driver.stop, INTERRUPTED, grace)
+        try:
+            return over.result()
+        except KeyboardInterrupt:
+            driver.loop.call_soon_threadsafe(lambda: driver.abandon(INTERRUPTED, at_once=True))
+            return over.result()
 
 
 def _sum_up(

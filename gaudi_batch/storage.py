@@ -149,6 +149,7 @@ class Storage:
         self.options = dict(options or {})
         self.filesystem, root = open_filesystem(url, self.options)
         self.root = root.rstrip("/") or "/"
+        self.query = ""
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self.url = redact(root if self.local else url).rstrip("/")
         self.patience = patience
@@ -216,10 +217,12 @@ class Storage:
         size = self.attempt(f"read {path}", lambda: int(self.filesystem.info(self.full(path))["size"]))
         return _Ranges(self, path, size)
 
-    def at(self, root: str) -> Storage:
-        """The same store with another root, given as the filesystem knows it."""
+    def at(self, root: str, query: str = "") -> Storage:
+        """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
+        of a signed URL, which is a secret and no part of any name."""
         other = copy.copy(self)
         other.root = root.rstrip("/") or "/"
+        other.query = query
         return other
 
     def names(self, directory: str) -> list[str]:
@@ -253,7 +256,7 @@ class Storage:
 
     def full(self, path: str) -> str:
         """The path that the filesystem knows."""
-        return f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}"
+        return (f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}") + self.query
 
     def _limit(self, size: int = 0) -> tuple[float, dict[str, float]]:
         """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
@@ -276,6 +279,7 @@ class Storage:
             part = Path(f"{full}.part-{uuid.uuid4().hex[:8]}")
             try:
                 write(str(part))
+                _sync(part)
                 part.replace(full)
             except BaseException:
                 part.unlink(missing_ok=True)
@@ -318,6 +322,12 @@ class Storage:
             with self._lock:
                 del self._running[this]
         raise AssertionError("the delays never end")
+
+
+def _sync(path: Path) -> None:
+    """Has a file on its disk before its name is, so that a power cut leaves no name of an empty file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class _Ranges(io.RawIOBase):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import S3Server
+from helpers import S3Server, free_port
 from hypothesis import HealthCheck, settings
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
@@ -80,19 +78,10 @@ def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server."""
-    import s3fs
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        server = S3Server(tmp_path_factory.mktemp("s3"), free.getsockname()[1])
+    server = S3Server(tmp_path_factory.mktemp("s3"), free_port())
     server.start()
     try:
-        filesystem = s3fs.S3FileSystem(**server.options, skip_instance_cache=True)
-        for _ in range(100):
-            with contextlib.suppress(OSError):
-                filesystem.mkdir("bucket")
-                break
-            time.sleep(0.2)
+        server.make_bucket()
         yield server
     finally:
         server.kill()

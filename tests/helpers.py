@@ -44,6 +44,14 @@ def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "mai
     return commit
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 @dataclass
 class S3Server:
     """A real S3 server on this machine, with one bucket named `bucket`: JuiceFS's gateway, which carries MinIO's."""
@@ -84,6 +92,18 @@ class S3Server:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
                 return
             time.sleep(0.1)
+
+    def make_bucket(self) -> None:
+        """Makes the bucket, once the server is up."""
+        import s3fs
+
+        filesystem = s3fs.S3FileSystem(**self.options, skip_instance_cache=True)
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                filesystem.mkdir("bucket")
+                return
+            time.sleep(0.2)
+        raise RuntimeError("the S3 server does not answer")
 
     def kill(self) -> None:
         """Kills the server with SIGKILL."""

@@ -23,13 +23,21 @@ SAME_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_py_gcs_connect_ti
 """Without the first, Ray's clients look for 127.0.0.1 at the network's address; the second is their patience."""
 
 
+SECRET, OTHER_SECRET = "a-secret-of-a-flag", "a-secret-of-the-environment"
+
+
 @dataclass(frozen=True)
 class LocalRun:
     """A run that goes on, on a Ray that it has started."""
 
-    processes: frozenset[int]
+    process: int
     home: Path
     environment: dict[str, str]
+
+    @property
+    def processes(self) -> frozenset[int]:
+        """All that it has started, and itself."""
+        return frozenset(children(self.process))
 
     @property
     def ports(self) -> dict[int, str]:
@@ -79,11 +87,12 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRun]:
     home = tmp_path_factory.mktemp("home")
     pq.write_table(pa.table({"prompt": ["p"] * 10_000}), home / "prompts.parquet")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["HOME"] = str(home)
+    environment |= {"HOME": str(home), "RAY_TMPDIR": str(home), "AWS_SECRET_ACCESS_KEY": OTHER_SECRET}
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "gaudi_batch", "run", "--prompts", home / "prompts.parquet"),
             *("--output", home / "out", "--device", "simulated", "--cards", "1"),
+            *("--prompts-storage-options.password", SECRET),
         ],
         env=environment,
         stderr=subprocess.PIPE,
@@ -95,7 +104,7 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRun]:
         for line in process.stderr:
             if " is ready after " in line and "card" in line and "Ray" not in line:
                 break
-        yield LocalRun(frozenset(children(process.pid)), home, environment)
+        yield LocalRun(process.pid, home, environment)
     finally:
         for _ in range(2):
             process.send_signal(signal.SIGINT)
@@ -131,6 +140,14 @@ def test_a_client_without_its_token_is_refused(local_run: LocalRun, tmp_path: Pa
         for refused in pool.map(lambda env: local_run.connect(**env), [none | {"RAY_AUTH_MODE": "disabled"}, wrong]):
             assert refused.returncode != 0
             assert "connected" not in refused.stdout
+
+
+def test_its_secrets_are_in_no_file_and_no_command_line(local_run: LocalRun) -> None:
+    logs = [path for path in local_run.home.rglob("*") if path.is_file()]
+    assert len([path for path in logs if "session_" in str(path)]) > 5
+    for secret in (SECRET, OTHER_SECRET):
+        assert [path for path in logs if secret.encode() in path.read_bytes()] == []
+        assert [command for command in local_run.commands.values() if secret in command] == []
 
 
 def test_its_user_may_look_at_it(local_run: LocalRun) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,50 @@ def test_files_are_found_by_directory_glob_and_name(prompts: Path) -> None:
     assert opened(prompts).rows == 100
     assert opened(prompts / "part-[01].parquet").rows == 60
     assert opened(f"file://{prompts}/part-2.parquet").rows == 40
+
+
+class _Signed(SimpleHTTPRequestHandler):
+    """Serves files, and parts of them, to whoever has the signature."""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        data = (Path(self.directory) / path.strip("/")).read_bytes()
+        start, _, stop = self.headers.get("Range", f"bytes=0-{len(data) - 1}").removeprefix("bytes=").partition("-")
+        if query != SIGNATURE:
+            self.send_error(403)
+            return
+        part = data[int(start) : int(stop) + 1]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Range", f"bytes {start}-{stop}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(part)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+SIGNATURE = "credential=a/b/c.parquet&signature=secret"
+
+
+def test_the_signature_of_a_url_opens_its_file_and_is_no_part_of_its_name(prompts: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Signed, directory=str(prompts)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/part-0.parquet"
+    try:
+        dataset = opened(f"{url}?{SIGNATURE}")
+        assert [file.name for file in dataset.files] == ["part-0.parquet"]
+        assert len(all_rows(dataset)) == 7
+        with pytest.raises(InputError, match="no such file") as refused:
+            opened(f"{url}?signature=forged")
+        assert "forged" not in str(refused.value)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_rows_are_numbered_over_the_files_in_sorted_order(prompts: Path) -> None:
