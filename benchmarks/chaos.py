@@ -80,7 +80,7 @@ class Chaos:
         rows = self.rng_rows()
         simulated = {"raise-rows": rows[0::3], "kill-rows": rows[1::3], "hang-rows": rows[2::3]}
         flags = [f"--simulated.{name}={json.dumps(value)}" for name, value in simulated.items()]
-        limits = [f"--limits.{name}={self.limit}" for name in ("first-batch", "batch", "answer")]
+        limits = [f"--limits.{name}={self.limit}" for name in ("loading", "first-batch", "batch", "answer")]
         return [
             *(sys.executable, "-m", "gaudi_batch", "run", "--device", "simulated", "--cards", str(self.cards)),
             *("--prompts", str(self.home / "prompts.parquet"), "--output", self.store.url(output)),

@@ -14,7 +14,8 @@ The rules:
 * A card prefers the graph keys that it has captured. Of others it takes the one with the most work per card that has
   captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. What a
   capture costs shows in how much longer a card's first shard of a key takes.
-* A shard whose card died or raised goes elsewhere if any other card is left that has not failed it.
+* A shard whose card died or raised goes elsewhere if any other card is left that has not failed it; after two cards it
+  no longer waits for one that starts.
 * Which row of a shard is to blame is worked out in `blame.py`. A failure is the card's fault when its shard then
   succeeds elsewhere without a failed row: `MAX_VINDICATIONS` of those, `MAX_STRIKES` failures in a row, or
   `MAX_START_FAILURES` starts in a row quarantine the card.
@@ -39,6 +40,8 @@ QUEUE = 2
 MAX_START_FAILURES = 2
 MAX_STRIKES = 6
 MAX_VINDICATIONS = 3
+ENOUGH_CARDS = 2
+"""Cards that must have failed a shard before it is tried on one of them again while others start."""
 ALL_FAILED_ROWS = 200
 """A run whose first this many rows all failed stops: the job is wrong, not the rows."""
 
@@ -365,12 +368,15 @@ class Schedule:
 
     def _may_have(self, card: _Card, shard: int) -> bool:
         trouble = self._trouble.get(shard)
-        return trouble is None or card.number not in trouble.failed_on or not self._others(trouble.failed_on)
+        if trouble is None or card.number not in trouble.failed_on:
+            return True
+        # The word of one card is little, so a second is waited for even while it starts; after two nobody is.
+        return not self._others(trouble.failed_on, starting=len(set(trouble.failed_on)) < ENOUGH_CARDS)
 
-    def _others(self, numbers: Iterable[int]) -> bool:
-        """Whether a card is ready or starting that is none of these."""
+    def _others(self, numbers: Iterable[int], starting: bool = True) -> bool:
+        """Whether a card is ready, or starting if that counts, that is none of these."""
         not_these = set(numbers)
-        usable = (self._starting, *self._holding)
+        usable = (self._starting, *self._holding) if starting else self._holding
         return any(number not in not_these for cards in usable for number in cards)
 
     def _send(self, card: _Card, shard: int) -> Assign:

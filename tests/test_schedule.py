@@ -261,6 +261,18 @@ def test_a_failed_shard_goes_to_another_card() -> None:
     assert world.assigned_to[shard][1] != 1
 
 
+def test_a_shard_that_two_cards_failed_does_not_wait_for_one_that_starts() -> None:
+    world = World(Schedule(shards(1), "a", 4))
+    for card in range(3):
+        world.join(card)
+    world.ready(0)
+    world.fail_first(0, accused=False, healthy=True)
+    assert not world.hands[0], "cards 1 and 2 may make it"
+    world.ready(1)
+    world.fail_first(1, accused=False, healthy=True)
+    assert world.assigned_to[0] == [0, 1, 0], "card 2 may take long"
+
+
 def test_a_card_keeps_to_the_graph_keys_that_it_has_captured() -> None:
     work = shards(60, buckets=3)
     world = World(Schedule(work, "a", 240))
