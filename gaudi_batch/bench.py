@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from gaudi_batch.card import where_am_i
-from gaudi_batch.cluster import card_options, card_resources, connected, wanted_cards
+from gaudi_batch.cluster import card_options, card_resources, connected, look_at_cluster
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.generation import describe_error
@@ -182,7 +182,7 @@ def bench(job: Job, address: str | None, calls: int) -> Bench:
     """
     with connected(job, address):
         resources = card_resources(job)
-        cards = wanted_cards(job, resources)
+        cards = look_at_cluster(job.config, resources).cards
         if not cards:
             raise InputError(f"the cluster has no card for this job, which needs {resources.amount} {resources.name}")
         free = int(ray.available_resources().get(resources.name, 0) // resources.amount)

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.state import state
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import name_modules
@@ -147,10 +148,20 @@ def _on_loopback() -> Iterator[None]:
             os.environ[name] = before[0]
 
 
-def wanted_cards(job: Job, resources: CardResources) -> int:
-    """How many cards the job should have of the cluster as it is now."""
-    there = sum(resources.on(node) for node in ray.nodes())
-    wanted = job.config.cards
-    if wanted == "all":
-        wanted = DEFAULT_CARDS if resources.name == "CPU" else there
-    return min(wanted, there)
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has for a job."""
+
+    cards: int
+    """Cards that the job may have of it, held by others or not."""
+    leaving: frozenset[str]
+    """Ids of the nodes that have announced their end."""
+
+
+def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:
+    """What the cluster has for a job now."""
+    leaving = frozenset(state.get_draining_nodes())
+    there = sum(resources.on(node) for node in ray.nodes() if node["NodeID"] not in leaving)
+    if config.cards != "all":
+        return Capacity(min(config.cards, there), leaving)
+    return Capacity(min(DEFAULT_CARDS, there) if resources.name == "CPU" else there, leaving)

@@ -153,6 +153,9 @@ class LimitsConfig(_Section):
     answer: Annotated[float, Field(gt=0)] = 60.0
     """No answer from a card's process while nothing is being generated."""
 
+    cluster: Annotated[float, Field(gt=0)] = 1800.0
+    """A cluster without a single card, before the run stops; only with min_cards or max_cards, else it does at once."""
+
 
 class JobConfig(_Section):
     """A text-to-image job: which prompts, which model, which cards, where the images go.
@@ -186,6 +189,12 @@ class JobConfig(_Section):
 
     cards: Literal["all"] | PositiveInt = "all"
     """Cards to use; all is every card of the cluster, or 2 where there is none."""
+
+    min_cards: Annotated[int, Field(ge=0)] = 0
+    """Cards to ask the cluster for, whatever it has and however little there is to do."""
+
+    max_cards: PositiveInt | None = None
+    """Cards to ask the cluster's autoscaler for as long as there is work for them; null asks for none."""
 
     batch_size: PositiveInt = 8
     """Images that one pipeline call makes."""
@@ -276,6 +285,19 @@ class JobConfig(_Section):
         if isinstance(value, str) and "." in value:
             return float(value)
         return value
+
+    @model_validator(mode="after")
+    def _cards_agree(self) -> JobConfig:
+        if self.max_cards is not None and self.cards != "all":
+            raise ValueError(f"cards: {self.cards} and max_cards: {self.max_cards} contradict each other; name one")
+        if self.max_cards is not None and self.min_cards > self.max_cards:
+            raise ValueError(f"min_cards: {self.min_cards} is more than max_cards: {self.max_cards}")
+        return self
+
+    @property
+    def asks_for_cards(self) -> bool:
+        """Whether the job may ask for cards that the cluster does not have."""
+        return bool(self.min_cards or self.max_cards)
 
     @model_validator(mode="after")
     def _model_where_needed(self) -> JobConfig:

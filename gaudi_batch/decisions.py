@@ -58,10 +58,17 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
+class Release:
+    """Kill the card's process and give its slot back: its node leaves, and it has nothing in hand."""
+
+    card: int
+
+
+@dataclass(frozen=True)
 class Finish:
     """The run is over; `reason` is None when every shard is committed."""
 
     reason: str | None
 
 
-Decision: TypeAlias = Assign | Recall | Commit | Replace | Quarantine | Finish
+Decision: TypeAlias = Assign | Recall | Commit | Replace | Quarantine | Release | Finish

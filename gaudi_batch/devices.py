@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
 
 log = logging.getLogger("gaudi_batch")
 
@@ -27,13 +28,15 @@ def with_device(config: JobConfig, address: str | None, recorded: str | None = N
         recorded: the device as the run's first driver found it, if there was one.
 
     Raises:
-        InputError: there is no cluster at the address.
+        InputError: there is no cluster at the address, or the cards that it will have can't be seen yet.
     """
     if config.device != "auto":
         return config
     if recorded is not None:
         return config.model_copy(update={"device": recorded})
     device = "hpu" if (_cluster_has_cards(address) if _is_cluster(address) else this_machine_has_cards()) else "cpu"
+    if device == "cpu" and config.asks_for_cards:
+        raise InputError("device auto: the cluster has no card yet that could tell; name the device, hpu or cpu")
     log.debug("device auto is %s here", device)
     return config.model_copy(update={"device": device})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import itertools
 import logging
 import time
 from collections import Counter
@@ -21,8 +22,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gaudi_batch.card import Card
-from gaudi_batch.cluster import CardResources, card_options
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
+from gaudi_batch.cluster import Capacity, CardResources, card_options
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
 from gaudi_batch.errors import StorageError
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
@@ -63,7 +64,7 @@ class Driver:
         images_total: images that the whole plan asks for.
         images_missing: images that committed shards were to have and have not, since rows failed.
         view: shows progress.
-        wanted: tells how many cards the job may have of the cluster as it is now.
+        look_at_cluster: tells what the cluster has for the job now.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Driver:
         images_total: int,
         images_missing: int,
         view: View,
-        wanted: Callable[[], int],
+        look_at_cluster: Callable[[], Capacity],
     ) -> None:
         self.schedule = schedule
         self.faults: Counter[str] = Counter()
@@ -87,8 +88,9 @@ class Driver:
         self._tally = tally
         self._images_total = images_total
         self._view = view
-        self._wanted = wanted
+        self._look_at_cluster = look_at_cluster
         self._slots: dict[int, Slot] = {}
+        self._numbers = itertools.count()
         self.unsettled: set[str] = set()
         """Attempts whose manifest may or may not be in place, since its put has not ended."""
         self._records: dict[str, Done] = {}
@@ -113,7 +115,7 @@ class Driver:
         self.loop = asyncio.get_running_loop()
         self._over = self.loop.create_future()
         self._setup_ref = ray.put(self._setup)
-        for work in (self._grow, self._look, self._report):
+        for work in (self._follow_cluster, self._look, self._report):
             self._spawn(work())
         stopped = True
         try:
@@ -176,28 +178,64 @@ class Driver:
 
     # -- cards --------------------------------------------------------------------------------------------------
 
-    async def _grow(self) -> None:
-        """Gives every card of the cluster that the job may have a slot, now and when more come."""
+    async def _follow_cluster(self) -> None:
+        """Gives every card that the job should have a slot, now and later, and takes leave of those that go."""
+        seen = time.monotonic()
         while True:
-            wanted = await asyncio.to_thread(self._wanted)
-            alive = sum(self.schedule.state(number) is not CardState.GONE for number in self._slots)
-            for _ in range(wanted - alive):
-                number = len(self._slots)
-                group = placement_group(
-                    [self._resources.bundle], strategy="PACK", name=f"gaudi-batch-{self.schedule.prefix}-{number}"
-                )
-                self._slots[number] = Slot(number, group)
-                self._spawn(self._open(self._slots[number]))
+            capacity = await asyncio.to_thread(self._look_at_cluster)
+            for slot in self._slots.values():
+                if slot.ready and slot.ready.node_id in capacity.leaving:
+                    self._carry_out(self.schedule.leaving(slot.number))
+            there = [
+                slot for slot in self._slots.values() if self._state(slot) not in (CardState.GONE, CardState.LEAVING)
+            ]
+            waiting = [slot for slot in there if self._state(slot) is CardState.WAITING]
+            wanted = self._wanted(capacity.cards)
+            for _ in range(wanted - len(there)):
+                waiting.append(self._add_slot())
+            while waiting and len(there) > wanted:
+                there.remove(waiting[-1])
+                self._withdraw(waiting.pop())
+            if capacity.cards or self.schedule.usable():
+                seen = time.monotonic()
+            patience = self._setup.config.limits.cluster
+            if time.monotonic() - seen > patience:
+                reason = f"the cluster has had no card for {patience:g} s (limits.cluster)"
+                self._carry_out(self.schedule.stop(reason))
+            self._carry_out(self.schedule.expect(bool(waiting)))
             await asyncio.sleep(CLUSTER_SECONDS)
+
+    def _wanted(self, there: int) -> int:
+        """How many cards the job should have of a cluster that has so many for it."""
+        config = self._setup.config
+        if config.max_cards is not None:
+            # No card is asked for that would have nothing to do.
+            there = min(config.max_cards, self.schedule.usable() + self.schedule.pending())
+        return max(there, config.min_cards)
+
+    def _add_slot(self) -> Slot:
+        number = next(self._numbers)
+        name = f"gaudi-batch-{self.schedule.prefix}-{number}"
+        slot = Slot(number, placement_group([self._resources.bundle], strategy="PACK", name=name))
+        self._slots[number] = slot
+        slot.opening = self._spawn(self._open(slot))
+        return slot
+
+    def _withdraw(self, slot: Slot) -> None:
+        """Gives up a slot that waits for the cluster."""
+        assert slot.opening is not None
+        slot.opening.cancel()
+        remove_placement_group(slot.group)
+        del self._slots[slot.number]
 
     async def _open(self, slot: Slot) -> None:
         """Waits for the cluster to place a new slot, then starts its first process."""
-        said, waits_since = 0.0, time.monotonic()
+        since, next_word = time.monotonic(), WAITING_SECONDS
         while not slot.group.wait(timeout_seconds=0):
             await asyncio.sleep(PLACE_SECONDS)
-            waits = time.monotonic() - waits_since
-            if waits > said + WAITING_SECONDS:
-                said = waits
+            waits = time.monotonic() - since
+            if waits > next_word:
+                next_word *= 2
                 need = f"{self._resources.amount} {self._resources.name}"
                 log.info("%s has waited %.0f s for the cluster: no %s is free", slot.where, waits, need)
         self._carry_out(self.schedule.starting(slot.number))
@@ -269,7 +307,7 @@ class Driver:
             held = other.ready
             if other is slot or held is None or ready.module is None:
                 continue
-            if self.schedule.state(other.number) is CardState.READY and (held.node_id, held.module) == (
+            if self._state(other) is CardState.READY and (held.node_id, held.module) == (
                 ready.node_id,
                 ready.module,
             ):
@@ -298,7 +336,9 @@ class Driver:
     async def _lost(self, slot: Slot, error: Exception) -> None:
         reason = slot.kill_reason or why_died(error)
         node = slot.ready.node_id if slot.ready else None
-        left = not slot.kill_reason and await asyncio.to_thread(node_is_gone, node, error)
+        left = self._state(slot) is CardState.LEAVING or (
+            not slot.kill_reason and await asyncio.to_thread(node_is_gone, node, error)
+        )
         slot.actor = None
         if left:
             log.warning("%s left with its node", slot.where)
@@ -307,6 +347,9 @@ class Driver:
             return
         self._fault(slot, f"died: {reason}")
         self._carry_out(self.schedule.died(slot.number, reason))
+
+    def _state(self, slot: Slot) -> CardState:
+        return self.schedule.state(slot.number)
 
     def _kill(self, slot: Slot) -> None:
         if slot.actor is not None:
@@ -338,6 +381,11 @@ class Driver:
                 slot = self._slots[decision.card]
                 log.error("%s is quarantined: %s", slot.where, decision.reason)
                 self._kill(slot)
+            elif isinstance(decision, Release):
+                slot = self._slots[decision.card]
+                log.info("%s is released, as its node leaves", slot.where)
+                self._kill(slot)
+                remove_placement_group(slot.group)
             elif isinstance(decision, Finish) and not self._over.done():
                 self._over.set_result(decision.reason)
 
@@ -417,8 +465,9 @@ class Driver:
             self._rates.popleft()
         since, before = self._rates[0] if self._rates else (now, images)
         rate = (images - before) / (now - since) if now - since > 2 and images > before else None
-        ready = sum(self.schedule.state(number) is CardState.READY for number in self._slots)
-        return Progress(images, self._images_total, self.schedule.failed_rows, ready, len(self._slots), rate)
+        states = [self._state(slot) for slot in self._slots.values()]
+        ready, there = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
+        return Progress(images, self._images_total, self.schedule.failed_rows, ready, there, rate)
 
     def _describe(self, state: str) -> dict[str, Any]:
         """The run as progress.json has it."""
@@ -430,7 +479,7 @@ class Driver:
                 "node": slot.ready.node if slot.ready else None,
                 "module": slot.ready.module if slot.ready else None,
                 "pid": slot.ready.pid if slot.ready and slot.actor else None,
-                "state": self.schedule.state(slot.number).value,
+                "state": self._state(slot).value,
                 "phase": slot.status.phase if slot.status and slot.actor else None,
                 "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
                 "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,

@@ -215,7 +215,7 @@ def _drive(
 ) -> _Ended:
     """Has the missing shards made."""
     # Ray is slow to import and nothing else here needs it.
-    from gaudi_batch.cluster import card_resources, connected, wanted_cards
+    from gaudi_batch.cluster import card_resources, connected, look_at_cluster
     from gaudi_batch.driver import Driver
     from gaudi_batch.messages import CardSetup
     from gaudi_batch.progress import open_view
@@ -226,11 +226,11 @@ def _drive(
         _knock(address)
     with connected(job, address):
         resources = card_resources(job)
-        cards = wanted_cards(job, resources)
-        if cards == 0:
+        cards = look_at_cluster(job.config, resources).cards
+        if cards == 0 and not job.config.asks_for_cards:
             raise InputError(
                 f"the cluster has no card for this job, which needs {resources.amount} {resources.name} a card;"
-                " add nodes that have, or choose another device"
+                " add nodes that have, ask its autoscaler for them with --max-cards, or choose another device"
             )
         log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, cards, job.config.device)
         # Rows that are about to be run again have neither been made nor failed.
@@ -259,7 +259,7 @@ def _drive(
                 record.images,
                 images_missing,
                 view,
-                lambda: wanted_cards(job, resources),
+                lambda: look_at_cluster(job.config, resources),
             )
             reason = _run_to_end(driver, grace)
         if driver.at_once:

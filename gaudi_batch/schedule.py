@@ -20,8 +20,9 @@ The rules:
   succeeds elsewhere without a failed row: `MAX_VINDICATIONS` of those, `MAX_STRIKES` failures in a row, or
   `MAX_START_FAILURES` starts in a row quarantine the card.
 * A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
-* The run ends: complete, or stopped with a reason. What waits always waits for a card that is up or starting, and when
-  there is none the run is over.
+* A card whose node has announced its end finishes the shard that it has begun and gets no other.
+* The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
+  of the cluster, and when there is none the run is over.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gaudi_batch.blame import Trouble
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
 from gaudi_batch.plan import GraphKey, Shard
 
 QUEUE = 2
@@ -52,6 +53,7 @@ class CardState(Enum):
     WAITING = "waiting for the cluster"
     STARTING = "starting"
     READY = "ready"
+    LEAVING = "leaving"
     QUARANTINED = "quarantined"
     GONE = "gone"
 
@@ -146,16 +148,18 @@ class Schedule:
         self._attempts: dict[str, _Attempt] = {}
         self._committing: dict[int, str] = {}
         self._cards: dict[int, _Card] = {}
-        # Where each usable card is filed, so that an event costs the same with ten cards or ten thousand: those that
-        # start, and those that are ready by the number of shards in their hand.
+        # Where each card is filed, so that an event costs the same with ten cards or ten thousand: those that start,
+        # those that leave, and those that are ready by the number of shards in their hand.
         self._starting: dict[int, _Card] = {}
         self._holding: list[dict[int, _Card]] = [{} for _ in range(QUEUE + 1)]
+        self._leaving: dict[int, _Card] = {}
         self._holders: Counter[GraphKey] = Counter()
         self._pace = _Pace()
         self._queued: dict[str, _Attempt] = {}  # behind another in its card's hand, and not asked back yet
         self._asked_back: set[str] = set()  # asked back and not answered
         self._sent = 0
         self._last_error = ""
+        self._more_to_come = False
         for number, rows in (condemned or {}).items():
             self._trouble[number] = Trouble(condemned=dict(rows))
         for shard in sorted(self.shards.values(), key=lambda shard: shard.number):
@@ -185,6 +189,8 @@ class Schedule:
         elif card.state is CardState.READY:
             card.strikes += 1
             self._blame_death(card, error)
+        elif card.state is CardState.LEAVING:
+            return self.gone(number)
         else:
             return []
         return self._replace_or_quarantine(card, error) + self._proceed()
@@ -197,10 +203,25 @@ class Schedule:
         return self.died(number, error)
 
     def gone(self, number: int) -> list[Decision]:
-        """A card left with its node, or was withdrawn; that counts against nobody."""
+        """A card left with its node; that counts against nobody."""
         card = self._cards[number]
         if card.state is not CardState.QUARANTINED:
             self._set_state(card, CardState.GONE)
+        return self._proceed()
+
+    def leaving(self, number: int) -> list[Decision]:
+        """A card's node has announced its end: the card finishes what it has begun and gets nothing more."""
+        card = self._cards[number]
+        if card.state not in (CardState.STARTING, CardState.READY):
+            return []
+        asked_back = [self._recall(attempt) for attempt in card.hand if attempt in self._queued]
+        card.state = CardState.LEAVING
+        self._file(card)
+        return [*asked_back, *self._proceed()]
+
+    def expect(self, more: bool) -> list[Decision]:
+        """Whether the cluster may yet give cards. As long as it may, a run without one waits."""
+        self._more_to_come = more
         return self._proceed()
 
     # -- events: attempts ---------------------------------------------------------------------------------------
@@ -257,7 +278,9 @@ class Schedule:
         trouble.raised(live.card.number, error, accused)
         self._try_again(live.shard, trouble)
         live.card.strikes += 1
-        decisions = [] if healthy else self._replace_or_quarantine(live.card, error)
+        decisions = []
+        if not healthy and live.card.state is CardState.READY:
+            decisions = self._replace_or_quarantine(live.card, error)
         return decisions + self._proceed()
 
     def recalled(self, attempt: str, given_back: bool) -> list[Decision]:
@@ -295,22 +318,37 @@ class Schedule:
         """Shards that no card has."""
         return len(self._again) + self._fresh_count
 
+    def usable(self) -> int:
+        """Cards that are ready or starting."""
+        return len(self._starting) + sum(map(len, self._holding))
+
     # -- decisions ----------------------------------------------------------------------------------------------
 
     def _proceed(self) -> list[Decision]:
         if self.finished:
             return []
-        decisions: list[Decision] = []
+        decisions = self._release_leaving()
         if self.stop_reason is None:
             decisions += self._assign() + self._recall_for_idle()
         else:
             decisions += [self._recall(attempt) for attempt in list(self._queued)]
-        usable = self._starting or any(self._holding)
-        over = self._open == 0 or self.stop_reason is not None or not usable
+        hopeless = not self.usable() and not (self._more_to_come and self._may_hope())
+        over = self._open == 0 or self.stop_reason is not None or hopeless
         if over and not self._attempts and not self._committing:
             self.finished = True
             decisions.append(Finish(self._why_it_ended()))
         return decisions
+
+    def _may_hope(self) -> bool:
+        """Whether another card may do better: not if every one so far failed."""
+        states = {card.state for card in self._cards.values()}
+        return states != {CardState.QUARANTINED}
+
+    def _release_leaving(self) -> list[Decision]:
+        free = [card for card in self._leaving.values() if not card.hand]
+        for card in free:
+            self._set_state(card, CardState.GONE)
+        return [Release(card.number) for card in free]
 
     def _why_it_ended(self) -> str | None:
         if self._open == 0 and not self.stuck:
@@ -511,10 +549,12 @@ class Schedule:
         self._file(card)
 
     def _file(self, card: _Card) -> None:
-        for cards in (self._starting, *self._holding):
+        for cards in (self._starting, self._leaving, *self._holding):
             cards.pop(card.number, None)
         if card.state is CardState.STARTING:
             self._starting[card.number] = card
+        elif card.state is CardState.LEAVING:
+            self._leaving[card.number] = card
         elif card.state is CardState.READY:
             self._holding[len(card.hand)][card.number] = card
             for place, attempt in enumerate(card.hand):

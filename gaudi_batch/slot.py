@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class Slot:
     heard: float = 0.0
     """When it last answered, monotonic."""
     kill_reason: str = ""
+    opening: asyncio.Task[None] | None = None
+    """What waits for the cluster to place it."""
 
     @property
     def where(self) -> str:

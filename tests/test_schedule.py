@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, QUEUE, CardState, Schedule
 
@@ -36,6 +36,7 @@ class World:
     hands: dict[int, list[Assign]] = field(default_factory=dict)
     starting: set[int] = field(default_factory=set)
     quarantined: set[int] = field(default_factory=set)
+    leaving: set[int] = field(default_factory=set)
     recalls: list[Recall] = field(default_factory=list)
     commits: list[tuple[int, str]] = field(default_factory=list)
     old: list[Assign] = field(default_factory=list)
@@ -52,6 +53,7 @@ class World:
                 assert number not in self.committed
                 assert number not in [shard for shard, _ in self.commits]
                 assert all(a.shard.number != number for hand in self.hands.values() for a in hand), "in two hands"
+                assert decision.card not in self.leaving
                 self.hands[decision.card].append(decision)
                 assert len(self.hands[decision.card]) <= QUEUE
                 self.assigned_to.setdefault(number, []).append(decision.card)
@@ -66,6 +68,10 @@ class World:
             elif isinstance(decision, Quarantine):
                 self.old += self.hands.pop(decision.card, [])
                 self.quarantined.add(decision.card)
+            elif isinstance(decision, Release):
+                assert decision.card in self.leaving
+                assert not self.hands.pop(decision.card, [])
+                self.starting.discard(decision.card)
             elif isinstance(decision, Finish):
                 self.finished.append(decision.reason)
 
@@ -92,6 +98,10 @@ class World:
         self.starting.discard(card)
         self.old += self.hands.pop(card, [])
         self.do(self.schedule.gone(card))
+
+    def take_leave(self, card: int) -> None:
+        self.leaving.add(card)
+        self.do(self.schedule.leaving(card))
 
     def finish_first(self, card: int, failed: int = 0) -> None:
         assignment = self.hands[card].pop(0)
@@ -124,8 +134,9 @@ class World:
 
 def let_it_end(world: World, new_card: int) -> None:
     """From here on nothing goes wrong; the run has to end within a bounded number of events."""
-    if not world.finished and not world.hands and not world.starting:
+    if not world.finished and not world.hands.keys() - world.leaving and not world.starting:
         world.join(new_card)
+    world.do(world.schedule.expect(False))
     for _ in range(10_000):
         if world.finished:
             return
@@ -159,9 +170,11 @@ def anything_happens(world: World, rng: random.Random) -> None:
         + ["recall"] * 4 * bool(world.recalls)
         + ["die"] * bool(alive)
         + ["leave"] * (len(alive) > 1)
+        + ["take leave"] * (len(alive) > 1)
         + ["late"] * 2 * bool(world.old)
+        + ["hope", "lose hope"]
     )
-    event = rng.choice(possible) if possible else ""
+    event = rng.choice(possible)
     if event == "ready":
         world.ready(rng.choice(sorted(world.starting)))
     elif event == "finish":
@@ -180,6 +193,10 @@ def anything_happens(world: World, rng: random.Random) -> None:
         rng.choice([world.die, world.break_down])(rng.choice(alive))
     elif event == "leave":
         world.leave(rng.choice(alive))
+    elif event == "take leave":
+        world.take_leave(rng.choice(alive))
+    elif event in ("hope", "lose hope"):
+        world.do(world.schedule.expect(event == "hope"))
     elif event == "late":
         attempt = rng.choice(world.old).attempt
         late = [
@@ -384,6 +401,42 @@ def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost
     (reason,) = world.finished
     assert reason is not None
     assert "out of device memory" in reason
+
+
+def test_a_card_that_leaves_finishes_what_it_has_begun_and_gets_nothing_more() -> None:
+    world = World(Schedule(shards(6), "a", 24))
+    start(world, 2)
+    world.take_leave(0)
+    assert [recall.card for recall in world.recalls] == [0]
+    world.answer_recall(True)
+    assert world.schedule.state(0) is CardState.LEAVING
+    world.finish_first(0)
+    assert world.schedule.state(0) is CardState.GONE
+    let_it_end(world, 2)
+    assert world.finished == [None]
+    assert len(world.assigned_to[0]) == 1, "what it had begun was not made again"
+
+
+def test_a_run_without_cards_waits_while_the_cluster_may_give_some() -> None:
+    world = World(Schedule(shards(2), "a", 8))
+    world.do(world.schedule.expect(True))
+    start(world, 1)
+    world.leave(0)
+    assert not world.finished
+    world.join(1)
+    world.ready(1)
+    world.leave(1)
+    world.do(world.schedule.expect(False))
+    assert world.finished == ["no card is left; the last error of one: none"]
+
+
+def test_a_run_whose_every_card_failed_hopes_for_none() -> None:
+    world = World(Schedule(shards(2), "a", 8))
+    world.do(world.schedule.expect(True))
+    world.join(0)
+    for _ in range(MAX_START_FAILURES):
+        world.die(0, "no such model")
+    assert world.finished == ["no card is left; the last error of one: no such model"]
 
 
 def test_the_loss_of_a_node_counts_against_nobody() -> None:
