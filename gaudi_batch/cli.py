@@ -25,8 +25,16 @@ log = logging.getLogger("gaudi_batch")
 
 INTERRUPTED = 130
 STATUS_PATIENCE_SECONDS = 10.0
-JOB_COMMANDS = ("run", "check", "bench")
+JOB_COMMANDS = ("run", "submit", "check", "bench")
 """The commands that take a job."""
+RUN_SWITCHES = {
+    "strict": "read every row first and refuse the job if one can't be run",
+    "overwrite": "remove the run that is in the output and start afresh",
+    "retry_failed": "run the rows that have failed again",
+    "verify": "read every image back and compare it with its manifest",
+    "repair": "make images again that are missing or torn",
+}
+ADDRESS_HELP = "the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,18 +77,35 @@ def entry() -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from gaudi_batch.runner import run
 
-    result = run(
-        _job(parsed),
-        address=parsed.address,
-        strict=parsed.strict,
-        overwrite=parsed.overwrite,
-        retry_failed=parsed.retry_failed,
-        verify=parsed.verify,
-        repair=parsed.repair,
-        grace=parsed.grace,
-    )
+    switches = {name: getattr(parsed, name) for name in RUN_SWITCHES}
+    result = run(_job(parsed), address=parsed.address, grace=parsed.grace, **switches)
     _print_result(result.output, result.summary)
     return result.exit_code
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    from gaudi_batch.submit import Cluster, Submission, refuse_what_stays_here
+
+    config = _job(parsed)
+    refuse_what_stays_here(config)
+    flags = [f"--{name.replace('_', '-')}" for name in RUN_SWITCHES if getattr(parsed, name)]
+    cluster = Cluster(parsed.address)
+    job = cluster.submit(Submission(config, flags, parsed.grace, parsed.job_id, parsed.ship_code))
+    print(f"job: {job}", flush=True)
+    if not parsed.wait:
+        return 0
+    try:
+        return cluster.follow(job)
+    except KeyboardInterrupt:
+        log.warning("job %s goes on; gaudi-batch stop %s --address %s ends it", job, job, cluster.address)
+        return INTERRUPTED
+
+
+def _stop(parsed: argparse.Namespace) -> int:
+    from gaudi_batch.submit import Cluster
+
+    print(f"job {parsed.job}: {Cluster(parsed.address).stop(parsed.job)}")
+    return 0
 
 
 def _check(parsed: argparse.Namespace) -> int:
@@ -206,20 +231,22 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
 
     run = _command(commands, "run", _run, "make every image of a job that its output does not have yet")
     run.add_argument("--address", help="Ray cluster to use; default: RAY_ADDRESS, else Ray is started on this machine")
-    run.add_argument(
-        "--strict", action="store_true", help="read every row first and refuse the job if one can't be run"
-    )
-    run.add_argument("--overwrite", action="store_true", help="remove the run that is in the output and start afresh")
-    run.add_argument("--retry-failed", action="store_true", help="run the rows that have failed again")
-    run.add_argument("--verify", action="store_true", help="read every image back and compare it with its manifest")
-    run.add_argument("--repair", action="store_true", help="make images again that are missing or torn")
-    run.add_argument(
-        "--grace",
-        type=float,
-        default=30.0,
-        help="seconds in which what has begun is committed after SIGTERM or Ctrl-C (default: 30)",
-    )
+    _add_run_flags(run)
     add_job_flags(run)
+
+    submit = _command(commands, "submit", _submit, "send a job to a cluster through the Ray Jobs API and follow it")
+    submit.add_argument("--address", help=ADDRESS_HELP)
+    submit.add_argument("--no-wait", dest="wait", action="store_false", help="do not follow the job")
+    submit.add_argument("--job-id", help="what to call it; default: chosen at random")
+    submit.add_argument(
+        "--ship-code", action="store_true", help="have the nodes use this gaudi_batch and not the one installed there"
+    )
+    _add_run_flags(submit)
+    add_job_flags(submit)
+
+    stop = _command(commands, "stop", _stop, "stop a submitted job; what it has begun is committed first")
+    stop.add_argument("job", help="its id, as submit printed it")
+    stop.add_argument("--address", help=ADDRESS_HELP)
 
     check = _command(commands, "check", _check, "validate a job and print its plan, starting nothing")
     check.add_argument("--strict", action="store_true", help="read every row and refuse the job if one can't be run")
@@ -256,6 +283,17 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     emulate.add_argument("--state", metavar="DIR", help="directory of the module locks and of counters/<pid>.json")
     emulate.add_argument("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_run_flags(command: argparse.ArgumentParser) -> None:
+    for name, text in RUN_SWITCHES.items():
+        command.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    command.add_argument(
+        "--grace",
+        type=float,
+        default=30.0,
+        help="seconds in which what has begun is committed after SIGTERM or Ctrl-C (default: 30)",
+    )
 
 
 def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:

@@ -1,0 +1,216 @@
+"""A job sent to a cluster through the Ray Jobs API, its log followed here, its exit code brought back.
+
+What travels is a job file of the fields that were set, in a working directory of its own, and nothing else. Credentials
+do not: whoever may look at the cluster's jobs would see them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shlex
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError, RunStopped
+from gaudi_batch.storage import redact, redacted_options
+from gaudi_batch.text import one_line
+
+log = logging.getLogger("gaudi_batch")
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+JOB_FILE = "job.yaml"
+STOP_MARGIN_SECONDS = 15
+"""What a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
+LOOK_SECONDS = 1.0
+SUBMIT_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
+"""How long a cluster that does not answer is asked again."""
+STOPPED_EXIT_CODE = 130
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is asked of a cluster.
+
+    Args:
+        config: the job; all its paths are as the nodes see them.
+        flags: of `gaudi-batch run` beside the job.
+        grace: seconds that the driver may take to commit what it has begun once it is told to stop.
+        job_id: what to call it; None chooses.
+        ship_code: whether the nodes are to use this installation's gaudi_batch and not their own.
+    """
+
+    config: JobConfig
+    flags: Sequence[str]
+    grace: float
+    job_id: str | None = None
+    ship_code: bool = False
+
+    @property
+    def entrypoint(self) -> str:
+        """The command that the cluster runs."""
+        return shlex.join(["python3", "-m", "gaudi_batch", "run", JOB_FILE, "--grace", f"{self.grace:g}", *self.flags])
+
+    @property
+    def job_file(self) -> str:
+        """The job as YAML."""
+        return yaml.safe_dump(self.config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def refuse_what_stays_here(config: JobConfig) -> None:
+    """Refuses a job that means something on this machine alone, or has a secret that the cluster would write down.
+
+    Raises:
+        InputError: a path is relative, or there is a secret in it.
+    """
+    for name in ("prompts", "output", "model"):
+        value = getattr(config, name)
+        relative = value is not None and "://" not in value and not Path(value).is_absolute()
+        if relative and (name != "model" or Path(value).is_dir()):
+            raise InputError(
+                f"{name}: {value!r} is a path of this machine; a job on a cluster needs a URL, or an absolute path on a"
+                " file system that all nodes share"
+            )
+        if value is not None and redact(value) != value:
+            raise InputError(f"{name}: {redact(value)!r} has a secret in it, which the cluster's list of jobs {TELLS}")
+    for name in ("storage_options", "prompts_storage_options"):
+        options: Mapping[str, Any] = getattr(config, name) or {}
+        if redacted_options(options) != options:
+            raise InputError(f"{name}: holds a secret, which the cluster's list of jobs {TELLS}")
+
+
+TELLS = (
+    "would tell; give the nodes their credentials by their environment (AWS_ACCESS_KEY_ID,"
+    " GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING) or by their role"
+)
+
+
+class Cluster:
+    """A cluster's Jobs API.
+
+    Args:
+        address: of its dashboard, as http://head:8265; None takes RAY_API_SERVER_ADDRESS, else this machine's.
+
+    Raises:
+        InputError: it does not answer, or refuses this user.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.ERROR)  # some of its loggers have a level of their own
+        self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+        if not self.address.startswith(("http://", "https://")):
+            raise InputError(f"--address {self.address!r}: jobs are submitted to a dashboard, as in {DEFAULT_ADDRESS}")
+        try:
+            self._client = JobSubmissionClient(self.address)
+        except Exception as error:
+            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {_reason(error)}") from None
+
+    def submit(self, submission: Submission) -> str:
+        """Sends a job; returns its id. Raises InputError."""
+        with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
+            Path(directory, JOB_FILE).write_text(submission.job_file, encoding="utf-8")
+            environment: dict[str, Any] = {
+                "working_dir": directory,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(int(submission.grace) + STOP_MARGIN_SECONDS)},
+            }
+            if submission.ship_code:
+                environment["py_modules"] = [str(Path(__file__).resolve().parent)]
+            job = submission.job_id or f"gaudi-batch-{secrets.token_hex(4)}"
+            self._send(job, submission.entrypoint, environment)
+        return job
+
+    def _send(self, job: str, entrypoint: str, environment: dict[str, Any]) -> None:
+        until = time.monotonic() + SUBMIT_SECONDS
+        answer_lost = False
+        while True:
+            try:
+                self._client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=job)
+                return
+            except Exception as error:
+                if "already exists" in str(error):
+                    if answer_lost:
+                        return
+                    raise InputError(f"{redact(self.address)!r} has a job {job!r} already; choose another id") from None
+                answer_lost = isinstance(error, OSError)
+                # A cluster that has just been started has no agent yet.
+                if not (answer_lost or "No available agent" in str(error)) or time.monotonic() > until:
+                    raise InputError(f"{redact(self.address)!r} does not take the job: {_reason(error)}") from None
+                time.sleep(LOOK_SECONDS)
+
+    def follow(self, job: str) -> int:
+        """Prints a job's log as it grows, until the job ends; returns its exit code.
+
+        Raises:
+            InputError: there is no such job.
+            RunStopped: the cluster has not answered for too long, or the job never began.
+        """
+        printed = 0
+        heard = time.monotonic()
+        while True:
+            try:
+                printed = asyncio.run(self._print_log(job, printed))
+                info = self._client.get_job_info(job)
+            except Exception as error:
+                if "does not exist" in str(error):
+                    raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
+                if time.monotonic() - heard > PATIENCE_SECONDS:
+                    raise RunStopped(
+                        f"{redact(self.address)!r} has not answered for {PATIENCE_SECONDS:.0f} s; job {job} may go on:"
+                        f" {_reason(error)}"
+                    ) from None
+                log.debug("%s does not answer, asking again: %s", redact(self.address), error)
+            else:
+                heard = time.monotonic()
+                if info.status.is_terminal():
+                    return self._exit_code(job, info)
+            time.sleep(LOOK_SECONDS)
+
+    def stop(self, job: str) -> str:
+        """Tells a job to stop and waits until it has ended; returns how it ended. Raises InputError."""
+        try:
+            self._client.stop_job(job)
+            while not (status := self._client.get_job_status(job)).is_terminal():
+                time.sleep(LOOK_SECONDS)
+        except Exception as error:
+            if "does not exist" in str(error):
+                raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
+            raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None
+        return str(status)
+
+    async def _print_log(self, job: str, printed: int) -> int:
+        """Prints what has come to a job's log since so many characters; returns how many there are now."""
+        seen = 0
+        async for text in self._client.tail_job_logs(job):
+            fresh = text[max(0, printed - seen) :]
+            seen += len(text)
+            print(fresh, end="", flush=True)
+            printed = max(printed, seen)
+        return printed
+
+    def _exit_code(self, job: str, info: Any) -> int:
+        if info.driver_exit_code is not None:
+            return int(info.driver_exit_code)
+        if str(info.status) == "STOPPED":
+            return STOPPED_EXIT_CODE
+        raise RunStopped(f"job {job} has failed before its driver could say why: {one_line(info.message)}")
+
+
+def _reason(error: Exception) -> str:
+    said = str(error).rstrip(". \n")
+    if "Traceback" in said:
+        said = said.splitlines()[-1]
+    return one_line(redact(said), 1000)

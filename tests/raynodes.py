@@ -1,0 +1,146 @@
+"""Nodes of a Ray cluster as `ray start` makes them: processes of their own, which can be killed like a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers import free_port
+
+RAY = str(Path(sys.executable).parent / "ray")
+QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+"""How soon Ray takes a node that does not answer for dead; by its own settings after half a minute."""
+START_SECONDS = 60.0
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it has started, directly or not."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in task.read_text().split():
+                found += descendants(int(child))
+    return found
+
+
+@dataclass
+class RayNode:
+    """One node.
+
+    Args:
+        home: where it logs.
+        options: of `ray start`.
+        wrapper: a command that runs it.
+        environment: beside this process's.
+    """
+
+    home: Path
+    options: Sequence[str]
+    wrapper: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> RayNode:
+        """Starts it; it joins within seconds."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        small = ["--object-store-memory", str(100 * 1024**2), "--disable-usage-stats", "--block"]
+        with (self.home / "ray.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.wrapper, RAY, "start", *self.options, *small],
+                env=os.environ | self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL and all that runs on it, as when a machine loses its power."""
+        assert self.process is not None
+        for pid in reversed(descendants(self.process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class RayCluster:
+    """A head, and nodes that join it.
+
+    Args:
+        home: where all of it logs.
+        head_options: of `ray start` for the head; by default one without cards.
+    """
+
+    home: Path
+    head_options: Sequence[str] = ("--num-cpus", "2")
+    dashboard: bool = False
+    nodes: list[RayNode] = field(default_factory=list)
+    port: int = field(default_factory=free_port)
+    dashboard_port: int = field(default_factory=free_port)
+
+    @property
+    def address(self) -> str:
+        """Where drivers connect to."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def jobs_address(self) -> str:
+        """Where jobs are submitted to."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def start(self) -> RayCluster:
+        """Starts the head and waits until it answers."""
+        board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
+        options = ["--head", "--port", str(self.port), *board, "--temp-dir", str(self.home / "ray")]
+        self.add(*options, "--system-config", json.dumps(QUICK), *self.head_options)
+        self.wait_for(1)
+        return self
+
+    def add(self, *options: str, wrapper: Sequence[str] = (), **environment: str) -> RayNode:
+        """Starts a node; one without --head joins the head."""
+        join = [] if "--head" in options else ["--address", self.address]
+        ports = [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "dashboard-agent-grpc")]
+        home = self.home / f"node-{len(self.nodes)}"
+        node = RayNode(home, [*join, *ports, *options], wrapper, environment)
+        self.nodes.append(node)
+        return node.start()
+
+    def wait_for(self, nodes: int) -> None:
+        """Waits until so many nodes are up."""
+        until = time.monotonic() + START_SECONDS
+        while len(self.alive()) < nodes:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{len(self.alive())} of {nodes} nodes are up; see {self.home}")
+            time.sleep(0.3)
+
+    def alive(self) -> list[dict[str, Any]]:
+        """The nodes that are up, as `ray.nodes()` has them; none while the head does not answer."""
+        asked = subprocess.run(
+            [sys.executable, "-c", _NODES, self.address], capture_output=True, text=True, timeout=60, check=False
+        )
+        return [node for node in json.loads(asked.stdout or "[]") if node["Alive"]]
+
+    def stop(self) -> None:
+        """Ends all nodes, the head last."""
+        for node in reversed(self.nodes):
+            node.kill()
+
+
+_NODES = """
+import json, sys, ray
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions
+state = GlobalState()
+state._initialize_global_state(GcsClientOptions.create(sys.argv[1], None, True, False))
+print(json.dumps(state.node_table()))
+"""

@@ -1,0 +1,161 @@
+"""Jobs sent through the Ray Jobs API to a head without cards and a node that has modules 4 to 7."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import command_line, read_manifest
+from raynodes import RAY, RayCluster
+
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.submit import refuse_what_stays_here
+
+REPOSITORY = Path(__file__).parent.parent
+SECRET = "a-secret-of-whoever-submits"
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """The cluster, with token authentication as Ray has it by default."""
+    cluster = RayCluster(tmp_path_factory.mktemp("cluster"), dashboard=True)
+    try:
+        cluster.start()
+        cluster.add("--num-cpus=1", '--resources={"HPU": 4}', HABANA_VISIBLE_MODULES="4,5,6,7")
+        cluster.wait_for(2)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": [None if row == 13 else f"prompt {row}" for row in range(64)]}), path)
+    return path
+
+
+def job(dataset: Path, output: Path, **fields: str) -> list[str]:
+    """The flags of a job."""
+    flags = {"device": "simulated", "shard-size": "8", "simulated.batch-seconds": "0.2"} | fields
+    return [f"--prompts={dataset}", f"--output={output}", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def test_a_job_is_followed_to_its_end_and_its_exit_code_comes_back(
+    nodes: RayCluster, dataset: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"prompts: {dataset}\noutput: {tmp_path / 'out'}\ndevice: simulated\nshard_size: 8\n")
+    flags = ("--address", nodes.jobs_address, "--simulated.batch-seconds", "0.2", "--ship-code")
+    result = command_line("submit", file, *flags, AWS_SECRET_ACCESS_KEY=SECRET)
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert re.match(r"job: \S+\n", result.stdout)
+    assert "complete with failed rows: 63 images, 1 failed rows, " in result.stdout
+    assert SECRET not in result.stdout + result.stderr
+    rows = read_manifest(tmp_path / "out")
+    assert [row["row"] for row in rows if row["status"] == "failed"] == [13]
+    assert {row["card"].rpartition("-")[2] for row in rows} <= {"4", "5", "6", "7"}
+    known = subprocess.run(
+        [RAY, "job", "list", "--address", nodes.jobs_address], capture_output=True, text=True, check=True
+    )
+    assert "gaudi_batch run job.yaml" in known.stdout
+    assert SECRET not in known.stdout
+
+
+def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
+    nodes: RayCluster, dataset: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    submit = (
+        "submit",
+        "--address",
+        nodes.jobs_address,
+        *job(dataset, output, **{"simulated.batch-seconds": "2", "cards": "2"}),
+    )
+    begun = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
+    assert (begun.returncode, begun.stdout) == (0, f"job: night-{os.getpid()}\n"), begun.stderr
+    again = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
+    assert again.returncode == 2
+    assert f"has a job 'night-{os.getpid()}' already" in again.stderr
+    while not list(output.glob("manifest/*")):
+        time.sleep(0.1)
+    stopped = command_line("stop", f"night-{os.getpid()}", "--address", nodes.jobs_address)
+    assert stopped.stdout == f"job night-{os.getpid()}: STOPPED\n", stopped.stderr
+    assert not (output / "lease.json").exists()
+    assert 0 < len(list(output.glob("manifest/*"))) < 8
+    assert not (output / "manifest.parquet").exists()
+    resumed = command_line(*submit)
+    assert resumed.returncode == 3, resumed.stdout
+    assert "of 8 shards are committed already" in resumed.stdout
+    assert len(read_manifest(output)) == 64
+
+
+def test_ray_s_own_command_submits_the_script(nodes: RayCluster, dataset: Path, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"prompts: {dataset}\noutput: {tmp_path / 'out'}\n")
+    submit = [RAY, "job", "submit", "--address", nodes.jobs_address, "--working-dir", str(REPOSITORY)]
+    script = ["python", "jobs/text_to_image.py", "--config", str(file), *job(dataset, tmp_path / "out")]
+    result = subprocess.run([*submit, "--", *script], capture_output=True, text=True, timeout=200, check=False)
+    assert "complete with failed rows: 63 images" in result.stdout, result.stdout + result.stderr
+    assert len(read_manifest(tmp_path / "out")) == 64
+
+
+def test_whoever_has_no_token_or_a_wrong_one_is_refused(nodes: RayCluster, dataset: Path, tmp_path: Path) -> None:
+    submit = ("submit", "--address", nodes.jobs_address, *job(dataset, tmp_path / "out"))
+    wrong = command_line(*submit, RAY_AUTH_TOKEN="0" * 64)
+    none = command_line(*submit, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="")
+    assert (wrong.returncode, none.returncode) == (2, 2)
+    assert "Invalid authentication token" in wrong.stderr
+    assert "Missing authentication token" in none.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_ray_does_not_know_is_named(nodes: RayCluster) -> None:
+    result = command_line("stop", "no-such-job", "--address", nodes.jobs_address)
+    assert result.returncode == 2
+    assert "has no job 'no-such-job'" in result.stderr
+
+
+def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
+    for address, said in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
+        result = command_line("submit", "--address", address, *job(dataset, tmp_path / "out"))
+        assert result.returncode == 2
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompts": "prompts.parquet"}, "prompts: 'prompts.parquet' is a path of this machine"),
+        ({"output": "out"}, "output: 'out' is a path of this machine"),
+        ({"model": "gaudi_batch/models/shapes"}, "model: .* is a path of this machine"),
+        ({"prompts": "https://host/p.parquet?signature=xyzzy"}, "has a secret"),
+        ({"output": "s3://user:xyzzy@bucket/out"}, "has a secret"),
+        ({"storage_options": {"secret": "xyzzy"}}, "storage_options: holds a secret"),
+        ({"prompts_storage_options": {"client_kwargs": {"token": "xyzzy"}}}, "prompts_storage_options: holds a secret"),
+    ],
+)
+def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
+    fields: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
+    with pytest.raises(InputError, match=said) as refused:
+        refuse_what_stays_here(JobConfig.model_validate(job))
+    assert "xyzzy" not in str(refused.value)
+
+
+def test_the_script_names_its_flags() -> None:
+    script = [sys.executable, str(REPOSITORY / "jobs/text_to_image.py")]
+    result = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--config" in result.stderr
