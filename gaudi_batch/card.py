@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -109,6 +110,7 @@ class Card:
     def _generate(self) -> None:
         setup = self._setup
         try:
+            require_shared(setup)
             self._pipeline = load_pipeline(setup.config, setup.model, setup.threads, self._module)
         except Exception as error:
             self._mailbox.emit(Broken(describe_error(error)))
@@ -319,6 +321,22 @@ class _StoredBatch:
 
 def _is_storage(error: BaseException) -> bool:
     return isinstance(error, StorageError)
+
+
+def require_shared(setup: CardSetup) -> None:
+    """Makes sure that this node sees the same output and prompts as the driver: a directory that is there on every
+    node, and another on each, would take images that nobody finds.
+
+    Raises:
+        RuntimeError: it does not.
+        StorageError: storage refuses this node.
+    """
+    prompts = setup.dataset.storage
+    way_out = "a local path must be on a file system that all nodes share"
+    if setup.storage.get("run.json") is None:
+        raise RuntimeError(f"node {socket.gethostname()} does not see the run in {setup.storage.url}; {way_out}")
+    if prompts.local and not Path(prompts.full(setup.dataset.files[0].name)).exists():
+        raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
 
 
 def where_am_i(device: str) -> tuple[str, str, int | None]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -34,6 +35,7 @@ RUN_SWITCHES = {
     "verify": "read every image back and compare it with its manifest",
     "repair": "make images again that are missing or torn",
 }
+OPTION_FLAG = re.compile(r"--(prompts-)?storage-options\b")
 ADDRESS_HELP = "the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265"
 
 
@@ -45,9 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gaudi-batch: {one_line(error, 2000)}", file=sys.stderr)
         return error.exit_code
     _set_up_log(parsed.verbose)
+    if arguments is None:
+        _hide_secrets()
     if threading.current_thread() is threading.main_thread():
-        # SIGTERM means the same as Ctrl-C from the first moment on, not only while images are made.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        # SIGTERM means the same as Ctrl-C from the first moment on, not only while images are made; and that also in
+        # the background of a shell, which has Ctrl-C ignored.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return int(parsed.command(parsed))
     except GaudiBatchError as error:
@@ -171,19 +176,30 @@ def _emulate(parsed: argparse.Namespace) -> NoReturn:
 
 
 def _job(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None) -> JobConfig:
-    """The job that the command line describes; see `job_from`. Takes its secrets out of this process's title, which
-    `ps` shows to everybody and Ray keeps."""
-    from setproctitle import setproctitle
-
+    """The job that the command line describes; see `job_from`."""
     from gaudi_batch.flags import job_from
+
+    return job_from(parsed, given)
+
+
+def _hide_secrets() -> None:
+    """Takes storage options and what is secret in URLs out of this process's title, which `ps` shows to everybody and
+    Ray keeps."""
     from gaudi_batch.storage import redact
 
-    config = job_from(parsed, given)
-    command = shlex.join(sys.orig_argv)
-    without = redact(command, {"": config.storage_options, "prompts": config.prompts_storage_options or {}})
-    if without != command:
-        setproctitle(without)
-    return config
+    shown: list[str] = []
+    for argument in sys.orig_argv:
+        flag, equals, _ = argument.partition("=")
+        if shown and OPTION_FLAG.match(shown[-1]) and "=" not in shown[-1]:
+            shown.append("***")
+        elif OPTION_FLAG.match(flag) and equals:
+            shown.append(f"{flag}=***")
+        else:
+            shown.append(redact(argument))
+    if shown != sys.orig_argv:
+        from setproctitle import setproctitle
+
+        setproctitle(shlex.join(shown))
 
 
 def _print_result(output: str, summary: dict[str, Any]) -> None:
@@ -213,7 +229,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command not in JOB_COMMANDS:
+    if command not in (*JOB_COMMANDS, "status"):
         return _parser(lambda command: None).parse_args(arguments)
     from gaudi_batch.flags import add_job_flags, join_mapping_flags
 

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
@@ -25,6 +25,7 @@ from gaudi_batch.card import Card
 from gaudi_batch.cluster import Capacity, CardResources, card_options
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
 from gaudi_batch.errors import StorageError
+from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
 from gaudi_batch.plan import GraphKey
@@ -34,6 +35,8 @@ from gaudi_batch.slot import Slot, node_is_gone, phase_limit, why_died
 from gaudi_batch.summary import Tally
 
 log = logging.getLogger("gaudi_batch")
+
+T = TypeVar("T")
 
 NEWS_SECONDS = 1.0
 """How long a card waits for something to happen before it answers; grows with the number of cards."""
@@ -48,6 +51,7 @@ STORAGE_GRACE_SECONDS = 60.0
 """How much longer than the job's patience one operation on storage may take."""
 FAULTS_KEPT = 100
 COMMIT_THREADS = 8
+OTHER_THREADS = 4
 COMMIT_SECONDS = 5.0
 """How long the end of a run waits for commits that have been begun."""
 
@@ -93,9 +97,13 @@ class Driver:
         self._numbers = itertools.count()
         self.unsettled: set[str] = set()
         """Attempts whose manifest may or may not be in place, since its put has not ended."""
+        self._refused_by_storage: set[int] = set()
+        """Cards to which storage has failed since any card last stored a shard."""
         self._records: dict[str, Done] = {}
         self._commits: set[asyncio.Task[None]] = set()
         self._commit_pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
+        # Not the event loop's own, whose end would wait for what never comes back.
+        self._threads = ThreadPoolExecutor(OTHER_THREADS, "driver")
         self._missing = images_missing
         self._batch_s: dict[GraphKey, float] = {}
         self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
@@ -134,12 +142,14 @@ class Driver:
             for slot in self._slots.values():
                 self._kill(slot)
                 remove_placement_group(slot.group)
-            try:
-                await asyncio.to_thread(self._ledger.put_json, "progress.json", self._describe("over"))
-            except StorageError as error:
-                if not stopped:
-                    raise
-                log.warning("progress.json is not up to date: %s", error)
+            if not self.at_once:
+                try:
+                    await self._in_thread(self._ledger.put_json, "progress.json", self._describe("over"))
+                except StorageError as error:
+                    if not stopped:
+                        raise
+                    log.warning("progress.json is not up to date: %s", error)
+            self._threads.shutdown(wait=False)
 
     def stop(self, reason: str, grace: float) -> None:
         """Takes up no more work and ends when what has begun is committed, after `grace` seconds at the latest."""
@@ -166,11 +176,16 @@ class Driver:
         task.add_done_callback(lambda _: work.close())  # a task that is cancelled at once never begins it
         return task
 
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await self.loop.run_in_executor(self._threads, function, *arguments)
+
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except StorageError as error:
             self.abandon(str(error))
+        except LeaseLost as error:
+            self.abandon(str(error), at_once=True)
         except Exception as error:
             # A task that is gone could leave the run waiting for ever.
             if not self._over.done():
@@ -182,7 +197,7 @@ class Driver:
         """Gives every card that the job should have a slot, now and later, and takes leave of those that go."""
         seen = time.monotonic()
         while True:
-            capacity = await asyncio.to_thread(self._look_at_cluster)
+            capacity = await self._in_thread(self._look_at_cluster)
             for slot in self._slots.values():
                 if slot.ready and slot.ready.node_id in capacity.leaving:
                     self._carry_out(self.schedule.leaving(slot.number))
@@ -288,19 +303,26 @@ class Driver:
             self._carry_out(schedule.broken(slot.number, event.error))
         elif isinstance(event, Announced):
             self._carry_out(schedule.announced(event.attempt, event.rows))
-        elif isinstance(event, Failed) and event.storage:
+        elif isinstance(event, Failed) and event.storage and self._storage_is_gone(slot):
             self._carry_out(schedule.stop(event.error))
             self.abandon(event.error)
         elif isinstance(event, Failed):
             self._fault(slot, f"failed at {event.attempt}: {event.error}")
-            self._carry_out(schedule.failed(event.attempt, event.error, event.accused, event.healthy))
+            healthy = event.healthy and not event.storage
+            self._carry_out(schedule.failed(event.attempt, event.error, event.accused, healthy))
         else:
+            self._refused_by_storage.clear()
             facts = event.facts
             seconds = facts.sums.steady_s + facts.sums.warmup_s
             decisions = schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows, seconds)
             if decisions:
                 self._records[event.attempt] = event
             self._carry_out(decisions)
+
+    def _storage_is_gone(self, slot: Slot) -> bool:
+        """Whether storage fails for more than one card: what it refuses to one alone may be that node's fault."""
+        self._refused_by_storage.add(slot.number)
+        return len(self._refused_by_storage) >= min(2, self.schedule.usable())
 
     def _introduce(self, slot: Slot, ready: Ready) -> None:
         for other in self._slots.values():
@@ -337,7 +359,7 @@ class Driver:
         reason = slot.kill_reason or why_died(error)
         node = slot.ready.node_id if slot.ready else None
         left = self._state(slot) is CardState.LEAVING or (
-            not slot.kill_reason and await asyncio.to_thread(node_is_gone, node, error)
+            not slot.kill_reason and await self._in_thread(node_is_gone, node, error)
         )
         slot.actor = None
         if left:
@@ -409,7 +431,7 @@ class Driver:
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]
         self.unsettled.add(attempt)
-        put = await self.loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts.shard, done.manifest)
+        put = await self.loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts, done.manifest)
         self.unsettled.discard(attempt)
         del self._records[attempt]
         if put:
@@ -452,7 +474,8 @@ class Driver:
 
     async def _report(self) -> None:
         while True:
-            await asyncio.to_thread(self._ledger.put_json, "progress.json", self._describe("running"))
+            await self._in_thread(self._ledger.hold)
+            await self._in_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_SECONDS)
 
     def progress(self) -> Progress:

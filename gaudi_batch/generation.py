@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gaudi_batch.outputs.encoding import to_pixels
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.rows import PromptRow, image_seed
+from gaudi_batch.storage import redact
 from gaudi_batch.text import one_line
 
 NEUTRAL = Item(-1, 0, "", "", 0)
@@ -185,7 +186,7 @@ class ShardMaker:
 
 def describe_error(error: BaseException) -> str:
     """An exception in one printable line of at most 500 characters."""
-    return one_line(f"{type(error).__name__}: {error}")
+    return one_line(redact(f"{type(error).__name__}: {error}"))
 
 
 def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

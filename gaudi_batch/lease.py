@@ -1,14 +1,20 @@
-"""Who drives a run: a courtesy that keeps a second driver out. Nothing depends on it for being right.
+"""Who drives a run. One driver at a time puts manifests, so nothing that is committed is ever written over.
 
 lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
 that does not count for `STALE_SECONDS` on the observer's own clock is anybody's; so is, at once, one whose process on
-this machine is gone.
+this machine is gone. A holder that could not count up for `CERTAIN_SECONDS` commits nothing until it has, and one that
+finds another's name in its place is done: long before its lease is anybody's, none of its writes is still on its way.
+
+What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose leavings may be
+removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -19,7 +25,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.storage import Storage
 
 log = logging.getLogger("gaudi_batch")
@@ -30,6 +36,15 @@ BEAT_SECONDS = 10.0
 LOOK_SECONDS = 2.0
 SETTLE_SECONDS = 1.0
 """Between writing and reading back."""
+CERTAIN_SECONDS = 30.0
+"""How long a holder that has counted up may commit; with one try at that, less than `STALE_SECONDS`."""
+COMMIT_SECONDS = 15.0
+TRY_SECONDS = 10.0
+"""Of one look at the lease, or one try at writing it. It is not tried for long: what comes late would be a lie."""
+
+
+class LeaseLost(RunStopped):
+    """Another driver has taken over."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +61,9 @@ class Lease:
     """When the process started, in the machine's own ticks."""
     beat: int
     dead: tuple[str, ...]
-    """Drivers of this run that are known to be dead, and whose leavings nobody has removed yet."""
+    """Drivers of this run before this one. They are over, so what they left and no manifest names may be removed."""
     released: bool = False
-    """Whether the holder has let go, and left this only to hand the dead on."""
+    """Whether the holder has let go."""
 
     @property
     def holder(self) -> str:
@@ -69,7 +84,11 @@ class LeaseKeeper:
 
     def __init__(self, storage: Storage, driver: str) -> None:
         self._storage = storage
+        self._quick = storage.at(storage.root)
+        self._quick.patience = self._quick.try_seconds = TRY_SECONDS
         self._over = threading.Event()
+        self._kept_up = -math.inf
+        self._lost = ""
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
 
@@ -80,7 +99,7 @@ class LeaseKeeper:
 
     @property
     def dead(self) -> frozenset[str]:
-        """Drivers of this run that are known to be dead."""
+        """Drivers of this run that are over."""
         return frozenset(self._lease.dead)
 
     def take(self, say: Callable[[str], None] = lambda line: None) -> None:
@@ -98,57 +117,90 @@ class LeaseKeeper:
                 say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
                 self._wait_until_stale(held)
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
-        self._write()
+        since = time.monotonic()
+        self._write(self._storage)
         time.sleep(SETTLE_SECONDS)
         held = self._read()
         if held is not None and held.driver != self._lease.driver:
             raise InputError(f"{self._storage.url}: {held.holder} has just started to drive this run")
+        self._kept_up = since
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
-    def release(self, cleaned: bool) -> None:
-        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
+    def hold(self) -> None:
+        """Returns when this driver may commit: it drives the run, and will for longer than a commit takes.
 
-        Args:
-            cleaned: whether the leavings of the dead have been removed; if not, the next driver is told of them.
+        Raises:
+            LeaseLost: another drives it.
+            StorageError: that could not be found out for as long as the job's patience lasts.
         """
-        self._over.set()
-        _ended.add(self._lease.driver)
+        since = time.monotonic()
+        while True:
+            with contextlib.suppress(StorageError):
+                self._look()
+                if time.monotonic() - self._kept_up < CERTAIN_SECONDS:
+                    return
+            waited = time.monotonic() - since
+            if waited > self._storage.patience:
+                raise StorageError(f"{self._storage.url}: the lease could not be kept up for {waited:.0f} s")
+            self._over.wait(LOOK_SECONDS / 4)
+
+    def release(self) -> None:
+        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale."""
+        if self._over.is_set():
+            return
+        self.forget()
         try:
-            held = self._read()
-            if held is None or held.driver != self._lease.driver:
-                return
-            if cleaned or not self._lease.dead:
-                self._storage.remove("lease.json")
-            else:
-                self._lease = replace(self._lease, released=True)
-                self._write()
+            self._look()
+            self._lease = replace(self._lease, released=True)
+            self._write(self._quick)
+        except LeaseLost:
+            return
         except StorageError as error:
             log.warning("the lease can't be given back: %s", error)
 
+    def forget(self) -> None:
+        """Ends this driver's hold without a word in storage: its process is about to end."""
+        self._over.set()
+        _ended.add(self._lease.driver)
+
     def _beat(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
+        pause = BEAT_SECONDS
+        while not self._over.wait(pause):
+            since = time.monotonic()
             try:
-                held = self._read()
-                if held is not None and held.driver != self._lease.driver:
-                    log.warning("%s drives this run as well now; commits stay right, work is done twice", held.holder)
-                    return
-                self._write()
+                self._look()
+                self._write(self._quick)
+                self._kept_up, pause = since, BEAT_SECONDS
+            except LeaseLost:
+                return
             except StorageError as error:
+                pause = LOOK_SECONDS
                 log.warning("the lease can't be kept up: %s", error)
 
-    def _write(self) -> None:
+    def _look(self) -> None:
+        """Raises LeaseLost if another has taken the lease; StorageError if that can't be seen."""
+        held = None if self._lost else read_lease(self._quick)
+        if held is not None and held.driver != self._lease.driver:
+            self._lost = f"{held.holder} drives this run now, and one output has one driver"
+        if self._lost:
+            raise LeaseLost(self._lost)
+
+    def _write(self, storage: Storage) -> None:
         self._lease = replace(self._lease, beat=self._lease.beat + 1)
-        self._storage.put("lease.json", json.dumps(asdict(self._lease)).encode())
+        storage.put("lease.json", json.dumps(asdict(self._lease)).encode())
 
     def _wait_until_stale(self, held: Lease) -> None:
-        until = time.monotonic() + STALE_SECONDS
-        while time.monotonic() < until:
+        seen = time.monotonic()
+        while True:
             time.sleep(LOOK_SECONDS)
+            looked = time.monotonic()
             now = self._read()
             if now is None:
                 return
             if now != held:
                 raise self._refusal(now)
+            if looked - seen > STALE_SECONDS:
+                return
 
     def _refusal(self, held: Lease) -> InputError:
         return InputError(

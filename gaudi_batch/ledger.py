@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from gaudi_batch import manifest
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.lease import COMMIT_SECONDS
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
@@ -62,10 +63,12 @@ class Ledger:
 
     Args:
         storage: the output.
+        hold: returns while this driver may commit, and raises if it may not.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, hold: Callable[[], None] = lambda: None) -> None:
         self.storage = storage
+        self.hold = hold
 
     def run(self) -> RunRecord | None:
         """The run that this output belongs to, or None.
@@ -174,11 +177,26 @@ class Ledger:
             return None
         return (facts, table) if facts.shard == shard else None
 
-    def commit(self, shard: int, data: bytes) -> bool:
-        """Puts a shard's manifest unless a whole one is there already; returns whether it did."""
-        if self._read_commit(shard) is not None:
-            return False
-        self.storage.put(manifest_path(shard), data)
+    def commit(self, facts: CommitFacts, data: bytes) -> bool:
+        """Puts a shard's manifest unless another attempt's is there; returns whether it is this one's that is there.
+
+        Both are looked at before each try: that nobody else drives the run, and that the shard is not committed.
+
+        Raises:
+            LeaseLost: another driver has taken over.
+            StorageError: storage failed, and whether the manifest is there is not known.
+        """
+
+        def look() -> None:
+            self.hold()
+            found = self._read_commit(facts.shard)
+            if found is not None:
+                raise _Committed(found[0].attempt)
+
+        try:
+            self.storage.put(manifest_path(facts.shard), data, look, COMMIT_SECONDS)
+        except _Committed as there:
+            return there.attempt == facts.attempt
         return True
 
     def join_manifests(self, made_again: Mapping[int, int]) -> int:
@@ -279,6 +297,14 @@ class Ledger:
         except (ValueError, RecursionError):
             return None
         return loaded if isinstance(loaded, dict) else None
+
+
+class _Committed(Exception):
+    """A shard is committed."""
+
+    def __init__(self, attempt: str) -> None:
+        super().__init__(attempt)
+        self.attempt = attempt
 
 
 def _shard(row: dict[str, Any]) -> Shard:

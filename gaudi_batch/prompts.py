@@ -139,7 +139,7 @@ class PromptDataset:
                 rows += found
                 carried.append(table)
             first += count
-        if len(rows) != shard.rows:
+        if len(rows) != shard.rows or not self._is_unchanged(shard.file):
             raise StorageError(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
         return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
 
@@ -189,6 +189,12 @@ class PromptDataset:
                 raise pa.ArrowInvalid(f"it holds {len(table)} rows and not as many as its footer says")
             self._group = ((file, group), table)
         return self._group[1]
+
+    def _is_unchanged(self, file: int) -> bool:
+        """Whether a file still is what its identity says, as far as the store tells without its being read."""
+        identity, name = self.files[file].identity, self.files[file].name
+        info = self.storage.info(name)
+        return identity.startswith(_size(info)) and identity.endswith(_version(info))
 
     def _group_sizes(self, file: int) -> list[int]:
         try:
@@ -333,9 +339,17 @@ def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.Fi
             raise pa.ArrowInvalid("its numbers of rows disagree")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
-    version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
-    return metadata, schema, f"{size} bytes, footer {digest}, {version}"
+    return metadata, schema, f"{_size(info)}, footer {digest}, {_version(info)}"
+
+
+def _size(info: Mapping[str, Any]) -> str:
+    return f"{int(info['size'] or 0)} bytes"
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """The store's own mark of a file's version, empty where it has none."""
+    return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
 def _values(table: pa.Table) -> list[dict[str, Any]]:

@@ -19,12 +19,13 @@ from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import Job, refuse_bad_rows, resolve
-from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.plan import Shard
 from gaudi_batch.retry import failed_rows, plan_again, rows_made_again
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
+from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Interrupted(RunStopped):
     """Ctrl-C or SIGTERM ended the run."""
 
     exit_code = 130
+
+
+class AtOnce(Interrupted):
+    """A second one did, which waits for nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,10 @@ def run(
         RunStopped: the run ended before every image was made; the same call resumes it.
         StorageError: storage refused or failed for longer than `storage_patience`.
     """
-    ledger = Ledger(Storage(config.output, config.storage_options, config.storage_patience))
+    storage = Storage(config.output, config.storage_options, config.storage_patience)
+    driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
+    lease = LeaseKeeper(storage, driver)
+    ledger = Ledger(storage, lease.hold)
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)
@@ -95,12 +103,9 @@ def run(
         _refuse_another_job(ledger, record, job)
     if strict:
         refuse_bad_rows(job)
-    driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     if address and overwrite:
         _knock(address)  # before anything is removed
-    lease = LeaseKeeper(ledger.storage, driver)
     lease.take(log.info)
-    complete = False
     try:
         if overwrite:
             ledger.start_afresh()
@@ -119,16 +124,19 @@ def run(
         ended = _Ended(None)
         if missing:
             ended = _drive(job, ledger, record, shards, missing, made_again, tally, driver, address, grace)
-        result = _sum_up(ledger, record, made_again, tally, lease, ended)
+        ledger.hold()
+        result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
             _verify(ledger)
-        complete = True
         return result
-    except StorageError:
-        ledger.storage.hurry()
+    except AtOnce:
+        lease.forget()
+        raise
+    except (StorageError, KeyboardInterrupt):
+        storage.hurry()
         raise
     finally:
-        lease.release(cleaned=complete)
+        lease.release()
 
 
 @dataclass(frozen=True)
@@ -169,16 +177,21 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
 def _repair(ledger: Ledger) -> None:
     """Takes back the shards whose images are missing or torn, so that they are made again."""
     findings = look(ledger)
-    log.info("%s", findings)
+    _say(findings)
     if findings.broken:
         log.info("%d shards with missing or torn images are made again", len(findings.broken))
         ledger.give_up(findings.broken)
 
 
+def _say(findings: Findings) -> None:
+    for line in findings.lines():
+        log.info("%s", line)
+
+
 def _verify(ledger: Ledger) -> None:
     findings = look(ledger)
     ledger.put_json("verify.json", findings.describe())
-    log.info("%s", findings)
+    _say(findings)
     if findings.broken:
         raise RunStopped(
             f"{len(findings.missing)} images are missing and {len(findings.torn)} are torn; the same command with"
@@ -262,8 +275,10 @@ def _drive(
                 lambda: look_at_cluster(job.config, resources),
             )
             reason = _run_to_end(driver, grace)
+        if driver.at_once and reason == INTERRUPTED:
+            raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
         if driver.at_once:
-            raise Interrupted("interrupted at once; what was committed stays, and the same command resumes")
+            raise LeaseLost(f"stopped: {reason}")
         return _Ended(reason, driver.faults, schedule.retries, frozenset(driver.unsettled))
 
 
@@ -303,10 +318,17 @@ async def _until_over(driver: Driver, grace: float) -> str | None:
         else:
             driver.abandon(INTERRUPTED, at_once=True)
 
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
             loop.add_signal_handler(number, interrupted, number)
-    return await driver.run()
+    try:
+        return await driver.run()
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)  # which a loop would set to what the system does by default
 
 
 INTERRUPTED = "interrupted"
@@ -334,6 +356,7 @@ def _run_to_end(driver: Driver, grace: float) -> str | None:
 def _sum_up(
     ledger: Ledger,
     record: RunRecord,
+    shards: list[Shard],
     made_again: Mapping[int, int],
     tally: Tally,
     lease: LeaseKeeper,
@@ -341,8 +364,8 @@ def _sum_up(
 ) -> RunResult:
     reason, rows = ended.reason, tally.rows
     try:
-        summary = _write_summary(ledger, record, made_again, tally, lease, ended)
-        rows = summary["rows"]
+        summary = _write_summary(ledger, record, shards, made_again, tally, lease, ended)
+        rows, reason = summary["rows"], summary["reason"]
     except StorageError as error:
         if reason is None:
             raise
@@ -358,6 +381,7 @@ def _sum_up(
 def _write_summary(
     ledger: Ledger,
     record: RunRecord,
+    shards: list[Shard],
     made_again: Mapping[int, int],
     tally: Tally,
     lease: LeaseKeeper,
@@ -368,6 +392,9 @@ def _write_summary(
     tally = tally.emptied()
     for facts, _ in ledger.commits():
         tally.add(facts)
+    lost = [shard.number for shard in shards if shard.number not in tally.attempts]
+    if lost and reason is None:
+        reason = f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
     # The leavings of a driver that is taken for dead are safe to remove only when nothing is left to commit.
     removable = {lease.driver} if reason else lease.dead | {lease.driver}
     ledger.remove_orphans(

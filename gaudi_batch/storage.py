@@ -65,7 +65,8 @@ PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSH
 """What S3 says with status 400 of a request that broke on its way."""
 SECRET_VARIABLE = re.compile(r"(AWS|AZURE|HF|GOOGLE)_\w*(SECRET|TOKEN|KEY|PASSWORD|CONNECTION_STRING)\w*")
 SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
-_URL_USERINFO = re.compile(r"(\w+://)[^\s'\"]+@")
+SHORTEST_SECRET = 4
+_URL_USERINFO = re.compile(r"(\w+://)(?:[^\s'\"]+|[^\s/?#]+)@")
 _URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
 
 
@@ -79,30 +80,29 @@ def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
 
 
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options with every value that may be a secret replaced by `***`."""
-    return {
-        key: "***" if SECRET_KEY.search(str(key)) and not isinstance(value, (Mapping, bool)) else _redacted(value)
-        for key, value in options.items()
-    }
+    """The same options with every value that may be a secret replaced by `***`, whatever lies below a secret name
+    included."""
+    return {key: _redacted(value, bool(SECRET_KEY.search(str(key)))) for key, value in options.items()}
 
 
-def _redacted(value: Any) -> Any:
+def _redacted(value: Any, secret: bool) -> Any:
     if isinstance(value, Mapping):
-        return redacted_options(value)
+        return {key: _redacted(item, secret or bool(SECRET_KEY.search(str(key)))) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_redacted(item) for item in value]
+        return [_redacted(item, secret) for item in value]
+    if secret and not isinstance(value, bool) and value is not None:
+        return "***"
     return redact(value) if isinstance(value, str) else value
 
 
-def _secrets(options: Mapping[str, Any], inherited: bool = False) -> set[str]:
-    found: set[str] = set()
-    for key, value in options.items():
-        secret = inherited or bool(SECRET_KEY.search(str(key)))
-        if isinstance(value, Mapping):
-            found |= _secrets(value, secret)
-        elif secret and isinstance(value, str) and len(value) >= 4:
-            found.add(value)
-    return found
+def _secrets(value: Any, secret: bool = False) -> set[str]:
+    if isinstance(value, Mapping):
+        parts = [_secrets(item, secret or bool(SECRET_KEY.search(str(key)))) for key, item in value.items()]
+        return set().union(*parts)
+    if isinstance(value, (list, tuple)):
+        return set().union(*(_secrets(item, secret) for item in value))
+    text = str(value)
+    return {text} if secret and not isinstance(value, bool) and len(text) >= SHORTEST_SECRET else set()
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -177,14 +177,26 @@ class Storage:
         self.patience = min(self.patience, LAST_SECONDS)
         self.try_seconds = min(self.try_seconds, LAST_SECONDS)
 
-    def put(self, path: str, data: bytes) -> None:
-        """Writes an object whole. Raises StorageError."""
-        self._put(path, len(data), lambda full, **limit: self.filesystem.pipe_file(full, data, **limit))
+    def put(
+        self, path: str, data: bytes, before: Callable[[], None] = lambda: None, seconds: float | None = None
+    ) -> None:
+        """Writes an object whole. Raises StorageError.
+
+        Args:
+            path: of the object.
+            data: its bytes.
+            before: called before each try; what it raises is raised.
+            seconds: how long one try may take, if that is not to be what its size needs.
+        """
+        limits = self._limit(len(data))
+        if seconds is not None:
+            limits = seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
+        self._put(path, limits, lambda full, **limit: self.filesystem.pipe_file(full, data, **limit), before)
 
     def put_file(self, path: str, local: str) -> None:
         """Writes a local file as an object, whole. Raises StorageError."""
-        size = Path(local).stat().st_size
-        self._put(path, size, lambda full, **limit: self.filesystem.put_file(local, full, **limit))
+        limits = self._limit(Path(local).stat().st_size)
+        self._put(path, limits, lambda full, **limit: self.filesystem.put_file(local, full, **limit))
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None where there is none. Raises StorageError."""
@@ -214,8 +226,11 @@ class Storage:
 
     def open(self, path: str) -> io.RawIOBase:
         """An object as a file to read at any position; each read is tried again like everything here."""
-        size = self.attempt(f"read {path}", lambda: int(self.filesystem.info(self.full(path))["size"]))
-        return _Ranges(self, path, size)
+        return _Ranges(self, path, int(self.info(path)["size"]))
+
+    def info(self, path: str) -> dict[str, Any]:
+        """What the store says of an object, its size in bytes among it. Raises StorageError."""
+        return self.attempt(f"read {path}", lambda: dict(self.filesystem.info(self.full(path))))
 
     def at(self, root: str, query: str = "") -> Storage:
         """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
@@ -264,9 +279,15 @@ class Storage:
         seconds = self.try_seconds + size / SLOWEST_BYTES_PER_S
         return seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
 
-    def _put(self, path: str, size: int, write: Callable[..., None]) -> None:
+    def _put(
+        self,
+        path: str,
+        limits: tuple[float, dict[str, float]],
+        write: Callable[..., None],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         full = self.full(path)
-        seconds, limit = self._limit(size)
+        seconds, limit = limits
 
         def put() -> None:
             if not self.local:
@@ -285,9 +306,15 @@ class Storage:
                 part.unlink(missing_ok=True)
                 raise
 
-        self.attempt(f"write {path}", put, seconds)
+        self.attempt(f"write {path}", put, seconds, before)
 
-    def attempt(self, what: str, operation: Callable[[], T], seconds: float = TRY_SECONDS) -> T:
+    def attempt(
+        self,
+        what: str,
+        operation: Callable[[], T],
+        seconds: float = TRY_SECONDS,
+        before: Callable[[], None] = lambda: None,
+    ) -> T:
         """Runs an operation until it succeeds, storage refuses it, or the patience is over.
 
         Args:
@@ -295,6 +322,7 @@ class Storage:
             operation: does it.
             seconds: how long one try may take. One on a filesystem that is asynchronous has timeouts of its own; any
                 other is left behind in its thread.
+            before: called before each try; what it raises is raised.
 
         Raises:
             StorageError: with the storage's own words, secrets taken out.
@@ -305,6 +333,7 @@ class Storage:
             self._running[this] = started
         try:
             for delay in _delays():
+                before()
                 try:
                     return operation() if self.filesystem.async_impl else _in_time(operation, seconds)
                 except Exception as error:

@@ -33,7 +33,7 @@ class Findings:
         """What verify.json says."""
         return asdict(self) | {"broken": sorted(self.broken)}
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         """A few lines for a person."""
         lines = [
             f"verified {self.images} images: {len(self.missing)} missing, {len(self.torn)} torn,"
@@ -44,7 +44,7 @@ class Findings:
             lines += [f"  {kind}: {path}" for path in paths[:SHOWN]]
             if len(paths) > SHOWN:
                 lines.append(f"  {kind}: and {len(paths) - SHOWN} more, in verify.json")
-        return "\n".join(lines)
+        return lines
 
 
 def verify(ledger: Ledger) -> Findings:

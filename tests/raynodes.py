@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,6 +89,8 @@ class RayCluster:
     nodes: list[RayNode] = field(default_factory=list)
     port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
+    session: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="ray-"))
+    """Ray's own files, its sockets among them, whose paths must be short."""
 
     @property
     def address(self) -> str:
@@ -101,7 +105,7 @@ class RayCluster:
     def start(self) -> RayCluster:
         """Starts the head and waits until it answers."""
         board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
-        options = ["--head", "--port", str(self.port), *board, "--temp-dir", str(self.home / "ray")]
+        options = ["--head", "--port", str(self.port), *board, "--temp-dir", self.session]
         self.add(*options, "--system-config", json.dumps(QUICK), *self.head_options)
         self.wait_for(1)
         return self
@@ -134,6 +138,7 @@ class RayCluster:
         """Ends all nodes, the head last."""
         for node in reversed(self.nodes):
             node.kill()
+        shutil.rmtree(self.session, ignore_errors=True)
 
 
 _NODES = """

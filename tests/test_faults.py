@@ -19,6 +19,7 @@ from ray.util import placement_group_table, remove_placement_group
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
 from gaudi_batch.ledger import Ledger
+from gaudi_batch.manifest import CommitFacts
 
 FAST = {"batch_seconds": 0.02}
 
@@ -124,7 +125,7 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
     output = tmp_path / "out"
     forced = (
         "import sys; from gaudi_batch import lease; from gaudi_batch.cli import main;"
-        "lease.LeaseKeeper.take = lambda self, say: None; sys.exit(main(sys.argv[1:]))"
+        "lease.is_alive = lambda held: False; sys.exit(main(sys.argv[1:]))"
     )
     command = (
         *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
@@ -140,7 +141,9 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
         for _ in range(2)
     ]
     said = [driver.communicate(timeout=200)[1] for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0], said
+    codes = sorted(driver.returncode for driver in drivers)
+    assert codes in ([0, 0], [0, 1], [0, 2]), said  # one may see that it is not alone before it begins
+    assert codes != [0, 1] or any("drives this run now" in log for log in said), said
     assert outcome(output) == (list(range(100)), {})
     assert files_named(output) == files_there(output)
 
@@ -217,7 +220,7 @@ def test_an_interrupted_run_commits_what_is_in_hand_and_can_be_resumed(
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 130, said
     assert "the same command resumes" in said
-    assert not (output / "lease.json").exists()
+    assert json.loads((output / "lease.json").read_text())["released"]
     assert len(list(output.glob("images/*"))) == len(list(output.glob("manifest/*.parquet")))
     assert command_line("status", output).stdout.startswith(f"{output}: stopped (interrupted)")
     assert command_line(*command).returncode == 0
@@ -238,7 +241,6 @@ def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: s
     _, said = driver.communicate(timeout=20)
     assert driver.returncode == 130, said
     assert "interrupted at once" in said
-    assert not (output / "lease.json").exists() or json.loads((output / "lease.json").read_text())["released"]
     assert command_line(*command, "--simulated.batch-seconds", "0.05").returncode == 0
     assert outcome(output) == (list(range(100)), {})
 
@@ -308,9 +310,9 @@ def test_what_a_driver_that_was_taken_for_dead_commits_after_all_stays(
     (output / "lease.json").write_text(json.dumps(lease | {"released": True}))
     commit = Ledger.commit
 
-    def overtaken(self: Ledger, shard: int, data: bytes) -> bool:
-        theirs[shard].write_bytes(held[shard])
-        return commit(self, shard, data)
+    def overtaken(self: Ledger, facts: CommitFacts, data: bytes) -> bool:
+        theirs[facts.shard].write_bytes(held[facts.shard])
+        return commit(self, facts, data)
 
     monkeypatch.setattr(Ledger, "commit", overtaken)
     result = make(prompts, output, cluster, {})

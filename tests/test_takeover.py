@@ -1,0 +1,117 @@
+"""A driver that is cut off from storage and another that takes its run over: nothing committed is written over."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from faultproxy import Fault, FaultProxy, fault_proxy
+from helpers import S3Server
+
+from gaudi_batch.storage import Storage
+
+QUICK = {"STALE_SECONDS": 8, "CERTAIN_SECONDS": 4, "COMMIT_SECONDS": 2, "BEAT_SECONDS": 1, "LOOK_SECONDS": 0.5}
+"""The lease's times, their order kept."""
+START = f"""
+import sys
+from gaudi_batch import cli, lease, ledger
+vars(lease).update({QUICK!r})
+ledger.COMMIT_SECONDS = lease.COMMIT_SECONDS
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def proxy(s3: S3Server) -> Iterator[FaultProxy]:
+    with fault_proxy(s3.port) as started:
+        yield started
+
+
+def start(prompts: Path, url: str, cluster: str, options: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
+    """Starts a driver."""
+    job = ("--device", "simulated", "--address", cluster, "--cards", "2", "--shard-size", "8", *flags)
+    storage = ("--storage-options", json.dumps(options), "--simulated.batch-seconds", "0.3")
+    command = [sys.executable, "-c", START, "run", "--prompts", str(prompts), "--output", url, *job, *storage]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def cut_off_when_it_commits(proxy: FaultProxy, commits: int) -> None:
+    """Waits until a driver has committed so often, and lets nothing through from its next try on."""
+    until = time.monotonic() + 90
+    while proxy.asked("PUT .*/manifest/") < commits:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    first = proxy.add(Fault("reset", "PUT", "/manifest/"))
+    proxy.add(Fault("reset", when=lambda: first.hits > 0))
+    while not first.hits:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def as_on_another_machine(output: Storage) -> None:
+    lease = json.loads(output.get("lease.json") or b"")
+    output.put("lease.json", json.dumps(lease | {"machine": "another"}).encode())
+
+
+def manifests(output: Storage) -> dict[str, bytes | None]:
+    return {name: output.get(f"manifest/{name}") for name in output.names("manifest")}
+
+
+def require_every_image_once(output: Storage) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(output.get("manifest.parquet") or b"")).to_pylist()
+    assert sorted(row["row"] for row in rows) == list(range(100))
+    for name, data in manifests(output).items():
+        for row in pq.read_table(io.BytesIO(data or b"")).to_pylist():
+            image = output.get(row["path"])
+            assert image is not None, f"{name} names {row['path']}, which is gone"
+            assert hashlib.sha256(image).hexdigest() == row["sha256"]
+    return rows
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite", "--seed", "2")])
+def test_a_driver_that_was_cut_off_changes_nothing_of_the_run_that_another_took_over(
+    flags: tuple[str, ...], prompts: Path, cluster: str, s3: S3Server, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}-{len(flags)}"
+    output = Storage(url, s3.options)
+    cut_off = start(prompts, url, cluster, s3.options_at(proxy.port))
+    cut_off_when_it_commits(proxy, 3)
+    as_on_another_machine(output)
+    began = time.monotonic()
+    other = start(prompts, url, cluster, s3.options, *flags)
+    said = other.communicate(timeout=120)[1]
+    assert other.returncode == 0, said
+    assert "waiting up to" in said
+    assert time.monotonic() - began < 90
+    seeds = {row["seed"] for row in require_every_image_once(output)}
+    before = manifests(output)
+    records = {name: output.get(name) for name in ("run.json", "manifest.parquet", "summary.json", "progress.json")}
+    proxy.clear()
+    said = cut_off.communicate(timeout=60)[1]
+    assert cut_off.returncode == 1, said
+    assert "drives this run now" in said
+    assert manifests(output) == before
+    assert {name: output.get(name) for name in records} == records
+    assert {row["seed"] for row in require_every_image_once(output)} == seeds
+
+
+def test_a_driver_that_was_cut_off_for_a_moment_goes_on(
+    prompts: Path, cluster: str, s3: S3Server, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}"
+    driver = start(prompts, url, cluster, s3.options_at(proxy.port))
+    cut_off_when_it_commits(proxy, 3)
+    time.sleep(QUICK["CERTAIN_SECONDS"] + 2)
+    proxy.clear()
+    said = driver.communicate(timeout=120)[1]
+    assert driver.returncode == 0, said
+    require_every_image_once(Storage(url, s3.options))
