@@ -33,6 +33,7 @@ from gaudi_batch.outputs.files import FilesOutput
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
 from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.prompts import PromptsChanged
 from gaudi_batch.rows import PromptRow
 from gaudi_batch.throughput import BatchLine, Sums
 
@@ -103,7 +104,11 @@ class Card:
             try:
                 rows, carried = self._setup.dataset.read(assignment.shard, self._setup.rules)
             except Exception as error:
-                self._mailbox.emit(Failed(assignment.attempt, describe_error(error), storage=_is_storage(error)))
+                hopeless = isinstance(error, PromptsChanged)
+                failed = Failed(
+                    assignment.attempt, describe_error(error), storage=_is_storage(error), hopeless=hopeless
+                )
+                self._mailbox.emit(failed)
                 continue
             self._fetched.put(_Work(assignment, rows, carried))
 

@@ -303,7 +303,7 @@ class Driver:
             self._carry_out(schedule.broken(slot.number, event.error))
         elif isinstance(event, Announced):
             self._carry_out(schedule.announced(event.attempt, event.rows))
-        elif isinstance(event, Failed) and event.storage and self._storage_is_gone(slot):
+        elif isinstance(event, Failed) and (event.hopeless or (event.storage and self._storage_is_gone(slot))):
             self._carry_out(schedule.stop(event.error))
             self.abandon(event.error)
         elif isinstance(event, Failed):

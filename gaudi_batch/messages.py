@@ -81,7 +81,9 @@ class Failed:
     """Rows that raised alone, with no other row made afterwards."""
     healthy: bool = True
     storage: bool = False
-    """Whether it was storage that failed, which is nobody's fault here."""
+    """Whether it was storage that failed."""
+    hopeless: bool = False
+    """Whether no card could make it: the prompts are no longer those that were planned."""
 
 
 Event: TypeAlias = Ready | Broken | Announced | Done | Failed

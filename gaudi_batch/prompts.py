@@ -31,6 +31,10 @@ _GLOB = re.compile(r"[*?\[{]")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
 
 
+class PromptsChanged(StorageError):
+    """The prompts are no longer those that were planned."""
+
+
 @dataclass(frozen=True)
 class PromptFile:
     """One Parquet file of the dataset."""
@@ -140,7 +144,7 @@ class PromptDataset:
                 carried.append(table)
             first += count
         if len(rows) != shard.rows or not self._is_unchanged(shard.file):
-            raise StorageError(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
+            raise PromptsChanged(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
         return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
 
     def _read_group(
@@ -178,7 +182,7 @@ class PromptDataset:
         except (pa.ArrowException, OSError, ValueError):
             found = []
         if len(found) != count:
-            raise StorageError(f"prompts: {reason}")
+            raise PromptsChanged(f"prompts: {reason}")
         return found
 
     def _decode(self, file: int, group: int) -> pa.Table:
@@ -200,8 +204,8 @@ class PromptDataset:
         try:
             metadata = self._open(file).metadata
         except (pa.ArrowException, OSError) as error:
-            raise StorageError(
-                f"prompts file {self.files[file].name!r} can't be read: {one_line(error, 300)}"
+            raise PromptsChanged(
+                f"prompts file {self.files[file].name!r} can't be read any more: {one_line(error, 300)}"
             ) from None
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 

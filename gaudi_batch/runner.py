@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import signal
@@ -10,7 +11,7 @@ import socket
 import string
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,8 @@ def run(
             log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
         ended = _Ended(None)
         if missing:
-            ended = _drive(job, ledger, record, shards, missing, made_again, tally, driver, address, grace)
+            with _handlers_kept():
+                ended = _drive(job, ledger, record, shards, missing, made_again, tally, driver, address, grace)
         ledger.hold()
         result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
@@ -318,19 +320,27 @@ async def _until_over(driver: Driver, grace: float) -> str | None:
         else:
             driver.abandon(INTERRUPTED, at_once=True)
 
-    before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
+        for number in SIGNALS:
             loop.add_signal_handler(number, interrupted, number)
+    return await driver.run()
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Leaves signals with the meaning that they had: Ray and event loops go back to the system's when they end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        return await driver.run()
+        yield
     finally:
         for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)  # which a loop would set to what the system does by default
+            signal.signal(number, handler)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted"
 
 

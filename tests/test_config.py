@@ -122,3 +122,14 @@ def test_secrets_are_taken_out_of_text_and_options() -> None:
     assert not any(secret in text for secret in ("AKIA123456", "s3cr3t-value", "user:pass", "sig=abc"))
     cleaned = str(redacted_options(options))
     assert not any(secret in cleaned for secret in ("AKIA123456", "s3cr3t", "u:pw"))
+
+
+def test_all_below_a_secret_name_is_secret_and_so_is_a_password_with_quotes() -> None:
+    options = {
+        "headers": {"X-Access": "hunter2hunter2"},
+        "client_kwargs": {"cookies": {"session": ["sessionsecret99"]}},
+    }
+    options["password"] = 12345678  # type: ignore[assignment]
+    assert not any(secret in str(redacted_options(options)) for secret in ("hunter2", "sessionsecret", "12345678"))
+    assert redact("got hunter2hunter2, sessionsecret99 and 12345678", options) == "got ***, *** and ***"
+    assert redact("can't open \"ftp://bob:hunt'er2@host/x\"") == 'can\'t open "ftp://***@host/x"'

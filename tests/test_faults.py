@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
 from ray.util import placement_group_table, remove_placement_group
@@ -148,17 +153,18 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
     assert files_named(output) == files_there(output)
 
 
-@pytest.mark.parametrize("moment", [0.3, 1.5, 4.0])
+@pytest.mark.parametrize("commits", [0, 2, 9])
 def test_a_driver_killed_at_any_moment_leaves_a_run_that_finishes(
-    prompts: Path, tmp_path: Path, cluster: str, moment: float
+    prompts: Path, tmp_path: Path, cluster: str, commits: int
 ) -> None:
     output = tmp_path / "out"
     command = (
         *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.1", "--shard-size", "8", "--cards", "2"),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "8", "--cards", "2"),
     )
     driver = start_driver(*command)
-    time.sleep(moment)
+    wait_for_commits(output, commits)
+    time.sleep(random.uniform(0, 2 if commits == 0 else 0.3))
     driver.kill()
     driver.communicate()
     before = {path: path.read_bytes() for path in output.glob("manifest/*.parquet")}
@@ -166,6 +172,87 @@ def test_a_driver_killed_at_any_moment_leaves_a_run_that_finishes(
     assert all(path.read_bytes() == data for path, data in before.items())
     assert outcome(output) == (list(range(100)), {})
     assert files_named(output) == files_there(output)
+
+
+def test_a_manifest_that_is_torn_while_the_run_goes_on_is_missed_at_its_end(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    output = tmp_path / "out"
+    command = (
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "0.2", "--shard-size", "8", "--cards", "2"),
+    )
+    driver = start_driver(*command)
+    wait_for_commits(output, 3)
+    os.truncate(next(output.glob("manifest/*.parquet")), 200)
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 1, said
+    assert "1 manifests that were in place are gone or torn" in said
+    assert json.loads((output / "summary.json").read_text())["state"] == "stopped"
+    assert command_line(*command).returncode == 0
+    assert outcome(output) == (list(range(100)), {})
+    assert files_named(output) == files_there(output)
+
+
+def test_prompts_that_change_while_the_run_goes_on_stop_it(
+    prompts: Path, tmp_path: Path, cluster: str, write_prompts: Callable[..., Path]
+) -> None:
+    output = tmp_path / "out"
+    driver = start_driver(
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "4", "--cards", "2"),
+    )
+    wait_for_commits(output, 3)
+    files = sorted(prompts.glob("*.parquet"))
+    for file in files:
+        table = pq.read_table(file)
+        pq.write_table(table.set_column(0, "prompt", pa.array(["another one"] * len(table))), file)
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 1, said
+    assert "is not what it was when it was planned" in said
+    made = [row for path in output.glob("manifest/*") for row in pq.read_table(path).column("prompt").to_pylist()]
+    assert "another one" not in made
+
+
+def test_storage_that_fails_one_card_alone_is_that_card_s_fault(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    driver = start_driver(
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "1", "--shard-size", "4", "--cards", "2", "--storage-patience", "2"),
+    )
+    card = next(iter(read_progress(output)["cards"].values()))
+    resource.prlimit(card["pid"], resource.RLIMIT_FSIZE, (0, 0))
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    assert "File too large" in said
+    assert outcome(output) == (list(range(100)), {})
+    assert files_named(output) == files_there(output)
+
+
+def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ignored(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    output = tmp_path / "out"
+    slow = "from gaudi_batch import cli, runner; import sys, time; runner.look = lambda _: time.sleep(100);"
+    job = (
+        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
+        *("--simulated.batch-seconds", "0.01", "--cards", "2", "--verify"),
+    )
+    driver = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", f"{slow} sys.exit(cli.main(sys.argv[1:]))"]
+        + [str(part) for part in job],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not (output / "summary.json").exists():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(0.5)
+    driver.send_signal(signal.SIGTERM)
+    _, said = driver.communicate(timeout=20)
+    assert driver.returncode == 130, said
+    assert json.loads((output / "lease.json").read_text())["released"]
 
 
 def start_driver(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -243,6 +330,7 @@ def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: s
     assert "interrupted at once" in said
     assert command_line(*command, "--simulated.batch-seconds", "0.05").returncode == 0
     assert outcome(output) == (list(range(100)), {})
+    assert files_named(output) == files_there(output)
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(prompts: Path, tmp_path: Path, cluster: str) -> None:

@@ -23,7 +23,7 @@ SAME_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_py_gcs_connect_ti
 """Without the first, Ray's clients look for 127.0.0.1 at the network's address; the second is their patience."""
 
 
-SECRET, OTHER_SECRET = "a-secret-of-a-flag", "a-secret-of-the-environment"
+SECRET, OTHER_SECRET = "a-secret-of-'a \"flag", "a-secret-of-the-environment"
 
 
 @dataclass(frozen=True)
