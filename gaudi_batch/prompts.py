@@ -237,7 +237,7 @@ def open_prompts(config: JobConfig) -> PromptDataset:
     """
     storage, found = _find_files(config)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda name: _footer(storage, name, found[name]), sorted(found)))
+        footers = list(pool.map(lambda name: _footer(storage, name), sorted(found)))
     files: list[PromptFile] = []
     first_row = 0
     for name, (metadata, _, identity) in zip(sorted(found), footers, strict=True):
@@ -325,7 +325,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
     return storage, {name[len(base) :].lstrip("/"): info for name, info in found.items()}
 
 
-def _footer(storage: Storage, name: str, info: Mapping[str, Any]) -> tuple[pq.FileMetaData, pa.Schema, str]:
+def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
+    info = storage.info(name)  # stores tell more here than in a listing, and other marks of a version
     size = int(info["size"] or 0)
     try:
         tail = storage.get_range(name, max(0, size - 65536), size)

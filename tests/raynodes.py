@@ -52,7 +52,7 @@ class RayNode:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> RayNode:
-        """Starts it; it joins within seconds."""
+        """Starts it and waits until it runs."""
         self.home.mkdir(parents=True, exist_ok=True)
         small = ["--object-store-memory", str(100 * 1024**2), "--disable-usage-stats", "--block"]
         with (self.home / "ray.log").open("ab") as log:
@@ -63,6 +63,11 @@ class RayNode:
                 stderr=log,
                 start_new_session=True,
             )
+        until = time.monotonic() + START_SECONDS
+        while b"Ray runtime started" not in (said := (self.home / "ray.log").read_bytes()):
+            if time.monotonic() > until or self.process.poll() is not None:
+                raise TimeoutError(f"a node does not start: {said[-2000:].decode()}")
+            time.sleep(0.1)
         return self
 
     def kill(self) -> None:
@@ -117,6 +122,7 @@ class RayCluster:
         home = self.home / f"node-{len(self.nodes)}"
         node = RayNode(home, [*join, *ports, *options], wrapper, environment)
         self.nodes.append(node)
+        # One after the other: at the same moment two nodes of a machine choose the same names for their sockets.
         return node.start()
 
     def wait_for(self, nodes: int) -> None:
