@@ -269,6 +269,8 @@ class Card:
             images=len(images),
             sums=Sums.of(lines),
             again=shard.again,
+            failed_before=shard.failed_before,
+            images_before=shard.images_before,
         )
         data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
         return Done(attempt, data, facts, len(maker.raised))

@@ -437,7 +437,7 @@ class Driver:
         if put:
             self._tally.add(done.facts)
             shard = self.schedule.shards[done.facts.shard]
-            self._missing += (0 if shard.again else shard.images) - done.facts.images
+            self._missing += (0 if shard.again else shard.images) - done.facts.images + done.facts.images_before
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         self._carry_out(self.schedule.committed(done.facts.shard))

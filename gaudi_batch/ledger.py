@@ -127,6 +127,8 @@ class Ledger:
                 "rows": [shard.rows for shard in shards],
                 "images": [shard.images for shard in shards],
                 "only": pa.array([shard.only for shard in shards], pa.list_(pa.int64())),
+                "failed_before": [shard.failed_before for shard in shards],
+                "images_before": [shard.images_before for shard in shards],
             }
         )
         buffer = io.BytesIO()
@@ -251,20 +253,6 @@ class Ledger:
                     removed += 1
         return removed
 
-    def give_up(self, attempts: Mapping[int, str]) -> None:
-        """Takes back commits whose images are broken, and then what their attempts left.
-
-        Args:
-            attempts: the committed attempt of each shard.
-        """
-        for shard in attempts:
-            self.storage.remove(manifest_path(shard))
-        for place in self._attempt_places():
-            for name in self.storage.names(place):
-                found = parse_attempt(name)
-                if found and attempts.get(found[0]) == found[1]:
-                    self.storage.remove(f"{place}/{name}")
-
     def start_afresh(self) -> None:
         """Removes a run from the output, and nothing else that lies there.
 
@@ -310,7 +298,8 @@ class _Committed(Exception):
 def _shard(row: dict[str, Any]) -> Shard:
     """A shard of the stored plan. Raises KeyError or ValueError where there is none."""
     guidance, only = row["guidance_scale"], row["only"]
-    numbers = [row[name] for name in ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")]
+    names = ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")
+    numbers = [row[name] for name in (*names, "failed_before", "images_before")]
     if only is not None:
         numbers += only if isinstance(only, list) else [only]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
@@ -326,6 +315,8 @@ def _shard(row: dict[str, Any]) -> Shard:
         rows=row["rows"],
         images=row["images"],
         only=None if only is None else tuple(only),
+        failed_before=row["failed_before"],
+        images_before=row["images_before"],
     )
 
 

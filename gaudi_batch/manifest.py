@@ -78,7 +78,11 @@ class CommitFacts:
     images: int
     sums: Sums
     again: bool = False
-    """Whether its rows are those that failed in shards before it, whose word on them no longer counts."""
+    """Whether its rows are in shards before it, whose word on them no longer counts."""
+    failed_before: int = 0
+    """Failed rows of that word."""
+    images_before: int = 0
+    """Images of that word."""
 
 
 _FACTS = TypeAdapter(CommitFacts)

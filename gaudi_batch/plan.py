@@ -73,11 +73,15 @@ class Shard:
     images: int
     """Images that its rows ask for."""
     only: tuple[int, ...] | None = None
-    """Of a shard that runs failed rows again: these rows alone, counted in their file."""
+    """Of a shard that makes rows again: these rows alone, counted in their file."""
+    failed_before: int = 0
+    """How many of these had failed."""
+    images_before: int = 0
+    """How many images of theirs manifests name already, of which at least one of each row is missing or torn."""
 
     @property
     def again(self) -> bool:
-        """Whether its rows are those that failed in shards before it."""
+        """Whether its rows are in shards before it, whose word on them no longer counts."""
         return self.only is not None
 
     def asking_for(self, images: int) -> Shard:

@@ -1,4 +1,4 @@
-"""Failed rows run again: new shards at the end of the plan that hold exactly these rows.
+"""Rows made again, since they failed or their images are lost: new shards at the plan's end that hold just these rows.
 
 A row may then be in several manifests. The one of the highest shard counts, so nothing that is committed is touched.
 """
@@ -35,12 +35,18 @@ def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> dict[int, in
 
 
 def plan_again(
-    failed: Mapping[int, int], plan: Sequence[Shard], dataset: PromptDataset, rules: RowRules, shard_size: int
+    wanted: Mapping[int, int],
+    images: Mapping[int, int],
+    plan: Sequence[Shard],
+    dataset: PromptDataset,
+    rules: RowRules,
+    shard_size: int,
 ) -> list[Shard]:
-    """Shards that hold the failed rows and no others, numbered from the plan's end.
+    """Shards that hold the wanted rows and no others, numbered from the plan's end.
 
     Args:
-        failed: rows with the shard that each failed in.
+        wanted: rows, each with the shard whose word on it counts so far.
+        images: how many images that word names of each row; one that is not in it had failed.
         plan: the plan so far, in order.
         dataset: the prompts.
         rules: what a row gets where it says nothing.
@@ -48,7 +54,7 @@ def plan_again(
     """
     shards = {shard.number: shard for shard in plan}
     groups: dict[tuple[int, Bucket], list[int]] = {}
-    for row, number in sorted(failed.items()):
+    for row, number in sorted(wanted.items()):
         shard = shards[number]
         groups.setdefault((shard.file, shard.bucket), []).append(row - dataset.files[shard.file].first_row)
     found: list[Shard] = []
@@ -56,9 +62,22 @@ def plan_again(
     for (file, bucket), rows in groups.items():
         waiting = iter(rows)
         while part := tuple(itertools.islice(waiting, shard_size)):
-            shard = Shard(number + len(found), file, part[0], part[-1] + 1, bucket, len(part), 0, part)
-            images = sum(row.num_images for row in dataset.read(shard, rules)[0] if row.error is None)
-            found.append(shard.asking_for(images))
+            first = dataset.files[file].first_row
+            named = [images[first + row] for row in part if first + row in images]
+            shard = Shard(
+                number + len(found),
+                file,
+                part[0],
+                part[-1] + 1,
+                bucket,
+                len(part),
+                images=0,
+                only=part,
+                failed_before=len(part) - len(named),
+                images_before=sum(named),
+            )
+            asked = sum(row.num_images for row in dataset.read(shard, rules)[0] if row.error is None)
+            found.append(shard.asking_for(asked))
     return found
 
 

@@ -84,7 +84,7 @@ def run(
         overwrite: remove the run that is in the output first.
         retry_failed: run the rows that have failed again.
         verify: read every image back at the end and compare it with its manifest.
-        repair: do so at the start, and make the shards again whose images are missing or torn.
+        repair: do so at the start, and make the rows again whose images are missing or torn.
         grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
 
     Raises:
@@ -112,7 +112,7 @@ def run(
             ledger.start_afresh()
         record, shards = _open_run(ledger, job)
         if repair:
-            _repair(ledger)
+            shards = _repair(ledger, job, shards)
         if retry_failed:
             shards = _add_failed(ledger, job, shards)
         made_again = rows_made_again(shards, job.dataset)
@@ -129,7 +129,7 @@ def run(
         ledger.hold()
         result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
-            _verify(ledger)
+            _verify(ledger, made_again)
         return result
     except AtOnce:
         lease.forget()
@@ -176,13 +176,16 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
     return record, ledger.plan()
 
 
-def _repair(ledger: Ledger) -> None:
-    """Takes back the shards whose images are missing or torn, so that they are made again."""
-    findings = look(ledger)
+def _repair(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
+    """The plan with shards for the rows that have missing or torn images."""
+    findings = look(ledger, rows_made_again(shards, job.dataset))
     _say(findings)
-    if findings.broken:
-        log.info("%d shards with missing or torn images are made again", len(findings.broken))
-        ledger.give_up(findings.broken)
+    if not findings.broken:
+        return shards
+    added = plan_again(findings.broken, findings.images_of, shards, job.dataset, job.rules, job.config.shard_size)
+    log.info("%d rows with missing or torn images are made again, in %d new shards", len(findings.broken), len(added))
+    ledger.put_plan([*shards, *added])
+    return [*shards, *added]
 
 
 def _say(findings: Findings) -> None:
@@ -190,8 +193,8 @@ def _say(findings: Findings) -> None:
         log.info("%s", line)
 
 
-def _verify(ledger: Ledger) -> None:
-    findings = look(ledger)
+def _verify(ledger: Ledger, made_again: Mapping[int, int]) -> None:
+    findings = look(ledger, made_again)
     ledger.put_json("verify.json", findings.describe())
     _say(findings)
     if findings.broken:
@@ -210,7 +213,7 @@ def _add_failed(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
     if not failed:
         log.info("no failed row is left to run again")
         return shards
-    added = plan_again(failed, shards, job.dataset, job.rules, job.config.shard_size)
+    added = plan_again(failed, {}, shards, job.dataset, job.rules, job.config.shard_size)
     log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
     ledger.put_plan([*shards, *added])
     return [*shards, *added]
@@ -249,13 +252,13 @@ def _drive(
             )
         log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, cards, job.config.device)
         # Rows that are about to be run again have neither been made nor failed.
-        undecided = sum(shard.rows for shard in missing if shard.again)
+        undecided = [shard for shard in missing if shard.again]
         schedule = Schedule(
             missing,
             driver_name,
             record.rows,
-            tally.rows - undecided,
-            tally.failed_rows - undecided,
+            tally.rows - sum(shard.rows for shard in undecided),
+            tally.failed_rows - sum(shard.failed_before for shard in undecided),
             max_failed=job.config.max_failed,
             max_graphs=job.config.gaudi.max_graphs,
             condemned=_condemned(missing, made_again, job),
@@ -285,7 +288,7 @@ def _drive(
 
 
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
-    """Rows of shards that are made once more after a repair, on which a later shard has the last word."""
+    """Rows of shards whose manifests were lost, on which a later shard has the last word."""
     found: dict[int, dict[int, str]] = {}
     for shard in missing:
         first = job.dataset.files[shard.file].first_row

@@ -30,6 +30,7 @@ class Tally:
         """The committed attempt of each shard."""
         self.rows = 0
         self.failed_rows = 0
+        self._images_again = 0
         self.cards: dict[str, CardTally] = {}
 
     def emptied(self) -> Tally:
@@ -44,10 +45,9 @@ class Tally:
         if facts.shard in self.attempts:
             return
         self.attempts[facts.shard] = facts.attempt
-        self.failed_rows += facts.failed_rows
-        if facts.again:
-            self.failed_rows -= facts.rows
-        else:
+        self.failed_rows += facts.failed_rows - facts.failed_before
+        self._images_again += facts.images_before
+        if not facts.again:
             self.rows += facts.rows
         card = self.card(facts.card, facts.node, facts.module)
         card.shards += 1
@@ -60,8 +60,8 @@ class Tally:
 
     @property
     def images(self) -> int:
-        """Images of all commits."""
-        return sum(card.sums.images for card in self.cards.values())
+        """Images of all commits, those that had to be made again counted once."""
+        return sum(card.sums.images for card in self.cards.values()) - self._images_again
 
     def describe(self, faults: Mapping[str, int], retries: int) -> dict[str, Any]:
         """Totals and cards as summary.json has them.
@@ -90,6 +90,6 @@ class Tally:
             "shards": len(self.attempts),
             "retries": retries,
             # Of all cards together: the sum of their rates.
-            **(total.describe() | {"images_per_s": round(sum(rates), 4) if rates else None}),
+            **(total.describe() | {"images": self.images, "images_per_s": round(sum(rates), 4) if rates else None}),
             "cards": cards,
         }

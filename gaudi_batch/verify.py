@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,12 +28,16 @@ class Findings:
     """There, with other bytes than the manifest's SHA-256 says: cut short or changed."""
     foreign: list[str] = field(default_factory=list)
     """There, and named by no manifest."""
-    broken: dict[int, str] = field(default_factory=dict)
-    """The shards with missing or torn images, and their attempts."""
+    broken: dict[int, int] = field(default_factory=dict)
+    """The rows with missing or torn images, each with its shard."""
+    images_of: dict[int, int] = field(default_factory=dict)
+    """How many images of each of these rows are named."""
 
     def describe(self) -> dict[str, Any]:
         """What verify.json says."""
-        return asdict(self) | {"broken": sorted(self.broken)}
+        said = asdict(self) | {"broken": sorted(self.broken)}
+        del said["images_of"]
+        return said
 
     def lines(self) -> list[str]:
         """A few lines for a person."""
@@ -47,8 +53,12 @@ class Findings:
         return lines
 
 
-def verify(ledger: Ledger) -> Findings:
+def verify(ledger: Ledger, made_again: Mapping[int, int]) -> Findings:
     """Reads every image that a manifest names, and lists what else lies among them.
+
+    Args:
+        ledger: of the run.
+        made_again: rows of several shards, with the highest of these, which alone counts.
 
     Raises:
         StorageError: storage failed for longer than the patience.
@@ -60,22 +70,20 @@ def verify(ledger: Ledger) -> Findings:
         for facts, table in ledger.commits():
             directory = attempt_name(facts.shard, facts.attempt)
             attempts.add(directory)
-            named = {
-                path: sha256
-                for path, sha256 in zip(
-                    table.column("path").to_pylist(), table.column("sha256").to_pylist(), strict=True
-                )
-                if path is not None
-            }
-            findings.images += len(named)
-            for path, data in zip(named, pool.map(storage.get, named), strict=True):
+            named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
+            counts = [path for path, row in named.items() if made_again.get(row["row"], 0) <= facts.shard]
+            findings.images += len(counts)
+            images_of = Counter(named[path]["row"] for path in counts)
+            for path, data in zip(counts, pool.map(storage.get, counts), strict=True):
                 if data is None:
                     findings.missing.append(path)
-                elif hashlib.sha256(data).hexdigest() != named[path]:
+                elif hashlib.sha256(data).hexdigest() != named[path]["sha256"]:
                     findings.torn.append(path)
                 else:
                     continue
-                findings.broken[facts.shard] = facts.attempt
+                row = named[path]["row"]
+                findings.broken[row] = facts.shard
+                findings.images_of[row] = images_of[row]
             there = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
             findings.foreign += [path for path in there if path not in named]
     findings.foreign += [f"images/{name}" for name in storage.names("images") if name not in attempts]

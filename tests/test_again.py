@@ -100,12 +100,14 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     found = json.loads((output / "verify.json").read_text())
     assert (found["missing"], found["torn"]) == ([paths[20]["path"]], [paths[90]["path"]])
     assert found["foreign"] == ["images/stranger.png"]
-    assert found["broken"] == sorted({paths[20]["shard"], paths[90]["shard"]})
+    assert found["broken"] == [20, 90]
+    kept = {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
 
     assert make([5], repair=True, verify=True).summary["images"] == 99
     after = manifests(output)
-    changed = [name for name in before if before[name] != after[name]]
-    assert changed == [f"{shard:06d}.parquet" for shard in found["broken"]]
+    assert {name: after[name] for name in before} == before
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert len([path for path in (output / "images").rglob("*.png") if path not in kept]) == 2
     found = json.loads((output / "verify.json").read_text())
     assert (found["images"], found["missing"], found["torn"]) == (99, [], [])
     assert found["foreign"] == ["images/stranger.png"]
@@ -113,14 +115,44 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     assert all(hashes[row] == paths[row]["sha256"] for row in paths)
 
 
-def test_a_repaired_shard_leaves_rows_that_were_run_again_to_the_later_shard(make: Make, output: Path) -> None:
+def test_repair_and_retries_go_together_in_any_order(make: Make, output: Path) -> None:
+    make([5, 6], {"num_images": 2})
+    rows = [row for row in read_manifest(output) if row["row"] == 0]
+    (output / rows[1]["path"]).unlink()
+    result = make([6], {"num_images": 2}, repair=True, retry_failed=True, verify=True)
+    assert counts(result) == (100, 1, 198)
+    made = {(row["row"], row["image_index"]): row for row in read_manifest(output)}
+    assert len(made) == 199
+    assert [made[0, image]["sha256"] for image in (0, 1)] == [row["sha256"] for row in rows]
+    assert made[0, 0]["shard"] > rows[0]["shard"]
+    (output / made[5, 1]["path"]).unlink()
+    result = make([0], {"num_images": 2}, repair=True, verify=True)
+    assert counts(result) == (100, 1, 198)
+    again = {(row["row"], row["image_index"]): row for row in read_manifest(output)}
+    assert again[5, 1]["sha256"] == made[5, 1]["sha256"]
+    assert counts(make([], {"num_images": 2}, retry_failed=True, verify=True)) == (100, 0, 200)
+    assert make([], {"num_images": 2}, repair=True, verify=True).summary["shards"] == len(manifests(output))
+
+
+def test_a_repair_whose_row_fails_counts_it_as_failed(make: Make, output: Path) -> None:
+    make([])
+    (output / next(row["path"] for row in read_manifest(output) if row["row"] == 7)).unlink()
+    assert counts(make([7], repair=True)) == (100, 1, 99)
+    assert failed(output) == [7]
+    assert counts(make([], retry_failed=True, verify=True)) == (100, 0, 100)
+
+
+def counts(result: RunResult) -> tuple[int, int, int]:
+    return result.summary["rows"], result.summary["failed_rows"], result.summary["images"]
+
+
+def test_a_lost_manifest_leaves_rows_that_were_run_again_to_the_later_shard(make: Make, output: Path) -> None:
     make([5, 6])
     make([6], retry_failed=True)
     rows = {row["row"]: row for row in read_manifest(output)}
     assert rows[5]["shard"] > rows[0]["shard"]
-    (output / rows[0]["path"]).unlink()
-    result = make([], repair=True, verify=True)
-    assert (result.summary["rows"], result.summary["failed_rows"], result.summary["images"]) == (100, 1, 99)
+    (output / "manifest" / f"{rows[0]['shard']:06d}.parquet").unlink()
+    assert counts(make([], verify=True)) == (100, 1, 99)
     again = {row["row"]: row for row in read_manifest(output)}
     assert again[5] == rows[5]
     assert again[6]["status"] == "failed"
