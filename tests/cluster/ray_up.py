@@ -2,10 +2,10 @@
 
     python tests/cluster/ray_up.py        # as root; needs iproute2, openssh-server, rsync and an installed gaudi-batch
 
-Each host has its own network, process ids, hostname, home, /tmp and sshd; a bridge joins them with a fourth namespace in
-which `ray up`, `gaudi-batch submit` and `ray down` run. All of it lives in one process tree under namespaces of its own:
-when that ends, however it ends, nothing is left of it but a directory, which is removed, too. Docker is left out, and so
-is what runs pip; the rest of cluster.yaml is used as it stands.
+Each host has its own network, process ids, hostname, home, /tmp and sshd; a bridge joins them with a fourth namespace
+in which `ray up`, `gaudi-batch submit` and `ray down` run. All of it is one process tree in namespaces of its own: when
+that ends, however it ends, the network and every process are gone, and the directory it worked in is removed. Docker is
+left out, and so is what runs pip; the rest of cluster.yaml is used as it stands.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def what_is_missing() -> str | None:
     """Why this machine can't do it, or None."""
     if os.geteuid() != 0:
         return "namespaces and their networks need root"
-    for tool in ("ip", "ssh", "ssh-keygen", "rsync", "unshare"):
+    for tool in ("ip", "ssh", "ssh-keygen", "ssh-keyscan", "rsync", "unshare", "setpriv"):
         if shutil.which(tool) is None:
             return f"there is no {tool}"
     if not Path("/usr/sbin/sshd").exists():
@@ -98,13 +99,20 @@ def main() -> None:
     missing = what_is_missing()
     if missing:
         sys.exit(missing)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     home = Path(tempfile.mkdtemp(prefix="gaudi-batch-ray-up-", dir="/var/tmp"))
     try:
         alone = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
-        played = subprocess.run([*alone, sys.executable, __file__, "--inside", str(home)], check=False)
+        # The tree ends with this process, also when this one is killed.
+        command = ["setpriv", "--pdeathsig", "KILL", *alone, sys.executable, __file__, "--inside", str(home)]
+        code = subprocess.run(command, check=False).returncode
     finally:
-        shutil.rmtree(home, ignore_errors=True)
-    sys.exit(played.returncode)
+        for _ in range(10):
+            shutil.rmtree(home, ignore_errors=True)
+            if not home.exists():
+                break
+            time.sleep(0.2)
+    sys.exit(code)
 
 
 def play(home: Path) -> None:
@@ -187,9 +195,14 @@ def start_host(home: Path, number: int, name: str, address: str) -> None:
         [*apart, "bash", "-c", HOST, "host", str(host), name, address, f"{NETWORK}.1"], stdout=log, stderr=log
     )
     # The process is in the new network once it has another one than this process.
-    until(lambda: os.readlink(f"/proc/{process.pid}/ns/net") != os.readlink("/proc/self/ns/net"), "no network")
+    until(lambda: network_of(str(process.pid)) != network_of("self"), "no network")
     run(["ip", "link", "add", f"to{number}", "type", "veth", "peer", "name", "eth0", "netns", str(process.pid)])
     run(["ip", "link", "set", f"to{number}", "master", "br0", "up"])
+
+
+def network_of(process: str) -> str:
+    """The network namespace that a process is in."""
+    return str(Path(f"/proc/{process}/ns/net").readlink())
 
 
 def ssh_answers(address: str) -> bool:
@@ -199,8 +212,8 @@ def ssh_answers(address: str) -> bool:
 
 
 CARDS = "ray status -v | grep -B3 -A9 Usage || true; python3 -c '" + (
-    "import ray; ray.init(address=\"auto\", log_to_driver=False);"
-    " [print(\"HPU:\", int(n[\"Resources\"].get(\"HPU\", 0))) for n in ray.nodes() if n[\"Alive\"]]'"
+    'import ray; ray.init(address="auto", log_to_driver=False);'
+    ' [print("HPU:", int(n["Resources"].get("HPU", 0))) for n in ray.nodes() if n["Alive"]]\''
 )
 
 
@@ -220,7 +233,9 @@ def submit_and_check(home: Path) -> None:
     prompts, output = home / "prompts.parquet", home / "out"
     pq.write_table(pa.table({"prompt": [f"prompt {row}" for row in range(ROWS)]}), prompts)
     job = ["gaudi-batch", "submit", "--prompts", str(prompts), "--output", str(output), "--device", "simulated"]
-    refused = subprocess.run(job, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        job, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
+    )
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "Missing authentication token" in refused.stderr, refused.stderr
     step("submit without the token is refused")
