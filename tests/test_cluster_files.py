@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import cli as ray_cli
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.submit import STOP_MARGIN_SECONDS
@@ -154,6 +156,38 @@ def test_each_file_says_what_to_change_and_how_to_use_it(file: Path) -> None:
     for word in ("# Change:", "# Once:", "# Use", "# End:"):
         assert word in top
     assert max(map(len, file.read_text().splitlines())) <= 120
+
+
+def test_documented_commands_and_flags_exist() -> None:
+    texts = [file.read_text() for file in (LOCAL, AWS, RAYJOB, REPOSITORY / "docs/cluster.md")]
+    text = "\n".join(texts).replace("\\\n", " ")
+    commands = {match for match in re.findall(r"gaudi-batch (run|submit|check|stop|status)\b", text)}
+    helps = ""
+    for command in sorted(commands):
+        asked = [sys.executable, "-m", "gaudi_batch", command, "--help"]
+        helps += subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    flags = set(re.findall(r"(--[a-z][\w.-]*)", helps))
+    for line in re.findall(r"gaudi-batch (?:run|submit|check|stop|status)\b[^`\n#]*", text):
+        assert set(re.findall(r" (--[a-z][\w.-]*)", line)) <= flags, line
+    for flag in re.findall(r"`(--[a-z][\w.-]*)", (REPOSITORY / "docs/cluster.md").read_text()):
+        assert flag in flags
+    found = re.findall(r"(?:^|[`'#&] +|[`']|gaudi-batch )ray ((?:job )?[a-z][a-z-]+)([^`\n#']*)", text, re.MULTILINE)
+    assert {name for name, _ in found} >= {
+        "up",
+        "down",
+        "dashboard",
+        "exec",
+        "job logs",
+        "drain-node",
+        "get-auth-token",
+    }
+    for name, rest in found:
+        known: Any = ray_cli
+        for word in name.split():
+            known = known.commands[word]
+        options = {option for parameter in known.params for option in parameter.opts}
+        given = rest.partition(" -- ")[0]
+        assert set(re.findall(r" (--[a-z][\w-]*)", given)) <= options, (name, rest)
 
 
 # -- KubeRay ------------------------------------------------------------------------------------------------------
