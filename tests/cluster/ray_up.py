@@ -4,8 +4,8 @@
 
 Each host has its own network, process ids, hostname, home, /tmp and sshd; a bridge joins them with a fourth namespace
 in which `ray up`, `gaudi-batch submit` and `ray down` run. All of it is one process tree in namespaces of its own: when
-that ends, however it ends, the network and every process are gone, and the directory it worked in is removed. Docker is
-left out, and so is what runs pip; the rest of cluster.yaml is used as it stands.
+that ends, however it ends, the network and every process are gone, and the directory it worked in is removed. A script
+beside this one stands in for Docker, and what runs pip is left out; the rest of cluster.yaml is used as it stands.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,8 +41,6 @@ READY_SECONDS = 60
 HOST = """
 set -eu
 mount --bind "$1/tmp" /tmp
-mount --bind "$1/home" /home
-mount --bind "$1/opt" /opt
 mount --bind "$1/passwd" /etc/passwd
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
@@ -62,12 +61,6 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 """
-# Debian's /etc/profile sets PATH anew, and the docker section would set RAY_AUTH_MODE. A node gives a lost head up after a
-# minute, here after seconds.
-BASHRC = """
-export PATH={path}:{system_path} PYTHONPATH={repository} RAY_AUTH_MODE=token
-export RAY_gcs_rpc_server_reconnect_timeout_s=5
-"""
 
 
 def what_is_missing() -> str | None:
@@ -79,7 +72,7 @@ def what_is_missing() -> str | None:
             return f"there is no {tool}"
     if not Path("/usr/sbin/sshd").exists():
         return "there is no sshd (openssh-server)"
-    if any(path.is_relative_to("/tmp") for path in (REPOSITORY, Path(sys.prefix))):
+    if any(path.is_relative_to("/tmp") for path in (REPOSITORY, Path(sys.prefix), Path(sys.base_prefix))):
         return "each host has its own /tmp, so the repository and Python must be elsewhere"
     bridge = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "ip", "link", "add", "br0", "type", "bridge"]
     tried = subprocess.run(bridge, capture_output=True, text=True, check=False)
@@ -153,15 +146,15 @@ def play(home: Path) -> None:
         submit_and_check(home)
     run(["ray", "down", "-y", str(cluster_file)])
     step("ray down is done")
-    # Without Docker, whose containers it stops, `ray down` ends the head; the other nodes end for want of one.
     until(lambda: not rays(), "Ray's processes are still there")
     step("no process of Ray is left on any host")
 
 
 def cluster(home: Path) -> dict[str, Any]:
     """The repository's cluster.yaml for these hosts."""
-    config: dict[str, Any] = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
-    del config["docker"], config["initialization_commands"]
+    text = (REPOSITORY / "cluster.yaml").read_text()
+    # A host's own directory is /tmp; the others are this machine's.
+    config: dict[str, Any] = yaml.safe_load(re.sub("/(opt|etc)/gaudi-batch", r"/tmp/\1", text))
     config["provider"] |= {"head_ip": ADDRESSES[HEAD], "worker_ips": [ADDRESSES[name] for name in WORKERS]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(home / "key")}
     config["setup_commands"] = [command for command in config["setup_commands"] if "pip install" not in command]
@@ -174,21 +167,19 @@ def cluster(home: Path) -> dict[str, Any]:
 def start_host(home: Path, number: int, name: str, address: str) -> None:
     """A host: namespaces around an sshd, and a cable to the bridge."""
     host = home / name
-    for directory in ("tmp", "home/gaudi/bin", "opt"):
-        (host / directory).mkdir(parents=True)
-    (host / "passwd").write_text(
-        "".join(
-            line.replace(":/root:", ":/home/gaudi:") if line.startswith("root:") else line
-            for line in Path("/etc/passwd").read_text().splitlines(keepends=True)
-        )
-    )
+    home_of_root = host / "home"
+    for directory in (home_of_root / "bin", host / "tmp/etc"):
+        directory.mkdir(parents=True)
+    users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
+    users = [[*user[:5], str(home_of_root), "/bin/bash"] if user[0] == "root" else user for user in users]
+    (host / "passwd").write_text("".join(":".join(user) + "\n" for user in users))
     (host / "sshd_config").write_text(SSHD.format(home=home))
-    path = f"/home/gaudi/bin:{BIN}"
-    (host / "home/gaudi/.bashrc").write_text(
-        BASHRC.format(path=path, system_path=os.defpath.strip(":"), repository=REPOSITORY)
-    )
+    path = f"{home_of_root}/bin:{BIN}:{os.defpath}"
+    (home_of_root / ".bashrc").write_text(f"export PATH={path} PYTHONPATH={REPOSITORY}\n")
+    (host / "tmp/etc/credentials.env").write_text("AWS_ACCESS_KEY_ID=of-this-host\n")
+    shutil.copy(Path(__file__).with_name("docker"), home_of_root / "bin/docker")
     if name in MODULES:
-        hl_smi = host / "home/gaudi/bin/hl-smi"
+        hl_smi = home_of_root / "bin/hl-smi"
         hl_smi.write_text("#!/bin/sh\nprintf '%s\\n' " + " ".join(map(str, reversed(MODULES[name]))) + "\n")
         hl_smi.chmod(0o755)
     log = (home / f"{name}.log").open("wb")
