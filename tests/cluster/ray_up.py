@@ -3,9 +3,10 @@
     python tests/cluster/ray_up.py        # as root; needs iproute2, openssh-server, rsync and an installed gaudi-batch
 
 Each host has its own network, process ids, hostname, home, /tmp and sshd; a bridge joins them with a fourth namespace
-in which `ray up`, `gaudi-batch submit` and `ray down` run. All of it is one process tree in namespaces of its own: when
-that ends, however it ends, the network and every process are gone, and the directory it worked in is removed. A script
-beside this one stands in for Docker, and what runs pip is left out; the rest of cluster.yaml is used as it stands.
+in which `ray up`, `gaudi-batch submit` and `ray down` run. All of it is one process tree in namespaces of its own:
+when that ends, however it ends, the network and every process are gone; the directory it worked in, under /var/tmp, is
+removed, unless by `kill -9`. A script beside this one stands in for Docker, and what runs pip is left out; the rest of
+cluster.yaml is used as it stands.
 """
 
 from __future__ import annotations
