@@ -30,6 +30,7 @@ log = logging.getLogger("gaudi_batch")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
+TOKEN_FILE = Path("~/.ray/auth_token")
 STOP_MARGIN_SECONDS = 15
 """What a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
 LOOK_SECONDS = 1.0
@@ -107,6 +108,9 @@ class Cluster:
     """
 
     def __init__(self, address: str | None) -> None:
+        if TOKEN_FILE.expanduser().exists():
+            # As `ray.init` does; the client of the Jobs API leaves the token where it is.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
 
         for handler in logging.getLogger("ray").handlers:
