@@ -94,7 +94,7 @@ def test_hostile_rows_stay_rows(hostile: Path, tmp_path: Path, cluster: str) -> 
         assert row["status"] == ("failed" if number % len(TEXTS) % 3 == 2 else "ok")
         assert row["error"] is None or harmless(row["error"])
     own = (
-        r"(run|progress|summary)\.json|(plan|manifest)\.parquet|manifest/\d{6}\.parquet|images/\d{6}-\w+/\d{8}-00\.png"
+        r"(run|progress|summary|lease)\.json|(plan|manifest)\.parquet|manifest/\d{6}\.parquet|images/\d{6}-\w+/\d{8}-00\.png"
     )
     for path in {path for path in tmp_path.rglob("*") if path.is_file()} - before:
         name = path.relative_to(output).as_posix()
