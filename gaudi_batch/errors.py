@@ -22,6 +22,11 @@ class HubUnreachable(InputError):
 class StorageError(GaudiBatchError):
     """Storage refused, or went on failing for longer than the job's patience."""
 
+    def __init__(self, message: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+        """Whether trying again would be of no use: no permission, no space, no such place."""
+
 
 class RunStopped(GaudiBatchError):
     """The run ended before every image was made; the same command resumes it."""

@@ -11,7 +11,6 @@ removed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -135,13 +134,15 @@ class LeaseKeeper:
         """
         since = time.monotonic()
         while True:
-            with contextlib.suppress(StorageError):
+            failed = StorageError(f"{self._storage.url}: the lease can't be kept up")
+            try:
                 self._look()
                 if time.monotonic() - self._kept_up < CERTAIN_SECONDS:
                     return
-            waited = time.monotonic() - since
-            if waited > self._storage.patience:
-                raise StorageError(f"{self._storage.url}: the lease could not be kept up for {waited:.0f} s")
+            except StorageError as error:
+                failed = error
+            if failed.refused or time.monotonic() - since > self._storage.patience:
+                raise failed
             self._over.wait(LOOK_SECONDS / 4)
 
     def release(self) -> None:

@@ -126,7 +126,6 @@ def run(
         if missing:
             with _handlers_kept():
                 ended = _drive(job, ledger, record, shards, missing, made_again, tally, driver, address, grace)
-        ledger.hold()
         result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
             _verify(ledger, made_again)
@@ -401,6 +400,7 @@ def _write_summary(
     ended: _Ended,
 ) -> dict[str, Any]:
     reason = ended.reason
+    ledger.hold()
     # What is committed is what storage says: another driver may have committed, too.
     tally = tally.emptied()
     for facts, _ in ledger.commits():

@@ -340,7 +340,7 @@ class Storage:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
                     if _permanent(error):
-                        raise StorageError(f"{self.url}: can't {what}: {said}") from None
+                        raise StorageError(f"{self.url}: can't {what}: {said}", refused=True) from None
                     if waited + delay > self.patience:
                         raise StorageError(
                             f"{self.url}: can't {what}, tried for {waited:.0f} s (storage_patience): {said}"
