@@ -233,7 +233,7 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
     prompts: Path, tmp_path: Path, cluster: str
 ) -> None:
     output = tmp_path / "out"
-    slow = "from gaudi_batch import cli, runner; import sys, time; runner.look = lambda _: time.sleep(100);"
+    slow = "from gaudi_batch import cli, runner; import sys, time; runner.look = lambda *_: time.sleep(100);"
     job = (
         *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
         *("--simulated.batch-seconds", "0.01", "--cards", "2", "--verify"),
