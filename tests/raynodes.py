@@ -58,7 +58,8 @@ class RayNode:
         with (self.home / "ray.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.wrapper, RAY, "start", *self.options, *small],
-                env=os.environ | self.environment,
+                # As from an activated environment: jobs find their Python on the node's path.
+                env=os.environ | {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"} | self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
