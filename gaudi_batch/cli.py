@@ -13,14 +13,11 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.text import OneLineFormatter, one_line, printable
-
-if TYPE_CHECKING:
-    from gaudi_batch.config import JobConfig
 
 log = logging.getLogger("gaudi_batch")
 
@@ -80,18 +77,20 @@ def entry() -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    from gaudi_batch.flags import job_from
     from gaudi_batch.runner import run
 
     switches = {name: getattr(parsed, name) for name in RUN_SWITCHES}
-    result = run(_job(parsed), address=parsed.address, grace=parsed.grace, **switches)
+    result = run(job_from(parsed), address=parsed.address, grace=parsed.grace, **switches)
     _print_result(result.output, result.summary)
     return result.exit_code
 
 
 def _submit(parsed: argparse.Namespace) -> int:
+    from gaudi_batch.flags import job_from
     from gaudi_batch.submit import Cluster, Submission, refuse_what_stays_here
 
-    config = _job(parsed)
+    config = job_from(parsed)
     refuse_what_stays_here(config)
     flags = [f"--{name.replace('_', '-')}" for name in RUN_SWITCHES if getattr(parsed, name)]
     cluster = Cluster(parsed.address)
@@ -116,9 +115,10 @@ def _stop(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
     from gaudi_batch.devices import with_device
+    from gaudi_batch.flags import job_from
     from gaudi_batch.job import refuse_bad_rows, resolve
 
-    job = resolve(with_device(_job(parsed), None), offline=True)
+    job = resolve(with_device(job_from(parsed), None), offline=True)
     if parsed.strict:
         refuse_bad_rows(job)
     print(check(job))
@@ -129,12 +129,13 @@ def _bench(parsed: argparse.Namespace) -> int:
     from gaudi_batch.bench import bench
     from gaudi_batch.demo import PROMPTS
     from gaudi_batch.devices import address_of, with_device
+    from gaudi_batch.flags import job_from
     from gaudi_batch.job import resolve
 
     if parsed.calls < 1:
         raise InputError(f"--calls is {parsed.calls}; it must be 1 or more")
     address = address_of(parsed.address)
-    config = _job(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
+    config = job_from(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
     measured = bench(resolve(with_device(config, address)), address, parsed.calls)
     print(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
     return 0
@@ -173,13 +174,6 @@ def _emulate(parsed: argparse.Namespace) -> NoReturn:
             parsed.state,
         ),
     )
-
-
-def _job(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None) -> JobConfig:
-    """The job that the command line describes; see `job_from`."""
-    from gaudi_batch.flags import job_from
-
-    return job_from(parsed, given)
 
 
 def _hide_secrets() -> None:

@@ -125,11 +125,11 @@ def test_secrets_are_taken_out_of_text_and_options() -> None:
 
 
 def test_all_below_a_secret_name_is_secret_and_so_is_a_password_with_quotes() -> None:
-    options = {
+    options: dict[str, Any] = {
         "headers": {"X-Access": "hunter2hunter2"},
         "client_kwargs": {"cookies": {"session": ["sessionsecret99"]}},
+        "password": 12345678,
     }
-    options["password"] = 12345678  # type: ignore[assignment]
     assert not any(secret in str(redacted_options(options)) for secret in ("hunter2", "sessionsecret", "12345678"))
     assert redact("got hunter2hunter2, sessionsecret99 and 12345678", options) == "got ***, *** and ***"
     assert redact("can't open \"ftp://bob:hunt'er2@host/x\"") == 'can\'t open "ftp://***@host/x"'

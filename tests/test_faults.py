@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,8 @@ def test_cards_that_hang_while_they_load_are_given_up_and_named(prompts: Path, t
 def test_a_card_whose_process_stands_still_is_replaced(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "1", "--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "1", "--shard-size", "8"),
         *("--limits.batch", "3", "--limits.first-batch", "3", "--limits.answer", "3"),
     )
     driver = start_driver(*command)
@@ -133,8 +132,8 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
         "lease.is_alive = lambda held: False; sys.exit(main(sys.argv[1:]))"
     )
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.1", "--shard-size", "4", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.1", "--shard-size", "4"),
     )
     drivers = [
         subprocess.Popen(
@@ -159,8 +158,8 @@ def test_a_driver_killed_at_any_moment_leaves_a_run_that_finishes(
 ) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.3", "--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "8"),
     )
     driver = start_driver(*command)
     wait_for_commits(output, commits)
@@ -179,8 +178,8 @@ def test_a_manifest_that_is_torn_while_the_run_goes_on_is_missed_at_its_end(
 ) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.2", "--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.2", "--shard-size", "8"),
     )
     driver = start_driver(*command)
     wait_for_commits(output, 3)
@@ -194,13 +193,11 @@ def test_a_manifest_that_is_torn_while_the_run_goes_on_is_missed_at_its_end(
     assert files_named(output) == files_there(output)
 
 
-def test_prompts_that_change_while_the_run_goes_on_stop_it(
-    prompts: Path, tmp_path: Path, cluster: str, write_prompts: Callable[..., Path]
-) -> None:
+def test_prompts_that_change_while_the_run_goes_on_stop_it(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     driver = start_driver(
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.3", "--shard-size", "4", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "4"),
     )
     wait_for_commits(output, 3)
     files = sorted(prompts.glob("*.parquet"))
@@ -217,8 +214,8 @@ def test_prompts_that_change_while_the_run_goes_on_stop_it(
 def test_storage_that_fails_one_card_alone_is_that_card_s_fault(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     driver = start_driver(
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "1", "--shard-size", "4", "--cards", "2", "--storage-patience", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "1", "--shard-size", "4", "--storage-patience", "2"),
     )
     card = next(iter(read_progress(output)["cards"].values()))
     resource.prlimit(card["pid"], resource.RLIMIT_FSIZE, (0, 0))
@@ -234,13 +231,13 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
 ) -> None:
     output = tmp_path / "out"
     slow = "from gaudi_batch import cli, runner; import sys, time; runner.look = lambda *_: time.sleep(100);"
-    job = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.01", "--cards", "2", "--verify"),
+    command = (
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.01", "--verify"),
     )
     driver = subprocess.Popen(
         ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", f"{slow} sys.exit(cli.main(sys.argv[1:]))"]
-        + [str(part) for part in job],
+        + [str(part) for part in command],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -253,6 +250,12 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
     _, said = driver.communicate(timeout=20)
     assert driver.returncode == 130, said
     assert json.loads((output / "lease.json").read_text())["released"]
+
+
+def job(prompts: Path, output: Path, cluster: str) -> tuple[str | Path, ...]:
+    """What the command line of each job here begins with."""
+    where = ("--prompts", prompts, "--output", output)
+    return ("run", *where, "--device", "simulated", "--address", cluster, "--cards", "2")
 
 
 def start_driver(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -275,8 +278,8 @@ def wait_for_commits(output: Path, count: int) -> None:
 def test_a_killed_driver_costs_nothing_that_was_committed(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.3", "--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "8"),
     )
     driver = start_driver(*command)
     wait_for_commits(output, 5)
@@ -298,8 +301,8 @@ def test_an_interrupted_run_commits_what_is_in_hand_and_can_be_resumed(
 ) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.3", "--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "8"),
     )
     driver = start_driver(*command)
     wait_for_commits(output, 2)
@@ -317,8 +320,8 @@ def test_an_interrupted_run_commits_what_is_in_hand_and_can_be_resumed(
 def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--shard-size", "8"),
     )
     driver = start_driver(*command, "--simulated.batch-seconds", "60", "--grace", "100")
     read_progress(output)
@@ -336,8 +339,8 @@ def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: s
 def test_a_second_driver_is_refused_while_the_first_lives(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     command = (
-        *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", cluster),
-        *("--simulated.batch-seconds", "0.3", "--shard-size", "8", "--cards", "2"),
+        *job(prompts, output, cluster),
+        *("--simulated.batch-seconds", "0.3", "--shard-size", "8"),
     )
     driver = start_driver(*command, "--simulated.batch-seconds", "2")
     wait_for_commits(output, 1)
