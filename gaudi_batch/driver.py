@@ -352,7 +352,7 @@ class Driver:
         name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
         if any(other.name == name for other in self._slots.values()):
             # Two Ray nodes of one host, or a node that came back under its name.
-            name = f"{name}-{ready.node_id[:6]}"
+            name = f"{name}-{ready.node_id[-6:]}"
         return name
 
     async def _lost(self, slot: Slot, error: Exception) -> None:

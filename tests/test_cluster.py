@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +20,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import read_manifest
-from raynodes import RAY, RayCluster
+from raynodes import RAY, RayCluster, descendants
 
 ROWS = 240
+
+AUTOSCALING = {
+    "cluster_name": "fake",
+    "max_workers": 4,
+    "idle_timeout_minutes": 0.1,
+    "upscaling_speed": 1.0,
+    # Its nodes share one address, run as soon as they are made, and have no other configuration.
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
+    "auth": {"ssh_user": "ray"},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **{f"{kind}_commands": [] for kind in ("initialization", "setup", "head_setup", "worker_setup")},
+    **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+    **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+    "head_node_type": "ray.head.default",  # which the provider takes for granted
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+        "gaudi": {"resources": {"CPU": 1, "HPU": 4}, "node_config": {}, "min_workers": 0, "max_workers": 4},
+    },
+}
+"""For Ray's autoscaler, whose nodes here are processes of this machine."""
 
 
 @pytest.fixture
@@ -107,39 +138,35 @@ def test_three_nodes_of_four_cards_of_which_one_is_killed_and_another_joins(
     assert made & {name for name, _ in ready[12:]}, "the new node's cards made nothing"
 
 
-def test_a_node_that_is_drained_finishes_what_it_has_begun_and_gets_nothing_more(
+def test_a_node_that_announces_its_end_finishes_what_it_has_begun_and_gets_nothing_more(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    add_cards(nodes, 1)
-    add_cards(nodes, 1)
-    nodes.wait_for(3)
+    nodes.add("--num-cpus=1", '--resources={"HPU": 1, "spot": 1}')
+    told, _ = (add_cards(nodes, 1) for _ in range(2))
+    nodes.wait_for(4)
+    spot = next(node["NodeID"] for node in nodes.alive() if "spot" in node["Resources"])
     output = tmp_path / "out"
-    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "0.5")
+    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "1")
     wait_until(lambda: commits(output) >= 6)
-    leaving = next(node["NodeID"] for node in nodes.alive() if "HPU" in node["Resources"])
-    reason = (
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds=120",
-    )
-    drain = [RAY, "drain-node", "--address", nodes.address, "--node-id", leaving, *reason]
-    subprocess.run(drain, check=True, capture_output=True)
+    reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+    drain = ("drain-node", "--node-id", spot, *reason, "--deadline-remaining-seconds", "120")
+    subprocess.run([RAY, *drain, "--address", nodes.address], check=True, capture_output=True)
+    assert told.process is not None
+    told.process.send_signal(signal.SIGTERM)
     log = end(driver)
     assert content(output) == undisturbed
-    (name,) = re.findall(r"card (\S+) \(.*\) is released, as its node leaves", log)
     assert "died" not in log
-    summary = (output / "summary.json").read_text()
-    assert '"retries": 0' in summary
-    released = time.mktime(time.strptime(time.strftime("%F ") + _time_of("is released", log), "%Y-%m-%d %H:%M:%S"))
-    finished = [row["finished_at"].timestamp() for row in read_manifest(output) if row["card"] == name]
-    assert max(finished) < released + 1
-    assert len(finished) < ROWS / 2
-
-
-def _time_of(what: str, log: str) -> str:
-    return next(line for line in log.splitlines() if what in line)[:8]
+    assert '"retries": 0' in (output / "summary.json").read_text()
+    ends = "is released, as its node leaves|left with its node"
+    left = {name: when for when, name in re.findall(rf"(\S+) card (\S+) \(.*\) (?:{ends})", log)}
+    assert len(left) == 2, log
+    finished = collections.defaultdict(list)
+    for row in read_manifest(output):
+        finished[row["card"]].append(row["finished_at"].timestamp())
+    for name, when in left.items():
+        gone = time.mktime(time.strptime(time.strftime("%F ") + when, "%Y-%m-%d %H:%M:%S"))
+        assert max(finished[name]) < gone + 1
+        assert len(finished[name]) < ROWS / 3
 
 
 def test_two_jobs_share_a_cluster_and_take_turns(
@@ -183,3 +210,58 @@ def test_a_node_that_does_not_see_the_output_makes_nothing(
     assert content(output) == undisturbed
     assert f"does not see the run in {output}; a local path must be on a file system that all nodes share" in log
     assert log.count("is quarantined") == 1
+
+
+@pytest.fixture
+def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
+    """A head without cards, and an autoscaler that may add four nodes with four each."""
+    config = tmp_path / "autoscaling.json"
+    config.write_text(json.dumps(AUTOSCALING))
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+    monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
+    monkeypatch.setenv("AUTOSCALER_HEARTBEAT_TIMEOUT_S", "5")
+    options = ["--num-cpus", "2", "--autoscaling-config", str(config)]
+    # The provider's nodes look for the head at Ray's default port.
+    cluster = RayCluster(tmp_path / "cluster", options, port=6379)
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+def test_nodes_come_for_the_job_and_go_after_it(
+    autoscaled: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    began, seen = time.monotonic(), [(0, 0)]
+
+    def cards() -> int:
+        nodes = {node["NodeID"]: int(node["Resources"].get("HPU", 0)) for node in autoscaled.alive()}
+        if seen[-1][1] != (there := sum(nodes.values())):
+            seen.append((round(time.monotonic() - began), there))
+        return there
+
+    output = tmp_path / "out"
+    driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "3", "--max-cards", "8")
+    wait_until(lambda: cards() == 8)
+    wait_until(lambda: commits(output) >= 4)
+    kill_node(next(node["NodeID"] for node in autoscaled.alive() if "HPU" in node["Resources"]))
+    while driver.poll() is None:
+        cards()
+        time.sleep(0.5)
+    log = end(driver)
+    wait_until(lambda: cards() == 0)
+    print("seconds and cards:", seen)
+    assert max(there for _, there in seen) <= 12, "one node for another, and none too many"
+    assert content(output) == undisturbed
+    assert log.count("left with its node") == 4, log
+    assert "quarantined" not in log
+    assert len({row["card"] for row in read_manifest(output)}) >= 8
+
+
+def kill_node(node_id: str) -> None:
+    """Ends a node's processes, as when a spot instance is taken back."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"RAY_OVERRIDE_NODE_ID_FOR_TESTING={node_id}".encode() in environment.read_bytes():
+                for pid in reversed(descendants(int(environment.parent.name))):
+                    os.kill(pid, signal.SIGKILL)
