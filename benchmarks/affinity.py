@@ -14,7 +14,6 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,9 @@ from gaudi_batch import JobConfig, run, schedule
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 
 
-def in_plan_order(choose: Callable[..., int | None]) -> Callable[..., int | None]:
-    """`Schedule._choose` without affinity: the next shard of the plan, whatever its shape."""
-
-    def choose_next(self: Any, card: Any) -> int | None:
-        if self._fresh:
-            card.last_key = min(self._fresh, key=lambda key: self._fresh[key][0])
-        return choose(self, card)
-
-    return choose_next
+def next_of_the_plan(self: Any, card: object) -> object:
+    """`Schedule._choose_key` without affinity: the key of the plan's next shard."""
+    return min(self._fresh, key=lambda key: self._fresh[key][0], default=None)
 
 
 def main() -> None:
@@ -57,11 +50,11 @@ def main() -> None:
         "height": [height for _, height in shapes],
     }
     pq.write_table(pa.table(table), home / "prompts.parquet")
-    product = schedule.Schedule._choose
+    product = schedule.Schedule._choose_key
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     cards = int(ray.cluster_resources()["HPU"])
-    for name, choose in (("with affinity", product), ("in plan order", in_plan_order(product))):
-        schedule.Schedule._choose = choose  # type: ignore[method-assign]
+    for name, choose in (("with affinity", product), ("in plan order", next_of_the_plan)):
+        schedule.Schedule._choose_key = choose  # type: ignore[method-assign]
         shutil.rmtree(arguments.state / "counters", ignore_errors=True)
         job = JobConfig(
             prompts=str(home / "prompts.parquet"),

@@ -11,9 +11,7 @@ The rules:
 * Cards pull. A card holds at most `QUEUE` shards, so that it never waits for the next one; it gets the second only
   while there are more shards than cards without one. A queued shard that has not begun is recalled as soon as a card
   that may have it has nothing to do.
-* A card prefers the graph keys that it has captured. Of others it takes the one with the most work per card that has
-  captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. What a
-  capture costs shows in how much longer a card's first shard of a key takes.
+* Which graph key a card goes on with is worked out in `affinity.py`.
 * A shard whose card died or raised goes elsewhere if any other card is left that has not failed it; after two cards it
   no longer waits for one that starts.
 * Which row of a shard is to blame is worked out in `blame.py`. A failure is the card's fault when its shard then
@@ -27,11 +25,12 @@ The rules:
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from gaudi_batch.affinity import Affinity
 from gaudi_batch.blame import Trouble
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
 from gaudi_batch.plan import GraphKey, Shard
@@ -63,9 +62,7 @@ class _Card:
     number: int
     state: CardState = CardState.GONE
     hand: dict[str, None] = field(default_factory=dict)  # attempts, oldest first
-    keys: dict[GraphKey, None] = field(default_factory=dict)  # captured, or about to be; the latest used is the last
     proven: bool = False  # has made a batch since its process began
-    last_key: GraphKey | None = None
     strikes: int = 0  # failures in a row
     start_failures: int = 0  # processes in a row that could not make a batch, by their own word
     vindications: int = 0  # shards that it failed and others made
@@ -75,33 +72,9 @@ class _Card:
 class _Attempt:
     shard: int
     card: _Card
+    captures: bool  # whether its graph key is new to the card
     announced: frozenset[int] | None = None
     recallable: bool = True
-    captures: bool = False  # whether its key is new to the card
-
-
-@dataclass
-class _Pace:
-    """How long shards take, as far as it has been seen."""
-
-    warm_s: float = 0.0
-    warm_images: int = 0
-    cold: list[tuple[float, int]] = field(default_factory=list)  # seconds and images of shards that captured a graph
-
-    def took(self, seconds: float, images: int, captured: bool) -> None:
-        if captured:
-            self.cold.append((seconds, images))
-        else:
-            self.warm_s += seconds
-            self.warm_images += images
-
-    def capture_cost(self, images: int) -> float:
-        """What a capture costs, in shards of this many images; 0 while nobody knows."""
-        if not self.cold or not self.warm_s or not images:
-            return 0.0
-        image_s = self.warm_s / max(1, self.warm_images)
-        capture_s = sum(seconds - image_s * made for seconds, made in self.cold) / len(self.cold)
-        return max(0.0, capture_s / (image_s * images))
 
 
 class Schedule:
@@ -135,7 +108,6 @@ class Schedule:
         self.done_rows = done_rows
         self.failed_rows = failed_rows
         self.max_failed = max_failed
-        self.max_graphs = max_graphs
         self.retries = 0
         self.stop_reason: str | None = None
         self.finished = False
@@ -153,8 +125,7 @@ class Schedule:
         self._starting: dict[int, _Card] = {}
         self._holding: list[dict[int, _Card]] = [{} for _ in range(QUEUE + 1)]
         self._leaving: dict[int, _Card] = {}
-        self._holders: Counter[GraphKey] = Counter()
-        self._pace = _Pace()
+        self._affinity = Affinity(max_graphs)
         self._queued: dict[str, _Attempt] = {}  # behind another in its card's hand, and not asked back yet
         self._asked_back: set[str] = set()  # asked back and not answered
         self._sent = 0
@@ -248,7 +219,7 @@ class Schedule:
         if attempt not in self._attempts:
             return []
         live = self._release(attempt)
-        self._pace.took(seconds, self.shards[live.shard].images, live.captures)
+        self._affinity.took(seconds, self.shards[live.shard].images, live.captures)
         self._committing[live.shard] = attempt
         self._prove(live.card)
         live.card.vindications = max(0, live.card.vindications - 1)
@@ -380,15 +351,8 @@ class Schedule:
             if self._may_have(card, shard):
                 del self._again[place]
                 return shard
-        if not self._fresh:
-            return None
-        if card.last_key in self._fresh:
-            key = card.last_key
-        elif captured := card.keys.keys() & self._fresh.keys():
-            key = max(captured, key=lambda key: (len(self._fresh[key]), key))
-        elif worthy := [key for key, queue in self._fresh.items() if self._worth_a_capture(key, len(queue), queue[0])]:
-            key = max(worthy, key=lambda key: (len(self._fresh[key]) / (1 + self._holders[key]), key))
-        else:
+        key = self._choose_key(card)
+        if key is None:
             return None
         shard = self._fresh[key].popleft()
         self._fresh_count -= 1
@@ -396,13 +360,9 @@ class Schedule:
             del self._fresh[key]
         return shard
 
-    def _worth_a_capture(self, key: GraphKey, pending: int, shard: int) -> bool:
-        """Whether a card that captures this key would be done with a shard of it before those that have captured it.
-
-        Those share what is pending. What they still have in hand is left out: it keeps captures rarer at little cost.
-        """
-        holders = self._holders[key]
-        return not holders or self._pace.capture_cost(self.shards[shard].images) + 1 <= -(-pending // holders)
+    def _choose_key(self, card: _Card) -> GraphKey | None:
+        waiting = {key: (len(queue), self.shards[queue[0]].images) for key, queue in self._fresh.items()}
+        return self._affinity.choose(card.number, waiting)
 
     def _may_have(self, card: _Card, shard: int) -> bool:
         trouble = self._trouble.get(shard)
@@ -420,10 +380,9 @@ class Schedule:
     def _send(self, card: _Card, shard: int) -> Assign:
         self._sent += 1
         attempt = f"{self.prefix}{self._sent}"
-        card.last_key = self.shards[shard].bucket.graph_key
-        self._attempts[attempt] = _Attempt(shard, card, captures=card.last_key not in card.keys)
+        captures = self._affinity.use(card.number, self.shards[shard].bucket.graph_key)
+        self._attempts[attempt] = _Attempt(shard, card, captures)
         card.hand[attempt] = None
-        self._use(card, card.last_key)
         self._file(card)
         trouble = self._trouble.get(shard, Trouble())
         return Assign(
@@ -436,17 +395,6 @@ class Schedule:
             dict(trouble.condemned),
         )
 
-    def _use(self, card: _Card, key: GraphKey) -> None:
-        """A card will have a key's graph; for one more than it keeps, it gives up the least recently used."""
-        if key not in card.keys:
-            self._holders[key] += 1
-        card.keys.pop(key, None)
-        card.keys[key] = None
-        if len(card.keys) > self.max_graphs:
-            oldest = next(iter(card.keys))
-            del card.keys[oldest]
-            self._holders[oldest] -= 1
-
     def _recall_for_idle(self) -> list[Decision]:
         """Asks back a queued shard for each card that has nothing to do, if it is one that the card may have."""
         decisions: list[Decision] = []
@@ -454,8 +402,9 @@ class Schedule:
             if not self._queued or len(self._asked_back) >= len(self._holding[0]):
                 break
             for attempt, live in self._queued.items():
-                key = self.shards[live.shard].bucket.graph_key
-                if self._may_have(card, live.shard) and (key in card.keys or self._worth_a_capture(key, 1, live.shard)):
+                shard = self.shards[live.shard]
+                suits = self._affinity.suits(card.number, shard.bucket.graph_key, shard.images)
+                if suits and self._may_have(card, live.shard):
                     decisions.append(self._recall(attempt))
                     break
         return decisions
@@ -541,9 +490,7 @@ class Schedule:
         if state is not CardState.READY:
             for attempt in reversed(list(card.hand)):
                 self._again.appendleft(self._release(attempt).shard)
-            self._holders.subtract(list(card.keys))
-            card.keys.clear()
-            card.last_key = None
+            self._affinity.forget(card.number)
             card.proven = False
         card.state = state
         self._file(card)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gaudi_batch.affinity import Affinity
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Recall
 from gaudi_batch.plan import Bucket, GraphKey, Run, Shard, plan_shards
 from gaudi_batch.schedule import Schedule
@@ -21,10 +22,8 @@ BATCH_SECONDS = 0.9
 class InPlanOrder(Schedule):
     """A schedule without affinity: each card takes the next shard of the plan."""
 
-    def _choose(self, card: Any) -> int | None:
-        if self._fresh:
-            card.last_key = min(self._fresh, key=lambda key: self._fresh[key][0])
-        return super()._choose(card)
+    def _choose_key(self, card: object) -> GraphKey | None:
+        return min(self._fresh, key=lambda key: self._fresh[key][0], default=None)
 
 
 def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
@@ -127,9 +126,11 @@ def test_free_captures_leave_no_card_idle() -> None:
 
 
 def test_a_card_that_keeps_one_graph_counts_on_no_other() -> None:
+    first, second = (bucket.graph_key for bucket in (Bucket(64, 64, 20, 2.0), Bucket(96, 64, 20, 2.0)))
+    affinity = Affinity(max_graphs=1)
+    assert affinity.use(0, first)
+    assert affinity.use(0, second)
+    assert affinity.captured(0) == [second]
+    assert affinity.use(0, first)
     plan = shuffled_plan(480, 16, shapes=2)
-    schedule = Schedule(plan, "a", 480, max_graphs=1)
-    assert simulate(schedule, 1, 5.0)[0] == 2
-    (card,) = schedule._cards.values()
-    assert len(card.keys) == 1
-    assert sum(schedule._holders.values()) == 1
+    assert simulate(Schedule(plan, "a", 480, max_graphs=1), 1, 5.0)[0] == 2

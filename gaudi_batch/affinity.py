@@ -1,0 +1,97 @@
+"""Which cards have captured which graphs, and when another capture pays.
+
+A card prefers the graph keys that it has captured. Of others it takes the one with the most work per card that has
+captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. What a
+capture costs shows in how much longer a card's first shard of a key takes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from gaudi_batch.plan import GraphKey
+
+
+class Affinity:
+    """The graphs on all cards of a run, as far as the schedule can know them.
+
+    Args:
+        max_graphs: graph keys whose graphs a card keeps.
+    """
+
+    def __init__(self, max_graphs: int) -> None:
+        self._max_graphs = max_graphs
+        self._captured: dict[int, dict[GraphKey, None]] = {}  # by card; the latest used is the last
+        self._holders: Counter[GraphKey] = Counter()
+        self._warm_s = 0.0
+        self._warm_images = 0
+        self._cold: list[tuple[float, int]] = []  # seconds and images of shards that captured a graph
+
+    def use(self, card: int, key: GraphKey) -> bool:
+        """A card will have a key's graph; returns whether it is new to it.
+
+        For one more than it keeps, the card gives up the least recently used.
+        """
+        keys = self._captured.setdefault(card, {})
+        captures = key not in keys
+        keys.pop(key, None)
+        keys[key] = None
+        self._holders[key] += captures
+        if len(keys) > self._max_graphs:
+            oldest = next(iter(keys))
+            del keys[oldest]
+            self._holders[oldest] -= 1
+        return captures
+
+    def captured(self, card: int) -> list[GraphKey]:
+        """The keys whose graphs a card has or is about to have, the latest used last."""
+        return list(self._captured.get(card, ()))
+
+    def forget(self, card: int) -> None:
+        """A card's process is over, and its graphs with it."""
+        self._holders.subtract(list(self._captured.pop(card, ())))
+
+    def took(self, seconds: float, images: int, captured: bool) -> None:
+        """How long a shard's pipeline calls took, and whether a graph was captured in them."""
+        if captured:
+            self._cold.append((seconds, images))
+        else:
+            self._warm_s += seconds
+            self._warm_images += images
+
+    def choose(self, card: int, waiting: Mapping[GraphKey, tuple[int, int]]) -> GraphKey | None:
+        """The key that a card should go on with, or None if none is worth it.
+
+        Args:
+            card: which card.
+            waiting: for each key how many shards are pending, and the images of the next one.
+        """
+        keys = self._captured.get(card, {})
+        last = next(reversed(keys), None)
+        if last in waiting:
+            return last
+        if captured := keys.keys() & waiting.keys():
+            return max(captured, key=lambda key: (waiting[key][0], key))
+        worthy = [key for key, (pending, images) in waiting.items() if self._is_worth_it(key, pending, images)]
+        return max(worthy, key=lambda key: (waiting[key][0] / (1 + self._holders[key]), key), default=None)
+
+    def suits(self, card: int, key: GraphKey, images: int) -> bool:
+        """Whether one shard of a key is for this card rather than for those that have captured it."""
+        return key in self._captured.get(card, ()) or self._is_worth_it(key, 1, images)
+
+    def _is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
+        """Whether a card that captures this key would be done with a shard of it before those that have captured it.
+
+        Those share what is pending. What they still have in hand is left out: it keeps captures rarer at little cost.
+        """
+        holders = self._holders[key]
+        return not holders or self._capture_cost(images) + 1 <= -(-pending // holders)
+
+    def _capture_cost(self, images: int) -> float:
+        """What a capture costs, in shards of this many images; 0 while nobody knows."""
+        if not self._cold or not self._warm_s or not images:
+            return 0.0
+        image_s = self._warm_s / max(1, self._warm_images)
+        capture_s = sum(seconds - image_s * made for seconds, made in self._cold) / len(self._cold)
+        return max(0.0, capture_s / (image_s * images))
