@@ -7,11 +7,9 @@ decides is carried out at once. Only commits leave the loop, to a thread, since 
 from __future__ import annotations
 
 import asyncio
-import collections
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,6 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gaudi_batch.account import Account
 from gaudi_batch.card import Card
 from gaudi_batch.cluster import Capacity, CardResources, card_options
 from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
@@ -29,10 +28,9 @@ from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
 from gaudi_batch.plan import GraphKey
-from gaudi_batch.progress import Progress, View
+from gaudi_batch.progress import View
 from gaudi_batch.schedule import CardState, Schedule
 from gaudi_batch.slot import Slot, node_is_gone, phase_limit, why_died
-from gaudi_batch.summary import Tally
 
 log = logging.getLogger("gaudi_batch")
 
@@ -46,10 +44,8 @@ PROGRESS_SECONDS = 5.0
 CLUSTER_SECONDS = 5.0
 PLACE_SECONDS = 0.2
 WAITING_SECONDS = 30.0
-RATE_SECONDS = 60.0
 STORAGE_GRACE_SECONDS = 60.0
 """How much longer than the job's patience one operation on storage may take."""
-FAULTS_KEPT = 100
 COMMIT_THREADS = 8
 OTHER_THREADS = 4
 COMMIT_SECONDS = 5.0
@@ -64,9 +60,7 @@ class Driver:
         resources: what one card takes of the cluster.
         schedule: the state of the run.
         ledger: the records.
-        tally: the commits so far; goes on being added to.
-        images_total: images that the whole plan asks for.
-        images_missing: images that committed shards were to have and have not, since rows failed.
+        account: what the run tells of itself.
         view: shows progress.
         look_at_cluster: tells what the cluster has for the job now.
     """
@@ -77,20 +71,16 @@ class Driver:
         resources: CardResources,
         schedule: Schedule,
         ledger: Ledger,
-        tally: Tally,
-        images_total: int,
-        images_missing: int,
+        account: Account,
         view: View,
         look_at_cluster: Callable[[], Capacity],
     ) -> None:
         self.schedule = schedule
-        self.faults: Counter[str] = Counter()
         self.at_once = False
         self._setup = setup
         self._resources = resources
         self._ledger = ledger
-        self._tally = tally
-        self._images_total = images_total
+        self._account = account
         self._view = view
         self._look_at_cluster = look_at_cluster
         self._slots: dict[int, Slot] = {}
@@ -104,10 +94,7 @@ class Driver:
         self._commit_pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         # Not the event loop's own, whose end would wait for what never comes back.
         self._threads = ThreadPoolExecutor(OTHER_THREADS, "driver")
-        self._missing = images_missing
         self._batch_s: dict[GraphKey, float] = {}
-        self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
-        self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self.loop: asyncio.AbstractEventLoop
         """That the run runs in; another thread reaches the driver through it alone."""
@@ -339,7 +326,7 @@ class Driver:
                 return
         slot.ready = ready
         slot.name = slot.name or self._card_name(slot, ready)
-        self._tally.card(slot.name, ready.node, ready.module)
+        self._account.introduce(slot)
         log.info("%s is ready after %.1f s", slot.where, ready.load_s)
         for note in ready.notes:
             if note not in self._notes:
@@ -380,8 +367,7 @@ class Driver:
 
     def _fault(self, slot: Slot, what: str) -> None:
         log.warning("%s %s", slot.where, what)
-        self.faults[slot.name or str(slot.number)] += 1
-        self._recent_faults.append({"time": _now(), "card": slot.name or str(slot.number), "what": what})
+        self._account.fault(slot, what)
 
     # -- decisions ----------------------------------------------------------------------------------------------
 
@@ -435,9 +421,7 @@ class Driver:
         self.unsettled.discard(attempt)
         del self._records[attempt]
         if put:
-            self._tally.add(done.facts)
-            shard = self.schedule.shards[done.facts.shard]
-            self._missing += (0 if shard.again else shard.images) - done.facts.images + done.facts.images_before
+            self._account.committed(done.facts)
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         self._carry_out(self.schedule.committed(done.facts.shard))
@@ -452,7 +436,7 @@ class Driver:
                 if reason and slot.actor is not None and not slot.kill_reason:
                     slot.kill_reason = reason
                     ray.kill(slot.actor, no_restart=True)
-            self._view.show(self.progress())
+            self._view.show(self._account.progress(self._slots.values()))
             await asyncio.sleep(LOOK_SECONDS)
 
     def _passed_limit(self, slot: Slot) -> str | None:
@@ -478,51 +462,5 @@ class Driver:
             await self._in_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_SECONDS)
 
-    def progress(self) -> Progress:
-        """How far the run is."""
-        images = self._tally.images + sum(s.status.images for s in self._slots.values() if s.status and s.actor)
-        now = time.monotonic()
-        if images > self._tally.images or self._rates:
-            self._rates.append((now, images))
-        while self._rates and now - self._rates[0][0] > RATE_SECONDS:
-            self._rates.popleft()
-        since, before = self._rates[0] if self._rates else (now, images)
-        rate = (images - before) / (now - since) if now - since > 2 and images > before else None
-        states = [self._state(slot) for slot in self._slots.values()]
-        ready, there = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
-        return Progress(images, self._images_total, self.schedule.failed_rows, ready, there, rate)
-
     def _describe(self, state: str) -> dict[str, Any]:
-        """The run as progress.json has it."""
-        progress = self.progress()
-        cards = {}
-        for slot in self._slots.values():
-            tallied = self._tally.cards.get(slot.name)
-            cards[slot.name or str(slot.number)] = {
-                "node": slot.ready.node if slot.ready else None,
-                "module": slot.ready.module if slot.ready else None,
-                "pid": slot.ready.pid if slot.ready and slot.actor else None,
-                "state": self._state(slot).value,
-                "phase": slot.status.phase if slot.status and slot.actor else None,
-                "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
-                "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,
-                "faults": self.faults[slot.name or str(slot.number)],
-            }
-        return {
-            "time": _now(),
-            "state": state,
-            "images": progress.images,
-            "images_total": progress.images_total,
-            "images_missing": self._missing,
-            "failed_rows": progress.failed_rows,
-            "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
-            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
-            "shards_pending": self.schedule.pending(),
-            "retries": self.schedule.retries,
-            "cards": cards,
-            "faults": list(self._recent_faults),
-        }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return self._account.describe(self._slots.values(), state)

@@ -232,6 +232,7 @@ def _drive(
 ) -> _Ended:
     """Has the missing shards made."""
     # Ray is slow to import and nothing else here needs it.
+    from gaudi_batch.account import Account
     from gaudi_batch.cluster import card_resources, connected, look_at_cluster
     from gaudi_batch.driver import Driver
     from gaudi_batch.messages import CardSetup
@@ -265,6 +266,7 @@ def _drive(
         images_missing = (
             sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
         )
+        account = Account(schedule, tally, record.images, images_missing)
         setup = CardSetup(job.config, ledger.storage, job.model, job.dataset, job.rules, job.threads)
         with open_view() as view:
             driver = Driver(
@@ -272,9 +274,7 @@ def _drive(
                 resources,
                 schedule,
                 ledger,
-                tally,
-                record.images,
-                images_missing,
+                account,
                 view,
                 lambda: look_at_cluster(job.config, resources),
             )
@@ -283,7 +283,7 @@ def _drive(
             raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
         if driver.at_once:
             raise LeaseLost(f"stopped: {reason}")
-        return _Ended(reason, driver.faults, schedule.retries, frozenset(driver.unsettled))
+        return _Ended(reason, account.faults, schedule.retries, frozenset(driver.unsettled))
 
 
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:

@@ -37,6 +37,11 @@ class Slot:
     """What waits for the cluster to place it."""
 
     @property
+    def label(self) -> str:
+        """What the card is called in the records; a number until it is up."""
+        return self.name or str(self.number)
+
+    @property
     def where(self) -> str:
         """The card as a person finds it."""
         if self.ready is None:

@@ -1,0 +1,108 @@
+"""What a run tells of itself while it goes on: how far it is, at what rate, and what each card does and did."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.progress import Progress
+from gaudi_batch.schedule import CardState, Schedule
+from gaudi_batch.slot import Slot
+from gaudi_batch.summary import Tally
+
+FAULTS_KEPT = 100
+RATE_SECONDS = 60.0
+
+
+class Account:
+    """The commits, the faults and the rate of a run.
+
+    Args:
+        schedule: the state of the run.
+        tally: the commits so far; goes on being added to.
+        images_total: images that the whole plan asks for.
+        images_missing: images that committed shards were to have and have not, since rows failed.
+    """
+
+    def __init__(self, schedule: Schedule, tally: Tally, images_total: int, images_missing: int) -> None:
+        self.faults: Counter[str] = Counter()
+        self._schedule = schedule
+        self._tally = tally
+        self._images_total = images_total
+        self._missing = images_missing
+        self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
+        self._rates: collections.deque[tuple[float, int]] = collections.deque()
+
+    def introduce(self, slot: Slot) -> None:
+        """A card is up; it counts from now on, whatever it makes."""
+        assert slot.ready is not None
+        self._tally.card(slot.name, slot.ready.node, slot.ready.module)
+
+    def fault(self, slot: Slot, what: str) -> None:
+        """A card failed."""
+        self.faults[slot.label] += 1
+        self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
+
+    def committed(self, facts: CommitFacts) -> None:
+        """A shard's manifest is in place."""
+        self._tally.add(facts)
+        shard = self._schedule.shards[facts.shard]
+        self._missing += (0 if shard.again else shard.images) - facts.images + facts.images_before
+
+    def progress(self, slots: Collection[Slot]) -> Progress:
+        """How far the run is."""
+        images = self._tally.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
+        now = time.monotonic()
+        if images > self._tally.images or self._rates:
+            self._rates.append((now, images))
+        while self._rates and now - self._rates[0][0] > RATE_SECONDS:
+            self._rates.popleft()
+        since, before = self._rates[0] if self._rates else (now, images)
+        rate = (images - before) / (now - since) if now - since > 2 and images > before else None
+        states = [self._schedule.state(slot.number) for slot in slots]
+        ready, there = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
+        return Progress(images, self._images_total, self._schedule.failed_rows, ready, there, rate)
+
+    def describe(self, slots: Collection[Slot], state: str) -> dict[str, Any]:
+        """The run as progress.json has it.
+
+        Args:
+            slots: its cards.
+            state: `running` or `over`.
+        """
+        progress = self.progress(slots)
+        return {
+            "time": _now(),
+            "state": state,
+            "images": progress.images,
+            "images_total": progress.images_total,
+            "images_missing": self._missing,
+            "failed_rows": progress.failed_rows,
+            "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
+            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
+            "shards_pending": self._schedule.pending(),
+            "retries": self._schedule.retries,
+            "cards": {slot.label: self._describe_card(slot) for slot in slots},
+            "faults": list(self._recent_faults),
+        }
+
+    def _describe_card(self, slot: Slot) -> dict[str, Any]:
+        tallied = self._tally.cards.get(slot.name)
+        return {
+            "node": slot.ready.node if slot.ready else None,
+            "module": slot.ready.module if slot.ready else None,
+            "pid": slot.ready.pid if slot.ready and slot.actor else None,
+            "state": self._schedule.state(slot.number).value,
+            "phase": slot.status.phase if slot.status and slot.actor else None,
+            "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
+            "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,
+            "faults": self.faults[slot.label],
+        }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
