@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,6 @@ from ray._private import ray_constants
 from ray._private.state import state
 
 from gaudi_batch.config import JobConfig
-from gaudi_batch.devices import name_modules
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.gaudi import environment, require_stack
@@ -22,6 +23,8 @@ from gaudi_batch.text import one_line
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
+VISIBLE_MODULES = "HABANA_VISIBLE_MODULES"
+HL_SMI_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
             require_stack()
         except RuntimeError as error:
             raise InputError(f"device hpu: {error}") from None
-        name_modules()
+        _name_modules()
         own = None  # Ray finds the cards
     _quieten()
     with _on_loopback():
@@ -125,6 +128,18 @@ def _quieten() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray would warn of a coming change of this default at each start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _name_modules() -> None:
+    """Tells a Ray that is started here which modules this machine has: it would count from 0, and a share of a node may
+    have 4 to 7."""
+    if VISIBLE_MODULES in os.environ or shutil.which("hl-smi") is None:
+        return
+    query = ["hl-smi", "-Q", "module_id", "-f", "csv,noheader"]
+    asked = subprocess.run(query, capture_output=True, text=True, timeout=HL_SMI_SECONDS, check=False)
+    modules = [line.strip() for line in asked.stdout.splitlines() if line.strip().isdigit()]
+    if asked.returncode == 0 and modules:
+        os.environ[VISIBLE_MODULES] = ",".join(sorted(modules, key=int))
 
 
 @contextlib.contextmanager

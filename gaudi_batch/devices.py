@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from gaudi_batch.errors import InputError
 
 log = logging.getLogger("gaudi_batch")
 
-VISIBLE_MODULES = "HABANA_VISIBLE_MODULES"
 COUNT_SECONDS = 120.0
 _COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
 
@@ -50,18 +48,6 @@ def this_machine_has_cards() -> bool:
     )
     answer = asked.stdout.split()[-1:]
     return asked.returncode == 0 and answer not in ([], ["0"])
-
-
-def name_modules() -> None:
-    """Tells a Ray that is started here which modules this machine has: it would count from 0, and a share of a node may
-    have 4 to 7."""
-    if VISIBLE_MODULES in os.environ or shutil.which("hl-smi") is None:
-        return
-    query = ["hl-smi", "-Q", "module_id", "-f", "csv,noheader"]
-    asked = subprocess.run(query, capture_output=True, text=True, timeout=COUNT_SECONDS, check=False)
-    modules = [line.strip() for line in asked.stdout.splitlines() if line.strip().isdigit()]
-    if asked.returncode == 0 and modules:
-        os.environ[VISIBLE_MODULES] = ",".join(sorted(modules, key=int))
 
 
 def _is_cluster(address: str | None) -> bool:
