@@ -24,7 +24,7 @@ demo: $(VENV)/.base
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -86,14 +86,17 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
         own = None  # Ray finds the cards
     _quieten()
     with _on_loopback():
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
-            resources=own,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **_QUIET,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
+                resources=own,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **_QUIET,
+            )
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"Ray can't be started on this machine: {one_line(error)}") from None
     try:
         yield
     finally:

@@ -241,10 +241,11 @@ def test_nodes_come_for_the_job_and_go_after_it(
         return there
 
     output = tmp_path / "out"
-    driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "3", "--max-cards", "8")
+    driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "4", "--max-cards", "8")
     wait_until(lambda: cards() == 8)
+    lost = next(node["NodeID"] for node in autoscaled.alive() if "HPU" in node["Resources"])
     wait_until(lambda: commits(output) >= 4)
-    kill_node(next(node["NodeID"] for node in autoscaled.alive() if "HPU" in node["Resources"]))
+    kill_node(lost)
     while driver.poll() is None:
         cards()
         time.sleep(0.5)

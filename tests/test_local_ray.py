@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,12 +80,16 @@ class LocalRun:
 
 
 @pytest.fixture(scope="module")
-def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRun]:
+def local_run() -> Iterator[LocalRun]:
     """A run in a home of its own, without anything set that has to do with Ray."""
+    with tempfile.TemporaryDirectory(prefix="home-", ignore_cleanup_errors=True) as home:  # Ray's sockets want it short
+        yield from run_in(Path(home))
+
+
+def run_in(home: Path) -> Iterator[LocalRun]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    home = tmp_path_factory.mktemp("home")
     pq.write_table(pa.table({"prompt": ["p"] * 10_000}), home / "prompts.parquet")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "RAY_TMPDIR": str(home), "AWS_SECRET_ACCESS_KEY": OTHER_SECRET}
