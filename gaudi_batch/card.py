@@ -340,8 +340,8 @@ def require_shared(setup: CardSetup) -> None:
     """
     prompts = setup.dataset.storage
     way_out = "a local path must be on a file system that all nodes share"
-    if setup.storage.get("run.json") is None:
-        raise RuntimeError(f"node {socket.gethostname()} does not see the run in {setup.storage.url}; {way_out}")
+    if setup.storage.get("run.json") != setup.run:
+        raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
     if prompts.local and not Path(prompts.full(setup.dataset.files[0].name)).exists():
         raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -14,10 +16,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.text import OneLineFormatter, one_line, printable
+
+if TYPE_CHECKING:
+    from gaudi_batch.submit import Cluster
 
 log = logging.getLogger("gaudi_batch")
 
@@ -93,15 +98,27 @@ def _submit(parsed: argparse.Namespace) -> int:
     config = job_from(parsed)
     refuse_what_stays_here(config)
     flags = [f"--{name.replace('_', '-')}" for name in RUN_SWITCHES if getattr(parsed, name)]
+    submission = Submission(config, flags, parsed.grace, parsed.job_id, parsed.ship_code)
     cluster = Cluster(parsed.address)
-    job = cluster.submit(Submission(config, flags, parsed.grace, parsed.job_id, parsed.ship_code))
+    job = cluster.submit(submission)
     print(f"job: {job}", flush=True)
-    if not parsed.wait:
-        return 0
+    return _follow_job(cluster, job) if parsed.wait else 0
+
+
+def _follow(parsed: argparse.Namespace) -> int:
+    from gaudi_batch.submit import Cluster
+
+    return _follow_job(Cluster(parsed.address), parsed.job)
+
+
+def _follow_job(cluster: Cluster, job: str) -> int:
+    from gaudi_batch.storage import redact
+
     try:
         return cluster.follow(job)
     except KeyboardInterrupt:
-        log.warning("job %s goes on; gaudi-batch stop %s --address %s ends it", job, job, cluster.address)
+        this = f"{job} --address {redact(cluster.address)}"
+        log.warning("job %s goes on; `gaudi-batch follow %s` shows it again, `stop` in its place ends it", job, this)
         return INTERRUPTED
 
 
@@ -254,6 +271,10 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     _add_run_flags(submit)
     add_job_flags(submit)
 
+    follow = _command(commands, "follow", _follow, "print the log of a submitted job and end with its exit code")
+    follow.add_argument("job", help="its id, as submit printed it")
+    follow.add_argument("--address", help=ADDRESS_HELP)
+
     stop = _command(commands, "stop", _stop, "stop a submitted job; what it has begun is committed first")
     stop.add_argument("job", help="its id, as submit printed it")
     stop.add_argument("--address", help=ADDRESS_HELP)
@@ -300,10 +321,17 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     command.add_argument(
         "--grace",
-        type=float,
+        type=_seconds,
         default=30.0,
         help="seconds in which what has begun is committed after SIGTERM or Ctrl-C (default: 30)",
     )
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
 
 
 def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:

@@ -41,8 +41,8 @@ class CardResources:
         return {self.name: self.amount}
 
     def on(self, node: dict[str, Any]) -> int:
-        """How many cards a node, as `ray.nodes()` lists it, has in all."""
-        return int(node["Resources"].get(self.name, 0) // self.amount) if node["Alive"] else 0
+        """How many cards a node that is up, as `ray.nodes()` lists it, has in all."""
+        return int(node["Resources"].get(self.name, 0) // self.amount)
 
 
 def card_resources(job: Job) -> CardResources:
@@ -172,14 +172,19 @@ class Capacity:
 
     cards: int
     """Cards that the job may have of it, held by others or not."""
+    nodes: frozenset[str]
+    """Ids of the nodes that are up."""
     leaving: frozenset[str]
-    """Ids of the nodes that have announced their end."""
+    """Ids of those that have announced their end."""
 
 
 def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:
     """What the cluster has for a job now."""
     leaving = frozenset(state.get_draining_nodes())
-    there = sum(resources.on(node) for node in ray.nodes() if node["NodeID"] not in leaving)
+    nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]}
+    cards = sum(there for node, there in nodes.items() if node not in leaving)
     if config.cards != "all":
-        return Capacity(min(config.cards, there), leaving)
-    return Capacity(min(DEFAULT_CARDS, there) if resources.name == "CPU" else there, leaving)
+        cards = min(config.cards, cards)
+    elif resources.name == "CPU":
+        cards = min(DEFAULT_CARDS, cards)
+    return Capacity(cards, frozenset(nodes), leaving)

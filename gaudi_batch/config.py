@@ -154,7 +154,8 @@ class LimitsConfig(_Section):
     """No answer from a card's process while nothing is being generated."""
 
     cluster: Annotated[float, Field(gt=0)] = 1800.0
-    """A cluster without a single card, before the run stops; only with min_cards or max_cards, else it does at once."""
+    """A cluster without a card that works, before the run stops. A run that never had one waits for it only with
+    min_cards or max_cards."""
 
 
 class JobConfig(_Section):
@@ -290,8 +291,9 @@ class JobConfig(_Section):
     def _cards_agree(self) -> JobConfig:
         if self.max_cards is not None and self.cards != "all":
             raise ValueError(f"cards: {self.cards} and max_cards: {self.max_cards} contradict each other; name one")
-        if self.max_cards is not None and self.min_cards > self.max_cards:
-            raise ValueError(f"min_cards: {self.min_cards} is more than max_cards: {self.max_cards}")
+        most = self.max_cards if self.cards == "all" else self.cards
+        if most is not None and self.min_cards > most:
+            raise ValueError(f"min_cards: {self.min_cards} is more than the job may have, which is {most}")
         return self
 
     @property

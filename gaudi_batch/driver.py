@@ -30,7 +30,7 @@ from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Fail
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import CardState, Schedule
-from gaudi_batch.slot import Slot, node_is_gone, phase_limit, why_died
+from gaudi_batch.slot import Slot, node_is_gone, node_of, phase_limit, why_died
 
 log = logging.getLogger("gaudi_batch")
 
@@ -41,7 +41,7 @@ NEWS_SECONDS = 1.0
 CARDS_PER_NEWS_SECOND = 100
 LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 5.0
-CLUSTER_SECONDS = 5.0
+CLUSTER_SECONDS = 2.0
 PLACE_SECONDS = 0.2
 WAITING_SECONDS = 30.0
 STORAGE_GRACE_SECONDS = 60.0
@@ -186,25 +186,29 @@ class Driver:
         while True:
             capacity = await self._in_thread(self._look_at_cluster)
             for slot in self._slots.values():
-                if slot.ready and slot.ready.node_id in capacity.leaving:
+                if slot.node_id in capacity.leaving:
                     self._carry_out(self.schedule.leaving(slot.number))
-            there = [
-                slot for slot in self._slots.values() if self._state(slot) not in (CardState.GONE, CardState.LEAVING)
-            ]
-            waiting = [slot for slot in there if self._state(slot) is CardState.WAITING]
+                elif self._state(slot) is CardState.QUARANTINED and slot.node_id not in capacity.nodes:
+                    # Its place would move on to a card of another node.
+                    self._left(slot)
+            there = self._slots_in(*set(CardState) - {CardState.GONE, CardState.LEAVING})
+            waiting = self._slots_in(CardState.WAITING)
             wanted = self._wanted(capacity.cards)
             for _ in range(wanted - len(there)):
                 waiting.append(self._add_slot())
             while waiting and len(there) > wanted:
                 there.remove(waiting[-1])
                 self._withdraw(waiting.pop())
-            if capacity.cards or self.schedule.usable():
+            others = waiting and capacity.cards > len(self._slots_in(CardState.QUARANTINED))
+            if others or self.schedule.usable():
                 seen = time.monotonic()
             patience = self._setup.config.limits.cluster
             if time.monotonic() - seen > patience:
-                reason = f"the cluster has had no card for {patience:g} s (limits.cluster)"
-                self._carry_out(self.schedule.stop(reason))
-            self._carry_out(self.schedule.expect(bool(waiting)))
+                reason = f"the cluster has had no card that works for {patience:g} s (limits.cluster)"
+                error = f"; the last error of one: {self.schedule.last_error}" if self.schedule.last_error else ""
+                self._carry_out(self.schedule.stop(reason + error))
+            # Where a node has been lost another may come, also for a job that asks for none.
+            self._carry_out(self.schedule.expect(bool(waiting or self._slots_in(CardState.GONE))))
             await asyncio.sleep(CLUSTER_SECONDS)
 
     def _wanted(self, there: int) -> int:
@@ -240,8 +244,18 @@ class Driver:
                 next_word *= 2
                 need = f"{self._resources.amount} {self._resources.name}"
                 log.info("%s has waited %.0f s for the cluster: no %s is free", slot.where, waits, need)
-        self._carry_out(self.schedule.starting(slot.number))
+        slot.node_id = await self._in_thread(node_of, slot.group)
+        self._carry_out(self.schedule.starting(slot.number, slot.node_id))
         self._start(slot)
+
+    def _slots_in(self, *states: CardState) -> list[Slot]:
+        return [slot for slot in self._slots.values() if self._state(slot) in states]
+
+    def _left(self, slot: Slot) -> None:
+        """A slot's node is gone."""
+        log.warning("%s left with its node", slot.where)
+        remove_placement_group(slot.group)
+        self._carry_out(self.schedule.gone(slot.number))
 
     def _start(self, slot: Slot) -> None:
         slot.status = None
@@ -324,7 +338,7 @@ class Driver:
                 self._fault(slot, error)
                 self._carry_out(self.schedule.died(slot.number, error))
                 return
-        slot.ready = ready
+        slot.ready, slot.node_id = ready, ready.node_id
         slot.name = slot.name or self._card_name(slot, ready)
         self._account.introduce(slot)
         log.info("%s is ready after %.1f s", slot.where, ready.load_s)
@@ -344,15 +358,12 @@ class Driver:
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
         reason = slot.kill_reason or why_died(error)
-        node = slot.ready.node_id if slot.ready else None
         left = self._state(slot) is CardState.LEAVING or (
-            not slot.kill_reason and await self._in_thread(node_is_gone, node, error)
+            not slot.kill_reason and await self._in_thread(node_is_gone, slot.node_id, error)
         )
         slot.actor = None
         if left:
-            log.warning("%s left with its node", slot.where)
-            remove_placement_group(slot.group)
-            self._carry_out(self.schedule.gone(slot.number))
+            self._left(slot)
             return
         self._fault(slot, f"died: {reason}")
         self._carry_out(self.schedule.died(slot.number, reason))

@@ -267,7 +267,8 @@ def _drive(
             sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
         )
         account = Account(schedule, tally, record.images, images_missing)
-        setup = CardSetup(job.config, ledger.storage, job.model, job.dataset, job.rules, job.threads)
+        run_json = ledger.storage.get("run.json")
+        setup = CardSetup(job.config, ledger.storage, run_json, job.model, job.dataset, job.rules, job.threads)
         with open_view() as view:
             driver = Driver(
                 setup,

@@ -20,7 +20,8 @@ The rules:
 * A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
 * A card whose node has announced its end finishes the shard that it has begun and gets no other.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
-  of the cluster, and when there is none the run is over.
+  of the cluster, and when there is none the run is over. A card that left with its node may be replaced, so another is
+  expected until the driver says otherwise; so it is while every card of one node has failed, but not of two.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ QUEUE = 2
 MAX_START_FAILURES = 2
 MAX_STRIKES = 6
 MAX_VINDICATIONS = 3
+ENOUGH_NODES = 2
+"""Nodes whose every card must have failed before nothing more is expected of others."""
 ENOUGH_CARDS = 2
 """Cards that must have failed a shard before it is tried on one of them again while others start."""
 ALL_FAILED_ROWS = 200
@@ -60,6 +63,7 @@ class CardState(Enum):
 @dataclass
 class _Card:
     number: int
+    node: str
     state: CardState = CardState.GONE
     hand: dict[str, None] = field(default_factory=dict)  # attempts, oldest first
     proven: bool = False  # has made a batch since its process began
@@ -129,7 +133,8 @@ class Schedule:
         self._queued: dict[str, _Attempt] = {}  # behind another in its card's hand, and not asked back yet
         self._asked_back: set[str] = set()  # asked back and not answered
         self._sent = 0
-        self._last_error = ""
+        self.last_error = ""
+        """Why a card failed last."""
         self._more_to_come = False
         for number, rows in (condemned or {}).items():
             self._trouble[number] = Trouble(condemned=dict(rows))
@@ -138,9 +143,9 @@ class Schedule:
 
     # -- events: cards ------------------------------------------------------------------------------------------
 
-    def starting(self, number: int) -> list[Decision]:
-        """A card's process is being started for the first time."""
-        self._cards[number] = _Card(number)
+    def starting(self, number: int, node: str = "") -> list[Decision]:
+        """A card's process is being started for the first time, on this node."""
+        self._cards[number] = _Card(number, node)
         self._set_state(self._cards[number], CardState.STARTING)
         return []
 
@@ -175,9 +180,7 @@ class Schedule:
 
     def gone(self, number: int) -> list[Decision]:
         """A card left with its node; that counts against nobody."""
-        card = self._cards[number]
-        if card.state is not CardState.QUARANTINED:
-            self._set_state(card, CardState.GONE)
+        self._set_state(self._cards[number], CardState.GONE)
         return self._proceed()
 
     def leaving(self, number: int) -> list[Decision]:
@@ -191,7 +194,8 @@ class Schedule:
         return [*asked_back, *self._proceed()]
 
     def expect(self, more: bool) -> list[Decision]:
-        """Whether the cluster may yet give cards. As long as it may, a run without one waits."""
+        """Whether the cluster may yet give cards, as far as it has been looked at since one left. As long as it may, a
+        run without one waits."""
         self._more_to_come = more
         return self._proceed()
 
@@ -311,9 +315,9 @@ class Schedule:
         return decisions
 
     def _may_hope(self) -> bool:
-        """Whether another card may do better: not if every one so far failed."""
+        """Whether another card may do better: not if every one so far failed, and that on several nodes."""
         states = {card.state for card in self._cards.values()}
-        return states != {CardState.QUARANTINED}
+        return states != {CardState.QUARANTINED} or len({card.node for card in self._cards.values()}) < ENOUGH_NODES
 
     def _release_leaving(self) -> list[Decision]:
         free = [card for card in self._leaving.values() if not card.hand]
@@ -327,7 +331,7 @@ class Schedule:
         if self.stop_reason is not None:
             return self.stop_reason
         if self._open:
-            return f"no card is left; the last error of one: {self._last_error or 'none'}"
+            return f"no card is left; the last error of one: {self.last_error or 'none'}"
         shard, error = next(iter(self.stuck.items()))
         return f"{len(self.stuck)} shards could not be made; shard {shard}: {error}"
 
@@ -444,7 +448,7 @@ class Schedule:
             self._again.appendleft(shard)
 
     def _replace_or_quarantine(self, card: _Card, error: str) -> list[Decision]:
-        self._last_error = error
+        self.last_error = error
         if card.start_failures >= MAX_START_FAILURES:
             return self._quarantine(card, f"it made nothing in {card.start_failures} starts: {error}")
         if card.strikes >= MAX_STRIKES:
@@ -492,6 +496,7 @@ class Schedule:
                 self._again.appendleft(self._release(attempt).shard)
             self._affinity.forget(card.number)
             card.proven = False
+        self._more_to_come |= state is CardState.GONE
         card.state = state
         self._file(card)
 

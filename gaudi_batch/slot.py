@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from gaudi_batch.config import LimitsConfig
 from gaudi_batch.generation import describe_error
@@ -24,6 +24,8 @@ class Slot:
 
     number: int
     group: PlacementGroup
+    node_id: str = ""
+    """The Ray node on which the cluster has placed it; empty before."""
     name: str = ""
     ready: Ready | None = None
     """What the last process that loaded said of itself."""
@@ -83,9 +85,14 @@ def why_died(error: Exception) -> str:
     return said
 
 
-def node_is_gone(node_id: str | None, error: Exception) -> bool:
+def node_of(group: PlacementGroup) -> str:
+    """The node on which a group of one bundle has been placed; empty if it no longer is."""
+    return str(placement_group_table(group)["bundles_to_node_id"].get(0, ""))
+
+
+def node_is_gone(node_id: str, error: Exception) -> bool:
     """Whether an actor died because its node did."""
     if "node" in str(error) and "died" in str(error) and "its node" in str(error):
         return True
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return node_id is not None and node_id not in alive
+    return bool(node_id) and node_id not in alive

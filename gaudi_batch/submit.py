@@ -7,16 +7,20 @@ do not: whoever may look at the cluster's jobs would see them.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import logging
 import os
+import re
 import secrets
 import shlex
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -26,6 +30,8 @@ from gaudi_batch.storage import redact, redacted_options
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
+
+T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -37,6 +43,11 @@ LOOK_SECONDS = 1.0
 SUBMIT_SECONDS = 60.0
 PATIENCE_SECONDS = 300.0
 """How long a cluster that does not answer is asked again."""
+ANSWER_SECONDS = 60.0
+"""How long one answer may take, and a log be silent before its job is asked after."""
+UPLOAD_SECONDS = 600.0
+JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What goes into addresses and file names as it is."""
 STOPPED_EXIT_CODE = 130
 
 
@@ -58,6 +69,10 @@ class Submission:
     job_id: str | None = None
     ship_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.job_id is not None and not JOB_ID.fullmatch(self.job_id):
+            raise InputError(f"--job-id {self.job_id!r}: letters, digits, '.', '_' and '-' make an id")
+
     @property
     def entrypoint(self) -> str:
         """The command that the cluster runs."""
@@ -75,15 +90,20 @@ def refuse_what_stays_here(config: JobConfig) -> None:
     Raises:
         InputError: a path is relative, or there is a secret in it.
     """
-    for name in ("prompts", "output", "model"):
-        value = getattr(config, name)
-        relative = value is not None and "://" not in value and not Path(value).is_absolute()
-        if relative and (name != "model" or Path(value).is_dir()):
+    named = {"prompts": config.prompts, "output": config.output, "model": config.model}
+    if isinstance(config.gaudi.config, str):
+        named["gaudi.config"] = config.gaudi.config
+    for name, value in named.items():
+        if value is None:
+            continue
+        relative = "://" not in value and not Path(value).is_absolute()
+        # The others may be names on a hub.
+        if relative and (name in ("prompts", "output") or value.startswith((".", "~")) or Path(value).exists()):
             raise InputError(
                 f"{name}: {value!r} is a path of this machine; a job on a cluster needs a URL, or an absolute path on a"
                 " file system that all nodes share"
             )
-        if value is not None and redact(value) != value:
+        if redact(value) != value:
             raise InputError(f"{name}: {redact(value)!r} has a secret in it, which the cluster's list of jobs {TELLS}")
     for name in ("storage_options", "prompts_storage_options"):
         options: Mapping[str, Any] = getattr(config, name) or {}
@@ -119,7 +139,7 @@ class Cluster:
         if not self.address.startswith(("http://", "https://")):
             raise InputError(f"--address {self.address!r}: jobs are submitted to a dashboard, as in {DEFAULT_ADDRESS}")
         try:
-            self._client = JobSubmissionClient(self.address)
+            self._client = _answer(ANSWER_SECONDS, JobSubmissionClient, self.address)
         except Exception as error:
             raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {_reason(error)}") from None
 
@@ -142,7 +162,8 @@ class Cluster:
         answer_lost = False
         while True:
             try:
-                self._client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=job)
+                sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job}
+                _answer(UPLOAD_SECONDS, self._client.submit_job, **sent)
                 return
             except Exception as error:
                 if "already exists" in str(error):
@@ -162,48 +183,54 @@ class Cluster:
             InputError: there is no such job.
             RunStopped: the cluster has not answered for too long, or the job never began.
         """
-        printed = 0
-        heard = time.monotonic()
-        while True:
-            try:
-                printed = asyncio.run(self._print_log(job, printed))
-                info = self._client.get_job_info(job)
-            except Exception as error:
-                if "does not exist" in str(error):
-                    raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
-                if time.monotonic() - heard > PATIENCE_SECONDS:
-                    raise RunStopped(
-                        f"{redact(self.address)!r} has not answered for {PATIENCE_SECONDS:.0f} s; job {job} may go on:"
-                        f" {_reason(error)}"
-                    ) from None
-                log.debug("%s does not answer, asking again: %s", redact(self.address), error)
-            else:
-                heard = time.monotonic()
-                if info.status.is_terminal():
-                    return self._exit_code(job, info)
-            time.sleep(LOOK_SECONDS)
+        return self._exit_code(job, self._wait(job, _Log(self._client, job).print_on))
 
     def stop(self, job: str) -> str:
-        """Tells a job to stop and waits until it has ended; returns how it ended. Raises InputError."""
-        try:
-            self._client.stop_job(job)
-            while not (status := self._client.get_job_status(job)).is_terminal():
-                time.sleep(LOOK_SECONDS)
-        except Exception as error:
-            if "does not exist" in str(error):
-                raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
-            raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None
-        return str(status)
+        """Tells a job to stop and waits until it has ended; returns how it ended.
 
-    async def _print_log(self, job: str, printed: int) -> int:
-        """Prints what has come to a job's log since so many characters; returns how many there are now."""
-        seen = 0
-        async for text in self._client.tail_job_logs(job):
-            fresh = text[max(0, printed - seen) :]
-            seen += len(text)
-            print(fresh, end="", flush=True)
-            printed = max(printed, seen)
-        return printed
+        Raises:
+            InputError: there is no such job, or it can't be told.
+            RunStopped: the cluster has not answered for too long since.
+        """
+        try:
+            _answer(ANSWER_SECONDS, self._client.stop_job, job)
+        except Exception as error:
+            self._refuse_unknown(job, error)
+            raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None
+        return str(self._wait(job).status)
+
+    def _wait(self, job: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """What the cluster says of a job once it has ended."""
+        heard, silent = time.monotonic(), False
+        while True:
+            try:
+                meanwhile()
+                info = _answer(ANSWER_SECONDS, self._client.get_job_info, job)
+            except Exception as error:
+                self._refuse_unknown(job, error)
+                waited = time.monotonic() - heard
+                if waited > PATIENCE_SECONDS:
+                    raise RunStopped(
+                        f"{redact(self.address)!r} has not answered for {waited:.0f} s; job {job} may go on:"
+                        f" {_reason(error)}"
+                    ) from None
+                if not silent:
+                    log.warning(
+                        "%s does not answer, and is asked again for up to %.0f s: %s",
+                        *(redact(self.address), PATIENCE_SECONDS, _reason(error)),
+                    )
+                silent = True
+            else:
+                if silent:
+                    log.warning("%s answers again", redact(self.address))
+                heard, silent = time.monotonic(), False
+                if info.status.is_terminal():
+                    return info
+            time.sleep(LOOK_SECONDS)
+
+    def _refuse_unknown(self, job: str, error: Exception) -> None:
+        if "does not exist" in str(error):
+            raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
 
     def _exit_code(self, job: str, info: Any) -> int:
         if info.driver_exit_code is not None:
@@ -211,6 +238,51 @@ class Cluster:
         if str(info.status) == "STOPPED":
             return STOPPED_EXIT_CODE
         raise RunStopped(f"job {job} has failed before its driver could say why: {one_line(info.message)}")
+
+
+class _Log:
+    """A job's log, printed here as far as it has come.
+
+    Args:
+        client: of the Jobs API.
+        job: the job's id.
+    """
+
+    def __init__(self, client: Any, job: str) -> None:
+        self._client = client
+        self._job = job
+        self._printed = 0
+
+    def print_on(self) -> None:
+        """Prints what is new, until the log ends or is silent for a while."""
+        asyncio.run(self._print_on())
+
+    async def _print_on(self) -> None:
+        seen = 0  # the whole log comes each time
+        pieces = self._client.tail_job_logs(self._job)
+        with contextlib.suppress(StopAsyncIteration, asyncio.TimeoutError):
+            while True:
+                piece = await asyncio.wait_for(anext(pieces), ANSWER_SECONDS)
+                print(piece[max(0, self._printed - seen) :], end="", flush=True)
+                seen += len(piece)
+                self._printed = max(self._printed, seen)
+
+
+def _answer(seconds: float, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """What a call of Ray's client returns, which by itself would wait for ever. Raises TimeoutError."""
+    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call(*arguments, **named))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # one of a pool would keep this process
+    try:
+        return answer.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def _reason(error: Exception) -> str:

@@ -144,13 +144,10 @@ def test_a_node_that_announces_its_end_finishes_what_it_has_begun_and_gets_nothi
     nodes.add("--num-cpus=1", '--resources={"HPU": 1, "spot": 1}')
     told, _ = (add_cards(nodes, 1) for _ in range(2))
     nodes.wait_for(4)
-    spot = next(node["NodeID"] for node in nodes.alive() if "spot" in node["Resources"])
     output = tmp_path / "out"
     driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "1")
     wait_until(lambda: commits(output) >= 6)
-    reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
-    drain = ("drain-node", "--node-id", spot, *reason, "--deadline-remaining-seconds", "120")
-    subprocess.run([RAY, *drain, "--address", nodes.address], check=True, capture_output=True)
+    drain_spot_node(nodes)
     assert told.process is not None
     told.process.send_signal(signal.SIGTERM)
     log = end(driver)
@@ -167,6 +164,14 @@ def test_a_node_that_announces_its_end_finishes_what_it_has_begun_and_gets_nothi
         gone = time.mktime(time.strptime(time.strftime("%F ") + when, "%Y-%m-%d %H:%M:%S"))
         assert max(finished[name]) < gone + 1
         assert len(finished[name]) < ROWS / 3
+
+
+def drain_spot_node(nodes: RayCluster) -> None:
+    """Announces the end of the node that has the resource `spot`."""
+    spot = next(node["NodeID"] for node in nodes.alive() if "spot" in node["Resources"])
+    reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+    drain = ("drain-node", "--node-id", spot, *reason, "--deadline-remaining-seconds", "120")
+    subprocess.run([RAY, *drain, "--address", nodes.address], check=True, capture_output=True)
 
 
 def test_two_jobs_share_a_cluster_and_take_turns(
@@ -197,19 +202,58 @@ def test_two_jobs_share_a_cluster_and_take_turns(
             assert one == other or start > stop - 2, f"module {module} was in two hands"
 
 
+@pytest.mark.parametrize("old_run", [False, True])
 def test_a_node_that_does_not_see_the_output_makes_nothing(
-    nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+    old_run: bool, nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     output = tmp_path / "shared" / "out"
     output.parent.mkdir()
-    hidden = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {output.parent} && exec "$@"', "sh")
+    old = f"mkdir {output} && echo {{}} > {output}/run.json &&" if old_run else ""
+    hidden = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {output.parent} && {old} exec "$@"', "sh")
     add_cards(nodes, 1, wrapper=hidden)
     add_cards(nodes, 1)
     nodes.wait_for(3)
     log = end(start_job(nodes, dataset, output, "--simulated.batch-seconds", "0.2"))
     assert content(output) == undisturbed
-    assert f"does not see the run in {output}; a local path must be on a file system that all nodes share" in log
+    assert f"does not see this run in {output}; a local path must be on a file system that all nodes share" in log
     assert log.count("is quarantined") == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("--max-cards", "2")])
+def test_a_job_that_loses_all_its_nodes_goes_on_with_the_next(
+    flags: tuple[str, ...], nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """The first has a card that fails, too, whose place must not be taken along to the next node."""
+    broken = add_cards(nodes, 1, HABANA_VISIBLE_MODULES="7")
+    first = add_cards(nodes, 1)
+    nodes.wait_for(3)
+    output = tmp_path / "out"
+    driver = start_job(nodes, dataset, output, "--simulated.unloadable-modules", "[7]", *flags)
+    wait_until(lambda: commits(output) >= 6)
+    first.kill()
+    broken.kill()
+    time.sleep(10)
+    assert driver.poll() is None
+    add_cards(nodes, 2)
+    log = end(driver)
+    assert content(output) == undisturbed
+    assert log.count("left with its node") == 2
+
+
+def test_a_node_that_is_drained_while_its_cards_load_gets_no_shard(
+    nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    nodes.add("--num-cpus=1", '--resources={"HPU": 1, "spot": 1}')
+    add_cards(nodes, 1)
+    nodes.wait_for(3)
+    output = tmp_path / "out"
+    driver = start_job(nodes, dataset, output, "--simulated.load-seconds", "12", "--simulated.batch-seconds", "0.5")
+    time.sleep(5)
+    drain_spot_node(nodes)
+    log = end(driver)
+    assert content(output) == undisturbed
+    assert "is released, as its node leaves" in log
+    assert len({row["card"] for row in read_manifest(output)}) == 1
 
 
 @pytest.fixture

@@ -161,13 +161,13 @@ def test_each_file_says_what_to_change_and_how_to_use_it(file: Path) -> None:
 def test_documented_commands_and_flags_exist() -> None:
     texts = [file.read_text() for file in (LOCAL, AWS, RAYJOB, REPOSITORY / "docs/cluster.md")]
     text = "\n".join(texts).replace("\\\n", " ")
-    commands = {match for match in re.findall(r"gaudi-batch (run|submit|check|stop|status)\b", text)}
+    commands = {match for match in re.findall(r"gaudi-batch (run|submit|follow|check|stop|status)\b", text)}
     helps = ""
     for command in sorted(commands):
         asked = [sys.executable, "-m", "gaudi_batch", command, "--help"]
         helps += subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     flags = set(re.findall(r"(--[a-z][\w.-]*)", helps))
-    for line in re.findall(r"gaudi-batch (?:run|submit|check|stop|status)\b[^`\n#]*", text):
+    for line in re.findall(r"gaudi-batch (?:run|submit|follow|check|stop|status)\b[^`\n#]*", text):
         assert set(re.findall(r" (--[a-z][\w.-]*)", line)) <= flags, line
     for flag in re.findall(r"`(--[a-z][\w.-]*)", (REPOSITORY / "docs/cluster.md").read_text()):
         assert flag in flags
@@ -177,7 +177,7 @@ def test_documented_commands_and_flags_exist() -> None:
         "down",
         "dashboard",
         "exec",
-        "job logs",
+        "job submit",
         "drain-node",
         "get-auth-token",
     }

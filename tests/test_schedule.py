@@ -75,8 +75,8 @@ class World:
             elif isinstance(decision, Finish):
                 self.finished.append(decision.reason)
 
-    def join(self, card: int) -> None:
-        self.do(self.schedule.starting(card))
+    def join(self, card: int, node: str = "") -> None:
+        self.do(self.schedule.starting(card, node))
         self.starting.add(card)
 
     def ready(self, card: int) -> None:
@@ -425,18 +425,35 @@ def test_a_run_without_cards_waits_while_the_cluster_may_give_some() -> None:
     assert not world.finished
     world.join(1)
     world.ready(1)
+    world.do(world.schedule.expect(False))
     world.leave(1)
+    assert not world.finished, "a card that left is waited for until the cluster has been looked at since"
     world.do(world.schedule.expect(False))
     assert world.finished == ["no card is left; the last error of one: none"]
 
 
-def test_a_run_whose_every_card_failed_hopes_for_none() -> None:
+def test_a_run_whose_every_card_failed_on_two_nodes_hopes_for_none() -> None:
     world = World(Schedule(shards(2), "a", 8))
     world.do(world.schedule.expect(True))
-    world.join(0)
-    for _ in range(MAX_START_FAILURES):
-        world.die(0, "no such model")
+    for card, node in enumerate(["first", "first", "second"]):
+        world.join(card, node)
+        for _ in range(MAX_START_FAILURES):
+            assert not world.finished
+            world.die(card, "no such model")
     assert world.finished == ["no card is left; the last error of one: no such model"]
+
+
+def test_a_quarantined_card_whose_node_goes_is_gone() -> None:
+    world = World(Schedule(shards(2), "a", 8))
+    world.do(world.schedule.expect(True))
+    world.join(0, "first")
+    for _ in range(MAX_START_FAILURES):
+        world.die(0, "no such module")
+    assert world.schedule.state(0) is CardState.QUARANTINED
+    world.leave(0)
+    assert world.schedule.state(0) is CardState.GONE
+    let_it_end(world, 1)
+    assert world.finished == [None]
 
 
 def test_the_loss_of_a_node_counts_against_nobody() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +20,9 @@ import pytest
 from helpers import command_line, read_manifest
 from raynodes import RAY, RayCluster
 
+from gaudi_batch import submit
 from gaudi_batch.config import JobConfig
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.submit import refuse_what_stays_here
 
 REPOSITORY = Path(__file__).parent.parent
@@ -126,6 +130,56 @@ def test_a_job_that_ray_does_not_know_is_named(nodes: RayCluster) -> None:
     assert "has no job 'no-such-job'" in result.stderr
 
 
+def test_an_id_that_would_be_no_part_of_an_address(dataset: Path, tmp_path: Path) -> None:
+    for name in ("x#y z", "a/../b", "", ".."):
+        result = command_line("submit", "--job-id", name, *job(dataset, tmp_path / "out"))
+        assert result.returncode == 2
+        assert f"--job-id {name!r}: " in result.stderr
+
+
+def test_following_ends_when_the_cluster_falls_silent(
+    nodes: RayCluster, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = job(dataset, tmp_path / "out", **{"simulated.batch-seconds": "2"})
+    monkeypatch.setattr(submit.log, "propagate", True)
+    monkeypatch.setattr(submit, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(submit, "PATIENCE_SECONDS", 8.0)
+    with wire(nodes.dashboard_port) as (port, silence):
+        begun = command_line("submit", "--address", nodes.jobs_address, "--no-wait", "--job-id", "silent", *flags)
+        assert begun.returncode == 0, begun.stderr
+        cluster = submit.Cluster(f"http://127.0.0.1:{port}")
+        threading.Timer(3.0, silence.set).start()
+        with pytest.raises(RunStopped, match=r"has not answered for .* s; job silent may go on"):
+            cluster.follow("silent")
+        assert "does not answer, and is asked again" in caplog.text
+    assert submit.Cluster(nodes.jobs_address).follow("silent") == 3
+
+
+@contextlib.contextmanager
+def wire(to: int) -> Iterator[tuple[int, threading.Event]]:
+    """A port that leads to another one, and what makes it silent: connections stay, and nothing comes through."""
+    silence, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                while silence.is_set():
+                    time.sleep(0.1)
+                sink.sendall(data)
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", to))
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=carry, args=ends, daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    with listener:
+        yield listener.getsockname()[1], silence
+
+
 def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
     for address, said in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
         result = command_line("submit", "--address", address, *job(dataset, tmp_path / "out"))
@@ -139,6 +193,7 @@ def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
         ({"prompts": "prompts.parquet"}, "prompts: 'prompts.parquet' is a path of this machine"),
         ({"output": "out"}, "output: 'out' is a path of this machine"),
         ({"model": "gaudi_batch/models/shapes"}, "model: .* is a path of this machine"),
+        ({"gaudi": {"config": "./gaudi_config.json"}}, "gaudi.config: .* is a path of this machine"),
         ({"prompts": "https://host/p.parquet?signature=xyzzy"}, "has a secret"),
         ({"output": "s3://user:xyzzy@bucket/out"}, "has a secret"),
         ({"storage_options": {"secret": "xyzzy"}}, "storage_options: holds a secret"),

@@ -229,7 +229,7 @@ def submit_and_check(home: Path) -> None:
     step("submit without the token is refused")
     # So long that the second worker's cards find something to do, however late they start.
     run([*job, "--shard-size", "2", "--simulated.batch-seconds", "1.5", "--job-id", "night-1"])
-    assert f"complete: {ROWS} images" in run(["ray", "job", "logs", "night-1"]).stdout
+    assert f"complete: {ROWS} images" in run(["gaudi-batch", "follow", "night-1"]).stdout
     assert f"{ROWS}" in run(["gaudi-batch", "status", str(output)]).stdout
     rows = pq.read_table(output / "manifest.parquet").to_pylist()
     assert sorted(row["row"] for row in rows) == list(range(ROWS)), rows
