@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from gaudi_batch import manifest
 from gaudi_batch.decisions import Assign
-from gaudi_batch.errors import StorageError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_error
+from gaudi_batch.ledger import Ledger
 from gaudi_batch.mailbox import Mailbox
 from gaudi_batch.manifest import StoredImage
 from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Failed, News, Ready
@@ -268,6 +269,7 @@ class Card:
             failed_rows=len(maker.failures),
             images=len(images),
             sums=Sums.of(lines),
+            run=self._setup.run_id,
             again=shard.again,
             failed_before=shard.failed_before,
             images_before=shard.images_before,
@@ -340,7 +342,11 @@ def require_shared(setup: CardSetup) -> None:
     """
     prompts = setup.dataset.storage
     way_out = "a local path must be on a file system that all nodes share"
-    if setup.storage.get("run.json") != setup.run:
+    try:
+        run = Ledger(setup.storage).run()
+    except InputError:
+        run = None
+    if run is None or run.run_id != setup.run_id:
         raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
     if prompts.local and not Path(prompts.full(setup.dataset.files[0].name)).exists():
         raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")

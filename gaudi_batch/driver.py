@@ -30,7 +30,7 @@ from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Fail
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import CardState, Schedule
-from gaudi_batch.slot import Slot, node_is_gone, node_of, phase_limit, why_died
+from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, phase_limit, why_died
 
 log = logging.getLogger("gaudi_batch")
 
@@ -221,7 +221,7 @@ class Driver:
 
     def _add_slot(self) -> Slot:
         number = next(self._numbers)
-        name = f"gaudi-batch-{self.schedule.prefix}-{number}"
+        name = group_name(self.schedule.prefix, number)
         slot = Slot(number, placement_group([self._resources.bundle], strategy="PACK", name=name))
         self._slots[number] = slot
         slot.opening = self._spawn(self._open(slot))
@@ -293,7 +293,8 @@ class Driver:
                 self._batch_s[key] = max(seconds, self._batch_s.get(key, 0.0))
             for number, event in news.events:
                 acknowledged = number
-                self._take(slot, event)
+                if slot.actor is actor:  # an event may have it replaced
+                    self._take(slot, event)
 
     def _take(self, slot: Slot, event: Event) -> None:
         schedule = self.schedule
@@ -419,10 +420,14 @@ class Driver:
                 return None
 
     async def _recall(self, actor: Any, attempt: str) -> None:
-        try:
-            given_back = await actor.recall.remote(attempt)
-        except RayError:
-            return
+        while True:
+            try:
+                given_back = await actor.recall.remote(attempt)
+                break
+            except ActorUnavailableError:
+                await asyncio.sleep(NEWS_SECONDS)  # a card answers the same again
+            except RayError:
+                return
         self._carry_out(self.schedule.recalled(attempt, given_back))
 
     async def _commit(self, attempt: str) -> None:
@@ -441,8 +446,13 @@ class Driver:
 
     async def _look(self) -> None:
         """Kills cards that have passed a limit, and shows progress."""
+        looked = time.monotonic()
         while True:
+            late = time.monotonic() - looked - LOOK_SECONDS
+            looked += LOOK_SECONDS + late
             for slot in self._slots.values():
+                if late > LOOK_SECONDS:
+                    slot.heard += late  # this process stood still, and heard nobody
                 reason = self._passed_limit(slot)
                 if reason and slot.actor is not None and not slot.kill_reason:
                     slot.kill_reason = reason

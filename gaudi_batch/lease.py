@@ -3,7 +3,9 @@
 lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
 that does not count for `STALE_SECONDS` on the observer's own clock is anybody's; so is, at once, one whose process on
 this machine is gone. A holder that could not count up for `CERTAIN_SECONDS` commits nothing until it has, and one that
-finds another's name in its place is done: long before its lease is anybody's, none of its writes is still on its way.
+finds another's name in its place is done. All that a driver writes or removes it does right after such a look. What no
+look can stop, a write that lands when it has been given up, does no harm: a manifest takes no other's place on a local
+file system, one of another run is no commit, and a driver that does not know what became of a manifest keeps the lease.
 
 What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose leavings may be
 removed.
@@ -88,6 +90,7 @@ class LeaseKeeper:
         self._over = threading.Event()
         self._kept_up = -math.inf
         self._lost = ""
+        self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
 
@@ -123,7 +126,7 @@ class LeaseKeeper:
         if held is not None and held.driver != self._lease.driver:
             raise InputError(f"{self._storage.url}: {held.holder} has just started to drive this run")
         self._kept_up = since
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        self._beating.start()
 
     def hold(self) -> None:
         """Returns when this driver may commit: it drives the run, and will for longer than a commit takes.
@@ -134,6 +137,8 @@ class LeaseKeeper:
         """
         since = time.monotonic()
         while True:
+            if self._over.is_set():
+                raise LeaseLost("this driver is over")
             failed = StorageError(f"{self._storage.url}: the lease can't be kept up")
             try:
                 self._look()
@@ -150,6 +155,8 @@ class LeaseKeeper:
         if self._over.is_set():
             return
         self.forget()
+        if self._beating.is_alive():
+            self._beating.join()  # a beat after this would take back what it says
         try:
             self._look()
             self._lease = replace(self._lease, released=True)

@@ -2,7 +2,7 @@
 
 The order of writes is what makes a crash harmless. The plan is put before run.json, so a run that has a run.json has
 its plan. A shard's images are put before its manifest, so a manifest points at whole files. A manifest that can't be
-read whole is no commit.
+read whole, or is one of another run, is no commit. Whatever is written or removed, the lease is looked at just before.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,8 @@ class RunRecord:
     rows: int
     images: int
     """Images that the plan asks for; rows that can't be run are found later."""
+    run_id: str = ""
+    """Chosen at random; each manifest of the run has it."""
 
     @property
     def threads(self) -> int | None:
@@ -63,12 +66,13 @@ class Ledger:
 
     Args:
         storage: the output.
-        hold: returns while this driver may commit, and raises if it may not.
+        hold: returns while this driver may write, and raises if it may not.
     """
 
     def __init__(self, storage: Storage, hold: Callable[[], None] = lambda: None) -> None:
         self.storage = storage
         self.hold = hold
+        self._run_id: str | None = None  # until run.json has been read, manifests of any run count
 
     def run(self) -> RunRecord | None:
         """The run that this output belongs to, or None.
@@ -91,6 +95,9 @@ class Ledger:
                 raise ValueError("its job has no device")
             if record.threads is not None and not (isinstance(record.threads, int) and record.threads > 0):
                 raise ValueError("its threads are no count")
+            if not isinstance(record.run_id, str):
+                raise TypeError("its run_id is no text")
+            self._run_id = record.run_id
             return record
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
@@ -98,7 +105,16 @@ class Ledger:
             ) from None
 
     def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
-        """Plans a job and writes down its plan, then its run.json."""
+        """Plans a job and writes down its plan, then its run.json.
+
+        Raises:
+            InputError: there are commits of a run whose run.json is not there.
+        """
+        if self.committed_shards():
+            raise InputError(
+                f"{self.storage.url} has manifests of a run and no run.json; bring it back, or start this output afresh"
+                " with --overwrite"
+            )
         shards = list(job.plan())
         record = RunRecord(
             job=job.describe(),
@@ -107,7 +123,9 @@ class Ledger:
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             rows=job.total_rows,
             images=sum(shard.images for shard in shards),
+            run_id=secrets.token_hex(8),
         )
+        self._run_id = record.run_id
         self.put_plan(shards)
         self.put_json("run.json", record.__dict__)
         return record, shards
@@ -133,7 +151,7 @@ class Ledger:
         )
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        self.storage.put("plan.parquet", buffer.getvalue())
+        self.storage.put("plan.parquet", buffer.getvalue(), self.hold)
 
     def plan(self) -> list[Shard]:
         """The stored plan.
@@ -177,62 +195,79 @@ class Ledger:
             table, facts = manifest.read(data)
         except ValueError:
             return None
-        return (facts, table) if facts.shard == shard else None
+        ours = facts.shard == shard and self._run_id in (None, facts.run)
+        return (facts, table) if ours else None
 
     def commit(self, facts: CommitFacts, data: bytes) -> bool:
         """Puts a shard's manifest unless another attempt's is there; returns whether it is this one's that is there.
 
-        Both are looked at before each try: that nobody else drives the run, and that the shard is not committed.
+        Before each try it is made sure that the shard is not committed and then, last, that nobody else drives the run.
 
         Raises:
             LeaseLost: another driver has taken over.
             StorageError: storage failed, and whether the manifest is there is not known.
         """
 
+        path = manifest_path(facts.shard)
+
         def look() -> None:
-            self.hold()
             found = self._read_commit(facts.shard)
             if found is not None:
                 raise _Committed(found[0].attempt)
+            self.hold()
+
+        def put() -> None:
+            self.storage.put(path, data, look, COMMIT_SECONDS, create=True)
 
         try:
-            self.storage.put(manifest_path(facts.shard), data, look, COMMIT_SECONDS)
+            try:
+                put()
+            except FileExistsError:
+                look()
+                self.storage.remove(path)  # torn, or of another run
+                put()
         except _Committed as there:
             return there.attempt == facts.attempt
         return True
 
-    def join_manifests(self, made_again: Mapping[int, int]) -> int:
-        """Writes manifest.parquet, all manifests as one in order of shard; returns its number of rows.
+    def join_manifests(self, made_again: Mapping[int, int], committed: Mapping[int, str]) -> None:
+        """Writes manifest.parquet, all manifests as one in order of shard.
 
         Args:
             made_again: rows of several shards, with the highest of these, which alone counts.
+            committed: the attempt of each committed shard.
+
+        Raises:
+            StorageError: the manifests that are there now are others.
         """
-        rows = 0
+        joined: dict[int, str] = {}
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             path = Path(directory) / "manifest.parquet"
             writer: pq.ParquetWriter | None = None
             waiting: list[pa.Table] = []
             try:
                 for facts, table in self.commits():
+                    joined[facts.shard] = facts.attempt
                     table = table.replace_schema_metadata(None)
                     if made_again:
                         counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
                         table = table.filter(pa.array(counts, pa.bool_()))
                     writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                     waiting.append(table)
-                    rows += len(table)
                     if sum(len(part) for part in waiting) >= 1 << 16:
                         writer.write_table(pa.concat_tables(waiting))
                         waiting.clear()
+                if joined != committed:
+                    changed = min(shard for shard, _ in joined.items() ^ committed.items())
+                    raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")
                 if writer is None:
-                    return 0
+                    return
                 if waiting:
                     writer.write_table(pa.concat_tables(waiting))
                 writer.close()
             except OSError as error:
                 raise StorageError(f"can't join the manifests in {directory}: {error}") from None
-            self.storage.put_file("manifest.parquet", os.fspath(path))
-        return rows
+            self.storage.put_file("manifest.parquet", os.fspath(path), self.hold)
 
     def remove_orphans(self, committed: dict[int, str], is_ours: Callable[[str], bool]) -> int:
         """Removes what attempts left behind that did not commit.
@@ -249,7 +284,7 @@ class Ledger:
             for name in self.storage.names(place):
                 found = parse_attempt(name)
                 if found and committed.get(found[0]) != found[1] and is_ours(found[1]):
-                    self.storage.remove(f"{place}/{name}")
+                    self._remove(f"{place}/{name}")
                     removed += 1
         return removed
 
@@ -258,16 +293,20 @@ class Ledger:
 
         Commits go first and run.json last, so that a crash in between leaves a run that makes its images again.
         """
-        if self.storage.get("run.json") is None:
+        if self.storage.get("run.json") is None and not self.committed_shards():
             return
         for shard in self.committed_shards():
-            self.storage.remove(manifest_path(shard))
+            self._remove(manifest_path(shard))
         for place in self._attempt_places():
             for name in self.storage.names(place):
                 if parse_attempt(name):
-                    self.storage.remove(f"{place}/{name}")
+                    self._remove(f"{place}/{name}")
         for name in OWN_FILES:
-            self.storage.remove(name)
+            self._remove(name)
+
+    def _remove(self, path: str) -> None:
+        self.hold()
+        self.storage.remove(path)
 
     def _attempt_places(self) -> list[str]:
         """The directories in which attempts leave something."""
@@ -275,7 +314,7 @@ class Ledger:
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""
-        self.storage.put(name, (json.dumps(value, indent=1) + "\n").encode())
+        self.storage.put(name, (json.dumps(value, indent=1) + "\n").encode(), self.hold)
 
     def get_json(self, name: str) -> dict[str, Any] | None:
         """Reads one, None where there is none that is whole."""

@@ -77,6 +77,8 @@ class CommitFacts:
     failed_rows: int
     images: int
     sums: Sums
+    run: str = ""
+    """Id of the run; a manifest of another is no commit of this one."""
     again: bool = False
     """Whether its rows are in shards before it, whose word on them no longer counts."""
     failed_before: int = 0

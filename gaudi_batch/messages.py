@@ -23,8 +23,8 @@ class CardSetup:
     """With its device resolved."""
     storage: Storage
     """The output, as the driver has opened it."""
-    run: bytes | None
-    """Its run.json, by which a card knows that it sees the same output."""
+    run_id: str
+    """That of its run.json, by which a card knows that it sees the same output."""
     model: ModelFacts
     dataset: PromptDataset
     rules: RowRules

@@ -11,7 +11,7 @@ import socket
 import string
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -106,8 +106,9 @@ def run(
         refuse_bad_rows(job)
     if address and overwrite:
         _knock(address)  # before anything is removed
-    lease.take(log.info)
+    ended = _Ended(None)
     try:
+        lease.take(log.info)
         if overwrite:
             ledger.start_afresh()
         record, shards = _open_run(ledger, job)
@@ -122,10 +123,8 @@ def run(
         missing = [shard for shard in shards if shard.number not in tally.attempts]
         if len(missing) < len(shards):
             log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
-        ended = _Ended(None)
         if missing:
-            with _handlers_kept():
-                ended = _drive(job, ledger, record, shards, missing, made_again, tally, driver, address, grace)
+            ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, address, grace)
         result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
             _verify(ledger, made_again)
@@ -137,6 +136,9 @@ def run(
         storage.hurry()
         raise
     finally:
+        if ended.unsettled:
+            # A manifest may still be on its way, so nobody is to begin before the lease is stale.
+            lease.forget()
         lease.release()
 
 
@@ -226,7 +228,7 @@ def _drive(
     missing: list[Shard],
     made_again: Mapping[int, int],
     tally: Tally,
-    driver_name: str,
+    lease: LeaseKeeper,
     address: str | None,
     grace: float,
 ) -> _Ended:
@@ -238,11 +240,14 @@ def _drive(
     from gaudi_batch.messages import CardSetup
     from gaudi_batch.progress import open_view
     from gaudi_batch.schedule import Schedule
+    from gaudi_batch.slot import remove_groups_of
 
     started = time.monotonic()
     if address:
         _knock(address)
-    with connected(job, address):
+    with _handlers_kept() as restore, connected(job, address):
+        restore()
+        remove_groups_of(lease.dead)
         resources = card_resources(job)
         cards = look_at_cluster(job.config, resources).cards
         if cards == 0 and not job.config.asks_for_cards:
@@ -255,7 +260,7 @@ def _drive(
         undecided = [shard for shard in missing if shard.again]
         schedule = Schedule(
             missing,
-            driver_name,
+            lease.driver,
             record.rows,
             tally.rows - sum(shard.rows for shard in undecided),
             tally.failed_rows - sum(shard.failed_before for shard in undecided),
@@ -267,8 +272,7 @@ def _drive(
             sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
         )
         account = Account(schedule, tally, record.images, images_missing)
-        run_json = ledger.storage.get("run.json")
-        setup = CardSetup(job.config, ledger.storage, run_json, job.model, job.dataset, job.rules, job.threads)
+        setup = CardSetup(job.config, ledger.storage, record.run_id, job.model, job.dataset, job.rules, job.threads)
         with open_view() as view:
             driver = Driver(
                 setup,
@@ -280,6 +284,7 @@ def _drive(
                 lambda: look_at_cluster(job.config, resources),
             )
             reason = _run_to_end(driver, grace)
+            restore()
         if driver.at_once and reason == INTERRUPTED:
             raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
         if driver.at_once:
@@ -330,17 +335,20 @@ async def _until_over(driver: Driver, grace: float) -> str | None:
 
 
 @contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Leaves signals with the meaning that they had: Ray and event loops go back to the system's when they end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
+def _handlers_kept() -> Iterator[Callable[[], None]]:
+    """Leaves signals with the meaning that they had, at its end and when what it yields is called: Ray puts its own in
+    its place when it starts, and an event loop the system's when it ends."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS if in_main}
+
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -403,18 +411,21 @@ def _write_summary(
     reason = ended.reason
     ledger.hold()
     # What is committed is what storage says: another driver may have committed, too.
-    tally = tally.emptied()
+    known, tally = tally.attempts, tally.emptied()
     for facts, _ in ledger.commits():
         tally.add(facts)
-    lost = [shard.number for shard in shards if shard.number not in tally.attempts]
+    lost = sorted(known.keys() - tally.attempts.keys())
     if lost and reason is None:
         reason = f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
-    # The leavings of a driver that is taken for dead are safe to remove only when nothing is left to commit.
-    removable = {lease.driver} if reason else lease.dead | {lease.driver}
-    ledger.remove_orphans(
-        tally.attempts,
-        lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ended.unsettled,
-    )
+    elif reason is None and tally.rows != record.rows:
+        reason = f"the manifests have {tally.rows} rows, and the plan {record.rows}"
+    if not lost:
+        # The leavings of a driver that is taken for dead are safe to remove only when nothing is left to commit.
+        removable = {lease.driver} if reason else lease.dead | {lease.driver}
+        ledger.remove_orphans(
+            tally.attempts,
+            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ended.unsettled,
+        )
     state = "stopped" if reason else "complete with failed rows" if tally.failed_rows else "complete"
     summary = {
         "state": state,
@@ -424,6 +435,6 @@ def _write_summary(
         **tally.describe(ended.faults, ended.retries),
     }
     if reason is None:
-        ledger.join_manifests(made_again)
+        ledger.join_manifests(made_again, tally.attempts)
     ledger.put_json("summary.json", summary)
     return summary

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from gaudi_batch.config import LimitsConfig
 from gaudi_batch.generation import describe_error
@@ -83,6 +89,21 @@ def why_died(error: Exception) -> str:
         if mark in said:
             return said.partition(mark)[2]
     return said
+
+
+def group_name(driver: str, number: int | str = "") -> str:
+    """What the placement group of a driver's card is called; without a number, how all of that driver's begin."""
+    return f"gaudi-batch-{driver}-{number}"
+
+
+def remove_groups_of(drivers: Collection[str]) -> None:
+    """Takes their cards from drivers that are over: one that stands still, or is cut off from storage alone, would keep
+    them, and they would write images that nobody counts."""
+    theirs = tuple(map(group_name, drivers))
+    for group in placement_group_table().values():
+        if theirs and group["name"].startswith(theirs) and group["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):  # it has just gone
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def node_of(group: PlacementGroup) -> str:

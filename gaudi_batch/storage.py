@@ -178,25 +178,35 @@ class Storage:
         self.try_seconds = min(self.try_seconds, LAST_SECONDS)
 
     def put(
-        self, path: str, data: bytes, before: Callable[[], None] = lambda: None, seconds: float | None = None
+        self,
+        path: str,
+        data: bytes,
+        before: Callable[[], None] = lambda: None,
+        seconds: float | None = None,
+        create: bool = False,
     ) -> None:
-        """Writes an object whole. Raises StorageError.
+        """Writes an object whole.
 
         Args:
             path: of the object.
             data: its bytes.
             before: called before each try; what it raises is raised.
             seconds: how long one try may take, if that is not to be what its size needs.
+            create: on a local file system, only where there is none, however late the write arrives.
+
+        Raises:
+            StorageError: storage failed.
+            FileExistsError: there is one.
         """
         limits = self._limit(len(data))
         if seconds is not None:
             limits = seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
-        self._put(path, limits, lambda full, **limit: self.filesystem.pipe_file(full, data, **limit), before)
+        self._put(path, limits, lambda full, **limit: self.filesystem.pipe_file(full, data, **limit), before, create)
 
-    def put_file(self, path: str, local: str) -> None:
-        """Writes a local file as an object, whole. Raises StorageError."""
+    def put_file(self, path: str, local: str, before: Callable[[], None] = lambda: None) -> None:
+        """Writes a local file as an object, whole, with `before` called before each try. Raises StorageError."""
         limits = self._limit(Path(local).stat().st_size)
-        self._put(path, limits, lambda full, **limit: self.filesystem.put_file(local, full, **limit))
+        self._put(path, limits, lambda full, **limit: self.filesystem.put_file(local, full, **limit), before)
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None where there is none. Raises StorageError."""
@@ -284,12 +294,15 @@ class Storage:
         path: str,
         limits: tuple[float, dict[str, float]],
         write: Callable[..., None],
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[], None],
+        create: bool = False,
     ) -> None:
         full = self.full(path)
         seconds, limit = limits
+        there = False
 
         def put() -> None:
+            nonlocal there
             if not self.local:
                 write(full, **limit)
                 return
@@ -297,16 +310,20 @@ class Storage:
             if parent not in self._made:
                 Path(parent).mkdir(parents=True, exist_ok=True)
                 self._made.add(parent)
-            part = Path(f"{full}.part-{uuid.uuid4().hex[:8]}")
+            # Named so that who reads the directory as a dataset passes over it.
+            part = Path(full).with_name(f".{Path(full).name}.part-{uuid.uuid4().hex[:8]}")
             try:
                 write(str(part))
                 _sync(part)
-                part.replace(full)
-            except BaseException:
+                there = create and not _link(part, full)
+                if not create:
+                    part.replace(full)
+            finally:
                 part.unlink(missing_ok=True)
-                raise
 
         self.attempt(f"write {path}", put, seconds, before)
+        if there:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), full)
 
     def attempt(
         self,
@@ -351,6 +368,19 @@ class Storage:
             with self._lock:
                 del self._running[this]
         raise AssertionError("the delays never end")
+
+
+def _link(part: Path, full: str) -> bool:
+    """Gives a file its name unless that is taken; returns whether. Without hard links, what has the name is lost."""
+    try:
+        os.link(part, full)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        part.replace(full)
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,245 @@
+"""What a driver that is no longer the one may still do: nothing. And what it had under way does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from ray.exceptions import ActorUnavailableError
+
+from gaudi_batch import JobConfig, lease, ledger, manifest, runner, storage
+from gaudi_batch.driver import Driver
+from gaudi_batch.errors import InputError, RunStopped, StorageError
+from gaudi_batch.job import resolve
+from gaudi_batch.lease import LeaseKeeper, LeaseLost, read_lease
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.names import manifest_path
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import Sums
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    return Storage(str(tmp_path / "out"), patience=1.0)
+
+
+@pytest.fixture
+def first(output: Storage) -> LeaseKeeper:
+    """A driver that has the lease."""
+    keeper = LeaseKeeper(output, "aaaaa")
+    keeper.take()
+    return keeper
+
+
+def take_over(output: Storage) -> None:
+    """Another driver has the lease from now on."""
+    held = json.loads(output.get("lease.json") or b"")
+    output.put("lease.json", json.dumps(held | {"driver": "bbbbb", "beat": 1}).encode())
+
+
+def a_manifest(shard: int, attempt: str, run: str = "") -> tuple[CommitFacts, bytes]:
+    facts = CommitFacts(shard, attempt, "card", "node", None, 0, 0, 0, Sums(), run)
+    return facts, manifest.build([], pa.table({}), {}, {}, 0, facts)
+
+
+def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it took to find that the shard is not committed."""
+    read = Ledger._read_commit
+
+    def slow(self: Ledger, shard: int) -> Any:
+        found = read(self, shard)
+        take_over(output)
+        return found
+
+    monkeypatch.setattr(Ledger, "_read_commit", slow)
+    with pytest.raises(LeaseLost):
+        Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa1"))
+    assert output.names("manifest") == []
+
+
+def test_a_manifest_that_arrives_late_takes_no_other_s_place(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk held the first driver's write for so long that it was given up, and another driver committed."""
+    arrives, sync = threading.Event(), storage._sync
+
+    def slow(path: Path) -> None:
+        if "000003.parquet" in path.name and threading.current_thread().name == "storage" and not arrives.is_set():
+            arrives.wait(30)
+        sync(path)
+
+    monkeypatch.setattr(storage, "_sync", slow)
+    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
+    with pytest.raises(StorageError, match="no answer"):
+        Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa1"))
+    other, data = a_manifest(3, "bbbbb1")
+    path = Path(output.full(manifest_path(3)))
+    path.write_bytes(data)
+    arrives.set()
+    time.sleep(1)
+    assert path.read_bytes() == data
+    assert Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa2")) is False
+    assert Ledger(output, first.hold).commit(other, data) is True
+
+
+@pytest.mark.parametrize("run", ["", "another run"])
+def test_a_torn_manifest_and_that_of_another_run_are_no_commit(run: str, output: Storage, first: LeaseKeeper) -> None:
+    records = Ledger(output, first.hold)
+    records._run_id = "this run"
+    facts, data = a_manifest(3, "aaaaa1", run)
+    output.put(manifest_path(3), data if run else data[:100])
+    assert list(records.commits()) == []
+    facts, data = a_manifest(3, "aaaaa2", "this run")
+    assert records.commit(facts, data) is True
+    assert [found.attempt for found, _ in records.commits()] == ["aaaaa2"]
+
+
+def test_nobody_writes_or_removes_once_another_drives(
+    output: Storage, first: LeaseKeeper, prompts: Path, tmp_path: Path
+) -> None:
+    config = JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated")
+    records = Ledger(output, first.hold)
+    job = resolve(config)
+    _, shards = records.create(job)
+    output.put(manifest_path(3), a_manifest(3, "aaaaa1", records._run_id or "")[1])
+    output.put("images/000004-aaaaa2/00000001-00.png", b"image")
+    take_over(output)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    actions: list[Callable[[], object]] = [
+        lambda: records.put_plan(shards[:1]),
+        lambda: records.put_json("summary.json", {}),
+        lambda: records.join_manifests({}, {3: "aaaaa1"}),
+        lambda: records.remove_orphans({}, lambda attempt: True),
+        lambda: records.commit(*a_manifest(5, "aaaaa3")),
+        records.start_afresh,
+    ]
+    for action in actions:
+        with pytest.raises(LeaseLost):
+            action()
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_run_json_is_gone_is_not_planned_anew(
+    output: Storage, first: LeaseKeeper, prompts: Path, tmp_path: Path
+) -> None:
+    job = resolve(JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated"))
+    records = Ledger(output, first.hold)
+    output.put(manifest_path(3), a_manifest(3, "aaaaa1")[1])
+    with pytest.raises(InputError, match=r"has manifests of a run and no run\.json"):
+        records.create(job)
+    records.start_afresh()
+    assert records.create(job)[0].run_id
+
+
+def test_manifests_that_change_while_they_are_joined_end_the_run(output: Storage, first: LeaseKeeper) -> None:
+    records = Ledger(output, first.hold)
+    for shard in (0, 1):
+        records.commit(*a_manifest(shard, f"aaaaa{shard}"))
+    with pytest.raises(StorageError, match="the manifest of shard 2 is not what it just was"):
+        records.join_manifests({}, {0: "aaaaa0", 1: "aaaaa1", 2: "aaaaa2"})
+    assert output.get("manifest.parquet") is None
+    records.join_manifests({}, {0: "aaaaa0", 1: "aaaaa1"})
+    assert output.get("manifest.parquet") is not None
+
+
+def test_what_a_driver_has_committed_it_never_removes(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its end a listing lacks a manifest, or all of them."""
+    commits = Ledger.commits
+    job = JobConfig(
+        prompts=str(prompts), output=str(tmp_path / "out"), device="simulated", shard_size=16, cards=2,
+        simulated={"batch_seconds": 0.0},
+    )  # fmt: skip
+
+    def sum_up(*arguments: Any) -> Any:
+        for shown in ([], list(commits(arguments[0]))[1:]):
+            monkeypatch.setattr(Ledger, "commits", lambda self, shown=shown: iter(shown))
+            with pytest.raises(RunStopped, match="are gone or torn, the first of shard 0"):
+                product(*arguments)
+        monkeypatch.setattr(Ledger, "commits", commits)
+        return product(*arguments)
+
+    product = runner._sum_up
+    monkeypatch.setattr(runner, "_sum_up", sum_up)
+    result = runner.run(job, address=cluster)
+    assert result.summary["images"] == 100
+    assert len(list((tmp_path / "out/images").glob("*/*.png"))) == 100
+
+
+def test_a_driver_that_has_not_counted_up_for_a_while_commits_nothing(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first.hold()
+    monkeypatch.setattr(lease, "CERTAIN_SECONDS", 0.1)
+    time.sleep(0.2)
+    with pytest.raises(StorageError, match="the lease can't be kept up"):
+        first.hold()
+
+
+def test_who_writes_the_lease_last_has_it(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: take_over(output))
+    with pytest.raises(InputError, match="has just started to drive this run"):
+        LeaseKeeper(output, "aaaaa").take()
+
+
+def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    first.release()
+    assert read_lease(output).released  # type: ignore[union-attr]
+    with pytest.raises(LeaseLost):
+        first.hold()
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    began, put = threading.Event(), Storage.put
+
+    def slow(self: Storage, path: str, data: bytes, *rest: Any) -> None:
+        if threading.current_thread().name == "lease":
+            began.set()
+            time.sleep(0.5)
+        put(self, path, data, *rest)
+
+    monkeypatch.setattr(Storage, "put", slow)
+    second = LeaseKeeper(output, "ccccc")
+    second.take()
+    began.wait()
+    second.release()
+    time.sleep(1)
+    held = read_lease(output)
+    assert held is not None
+    assert (held.driver, held.released, held.dead) == ("ccccc", True, ("aaaaa",))
+
+
+def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gaudi_batch.driver.NEWS_SECONDS", 0.0)
+    asked, told = [], []
+
+    class Actor:
+        recall = assign = property(lambda self: self)
+
+        async def remote(self, *arguments: Any) -> bool:
+            asked.append(arguments[-1])
+            if len(asked) < 3:
+                raise ActorUnavailableError("its answer is lost", b"an id of 16 byte")
+            return True
+
+    class Stub(Driver):
+        def __init__(self) -> None:
+            self.schedule = self
+
+        def recalled(self, *answer: Any) -> list[Any]:  # the schedule's
+            told.append(answer)
+            return []
+
+    asyncio.run(Stub()._recall(Actor(), "aaaaa1"))
+    assert (asked, told) == (["aaaaa1"] * 3, [("aaaaa1", True)])
+    asked.clear()
+    asyncio.run(Stub()._assign(Actor(), "card", "assignment"))  # type: ignore[arg-type]
+    assert asked == ["assignment"] * 3
