@@ -110,7 +110,7 @@ class LeaseKeeper:
         Raises:
             InputError: another driver is alive, or takes the lease at the same time.
         """
-        held = self._read()
+        held = self._read_whole(say)
         if held is not None and held.driver != self._lease.driver:
             alive = False if held.released else is_alive(held)
             if alive:
@@ -196,6 +196,19 @@ class LeaseKeeper:
     def _write(self, storage: Storage) -> None:
         self._lease = replace(self._lease, beat=self._lease.beat + 1)
         storage.put("lease.json", json.dumps(asdict(self._lease)).encode())
+
+    def _read_whole(self, say: Callable[[str], None]) -> Lease | None:
+        """The lease. One that can't be read is waited for as long as for one that does not count: its holder, if it has
+        one, writes it anew."""
+        since, first = time.monotonic(), True
+        while (held := self._read()) is None and self._storage.get("lease.json") is not None:
+            if first:
+                say(f"lease.json can't be read; waiting up to {STALE_SECONDS:.0f} s to see whether a driver writes it")
+            if time.monotonic() - since > STALE_SECONDS:
+                break
+            first = False
+            time.sleep(LOOK_SECONDS)
+        return held
 
     def _wait_until_stale(self, held: Lease) -> None:
         seen = time.monotonic()

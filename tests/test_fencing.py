@@ -192,6 +192,25 @@ def test_who_writes_the_lease_last_has_it(output: Storage, monkeypatch: pytest.M
         LeaseKeeper(output, "aaaaa").take()
 
 
+def test_a_lease_that_can_t_be_read_may_have_a_holder(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    whole = output.get("lease.json") or b""
+    output.put("lease.json", whole[:40])
+    threading.Timer(0.5, output.put, ("lease.json", whole)).start()
+    with pytest.raises(InputError, match="drives this run"):
+        LeaseKeeper(output, "bbbbb").take()
+    first.forget()
+    output.put("lease.json", whole[:40])
+    said: list[str] = []
+    began = time.monotonic()
+    LeaseKeeper(output, "ccccc").take(said.append)
+    assert time.monotonic() - began > 1.0
+    assert [line[:25] for line in said] == ["lease.json can't be read;"]
+
+
 def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
     first.release()
     assert read_lease(output).released  # type: ignore[union-attr]
