@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from raynodes import descendants
 
 CONNECT = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('connected to', len(ray.nodes()))"
 
@@ -38,7 +39,7 @@ class LocalRun:
     @property
     def processes(self) -> frozenset[int]:
         """All that it has started, and itself."""
-        return frozenset(children(self.process))
+        return frozenset(descendants(self.process))
 
     @property
     def ports(self) -> dict[int, str]:
@@ -116,13 +117,6 @@ def run_in(home: Path) -> Iterator[LocalRun]:
             time.sleep(1)
         process.wait(60)
         process.stderr.close()
-
-
-def children(process: int) -> Iterator[int]:
-    yield process
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in task.read_text().split():
-            yield from children(int(child))
 
 
 def test_nothing_of_it_listens_to_the_network(local_run: LocalRun) -> None:

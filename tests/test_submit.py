@@ -143,7 +143,7 @@ def test_following_ends_when_the_cluster_falls_silent(
     flags = job(dataset, tmp_path / "out", **{"simulated.batch-seconds": "2"})
     monkeypatch.setattr(submit.log, "propagate", True)
     monkeypatch.setattr(submit, "ANSWER_SECONDS", 1.5)
-    monkeypatch.setattr(submit, "PATIENCE_SECONDS", 8.0)
+    monkeypatch.setattr(submit, "PATIENCE_SECONDS", 25.0)
     with wire(nodes.dashboard_port) as (port, silence):
         begun = command_line("submit", "--address", nodes.jobs_address, "--no-wait", "--job-id", "silent", *flags)
         assert begun.returncode == 0, begun.stderr
