@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gaudi_batch import manifest
@@ -230,8 +231,8 @@ class Ledger:
             return there.attempt == facts.attempt
         return True
 
-    def join_manifests(self, made_again: Mapping[int, int], committed: Mapping[int, str]) -> None:
-        """Writes manifest.parquet, all manifests as one in order of shard.
+    def join_manifests(self, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
+        """Writes manifest.parquet, all manifests as one in order of shard; returns its images and its failed rows.
 
         Args:
             made_again: rows of several shards, with the highest of these, which alone counts.
@@ -241,6 +242,7 @@ class Ledger:
             StorageError: the manifests that are there now are others.
         """
         joined: dict[int, str] = {}
+        rows = failed = 0
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             path = Path(directory) / "manifest.parquet"
             writer: pq.ParquetWriter | None = None
@@ -254,6 +256,8 @@ class Ledger:
                         table = table.filter(pa.array(counts, pa.bool_()))
                     writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                     waiting.append(table)
+                    rows += len(table)
+                    failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
                     if sum(len(part) for part in waiting) >= 1 << 16:
                         writer.write_table(pa.concat_tables(waiting))
                         waiting.clear()
@@ -261,13 +265,14 @@ class Ledger:
                     changed = min(shard for shard, _ in joined.items() ^ committed.items())
                     raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")
                 if writer is None:
-                    return
+                    return 0, 0
                 if waiting:
                     writer.write_table(pa.concat_tables(waiting))
                 writer.close()
             except OSError as error:
                 raise StorageError(f"can't join the manifests in {directory}: {error}") from None
             self.storage.put_file("manifest.parquet", os.fspath(path), self.hold)
+        return rows - failed, failed
 
     def remove_orphans(self, committed: dict[int, str], is_ours: Callable[[str], bool]) -> int:
         """Removes what attempts left behind that did not commit.

@@ -426,15 +426,16 @@ def _write_summary(
             tally.attempts,
             lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ended.unsettled,
         )
-    state = "stopped" if reason else "complete with failed rows" if tally.failed_rows else "complete"
+    totals = tally.describe(ended.faults, ended.retries)
+    if reason is None:
+        totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts)
+    state = "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete"
     summary = {
         "state": state,
         "reason": reason,
         "images_planned": record.images,
         "rows_planned": record.rows,
-        **tally.describe(ended.faults, ended.retries),
+        **totals,
     }
-    if reason is None:
-        ledger.join_manifests(made_again, tally.attempts)
     ledger.put_json("summary.json", summary)
     return summary
