@@ -70,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """What the installed command calls."""
     code = main()
-    if code == INTERRUPTED:
-        # Threads that wait for storage would keep the process.
+    # Past the interpreter's own end: threads that wait for storage would keep the process, and one of a library that
+    # asks for the interpreter while it ends would abort it.
+    with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------

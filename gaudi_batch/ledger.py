@@ -164,7 +164,7 @@ class Ledger:
         try:
             if data is None:
                 raise ValueError("it is not there")
-            rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+            rows = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).to_pylist()
             return [_shard(row) for row in rows]
         except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
             raise InputError(

@@ -174,7 +174,7 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         ValueError: the bytes are not a whole manifest.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         facts = _FACTS.validate_json((table.schema.metadata or {})[_METADATA_KEY], strict=True)
         numbers = [facts.shard, facts.rows, facts.failed_rows, facts.images, *asdict(facts.sums).values()]
         if not all(0 <= number <= MAX_SEED for number in numbers):

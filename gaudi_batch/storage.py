@@ -20,8 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.intime import in_time
 
 T = TypeVar("T")
 
@@ -352,7 +352,7 @@ class Storage:
             for delay in _delays():
                 before()
                 try:
-                    return operation() if self.filesystem.async_impl else _in_time(operation, seconds)
+                    return operation() if self.filesystem.async_impl else in_time(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
@@ -418,25 +418,6 @@ def _own_retries_off(filesystem: Any) -> None:
     """s3fs would try five times what botocore has tried already. A copy in another process forgets this."""
     if type(filesystem).__name__ == "S3FileSystem":
         filesystem.retries = 1
-
-
-def _in_time(operation: Callable[[], T], seconds: float) -> T:
-    """Runs an operation in a thread that is left behind if it does not end: nothing can end one that a disk holds."""
-    ended: Future[T] = Future()
-
-    def target() -> None:
-        try:
-            ended.set_result(operation())
-        except BaseException as error:
-            ended.set_exception(error)
-
-    threading.Thread(target=target, name="storage", daemon=True).start()
-    try:
-        return ended.result(seconds)
-    except FutureTimeout:
-        if ended.done():
-            raise
-        raise TimeoutError(f"no answer for {seconds:.0f} s") from None
 
 
 def _permanent(error: Exception) -> bool:

@@ -7,7 +7,6 @@ do not: whoever may look at the cluster's jobs would see them.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import os
@@ -15,23 +14,21 @@ import re
 import secrets
 import shlex
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
+from gaudi_batch.intime import in_time
 from gaudi_batch.storage import redact, redacted_options
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
-
-T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -139,7 +136,7 @@ class Cluster:
         if not self.address.startswith(("http://", "https://")):
             raise InputError(f"--address {self.address!r}: jobs are submitted to a dashboard, as in {DEFAULT_ADDRESS}")
         try:
-            self._client = _answer(ANSWER_SECONDS, JobSubmissionClient, self.address)
+            self._client = in_time(lambda: JobSubmissionClient(self.address), ANSWER_SECONDS)
         except Exception as error:
             raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {_reason(error)}") from None
 
@@ -158,12 +155,12 @@ class Cluster:
         return job
 
     def _send(self, job: str, entrypoint: str, environment: dict[str, Any]) -> None:
+        sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job}
         until = time.monotonic() + SUBMIT_SECONDS
         answer_lost = False
         while True:
             try:
-                sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job}
-                _answer(UPLOAD_SECONDS, self._client.submit_job, **sent)
+                in_time(lambda: self._client.submit_job(**sent), UPLOAD_SECONDS)
                 return
             except Exception as error:
                 if "already exists" in str(error):
@@ -193,7 +190,7 @@ class Cluster:
             RunStopped: the cluster has not answered for too long since.
         """
         try:
-            _answer(ANSWER_SECONDS, self._client.stop_job, job)
+            in_time(lambda: self._client.stop_job(job), ANSWER_SECONDS)
         except Exception as error:
             self._refuse_unknown(job, error)
             raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None
@@ -205,7 +202,7 @@ class Cluster:
         while True:
             try:
                 meanwhile()
-                info = _answer(ANSWER_SECONDS, self._client.get_job_info, job)
+                info = in_time(lambda: self._client.get_job_info(job), ANSWER_SECONDS)
             except Exception as error:
                 self._refuse_unknown(job, error)
                 waited = time.monotonic() - heard
@@ -266,23 +263,6 @@ class _Log:
                 print(piece[max(0, self._printed - seen) :], end="", flush=True)
                 seen += len(piece)
                 self._printed = max(self._printed, seen)
-
-
-def _answer(seconds: float, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """What a call of Ray's client returns, which by itself would wait for ever. Raises TimeoutError."""
-    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(call(*arguments, **named))
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()  # one of a pool would keep this process
-    try:
-        return answer.result(seconds)
-    except concurrent.futures.TimeoutError:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def _reason(error: Exception) -> str:
