@@ -85,8 +85,6 @@ class Driver:
         self._look_at_cluster = look_at_cluster
         self._slots: dict[int, Slot] = {}
         self._numbers = itertools.count()
-        self.unsettled: set[str] = set()
-        """Attempts whose manifest may or may not be in place, since its put has not ended."""
         self._refused_by_storage: set[int] = set()
         """Cards to which storage has failed since any card last stored a shard."""
         self._records: dict[str, Done] = {}
@@ -432,9 +430,8 @@ class Driver:
 
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]
-        self.unsettled.add(attempt)
+        self._ledger.unsettled.add(attempt)
         put = await self.loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts, done.manifest)
-        self.unsettled.discard(attempt)
         del self._records[attempt]
         if put:
             self._account.committed(done.facts)

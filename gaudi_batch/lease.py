@@ -150,11 +150,17 @@ class LeaseKeeper:
                 raise failed
             self._over.wait(LOOK_SECONDS / 4)
 
-    def release(self) -> None:
-        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale."""
+    def release(self, settled: Callable[[], bool] = lambda: True) -> None:
+        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
+
+        Args:
+            settled: asked when `hold` lets nothing more through; if False, the lease is left to grow stale, too.
+        """
         if self._over.is_set():
             return
         self.forget()
+        if not settled():
+            return
         if self._beating.is_alive():
             self._beating.join()  # a beat after this would take back what it says
         try:

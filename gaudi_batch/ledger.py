@@ -73,6 +73,9 @@ class Ledger:
     def __init__(self, storage: Storage, hold: Callable[[], None] = lambda: None) -> None:
         self.storage = storage
         self.hold = hold
+        self.unsettled: set[str] = set()
+        """Attempts whose manifest may or may not be in place, since its put has not ended. Whoever has another thread
+        call `commit` adds the attempt first, so that nobody takes it for left over before that thread begins."""
         self._run_id: str | None = None  # until run.json has been read, manifests of any run count
 
     def run(self) -> RunRecord | None:
@@ -208,14 +211,17 @@ class Ledger:
             LeaseLost: another driver has taken over.
             StorageError: storage failed, and whether the manifest is there is not known.
         """
-
         path = manifest_path(facts.shard)
+        in_doubt = False
+        self.unsettled.add(facts.attempt)
 
         def look() -> None:
+            nonlocal in_doubt
             found = self._read_commit(facts.shard)
             if found is not None:
                 raise _Committed(found[0].attempt)
             self.hold()
+            in_doubt = True
 
         def put() -> None:
             self.storage.put(path, data, look, COMMIT_SECONDS, create=True)
@@ -227,9 +233,14 @@ class Ledger:
                 look()
                 self.storage.remove(path)  # torn, or of another run
                 put()
+            in_doubt = False
+            return True
         except _Committed as there:
+            in_doubt = False
             return there.attempt == facts.attempt
-        return True
+        finally:
+            if not in_doubt:
+                self.unsettled.discard(facts.attempt)
 
     def join_manifests(self, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
         """Writes manifest.parquet, all manifests as one in order of shard; returns its images and its failed rows.

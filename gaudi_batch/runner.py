@@ -136,10 +136,8 @@ def run(
         storage.hurry()
         raise
     finally:
-        if ended.unsettled:
-            # A manifest may still be on its way, so nobody is to begin before the lease is stale.
-            lease.forget()
-        lease.release()
+        # With a manifest still on its way, nobody is to begin before the lease is stale.
+        lease.release(lambda: not ledger.unsettled)
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,6 @@ class _Ended:
     """Why it stopped; None if every shard is committed."""
     faults: Mapping[str, int] = field(default_factory=dict)
     retries: int = 0
-    unsettled: frozenset[str] = frozenset()
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
@@ -289,7 +286,7 @@ def _drive(
             raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
         if driver.at_once:
             raise LeaseLost(f"stopped: {reason}")
-        return _Ended(reason, account.faults, schedule.retries, frozenset(driver.unsettled))
+        return _Ended(reason, account.faults, schedule.retries)
 
 
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
@@ -424,7 +421,7 @@ def _write_summary(
         removable = {lease.driver} if reason else lease.dead | {lease.driver}
         ledger.remove_orphans(
             tally.attempts,
-            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ended.unsettled,
+            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ledger.unsettled,
         )
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:

@@ -63,9 +63,11 @@ def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, m
         return found
 
     monkeypatch.setattr(Ledger, "_read_commit", slow)
+    records = Ledger(output, first.hold)
     with pytest.raises(LeaseLost):
-        Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa1"))
+        records.commit(*a_manifest(3, "aaaaa1"))
     assert output.names("manifest") == []
+    assert not records.unsettled, "nothing was sent"
 
 
 def test_a_manifest_that_arrives_late_takes_no_other_s_place(
@@ -81,8 +83,10 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
 
     monkeypatch.setattr(storage, "_sync", slow)
     monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
+    records = Ledger(output, first.hold)
     with pytest.raises(StorageError, match="no answer"):
-        Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa1"))
+        records.commit(*a_manifest(3, "aaaaa1"))
+    assert records.unsettled == {"aaaaa1"}
     other, data = a_manifest(3, "bbbbb1")
     path = Path(output.full(manifest_path(3)))
     path.write_bytes(data)
