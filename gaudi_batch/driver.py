@@ -44,6 +44,8 @@ PROGRESS_SECONDS = 5.0
 CLUSTER_SECONDS = 2.0
 PLACE_SECONDS = 0.2
 WAITING_SECONDS = 30.0
+DEPARTURE_SECONDS = 3.0
+"""How much later than a card the cluster may notice the end of its node."""
 STORAGE_GRACE_SECONDS = 60.0
 """How much longer than the job's patience one operation on storage may take."""
 COMMIT_THREADS = 8
@@ -357,15 +359,20 @@ class Driver:
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
         reason = slot.kill_reason or why_died(error)
-        left = self._state(slot) is CardState.LEAVING or (
-            not slot.kill_reason and await self._in_thread(node_is_gone, slot.node_id, error)
-        )
+        left = self._state(slot) is CardState.LEAVING or (not slot.kill_reason and await self._node_went(slot, error))
         slot.actor = None
         if left:
             self._left(slot)
             return
         self._fault(slot, f"died: {reason}")
         self._carry_out(self.schedule.died(slot.number, reason))
+
+    async def _node_went(self, slot: Slot, error: Exception) -> bool:
+        """Whether a card died with its node, whose end may be noticed after that of its processes."""
+        until = time.monotonic() + DEPARTURE_SECONDS
+        while not (gone := await self._in_thread(node_is_gone, slot.node_id, error)) and time.monotonic() < until:
+            await asyncio.sleep(LOOK_SECONDS)
+        return gone
 
     def _state(self, slot: Slot) -> CardState:
         return self.schedule.state(slot.number)

@@ -263,7 +263,7 @@ def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayC
     config.write_text(json.dumps(AUTOSCALING))
     monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
-    monkeypatch.setenv("AUTOSCALER_HEARTBEAT_TIMEOUT_S", "5")
+    monkeypatch.setenv("AUTOSCALER_HEARTBEAT_TIMEOUT_S", "15")
     options = ["--num-cpus", "2", "--autoscaling-config", str(config)]
     # The provider's nodes look for the head at Ray's default port.
     cluster = RayCluster(tmp_path / "cluster", options, port=6379)
