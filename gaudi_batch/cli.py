@@ -112,7 +112,7 @@ def _follow(parsed: argparse.Namespace) -> int:
 
 
 def _follow_job(cluster: Cluster, job: str) -> int:
-    from gaudi_batch.storage import redact
+    from gaudi_batch.redaction import redact
 
     try:
         return cluster.follow(job)
@@ -196,7 +196,7 @@ def _emulate(parsed: argparse.Namespace) -> NoReturn:
 def _hide_secrets() -> None:
     """Takes storage options and what is secret in URLs out of this process's title, which `ps` shows to everybody and
     Ray keeps."""
-    from gaudi_batch.storage import redact
+    from gaudi_batch.redaction import redact
 
     shown: list[str] = []
     for argument in sys.orig_argv:

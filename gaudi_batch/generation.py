@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from gaudi_batch.outputs.encoding import to_pixels
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
+from gaudi_batch.redaction import redact
 from gaudi_batch.rows import PromptRow, image_seed
-from gaudi_batch.storage import redact
 from gaudi_batch.text import one_line
 
 NEUTRAL = Item(-1, 0, "", "", 0)

@@ -17,8 +17,9 @@ from gaudi_batch.pipelines.gaudi import gaudi_mapping
 from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
+from gaudi_batch.redaction import redact, redacted_options
 from gaudi_batch.rows import RowRules
-from gaudi_batch.storage import open_filesystem, redact, redacted_options
+from gaudi_batch.storage import open_filesystem
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""

@@ -1,90 +1,78 @@
-"""Rows made again, since they failed or their images are lost: new shards at the plan's end that hold just these rows.
-
-A row may then be in several manifests. The one of the highest shard counts, so nothing that is committed is touched.
-"""
+"""Trying again what may fail for a while: how long one try may take, what is hopeless, and when the next comes."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import errno
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
+T = TypeVar("T")
 
-from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.prompts import PromptDataset
-from gaudi_batch.rows import RowRules
+FIRST_DELAY_SECONDS = 0.5
+LONGEST_DELAY_SECONDS = 30.0
+PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+PERMANENT_ERRORS = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ImportError,
+    ValueError,
+    TypeError,
+)
+PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+PASSING_STATUSES = {408, 409, 425, 429}
+PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+"""What S3 says with status 400 of a request that broke on its way."""
 
 
-def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> dict[int, int]:
-    """The rows that have failed, each with the shard whose word counts.
+def in_time(operation: Callable[[], T], seconds: float) -> T:
+    """Runs an operation in a thread that is left behind if it does not end: nothing can end one that a disk holds, and
+    one of a pool would keep the process.
 
-    Args:
-        commits: every commit in order of its shard.
+    Raises:
+        TimeoutError: it has not ended.
     """
-    failed: dict[int, int] = {}
-    for facts, table in commits:
-        if facts.again:
-            for row in table.column("row").to_pylist():
-                failed.pop(row, None)
-        if facts.failed_rows:
-            said = table.filter(pc.equal(table.column("status"), "failed"))
-            failed.update(dict.fromkeys(said.column("row").to_pylist(), facts.shard))
-    return failed
+    ended: Future[T] = Future()
+
+    def target() -> None:
+        try:
+            ended.set_result(operation())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=target, daemon=True).start()
+    try:
+        return ended.result(seconds)
+    except FutureTimeout:
+        if ended.done():
+            raise
+        raise TimeoutError(f"no answer for {seconds:.0f} s") from None
 
 
-def plan_again(
-    wanted: Mapping[int, int],
-    images: Mapping[int, int],
-    plan: Sequence[Shard],
-    dataset: PromptDataset,
-    rules: RowRules,
-    shard_size: int,
-) -> list[Shard]:
-    """Shards that hold the wanted rows and no others, numbered from the plan's end.
-
-    Args:
-        wanted: rows, each with the shard whose word on it counts so far.
-        images: how many images that word names of each row; one that is not in it had failed.
-        plan: the plan so far, in order.
-        dataset: the prompts.
-        rules: what a row gets where it says nothing.
-        shard_size: rows of a shard at most.
-    """
-    shards = {shard.number: shard for shard in plan}
-    groups: dict[tuple[int, Bucket], list[int]] = {}
-    for row, number in sorted(wanted.items()):
-        shard = shards[number]
-        groups.setdefault((shard.file, shard.bucket), []).append(row - dataset.files[shard.file].first_row)
-    found: list[Shard] = []
-    number = max(shards, default=-1) + 1
-    for (file, bucket), rows in groups.items():
-        waiting = iter(rows)
-        while part := tuple(itertools.islice(waiting, shard_size)):
-            first = dataset.files[file].first_row
-            named = [images[first + row] for row in part if first + row in images]
-            shard = Shard(
-                number + len(found),
-                file,
-                part[0],
-                part[-1] + 1,
-                bucket,
-                len(part),
-                images=0,
-                only=part,
-                failed_before=len(part) - len(named),
-                images_before=sum(named),
-            )
-            asked = sum(row.num_images for row in dataset.read(shard, rules)[0] if row.error is None)
-            found.append(shard.asking_for(asked))
-    return found
+def is_permanent(error: Exception) -> bool:
+    """Whether storage would say the same again: it refuses, or what was asked for can't be."""
+    if type(error).__name__ in PERMANENT_NAMES:
+        return True
+    if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
+        return True
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):  # botocore's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if 400 <= status < 500 and status not in PASSING_STATUSES:
+            return response.get("Error", {}).get("Code") not in PASSING_CODES
+    return isinstance(error, PERMANENT_ERRORS) and not isinstance(error, (TimeoutError, ConnectionError))
 
 
-def rows_made_again(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:
-    """The rows of shards that were planned again, each with the highest of these shards."""
-    return {
-        dataset.files[shard.file].first_row + row: shard.number
-        for shard in sorted(plan, key=lambda shard: shard.number)
-        for row in shard.only or ()
-    }
+def delays() -> Iterator[float]:
+    """Seconds between tries: exponential backoff with jitter, as a thousand cards must not come back at one instant."""
+    longest = FIRST_DELAY_SECONDS
+    while True:
+        yield random.uniform(longest / 2, longest)
+        longest = min(2 * longest, LONGEST_DELAY_SECONDS)

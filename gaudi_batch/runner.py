@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gaudi_batch.again import failed_rows, plan_again, rows_made_again
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
@@ -23,7 +24,6 @@ from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.plan import Shard
-from gaudi_batch.retry import failed_rows, plan_again, rows_made_again
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
 from gaudi_batch.verify import Findings

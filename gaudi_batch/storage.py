@@ -14,12 +14,10 @@ import errno
 import io
 import logging
 import os
-import random
-import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,14 +26,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.intime import in_time
+from gaudi_batch.redaction import redact
+from gaudi_batch.retry import delays, in_time, is_permanent
 
 T = TypeVar("T")
 
 log = logging.getLogger("gaudi_batch")
 
-FIRST_DELAY_SECONDS = 0.5
-LONGEST_DELAY_SECONDS = 30.0
 TRY_SECONDS = 60.0
 """How long one try at reading or writing an object may take, beside what its bytes need at `SLOWEST_BYTES_PER_S`."""
 MANY_SECONDS = 600.0
@@ -47,62 +44,6 @@ few tries of its own it must have, for a listing is many requests, and one that 
 LAST_SECONDS = 10.0
 """How long a run that stops tries to write down how it ended; storage may be why it stops."""
 REMOVE_THREADS = 16
-PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
-PERMANENT_ERRORS = (
-    PermissionError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    NotImplementedError,
-    ImportError,
-    ValueError,
-    TypeError,
-)
-PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
-PASSING_STATUSES = {408, 409, 425, 429}
-PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
-"""What S3 says with status 400 of a request that broke on its way."""
-SECRET_VARIABLE = re.compile(r"(AWS|AZURE|HF|GOOGLE)_\w*(SECRET|TOKEN|KEY|PASSWORD|CONNECTION_STRING)\w*")
-SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
-SHORTEST_SECRET = 4
-_URL_USERINFO = re.compile(r"(\w+://)(?:[^\s'\"]+|[^\s/?#]+)@")
-_URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
-
-
-def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """Takes secrets out of a text: user names, passwords and queries in URLs, and the values of `options` (fsspec
-    storage options) and of the environment whose names say that they are secret."""
-    variables = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
-    for secret in sorted(_secrets(variables, True) | _secrets(options or {}), key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return _URL_QUERY.sub(r"\1?***", _URL_USERINFO.sub(r"\1***@", text))
-
-
-def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options with every value that may be a secret replaced by `***`, whatever lies below a secret name
-    included."""
-    return {key: _redacted(value, bool(SECRET_KEY.search(str(key)))) for key, value in options.items()}
-
-
-def _redacted(value: Any, secret: bool) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _redacted(item, secret or bool(SECRET_KEY.search(str(key)))) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_redacted(item, secret) for item in value]
-    if secret and not isinstance(value, bool) and value is not None:
-        return "***"
-    return redact(value) if isinstance(value, str) else value
-
-
-def _secrets(value: Any, secret: bool = False) -> set[str]:
-    if isinstance(value, Mapping):
-        parts = [_secrets(item, secret or bool(SECRET_KEY.search(str(key)))) for key, item in value.items()]
-        return set().union(*parts)
-    if isinstance(value, (list, tuple)):
-        return set().union(*(_secrets(item, secret) for item in value))
-    text = str(value)
-    return {text} if secret and not isinstance(value, bool) and len(text) >= SHORTEST_SECRET else set()
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -349,14 +290,14 @@ class Storage:
         with self._lock:
             self._running[this] = started
         try:
-            for delay in _delays():
+            for delay in delays():
                 before()
                 try:
                     return operation() if self.filesystem.async_impl else in_time(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
-                    if _permanent(error):
+                    if is_permanent(error):
                         raise StorageError(f"{self.url}: can't {what}: {said}", refused=True) from None
                     if waited + delay > self.patience:
                         raise StorageError(
@@ -418,24 +359,3 @@ def _own_retries_off(filesystem: Any) -> None:
     """s3fs would try five times what botocore has tried already. A copy in another process forgets this."""
     if type(filesystem).__name__ == "S3FileSystem":
         filesystem.retries = 1
-
-
-def _permanent(error: Exception) -> bool:
-    if type(error).__name__ in PERMANENT_NAMES:
-        return True
-    if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
-        return True
-    response = getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):  # botocore's
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if 400 <= status < 500 and status not in PASSING_STATUSES:
-            return response.get("Error", {}).get("Code") not in PASSING_CODES
-    return isinstance(error, PERMANENT_ERRORS) and not isinstance(error, (TimeoutError, ConnectionError))
-
-
-def _delays() -> Iterator[float]:
-    """Exponential backoff with full jitter, so that a thousand cards do not come back at the same instant."""
-    longest = FIRST_DELAY_SECONDS
-    while True:
-        yield random.uniform(longest / 2, longest)
-        longest = min(2 * longest, LONGEST_DELAY_SECONDS)

@@ -24,8 +24,8 @@ import yaml
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
-from gaudi_batch.intime import in_time
-from gaudi_batch.storage import redact, redacted_options
+from gaudi_batch.redaction import redact, redacted_options
+from gaudi_batch.retry import in_time
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.flags import add_job_flags, job_from, join_mapping_flags
-from gaudi_batch.storage import redact, redacted_options
+from gaudi_batch.redaction import redact, redacted_options
 
 SMALL = {"prompts": "p.parquet", "output": "out", "device": "simulated"}
 

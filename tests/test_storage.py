@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import S3Server
 
-from gaudi_batch import storage as storage_module
+from gaudi_batch import retry
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
 
@@ -73,7 +73,7 @@ def failing(times: int, error: Exception) -> Callable[[], str]:
 
 
 def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
     storage = Storage(str(tmp_path))
     assert storage.attempt("try", failing(4, OSError(errno.EIO, "slow down"))) == "done"
     assert storage.attempt("try", failing(2, TimeoutError())) == "done"
@@ -91,7 +91,7 @@ def test_what_can_not_pass_is_raised_at_once(tmp_path: Path, error: Exception) -
 
 
 def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.01)
     with pytest.raises(StorageError, match=r"tried for .* s \(storage_patience\): OSError: 503"):
         Storage(str(tmp_path), patience=0.1).attempt("read x", failing(10**6, OSError("503")))
 

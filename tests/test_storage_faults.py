@@ -27,7 +27,7 @@ import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import S3Server
 
-from gaudi_batch import cli
+from gaudi_batch import cli, retry
 from gaudi_batch import storage as storage_module
 from gaudi_batch.cluster import attached
 from gaudi_batch.errors import StorageError
@@ -76,7 +76,7 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture(autouse=True)
 def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
     log = logging.getLogger("gaudi_batch")
     handlers, propagate = log.handlers[:], log.propagate
     proxy.clear()

@@ -1,0 +1,90 @@
+"""Rows made again, since they failed or their images are lost: new shards at the plan's end that hold just these rows.
+
+A row may then be in several manifests. The one of the highest shard counts, so nothing that is committed is touched.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.prompts import PromptDataset
+from gaudi_batch.rows import RowRules
+
+
+def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> dict[int, int]:
+    """The rows that have failed, each with the shard whose word counts.
+
+    Args:
+        commits: every commit in order of its shard.
+    """
+    failed: dict[int, int] = {}
+    for facts, table in commits:
+        if facts.again:
+            for row in table.column("row").to_pylist():
+                failed.pop(row, None)
+        if facts.failed_rows:
+            said = table.filter(pc.equal(table.column("status"), "failed"))
+            failed.update(dict.fromkeys(said.column("row").to_pylist(), facts.shard))
+    return failed
+
+
+def plan_again(
+    wanted: Mapping[int, int],
+    images: Mapping[int, int],
+    plan: Sequence[Shard],
+    dataset: PromptDataset,
+    rules: RowRules,
+    shard_size: int,
+) -> list[Shard]:
+    """Shards that hold the wanted rows and no others, numbered from the plan's end.
+
+    Args:
+        wanted: rows, each with the shard whose word on it counts so far.
+        images: how many images that word names of each row; one that is not in it had failed.
+        plan: the plan so far, in order.
+        dataset: the prompts.
+        rules: what a row gets where it says nothing.
+        shard_size: rows of a shard at most.
+    """
+    shards = {shard.number: shard for shard in plan}
+    groups: dict[tuple[int, Bucket], list[int]] = {}
+    for row, number in sorted(wanted.items()):
+        shard = shards[number]
+        groups.setdefault((shard.file, shard.bucket), []).append(row - dataset.files[shard.file].first_row)
+    found: list[Shard] = []
+    number = max(shards, default=-1) + 1
+    for (file, bucket), rows in groups.items():
+        waiting = iter(rows)
+        while part := tuple(itertools.islice(waiting, shard_size)):
+            first = dataset.files[file].first_row
+            named = [images[first + row] for row in part if first + row in images]
+            shard = Shard(
+                number + len(found),
+                file,
+                part[0],
+                part[-1] + 1,
+                bucket,
+                len(part),
+                images=0,
+                only=part,
+                failed_before=len(part) - len(named),
+                images_before=sum(named),
+            )
+            asked = sum(row.num_images for row in dataset.read(shard, rules)[0] if row.error is None)
+            found.append(shard.asking_for(asked))
+    return found
+
+
+def rows_made_again(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:
+    """The rows of shards that were planned again, each with the highest of these shards."""
+    return {
+        dataset.files[shard.file].first_row + row: shard.number
+        for shard in sorted(plan, key=lambda shard: shard.number)
+        for row in shard.only or ()
+    }
