@@ -26,11 +26,12 @@ from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
+from gaudi_batch.limits import passed_limit
 from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import CardState, Schedule
-from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, phase_limit, why_died
+from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
 
 log = logging.getLogger("gaudi_batch")
 
@@ -46,8 +47,6 @@ PLACE_SECONDS = 0.2
 WAITING_SECONDS = 30.0
 DEPARTURE_SECONDS = 3.0
 """How much later than a card the cluster may notice the end of its node."""
-STORAGE_GRACE_SECONDS = 60.0
-"""How much longer than the job's patience one operation on storage may take."""
 COMMIT_THREADS = 8
 OTHER_THREADS = 4
 COMMIT_SECONDS = 5.0
@@ -276,9 +275,8 @@ class Driver:
         """Asks one card process for news until it dies or is replaced."""
         acknowledged = 0
         while slot.actor is actor:
-            patience = max(NEWS_SECONDS, len(self._slots) / CARDS_PER_NEWS_SECOND)
             try:
-                news: News = await actor.news.remote(acknowledged, patience)
+                news: News = await actor.news.remote(acknowledged, self._news_s)
             except ActorUnavailableError:
                 await asyncio.sleep(NEWS_SECONDS)
                 continue
@@ -295,6 +293,11 @@ class Driver:
                 acknowledged = number
                 if slot.actor is actor:  # an event may have it replaced
                     self._take(slot, event)
+
+    @property
+    def _news_s(self) -> float:
+        """How long a card that has nothing to say waits before it answers."""
+        return max(NEWS_SECONDS, len(self._slots) / CARDS_PER_NEWS_SECOND)
 
     def _take(self, slot: Slot, event: Event) -> None:
         schedule = self.schedule
@@ -457,29 +460,15 @@ class Driver:
             for slot in self._slots.values():
                 if late > LOOK_SECONDS:
                     slot.heard += late  # this process stood still, and heard nobody
-                reason = self._passed_limit(slot)
-                if reason and slot.actor is not None and not slot.kill_reason:
+                if slot.actor is None or slot.kill_reason:
+                    continue
+                since_heard = time.monotonic() - slot.heard
+                reason = passed_limit(slot.status, since_heard, self._news_s, self._setup.config, self._batch_s)
+                if reason:
                     slot.kill_reason = reason
                     ray.kill(slot.actor, no_restart=True)
             self._view.show(self._account.progress(self._slots.values()))
             await asyncio.sleep(LOOK_SECONDS)
-
-    def _passed_limit(self, slot: Slot) -> str | None:
-        if slot.actor is None:
-            return None
-        since_heard = time.monotonic() - slot.heard
-        if slot.status is None:
-            limit = self._setup.config.limits.loading
-            return f"loading took longer than {limit:g} s (limits.loading)" if since_heard > limit else None
-        status = slot.status
-        storage_limit = self._setup.config.storage_patience + STORAGE_GRACE_SECONDS
-        if status.storage_s > storage_limit:
-            return f"an operation on storage has not ended for {status.storage_s:.0f} s"
-        limits = self._setup.config.limits
-        if status.phase == "idle":
-            answer = NEWS_SECONDS + len(self._slots) / CARDS_PER_NEWS_SECOND + limits.answer
-            return f"it has not answered for {since_heard:.0f} s (limits.answer)" if since_heard > answer else None
-        return phase_limit(status, since_heard, limits, self._batch_s)
 
     async def _report(self) -> None:
         while True:

@@ -1,10 +1,10 @@
-"""One card's place in the cluster: where it is, what became of its process, and when it has taken too long."""
+"""One card's place in the cluster: where it is, and what became of its process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,8 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from gaudi_batch.config import LimitsConfig
 from gaudi_batch.generation import describe_error
 from gaudi_batch.messages import Ready, Status
-from gaudi_batch.plan import GraphKey
-
-BATCH_LIMIT_FACTOR = 10
 
 
 @dataclass
@@ -56,29 +52,6 @@ class Slot:
             return f"card {self.number}"
         module = "" if self.ready.module is None else f", module {self.ready.module}"
         return f"card {self.name} (node {self.ready.node}{module})"
-
-
-def phase_limit(
-    status: Status, since_heard: float, limits: LimitsConfig, batch_s: Mapping[GraphKey, float]
-) -> str | None:
-    """Why a card has been in its phase for too long, or None.
-
-    Args:
-        status: its last answer.
-        since_heard: seconds since then.
-        limits: the job's limits.
-        batch_s: the longest batch of each graph key that any card has reported.
-    """
-    seconds = status.phase_s + since_heard
-    if status.phase == "loading":
-        name, limit = "loading", limits.loading
-    elif status.phase == "batch" and batch_s:
-        name, limit = "batch", max(limits.batch, BATCH_LIMIT_FACTOR * max(batch_s.values()))
-    elif status.phase in ("batch", "first batch"):
-        name, limit = "first_batch", limits.first_batch
-    else:
-        return None
-    return f"its {status.phase} took longer than {limit:g} s (limits.{name})" if seconds > limit else None
 
 
 def why_died(error: Exception) -> str:
