@@ -253,7 +253,7 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
         description="Turn a Parquet dataset of prompts into images in object storage on every Gaudi card of a cluster.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("gaudi-batch"))
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, "run", _run, "make every image of a job that its output does not have yet")
@@ -314,6 +314,13 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     emulate.add_argument("--state", metavar="DIR", help="directory of the module locks and of counters/<pid>.json")
     emulate.add_argument("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gaudi-batch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # a cluster runs the code that a job brings along
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:

@@ -117,7 +117,10 @@ def attached(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address, **_QUIET)
     except Exception as error:
-        raise InputError(f"no Ray cluster answers at {address!r}: {one_line(error)}") from None
+        raise InputError(
+            f"no Ray cluster answers at {address!r}: {one_line(error)}; one that asks for a token wants its own in"
+            " ~/.ray/auth_token, with RAY_AUTH_MODE=token"
+        ) from None
     try:
         yield
     finally:
@@ -172,6 +175,8 @@ class Capacity:
 
     cards: int
     """Cards that the job may have of it, held by others or not."""
+    there: int
+    """All that it has, so also those that may take the place of failed ones."""
     nodes: frozenset[str]
     """Ids of the nodes that are up."""
     leaving: frozenset[str]
@@ -182,9 +187,9 @@ def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:
     """What the cluster has for a job now."""
     leaving = frozenset(state.get_draining_nodes())
     nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]}
-    cards = sum(there for node, there in nodes.items() if node not in leaving)
+    there = cards = sum(on_node for node, on_node in nodes.items() if node not in leaving)
     if config.cards != "all":
-        cards = min(config.cards, cards)
+        cards = min(config.cards, there)
     elif resources.name == "CPU":
-        cards = min(DEFAULT_CARDS, cards)
-    return Capacity(cards, frozenset(nodes), leaving)
+        cards = min(DEFAULT_CARDS, there)
+    return Capacity(cards, there, frozenset(nodes), leaving)

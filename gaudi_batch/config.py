@@ -189,13 +189,15 @@ class JobConfig(_Section):
     cluster has Gaudi cards, else cpu."""
 
     cards: Literal["all"] | PositiveInt = "all"
-    """Cards to use; all is every card of the cluster, or 2 where there is none."""
+    """Cards to use; all is every card of the cluster, or 2 where there is none. For one that is quarantined another is
+    taken, as far as the cluster has any."""
 
     min_cards: Annotated[int, Field(ge=0)] = 0
     """Cards to ask the cluster for, whatever it has and however little there is to do."""
 
     max_cards: PositiveInt | None = None
-    """Cards to ask the cluster's autoscaler for as long as there is work for them; null asks for none."""
+    """Cards to ask the cluster's autoscaler for as long as there is work for them; null asks for none. For a node of
+    which no card works another is asked for, up to as many cards on top."""
 
     batch_size: PositiveInt = 8
     """Images that one pipeline call makes."""

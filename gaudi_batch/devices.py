@@ -7,13 +7,20 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError
+from gaudi_batch.redaction import redact
+from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
 
 COUNT_SECONDS = 120.0
+NODES_SECONDS = 60.0
+"""How long the nodes of a cluster may take to say what cards they have; a process must start on one for that."""
+MOST_NODES = 8
+"""Nodes that are asked; one answer is enough."""
 _COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
 
 
@@ -57,17 +64,31 @@ def _is_cluster(address: str | None) -> bool:
 
 def _cluster_has_cards(address: str | None) -> bool:
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from gaudi_batch.cluster import attached
 
     with attached(address):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("HPU")]
-        if not nodes:
-            return False
-        there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=False)
-        look = ray.remote(_has_stack).options(num_cpus=0, scheduling_strategy=there)
-        return bool(ray.get(look.remote()))
+        asked = [
+            ray.remote(_has_stack)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote()
+            for node in nodes[:MOST_NODES]
+        ]
+        said, until = f"no answer for {NODES_SECONDS:.0f} s", time.monotonic() + NODES_SECONDS
+        while asked:
+            answered, asked = ray.wait(asked, timeout=max(0.0, until - time.monotonic()))
+            if not answered:
+                break
+            try:
+                return bool(ray.get(answered[0]))
+            except RayError as error:
+                said = one_line(str(error).strip().rpartition("\n")[2])
+    if not nodes:
+        return False
+    raise InputError(f"device auto: no node with cards says what they are ({said}); name the device")
 
 
 def _has_stack() -> bool:
@@ -75,5 +96,15 @@ def _has_stack() -> bool:
 
 
 def address_of(address: str | None) -> str | None:
-    """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine."""
-    return address or os.environ.get("RAY_ADDRESS") or None
+    """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine.
+
+    Raises:
+        InputError: it is named by a URL, as the Jobs API and Ray's client are.
+    """
+    name, meant = ("--address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"))
+    if meant and "://" in meant:
+        raise InputError(
+            f"{name} {redact(meant)!r}: a run begins on the cluster, at its head's own address, as in head:6379; from"
+            " elsewhere use gaudi-batch submit --address http://head:8265"
+        )
+    return meant or None

@@ -192,13 +192,13 @@ class Driver:
                     self._left(slot)
             there = self._slots_in(*set(CardState) - {CardState.GONE, CardState.LEAVING})
             waiting = self._slots_in(CardState.WAITING)
-            wanted = self._wanted(capacity.cards)
+            wanted = self._wanted(capacity)
             for _ in range(wanted - len(there)):
                 waiting.append(self._add_slot())
             while waiting and len(there) > wanted:
                 there.remove(waiting[-1])
                 self._withdraw(waiting.pop())
-            others = waiting and capacity.cards > len(self._slots_in(CardState.QUARANTINED))
+            others = waiting and capacity.there > len(self._slots_in(CardState.QUARANTINED))
             if others or self.schedule.usable():
                 seen = time.monotonic()
             patience = self._setup.config.limits.cluster
@@ -210,13 +210,20 @@ class Driver:
             self._carry_out(self.schedule.expect(bool(waiting or self._slots_in(CardState.GONE))))
             await asyncio.sleep(CLUSTER_SECONDS)
 
-    def _wanted(self, there: int) -> int:
-        """How many cards the job should have of a cluster that has so many for it."""
+    def _wanted(self, capacity: Capacity) -> int:
+        """How many places the job should have in the cluster. Quarantined cards keep theirs, or the cluster would give
+        them to this job or to another again, and what is there takes their part."""
         config = self._setup.config
-        if config.max_cards is not None:
-            # No card is asked for that would have nothing to do.
-            there = min(config.max_cards, self.schedule.usable() + self.schedule.pending())
-        return max(there, config.min_cards)
+        quarantined = self._slots_in(CardState.QUARANTINED)
+        if config.max_cards is None:
+            wanted = min(capacity.cards + len(quarantined), capacity.there)
+        else:
+            # No card is asked for that would have nothing to do, and no node in place of one that still works in part.
+            working = {slot.node_id for slot in self._slots_in(CardState.STARTING, CardState.READY)}
+            lost = sum(slot.node_id not in working for slot in quarantined)
+            wanted = min(config.max_cards, self.schedule.usable() + self.schedule.pending())
+            wanted += min(config.max_cards, lost)
+        return max(wanted, config.min_cards)
 
     def _add_slot(self) -> Slot:
         number = next(self._numbers)

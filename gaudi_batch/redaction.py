@@ -10,6 +10,10 @@ from typing import Any
 SECRET_VARIABLE = re.compile(r"(AWS|AZURE|HF|GOOGLE)_\w*(SECRET|TOKEN|KEY|PASSWORD|CONNECTION_STRING)\w*")
 SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
 SHORTEST_SECRET = 4
+SHORTEST_CERTAIN_SECRET = 8
+"""Of a variable: a shorter value may stand in a name by chance, as `test` does in `latest`."""
+_PASSWORD = re.compile(r"\w+://[^/?#:@]*:[^@]*@")
+_WEB_SECRET = re.compile(r"(https?|ftps?|webdavs?)://([^/?#]*@|[^?#]*\?)", re.IGNORECASE)
 _URL_USERINFO = re.compile(r"(\w+://)(?:[^\s'\"]+|[^\s/?#]+)@")
 _URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
 
@@ -21,6 +25,14 @@ def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
     for secret in sorted(_secrets(variables, True) | _secrets(options or {}), key=len, reverse=True):
         text = text.replace(secret, "***")
     return _URL_QUERY.sub(r"\1?***", _URL_USERINFO.sub(r"\1***@", text))
+
+
+def has_secret(url: str) -> bool:
+    """Whether a URL has a secret in it: a password, a query such as that of a signed address, or the value of a secret
+    variable of the environment. `redact` takes out more, such as the container's name in `abfs://box@account/path`."""
+    variables = [value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)]
+    named = any(len(value) >= SHORTEST_CERTAIN_SECRET and value in url for value in variables)
+    return bool(named or _PASSWORD.search(url) or _WEB_SECRET.search(url))
 
 
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -248,9 +248,10 @@ def _drive(
         resources = card_resources(job)
         cards = look_at_cluster(job.config, resources).cards
         if cards == 0 and not job.config.asks_for_cards:
+            fewer = "take fewer with --cpu.threads, " if resources.name == "CPU" else ""
             raise InputError(
-                f"the cluster has no card for this job, which needs {resources.amount} {resources.name} a card;"
-                " add nodes that have, ask its autoscaler for them with --max-cards, or choose another device"
+                f"the cluster has no card for this job, which needs {resources.amount} {resources.name} a card; {fewer}"
+                "add nodes that have, ask its autoscaler for them with --max-cards, or choose another device"
             )
         log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, cards, job.config.device)
         # Rows that are about to be run again have neither been made nor failed.

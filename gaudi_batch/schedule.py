@@ -20,8 +20,8 @@ The rules:
 * A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
 * A card whose node has announced its end finishes the shard that it has begun and gets no other.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
-  of the cluster, and when there is none the run is over. A card that left with its node may be replaced, so another is
-  expected until the driver says otherwise; so it is while every card of one node has failed, but not of two.
+  of the cluster, and when there is none the run is over. Another may take the place of one that left with its node or
+  is quarantined, and is expected until the driver says otherwise; not, though, when every card of two nodes has failed.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class Schedule:
         return [*asked_back, *self._proceed()]
 
     def expect(self, more: bool) -> list[Decision]:
-        """Whether the cluster may yet give cards, as far as it has been looked at since one left. As long as it may, a
-        run without one waits."""
+        """Whether the cluster may yet give cards, by a look at it since one was lost. While it may, a run without cards
+        waits."""
         self._more_to_come = more
         return self._proceed()
 
@@ -496,7 +496,7 @@ class Schedule:
                 self._again.appendleft(self._release(attempt).shard)
             self._affinity.forget(card.number)
             card.proven = False
-        self._more_to_come |= state is CardState.GONE
+        self._more_to_come |= state in (CardState.GONE, CardState.QUARANTINED)
         card.state = state
         self._file(card)
 

@@ -58,7 +58,11 @@ def why_died(error: Exception) -> str:
     """What Ray says of a dead actor, without its guesses."""
     said = describe_error(error)
     said = said.partition(" Some common causes")[0]
-    for mark in ("Worker exit detail: ", "The actor died because of an error raised in its creation task, "):
+    for mark in (
+        "Worker exit detail: ",
+        "The actor died because of an error raised in its creation task, ",
+        "System error: ",
+    ):
         if mark in said:
             return said.partition(mark)[2]
     return said

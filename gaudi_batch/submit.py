@@ -24,7 +24,7 @@ import yaml
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
-from gaudi_batch.redaction import redact, redacted_options
+from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
 from gaudi_batch.text import one_line
 
@@ -34,6 +34,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
 TOKEN_FILE = Path("~/.ray/auth_token")
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_SECONDS = 15
 """What a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
 LOOK_SECONDS = 1.0
@@ -100,7 +101,7 @@ def refuse_what_stays_here(config: JobConfig) -> None:
                 f"{name}: {value!r} is a path of this machine; a job on a cluster needs a URL, or an absolute path on a"
                 " file system that all nodes share"
             )
-        if redact(value) != value:
+        if has_secret(value):
             raise InputError(f"{name}: {redact(value)!r} has a secret in it, which the cluster's list of jobs {TELLS}")
     for name in ("storage_options", "prompts_storage_options"):
         options: Mapping[str, Any] = getattr(config, name) or {}
@@ -125,7 +126,7 @@ class Cluster:
     """
 
     def __init__(self, address: str | None) -> None:
-        if TOKEN_FILE.expanduser().exists():
+        if TOKEN_FILE.expanduser().exists() or any(os.environ.get(name) for name in TOKEN_VARIABLES):
             # As `ray.init` does; the client of the Jobs API leaves the token where it is.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
@@ -155,7 +156,8 @@ class Cluster:
         return job
 
     def _send(self, job: str, entrypoint: str, environment: dict[str, Any]) -> None:
-        sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job}
+        mark = {"gaudi_batch": secrets.token_hex(8)}
+        sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job, "metadata": mark}
         until = time.monotonic() + SUBMIT_SECONDS
         answer_lost = False
         while True:
@@ -164,7 +166,7 @@ class Cluster:
                 return
             except Exception as error:
                 if "already exists" in str(error):
-                    if answer_lost:
+                    if answer_lost and self._is_ours(job, mark):
                         return
                     raise InputError(f"{redact(self.address)!r} has a job {job!r} already; choose another id") from None
                 answer_lost = isinstance(error, OSError)
@@ -172,6 +174,14 @@ class Cluster:
                 if not (answer_lost or "No available agent" in str(error)) or time.monotonic() > until:
                     raise InputError(f"{redact(self.address)!r} does not take the job: {_reason(error)}") from None
                 time.sleep(LOOK_SECONDS)
+
+    def _is_ours(self, job: str, mark: Mapping[str, str]) -> bool:
+        with contextlib.suppress(Exception):
+            return bool(self._info(job).metadata == mark)
+        return False
+
+    def _info(self, job: str) -> Any:
+        return in_time(lambda: self._client.get_job_info(job), ANSWER_SECONDS)
 
     def follow(self, job: str) -> int:
         """Prints a job's log as it grows, until the job ends; returns its exit code.
@@ -202,7 +212,7 @@ class Cluster:
         while True:
             try:
                 meanwhile()
-                info = in_time(lambda: self._client.get_job_info(job), ANSWER_SECONDS)
+                info = self._info(job)
             except Exception as error:
                 self._refuse_unknown(job, error)
                 waited = time.monotonic() - heard

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import S3Server, command_line, read_manifest
 
+REPOSITORY = Path(__file__).parent.parent
 JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", "2")
 
 
@@ -23,11 +28,34 @@ def test_help_and_version_answer_at_once() -> None:
     assert "Denoising steps. (default: 50)" in " ".join(command_line("run", "--help").stdout.split())
 
 
+def test_code_that_a_job_brings_along_needs_no_installation(prompts: Path, tmp_path: Path) -> None:
+    """Here with the packages that it depends on, and without its own."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for place in map(Path, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))):
+        for entry in place.iterdir():
+            if "gaudi_batch" not in entry.name and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    command = [sys.executable, "-S", "jobs/text_to_image.py", "--config", str(tmp_path / "job.yaml"), *JOB]
+    (tmp_path / "job.yaml").write_text(f"prompts: {prompts}\noutput: {tmp_path / 'out'}\n")
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(read_manifest(tmp_path / "out")) == 100
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://user:xyzzy@head:8265"])
+def test_an_address_of_another_kind_says_what_to_use(address: str, prompts: Path, tmp_path: Path) -> None:
+    result = command_line("run", "--prompts", prompts, "--output", tmp_path / "out", *JOB, "--address", address)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "gaudi-batch submit --address http://head:8265" in line
+    assert "xyzzy" not in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("module", ["gaudi_batch.cli", "gaudi_batch.status", "gaudi_batch.flags"])
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
-    import subprocess
-    import sys
-
     code = (
         f"import sys, {module}; print([m for m in ('ray', 'torch', 'diffusers', 'transformers') if m in sys.modules])"
     )

@@ -22,6 +22,10 @@ import pytest
 from helpers import read_manifest
 from raynodes import RAY, RayCluster, descendants
 
+from gaudi_batch import JobConfig, devices
+from gaudi_batch.devices import with_device
+from gaudi_batch.errors import InputError
+
 ROWS = 240
 
 AUTOSCALING = {
@@ -240,6 +244,24 @@ def test_a_job_that_loses_all_its_nodes_goes_on_with_the_next(
     assert log.count("left with its node") == 2
 
 
+def test_a_node_of_which_nothing_works_is_asked_for_again(
+    nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    add_cards(nodes, 2)
+    nodes.wait_for(2)
+    output = tmp_path / "out"
+    bad = ("--simulated.unloadable-modules", "[0, 1]")
+    driver = start_job(nodes, dataset, output, "--max-cards", "2", *bad, "--simulated.batch-seconds", "0.2")
+    assert driver.stderr is not None
+    quarantined = (line for line in driver.stderr if "is quarantined" in line)
+    assert len(list(itertools.islice(quarantined, 2))) == 2
+    time.sleep(5)
+    assert driver.poll() is None
+    add_cards(nodes, 2, HABANA_VISIBLE_MODULES="6,7")
+    assert "quarantined" not in end(driver)
+    assert content(output) == undisturbed
+
+
 def test_a_node_that_is_drained_while_its_cards_load_gets_no_shard(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -254,6 +276,25 @@ def test_a_node_that_is_drained_while_its_cards_load_gets_no_shard(
     assert content(output) == undisturbed
     assert "is released, as its node leaves" in log
     assert len({row["card"] for row in read_manifest(output)}) == 1
+
+
+def test_nodes_that_can_t_say_what_cards_they_have_are_named_so(
+    cluster: str, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = JobConfig(prompts=str(dataset), output="out", model="builtin:shapes")
+
+    def without_this_package() -> bool:
+        raise ModuleNotFoundError("No module named 'gaudi_batch'")
+
+    def silent() -> bool:
+        time.sleep(60)
+        return True
+
+    monkeypatch.setattr(devices, "NODES_SECONDS", 15.0)
+    for look, said in ((without_this_package, "No module named 'gaudi_batch'"), (silent, "no answer for 15 s")):
+        monkeypatch.setattr(devices, "_has_stack", look)
+        with pytest.raises(InputError, match=rf"device auto: .*{said}.*; name the device"):
+            with_device(config, cluster)
 
 
 @pytest.fixture

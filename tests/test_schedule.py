@@ -377,8 +377,10 @@ def test_cards_that_never_start_end_the_run_with_their_error() -> None:
     world = World(Schedule(shards(4), "a", 16))
     for card in range(3):
         world.join(card)
-    while not world.finished:
+    while world.starting:
         world.die(next(iter(world.starting)), "no memory")
+    assert not world.finished, "others may take their place until the cluster has been looked at since"
+    world.do(world.schedule.expect(False))
     (reason,) = world.finished
     assert reason is not None
     assert "no memory" in reason
@@ -388,7 +390,7 @@ def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost
     world = World(Schedule(shards(4), "a", 16))
     start(world, 3)
     broken = 0
-    while not world.finished:
+    while world.starting or world.hands:
         for card in sorted(world.starting):
             world.ready(card)
         card = next(card for card, hand in world.hands.items() if hand)
@@ -396,6 +398,7 @@ def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost
             world.do(world.schedule.announced(world.hands[card][0].attempt, ()))  # its control, which it does not make
         world.break_down(card)
         broken += 1
+    world.do(world.schedule.expect(False))
     assert broken == 3 * MAX_START_FAILURES
     assert world.schedule.failed_rows == 0
     (reason,) = world.finished

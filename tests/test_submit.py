@@ -197,6 +197,9 @@ def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
         ({"gaudi": {"config": "./gaudi_config.json"}}, "gaudi.config: .* is a path of this machine"),
         ({"prompts": "https://host/p.parquet?signature=xyzzy"}, "has a secret"),
         ({"output": "s3://user:xyzzy@bucket/out"}, "has a secret"),
+        ({"output": "s3://user:xy/zzy@bucket/out"}, "has a secret"),
+        ({"prompts": "https://xyzzy@host/p.parquet"}, "has a secret"),
+        ({"output": "s3://bucket/xyzzyxyzzy/out"}, "has a secret"),
         ({"storage_options": {"secret": "xyzzy"}}, "storage_options: holds a secret"),
         ({"prompts_storage_options": {"client_kwargs": {"token": "xyzzy"}}}, "prompts_storage_options: holds a secret"),
     ],
@@ -205,10 +208,28 @@ def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
     fields: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "xyzzyxyzzy")
     job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
     with pytest.raises(InputError, match=said) as refused:
         refuse_what_stays_here(JobConfig.model_validate(job))
     assert "xyzzy" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompts": "s3://bucket/part-?.parquet"},
+        {"output": "abfs://box@account.dfs.core.windows.net/out"},
+        {"output": "s3://bucket/team@example/a:b@c"},
+        {"output": "s3://bucket/latest"},
+    ],
+)
+def test_a_url_that_only_looks_like_a_secret_may_leave(
+    fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
+    refuse_what_stays_here(JobConfig.model_validate(job))
 
 
 def test_the_script_names_its_flags() -> None:
