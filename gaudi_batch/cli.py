@@ -72,9 +72,9 @@ def entry() -> None:
     code = main()
     # Past the interpreter's own end: threads that wait for storage would keep the process, and one of a library that
     # asks for the interpreter while it ends would abort it.
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed, or its disk full
+            stream.flush()
     os._exit(code)
 
 

@@ -119,7 +119,7 @@ def attached(address: str | None) -> Iterator[None]:
     except Exception as error:
         raise InputError(
             f"no Ray cluster answers at {address!r}: {one_line(error)}; one that asks for a token wants its own in"
-            " ~/.ray/auth_token, with RAY_AUTH_MODE=token"
+            " ~/.ray/auth_token"
         ) from None
     try:
         yield

@@ -20,7 +20,7 @@ COUNT_SECONDS = 120.0
 NODES_SECONDS = 60.0
 """How long the nodes of a cluster may take to say what cards they have; a process must start on one for that."""
 MOST_NODES = 8
-"""Nodes that are asked; one answer is enough."""
+"""Nodes that are asked; one that has what hpu needs is enough."""
 _COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
 
 
@@ -77,18 +77,20 @@ def _cluster_has_cards(address: str | None) -> bool:
             .remote()
             for node in nodes[:MOST_NODES]
         ]
-        said, until = f"no answer for {NODES_SECONDS:.0f} s", time.monotonic() + NODES_SECONDS
+        said, until = "", time.monotonic() + NODES_SECONDS
         while asked:
             answered, asked = ray.wait(asked, timeout=max(0.0, until - time.monotonic()))
             if not answered:
+                said = said or f"no answer for {NODES_SECONDS:.0f} s"
                 break
             try:
-                return bool(ray.get(answered[0]))
+                if ray.get(answered[0]):
+                    return True
             except RayError as error:
                 said = one_line(str(error).strip().rpartition("\n")[2])
-    if not nodes:
-        return False
-    raise InputError(f"device auto: no node with cards says what they are ({said}); name the device")
+    if said:
+        raise InputError(f"device auto: not every node with cards says what they are ({said}); name the device")
+    return False
 
 
 def _has_stack() -> bool:

@@ -185,15 +185,16 @@ class Driver:
         while True:
             capacity = await self._in_thread(self._look_at_cluster)
             for slot in self._slots.values():
-                if slot.node_id in capacity.leaving:
-                    self._carry_out(self.schedule.leaving(slot.number))
-                elif self._state(slot) is CardState.QUARANTINED and slot.node_id not in capacity.nodes:
+                gone = slot.node_id in capacity.leaving or slot.node_id not in capacity.nodes
+                if self._state(slot) is CardState.QUARANTINED and gone:
                     # Its place would move on to a card of another node.
                     self._left(slot)
+                elif slot.node_id in capacity.leaving:
+                    self._carry_out(self.schedule.leaving(slot.number))
             there = self._slots_in(*set(CardState) - {CardState.GONE, CardState.LEAVING})
             waiting = self._slots_in(CardState.WAITING)
             wanted = self._wanted(capacity)
-            for _ in range(wanted - len(there)):
+            for _ in range(wanted - len(there) if self.schedule.stop_reason is None else 0):
                 waiting.append(self._add_slot())
             while waiting and len(there) > wanted:
                 there.remove(waiting[-1])
@@ -215,15 +216,16 @@ class Driver:
         them to this job or to another again, and what is there takes their part."""
         config = self._setup.config
         quarantined = self._slots_in(CardState.QUARANTINED)
-        if config.max_cards is None:
-            wanted = min(capacity.cards + len(quarantined), capacity.there)
-        else:
-            # No card is asked for that would have nothing to do, and no node in place of one that still works in part.
-            working = {slot.node_id for slot in self._slots_in(CardState.STARTING, CardState.READY)}
-            lost = sum(slot.node_id not in working for slot in quarantined)
-            wanted = min(config.max_cards, self.schedule.usable() + self.schedule.pending())
-            wanted += min(config.max_cards, lost)
-        return max(wanted, config.min_cards)
+        working = {slot.node_id for slot in self._slots_in(CardState.STARTING, CardState.READY)}
+        lost = sum(slot.node_id not in working for slot in quarantined)
+        most, asked = capacity.cards, config.min_cards
+        if config.max_cards is not None:
+            # No card is asked for that would have nothing to do.
+            most = min(config.max_cards, self.schedule.useful())
+            asked = max(asked, most)
+        # Once more as many at most: where all fail, the job is wrong. No node is asked for in place of one that still
+        # works in part.
+        return max(min(most + min(most, len(quarantined)), capacity.there), asked + min(asked, lost))
 
     def _add_slot(self) -> Slot:
         number = next(self._numbers)
@@ -369,9 +371,9 @@ class Driver:
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
         reason = slot.kill_reason or why_died(error)
-        left = self._state(slot) is CardState.LEAVING or (not slot.kill_reason and await self._node_went(slot, error))
+        gone = not slot.kill_reason and await self._node_went(slot, error)
         slot.actor = None
-        if left:
+        if gone or self._state(slot) is CardState.LEAVING:
             self._left(slot)
             return
         self._fault(slot, f"died: {reason}")
@@ -380,9 +382,11 @@ class Driver:
     async def _node_went(self, slot: Slot, error: Exception) -> bool:
         """Whether a card died with its node, whose end may be noticed after that of its processes."""
         until = time.monotonic() + DEPARTURE_SECONDS
-        while not (gone := await self._in_thread(node_is_gone, slot.node_id, error)) and time.monotonic() < until:
+        while not await self._in_thread(node_is_gone, slot.node_id, error):
+            if time.monotonic() > until or self._state(slot) is CardState.LEAVING:
+                return False
             await asyncio.sleep(LOOK_SECONDS)
-        return gone
+        return True
 
     def _state(self, slot: Slot) -> CardState:
         return self.schedule.state(slot.number)

@@ -212,11 +212,12 @@ class Ledger:
             StorageError: storage failed, and whether the manifest is there is not known.
         """
         path = manifest_path(facts.shard)
-        in_doubt = False
+        looks, in_doubt = 0, False
         self.unsettled.add(facts.attempt)
 
         def look() -> None:
-            nonlocal in_doubt
+            nonlocal looks, in_doubt
+            looks += 1
             found = self._read_commit(facts.shard)
             if found is not None:
                 raise _Committed(found[0].attempt)
@@ -238,6 +239,9 @@ class Ledger:
         except _Committed as there:
             in_doubt = False
             return there.attempt == facts.attempt
+        except StorageError as error:
+            in_doubt = in_doubt and not (error.refused and looks == 1)
+            raise
         finally:
             if not in_doubt:
                 self.unsettled.discard(facts.attempt)

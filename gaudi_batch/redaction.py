@@ -13,7 +13,10 @@ SHORTEST_SECRET = 4
 SHORTEST_CERTAIN_SECRET = 8
 """Of a variable: a shorter value may stand in a name by chance, as `test` does in `latest`."""
 _PASSWORD = re.compile(r"\w+://[^/?#:@]*:[^@]*@")
-_WEB_SECRET = re.compile(r"(https?|ftps?|webdavs?)://([^/?#]*@|[^?#]*\?)", re.IGNORECASE)
+_USER = re.compile(r"\b(?!(?:abfss?|az|hdfs|sftp|smb|ssh|wasbs?):)\w+://[^/?#]*@", re.IGNORECASE)
+"""A user name, which may be a token; these schemes have a container or an account there."""
+_QUERY = re.compile(r"https?://[^?#]*\?|\w+://[^?]*\?[^/?#]*\w=", re.IGNORECASE)
+"""`?` alone is a wildcard in the paths of stores."""
 _URL_USERINFO = re.compile(r"(\w+://)(?:[^\s'\"]+|[^\s/?#]+)@")
 _URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
 
@@ -32,7 +35,7 @@ def has_secret(url: str) -> bool:
     variable of the environment. `redact` takes out more, such as the container's name in `abfs://box@account/path`."""
     variables = [value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)]
     named = any(len(value) >= SHORTEST_CERTAIN_SECRET and value in url for value in variables)
-    return bool(named or _PASSWORD.search(url) or _WEB_SECRET.search(url))
+    return bool(named or _PASSWORD.search(url) or _USER.search(url) or _QUERY.search(url))
 
 
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -408,6 +408,8 @@ def _write_summary(
 ) -> dict[str, Any]:
     reason = ended.reason
     ledger.hold()
+    # A manifest may land while the others are read; what was in doubt before that stays in doubt.
+    in_doubt = frozenset(ledger.unsettled)
     # What is committed is what storage says: another driver may have committed, too.
     known, tally = tally.attempts, tally.emptied()
     for facts, _ in ledger.commits():
@@ -422,7 +424,7 @@ def _write_summary(
         removable = {lease.driver} if reason else lease.dead | {lease.driver}
         ledger.remove_orphans(
             tally.attempts,
-            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in ledger.unsettled,
+            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in in_doubt,
         )
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:

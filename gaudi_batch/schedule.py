@@ -166,7 +166,7 @@ class Schedule:
             card.strikes += 1
             self._blame_death(card, error)
         elif card.state is CardState.LEAVING:
-            return self.gone(number)
+            return [Release(number), *self.gone(number)]
         else:
             return []
         return self._replace_or_quarantine(card, error) + self._proceed()
@@ -297,6 +297,11 @@ class Schedule:
         """Cards that are ready or starting."""
         return len(self._starting) + sum(map(len, self._holding))
 
+    def useful(self) -> int:
+        """Cards that would have something to do: those that are usable, and one for each shard that is left over when
+        those of them without work have taken one."""
+        return self.usable() + max(0, self.pending() - len(self._starting) - len(self._holding[0]))
+
     # -- decisions ----------------------------------------------------------------------------------------------
 
     def _proceed(self) -> list[Decision]:
@@ -316,8 +321,9 @@ class Schedule:
 
     def _may_hope(self) -> bool:
         """Whether another card may do better: not if every one so far failed, and that on several nodes."""
-        states = {card.state for card in self._cards.values()}
-        return states != {CardState.QUARANTINED} or len({card.node for card in self._cards.values()}) < ENOUGH_NODES
+        there = [card for card in self._cards.values() if card.state is not CardState.GONE]
+        failed = all(card.state is CardState.QUARANTINED for card in there)
+        return not failed or len({card.node for card in there}) < ENOUGH_NODES
 
     def _release_leaving(self) -> list[Decision]:
         free = [card for card in self._leaving.values() if not card.hand]

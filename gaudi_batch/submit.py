@@ -159,26 +159,32 @@ class Cluster:
         mark = {"gaudi_batch": secrets.token_hex(8)}
         sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job, "metadata": mark}
         until = time.monotonic() + SUBMIT_SECONDS
-        answer_lost = False
         while True:
             try:
                 in_time(lambda: self._client.submit_job(**sent), UPLOAD_SECONDS)
                 return
             except Exception as error:
                 if "already exists" in str(error):
-                    if answer_lost and self._is_ours(job, mark):
+                    if self._is_ours(job, mark, until):
                         return
                     raise InputError(f"{redact(self.address)!r} has a job {job!r} already; choose another id") from None
-                answer_lost = isinstance(error, OSError)
-                # A cluster that has just been started has no agent yet.
-                if not (answer_lost or "No available agent" in str(error)) or time.monotonic() > until:
+                # An answer may be lost, and a cluster that has just been started has no agent yet.
+                if not (isinstance(error, OSError) or "No available agent" in str(error)) or time.monotonic() > until:
                     raise InputError(f"{redact(self.address)!r} does not take the job: {_reason(error)}") from None
                 time.sleep(LOOK_SECONDS)
 
-    def _is_ours(self, job: str, mark: Mapping[str, str]) -> bool:
-        with contextlib.suppress(Exception):
-            return bool(self._info(job).metadata == mark)
-        return False
+    def _is_ours(self, job: str, mark: Mapping[str, str], until: float) -> bool:
+        """Whether a job that is there is the one that was sent, and the answer to that was lost."""
+        while True:
+            try:
+                return bool(self._info(job).metadata == mark)
+            except Exception as error:
+                if time.monotonic() > until:
+                    raise RunStopped(
+                        f"{redact(self.address)!r} has a job {job!r} and does not say which: {_reason(error)};"
+                        f" gaudi-batch follow {job} shows it"
+                    ) from None
+            time.sleep(LOOK_SECONDS)
 
     def _info(self, job: str) -> Any:
         return in_time(lambda: self._client.get_job_info(job), ANSWER_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import threading
 import time
@@ -20,11 +21,12 @@ from gaudi_batch.driver import Driver
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost, read_lease
-from gaudi_batch.ledger import Ledger
+from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage import Storage
+from gaudi_batch.summary import Tally
 from gaudi_batch.throughput import Sums
 
 
@@ -95,6 +97,50 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     assert path.read_bytes() == data
     assert Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa2")) is False
     assert Ledger(output, first.hold).commit(other, data) is True
+
+
+def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit was on its way when the run ended, and the other manifests had been listed without it."""
+    arrives, sync, names = threading.Event(), storage._sync, Storage.names
+    records = Ledger(output, first.hold)
+    output.put("images/000003-aaaaa1/00000000-00.png", b"image")
+
+    def slow(path: Path) -> None:
+        if "000003.parquet" in path.name:
+            arrives.wait(30)
+        sync(path)
+
+    def listing(self: Storage, directory: str) -> list[str]:
+        if directory == "throughput" and not arrives.is_set():  # what is asked when the manifests have been listed
+            arrives.set()
+            commit.join()
+        return names(self, directory)
+
+    monkeypatch.setattr(storage, "_sync", slow)
+    monkeypatch.setattr(Storage, "names", listing)
+    records.unsettled.add("aaaaa1")
+    commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
+    commit.start()
+    record = RunRecord({}, {}, {}, "", rows=1, images=1)
+    runner._write_summary(records, record, [], {}, Tally(), first, runner._Ended("max_failed"))
+    assert arrives.is_set()
+    assert output.names("manifest") == ["000003.parquet"]
+    assert output.names("images") == ["000003-aaaaa1"]
+
+
+def test_a_manifest_that_is_refused_is_not_in_doubt(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records = Ledger(output, first.hold)
+    monkeypatch.setattr(storage, "_sync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        records.commit(*a_manifest(3, "aaaaa1"))
+    assert not records.unsettled
 
 
 @pytest.mark.parametrize("run", ["", "another run"])

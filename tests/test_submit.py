@@ -199,6 +199,8 @@ def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
         ({"output": "s3://user:xyzzy@bucket/out"}, "has a secret"),
         ({"output": "s3://user:xy/zzy@bucket/out"}, "has a secret"),
         ({"prompts": "https://xyzzy@host/p.parquet"}, "has a secret"),
+        ({"prompts": "abfs://box@account.dfs.core.windows.net/p?sv=1&sig=xyzzy"}, "has a secret"),
+        ({"output": "s3://xyzzy@bucket/out"}, "has a secret"),
         ({"output": "s3://bucket/xyzzyxyzzy/out"}, "has a secret"),
         ({"storage_options": {"secret": "xyzzy"}}, "storage_options: holds a secret"),
         ({"prompts_storage_options": {"client_kwargs": {"token": "xyzzy"}}}, "prompts_storage_options: holds a secret"),
@@ -219,6 +221,7 @@ def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
     "fields",
     [
         {"prompts": "s3://bucket/part-?.parquet"},
+        {"prompts": "s3://bucket/day=0?/hour=1/*.parquet"},
         {"output": "abfs://box@account.dfs.core.windows.net/out"},
         {"output": "s3://bucket/team@example/a:b@c"},
         {"output": "s3://bucket/latest"},
