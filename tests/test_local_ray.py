@@ -157,4 +157,4 @@ def test_nothing_in_the_package_turns_tokens_off() -> None:
     package = Path(__file__).parent.parent / "gaudi_batch"
     said = {path.name: path.read_text() for path in package.rglob("*.py") if "AUTH" in path.read_text()}
     assert said.keys() == {"submit.py"}
-    assert re.findall(r'"RAY_AUTH\w+", "(\w+)"', said["submit.py"]) == ["token"]
+    assert re.findall(r'"RAY_AUTH_MODE", "(\w+)"', said["submit.py"]) == ["token"]
