@@ -420,6 +420,17 @@ def test_a_card_that_leaves_finishes_what_it_has_begun_and_gets_nothing_more() -
     assert len(world.assigned_to[0]) == 1, "what it had begun was not made again"
 
 
+def test_a_card_that_dies_on_a_node_that_leaves_gives_its_place_back() -> None:
+    """Or the cluster would move the place to another card, which nobody would use."""
+    schedule = Schedule(shards(6), "a", 24)
+    for card in range(2):
+        schedule.starting(card)
+        schedule.ready(card)
+    schedule.leaving(0)
+    assert Release(0) in schedule.died(0, "its node went down")
+    assert schedule.state(0) is CardState.GONE
+
+
 def test_a_run_without_cards_waits_while_the_cluster_may_give_some() -> None:
     world = World(Schedule(shards(2), "a", 8))
     world.do(world.schedule.expect(True))
