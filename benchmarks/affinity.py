@@ -21,14 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from gaudi_batch import JobConfig, run, schedule
+from gaudi_batch import JobConfig, dispatch, run
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 
 
 def next_of_the_plan(self: Any, card: object) -> object:
-    """`Schedule._choose_key` without affinity: the key of the plan's next shard."""
-    return min(self._fresh, key=lambda key: self._fresh[key][0], default=None)
+    """`Dispatch._choose_key` without affinity: the key of the plan's next shard."""
+    fresh = self.pending.fresh
+    return min(fresh, key=lambda key: fresh[key][0], default=None)
 
 
 def main() -> None:
@@ -50,11 +51,11 @@ def main() -> None:
         "height": [height for _, height in shapes],
     }
     pq.write_table(pa.table(table), home / "prompts.parquet")
-    product = schedule.Schedule._choose_key
+    product = dispatch.Dispatch._choose_key
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     cards = int(ray.cluster_resources()["HPU"])
     for name, choose in (("with affinity", product), ("in plan order", next_of_the_plan)):
-        schedule.Schedule._choose_key = choose  # type: ignore[method-assign]
+        dispatch.Dispatch._choose_key = choose  # type: ignore[method-assign]
         shutil.rmtree(arguments.state / "counters", ignore_errors=True)
         job = JobConfig(
             prompts=str(home / "prompts.parquet"),

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+from gaudi_batch.cards import CardState
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.progress import Progress
-from gaudi_batch.schedule import CardState, Schedule
+from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot
 from gaudi_batch.summary import Tally
 

@@ -26,7 +26,10 @@ class Affinity:
         self._holders: Counter[GraphKey] = Counter()
         self._warm_s = 0.0
         self._warm_images = 0
-        self._cold: list[tuple[float, int]] = []  # seconds and images of shards that captured a graph
+        # Of shards that captured a graph.
+        self._cold_s = 0.0
+        self._cold_images = 0
+        self._cold_shards = 0
 
     def use(self, card: int, key: GraphKey) -> bool:
         """A card will have a key's graph; returns whether it is new to it.
@@ -55,7 +58,9 @@ class Affinity:
     def took(self, seconds: float, images: int, captured: bool) -> None:
         """How long a shard's pipeline calls took, and whether a graph was captured in them."""
         if captured:
-            self._cold.append((seconds, images))
+            self._cold_s += seconds
+            self._cold_images += images
+            self._cold_shards += 1
         else:
             self._warm_s += seconds
             self._warm_images += images
@@ -71,27 +76,30 @@ class Affinity:
         last = next(reversed(keys), None)
         if last in waiting:
             return last
-        if captured := keys.keys() & waiting.keys():
+        captured = [key for key in keys if key in waiting]
+        if captured:
             return max(captured, key=lambda key: (waiting[key][0], key))
-        worthy = [key for key, (pending, images) in waiting.items() if self._is_worth_it(key, pending, images)]
+        worthy = [key for key, (pending, images) in waiting.items() if self.is_worth_it(key, pending, images)]
         return max(worthy, key=lambda key: (waiting[key][0] / (1 + self._holders[key]), key), default=None)
 
-    def suits(self, card: int, key: GraphKey, images: int) -> bool:
-        """Whether one shard of a key is for this card rather than for those that have captured it."""
-        return key in self._captured.get(card, ()) or self._is_worth_it(key, 1, images)
-
-    def _is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
+    def is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
         """Whether a card that captures this key would be done with a shard of it before those that have captured it.
 
         Those share what is pending. What they still have in hand is left out: it keeps captures rarer at little cost.
+        The answer is the same for every card.
+
+        Args:
+            key: the key.
+            pending: how many shards of it wait.
+            images: of the next one.
         """
         holders = self._holders[key]
         return not holders or self._capture_cost(images) + 1 <= -(-pending // holders)
 
     def _capture_cost(self, images: int) -> float:
         """What a capture costs, in shards of this many images; 0 while nobody knows."""
-        if not self._cold or not self._warm_s or not images:
+        if not self._cold_shards or not self._warm_s or not images:
             return 0.0
         image_s = self._warm_s / max(1, self._warm_images)
-        capture_s = sum(seconds - image_s * made for seconds, made in self._cold) / len(self._cold)
+        capture_s = (self._cold_s - image_s * self._cold_images) / self._cold_shards
         return max(0.0, capture_s / (image_s * images))

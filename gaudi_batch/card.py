@@ -22,19 +22,21 @@ from pathlib import Path
 import pyarrow as pa
 
 from gaudi_batch import manifest
-from gaudi_batch.decisions import Assign
+from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_error
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.mailbox import Mailbox
 from gaudi_batch.manifest import StoredImage
-from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Failed, News, Ready
+from gaudi_batch.messages import Announced, Begins, Broken, CardSetup, Confirmed, Done, Failed, News, Ready
 from gaudi_batch.names import throughput_path
+from gaudi_batch.outputs.encoding import encode
 from gaudi_batch.outputs.files import FilesOutput
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
 from gaudi_batch.plan import Bucket, GraphKey
-from gaudi_batch.prompts import PromptsChanged
+from gaudi_batch.prompts import GroupUndecoded, PromptsChanged
 from gaudi_batch.rows import PromptRow
 from gaudi_batch.throughput import BatchLine, Sums
 
@@ -60,7 +62,7 @@ class Card:
         self._storage = setup.storage
         stores = (self._storage, setup.dataset.storage)
         self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
-        self._inbox: queue.Queue[Assign] = queue.Queue()
+        self._inbox: queue.Queue[ShardTask] = queue.Queue()
         self._fetched: queue.Queue[_Work] = queue.Queue(maxsize=1)
         self._store = ThreadPoolExecutor(STORE_THREADS, "store")
         self._finisher = ThreadPoolExecutor(1, "finish")
@@ -74,12 +76,12 @@ class Card:
 
     # -- calls from the driver ----------------------------------------------------------------------------------
 
-    def assign(self, name: str, assignment: Assign) -> None:
+    def assign(self, name: str, task: ShardTask) -> None:
         """Takes a shard into the hand, once. `name` is what this card is called in records."""
         self._name = name
-        if assignment.attempt not in self._seen:
-            self._seen.add(assignment.attempt)
-            self._inbox.put(assignment)
+        if task.attempt not in self._seen:
+            self._seen.add(task.attempt)
+            self._inbox.put(task)
 
     def recall(self, attempt: str) -> bool:
         """Gives a shard back if it has not begun; returns whether it does."""
@@ -101,17 +103,21 @@ class Card:
 
     def _fetch(self) -> None:
         while True:
-            assignment = self._inbox.get()
+            task = self._inbox.get()
             try:
-                rows, carried = self._setup.dataset.read(assignment.shard, self._setup.rules)
+                with self._mailbox.reading():
+                    rows, carried = self._read(task)
             except Exception as error:
-                hopeless = isinstance(error, PromptsChanged)
-                failed = Failed(
-                    assignment.attempt, describe_error(error), storage=_is_storage(error), hopeless=hopeless
-                )
-                self._mailbox.emit(failed)
+                self._mailbox.emit(Failed(task.attempt, _failure(error)))
                 continue
-            self._fetched.put(_Work(assignment, rows, carried))
+            self._fetched.put(_Work(task, rows, carried))
+
+    def _read(self, task: ShardTask) -> tuple[list[PromptRow], pa.Table]:
+        def announce(reading: Reading) -> None:
+            if task.announce:
+                self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Begins(task.attempt, reading)))
+
+        return self._setup.dataset.read(task.shard, self._setup.rules, task, announce)
 
     def _generate(self) -> None:
         setup = self._setup
@@ -128,7 +134,7 @@ class Card:
         while True:
             self._mailbox.enter("idle")
             work = self._fetched.get()
-            if self._mailbox.begin(work.assignment.attempt):
+            if self._mailbox.begin(work.task.attempt):
                 try:
                     self._make(work)
                 except DeviceError as error:
@@ -136,9 +142,9 @@ class Card:
                     return
 
     def _make(self, work: _Work) -> None:
-        assignment, config = work.assignment, self._setup.config
-        bucket = assignment.shard.bucket
-        output = FilesOutput(self._storage, config.encoding, assignment.shard.number, assignment.attempt)
+        task, config = work.task, self._setup.config
+        bucket = task.shard.bucket
+        output = FilesOutput(self._storage, config.encoding, task.shard.number, task.attempt)
         last_call: _Call
 
         def call(items: list[Item]) -> Generated:
@@ -147,36 +153,46 @@ class Card:
             return generated
 
         maker = ShardMaker(
+            task=task,
             rows=work.rows,
             batch_size=config.batch_size,
             run_seed=config.seed,
             call=call,
-            announce=(lambda rows: self._announce(assignment.attempt, rows)) if assignment.announce else lambda _: None,
-            alone=assignment.alone,
-            accused=assignment.accused,
-            condemned=assignment.condemned,
+            announce=(lambda rows: self._announce(task.attempt, rows)) if task.announce else lambda _: None,
             control=self._controls.get(bucket),
-            suspect=assignment.announce,
         )
         stored: list[_StoredBatch] = []
         try:
             for made in maker.batches():
+                if task.confirm:
+                    self._try_to_encode(made, maker)
+                    continue
                 self._store_slots.acquire()
-                batch = _StoredBatch(assignment.attempt, last_call, len(stored))
+                batch = _StoredBatch(task.attempt, last_call, len(stored))
                 stored.append(self._store_batch(output, batch, made))
                 if any(batch.failed() for batch in stored):
                     break
         except DeviceError:
             raise
         except CardFault as fault:
-            self._mailbox.emit(Failed(assignment.attempt, str(fault), fault.accused, healthy=False))
+            self._mailbox.emit(Failed(task.attempt, ShardFailure(str(fault), fault.accused, healthy=False)))
             return
         except Exception as error:
-            self._mailbox.emit(Failed(assignment.attempt, describe_error(error)))
+            self._mailbox.emit(Failed(task.attempt, _failure(error)))
             return
         if maker.control is not None:
             self._controls[bucket] = maker.control
-        self._finisher.submit(self._finish, work, output, maker, stored)
+        if task.confirm:
+            self._mailbox.emit(Confirmed(task.attempt, maker.failures))
+        else:
+            self._finisher.submit(self._finish, work, output, maker, stored)
+
+    def _try_to_encode(self, made: list[MadeImage], maker: ShardMaker) -> None:
+        for image in made:
+            try:
+                encode(image.pixels, self._setup.config.encoding)
+            except Exception as error:
+                maker.failures[image.item.row] = _encode_error(image.item, error)
 
     def _call(self, bucket: Bucket, items: list[Item]) -> tuple[Generated, _Call]:
         key = bucket.graph_key
@@ -188,7 +204,7 @@ class Card:
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started = time.monotonic()
         wait_s = started - self._idle_since
-        self._mailbox.enter("first batch" if warmup else "batch")
+        self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind)
         try:
             generated = self._pipeline.generate(bucket, items)
         finally:
@@ -196,8 +212,7 @@ class Card:
             self._mailbox.enter("idle")
         generate_s = self._idle_since - started
         self._warmups[key] += 1
-        if not warmup:
-            self._mailbox.batch_took(key, generate_s)
+        self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
         return generated, _Call("warmup" if warmup else "steady", generate_s, wait_s)
 
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
@@ -226,11 +241,10 @@ class Card:
 
     def _finish(self, work: _Work, output: FilesOutput, maker: ShardMaker, stored: list[_StoredBatch]) -> None:
         """Waits until the shard's images are stored and sends its record to the driver."""
-        attempt = work.assignment.attempt
         try:
             self._mailbox.emit(self._record(work, output, maker, stored))
         except Exception as error:
-            self._mailbox.emit(Failed(attempt, describe_error(error), storage=_is_storage(error)))
+            self._mailbox.emit(Failed(work.task.attempt, _failure(error)))
 
     def _record(self, work: _Work, output: FilesOutput, maker: ShardMaker, stored: list[_StoredBatch]) -> Done:
         images: dict[tuple[int, int], manifest.ImageFacts] = {}
@@ -241,7 +255,7 @@ class Card:
                 if isinstance(error, StorageError):
                     raise error
                 if error is not None:
-                    maker.failures[item.row] = f"image {item.image} can't be encoded: {describe_error(error)}"
+                    maker.failures[item.row] = maker.doubted[item.row] = _encode_error(item, error)
                     maker.raised.add(item.row)
         for batch in stored:
             kept = 0
@@ -256,7 +270,7 @@ class Card:
                     kept += 1
                     images[item.row, item.image] = manifest.ImageFacts(result, nsfw, truncated)
             lines.append(self._line(work, batch, kept, results))
-        shard, attempt = work.assignment.shard, work.assignment.attempt
+        shard, attempt = work.task.shard, work.task.attempt
         text = "".join(f"{line.json()}\n" for line in lines)
         self._storage.put(throughput_path(self._name, shard.number, attempt), text.encode())
         facts = manifest.CommitFacts(
@@ -275,7 +289,16 @@ class Card:
             images_before=shard.images_before,
         )
         data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
-        return Done(attempt, data, facts, len(maker.raised))
+        outcome = ShardOutcome(
+            rows=facts.rows,
+            failed_rows=facts.failed_rows,
+            raised_rows=len(maker.raised),
+            undecoded_rows=sum(row.unreadable for row in work.rows),
+            seconds=facts.sums.steady_s + facts.sums.warmup_s,
+            transient_failures=maker.transient_failures,
+            doubted=maker.doubted,
+        )
+        return Done(attempt, data, facts, outcome)
 
     def _line(self, work: _Work, batch: _StoredBatch, kept: int, results: list[StoredImage]) -> BatchLine:
         return BatchLine(
@@ -284,9 +307,9 @@ class Card:
             node=self._node,
             module=self._module,
             device=self._pipeline.device,
-            shard=work.assignment.shard.number,
+            shard=work.task.shard.number,
             batch=batch.number,
-            bucket=work.assignment.shard.bucket._asdict(),
+            bucket=work.task.shard.bucket._asdict(),
             phase=batch.call.phase,
             images=kept,
             padding=self._setup.config.batch_size - kept,
@@ -300,7 +323,7 @@ class Card:
 
 @dataclass(frozen=True)
 class _Work:
-    assignment: Assign
+    task: ShardTask
     rows: list[PromptRow]
     carried: pa.Table
 
@@ -328,8 +351,20 @@ class _StoredBatch:
         return any(future.done() and isinstance(future.exception(), StorageError) for future in self.futures)
 
 
-def _is_storage(error: BaseException) -> bool:
-    return isinstance(error, StorageError)
+def _failure(error: Exception) -> ShardFailure:
+    """What the schedule is to know of an exception that ended an attempt."""
+    storage = isinstance(error, StorageError)
+    return ShardFailure(
+        describe_error(error),
+        undecoded={error.group: str(error)} if isinstance(error, GroupUndecoded) else {},
+        healthy=not storage,
+        storage=storage,
+        hopeless=isinstance(error, PromptsChanged),
+    )
+
+
+def _encode_error(item: Item, error: BaseException) -> str:
+    return f"image {item.image} can't be encoded: {describe_error(error)}"
 
 
 def require_shared(setup: CardSetup) -> None:

@@ -116,6 +116,9 @@ class SimulatedConfig(_Section):
     batch_seconds: Annotated[float, Field(ge=0)] = 0.885
     """Seconds that a card takes for one batch."""
 
+    seconds_by_size: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Seconds instead of these for batches of some sizes, as {1024x1024: 3.5}."""
+
     capture_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Seconds more that the first batch of a graph key takes on a card."""
 
@@ -137,18 +140,25 @@ class SimulatedConfig(_Section):
     unloadable_modules: tuple[int, ...] = ()
     """Modules on which loading raises."""
 
+    lying_modules: tuple[int, ...] = ()
+    """Modules on which images now and then are not finite, others each time."""
+
+    lying_share: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """The share of their images that is."""
+
 
 class LimitsConfig(_Section):
     """Seconds after which a card that is in the same phase still is killed and replaced."""
 
     loading: Annotated[float, Field(gt=0)] = 1800.0
-    """Loading the pipeline, a download among it."""
+    """Loading the pipeline, a download among it. Reading the rows of a shard may take as long, and storage_patience
+    more."""
 
     first_batch: Annotated[float, Field(gt=0)] = 1800.0
-    """The first batch of a graph key, which compiles; and any batch before one of its key has been seen."""
+    """The first batch of a graph key, which compiles; and any batch before one of its size and steps has been seen."""
 
     batch: Annotated[float, Field(gt=0)] = 60.0
-    """Later batches; never less than 10 times the longest seen of the same key."""
+    """Later batches; never less than 10 times the longest seen of the same size and steps, guided or not."""
 
     answer: Annotated[float, Field(gt=0)] = 60.0
     """No answer from a card's process while nothing is being generated."""

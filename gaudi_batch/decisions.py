@@ -10,20 +10,35 @@ from gaudi_batch.plan import Shard
 
 
 @dataclass(frozen=True)
+class ShardTask:
+    """One attempt at a shard, with all that is known of its rows from earlier ones."""
+
+    shard: Shard
+    attempt: str
+    announce: bool = False
+    """Announce each reading and each batch, and wait for the acknowledgement, before it begins."""
+    alone: frozenset[int] = frozenset()
+    """Rows to run one at a time."""
+    accused: Mapping[int, str] = field(default_factory=dict)
+    """Rows that failed alone on another card, with the error; failing alone once more makes them failed rows."""
+    condemned: Mapping[int, str] = field(default_factory=dict)
+    """Rows to record as failed, with the error, without a try."""
+    by_row: frozenset[int] = frozenset()
+    """Row groups to decode a few rows at a time."""
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+    """Rows that are not to be decoded, with the reason why they fail."""
+    undecoded: Mapping[int, str] = field(default_factory=dict)
+    """Row groups that another card could not decode; failing once more makes their rows failed ones."""
+    confirm: frozenset[int] = frozenset()
+    """If not empty: make these rows alone, one at a time, and say which of them fail; nothing is stored."""
+
+
+@dataclass(frozen=True)
 class Assign:
     """Send a shard to a card."""
 
     card: int
-    shard: Shard
-    attempt: str
-    announce: bool = False
-    """Announce each batch, and wait for the acknowledgement, before its call."""
-    alone: frozenset[int] = frozenset()
-    """Rows to run one at a time."""
-    accused: Mapping[int, str] = field(default_factory=dict)
-    """Rows that raised alone on another card, with the error; raising alone once more makes them failed rows."""
-    condemned: Mapping[int, str] = field(default_factory=dict)
-    """Rows to record as failed, with the error, without a try."""
+    task: ShardTask
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,13 @@ class Commit:
     """Put the manifest of this attempt."""
 
     shard: int
+    attempt: str
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Drop the manifest of this attempt: its card was wrong about a row, and the shard is made again."""
+
     attempt: str
 
 
@@ -65,10 +87,17 @@ class Release:
 
 
 @dataclass(frozen=True)
+class CheckStorage:
+    """Find out whether storage fails for the driver, too: write to the output, and read the file of this shard."""
+
+    shard: Shard
+
+
+@dataclass(frozen=True)
 class Finish:
     """The run is over; `reason` is None when every shard is committed."""
 
     reason: str | None
 
 
-Decision: TypeAlias = Assign | Recall | Commit | Replace | Quarantine | Release | Finish
+Decision: TypeAlias = Assign | Recall | Commit | Discard | Replace | Quarantine | Release | CheckStorage | Finish

@@ -21,16 +21,30 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gaudi_batch.account import Account
 from gaudi_batch.card import Card
+from gaudi_batch.cards import CardState
 from gaudi_batch.cluster import Capacity, CardResources, card_options
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
+from gaudi_batch.decisions import (
+    Assign,
+    CheckStorage,
+    Commit,
+    Decision,
+    Discard,
+    Finish,
+    Quarantine,
+    Recall,
+    Release,
+    Replace,
+    ShardTask,
+)
 from gaudi_batch.errors import StorageError
 from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
-from gaudi_batch.limits import passed_limit
-from gaudi_batch.messages import Announced, Broken, CardSetup, Done, Event, Failed, News, Ready
-from gaudi_batch.plan import GraphKey
+from gaudi_batch.limits import BatchTimes, passed_limit
+from gaudi_batch.messages import Announced, Begins, Broken, CardSetup, Confirmed, Done, Event, Failed, News, Ready
+from gaudi_batch.names import throughput_path
+from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
-from gaudi_batch.schedule import CardState, Schedule
+from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
 
 log = logging.getLogger("gaudi_batch")
@@ -47,6 +61,8 @@ PLACE_SECONDS = 0.2
 WAITING_SECONDS = 30.0
 DEPARTURE_SECONDS = 3.0
 """How much later than a card the cluster may notice the end of its node."""
+PROBE_BYTES = 1 << 20
+"""About as large as an image, so that a disk which has no room for one has none for this."""
 COMMIT_THREADS = 8
 OTHER_THREADS = 4
 COMMIT_SECONDS = 5.0
@@ -86,14 +102,12 @@ class Driver:
         self._look_at_cluster = look_at_cluster
         self._slots: dict[int, Slot] = {}
         self._numbers = itertools.count()
-        self._refused_by_storage: set[int] = set()
-        """Cards to which storage has failed since any card last stored a shard."""
         self._records: dict[str, Done] = {}
         self._commits: set[asyncio.Task[None]] = set()
         self._commit_pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         # Not the event loop's own, whose end would wait for what never comes back.
         self._threads = ThreadPoolExecutor(OTHER_THREADS, "driver")
-        self._batch_s: dict[GraphKey, float] = {}
+        self._batch_times = BatchTimes()
         self._tasks: set[asyncio.Task[None]] = set()
         self.loop: asyncio.AbstractEventLoop
         """That the run runs in; another thread reaches the driver through it alone."""
@@ -267,7 +281,7 @@ class Driver:
 
     def _start(self, slot: Slot) -> None:
         slot.status = None
-        slot.kill_reason = ""
+        slot.passed = None
         slot.heard = time.monotonic()
         slot.actor = (
             ray.remote(Card)
@@ -296,8 +310,7 @@ class Driver:
             if slot.actor is not actor:
                 return
             slot.status, slot.heard = news.status, time.monotonic()
-            for key, seconds in news.status.batch_s.items():
-                self._batch_s[key] = max(seconds, self._batch_s.get(key, 0.0))
+            self._batch_times.learn(news.status)
             for number, event in news.events:
                 acknowledged = number
                 if slot.actor is actor:  # an event may have it replaced
@@ -315,28 +328,22 @@ class Driver:
         elif isinstance(event, Broken):
             self._fault(slot, event.error)
             self._carry_out(schedule.broken(slot.number, event.error))
+        elif isinstance(event, Begins):
+            self._carry_out(schedule.reading(event.attempt, event.reading))
         elif isinstance(event, Announced):
             self._carry_out(schedule.announced(event.attempt, event.rows))
-        elif isinstance(event, Failed) and (event.hopeless or (event.storage and self._storage_is_gone(slot))):
-            self._carry_out(schedule.stop(event.error))
-            self.abandon(event.error)
         elif isinstance(event, Failed):
-            self._fault(slot, f"failed at {event.attempt}: {event.error}")
-            healthy = event.healthy and not event.storage
-            self._carry_out(schedule.failed(event.attempt, event.error, event.accused, healthy))
-        else:
-            self._refused_by_storage.clear()
-            facts = event.facts
-            seconds = facts.sums.steady_s + facts.sums.warmup_s
-            decisions = schedule.done(event.attempt, facts.rows, facts.failed_rows, event.raised_rows, seconds)
-            if decisions:
-                self._records[event.attempt] = event
-            self._carry_out(decisions)
-
-    def _storage_is_gone(self, slot: Slot) -> bool:
-        """Whether storage fails for more than one card: what it refuses to one alone may be that node's fault."""
-        self._refused_by_storage.add(slot.number)
-        return len(self._refused_by_storage) >= min(2, self.schedule.usable())
+            self._fault(slot, f"failed at {event.attempt}: {event.failure.error}")
+            self._carry_out(schedule.failed(event.attempt, event.failure))
+        elif isinstance(event, Confirmed):
+            self._carry_out(schedule.confirmed(event.attempt, event.failures))
+        elif schedule.is_live(event.attempt):
+            self._records[event.attempt] = event
+            if event.outcome.transient_failures:
+                self._fault(
+                    slot, f"made wrong what was right when made again, {event.outcome.transient_failures} times"
+                )
+            self._carry_out(schedule.done(event.attempt, event.outcome))
 
     def _introduce(self, slot: Slot, ready: Ready) -> None:
         for other in self._slots.values():
@@ -351,33 +358,37 @@ class Driver:
                 self._fault(slot, error)
                 self._carry_out(self.schedule.died(slot.number, error))
                 return
+        before = slot.ready
+        if before is None or (before.node_id, before.module) != (ready.node_id, ready.module):
+            # Ray may have moved its place to another node meanwhile.
+            slot.name = self._card_name(slot, ready)
         slot.ready, slot.node_id = ready, ready.node_id
-        slot.name = slot.name or self._card_name(slot, ready)
         self._account.introduce(slot)
         log.info("%s is ready after %.1f s", slot.where, ready.load_s)
         for note in ready.notes:
             if note not in self._notes:
                 self._notes.add(note)
                 log.warning("%s: %s", slot.where, note)
-        self._carry_out(self.schedule.ready(slot.number))
+        self._carry_out(self.schedule.ready(slot.number, ready.node_id))
 
     def _card_name(self, slot: Slot, ready: Ready) -> str:
         """A card is called after its place, so that its records mean the same card in the next run, too."""
         name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
-        if any(other.name == name for other in self._slots.values()):
+        if any(other.name == name for other in self._slots.values() if other is not slot):
             # Two Ray nodes of one host, or a node that came back under its name.
             name = f"{name}-{ready.node_id[-6:]}"
         return name
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
-        reason = slot.kill_reason or why_died(error)
-        gone = not slot.kill_reason and await self._node_went(slot, error)
+        reason = slot.passed.reason if slot.passed else why_died(error)
+        slow = slot.passed.batch if slot.passed else None
+        gone = not slot.passed and await self._node_went(slot, error)
         slot.actor = None
         if gone or self._state(slot) is CardState.LEAVING:
             self._left(slot)
             return
         self._fault(slot, f"died: {reason}")
-        self._carry_out(self.schedule.died(slot.number, reason))
+        self._carry_out(self.schedule.died(slot.number, reason, slow))
 
     async def _node_went(self, slot: Slot, error: Exception) -> bool:
         """Whether a card died with its node, whose end may be noticed after that of its processes."""
@@ -406,13 +417,18 @@ class Driver:
         for decision in decisions:
             if isinstance(decision, Assign):
                 slot = self._slots[decision.card]
-                self._spawn(self._assign(slot.actor, slot.name, decision))
+                self._spawn(self._assign(slot.actor, slot.name, decision.task))
             elif isinstance(decision, Recall):
                 self._spawn(self._recall(self._slots[decision.card].actor, decision.attempt))
             elif isinstance(decision, Commit):
                 commit = self.loop.create_task(self._guarded(self._commit(decision.attempt)))
                 self._commits.add(commit)
                 commit.add_done_callback(self._commits.discard)
+            elif isinstance(decision, Discard):
+                log.warning("attempt %s is dropped: another card made rows that failed in it", decision.attempt)
+                del self._records[decision.attempt]
+            elif isinstance(decision, CheckStorage):
+                self._spawn(self._check_storage(decision.shard))
             elif isinstance(decision, Replace):
                 self._kill(self._slots[decision.card])
                 self._start(self._slots[decision.card])
@@ -428,10 +444,10 @@ class Driver:
             elif isinstance(decision, Finish) and not self._over.done():
                 self._over.set_result(decision.reason)
 
-    async def _assign(self, actor: Any, name: str, assignment: Assign) -> None:
+    async def _assign(self, actor: Any, name: str, task: ShardTask) -> None:
         while True:
             try:
-                return await actor.assign.remote(name, assignment)  # type: ignore[no-any-return]
+                return await actor.assign.remote(name, task)  # type: ignore[no-any-return]
             except ActorUnavailableError:
                 # It may have arrived or not; a card takes the same attempt once.
                 await asyncio.sleep(NEWS_SECONDS)
@@ -448,6 +464,24 @@ class Driver:
             except RayError:
                 return
         self._carry_out(self.schedule.recalled(attempt, given_back))
+
+    async def _check_storage(self, shard: Shard) -> None:
+        """Looks whether storage fails for this process, too, which a card says it does."""
+        prompts, output = self._setup.dataset, self._ledger.storage
+        # Named as this driver's attempts are, so that it is removed with what these leave behind.
+        probe = throughput_path("driver", shard.number, f"{self.schedule.prefix}0")
+
+        def check() -> None:
+            output.once().put(probe, bytes(PROBE_BYTES))
+            output.once().remove(probe)
+            prompts.storage.once().get_range(prompts.files[shard.file].name, 0, 4)
+
+        try:
+            await self._in_thread(check)
+        except StorageError as error:
+            self._carry_out(self.schedule.storage_checked(str(error)))
+        else:
+            self._carry_out(self.schedule.storage_checked(None))
 
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]
@@ -471,12 +505,13 @@ class Driver:
             for slot in self._slots.values():
                 if late > LOOK_SECONDS:
                     slot.heard += late  # this process stood still, and heard nobody
-                if slot.actor is None or slot.kill_reason:
+                if slot.actor is None or slot.passed:
                     continue
                 since_heard = time.monotonic() - slot.heard
-                reason = passed_limit(slot.status, since_heard, self._news_s, self._setup.config, self._batch_s)
-                if reason:
-                    slot.kill_reason = reason
+                slot.passed = passed_limit(
+                    slot.status, since_heard, self._news_s, self._setup.config, self._batch_times
+                )
+                if slot.passed:
                     ray.kill(slot.actor, no_restart=True)
             self._view.show(self._account.progress(self._slots.values()))
             await asyncio.sleep(LOOK_SECONDS)

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.events import SlowBatch
 from gaudi_batch.messages import Status
-from gaudi_batch.plan import GraphKey
+from gaudi_batch.plan import BatchKind
 
 BATCH_LIMIT_FACTOR = 10
 STORAGE_GRACE_SECONDS = 60.0
 """How much longer than the job's patience one operation on storage may take."""
 
 
+@dataclass(frozen=True)
+class PassedLimit:
+    """A card has been at the same thing for too long."""
+
+    reason: str
+    batch: SlowBatch | None = None
+    """The batch that it was at, if no card has made one of that kind yet."""
+
+
+@dataclass
+class BatchTimes:
+    """How long batches take, by their kind, as the cards of a run have reported it."""
+
+    _longest: dict[BatchKind, float] = field(default_factory=dict)
+    _warmup: dict[BatchKind, float] = field(default_factory=dict)
+
+    def learn(self, status: Status) -> None:
+        """Takes in what a card reports."""
+        for kind, seconds in status.batch_s.items():
+            self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
+        for kind, seconds in status.warmup_s.items():
+            self._warmup[kind] = min(seconds, self._warmup.get(kind, seconds))
+
+    def of(self, kind: BatchKind | None) -> float | None:
+        """The longest batch of a kind in seconds; before there is one, the shortest that compiled; None before any."""
+        return self._longest.get(kind, self._warmup.get(kind)) if kind is not None else None
+
+
 def passed_limit(
-    status: Status | None, since_heard: float, news_s: float, config: JobConfig, batch_s: Mapping[GraphKey, float]
-) -> str | None:
+    status: Status | None, since_heard: float, news_s: float, config: JobConfig, times: BatchTimes
+) -> PassedLimit | None:
     """Why a card has been at the same thing for too long, or None.
 
     Args:
@@ -23,19 +52,26 @@ def passed_limit(
         since_heard: seconds since then.
         news_s: seconds after which a card that has nothing to say answers.
         config: the job.
-        batch_s: the longest batch of each graph key that any card has reported.
+        times: how long batches take.
     """
     limits = config.limits
     phase, seconds = (status.phase, status.phase_s + since_heard) if status else ("loading", since_heard)
     if status and status.storage_s > config.storage_patience + STORAGE_GRACE_SECONDS:
-        return f"an operation on storage has not ended for {status.storage_s:.0f} s"
+        return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s")
+    if status and status.reading_s > limits.loading + config.storage_patience:
+        return PassedLimit(f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)")
     if phase == "idle":
         silent = since_heard > news_s + limits.answer
-        return f"it has not answered for {since_heard:.0f} s (limits.answer)" if silent else None
+        return PassedLimit(f"it has not answered for {since_heard:.0f} s (limits.answer)") if silent else None
+    kind = status.kind if status else None
+    seen = times.of(kind)
     if phase == "loading":
         name, limit = "loading", limits.loading
-    elif phase == "batch" and batch_s:
-        name, limit = "batch", max(limits.batch, BATCH_LIMIT_FACTOR * max(batch_s.values()))
+    elif phase == "batch" and seen is not None:
+        name, limit = "batch", max(limits.batch, BATCH_LIMIT_FACTOR * seen)
     else:
         name, limit = "first_batch", limits.first_batch
-    return f"its {phase} took longer than {limit:g} s (limits.{name})" if seconds > limit else None
+    if seconds <= limit:
+        return None
+    slow = SlowBatch(kind, f"{limit:g} s (limits.{name})") if kind is not None and seen is None else None
+    return PassedLimit(f"its {phase} took longer than {limit:g} s (limits.{name})", slow)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from gaudi_batch.messages import Done, Event, Failed, News, Status
-from gaudi_batch.plan import GraphKey
+from gaudi_batch.plan import BatchKind
 
 
 class Mailbox:
@@ -29,7 +30,10 @@ class Mailbox:
         self._phase = "loading"
         self._phase_since = time.monotonic()
         self._images: Counter[str] = Counter()
-        self._batch_s: dict[GraphKey, float] = {}
+        self._kind: BatchKind | None = None
+        self._reading_since: float | None = None
+        self._batch_s: dict[BatchKind, float] = {}
+        self._warmup_s: dict[BatchKind, float] = {}
 
     def emit(self, event: Event) -> int:
         """Adds an event for the driver and returns its number."""
@@ -48,9 +52,17 @@ class Mailbox:
             self._events = [(number, event) for number, event in self._events if number > acknowledged]
             self._changed.notify_all()
             self._changed.wait_for(lambda: bool(self._events), patience)
-            phase_s = time.monotonic() - self._phase_since
-            images = sum(self._images.values())
-            status = Status(self._phase, phase_s, self._storage_s(), images, dict(self._batch_s))
+            now = time.monotonic()
+            status = Status(
+                phase=self._phase,
+                phase_s=now - self._phase_since,
+                storage_s=self._storage_s(),
+                images=sum(self._images.values()),
+                kind=self._kind,
+                reading_s=0.0 if self._reading_since is None else now - self._reading_since,
+                batch_s=dict(self._batch_s),
+                warmup_s=dict(self._warmup_s),
+            )
             return News(tuple(self._events), status)
 
     def wait_for_acknowledgement(self, number: int) -> None:
@@ -74,15 +86,29 @@ class Mailbox:
             self._recalled.add(attempt)
             return True
 
-    def enter(self, phase: str) -> None:
-        """The device begins something else."""
+    def enter(self, phase: str, kind: BatchKind | None = None) -> None:
+        """The device begins something else; `kind` is that of a batch."""
         with self._changed:
-            self._phase, self._phase_since = phase, time.monotonic()
+            self._phase, self._phase_since, self._kind = phase, time.monotonic(), kind
 
-    def batch_took(self, key: GraphKey, seconds: float) -> None:
-        """A batch of a warm graph key has been made."""
+    def batch_took(self, kind: BatchKind, seconds: float, warmup: bool) -> None:
+        """A batch has been made; `warmup` says whether it was one of the first of its graph key."""
         with self._changed:
-            self._batch_s[key] = max(seconds, self._batch_s.get(key, 0.0))
+            if warmup:
+                self._warmup_s[kind] = min(seconds, self._warmup_s.get(kind, seconds))
+            else:
+                self._batch_s[kind] = max(seconds, self._batch_s.get(kind, 0.0))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """The rows of a shard are being read meanwhile."""
+        with self._changed:
+            self._reading_since = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reading_since = None
 
     def stored(self, attempt: str, images: int) -> None:
         """So many more images of an attempt are in storage."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.pipelines.model import ModelFacts
-from gaudi_batch.plan import GraphKey
+from gaudi_batch.plan import BatchKind
 from gaudi_batch.prompts import PromptDataset
 from gaudi_batch.rows import RowRules
 from gaudi_batch.storage import Storage
@@ -54,6 +55,14 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Begins:
+    """The card is about to decode these rows of a suspect shard, and waits for this to be acknowledged."""
+
+    attempt: str
+    reading: Reading
+
+
+@dataclass(frozen=True)
 class Announced:
     """The card is about to call the pipeline for these rows, and waits for this to be acknowledged."""
 
@@ -69,8 +78,16 @@ class Done:
     manifest: bytes
     """Ready to be put in place as it is."""
     facts: CommitFacts
-    raised_rows: int
-    """Rows that failed in the pipeline."""
+    outcome: ShardOutcome
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The doubted rows of a shard have been made alone."""
+
+    attempt: str
+    failures: Mapping[int, str]
+    """Those that failed here, too."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +95,10 @@ class Failed:
     """A shard could not be made."""
 
     attempt: str
-    error: str
-    accused: Mapping[int, str] = field(default_factory=dict)
-    """Rows that raised alone, with no other row made afterwards."""
-    healthy: bool = True
-    storage: bool = False
-    """Whether it was storage that failed."""
-    hopeless: bool = False
-    """Whether no card could make it: the prompts are no longer those that were planned."""
+    failure: ShardFailure
 
 
-Event: TypeAlias = Ready | Broken | Announced | Done | Failed
+Event: TypeAlias = Ready | Broken | Begins | Announced | Done | Confirmed | Failed
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,14 @@ class Status:
     """Seconds for which its oldest operation on storage has been going on."""
     images: int
     """Images in storage of shards that are not done yet."""
-    batch_s: Mapping[GraphKey, float]
-    """The longest batch so far of each graph key, its first batches left out."""
+    kind: BatchKind | None = None
+    """The kind of the batch that it is at."""
+    reading_s: float = 0.0
+    """Seconds for which it has been reading the rows of a shard."""
+    batch_s: Mapping[BatchKind, float] = field(default_factory=dict)
+    """The longest batch so far of each kind, the first batches of its graph key left out."""
+    warmup_s: Mapping[BatchKind, float] = field(default_factory=dict)
+    """The shortest of these first batches."""
 
 
 @dataclass(frozen=True)

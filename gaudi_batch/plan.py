@@ -27,6 +27,18 @@ class GraphKey(NamedTuple):
     guided: bool
 
 
+class BatchKind(NamedTuple):
+    """What decides how long a batch takes."""
+
+    width: int
+    height: int
+    steps: int
+    guided: bool
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, {self.steps} steps"
+
+
 class Bucket(NamedTuple):
     """What the rows of one batch share: width and height in pixels, denoising steps, guidance scale."""
 
@@ -39,6 +51,11 @@ class Bucket(NamedTuple):
     def graph_key(self) -> GraphKey:
         """Diffusers runs classifier-free guidance, which doubles the UNet's batch, only above a scale of 1."""
         return GraphKey(self.width, self.height, self.guidance_scale > 1)
+
+    @property
+    def batch_kind(self) -> BatchKind:
+        """By what the time limits of its batches go."""
+        return BatchKind(self.width, self.height, self.steps, self.guidance_scale > 1)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}, {self.steps} steps, guidance {self.guidance_scale:g}"

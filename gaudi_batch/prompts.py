@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
+from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.events import Reading
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import MANY_SECONDS, Storage
@@ -27,12 +29,22 @@ from gaudi_batch.text import one_line
 FOOTER_THREADS = 16
 MOST_ROWS = 2**31 - 1
 """Of a job. A footer can claim any number, and the plan grows with it."""
+MAX_READINGS = 256
+"""Pieces at most into which the rows of a shard are cut that are read a few at a time."""
 _GLOB = re.compile(r"[*?\[{]")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
 
 
 class PromptsChanged(StorageError):
     """The prompts are no longer those that were planned."""
+
+
+class GroupUndecoded(Exception):
+    """A row group could not be decoded here; whether it can elsewhere is not known yet."""
+
+    def __init__(self, group: int, reason: str) -> None:
+        super().__init__(reason)
+        self.group = group
 
 
 @dataclass(frozen=True)
@@ -125,13 +137,27 @@ class PromptDataset:
                 bucket, images = shapes[codes[begin]]
                 yield Run(file, start + begin, end - begin, bucket, images)
 
-    def read(self, shard: Shard, rules: RowRules) -> tuple[list[PromptRow], pa.Table]:
+    def read(
+        self,
+        shard: Shard,
+        rules: RowRules,
+        task: ShardTask | None = None,
+        announce: Callable[[Reading], None] = lambda reading: None,
+    ) -> tuple[list[PromptRow], pa.Table]:
         """The rows of one shard in order, and the carried columns of the same rows.
 
         A row group that can't be decoded costs its own rows only: they come back with the reason as their error.
 
+        Args:
+            shard: the shard.
+            rules: what a row gets where it says nothing.
+            task: what is known from earlier attempts; None asks for no second reader where a row group can't be
+                decoded.
+            announce: called before each piece is decoded; may wait.
+
         Raises:
             StorageError: the store failed for longer than the patience, or the rows are not those that were planned.
+            GroupUndecoded: a row group can't be decoded, and no other card has said so yet.
         """
         rows: list[PromptRow] = []
         carried: list[pa.Table] = []
@@ -139,7 +165,8 @@ class PromptDataset:
         for group, count in enumerate(self._group_sizes(shard.file)):
             begin, end = max(shard.start, first), min(shard.stop, first + count)
             if begin < end:
-                found, table = self._read_group(shard, group, begin - first, end - begin, first, rules)
+                piece = _Piece(shard, group, self.files[shard.file].first_row + first, begin - first, end - begin)
+                found, table = self._read_piece(piece, rules, task or ShardTask(shard, ""), task is None, announce)
                 rows += found
                 carried.append(table)
             first += count
@@ -147,22 +174,31 @@ class PromptDataset:
             raise PromptsChanged(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
         return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
 
-    def _read_group(
-        self, shard: Shard, group: int, offset: int, count: int, first: int, rules: RowRules
+    def _read_piece(
+        self, piece: _Piece, rules: RowRules, task: ShardTask, believed: bool, announce: Callable[[Reading], None]
     ) -> tuple[list[PromptRow], pa.Table]:
-        first_row = self.files[shard.file].first_row + first + offset
-        reason = None
+        shard = piece.shard
+        reasons: dict[int, str] = {}  # by place within the piece
         try:
-            table = self._decode(shard.file, group).slice(offset, count)
+            table = self._decode_piece(piece, task, announce)
             ours = _values(self._ours(table))
             carried = self._carried(table)
+            missing = range(len(ours), piece.count)
+            reasons |= {place: task.unreadable[piece.row(place)] for place in missing}
         except StorageError:
             raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"row group {group} of {self.files[shard.file].name!r} can't be decoded: {one_line(error, 300)}"
-            ours = self._read_shapes(shard.file, group, offset, count, reason)
-            carried = pa.table([pa.nulls(count, field.type) for field in self.carried], schema=self.carried)
-        rows = [make_row(first_row + i, values, rules, reason) for i, values in enumerate(ours)]
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            name = self.files[shard.file].name
+            reason = f"row group {piece.group} of {name!r} can't be decoded: {one_line(error, 300)}"
+            if not believed and piece.group not in task.undecoded:
+                raise GroupUndecoded(piece.group, reason) from None
+            ours, carried = [], self.carried.empty_table()
+            reasons |= dict.fromkeys(range(piece.count), reason)
+        if reasons:
+            unread = self._read_shapes(piece, next(iter(reasons.values())))[len(ours) :]
+            nulls = pa.table([pa.nulls(len(unread), field.type) for field in self.carried], schema=self.carried)
+            ours, carried = ours + unread, pa.concat_tables([carried, nulls])
+        rows = [make_row(piece.row(i), values, rules, reasons.get(i)) for i, values in enumerate(ours)]
         mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
         if shard.only is not None:
             wanted = {self.files[shard.file].first_row + row for row in shard.only}
@@ -171,17 +207,38 @@ class PromptDataset:
             return rows, carried
         return [rows[i] for i in mine], carried.take(pa.array(mine, pa.int64()))
 
-    def _read_shapes(self, file: int, group: int, offset: int, count: int, reason: str) -> list[dict[str, Any]]:
+    def _decode_piece(self, piece: _Piece, task: ShardTask, announce: Callable[[Reading], None]) -> pa.Table:
+        """The rows of a piece; of one that is read by row, those before the first that is not to be read."""
+        if piece.group not in task.by_row:
+            announce(Reading(piece.group, piece.rows(0), by_row=False))
+            return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
+        step = -(-piece.count // MAX_READINGS)
+        batches = self._open(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
+        found: list[pa.RecordBatch] = []
+        stop, decoded = piece.offset + piece.count, 0
+        while decoded < stop:
+            place = max(0, decoded - piece.offset)
+            if piece.row(place) in task.unreadable:
+                break
+            announce(Reading(piece.group, piece.rows(place), by_row=True))
+            batch = next(batches)
+            found.append(batch.slice(max(0, piece.offset - decoded), stop - decoded - max(0, piece.offset - decoded)))
+            decoded += len(batch)
+        schema = self._open(piece.shard.file).schema_arrow
+        return pa.Table.from_batches(found) if found else schema.empty_table()
+
+    def _read_shapes(self, piece: _Piece, reason: str) -> list[dict[str, Any]]:
         """What the shape columns alone say of the rows of a group that can't be decoded: whose rows these are. They
         could be read when the job was planned."""
         shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
         if not shapes:
-            return [{}] * count
+            return [{}] * piece.count
         try:
-            found = _values(self._ours(self._open(file).read_row_group(group, columns=shapes).slice(offset, count)))
+            table = self._open(piece.shard.file).read_row_group(piece.group, columns=shapes)
+            found = _values(self._ours(table.slice(piece.offset, piece.count)))
         except (pa.ArrowException, OSError, ValueError):
             found = []
-        if len(found) != count:
+        if len(found) != piece.count:
             raise PromptsChanged(f"prompts: {reason}")
         return found
 
@@ -226,6 +283,25 @@ class PromptDataset:
             for field in self.carried
         ]
         return pa.table(columns, schema=self.carried)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one row group holds of a shard."""
+
+    shard: Shard
+    group: int
+    first_row: int  # of the group, over all files
+    offset: int  # of the piece, in the group
+    count: int
+
+    def row(self, place: int) -> int:
+        """The number over all files of a row of the piece."""
+        return self.first_row + self.offset + place
+
+    def rows(self, place: int) -> range:
+        """The same of all rows from one on."""
+        return range(self.row(place), self.row(self.count))
 
 
 def open_prompts(config: JobConfig) -> PromptDataset:

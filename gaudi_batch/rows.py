@@ -62,6 +62,8 @@ class PromptRow:
     num_images: int
     error: str | None
     """Why it can't be run, or None."""
+    unreadable: bool = False
+    """Whether that is because it could not be read."""
 
 
 def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
@@ -88,13 +90,14 @@ def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str
         number: the row's number over all files.
         values: its values under our column names; a missing or null one is the job's.
         rules: the rules.
-        error: why the row can't be run, if that is known already.
+        error: why the row can't be read, if it can't.
     """
     bucket, images, shape_error = rules.shape(values)
     prompt, prompt_error = _text(values, "prompt")
     negative, negative_error = _text(values, "negative_prompt")
     identity, id_error = _text(values, "id")
     seed, seed_error = _seed(values)
+    unreadable = error is not None
     error = error or prompt_error or negative_error or id_error or shape_error or seed_error
     if error is None and (prompt is None or not prompt.strip()):
         error = "prompt is null" if prompt is None else "prompt is empty"
@@ -107,6 +110,7 @@ def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str
         bucket=bucket,
         num_images=images,
         error=error,
+        unreadable=unreadable,
     )
 
 

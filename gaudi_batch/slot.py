@@ -17,6 +17,7 @@ from ray.util.placement_group import (
 )
 
 from gaudi_batch.generation import describe_error
+from gaudi_batch.limits import PassedLimit
 from gaudi_batch.messages import Ready, Status
 
 
@@ -36,7 +37,8 @@ class Slot:
     status: Status | None = None
     heard: float = 0.0
     """When it last answered, monotonic."""
-    kill_reason: str = ""
+    passed: PassedLimit | None = None
+    """The limit for which its process is being killed."""
     opening: asyncio.Task[None] | None = None
     """What waits for the cluster to place it."""
 

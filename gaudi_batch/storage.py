@@ -191,6 +191,12 @@ class Storage:
         other.query = query
         return other
 
+    def once(self) -> Storage:
+        """The same place for operations that are tried only once."""
+        other = copy.copy(self)
+        other.patience = 0.0
+        return other
+
     def names(self, directory: str) -> list[str]:
         """Names of what lies directly in a directory, sorted; none where there is no such directory."""
 

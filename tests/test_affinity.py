@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from gaudi_batch.affinity import Affinity
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Recall
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
+from gaudi_batch.events import ShardOutcome
 from gaudi_batch.plan import Bucket, GraphKey, Run, Shard, plan_shards
 from gaudi_batch.schedule import Schedule
 
@@ -22,8 +23,13 @@ BATCH_SECONDS = 0.9
 class InPlanOrder(Schedule):
     """A schedule without affinity: each card takes the next shard of the plan."""
 
-    def _choose_key(self, card: object) -> GraphKey | None:
-        return min(self._fresh, key=lambda key: self._fresh[key][0], default=None)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._work._choose_key = self._next_of_the_plan  # type: ignore[method-assign]
+
+    def _next_of_the_plan(self, card: object) -> GraphKey | None:
+        fresh = self._work.pending.fresh
+        return min(fresh, key=lambda key: fresh[key][0], default=None)
 
 
 def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
@@ -39,7 +45,7 @@ def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[in
     rng = random.Random(0)
     number = itertools.count()
     events: list[tuple[float, int, tuple[Any, ...]]] = []
-    hands: dict[int, list[Assign]] = {card: [] for card in range(cards)}
+    hands: dict[int, list[ShardTask]] = {card: [] for card in range(cards)}
     graphs: dict[int, set[GraphKey]] = {card: set() for card in range(cards)}
     working: set[int] = set()
     now, captures, end = 0.0, 0, 0.0
@@ -52,19 +58,19 @@ def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[in
         if card in working or not hands[card]:
             return
         working.add(card)
-        assignment = hands[card][0]
-        seconds = -(-assignment.shard.images // BATCH) * BATCH_SECONDS * rng.uniform(1, 1.3)
-        if assignment.shard.bucket.graph_key not in graphs[card]:
-            graphs[card].add(assignment.shard.bucket.graph_key)
+        task = hands[card][0]
+        seconds = -(-task.shard.images // BATCH) * BATCH_SECONDS * rng.uniform(1, 1.3)
+        if task.shard.bucket.graph_key not in graphs[card]:
+            graphs[card].add(task.shard.bucket.graph_key)
             captures += 1
             seconds += capture_seconds
-        later(seconds, "done", card, assignment, seconds)
+        later(seconds, "done", card, task, seconds)
 
     def do(decisions: list[Decision]) -> None:
         nonlocal end
         for decision in decisions:
             if isinstance(decision, Assign):
-                hands[decision.card].append(decision)
+                hands[decision.card].append(decision.task)
                 work(decision.card)
             elif isinstance(decision, Recall):
                 queued = [each for each in hands[decision.card][1:] if each.attempt == decision.attempt]
@@ -89,11 +95,11 @@ def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[in
         elif kind == "committed":
             do(schedule.committed(facts[0]))
         else:
-            card, assignment, seconds = facts
-            hands[card].remove(assignment)
+            card, task, seconds = facts
+            hands[card].remove(task)
             working.discard(card)
             work(card)
-            do(schedule.done(assignment.attempt, assignment.shard.rows, 0, 0, seconds))
+            do(schedule.done(task.attempt, ShardOutcome(task.shard.rows, 0, 0, seconds=seconds)))
     assert end
     return captures, end
 

@@ -16,7 +16,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from gaudi_batch import JobConfig, lease, ledger, manifest, runner, storage
-from gaudi_batch.decisions import Assign
+from gaudi_batch.decisions import ShardTask
 from gaudi_batch.driver import Driver
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
@@ -315,6 +315,6 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
     assert (asked, told) == (["aaaaa1"] * 3, [("aaaaa1", True)])
     asked.clear()
     shard = Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)
-    assignment = Assign(0, shard, "aaaaa2")
-    asyncio.run(Stub()._assign(Actor(), "card", assignment))
-    assert asked == [assignment] * 3
+    task = ShardTask(shard, "aaaaa2")
+    asyncio.run(Stub()._assign(Actor(), "card", task))
+    assert asked == [task] * 3

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gaudi_batch.decisions import ShardTask
 from gaudi_batch.generation import CardFault, ShardMaker
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
-from gaudi_batch.plan import Bucket
+from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.rows import PromptRow
 
 BUCKET = Bucket(8, 8, 1, 1.0)
@@ -47,7 +48,10 @@ def made(maker: ShardMaker) -> list[tuple[int, int]]:
 
 def maker(device: Callable[..., Any], count: int, **settings: Any) -> ShardMaker:
     images = settings.pop("images", 1)
-    return ShardMaker(rows(count, images), batch_size=4, run_seed=0, call=device, **settings)
+    known = {name: settings.pop(name) for name in list(settings) if name not in ("announce", "control", "suspect")}
+    known["announce"] = settings.pop("suspect", False)
+    task = ShardTask(Shard(0, 0, 0, count, BUCKET, count, count * images), "a1", **known)
+    return ShardMaker(task, rows(count, images), batch_size=4, run_seed=0, call=device, **settings)
 
 
 def test_every_call_is_a_whole_batch() -> None:
@@ -120,10 +124,91 @@ def test_a_row_fails_whole_with_all_its_images() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "said"), [("nan", "not finite"), ("black", "black")])
-def test_an_image_that_can_not_be_right_fails_its_row(wrong: str, said: str) -> None:
-    shard = maker(Device(**{wrong: {2}}), 4)
+def test_an_image_that_is_wrong_twice_is_for_another_card_to_judge(wrong: str, said: str) -> None:
+    device = Device(**{wrong: {2}})
+    shard = maker(device, 4)
     assert len(made(shard)) == 3
-    assert said in shard.failures[2]
+    assert device.calls == [[0, 1, 2, 3], [2, 2, 2, 2]]
+    assert said in shard.doubted[2]
+    assert shard.failures == shard.doubted
+    assert shard.transient_failures == 0
+
+
+@pytest.mark.parametrize("known", [{"accused": {2: "black"}}, {"confirm": frozenset({2})}])
+def test_an_image_that_is_wrong_on_a_second_card_fails_its_row(known: dict[str, Any]) -> None:
+    shard = maker(Device(nan={2}), 4, **known)
+    made(shard)
+    assert "not finite" in shard.failures[2]
+    assert not shard.doubted
+    assert shard.raised == {2}
+
+
+class Moody(Device):
+    """Does wrong only in the calls that are named."""
+
+    def __init__(self, *moods: dict[str, Any]) -> None:
+        super().__init__()
+        self.moods = [*moods]
+
+    def __call__(self, items: list[Item]) -> Generated:
+        mood = self.moods.pop(0) if self.moods else {}
+        calm = self.raises, self.black, self.nan
+        self.raises, self.black, self.nan = (mood.get(name, set()) for name in ("raises", "black", "nan"))
+        try:
+            return super().__call__(items)
+        finally:
+            self.raises, self.black, self.nan = calm
+
+
+@pytest.mark.parametrize("mood", [{"nan": {2}}, {"black": {2}}, {"raises": {2}}])
+def test_what_works_when_it_is_made_again_costs_no_row_and_counts_against_the_card(mood: dict[str, Any]) -> None:
+    device = Moody({}, mood)
+    device.moods = [mood]
+    shard = maker(device, 6)
+    assert sorted(made(shard)) == [(n, 0) for n in range(6)]
+    assert shard.failures == {}
+    assert shard.transient_failures == 1
+
+
+def test_a_card_whose_every_image_is_wrong_accuses_its_rows_and_decides_nothing() -> None:
+    shard = maker(Device(nan=set(range(12))), 8)
+    with pytest.raises(CardFault) as caught:
+        made(shard)
+    assert set(caught.value.accused) == set(range(8))
+    assert shard.failures == {}
+
+
+def test_a_card_that_begins_to_paint_wrong_is_found_out_by_what_it_made_before() -> None:
+    device = Device()
+    shard = maker(device, 64)
+    batches = shard.batches()
+    next(batches)
+    device.nan = set(range(64))
+    with pytest.raises(CardFault) as caught:
+        list(batches)
+    assert caught.value.accused == {}
+    assert len(device.calls) <= 1 + 1 + 4 + 1
+
+
+def test_a_card_that_can_make_nothing_confirms_nothing() -> None:
+    shard = maker(Device(nan={-1, 0, 1, 2}), 3, confirm=frozenset({1}))
+    with pytest.raises(CardFault) as caught:
+        made(shard)
+    assert caught.value.accused == {}
+
+
+def test_to_confirm_a_row_no_other_is_made() -> None:
+    device = Device()
+    shard = maker(device, 8, confirm=frozenset({5}))
+    assert made(shard) == [(5, 0)]
+    assert device.calls == [[5, 5, 5, 5]]
+    assert shard.failures == {}
+
+
+def test_each_image_that_is_made_again_is_announced() -> None:
+    order: list[Any] = []
+    made(maker(Device(nan={1}), 3, announce=order.append, suspect=True))
+    assert order == [(), (0, 1, 2), (1,)]
 
 
 def test_what_the_safety_checker_blackens_is_ok() -> None:

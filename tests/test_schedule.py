@@ -7,150 +7,16 @@ any time, late news of the dead among it.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from world import World, let_it_end, shards, start
 
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Release, Replace
-from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, QUEUE, CardState, Schedule
-
-BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
-
-
-def shards(count: int, rows: int = 4, buckets: int = 1) -> list[Shard]:
-    return [
-        Shard(number, 0, number * rows, (number + 1) * rows, BUCKETS[number % buckets], rows, rows)
-        for number in range(count)
-    ]
-
-
-@dataclass
-class World:
-    """Cards that obey, and a record of all that the schedule must not do."""
-
-    schedule: Schedule
-    rows: int = 4
-    hands: dict[int, list[Assign]] = field(default_factory=dict)
-    starting: set[int] = field(default_factory=set)
-    quarantined: set[int] = field(default_factory=set)
-    leaving: set[int] = field(default_factory=set)
-    recalls: list[Recall] = field(default_factory=list)
-    commits: list[tuple[int, str]] = field(default_factory=list)
-    old: list[Assign] = field(default_factory=list)
-    committed: set[int] = field(default_factory=set)
-    assigned_to: dict[int, list[int]] = field(default_factory=dict)
-    finished: list[str | None] = field(default_factory=list)
-    captured: set[tuple[int, object]] = field(default_factory=set)
-
-    def do(self, decisions: list[Decision]) -> None:
-        for decision in decisions:
-            assert not self.finished, f"{decision} after the end"
-            if isinstance(decision, Assign):
-                number = decision.shard.number
-                assert number not in self.committed
-                assert number not in [shard for shard, _ in self.commits]
-                assert all(a.shard.number != number for hand in self.hands.values() for a in hand), "in two hands"
-                assert decision.card not in self.leaving
-                self.hands[decision.card].append(decision)
-                assert len(self.hands[decision.card]) <= QUEUE
-                self.assigned_to.setdefault(number, []).append(decision.card)
-            elif isinstance(decision, Recall):
-                self.recalls.append(decision)
-            elif isinstance(decision, Commit):
-                assert decision.shard not in self.committed
-                self.commits.append((decision.shard, decision.attempt))
-            elif isinstance(decision, Replace):
-                self.old += self.hands.pop(decision.card, [])
-                self.starting.add(decision.card)
-            elif isinstance(decision, Quarantine):
-                self.old += self.hands.pop(decision.card, [])
-                self.quarantined.add(decision.card)
-            elif isinstance(decision, Release):
-                assert decision.card in self.leaving
-                assert not self.hands.pop(decision.card, [])
-                self.starting.discard(decision.card)
-            elif isinstance(decision, Finish):
-                self.finished.append(decision.reason)
-
-    def join(self, card: int, node: str = "") -> None:
-        self.do(self.schedule.starting(card, node))
-        self.starting.add(card)
-
-    def ready(self, card: int) -> None:
-        self.starting.discard(card)
-        self.hands[card] = []
-        self.do(self.schedule.ready(card))
-
-    def die(self, card: int, error: str = "killed") -> None:
-        self.starting.discard(card)
-        self.old += self.hands.pop(card, [])
-        self.do(self.schedule.died(card, error))
-
-    def break_down(self, card: int, error: str = "out of device memory") -> None:
-        self.starting.discard(card)
-        self.old += self.hands.pop(card, [])
-        self.do(self.schedule.broken(card, error))
-
-    def leave(self, card: int) -> None:
-        self.starting.discard(card)
-        self.old += self.hands.pop(card, [])
-        self.do(self.schedule.gone(card))
-
-    def take_leave(self, card: int) -> None:
-        self.leaving.add(card)
-        self.do(self.schedule.leaving(card))
-
-    def finish_first(self, card: int, failed: int = 0) -> None:
-        assignment = self.hands[card].pop(0)
-        graph = (card, assignment.shard.bucket.graph_key)
-        seconds = 1.0 if graph in self.captured else 50.0
-        self.captured.add(graph)
-        self.do(self.schedule.done(assignment.attempt, self.rows, failed, failed, seconds))
-
-    def fail_first(self, card: int, accused: bool, healthy: bool) -> None:
-        assignment = self.hands[card].pop(0)
-        rows = {assignment.shard.start: "boom"} if accused else {}
-        self.do(self.schedule.failed(assignment.attempt, "boom", rows, healthy))
-
-    def commit_first(self) -> None:
-        shard, _ = self.commits.pop(0)
-        self.committed.add(shard)
-        self.do(self.schedule.committed(shard))
-
-    def answer_recall(self, give_back: bool) -> None:
-        recall = self.recalls.pop(0)
-        hand = self.hands.get(recall.card, [])
-        mine = [assignment for assignment in hand if assignment.attempt == recall.attempt]
-        # A card that is working on a shard already keeps it.
-        given = bool(mine) and give_back and mine[0] is not hand[0]
-        if given:
-            hand.remove(mine[0])
-        if mine:
-            self.do(self.schedule.recalled(recall.attempt, given))
-
-
-def let_it_end(world: World, new_card: int) -> None:
-    """From here on nothing goes wrong; the run has to end within a bounded number of events."""
-    if not world.finished and not world.hands.keys() - world.leaving and not world.starting:
-        world.join(new_card)
-    world.do(world.schedule.expect(False))
-    for _ in range(10_000):
-        if world.finished:
-            return
-        if world.commits:
-            world.commit_first()
-        elif world.recalls:
-            world.answer_recall(True)
-        elif world.starting:
-            world.ready(next(iter(world.starting)))
-        else:
-            busy = [card for card, hand in world.hands.items() if hand]
-            assert busy, "nothing happens any more and the run has not ended"
-            world.finish_first(busy[0])
-    raise AssertionError("the run does not end")
+from gaudi_batch.cards import QUEUE, CardState
+from gaudi_batch.decisions import Assign, Release, ShardTask
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
+from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, Schedule
 
 
 def something_joins(world: World, card: int) -> bool:
@@ -173,18 +39,26 @@ def anything_happens(world: World, rng: random.Random) -> None:
         + ["take leave"] * (len(alive) > 1)
         + ["late"] * 2 * bool(world.old)
         + ["hope", "lose hope"]
+        + ["check"] * bool(world.checks)
     )
     event = rng.choice(possible)
     if event == "ready":
         world.ready(rng.choice(sorted(world.starting)))
     elif event == "finish":
-        world.finish_first(rng.choice(busy), rng.choice([0, 0, 1]))
+        card = rng.choice(busy)
+        doubted = {world.hands[card][0].shard.start: "wrong"} if rng.random() < 0.2 else {}
+        world.finish_first(card, rng.choice([0, 0, 1]), doubted=doubted, transient_failures=rng.choice([0, 0, 2]))
     elif event == "fail":
         world.fail_first(rng.choice(busy), rng.random() < 0.5, rng.random() < 0.5)
     elif event == "announce":
         first = world.hands[rng.choice(busy)][0]
         rows = range(first.shard.start, first.shard.start + rng.randint(1, 4))
         world.do(world.schedule.announced(first.attempt, rows))
+        if rng.random() < 0.3:
+            world.do(world.schedule.reading(first.attempt, Reading(0, rows, by_row=rng.random() < 0.5)))
+    elif event == "check":
+        world.checks -= 1
+        world.do(world.schedule.storage_checked(None))
     elif event == "commit":
         world.commit_first()
     elif event == "recall":
@@ -192,7 +66,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
     elif event == "die":
         rng.choice([world.die, world.break_down])(rng.choice(alive))
     elif event == "leave":
-        world.leave(rng.choice(alive))
+        world.lose_node(rng.choice(alive))
     elif event == "take leave":
         world.take_leave(rng.choice(alive))
     elif event in ("hope", "lose hope"):
@@ -200,12 +74,13 @@ def anything_happens(world: World, rng: random.Random) -> None:
     elif event == "late":
         attempt = rng.choice(world.old).attempt
         late = [
-            world.schedule.done(attempt, 4, 0, 0),
-            world.schedule.failed(attempt, "late", {}, True),
+            world.schedule.done(attempt, ShardOutcome(4, 0, 0)),
+            world.schedule.failed(attempt, ShardFailure("late")),
+            world.schedule.confirmed(attempt, {}),
             world.schedule.announced(attempt, [1]),
             world.schedule.recalled(attempt, True),
         ]
-        assert late == [[], [], [], []]
+        assert not any(late)
 
 
 @given(st.data())
@@ -215,8 +90,9 @@ def test_no_order_of_events_loses_or_repeats_a_shard(data: st.DataObject) -> Non
     work = shards(count, buckets=data.draw(st.integers(1, 3), "graph keys"))
     world = World(Schedule(work, "a", 4 * count, max_graphs=data.draw(st.integers(1, 3), "graphs of a card")))
     cards = data.draw(st.integers(1, 5), "cards")
+    nodes = data.draw(st.integers(1, 3), "nodes")
     for card in range(cards):
-        world.join(card)
+        world.join(card, f"node {card % nodes}")
     rng = random.Random(data.draw(st.integers(0, 2**32), "order"))
     for _ in range(data.draw(st.integers(0, 120), "events")):
         if world.finished:
@@ -228,14 +104,7 @@ def test_no_order_of_events_loses_or_repeats_a_shard(data: st.DataObject) -> Non
     if reason is None:
         assert world.committed == set(range(count))
     else:
-        assert world.schedule.stuck or "no card is left" in reason
-
-
-def start(world: World, cards: int) -> None:
-    for card in range(cards):
-        world.join(card)
-    for card in range(cards):
-        world.ready(card)
+        assert world.schedule.stuck or "no card is left" in reason or "nodes in a row" in reason
 
 
 def test_a_card_has_the_next_shard_while_it_works_on_one() -> None:
@@ -259,7 +128,7 @@ def test_an_idle_card_does_not_ask_back_what_it_may_not_have() -> None:
     start(world, 2)
     world.fail_first(1, accused=False, healthy=True)
     world.answer_recall(True)
-    assert [assignment.shard.number for assignment in world.hands[0]] == [0, 2]
+    assert [task.shard.number for task in world.hands[0]] == [0, 2]
     world.finish_first(1)
     assert not world.recalls, "card 1 has failed shard 2, which waits for card 0"
 
@@ -376,7 +245,7 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row() -> None:
 def test_cards_that_never_start_end_the_run_with_their_error() -> None:
     world = World(Schedule(shards(4), "a", 16))
     for card in range(3):
-        world.join(card)
+        world.join(card, "one")
     while world.starting:
         world.die(next(iter(world.starting)), "no memory")
     assert not world.finished, "others may take their place until the cluster has been looked at since"
@@ -532,19 +401,19 @@ def test_ten_thousand_cards_are_scheduled_in_seconds() -> None:
     schedule = world.schedule
     for card in range(cards):
         schedule.starting(card)
-    waiting: list[Assign] = []
+    waiting: list[ShardTask] = []
     for card in range(cards):
-        waiting += [d for d in schedule.ready(card) if isinstance(d, Assign)]
+        waiting += [d.task for d in schedule.ready(card) if isinstance(d, Assign)]
     done = 0
     rng = random.Random(0)
     while waiting:
         place = rng.randrange(len(waiting))
         waiting[place], waiting[-1] = waiting[-1], waiting[place]
-        assignment = waiting.pop()
-        start_of[assignment.shard.number] = assignment
-        decisions = schedule.done(assignment.attempt, 4, 0, 0)
-        decisions += schedule.committed(assignment.shard.number)
+        task = waiting.pop()
+        start_of[task.shard.number] = task
+        decisions = schedule.done(task.attempt, ShardOutcome(4, 0, 0))
+        decisions += schedule.committed(task.shard.number)
         done += 1
-        waiting += [d for d in decisions if isinstance(d, Assign)]
+        waiting += [d.task for d in decisions if isinstance(d, Assign)]
     assert done == count
     assert schedule.finished

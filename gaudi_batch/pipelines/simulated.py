@@ -6,6 +6,7 @@ It can raise, die, hang and refuse to load on demand, for tests of all that surr
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 
@@ -51,10 +52,13 @@ class SimulatedPipeline:
             raise RuntimeError(f"simulated failure of row {min(raising)}")
         new = bucket.graph_key not in self._captured
         self._captured.add(bucket.graph_key)
-        time.sleep(self._config.batch_seconds + (self._config.capture_seconds if new else 0))
+        seconds = self._config.seconds_by_size.get(f"{bucket.width}x{bucket.height}", self._config.batch_seconds)
+        time.sleep(seconds + (self._config.capture_seconds if new else 0))
         images = np.empty((len(items), bucket.height, bucket.width, 3), np.float32)
         for image, item in zip(images, items, strict=True):
             image[:] = np.random.default_rng(item.seed).integers(1, 256, 3) / 255
+            if self._module in self._config.lying_modules and random.random() < self._config.lying_share:
+                image[0, 0] = np.nan
         return Generated(images, [None] * len(items), [False] * len(items))
 
     def forget(self, key: GraphKey) -> None:

@@ -1,0 +1,72 @@
+"""The shards that no card has. Pure, a part of the schedule."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+from gaudi_batch.plan import BatchKind, GraphKey, Shard
+
+
+class Pending:
+    """Three kinds wait: fresh ones by graph key, ones that come back, which are tried before these, and suspect ones,
+    which get a card of their own.
+
+    Args:
+        shards: all that are to be made, by number.
+    """
+
+    def __init__(self, shards: Mapping[int, Shard]) -> None:
+        self._shards = shards
+        self.again: deque[int] = deque()
+        self.suspects: dict[int, None] = {}
+        self.fresh: dict[GraphKey, deque[int]] = {}
+        self.waiting: dict[GraphKey, tuple[int, int]] = {}
+        """For each key how many fresh shards there are, and the images of the next one."""
+        self._fresh_count = 0
+        for number in sorted(shards):
+            self.fresh.setdefault(shards[number].bucket.graph_key, deque()).append(number)
+        for key in self.fresh:
+            self._fresh_count += len(self.fresh[key])
+            self._count(key)
+
+    def __len__(self) -> int:
+        return len(self.again) + len(self.suspects) + self._fresh_count
+
+    @property
+    def plain(self) -> int:
+        """How many any card may take."""
+        return len(self.again) + self._fresh_count
+
+    def take_fresh(self, key: GraphKey) -> int:
+        """The next fresh shard of a key."""
+        shard = self.fresh[key].popleft()
+        self._fresh_count -= 1
+        self._count(key)
+        return shard
+
+    def take_kind(self, kind: BatchKind) -> list[int]:
+        """All shards of one kind of batch."""
+
+        def is_kind(number: int) -> bool:
+            return self._shards[number].bucket.batch_kind == kind
+
+        key = GraphKey(kind.width, kind.height, kind.guided)
+        places: list[Iterable[int]] = [self.fresh.get(key, ()), self.again, self.suspects]
+        taken = [number for place in places for number in place if is_kind(number)]
+        kept = deque(number for number in self.fresh.get(key, ()) if not is_kind(number))
+        self._fresh_count -= len(self.fresh.get(key, ())) - len(kept)
+        self.fresh[key] = kept
+        self._count(key)
+        self.again = deque(number for number in self.again if not is_kind(number))
+        for number in taken:
+            self.suspects.pop(number, None)
+        return taken
+
+    def _count(self, key: GraphKey) -> None:
+        queue = self.fresh[key]
+        if queue:
+            self.waiting[key] = len(queue), self._shards[queue[0]].images
+        else:
+            del self.fresh[key]
+            self.waiting.pop(key, None)

@@ -1,0 +1,557 @@
+"""Whose fault a failure is: a row's, a card's, a node's, storage's, or the job's. The schedule alone, without Ray."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from world import World, let_it_end, shards, start
+
+from gaudi_batch.decisions import CheckStorage, Quarantine, ShardTask
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.schedule import MAX_FRUITLESS_NODES, Schedule
+
+REFUSED = ShardFailure("StorageError: read-only file system", healthy=False, storage=True)
+
+
+def settle(world: World) -> None:
+    """Carries out what needs no card: commits, recalls, starts."""
+    while not world.finished and (world.commits or world.recalls or world.starting):
+        if world.commits:
+            world.commit_first()
+        elif world.recalls:
+            world.answer_recall(True)
+        else:
+            world.ready(min(world.starting))
+
+
+def busy(world: World) -> list[int]:
+    return [card for card, hand in world.hands.items() if hand]
+
+
+def refuse(world: World, card: int) -> None:
+    task = world.hands[card].pop(0)
+    world.do(world.schedule.failed(task.attempt, REFUSED))
+
+
+# -- storage ----------------------------------------------------------------------------------------------------
+
+
+def test_storage_that_fails_every_card_of_one_node_costs_that_node_alone() -> None:
+    world = World(Schedule(shards(60), "a", 240))
+    start(world, 8, per_node=4)
+    for _ in range(1000):
+        settle(world)
+        world.do(world.schedule.storage_checked(None))
+        if world.finished:
+            break
+        bad = [card for card in busy(world) if card >= 4]
+        if bad:
+            refuse(world, bad[0])
+        else:
+            world.finish_first(busy(world)[0])
+    assert world.finished == [None]
+    assert world.quarantined == {4, 5, 6, 7}
+    assert world.checks > 0
+
+
+def test_storage_that_fails_on_every_node_ends_the_run() -> None:
+    world = World(Schedule(shards(20), "a", 80))
+    start(world, 4, per_node=2)
+    refuse(world, 0)
+    refuse(world, 1)
+    assert not world.finished, "one node is no two"
+    refuse(world, 2)
+    assert world.finished == [REFUSED.error]
+
+
+def test_two_nodes_for_which_storage_fails_stop_no_third() -> None:
+    world = World(Schedule(shards(20), "a", 80))
+    start(world, 3, per_node=1)
+    refuse(world, 0)
+    refuse(world, 1)
+    assert not world.finished
+    world.finish_first(2)
+    refuse(world, 2)
+    assert not world.finished, "it has stored a shard since"
+
+
+def test_storage_that_fails_for_the_driver_too_ends_the_run_on_one_node() -> None:
+    world = World(Schedule(shards(20), "a", 80))
+    start(world, 2, per_node=2)
+    refuse(world, 0)
+    refuse(world, 1)
+    assert world.checks == 1
+    world.do(world.schedule.storage_checked("can't write: read-only file system"))
+    assert world.finished == ["can't write: read-only file system"]
+
+
+def test_one_check_of_storage_is_enough_at_a_time() -> None:
+    schedule = Schedule(shards(20), "a", 80)
+    world = World(schedule)
+    start(world, 2, per_node=2)
+    for card in (0, 1):
+        refuse(world, card)
+    assert world.checks == 1
+    world.do(schedule.storage_checked(None))
+    settle(world)
+    refuse(world, 0)
+    assert world.checks == 2
+
+
+def test_what_storage_did_says_nothing_of_a_shard() -> None:
+    schedule = Schedule(shards(1), "a", 4)
+    world = World(schedule)
+    world.join(8, "good")
+    for number in range(8):
+        world.join(number, f"node {number}")
+        world.ready(number)
+        refuse(world, number)
+        assert not schedule.stuck
+    world.ready(8)
+    settle(world)
+    let_it_end(world, 99)
+    assert world.finished == [None]
+
+
+# -- nodes ------------------------------------------------------------------------------------------------------
+
+
+def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int], None], new: int, size: int) -> int:
+    """Plays a run in which a row takes something down when its batch begins; returns how often that was.
+
+    Args:
+        world: the run.
+        deadly: rows that do, with their shard.
+        act: what happens to a card that begins such a row.
+        new: the number of the next card that joins.
+        size: cards of a node.
+    """
+    disasters = 0
+    for _ in range(5000):
+        settle(world)
+        if world.finished:
+            break
+        if not world.hands and not world.starting:
+            for card in range(new, new + size):
+                world.join(card, f"node {card // size}")
+            new += size
+            continue
+        card = busy(world)[0]
+        task = world.hands[card][0]
+        rows = range(task.shard.start, task.shard.stop)
+        rest = [row for row in rows if row not in task.alone]
+        batches = [rest[i : i + 4] for i in range(0, len(rest), 4)] + [[row] for row in rows if row in task.alone]
+        for batch in batches:
+            if task.announce:
+                world.do(world.schedule.announced(task.attempt, batch))
+            if set(batch) & (deadly.keys() - task.condemned.keys()):
+                disasters += 1
+                act(world, card)
+                break
+        else:
+            world.finish_first(card, failed=len(task.condemned))
+    return disasters
+
+
+def test_a_row_that_takes_its_node_down_is_found_and_costs_four_nodes() -> None:
+    work = shards(12, rows=16)
+    world = World(Schedule(work, "a", 192), rows=16)
+    world.do(world.schedule.expect(True))
+    start(world, 4, per_node=4)
+    lost = play_killer(world, {70: 4}, World.lose_node, new=4, size=4)
+    assert world.finished == [None]
+    assert lost == 4
+    assert world.schedule.failed_rows == 1
+    assert not world.quarantined
+
+
+def test_a_shard_that_was_lost_with_two_nodes_runs_where_nothing_else_is_in_flight() -> None:
+    work = shards(40, rows=16)
+    schedule = Schedule(work, "a", 640)
+    world = World(schedule, rows=16)
+    world.do(schedule.expect(True))
+    start(world, 8, per_node=4)
+    suspect = world.hands[0][0].shard.number
+    for node in range(2, 4):
+        settle(world)
+        holder = next(card for card, hand in world.hands.items() if suspect in [task.shard.number for task in hand])
+        world.lose_node(holder)
+        for card in range(4 * node, 4 * node + 4):
+            world.join(card, f"node {node}")
+        settle(world)
+    for _ in range(200):
+        settle(world)
+        holders = [card for card, hand in world.hands.items() if suspect in [task.shard.number for task in hand]]
+        if holders:
+            break
+        world.finish_first(busy(world)[0])
+    (holder,) = holders
+    beside = [card for card, node in world.nodes.items() if node == world.nodes[holder] and world.hands.get(card)]
+    assert beside == [holder]
+    assert world.hands[holder][0].announce
+    others = [card for card in world.hands if world.nodes[card] != world.nodes[holder]]
+    assert all(world.hands[card] for card in others), "the other node works on"
+    world.finish_first(holder)
+    settle(world)
+    assert all(world.hands[card] for card in world.hands), "its node works again, too"
+
+
+def test_shards_that_are_lost_with_nodes_that_others_took_down_are_made() -> None:
+    work = shards(30, rows=16)
+    world = World(Schedule(work, "a", 480), rows=16)
+    world.do(world.schedule.expect(True))
+    start(world, 8, per_node=8)
+    lost = play_killer(world, {70: 4, 200: 12}, World.lose_node, new=8, size=8)
+    assert world.finished == [None]
+    assert lost <= 8
+    assert world.schedule.failed_rows == 2, "no neighbour was condemned"
+
+
+def test_nodes_that_go_down_while_their_cards_load_end_the_run() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    world.do(world.schedule.expect(True))
+    for node in range(100):
+        if world.finished:
+            break
+        for card in (2 * node, 2 * node + 1):
+            world.join(card, f"node {node}")
+        world.lose_node(2 * node)
+        if not world.finished:
+            world.do(world.schedule.expect(True))
+    assert node <= MAX_FRUITLESS_NODES
+    assert world.finished == [
+        f"{MAX_FRUITLESS_NODES} nodes in a row were lost before a card of theirs had made anything"
+    ]
+
+
+def test_many_nodes_that_are_lost_at_once_are_one_loss() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    world.do(world.schedule.expect(True))
+    start(world, 50, per_node=1)
+    for card in range(50):
+        world.leave(card)
+    assert not world.finished
+    let_it_end(world, 99)
+    assert world.finished == [None]
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cards", [1, 2, 5])
+def test_reading_that_kills_is_found_within_four_deaths_and_costs_no_other_row(cards: int) -> None:
+    """The first is that of a shard behind which it was read.
+
+    Shard 3 has rows 48 to 63; in row group 1, rows 56 to 63, nothing from row 60 on can be decoded.
+    """
+    work = shards(12, rows=16)
+    world = World(Schedule(work, "a", 192), rows=16)
+    start(world, cards)
+    deaths = 0
+    for _ in range(1000):
+        settle(world)
+        if world.finished:
+            break
+        # The card reads what it has in hand before it makes the first of it.
+        reader = next((c for c, hand in world.hands.items() if 3 in [task.shard.number for task in hand]), None)
+        card = busy(world)[0] if reader is None else reader
+        task = next((t for t in world.hands[card] if t.shard.number == 3), world.hands[card][0])
+        if task.shard.number == 3:
+            if not read(world, task):
+                deaths += 1
+                world.die(card)
+                continue
+            assert task is world.hands[card][0]
+            world.finish_first(card, undecoded=len(task.unreadable))
+        else:
+            world.finish_first(card)
+    assert world.finished == [None]
+    assert deaths <= 4
+    assert world.schedule.failed_rows == 4
+    assert not world.quarantined
+
+
+def read(world: World, task: ShardTask) -> bool:
+    """Reads shard 3 as a card does; returns whether it lives."""
+    for group, rows in ((0, range(48, 56)), (1, range(56, 64))):
+        pieces = [range(row, rows.stop) for row in rows] if group in task.by_row else [rows]
+        for piece in pieces:
+            if piece.start in task.unreadable:
+                break
+            if task.announce:
+                reading = Reading(group, piece, group in task.by_row)
+                world.do(world.schedule.reading(task.attempt, reading))
+            if group == 1 and (len(pieces) == 1 or piece.start >= 60):
+                return False
+    return True
+
+
+def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> None:
+    """Its card died while another shard was ahead of it; the row that kills it is condemned at its own third death."""
+    work = shards(3, rows=8)
+    schedule = Schedule(work, "a", 24)
+    world = World(schedule, rows=8)
+    world.join(0)
+    world.ready(0)
+    queued = world.hands[0][1].shard
+    world.die(0)
+    deaths = 0
+    for _ in range(100):
+        settle(world)
+        if world.finished:
+            break
+        (card,) = busy(world)
+        task = world.hands[card][0]
+        if task.shard is not queued or queued.start in task.condemned:
+            world.finish_first(card, failed=len(task.condemned))
+            continue
+        assert task.announce
+        rows = [queued.start] if queued.start in task.alone else range(queued.start, queued.stop)
+        world.do(schedule.announced(task.attempt, []))
+        world.do(schedule.announced(task.attempt, rows))
+        deaths += 1
+        world.die(card)
+    assert world.finished == [None]
+    assert deaths == 3
+
+
+def test_a_card_is_not_blamed_for_a_death_that_a_queued_shard_explains() -> None:
+    """Shards whose reading kills are queued behind healthy ones, which are made elsewhere afterwards."""
+    work = shards(120)
+    world = World(Schedule(work, "a", 480))
+    start(world, 3)
+    killers = {task.shard.number for hand in world.hands.values() for task in hand[1:]} | {20, 40, 60, 80, 100}
+    for _ in range(2000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        deadly = [t for t in world.hands[card] if t.shard.number in killers and not t.unreadable]
+        if deadly:
+            if deadly[0].announce:
+                rows = range(deadly[0].shard.start, deadly[0].shard.stop)
+                reading = Reading(0, rows, by_row=0 in deadly[0].by_row)
+                world.do(world.schedule.reading(deadly[0].attempt, reading))
+            world.die(card)
+        else:
+            world.finish_first(card, undecoded=len(world.hands[card][0].unreadable))
+    assert world.finished == [None]
+    assert not world.quarantined
+    assert world.schedule.failed_rows == 4 * len(killers)
+
+
+# -- time limits ------------------------------------------------------------------------------------------------
+
+
+LARGE = Bucket(1024, 1024, 50, 7.5)
+
+
+def test_a_kind_of_batch_that_no_card_makes_in_time_is_the_job_s_mistake() -> None:
+    work = [
+        Shard(number, 0, 4 * number, 4 * number + 4, LARGE if number % 5 == 4 else Bucket(64, 64, 20, 7.5), 4, 4)
+        for number in range(40)
+    ]
+    world = World(Schedule(work, "a", 160))
+    start(world, 4)
+    slow = SlowBatch(LARGE.batch_kind, "60 s (limits.first_batch)")
+    kills = 0
+    for _ in range(1000):
+        settle(world)
+        if world.finished:
+            break
+        ahead = {card: world.hands[card][0].shard.bucket for card in busy(world)}
+        card = next((card for card, bucket in ahead.items() if bucket != LARGE), None)
+        if card is not None:
+            world.finish_first(card)
+            continue
+        card = next(iter(ahead))
+        task = world.hands[card][0]
+        if task.announce:
+            world.do(world.schedule.announced(task.attempt, []))
+        kills += 1
+        world.hands.pop(card)
+        world.do(world.schedule.died(card, "its batch took longer than 60 s (limits.first_batch)", slow))
+    assert len(world.committed) == 32, "the others go on"
+    assert world.schedule.failed_rows == 0
+    assert not world.quarantined
+    assert kills <= 2 + 4, "those that had begun one by then"
+    (reason,) = world.finished
+    assert reason == (
+        "batches of 1024x1024, 50 steps take longer than 60 s (limits.first_batch); 8 shards are not made"
+    )
+
+
+def test_one_card_that_hangs_says_nothing_of_a_kind_of_batch() -> None:
+    work = shards(20)
+    schedule = Schedule(work, "a", 80)
+    world = World(schedule)
+    start(world, 3)
+    world.finish_first(0)
+    kind = world.hands[0][0].shard.bucket.batch_kind
+    for _ in range(2):
+        world.hands.pop(0)
+        world.do(schedule.died(0, "hung", SlowBatch(kind, "60 s (limits.first_batch)")))
+        settle(world)
+        while not world.hands[0]:
+            world.finish_first(busy(world)[0])
+            settle(world)
+    assert not schedule.stuck
+    world.hands.pop(1)
+    world.do(schedule.died(1, "hung", SlowBatch(kind, "60 s (limits.first_batch)")))
+    assert not schedule.stuck, "a card that has made nothing can't tell"
+
+
+# -- images that come out wrong ---------------------------------------------------------------------------------
+
+
+def test_a_row_that_one_card_doubts_and_another_makes_is_made() -> None:
+    world = World(Schedule(shards(6), "a", 24))
+    start(world, 2)
+    shard = world.hands[0][0].shard
+    world.finish_first(0, failed=1, doubted={shard.start: "black"})
+    assert not world.commits, "its record waits"
+    while not world.hands[1][0].confirm:
+        world.finish_first(1)
+        settle(world)
+    assert world.hands[1][0].shard is shard
+    assert world.hands[1][0].confirm == {shard.start}
+    world.finish_first(1)  # it makes the row
+    assert not any(number == shard.number for number, _ in world.commits)
+    let_it_end(world, 9)
+    assert world.finished == [None]
+    assert world.schedule.failed_rows == 0
+    assert not world.held, "the first record is dropped"
+
+
+def test_a_row_that_two_cards_make_wrong_fails_and_its_shard_is_not_made_again() -> None:
+    world = World(Schedule(shards(6), "a", 24))
+    start(world, 2)
+    shard = world.hands[0][0].shard
+    attempt = world.hands[0][0].attempt
+    world.finish_first(0, failed=1, doubted={shard.start: "black"})
+    while not world.hands[1][0].confirm:
+        world.finish_first(1)
+        settle(world)
+    world.finish_first(1, failed=1)
+    assert (shard.number, attempt) in world.commits
+    let_it_end(world, 9)
+    assert world.schedule.failed_rows == 1
+    assert not world.quarantined
+
+
+def test_where_no_other_card_can_be_had_the_same_one_has_a_second_try() -> None:
+    world = World(Schedule(shards(1), "a", 4))
+    start(world, 1)
+    start_row = world.hands[0][0].shard.start
+    world.finish_first(0, failed=1, doubted={start_row: "black"})
+    assert world.hands[0][0].confirm == {start_row}
+    world.finish_first(0, failed=1)
+    settle(world)
+    assert world.finished == [None]
+    assert world.schedule.failed_rows == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_card_that_now_and_then_paints_wrong_is_quarantined_and_costs_no_row(seed: int) -> None:
+    """2 % of its images are wrong, each time anew; the others make none wrong."""
+    rng = random.Random(seed)
+    work = shards(400, rows=16)
+    world = World(Schedule(work, "a", 6400), rows=16)
+    start(world, 8)
+    for _ in range(10_000):
+        settle(world)
+        if world.finished:
+            break
+        card = rng.choice(busy(world))
+        task = world.hands[card][0]
+        wrong = [row for row in range(task.shard.start, task.shard.stop) if card == 3 and rng.random() < 0.02]
+        twice = {row: "black" for row in wrong if rng.random() < 0.02}
+        if task.confirm:
+            world.finish_first(card)
+        else:
+            world.finish_first(card, failed=len(twice), doubted=twice, transient_failures=len(wrong) - len(twice))
+    assert world.finished == [None]
+    assert world.schedule.failed_rows == 0
+    assert world.quarantined == {3}
+
+
+def test_cards_that_all_paint_wrong_as_often_are_not_quarantined() -> None:
+    """It is the model, then."""
+    rng = random.Random(0)
+    world = World(Schedule(shards(400, rows=16), "a", 6400), rows=16)
+    start(world, 8)
+    while not world.finished:
+        settle(world)
+        if world.finished:
+            break
+        wrong = sum(rng.random() < 0.02 for _ in range(16))
+        world.finish_first(rng.choice(busy(world)), transient_failures=wrong)
+    assert not world.quarantined
+
+
+# -- rows that can't be decoded, and rows that can't be run -----------------------------------------------------
+
+
+def test_a_row_group_that_one_card_can_t_decode_is_tried_by_another() -> None:
+    world = World(Schedule(shards(6), "a", 24))
+    start(world, 2)
+    task = world.hands[0].pop(0)
+    world.do(world.schedule.failed(task.attempt, ShardFailure("can't be decoded", undecoded={0: "malloc failed"})))
+    while world.hands[1][0].shard is not task.shard:
+        world.finish_first(1)
+        settle(world)
+    second = world.hands[1][0]
+    assert second.undecoded == {0: "malloc failed"}
+    let_it_end(world, 9)
+    assert world.schedule.failed_rows == 0
+
+
+@pytest.mark.parametrize(("undecoded", "blamed"), [(4, False), (0, True)])
+def test_a_card_is_blamed_for_what_it_can_t_decode_only_if_others_can(undecoded: int, blamed: bool) -> None:
+    world = World(Schedule(shards(60), "a", 240))
+    start(world, 3)
+    for _ in range(1000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        task = world.hands[card][0]
+        if card == 0 and not task.undecoded and task.shard.number % 4 == 0:
+            world.hands[card].pop(0)
+            failure = ShardFailure("can't be decoded", undecoded={0: "corrupt"})
+            world.do(world.schedule.failed(task.attempt, failure))
+        else:
+            world.finish_first(card, undecoded=undecoded if task.undecoded else 0)
+    assert world.finished == [None]
+    assert world.quarantined == ({0} if blamed else set())
+
+
+def test_rows_that_never_reach_a_pipeline_do_not_say_that_the_job_is_wrong() -> None:
+    work = shards(40, rows=256)
+    world = World(Schedule(work, "a", 40 * 256), rows=256)
+    start(world, 2)
+    first = world.hands[0].pop(0)
+    world.held[first.attempt] = first.shard.number
+    world.do(world.schedule.done(first.attempt, ShardOutcome(256, failed_rows=256, raised_rows=0)))
+    let_it_end(world, 9)
+    assert world.finished == [None]
+
+
+def test_a_card_that_is_moved_to_another_node_begins_with_a_clean_record() -> None:
+    schedule = Schedule(shards(4), "a", 16)
+    schedule.starting(0, "first")
+    schedule.broken(0, "no such module")
+    schedule.ready(0, "second")
+    decisions = schedule.broken(0, "out of memory")
+    assert not any(isinstance(decision, Quarantine) for decision in decisions)
+
+
+def test_the_check_of_storage_names_the_shard() -> None:
+    schedule = Schedule(shards(4), "a", 16)
+    schedule.starting(0, "first")
+    (assign, *_) = schedule.ready(0)
+    decisions = schedule.failed(assign.task.attempt, REFUSED)
+    assert [d for d in decisions if isinstance(d, CheckStorage)] == [CheckStorage(assign.task.shard)]

@@ -1,0 +1,190 @@
+"""The driver and the cards of a run, played without Ray: they carry out what the schedule decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gaudi_batch.cards import QUEUE
+from gaudi_batch.decisions import (
+    Assign,
+    CheckStorage,
+    Commit,
+    Decision,
+    Discard,
+    Finish,
+    Quarantine,
+    Recall,
+    Release,
+    Replace,
+    ShardTask,
+)
+from gaudi_batch.events import ShardFailure, ShardOutcome
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.schedule import Schedule
+
+BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
+
+
+def shards(count: int, rows: int = 4, buckets: int = 1) -> list[Shard]:
+    return [
+        Shard(number, 0, number * rows, (number + 1) * rows, BUCKETS[number % buckets], rows, rows)
+        for number in range(count)
+    ]
+
+
+@dataclass
+class World:
+    """Cards that obey, and a record of all that the schedule must not do."""
+
+    schedule: Schedule
+    rows: int = 4
+    hands: dict[int, list[ShardTask]] = field(default_factory=dict)
+    nodes: dict[int, str] = field(default_factory=dict)
+    starting: set[int] = field(default_factory=set)
+    quarantined: set[int] = field(default_factory=set)
+    leaving: set[int] = field(default_factory=set)
+    recalls: list[Recall] = field(default_factory=list)
+    commits: list[tuple[int, str]] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)
+    checks: int = 0
+    old: list[ShardTask] = field(default_factory=list)
+    committed: set[int] = field(default_factory=set)
+    assigned_to: dict[int, list[int]] = field(default_factory=dict)
+    finished: list[str | None] = field(default_factory=list)
+    captured: set[tuple[int, object]] = field(default_factory=set)
+
+    def do(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            assert not self.finished, f"{decision} after the end"
+            if isinstance(decision, Assign):
+                task = decision.task
+                number = task.shard.number
+                assert number not in self.committed
+                assert number not in [shard for shard, _ in self.commits]
+                assert all(a.shard.number != number for hand in self.hands.values() for a in hand), "in two hands"
+                assert decision.card not in self.leaving
+                assert not self.hands[decision.card] or not task.announce, "a suspect shard behind another"
+                assert not any(task.announce for task in self.hands[decision.card]), "a shard behind a suspect one"
+                self.hands[decision.card].append(task)
+                assert len(self.hands[decision.card]) <= QUEUE
+                self.assigned_to.setdefault(number, []).append(decision.card)
+            elif isinstance(decision, Recall):
+                self.recalls.append(decision)
+            elif isinstance(decision, Commit):
+                assert decision.shard not in self.committed
+                assert self.held.pop(decision.attempt) == decision.shard
+                self.commits.append((decision.shard, decision.attempt))
+            elif isinstance(decision, Discard):
+                del self.held[decision.attempt]
+            elif isinstance(decision, CheckStorage):
+                self.checks += 1
+            elif isinstance(decision, Replace):
+                self.old += self.hands.pop(decision.card, [])
+                self.starting.add(decision.card)
+            elif isinstance(decision, Quarantine):
+                self.old += self.hands.pop(decision.card, [])
+                self.quarantined.add(decision.card)
+            elif isinstance(decision, Release):
+                assert decision.card in self.leaving
+                assert not self.hands.pop(decision.card, [])
+                self.starting.discard(decision.card)
+            elif isinstance(decision, Finish):
+                self.finished.append(decision.reason)
+
+    def join(self, card: int, node: str = "") -> None:
+        self.nodes[card] = node or f"node of {card}"
+        self.do(self.schedule.starting(card, self.nodes[card]))
+        self.starting.add(card)
+
+    def ready(self, card: int) -> None:
+        self.starting.discard(card)
+        self.hands[card] = []
+        self.do(self.schedule.ready(card))
+
+    def die(self, card: int, error: str = "killed") -> None:
+        self.starting.discard(card)
+        self.old += self.hands.pop(card, [])
+        self.do(self.schedule.died(card, error))
+
+    def break_down(self, card: int, error: str = "out of device memory") -> None:
+        self.starting.discard(card)
+        self.old += self.hands.pop(card, [])
+        self.do(self.schedule.broken(card, error))
+
+    def leave(self, card: int) -> None:
+        self.starting.discard(card)
+        self.old += self.hands.pop(card, [])
+        self.do(self.schedule.gone(card))
+
+    def lose_node(self, card: int) -> None:
+        """All cards of its node are gone at once."""
+        for number, node in self.nodes.items():
+            if node == self.nodes[card] and (number in self.hands or number in self.starting):
+                self.leave(number)
+
+    def take_leave(self, card: int) -> None:
+        self.leaving.add(card)
+        self.do(self.schedule.leaving(card))
+
+    def finish_first(self, card: int, failed: int = 0, undecoded: int = 0, **outcome: Any) -> None:
+        task = self.hands[card].pop(0)
+        if task.confirm:
+            self.do(self.schedule.confirmed(task.attempt, dict.fromkeys(task.confirm, "wrong") if failed else {}))
+            return
+        graph = (card, task.shard.bucket.graph_key)
+        seconds = 1.0 if graph in self.captured else 50.0
+        self.captured.add(graph)
+        self.held[task.attempt] = task.shard.number
+        rows = failed + undecoded
+        self.do(self.schedule.done(task.attempt, ShardOutcome(self.rows, rows, failed, undecoded, seconds, **outcome)))
+
+    def fail_first(self, card: int, accused: bool, healthy: bool) -> None:
+        task = self.hands[card].pop(0)
+        rows = {task.shard.start: "boom"} if accused else {}
+        self.do(self.schedule.failed(task.attempt, ShardFailure("boom", rows, healthy=healthy)))
+
+    def commit_first(self) -> None:
+        shard, _ = self.commits.pop(0)
+        self.committed.add(shard)
+        self.do(self.schedule.committed(shard))
+
+    def answer_recall(self, give_back: bool) -> None:
+        recall = self.recalls.pop(0)
+        hand = self.hands.get(recall.card, [])
+        mine = [task for task in hand if task.attempt == recall.attempt]
+        # A card that is working on a shard already keeps it.
+        given = bool(mine) and give_back and mine[0] is not hand[0]
+        if given:
+            hand.remove(mine[0])
+        if mine:
+            self.do(self.schedule.recalled(recall.attempt, given))
+
+
+def let_it_end(world: World, new_card: int) -> None:
+    """From here on nothing goes wrong; the run has to end within a bounded number of events."""
+    if not world.finished and not world.hands.keys() - world.leaving and not world.starting:
+        world.join(new_card)
+    world.do(world.schedule.expect(False))
+    for _ in range(10_000):
+        if world.finished:
+            return
+        if world.commits:
+            world.commit_first()
+        elif world.recalls:
+            world.answer_recall(True)
+        elif world.starting:
+            world.ready(next(iter(world.starting)))
+        else:
+            busy = [card for card, hand in world.hands.items() if hand]
+            assert busy, "nothing happens any more and the run has not ended"
+            world.finish_first(busy[0])
+    raise AssertionError("the run does not end")
+
+
+def start(world: World, cards: int, per_node: int | None = None) -> None:
+    """So many cards are ready, on one node or on several."""
+    for card in range(cards):
+        world.join(card, f"node {card // per_node}" if per_node else "")
+    for card in range(cards):
+        world.ready(card)
