@@ -36,7 +36,7 @@ from gaudi_batch.outputs.files import FilesOutput
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
 from gaudi_batch.plan import Bucket, GraphKey
-from gaudi_batch.prompts import GroupUndecoded, PromptsChanged
+from gaudi_batch.prompts import GroupUndecoded
 from gaudi_batch.rows import PromptRow
 from gaudi_batch.throughput import BatchLine, Sums
 
@@ -359,7 +359,6 @@ def _failure(error: Exception) -> ShardFailure:
         undecoded={error.group: str(error)} if isinstance(error, GroupUndecoded) else {},
         healthy=not storage,
         storage=storage,
-        hopeless=isinstance(error, PromptsChanged),
     )
 
 

@@ -131,6 +131,9 @@ class SimulatedConfig(_Section):
     kill_rows: tuple[int, ...] = ()
     """Rows that kill the card's process."""
 
+    kill_node_rows: tuple[int, ...] = ()
+    """Rows that end the card's node: Ray's own process there is killed."""
+
     hang_rows: tuple[int, ...] = ()
     """Rows for which the pipeline never returns."""
 

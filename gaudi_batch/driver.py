@@ -474,6 +474,7 @@ class Driver:
         def check() -> None:
             output.once().put(probe, bytes(PROBE_BYTES))
             output.once().remove(probe)
+            prompts.require_unchanged(shard.file, storage=prompts.storage.once())
             prompts.storage.once().get_range(prompts.files[shard.file].name, 0, 4)
 
         try:

@@ -52,9 +52,7 @@ class ShardFailure:
     healthy: bool = True
     """Whether the card has made anything since; a card that has not is replaced."""
     storage: bool = False
-    """Whether it was storage that failed."""
-    hopeless: bool = False
-    """Whether no card could make it: the prompts are no longer those that were planned."""
+    """Whether it was storage that failed, or did not have the prompts that were planned."""
 
 
 @dataclass(frozen=True)

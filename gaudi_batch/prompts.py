@@ -170,8 +170,7 @@ class PromptDataset:
                 rows += found
                 carried.append(table)
             first += count
-        if len(rows) != shard.rows or not self._is_unchanged(shard.file):
-            raise PromptsChanged(f"prompts file {self.files[shard.file].name!r} is not what it was when it was planned")
+        self.require_unchanged(shard.file, len(rows) == shard.rows)
         return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
 
     def _read_piece(
@@ -251,11 +250,22 @@ class PromptDataset:
             self._group = ((file, group), table)
         return self._group[1]
 
-    def _is_unchanged(self, file: int) -> bool:
-        """Whether a file still is what its identity says, as far as the store tells without its being read."""
+    def require_unchanged(self, file: int, fits: bool = True, storage: Storage | None = None) -> None:
+        """Makes sure that a file still is what its identity says, as far as the store tells without its being read.
+
+        Args:
+            file: which one.
+            fits: whether what was read of it fits the plan.
+            storage: how to get at it, if not as usual.
+
+        Raises:
+            PromptsChanged: it is not.
+            StorageError: the store failed.
+        """
         identity, name = self.files[file].identity, self.files[file].name
-        info = self.storage.info(name)
-        return identity.startswith(_size(info)) and identity.endswith(_version(info))
+        info = (storage or self.storage).info(name)
+        if not (fits and identity.startswith(_size(info)) and identity.endswith(_version(info))):
+            raise PromptsChanged(f"prompts file {name!r} is not what it was when it was planned")
 
     def _group_sizes(self, file: int) -> list[int]:
         try:

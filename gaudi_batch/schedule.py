@@ -246,8 +246,6 @@ class Schedule:
         if attempt not in self._work.attempts:
             return []
         live = self._work.release(attempt)
-        if failure.hopeless:
-            return self._end(failure.error)
         card = live.card
         trouble = self._work.troubles.setdefault(live.shard, Trouble())
         trouble.raised(card.number, failure)

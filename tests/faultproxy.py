@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import re
+import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 KINDS = ("500", "503", "reset", "lost answer", "cut", "stall")
@@ -22,7 +25,7 @@ class Fault:
 
     Args:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
-            afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
+            afterwards; `kill client` ends the process that asks, if that is a card; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
             `deaf` does not even read its body.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
@@ -30,6 +33,7 @@ class Fault:
         every: only each so many-th of them.
         when: whether it is time yet.
         code: S3's code of the error, for a status.
+        first_byte: where the range of a read must begin.
     """
 
     kind: str
@@ -40,6 +44,7 @@ class Fault:
     when: Callable[[], bool] = lambda: True
     code: str = "InternalError"
     message: str = "Made by the proxy."
+    first_byte: range | None = None
     hits: int = 0
     seen: int = 0
 
@@ -81,13 +86,15 @@ class FaultProxy(ThreadingHTTPServer):
         with self._lock:
             return sum(bool(re.search(pattern, request)) for request in self.requests)
 
-    def fault_of(self, method: str, path: str) -> Fault | None:
+    def fault_of(self, method: str, path: str, first_byte: int = -1) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
             for fault in self._faults:
                 if fault.count is not None and fault.hits >= fault.count:
                     continue
                 if not (re.search(fault.method, method) and re.search(fault.path, path) and fault.when()):
+                    continue
+                if fault.first_byte is not None and first_byte not in fault.first_byte:
                     continue
                 fault.seen += 1
                 if fault.seen % fault.every == 0:
@@ -104,15 +111,18 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultProxy
 
     def do_GET(self) -> None:
-        fault = self.server.fault_of(self.command, self.path)
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        fault = self.server.fault_of(self.command, self.path, int(asked[1]) if asked else -1)
         kind = fault.kind if fault else ""
+        if kind == "kill client" and not kill_card_at(self.client_address[1]):
+            kind = ""
         if kind == "deaf":
             self._stall()
             return
         body = self._body()
         if kind == "stall":
             self._stall()
-        elif kind == "reset":
+        elif kind in ("reset", "kill client"):
             self._reset()
         elif fault and kind.isdigit():
             self._answer(int(kind), "", [("Content-Type", "application/xml")], _xml(fault))
@@ -180,6 +190,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
+
+
+def kill_card_at(port: int) -> bool:
+    """Kills the card's process that is connected from a port of this machine; returns whether there is one."""
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{line[9]}]" for line in table if int(line[1].rpartition(":")[2], 16) == port}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if not process.joinpath("cmdline").read_bytes().startswith(b"ray::Card"):
+                continue
+            if any(str(link.readlink()) in sockets for link in process.joinpath("fd").iterdir()):
+                os.kill(int(process.name), signal.SIGKILL)
+                return True
+    return False
 
 
 def _xml(fault: Fault) -> bytes:

@@ -44,6 +44,9 @@ class SimulatedPipeline:
         rows = {item.row for item in items}
         if rows.intersection(self._config.kill_rows):
             os.kill(os.getpid(), signal.SIGKILL)
+        if rows.intersection(self._config.kill_node_rows):
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(float(2**31))
         if rows.intersection(self._config.hang_rows):
             time.sleep(float(2**31))
         if self._module in self._config.broken_modules:

@@ -1,0 +1,217 @@
+"""What the schedule costs: simulated clusters of up to 10,000 cards, with slow cards and deaths among them.
+
+    python benchmarks/schedule.py            # all cases
+    python benchmarks/schedule.py --cards 1000 --keys 16
+
+Cards are played on a simulated clock; what is measured is the time inside the schedule, for each event that it is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace, ShardTask
+from gaudi_batch.events import ShardOutcome
+from gaudi_batch.plan import Bucket, GraphKey, Shard
+from gaudi_batch.schedule import Schedule
+
+CASES = [(256, 1, 10), (256, 6, 10), (1000, 16, 20), (10_000, 1, 10), (10_000, 6, 10)]
+"""Cards, graph keys, and shards a card."""
+SHARD_SECONDS = 30.0
+CAPTURE_SECONDS = 60.0
+START_SECONDS = 20.0
+SLOW_SHARE, SLOW_FACTOR = 0.01, 3.0
+DEATHS_PER_CARD_HOUR = 0.5
+CARDS_OF_A_NODE = 8
+COMMIT_SECONDS = 0.05
+RECALL_SECONDS = 0.01
+
+
+@dataclass
+class _Card:
+    number: int
+    slow: bool
+    process: int = 0  # grows with each replacement, so that news of an old one is known
+    hand: list[ShardTask] = field(default_factory=list)
+    graphs: set[GraphKey] = field(default_factory=set)
+    working: bool = False
+
+
+class Simulation:
+    """A run on simulated cards.
+
+    Args:
+        cards: how many.
+        keys: graph keys, over which the shards are spread evenly, in random order.
+        shards: how many for each card.
+        seed: of all that is drawn.
+        deaths: whether processes die now and then.
+        watch: called around each call of the schedule, and returns what that returns.
+    """
+
+    def __init__(
+        self,
+        cards: int,
+        keys: int,
+        shards: int,
+        seed: int = 0,
+        deaths: bool = True,
+        watch: Callable[[Callable[[], list[Decision]]], list[Decision]] = lambda call: call(),
+    ) -> None:
+        self.rng = random.Random(seed)
+        buckets = [Bucket(64 * (1 + key), 64, 20, 7.5) for key in range(keys)]
+        order = [buckets[number % keys] for number in range(cards * shards)]
+        self.rng.shuffle(order)
+        plan = [Shard(number, 0, 8 * number, 8 * number + 8, bucket, 8, 8) for number, bucket in enumerate(order)]
+        self.schedule = Schedule(plan, "a", 8 * len(plan))
+        self.cards = [_Card(number, self.rng.random() < SLOW_SHARE) for number in range(cards)]
+        self.deaths = deaths
+        self.events = 0
+        self.captures = 0
+        self.dead = 0
+        self.quarantined = 0
+        self.reason: str | None = "it never ended"
+        self._watch = watch
+        self._now = 0.0
+        self._tie = itertools.count()
+        self._queue: list[tuple[float, int, Callable[..., list[Decision]], tuple[Any, ...]]] = []
+
+    @property
+    def ideal(self) -> float:
+        """Seconds that the run would take if work could be cut at will, without captures and deaths."""
+        speed = sum(1 / SLOW_FACTOR if card.slow else 1.0 for card in self.cards)
+        return len(self.schedule.shards) * SHARD_SECONDS / speed
+
+    def run(self) -> float:
+        """Plays it to its end; returns its simulated seconds."""
+        for card in self.cards:
+            self._do(self.schedule.starting, card.number, f"node {card.number // CARDS_OF_A_NODE}")
+            self._later(START_SECONDS * self.rng.uniform(0.5, 1.5), self._ready, card, card.process)
+        if self.deaths:
+            self._later(self._next_death(), self._die)
+        while self._queue and not self.schedule.finished:
+            self._now, _, happen, arguments = heapq.heappop(self._queue)
+            happen(*arguments)
+        return self._now
+
+    def _next_death(self) -> float:
+        return self.rng.expovariate(DEATHS_PER_CARD_HOUR * len(self.cards) / 3600)
+
+    def _later(self, seconds: float, happen: Callable[..., Any], *arguments: Any) -> None:
+        heapq.heappush(self._queue, (self._now + seconds, next(self._tie), happen, arguments))
+
+    def _do(self, event: Callable[..., list[Decision]], *arguments: Any) -> None:
+        self.events += 1
+        for decision in self._watch(lambda: event(*arguments)):
+            if isinstance(decision, Assign):
+                card = self.cards[decision.card]
+                card.hand.append(decision.task)
+                self._work(card)
+            elif isinstance(decision, Recall):
+                self._later(RECALL_SECONDS, self._answer, decision)
+            elif isinstance(decision, Commit):
+                self._later(COMMIT_SECONDS, self._do, self.schedule.committed, decision.shard)
+            elif isinstance(decision, Replace):
+                self._restart(self.cards[decision.card])
+            elif isinstance(decision, Finish):
+                self.reason = decision.reason
+            elif isinstance(decision, Quarantine):
+                self.quarantined += 1
+                self._stop(self.cards[decision.card])
+
+    def _ready(self, card: _Card, process: int) -> None:
+        if card.process == process:
+            self._do(self.schedule.ready, card.number)
+
+    def _work(self, card: _Card) -> None:
+        if card.working or not card.hand:
+            return
+        card.working = True
+        task = card.hand[0]
+        seconds = SHARD_SECONDS * self.rng.uniform(0.95, 1.05) * (SLOW_FACTOR if card.slow else 1.0)
+        if task.shard.bucket.graph_key not in card.graphs:
+            card.graphs.add(task.shard.bucket.graph_key)
+            self.captures += 1
+            seconds += CAPTURE_SECONDS
+        self._later(seconds, self._done, card, card.process, task, seconds)
+
+    def _done(self, card: _Card, process: int, task: ShardTask, seconds: float) -> None:
+        if card.process != process:
+            return
+        card.hand.remove(task)
+        card.working = False
+        self._work(card)
+        self._do(self.schedule.done, task.attempt, ShardOutcome(8, 0, 0, seconds=seconds))
+
+    def _answer(self, recall: Recall) -> None:
+        hand = self.cards[recall.card].hand
+        given = [task for task in hand[1:] if task.attempt == recall.attempt]
+        if any(task.attempt == recall.attempt for task in hand):
+            for task in given:
+                hand.remove(task)
+            self._do(self.schedule.recalled, recall.attempt, bool(given))
+
+    def _die(self) -> None:
+        self._later(self._next_death(), self._die)
+        card = self.rng.choice(self.cards)
+        if card.hand:
+            self.dead += 1
+            self._do(self.schedule.died, card.number, "killed")
+
+    def _restart(self, card: _Card) -> None:
+        self._stop(card)
+        self._later(START_SECONDS, self._ready, card, card.process)
+
+    def _stop(self, card: _Card) -> None:
+        card.process += 1
+        card.hand.clear()
+        card.graphs.clear()
+        card.working = False
+
+
+def measure(cards: int, keys: int, shards: int) -> str:
+    """One case, as a line."""
+    inside = longest = 0.0
+
+    def watch(call: Callable[[], list[Decision]]) -> list[Decision]:
+        nonlocal inside, longest
+        started = time.perf_counter()
+        decisions = call()
+        took = time.perf_counter() - started
+        inside, longest = inside + took, max(longest, took)
+        return decisions
+
+    simulation = Simulation(cards, keys, shards, watch=watch)
+    seconds = simulation.run()
+    assert simulation.reason is None, simulation.reason
+    return (
+        f"{cards:6d} cards  {keys:2d} keys  {len(simulation.schedule.shards):7d} shards  {simulation.dead:4d} deaths  {simulation.quarantined} quarantined  "
+        f"{1e6 * inside / simulation.events:7.1f} us an event  {1e3 * longest:7.1f} ms the longest  "
+        f"{simulation.captures:6d} captures  {seconds / simulation.ideal:.3f} of ideal"
+    )
+
+
+def main() -> None:
+    """Measures the cases that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cards", type=int)
+    parser.add_argument("--keys", type=int, default=1)
+    parser.add_argument("--shards", type=int, default=10, help="for each card")
+    arguments = parser.parse_args()
+    cases = [(arguments.cards, arguments.keys, arguments.shards)] if arguments.cards else CASES
+    for case in cases:
+        print(measure(*case), flush=True)
+
+
+if __name__ == "__main__":
+    main()
