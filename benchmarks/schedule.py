@@ -195,7 +195,8 @@ def measure(cards: int, keys: int, shards: int) -> str:
     seconds = simulation.run()
     assert simulation.reason is None, simulation.reason
     return (
-        f"{cards:6d} cards  {keys:2d} keys  {len(simulation.schedule.shards):7d} shards  {simulation.dead:4d} deaths  {simulation.quarantined} quarantined  "
+        f"{cards:6d} cards  {keys:2d} keys  {len(simulation.schedule.shards):7d} shards  {simulation.dead:4d} deaths  "
+        f"{simulation.quarantined} quarantined  "
         f"{1e6 * inside / simulation.events:7.1f} us an event  {1e3 * longest:7.1f} ms the longest  "
         f"{simulation.captures:6d} captures  {seconds / simulation.ideal:.3f} of ideal"
     )

@@ -25,8 +25,8 @@ class Fault:
 
     Args:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
-            afterwards; `kill client` ends the process that asks, if that is a card; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
-            `deaf` does not even read its body.
+            afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
+            `deaf` does not even read its body; `kill client` ends the process that asks, if that is a card.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
         count: how many requests; None is all.

@@ -74,6 +74,8 @@ class RayNode:
     def kill(self) -> None:
         """Ends it with SIGKILL and all that runs on it, as when a machine loses its power."""
         assert self.process is not None
+        if self.process.poll() is not None:
+            return
         for pid in reversed(descendants(self.process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

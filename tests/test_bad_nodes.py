@@ -43,7 +43,6 @@ def nodes(head: RayCluster) -> Iterator[RayCluster]:
     yield head
     for node in head.nodes[before:]:
         node.kill()
-    del head.nodes[before:]
     until = time.monotonic() + 60
     while len(head.alive()) > 1:
         assert time.monotonic() < until

@@ -7,14 +7,17 @@ any time, late news of the dead among it.
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import World, let_it_end, shards, start
 
+from benchmarks.schedule import Simulation
 from gaudi_batch.cards import QUEUE, CardState
-from gaudi_batch.decisions import Assign, Release, ShardTask
+from gaudi_batch.decisions import Assign, Decision, Release, ShardTask
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, Schedule
 
@@ -417,3 +420,31 @@ def test_ten_thousand_cards_are_scheduled_in_seconds() -> None:
         waiting += [d.task for d in decisions if isinstance(d, Assign)]
     assert done == count
     assert schedule.finished
+
+
+def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -> None:
+    """Counted in calls of functions: six shapes and sixteen, slow cards and deaths, to the end."""
+
+    def calls_an_event(cards: int, keys: int) -> float:
+        calls = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        def watch(call: Callable[[], list[Decision]]) -> list[Decision]:
+            sys.setprofile(count)
+            try:
+                return call()
+            finally:
+                sys.setprofile(None)
+
+        simulation = Simulation(cards, keys, 6, watch=watch)
+        simulation.run()
+        assert simulation.reason is None
+        return calls / simulation.events
+
+    for keys in (1, 6, 16):
+        few, many = calls_an_event(100, keys), calls_an_event(1000, keys)
+        assert many < 2 * few
+        assert many < 250
