@@ -20,7 +20,7 @@ from gaudi_batch.cards import Card, Cards
 from gaudi_batch.decisions import Assign, Decision, Recall
 from gaudi_batch.events import Reading
 from gaudi_batch.pending import Pending
-from gaudi_batch.plan import GraphKey, Shard
+from gaudi_batch.plan import BatchKind, GraphKey, Shard
 
 ENOUGH_CARDS = 2
 """Cards that must have failed a shard before it is tried on one of them again while others start."""
@@ -95,6 +95,14 @@ class Dispatch:
             self.pending.suspects[shard] = None
         else:
             self.pending.again.appendleft(shard)
+
+    def take_kind(self, kind: BatchKind) -> list[int]:
+        """Takes out all shards of one kind of batch that no card has."""
+        for shard, card in list(self._reserved.items()):
+            if self._shards[shard].bucket.batch_kind == kind:
+                self.drop_reservation(card)
+                self.cards.file(card)
+        return self.pending.take_kind(kind)
 
     def keep_off(self, node: str) -> None:
         """A node went without notice, and with it all its other cards, which get nothing more."""

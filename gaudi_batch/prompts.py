@@ -221,7 +221,8 @@ class PromptDataset:
                 break
             announce(Reading(piece.group, piece.rows(place), by_row=True))
             batch = next(batches)
-            found.append(batch.slice(max(0, piece.offset - decoded), stop - decoded - max(0, piece.offset - decoded)))
+            before = min(len(batch), max(0, piece.offset - decoded))
+            found.append(batch.slice(before, stop - decoded - before))
             decoded += len(batch)
         schema = self._open(piece.shard.file).schema_arrow
         return pa.Table.from_batches(found) if found else schema.empty_table()

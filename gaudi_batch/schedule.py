@@ -13,19 +13,15 @@ The rules:
 * Which row of a shard is to blame is worked out in `blame.py`. A suspect shard runs apart from others, so that what
   happens there is its doing.
 * A failure is the card's fault when others then make all that it had in hand without a failed row. `MAX_VINDICATIONS`
-  of those, `MAX_STRIKES` failures in a row, or `MAX_START_FAILURES` starts in a row quarantine the card. So do
-  `MAX_TRANSIENT_FAILURES` images that came out wrong and worked when they were made again, if the card has
-  `TRANSIENT_FACTOR` times the share of the others.
-* Storage is gone when it fails for the driver, too, or for every node that has cards and these are at least two. Until
-  then it is the card's failure.
-* A kind of batch that passes its time limit on `MAX_CUT_CARDS` cards that have made others, and that nobody has made,
-  is the job's mistake: its shards are set aside.
+  of those, `MAX_STRIKES` failures in a row, or `MAX_START_FAILURES` starts in a row quarantine the card.
+* What several failures say together, of storage, a time limit, a card that paints wrong now and then, or nodes that go
+  one after the other, is worked out in `verdicts.py`.
 * A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
 * A card whose node has announced its end finishes the shard that it has begun and gets no other.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
   of the cluster, and when there is none the run is over. Another may take the place of one that left with its node or
   is quarantined, and is expected until the driver says otherwise; not, though, when every card of two nodes has failed,
-  or when `MAX_FRUITLESS_NODES` nodes in a row were lost before a card of theirs had made anything.
+  or when node after node was lost before a card of theirs had made anything.
 """
 
 from __future__ import annotations
@@ -37,18 +33,14 @@ from gaudi_batch.cards import Card, CardState
 from gaudi_batch.decisions import CheckStorage, Commit, Decision, Discard, Finish, Quarantine, Release, Replace
 from gaudi_batch.dispatch import Dispatch
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch
-from gaudi_batch.plan import BatchKind, Shard
+from gaudi_batch.plan import Shard
+from gaudi_batch.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
 
 MAX_START_FAILURES = 2
 MAX_STRIKES = 6
 MAX_VINDICATIONS = 3
-MAX_TRANSIENT_FAILURES = 3
-TRANSIENT_FACTOR = 4
 ENOUGH_NODES = 2
-"""Nodes whose every card must have failed before nothing more is expected of others, and nodes for which storage must
-fail before it is taken for gone."""
-MAX_CUT_CARDS = 2
-MAX_FRUITLESS_NODES = 8
+"""Nodes whose every card must have failed before nothing more is expected of others."""
 ALL_FAILED_ROWS = 200
 """A run in which this many rows failed in the pipeline and none was made stops: the job is wrong, not the rows."""
 
@@ -94,13 +86,10 @@ class Schedule:
         self._committing: dict[int, str] = {}
         self._work = Dispatch(self.shards, prefix, max_graphs)
         self._raised_rows = 0
-        self._images = 0
-        self._transient_failures = 0
-        self._storage_errors: dict[str, str] = {}  # nodes for which storage has failed since any card stored a shard
-        self._checking_storage = False
-        self._cuts: dict[BatchKind, list[int]] = {}  # cards that were killed at a batch that nobody had made
-        self._set_aside: dict[BatchKind, str] = {}
-        self._fruitless_nodes = 0
+        self._storage_failures = StorageFailures()
+        self._slow_kinds = SlowKinds()
+        self._transient_failures = TransientFailures()
+        self._node_losses = NodeLosses()
         self._more_to_come = False
         for number, rows in (condemned or {}).items():
             self._work.troubles[number] = Trouble(condemned=dict(rows))
@@ -109,8 +98,8 @@ class Schedule:
 
     def starting(self, number: int, node: str = "") -> list[Decision]:
         """A card's process is being started for the first time, on this node."""
-        card = Card(number, node, fruitless_nodes=self._fruitless_nodes)
-        self._work.cards.by_number[number] = card
+        card = self._work.cards.by_number[number] = Card(number, node)
+        self._node_losses.started(card)
         self._set_state(card, CardState.STARTING)
         return []
 
@@ -143,8 +132,9 @@ class Schedule:
             card.start_failures += 1
         elif card.state is CardState.READY:
             card.strikes += 1
-            if slow is not None and card.has_made:
-                self._cut(card, slow)
+            if slow is not None and self._slow_kinds.cut(card, slow, self._work.cards.others):
+                for shard in self._work.take_kind(slow.kind):
+                    self._put_back(shard)
             self._blame_death(card, error)
         elif card.state is CardState.LEAVING:
             return [Release(number), *self.gone(number)]
@@ -210,12 +200,10 @@ class Schedule:
         live = self._work.release(attempt)
         card, images = live.card, self.shards[live.shard].images
         self._work.affinity.took(outcome.seconds, images, live.captures)
-        self._storage_errors.clear()
+        self._storage_failures.works()
         self._prove(card)
         card.vindications = max(0, card.vindications - 1)
-        card.images += images
-        self._images += images
-        decisions = self._count_transient(card, outcome.transient_failures)
+        decisions = self._count_transient(card, images, outcome.transient_failures)
         if outcome.doubted:
             self._work.troubles.setdefault(live.shard, Trouble()).hold(Held(attempt, card.number, outcome))
             self._put_back(live.shard)
@@ -239,7 +227,7 @@ class Schedule:
         self.retries += 1
         self._put_back(live.shard)
         first = self._work.cards.by_number[held.card]
-        return [Discard(held.attempt), *self._count_transient(first, len(refuted)), *self._proceed()]
+        return [Discard(held.attempt), *self._count_transient(first, 0, len(refuted)), *self._proceed()]
 
     def failed(self, attempt: str, failure: ShardFailure) -> list[Decision]:
         """A card could not make a shard, and its process lives."""
@@ -277,7 +265,7 @@ class Schedule:
 
     def storage_checked(self, error: str | None) -> list[Decision]:
         """The driver has looked at storage itself, as `CheckStorage` asked; `error` is how that failed, if it did."""
-        self._checking_storage = False
+        self._storage_failures.being_checked = False
         return self._end(error) if error is not None else []
 
     def stop(self, reason: str) -> list[Decision]:
@@ -338,8 +326,7 @@ class Schedule:
         node after the other was lost."""
         there = [card for card in self._work.cards.by_number.values() if card.state is not CardState.GONE]
         failed = all(card.state is CardState.QUARANTINED for card in there)
-        fruitless = self._fruitless_nodes >= MAX_FRUITLESS_NODES
-        return not fruitless and (not failed or len({card.node for card in there}) < ENOUGH_NODES)
+        return not self._node_losses.hopeless and (not failed or len({card.node for card in there}) < ENOUGH_NODES)
 
     def _release_leaving(self) -> list[Decision]:
         free = list(self._work.cards.leaving_idle.values())
@@ -352,12 +339,12 @@ class Schedule:
             return None
         if self.stop_reason is not None:
             return self.stop_reason
-        if self._fruitless_nodes >= MAX_FRUITLESS_NODES:
-            return f"{self._fruitless_nodes} nodes in a row were lost before a card of theirs had made anything"
+        if self._node_losses.hopeless:
+            return f"{self._node_losses.fruitless} nodes in a row were lost before a card of theirs had made anything"
         if self._open:
             return f"no card is left; the last error of one: {self.last_error or 'none'}"
-        if self._set_aside:
-            return f"{next(iter(self._set_aside.values()))}; {len(self.stuck)} shards are not made"
+        if self._slow_kinds.set_aside:
+            return f"{next(iter(self._slow_kinds.set_aside.values()))}; {len(self.stuck)} shards are not made"
         shard, error = next(iter(self.stuck.items()))
         return f"{len(self.stuck)} shards could not be made; shard {shard}: {error}"
 
@@ -407,23 +394,13 @@ class Schedule:
     def _lose_node(self, card: Card) -> None:
         """A card's node went without notice, and with it all its other cards."""
         self._work.keep_off(card.node)
-        if not card.has_made and card.fruitless_nodes == self._fruitless_nodes:
-            self._fruitless_nodes += 1  # a node that was started since the one before it was lost
+        self._node_losses.lost(card)
         for attempt in reversed(list(card.hand)):
             live = self._work.release(attempt)
             trouble = self._work.troubles.setdefault(live.shard, Trouble())
             self.retries += trouble.alone_on_node
             trouble.lost_with_node(card.number, live.at, self._work.cards.others({*trouble.died_on, card.number}))
             self._put_back(live.shard)
-
-    def _cut(self, card: Card, slow: SlowBatch) -> None:
-        """A card that has made other batches was killed at one of a kind that nobody has made."""
-        cut = self._cuts.setdefault(slow.kind, [])
-        cut.append(card.number)
-        if len(set(cut)) >= MAX_CUT_CARDS or (len(cut) >= MAX_CUT_CARDS and not self._work.cards.others(set(cut))):
-            self._set_aside[slow.kind] = f"batches of {slow.kind} take longer than {slow.limit}"
-            for shard in self._work.pending.take_kind(slow.kind):
-                self._give_up(shard, self._set_aside[slow.kind])
 
     def _try_again(self, shard: int) -> None:
         self.retries += 1
@@ -433,27 +410,23 @@ class Schedule:
         """A shard waits again, before those that have not been tried, unless that has become useless."""
         kind = self.shards[shard].bucket.batch_kind
         trouble = self._work.troubles.get(shard)
-        if kind in self._set_aside:
-            self._give_up(shard, self._set_aside[kind])
+        if kind in self._slow_kinds.set_aside:
+            self.stuck[shard] = self._slow_kinds.set_aside[kind]
         elif trouble is not None and trouble.stuck:
-            self._give_up(shard, trouble.error)
-        elif trouble is not None and trouble.announce:
-            self._work.pending.suspects[shard] = None
+            self.stuck[shard] = trouble.error
         else:
-            self._work.pending.again.appendleft(shard)
-
-    def _give_up(self, shard: int, reason: str) -> None:
-        self.stuck[shard] = reason
+            self._work.put_back(shard)
+            return
         self._open -= 1
 
     def _blame_storage(self, card: Card, shard: int, error: str) -> list[Decision]:
         """Storage failed for a card, which may be its node's fault."""
-        self._storage_errors[card.node] = error
-        if len(self._storage_errors) >= ENOUGH_NODES and self._work.cards.usable_nodes() <= self._storage_errors.keys():
+        failures = self._storage_failures
+        if failures.failed(card.node, self._work.cards.usable_nodes()):
             return self._end(error)
-        if self._checking_storage:
+        if failures.being_checked:
             return []
-        self._checking_storage = True
+        failures.being_checked = True
         return [CheckStorage(self.shards[shard])]
 
     def _replace_or_quarantine(self, card: Card, error: str) -> list[Decision]:
@@ -473,19 +446,11 @@ class Schedule:
             return []
         return self._quarantine(card, f"{card.vindications} shards that it failed were made by other cards")
 
-    def _count_transient(self, card: Card, failures: int) -> list[Decision]:
-        """Images failed on a card and worked when they were made again."""
-        card.transient_failures += failures
-        self._transient_failures += failures
-        if not failures or card.state is not CardState.READY or card.transient_failures < MAX_TRANSIENT_FAILURES:
-            return []
-        other_images = self._images - card.images
-        other_failures = self._transient_failures - card.transient_failures
-        if card.transient_failures * other_images <= TRANSIENT_FACTOR * (other_failures + 1) * card.images:
-            return []
-        return self._quarantine(
-            card, f"{card.transient_failures} of its {card.images} images came out wrong and were right when made again"
-        )
+    def _count_transient(self, card: Card, images: int, failures: int) -> list[Decision]:
+        """A card has made images, of which some failed and worked when they were made again."""
+        self._transient_failures.add(card, images, failures)
+        reason = self._transient_failures.verdict(card) if failures and card.state is CardState.READY else None
+        return [] if reason is None else self._quarantine(card, reason)
 
     def _quarantine(self, card: Card, reason: str) -> list[Decision]:
         self._set_state(card, CardState.QUARANTINED)
@@ -496,7 +461,7 @@ class Schedule:
     def _prove(self, card: Card) -> None:
         card.proven = card.has_made = True
         card.strikes = card.start_failures = 0
-        self._fruitless_nodes = 0
+        self._node_losses.made()
 
     def _set_state(self, card: Card, state: CardState) -> None:
         """Moves a card on. Only a ready card has work in hand and graphs captured."""

@@ -11,7 +11,8 @@ from world import World, let_it_end, shards, start
 from gaudi_batch.decisions import CheckStorage, Quarantine, ShardTask
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import MAX_FRUITLESS_NODES, Schedule
+from gaudi_batch.schedule import Schedule
+from gaudi_batch.verdicts import MAX_FRUITLESS_NODES
 
 REFUSED = ShardFailure("StorageError: read-only file system", healthy=False, storage=True)
 
@@ -399,9 +400,20 @@ def test_one_card_that_hangs_says_nothing_of_a_kind_of_batch() -> None:
             world.finish_first(busy(world)[0])
             settle(world)
     assert not schedule.stuck
-    world.hands.pop(1)
-    world.do(schedule.died(1, "hung", SlowBatch(kind, "60 s (limits.first_batch)")))
-    assert not schedule.stuck, "a card that has made nothing can't tell"
+
+
+def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other() -> None:
+    world = World(Schedule(shards(6), "a", 24))
+    start(world, 3)
+    slow = SlowBatch(world.hands[0][0].shard.bucket.batch_kind, "60 s (limits.first_batch)")
+    for card in range(3):
+        assert not world.finished
+        world.hands.pop(card)
+        world.do(world.schedule.died(card, "its first batch took longer than 60 s", slow))
+    let_it_end(world, 9)
+    said = "batches of 64x64, 20 steps take longer than 60 s (limits.first_batch); 6 shards are not made"
+    assert world.finished == [said]
+    assert not world.quarantined
 
 
 # -- images that come out wrong ---------------------------------------------------------------------------------

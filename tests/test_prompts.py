@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError
-from gaudi_batch.plan import Bucket, plan_shards
-from gaudi_batch.prompts import PromptDataset, open_prompts
+from gaudi_batch.events import Reading
+from gaudi_batch.plan import Bucket, Shard, plan_shards
+from gaudi_batch.prompts import GroupUndecoded, PromptDataset, open_prompts
 from gaudi_batch.rows import MAX_SEED, PromptRow, RowRules, image_seed, make_row
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8)
@@ -273,3 +275,57 @@ def test_the_seed_of_an_image_never_changes_between_versions() -> None:
         7794365734099006145,
     ]
     assert image_seed(9, PromptRow(0, "x", "p", "", 40, RULES.bucket, 2, None), 2) == 42
+
+
+def read_task(dataset: PromptDataset, **known: Any) -> tuple[list[PromptRow], pa.Table, list[Reading]]:
+    """Reads rows 5 to 45 of the second file, which has row groups of 20, as a card does."""
+    shard = Shard(0, 1, 5, 45, RULES.bucket, 40, 40)
+    announced: list[Reading] = []
+    rows, carried = dataset.read(shard, RULES, ShardTask(shard, "a1", **known), announced.append)
+    return rows, carried, announced
+
+
+def test_rows_that_are_read_a_few_at_a_time_are_the_same(prompts: Path) -> None:
+    dataset = opened(prompts)
+    rows, carried, announced = read_task(dataset)
+    assert [row.row for row in rows] == list(range(12, 52))
+    pieces = [range(12, 27), range(27, 47), range(47, 52)]
+    assert announced == [Reading(group, piece, by_row=False) for group, piece in enumerate(pieces)]
+    slowly = read_task(dataset, by_row=frozenset({0, 1, 2}))
+    assert (slowly[0], slowly[1]) == (rows, carried)
+    # Rows before those of the shard must be decoded, too; all of the shard's are at stake then.
+    assert slowly[2][:6] == [Reading(0, range(12, 27), True)] * 6
+    assert slowly[2][6:20] == [Reading(0, range(row, 27), True) for row in range(13, 27)]
+    assert len(slowly[2]) == 20 + 20 + 5
+
+
+def test_rows_that_are_not_to_be_read_fail_and_those_before_them_are_read(prompts: Path) -> None:
+    dataset = opened(prompts)
+    whole, all_carried, _ = read_task(dataset)
+    unreadable = dict.fromkeys(range(33, 47), "it killed")
+    rows, carried, announced = read_task(dataset, by_row=frozenset({1}), unreadable=unreadable)
+    lost = range(33 - 12, 47 - 12)
+    assert [place for place, row in enumerate(rows) if row.error] == list(lost)
+    assert {(row.error, row.unreadable, row.num_images) for row in rows if row.error} == {("it killed", True, 1)}
+    kept = [place for place in range(40) if place not in lost]
+    assert [rows[place] for place in kept] == [whole[place] for place in kept]
+    assert carried.take(kept) == all_carried.take(kept)
+    assert max(each.rows.start for each in announced if each.by_row) == 32
+
+
+def test_a_row_group_that_can_t_be_decoded_is_for_another_card_to_try(prompts: Path) -> None:
+    file = prompts / "part-1.parquet"
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    offset = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[offset : offset + 12] = b"\xff" * 12
+    file.write_bytes(data)
+    dataset = opened(prompts)
+    with pytest.raises(GroupUndecoded) as caught:
+        read_task(dataset)
+    assert caught.value.group == 1
+    rows, _, _ = read_task(dataset, undecoded={1: "said another card"})
+    assert [row.row for row in rows if row.error] == list(range(27, 47))
+    assert all(row.unreadable and "row group 1" in str(row.error) for row in rows if row.error)
+    rows, _ = dataset.read(Shard(0, 1, 5, 45, RULES.bucket, 40, 40), RULES)
+    assert [row.row for row in rows if row.error] == list(range(27, 47)), "the driver asks nobody else"

@@ -1,0 +1,45 @@
+"""What a card is called when Ray moves its place. The driver alone, without Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from gaudi_batch.decisions import Assign, Decision
+from gaudi_batch.driver import Driver
+from gaudi_batch.messages import Ready
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.schedule import Schedule
+from gaudi_batch.slot import Slot
+
+
+class Introducing(Driver):
+    """A driver that only hears of cards."""
+
+    def __init__(self) -> None:
+        plan = [Shard(number, 0, 4 * number, 4 * number + 4, Bucket(64, 64, 20, 2.0), 4, 4) for number in range(9)]
+        self.schedule = Schedule(plan, "a", 36)
+        self._account: Any = SimpleNamespace(introduce=lambda slot: None, fault=lambda slot, what: None)
+        self._notes: set[str] = set()
+        self._slots = {number: Slot(number, group=None) for number in range(2)}
+        self.sent: list[str] = []
+        for number in self._slots:
+            self.schedule.starting(number, "first")
+
+    def ready(self, number: int, node: str, module: int) -> str:
+        self._introduce(self._slots[number], Ready(f"{node}-id", node, module, pid=1, load_s=0.0))
+        return self._slots[number].name
+
+    def _carry_out(self, decisions: list[Decision]) -> None:
+        self.sent += [self._slots[each.card].name for each in decisions if isinstance(each, Assign)]
+
+
+def test_a_card_whose_place_was_moved_gets_the_name_of_where_it_is() -> None:
+    driver = Introducing()
+    assert driver.ready(0, "first", 3) == "first-3"
+    driver.schedule.died(0, "killed")
+    assert driver.ready(0, "first", 3) == "first-3", "a new process in the same place"
+    driver.schedule.died(0, "killed")
+    assert driver.ready(0, "second", 5) == "second-5"
+    assert driver._slots[0].node_id == "second-id"
+    assert driver.ready(1, "first", 3) == "first-3", "another card may have come to its old place"
