@@ -432,3 +432,30 @@ def test_a_refused_start_does_not_forget_who_left_orphans(prompts: Path, tmp_pat
     assert (output / "images/000001-bbbbb7").exists()
     make(prompts, output, cluster, {})
     assert not (output / "images/000001-bbbbb7").exists()
+
+
+def test_rows_that_never_reach_a_pipeline_do_not_stop_the_job(tmp_path: Path, cluster: str) -> None:
+    """As where captions are sorted, and the empty ones come first: a whole shard of them."""
+    table = pa.table({"prompt": [None if row < 256 else f"prompt {row}" for row in range(600)]})
+    pq.write_table(table, tmp_path / "prompts.parquet")
+    result = make(tmp_path / "prompts.parquet", tmp_path / "out", cluster, {}, shard_size=256)
+    assert result.exit_code == 3
+    made, failed = outcome(tmp_path / "out")
+    assert made == list(range(256, 600))
+    assert set(failed.values()) == {"prompt is null"}
+
+
+def test_an_image_that_no_card_can_encode_fails_its_row_and_is_asked_of_two(
+    tmp_path: Path, cluster: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A WebP side has at most 16,383 pixels."""
+    widths = [16384 if row == 21 else 64 for row in range(40)]
+    table = pa.table({"prompt": [f"prompt {row}" for row in range(40)], "width": widths, "height": [8] * 40})
+    pq.write_table(table, tmp_path / "prompts.parquet")
+    output = tmp_path / "out"
+    make(tmp_path / "prompts.parquet", output, cluster, {"batch_seconds": 0.2}, encoding={"type": "webp"}, batch_size=2)
+    made, failed = outcome(output)
+    assert made == [row for row in range(40) if row != 21]
+    assert "can't be encoded" in failed[21]
+    assert json.loads((output / "summary.json").read_text())["retries"] == 0, "its shard was not made again"
+    assert not [name for name in map(str, output.glob("images/*/*21-00.webp"))]
