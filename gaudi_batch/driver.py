@@ -41,7 +41,7 @@ from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.limits import BatchTimes, passed_limit
 from gaudi_batch.messages import Announced, Begins, Broken, CardSetup, Confirmed, Done, Event, Failed, News, Ready
-from gaudi_batch.names import throughput_path
+from gaudi_batch.names import attempt_name
 from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import Schedule
@@ -425,7 +425,7 @@ class Driver:
                 self._commits.add(commit)
                 commit.add_done_callback(self._commits.discard)
             elif isinstance(decision, Discard):
-                log.warning("attempt %s is dropped: another card made rows that failed in it", decision.attempt)
+                log.warning("attempt %s is dropped: rows that failed in it could be made after all", decision.attempt)
                 del self._records[decision.attempt]
             elif isinstance(decision, CheckStorage):
                 self._spawn(self._check_storage(decision.shard))
@@ -469,10 +469,10 @@ class Driver:
         """Looks whether storage fails for this process, too, which a card says it does."""
         prompts, output = self._setup.dataset, self._ledger.storage
         # Named as this driver's attempts are, so that it is removed with what these leave behind.
-        probe = throughput_path("driver", shard.number, f"{self.schedule.prefix}0")
+        probe = f"images/{attempt_name(shard.number, f'{self.schedule.prefix}0')}"
 
         def check() -> None:
-            output.once().put(probe, bytes(PROBE_BYTES))
+            output.once().put(f"{probe}/probe", bytes(PROBE_BYTES))
             output.once().remove(probe)
             prompts.require_unchanged(shard.file, storage=prompts.storage.once())
             prompts.storage.once().get_range(prompts.files[shard.file].name, 0, 4)
