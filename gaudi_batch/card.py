@@ -122,8 +122,19 @@ class Card:
             self._mailbox.emit(Broken(describe_error(error)))
             return
         loaded = time.monotonic() - self._started
-        notes = tuple(self._pipeline.notes())
-        self._mailbox.emit(Ready(self._node_id, self._node, self._module, os.getpid(), loaded, notes))
+        pipeline = self._pipeline
+        self._mailbox.emit(
+            Ready(
+                node_id=self._node_id,
+                node=self._node,
+                module=self._module,
+                pid=os.getpid(),
+                load_s=loaded,
+                stack=pipeline.stack,
+                model=pipeline.model,
+                notes=tuple(pipeline.notes()),
+            )
+        )
         self._idle_since = time.monotonic()
         while True:
             self._mailbox.enter("idle")

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from gaudi_batch.plan import GraphKey
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import CardState, Schedule
 from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
+from gaudi_batch.stack import differences, why_unfit
 
 log = logging.getLogger("gaudi_batch")
 
@@ -101,6 +102,8 @@ class Driver:
         self._setup_ref: Any = None
         self._options = card_options(setup.config, resources)
         self._notes: set[str] = set()
+        self._stack: Mapping[str, str] | None = None
+        """What the first card that was ready has, and all must have."""
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -353,6 +356,16 @@ class Driver:
                 return
         slot.ready, slot.node_id = ready, ready.node_id
         slot.name = slot.name or self._card_name(slot, ready)
+        unfit = why_unfit(ready, self._setup, self._stack or ready.stack)
+        if unfit:
+            self._account.fault(slot, unfit)
+            self._carry_out(self.schedule.refused(slot.number, unfit))
+            return
+        if self._stack is None:
+            self._stack = ready.stack
+            for name, now, then in differences(ready.stack, self._ledger.use_stack(ready.stack)):
+                where = f"on node {ready.node}"
+                log.warning("%s is %s %s and was %s before in this run; images may differ", name, now, where, then)
         self._account.introduce(slot)
         log.info("%s is ready after %.1f s", slot.where, ready.load_s)
         for note in ready.notes:

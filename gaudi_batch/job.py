@@ -5,7 +5,6 @@ All that can be wrong with a job is found here, before any card is started.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.redaction import redact, redacted_options
 from gaudi_batch.rows import RowRules
+from gaudi_batch.stack import versions
 from gaudi_batch.storage import open_filesystem
 
 DEFAULT_CARDS = 2
@@ -28,7 +28,7 @@ CARDS_OF_A_NODE = 8
 """Of a Gaudi node; what they leave of the host's cores to each card."""
 
 SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
-"""What shapes an image; their versions are recorded."""
+"""Those of the driver are recorded, for a person to look at; what the cards have, which counts, is in stack.py."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,7 @@ class Job:
 
     def versions(self) -> dict[str, str]:
         """Versions of everything that shapes an image, as far as this machine has it."""
-        found = {}
-        for package in SHAPING_PACKAGES:
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return found
+        return versions(SHAPING_PACKAGES)
 
 
 def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: bool = False) -> Job:

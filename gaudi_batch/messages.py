@@ -42,6 +42,10 @@ class Ready:
     """The module that Ray pinned; None where the device has none."""
     pid: int
     load_s: float
+    stack: Mapping[str, str]
+    """What shapes its images, by name; see stack.py."""
+    model: str
+    """The model that it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
     notes: tuple[str, ...] = ()
     """What a person should know of its device and versions."""
 

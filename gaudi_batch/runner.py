@@ -167,10 +167,11 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
     _refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
-    for package, version in job.versions().items():
-        before = record.versions.get(package)
-        if before not in (None, version):
-            log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
+    if record.stacks is None:  # else the cards' own count, when they are ready
+        for package, version in job.versions().items():
+            before = record.versions.get(package)
+            if before not in (None, version):
+                log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
     return record, ledger.plan()
 
 

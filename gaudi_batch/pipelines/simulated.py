@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from gaudi_batch.config import SimulatedConfig
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.stack import PACKAGES, versions
 
 DEFAULT_SIDE = 64
 """Pixels; simulated images are small unless the job asks for a size."""
@@ -28,12 +30,14 @@ class SimulatedPipeline:
     """
 
     device = "simulated"
+    model = ""
     warmup_batches = 1
 
     def __init__(self, config: SimulatedConfig, module: int | None) -> None:
         time.sleep(config.load_seconds)
         if module in config.unloadable_modules:
             raise RuntimeError(f"simulated failure to load on module {module}")
+        self.stack: Mapping[str, str] = versions(PACKAGES) | {"device": self.device}
         self._config = config
         self._module = module
         self._captured: set[GraphKey] = set()
