@@ -22,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from gaudi_batch import manifest
+from gaudi_batch.cpus import usable_cpus
 from gaudi_batch.decisions import Assign
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_error
@@ -132,6 +133,8 @@ class Card:
                 load_s=loaded,
                 stack=pipeline.stack,
                 model=pipeline.model,
+                threads=pipeline.threads,
+                cpus=usable_cpus(),
                 notes=tuple(pipeline.notes()),
             )
         )

@@ -367,7 +367,8 @@ class Driver:
                 where = f"on node {ready.node}"
                 log.warning("%s is %s %s and was %s before in this run; images may differ", name, now, where, then)
         self._account.introduce(slot)
-        log.info("%s is ready after %.1f s", slot.where, ready.load_s)
+        threads = "" if ready.threads is None else f", with {ready.threads} threads"
+        log.info("%s is ready after %.1f s%s", slot.where, ready.load_s, threads)
         for note in ready.notes:
             if note not in self._notes:
                 self._notes.add(note)

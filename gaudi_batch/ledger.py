@@ -65,6 +65,11 @@ class RunRecord:
         """Threads of a card, as the first driver fixed them."""
         return self.fingerprint.get("threads")
 
+    @property
+    def asked_no_card(self) -> bool:
+        """Whether a version began the run that did not ask the cards; its threads may be more than any node's CPUs."""
+        return self.stacks is None or {} in self.stacks
+
 
 class Ledger:
     """The records in one output.

@@ -271,7 +271,16 @@ def _drive(
             sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
         )
         account = Account(schedule, tally, record.images, images_missing)
-        setup = CardSetup(job.config, ledger.storage, record.run_id, job.model, job.dataset, job.rules, job.threads)
+        setup = CardSetup(
+            config=job.config,
+            storage=ledger.storage,
+            run_id=record.run_id,
+            model=job.model,
+            dataset=job.dataset,
+            rules=job.rules,
+            threads=job.threads,
+            min_cpus=job.threads or 0 if job.config.device == "cpu" and not record.asked_no_card else 0,
+        )
         with open_view() as view:
             driver = Driver(
                 setup,

@@ -49,17 +49,22 @@ def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[tupl
 
 
 def why_unfit(ready: Ready, setup: CardSetup, stack: Mapping[str, str]) -> str:
-    """Why a card's images would not be those of the run's other cards; empty if they would.
+    """Why a card is no card for this run, whose images are to be the same whoever makes them; empty if it is one.
 
     Args:
         ready: what the card says of itself.
-        setup: the job, whose model and threads it must have.
+        setup: the job, whose model it must have, and CPUs for whose threads.
         stack: that of the first card of this driver that was ready.
     """
     found = differences(ready.stack, stack)
     if ready.model != setup.model.revision:
         found.append((f"model {setup.model.name}", ready.model[:DIGITS], setup.model.revision[:DIGITS]))
-    if not found:
-        return ""
-    said = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in found)
-    return f"node {ready.node} would make other images: {said}; every node needs the same"
+    if found:
+        said = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in found)
+        return f"node {ready.node} would make other images: {said}; every node needs the same"
+    if ready.cpus < setup.min_cpus:
+        return (
+            f"node {ready.node} may use {ready.cpus} CPUs (affinity, cgroup), and a card of this run has"
+            f" {setup.threads} threads, on which images depend; give the node as many, or take it out of the cluster"
+        )
+    return ""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
-from raynodes import RayCluster
+from raynodes import RayCluster, follow, start_job
 
+from gaudi_batch import manifest
+from gaudi_batch.ledger import Ledger, RunRecord
+from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.pipelines.model import BUILTIN_MODELS
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import Sums
 
 OTHER = "0.0.9"
 
@@ -46,22 +50,6 @@ def other_version(home: Path, package: str) -> str:
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {OTHER}\n")
     return str(installed.parent)
-
-
-def start_job(cluster: str, prompts: Path, output: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    command = ("run", "--address", cluster, "--prompts", prompts, "--output", output, "--shard-size", "8", *flags)
-    return subprocess.Popen(
-        [sys.executable, "-m", "gaudi_batch", *map(str, command)],
-        env=os.environ | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def follow(driver: subprocess.Popen[str], *marks: str) -> str:
-    """Reads a job's log up to a line with one of the marks, which it returns; empty if there is none."""
-    assert driver.stderr is not None
-    return next((line for line in driver.stderr if any(re.search(mark, line) for mark in marks)), "")
 
 
 def stop(driver: subprocess.Popen[str]) -> None:
@@ -152,3 +140,18 @@ def test_a_node_with_another_model_at_the_same_path_makes_nothing(nodes: RayClus
         "gaudi-batch",
         "device",
     }
+
+
+def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Path) -> None:
+    """As the last look before a manifest sees it; so no crash leaves images of a stack that nobody wrote down."""
+    seen = []
+    output = Storage(str(tmp_path / "out"))
+    record = RunRecord({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=[{"torch": "1"}])
+    output.put("run.json", json.dumps(vars(record)).encode())
+    ledger = Ledger(output, lambda: seen.append(stacks(tmp_path / "out")))
+    ledger.run()
+    assert ledger.use_stack({"torch": "2"}) == {"torch": "1"}
+    facts = CommitFacts(0, "aaaaa1", "card", "node", None, 0, 0, 0, Sums(), "run")
+    assert ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
+    assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
+    assert Ledger(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])

@@ -50,6 +50,8 @@ class Pipeline(Protocol):
     """What shapes its images beside the job and the model, by name; see stack.py."""
     model: str
     """What it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
+    threads: int | None
+    """Of torch in this process, None where there is none."""
     warmup_batches: int
     """First batches of a graph key that are left out of rates, since they compile."""
 

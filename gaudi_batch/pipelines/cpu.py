@@ -52,6 +52,7 @@ class CpuPipeline:
             self._pipeline.scheduler = scheduler_class.from_config(self._pipeline.scheduler.config)
         self.stack: Mapping[str, str] = versions(TORCH_PACKAGES) | {"device": _describe_cpu()}
         self.model = revision()
+        self.threads: int | None = torch.get_num_threads()
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
         """One call of the pipeline with a generator of its own for each image."""

@@ -99,7 +99,7 @@ class GaudiPipeline:
     Args:
         config: the job, its Gaudi config resolved.
         model: its model, resolved.
-        threads: torch threads of the host beside this card.
+        threads: threads of the host beside this card.
 
     Raises:
         RuntimeError: Intel's stack is not there, or the card can't be had; the message says what to do.
@@ -154,6 +154,7 @@ class GaudiPipeline:
             raise self._explained(error, None) from error
         self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
         self.model = revision()
+        self.threads: int | None = torch.get_num_threads()
         self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:

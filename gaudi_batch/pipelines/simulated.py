@@ -31,6 +31,7 @@ class SimulatedPipeline:
 
     device = "simulated"
     model = ""
+    threads: int | None = None
     warmup_batches = 1
 
     def __init__(self, config: SimulatedConfig, module: int | None) -> None:
