@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +22,9 @@ from raynodes import RayCluster, follow, start_job
 from gaudi_batch import manifest
 from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.messages import Ready
 from gaudi_batch.pipelines.model import BUILTIN_MODELS
+from gaudi_batch.stack import why_unfit
 from gaudi_batch.storage import Storage
 from gaudi_batch.throughput import Sums
 
@@ -106,6 +110,17 @@ def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
     result = command_line(*job, "[]", PYTHONPATH=other_version(tmp_path, "diffusers"))
     assert result.returncode in (0, 3), result.stderr
     assert "images may differ" not in result.stderr
+
+
+def test_another_generation_of_cards_and_a_package_that_is_missing_are_named() -> None:
+    setup: Any = SimpleNamespace(model=SimpleNamespace(name="m", revision="r"), min_cpus=0)
+    stack = {"device": "hpu GAUDI2", "torch": "2.10.0"}
+    ready = Ready("id", "node-2", 0, 1, 1.0, stack=stack, model="r", threads=4, cpus=4)
+    assert why_unfit(ready, setup, stack) == ""
+    assert why_unfit(ready, setup, {"device": "hpu GAUDI3", "torch": "2.10.0", "ftfy": "6.3"}) == (
+        "node node-2 would make other images: device is hpu GAUDI2, and hpu GAUDI3 in this run;"
+        " ftfy is missing, and 6.3 in this run; every node needs the same"
+    )
 
 
 @pytest.mark.torch

@@ -96,6 +96,9 @@ def test_a_gaudi_card_has_the_threads_of_its_own_node_and_not_of_the_head(
     _, log = driver.communicate(timeout=200)
     assert driver.returncode == 0, log
     assert f", with {usable_cpus()} threads" in line
+    (stack,) = json.loads((tmp_path / "out/run.json").read_text())["stacks"]
+    assert stack["device"] == "hpu GAUDI2 (emulated)"
+    assert stack.keys() >= {"torch", "diffusers", "transformers", "optimum-habana", "habana-torch-plugin"}
 
 
 @several_cpus
