@@ -147,7 +147,7 @@ class Bench:
 class _BenchCard:
     """The actor: one card that makes the same images over and over."""
 
-    def __init__(self, config: JobConfig, model: ModelFacts, threads: int) -> None:
+    def __init__(self, config: JobConfig, model: ModelFacts, threads: int | None) -> None:
         self._job = config, model, threads
         self._pipeline: Pipeline
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from gaudi_batch import manifest
+from gaudi_batch.cpus import usable_cpus
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
@@ -128,8 +129,21 @@ class Card:
             self._mailbox.emit(Broken(describe_error(error)))
             return
         loaded = time.monotonic() - self._started
-        notes = tuple(self._pipeline.notes())
-        self._mailbox.emit(Ready(self._node_id, self._node, self._module, os.getpid(), loaded, notes))
+        pipeline = self._pipeline
+        self._mailbox.emit(
+            Ready(
+                node_id=self._node_id,
+                node=self._node,
+                module=self._module,
+                pid=os.getpid(),
+                load_s=loaded,
+                stack=pipeline.stack,
+                model=pipeline.model,
+                threads=pipeline.threads,
+                cpus=usable_cpus(),
+                notes=tuple(pipeline.notes()),
+            )
+        )
         self._idle_since = time.monotonic()
         while True:
             self._mailbox.enter("idle")

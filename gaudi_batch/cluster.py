@@ -16,6 +16,7 @@ from ray._private import ray_constants
 from ray._private.state import state
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.cpus import usable_cpus
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.gaudi import environment, require_stack
@@ -47,7 +48,10 @@ class CardResources:
 
 def card_resources(job: Job) -> CardResources:
     """What a card of a job takes: an HPU, or cores for the device cpu."""
-    return CardResources("CPU", job.threads) if job.config.device == "cpu" else CardResources("HPU", 1)
+    if job.config.device != "cpu":
+        return CardResources("HPU", 1)
+    assert job.threads is not None
+    return CardResources("CPU", job.threads)
 
 
 def card_options(config: JobConfig, resources: CardResources) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, cards * resources.amount if resources.name == "CPU" else 1),
+                num_cpus=max(usable_cpus(), cards * resources.amount if resources.name == "CPU" else 1),
                 resources=own,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,

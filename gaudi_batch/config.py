@@ -79,7 +79,8 @@ class CpuConfig(_Section):
     """Settings of `device: cpu`."""
 
     threads: PositiveInt | None = None
-    """Threads of one card; null is its share of the machine's cores, fixed in run.json at the first run."""
+    """Threads of one card. Null on the cpu is its share of the CPUs that the driver may use (affinity, cgroup), fixed
+    in run.json as the run begins; null on hpu is the card's share of those that its own node may use."""
 
 
 class GaudiConfig(_Section):

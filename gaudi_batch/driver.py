@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
+from gaudi_batch.stack import differences, why_unfit
 
 log = logging.getLogger("gaudi_batch")
 
@@ -115,6 +116,8 @@ class Driver:
         self._setup_ref: Any = None
         self._options = card_options(setup.config, resources)
         self._notes: set[str] = set()
+        self._stack: Mapping[str, str] | None = None
+        """What the first card that was ready has, and all must have."""
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -363,8 +366,19 @@ class Driver:
             # Ray may have moved its place to another node meanwhile.
             slot.name = self._card_name(slot, ready)
         slot.ready, slot.node_id = ready, ready.node_id
+        unfit = why_unfit(ready, self._setup, self._stack or ready.stack)
+        if unfit:
+            self._account.fault(slot, unfit)
+            self._carry_out(self.schedule.refused(slot.number, unfit))
+            return
+        if self._stack is None:
+            self._stack = ready.stack
+            for name, now, then in differences(ready.stack, self._ledger.use_stack(ready.stack)):
+                where = f"on node {ready.node}"
+                log.warning("%s is %s %s and was %s before in this run; images may differ", name, now, where, then)
         self._account.introduce(slot)
-        log.info("%s is ready after %.1f s", slot.where, ready.load_s)
+        threads = "" if ready.threads is None else f", with {ready.threads} threads"
+        log.info("%s is ready after %.1f s%s", slot.where, ready.load_s, threads)
         for note in ready.notes:
             if note not in self._notes:
                 self._notes.add(note)

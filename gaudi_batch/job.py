@@ -5,13 +5,12 @@ All that can be wrong with a job is found here, before any card is started.
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.cpus import usable_cpus
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.gaudi import gaudi_mapping
 from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
@@ -19,16 +18,14 @@ from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.redaction import redact, redacted_options
 from gaudi_batch.rows import RowRules
+from gaudi_batch.stack import versions
 from gaudi_batch.storage import open_filesystem
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
 
-CARDS_OF_A_NODE = 8
-"""Of a Gaudi node; what they leave of the host's cores to each card."""
-
 SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
-"""What shapes an image; their versions are recorded."""
+"""Those of the driver are recorded, for a person to look at; what the cards have, which counts, is in stack.py."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,13 @@ class Job:
         config: as the user gave it, with `device` resolved.
         dataset: its prompts.
         model: its model.
-        threads: threads of one card.
+        threads: threads of one card, on which images depend on the cpu; on hpu, None is its share of its own node.
     """
 
     config: JobConfig
     dataset: PromptDataset
     model: ModelFacts
-    threads: int
+    threads: int | None
 
     @property
     def rules(self) -> RowRules:
@@ -134,13 +131,7 @@ class Job:
 
     def versions(self) -> dict[str, str]:
         """Versions of everything that shapes an image, as far as this machine has it."""
-        found = {}
-        for package in SHAPING_PACKAGES:
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return found
+        return versions(SHAPING_PACKAGES)
 
 
 def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: bool = False) -> Job:
@@ -169,8 +160,9 @@ def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: 
         side = getattr(config, name)
         if side is not None and side % model.multiple:
             raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {model.multiple}")
-    cards = CARDS_OF_A_NODE if config.device == "hpu" else DEFAULT_CARDS if config.cards == "all" else config.cards
-    threads = config.cpu.threads or recorded_threads or max(1, (os.cpu_count() or 1) // cards)
+    threads = config.cpu.threads or recorded_threads
+    if config.device == "cpu" and threads is None:
+        threads = max(1, usable_cpus() // (DEFAULT_CARDS if config.cards == "all" else config.cards))
     return Job(config, open_prompts(config), model, threads)
 
 

@@ -13,9 +13,10 @@ import math
 import os
 import secrets
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +56,19 @@ class RunRecord:
     """Images that the plan asks for; rows that can't be run are found later."""
     run_id: str = ""
     """Chosen at random; each manifest of the run has it."""
+    stacks: Sequence[Mapping[str, str]] | None = None
+    """What has shaped its images, by the word of its cards (stack.py): one more where a later driver's cards have
+    another; {} for what an older version made, which did not ask them, and None as long as it is alone."""
 
     @property
     def threads(self) -> int | None:
         """Threads of a card, as the first driver fixed them."""
         return self.fingerprint.get("threads")
+
+    @property
+    def asked_no_card(self) -> bool:
+        """Whether a version began the run that did not ask the cards; its threads may be more than any node's CPUs."""
+        return self.stacks is None or {} in self.stacks
 
 
 class Ledger:
@@ -77,6 +86,9 @@ class Ledger:
         """Attempts whose manifest may or may not be in place, since its put has not ended. Whoever has another thread
         call `commit` adds the attempt first, so that nobody takes it for left over before that thread begins."""
         self._run_id: str | None = None  # until run.json has been read, manifests of any run count
+        self._record: RunRecord
+        self._unwritten: RunRecord | None = None  # what run.json is to say before the next manifest is put
+        self._writing = threading.Lock()
 
     def run(self) -> RunRecord | None:
         """The run that this output belongs to, or None.
@@ -101,7 +113,11 @@ class Ledger:
                 raise ValueError("its threads are no count")
             if not isinstance(record.run_id, str):
                 raise TypeError("its run_id is no text")
+            for stack in record.stacks or ():
+                if not (isinstance(stack, dict) and all(isinstance(value, str) for value in stack.values())):
+                    raise TypeError("a stack of it is no object of texts")
             self._run_id = record.run_id
+            self._record = record
             return record
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
@@ -128,8 +144,10 @@ class Ledger:
             rows=job.total_rows,
             images=sum(shard.images for shard in shards),
             run_id=secrets.token_hex(8),
+            stacks=[],
         )
         self._run_id = record.run_id
+        self._record = record
         self.put_plan(shards)
         self.put_json("run.json", record.__dict__)
         return record, shards
@@ -202,6 +220,25 @@ class Ledger:
         ours = facts.shard == shard and self._run_id in (None, facts.run)
         return (facts, table) if ours else None
 
+    def use_stack(self, stack: Mapping[str, str]) -> Mapping[str, str]:
+        """What this driver's cards have is `stack`: run.json says so before the next manifest is put.
+
+        Returns:
+            The stack that made the images before; `stack` itself if that is known, or if none is.
+        """
+        before = [{}] if self._record.stacks is None else self._record.stacks
+        if stack in before:
+            return stack
+        self._unwritten = replace(self._record, stacks=[*before, stack])
+        return before[-1] if before and before[-1] else stack
+
+    def _write_stack(self) -> None:
+        with self._writing:
+            if self._unwritten is not None:
+                # Like a manifest, it must not land when another driver has taken over.
+                self.storage.put("run.json", _json(self._unwritten.__dict__), self.hold, COMMIT_SECONDS)
+                self._record, self._unwritten = self._unwritten, None
+
     def commit(self, facts: CommitFacts, data: bytes) -> bool:
         """Puts a shard's manifest unless another attempt's is there; returns whether it is this one's that is there.
 
@@ -228,6 +265,7 @@ class Ledger:
             self.storage.put(path, data, look, COMMIT_SECONDS, create=True)
 
         try:
+            self._write_stack()
             try:
                 put()
             except FileExistsError:
@@ -334,7 +372,7 @@ class Ledger:
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""
-        self.storage.put(name, (json.dumps(value, indent=1) + "\n").encode(), self.hold)
+        self.storage.put(name, _json(value), self.hold)
 
     def get_json(self, name: str) -> dict[str, Any] | None:
         """Reads one, None where there is none that is whole."""
@@ -344,6 +382,10 @@ class Ledger:
         except (ValueError, RecursionError):
             return None
         return loaded if isinstance(loaded, dict) else None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 class _Committed(Exception):

@@ -29,7 +29,10 @@ class CardSetup:
     model: ModelFacts
     dataset: PromptDataset
     rules: RowRules
-    threads: int
+    threads: int | None
+    """Of one card; None on hpu is its share of its own node."""
+    min_cpus: int = 0
+    """CPUs that a card's process must be able to use."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Ready:
     """The module that Ray pinned; None where the device has none."""
     pid: int
     load_s: float
+    stack: Mapping[str, str]
+    """What shapes its images, by name; see stack.py."""
+    model: str
+    """The model that it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
+    threads: int | None
+    """Of torch in its process; None where there is no torch."""
+    cpus: int
+    """How many its process may use."""
     notes: tuple[str, ...] = ()
     """What a person should know of its device and versions."""
 

@@ -167,10 +167,11 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
     _refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
-    for package, version in job.versions().items():
-        before = record.versions.get(package)
-        if before not in (None, version):
-            log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
+    if record.stacks is None:  # else the cards' own count, when they are ready
+        for package, version in job.versions().items():
+            before = record.versions.get(package)
+            if before not in (None, version):
+                log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
     return record, ledger.plan()
 
 
@@ -270,7 +271,16 @@ def _drive(
             sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
         )
         account = Account(schedule, tally, record.images, images_missing)
-        setup = CardSetup(job.config, ledger.storage, record.run_id, job.model, job.dataset, job.rules, job.threads)
+        setup = CardSetup(
+            config=job.config,
+            storage=ledger.storage,
+            run_id=record.run_id,
+            model=job.model,
+            dataset=job.dataset,
+            rules=job.rules,
+            threads=job.threads,
+            min_cpus=job.threads or 0 if job.config.device == "cpu" and not record.asked_no_card else 0,
+        )
         with open_view() as view:
             driver = Driver(
                 setup,

@@ -119,6 +119,14 @@ class Schedule:
         self._set_state(card, CardState.READY)
         return self._proceed()
 
+    def refused(self, number: int, error: str) -> list[Decision]:
+        """A card that has loaded may make nothing of this run, and no other process in its place may."""
+        card = self._work.cards.by_number[number]
+        if card.state is not CardState.STARTING:
+            return []
+        self.last_error = error
+        return self._quarantine(card, error) + self._proceed()
+
     def died(self, number: int, error: str, slow: SlowBatch | None = None) -> list[Decision]:
         """A card's process ended, or was killed for passing a limit, and its node is still there.
 

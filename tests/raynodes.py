@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,25 @@ class RayCluster:
         for node in reversed(self.nodes):
             node.kill()
         shutil.rmtree(self.session, ignore_errors=True)
+
+
+def start_job(
+    cluster: str, prompts: Path, output: Path, *flags: str, wrapper: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
+    """Starts a job on a cluster."""
+    command = ("run", "--address", cluster, "--prompts", prompts, "--output", output, "--shard-size", "8", *flags)
+    return subprocess.Popen(
+        [*wrapper, sys.executable, "-m", "gaudi_batch", *map(str, command)],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def follow(driver: subprocess.Popen[str], *marks: str) -> str:
+    """Reads a job's log up to a line with one of the marks, which it returns; empty if there is none."""
+    assert driver.stderr is not None
+    return next((line for line in driver.stderr if any(re.search(mark, line) for mark in marks)), "")
 
 
 _NODES = """

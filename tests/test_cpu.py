@@ -15,7 +15,7 @@ from helpers import command_line, put_into_hub_cache, read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, run
-from gaudi_batch.pipelines.model import BUILTIN_MODELS, describe_model
+from gaudi_batch.pipelines.model import BUILTIN_MODELS, ModelFacts, describe_model
 
 pytestmark = pytest.mark.torch
 
@@ -151,6 +151,14 @@ def test_what_shapes_an_image_changes_the_revision_of_a_directory(tmp_path: Path
     weights = next((tmp_path / "model/vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     assert describe_model(config(tmp_path / "model")).revision != before.revision
+
+
+def test_a_card_has_the_built_in_model_of_its_own_package(tmp_path: Path) -> None:
+    from gaudi_batch.pipelines.cpu import fetch
+
+    shutil.copytree(BUILTIN_MODELS / "shapes", tmp_path / "where the driver has it")
+    facts = vars(describe_model(config("builtin:shapes"))) | {"path": str(tmp_path / "where the driver has it")}
+    assert fetch(ModelFacts(**facts), None) == str(BUILTIN_MODELS / "shapes")
 
 
 def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

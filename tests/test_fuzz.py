@@ -392,6 +392,7 @@ RECORD = {
     "created_at": "2026-11-23T00:00:00+00:00",
     "rows": 3,
     "images": 3,
+    "stacks": [{"torch": "2.13.0"}],
 }
 LEASE = {
     "driver": "abcde", "host": "h", "machine": "m", "pid": 7, "started": "9", "beat": 1, "dead": [], "released": False
@@ -426,6 +427,7 @@ def test_any_run_json_is_a_run_or_refused(ledger: Ledger, data: bytes) -> None:
         assert isinstance(record.job["device"], str)
         assert record.threads is None or record.threads >= 1
         assert record.rows >= 0 <= record.images
+        assert all(isinstance(stack, dict) for stack in record.stacks or ())
 
 
 @given(st.binary(max_size=50) | st.deferred(lambda: spoiled(_plan())))

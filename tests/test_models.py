@@ -260,7 +260,7 @@ def test_the_gaudi_pipeline_looks_at_a_model_in_the_same_way(
     monkeypatch.setitem(sys.modules, "habana_frameworks.torch.hpu", types.SimpleNamespace(get_device_name=str))
     for name in ("require_stack", "_acquire", "_describe_device", "prepare"):
         monkeypatch.setattr(gaudi, name, lambda *_: None)
-    facts = ModelFacts(**vars(describe_model(config("builtin:shapes"))) | {"path": str(model)})
+    facts = ModelFacts(**vars(describe_model(config("builtin:shapes"))) | {"name": "m", "path": str(model)})
     with pytest.raises(InputError, match="brings code"):
         gaudi.GaudiPipeline(config(model, device="hpu"), facts, 1)
     assert not ran.exists()

@@ -32,7 +32,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
     busy = [card for card, hand in world.hands.items() if hand]
     alive = sorted(world.hands) + sorted(world.starting)
     possible = (
-        ["ready"] * 4 * bool(world.starting)
+        (["ready"] * 4 + ["refuse"]) * bool(world.starting)
         + ["finish"] * 6 * bool(busy)
         + ["fail", "announce"] * bool(busy)
         + ["commit"] * 6 * bool(world.commits)
@@ -47,6 +47,8 @@ def anything_happens(world: World, rng: random.Random) -> None:
     event = rng.choice(possible)
     if event == "ready":
         world.ready(rng.choice(sorted(world.starting)))
+    elif event == "refuse":
+        world.refuse(rng.choice(sorted(world.starting)))
     elif event == "finish":
         card = rng.choice(busy)
         doubted = {world.hands[card][0].shard.start: "wrong"} if rng.random() < 0.2 else {}
@@ -256,6 +258,26 @@ def test_cards_that_never_start_end_the_run_with_their_error() -> None:
     (reason,) = world.finished
     assert reason is not None
     assert "no memory" in reason
+
+
+def test_a_card_that_is_refused_is_not_started_again_and_costs_no_row() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    for card in range(2):
+        world.join(card)
+    world.ready(0)
+    world.refuse(1)
+    assert (world.quarantined, world.starting) == ({1}, set())
+    let_it_end(world, 2)
+    assert world.finished == [None]
+    assert world.schedule.failed_rows == 0
+
+
+def test_a_run_whose_every_card_is_refused_ends_with_the_reason() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    world.join(0)
+    world.refuse(0)
+    world.do(world.schedule.expect(False))
+    assert world.finished == ["no card is left; the last error of one: another torch"]
 
 
 def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost_no_row() -> None:

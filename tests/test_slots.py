@@ -20,6 +20,8 @@ class Introducing(Driver):
         plan = [Shard(number, 0, 4 * number, 4 * number + 4, Bucket(64, 64, 20, 2.0), 4, 4) for number in range(9)]
         self.schedule = Schedule(plan, "a", 36)
         self._account: Any = SimpleNamespace(introduce=lambda slot: None, fault=lambda slot, what: None)
+        self._setup: Any = SimpleNamespace(model=SimpleNamespace(revision=""), min_cpus=1)
+        self._stack = {}
         self._notes: set[str] = set()
         self._slots = {number: Slot(number, group=None) for number in range(2)}
         self.sent: list[str] = []
@@ -27,7 +29,8 @@ class Introducing(Driver):
             self.schedule.starting(number, "first")
 
     def ready(self, number: int, node: str, module: int) -> str:
-        self._introduce(self._slots[number], Ready(f"{node}-id", node, module, pid=1, load_s=0.0))
+        ready = Ready(f"{node}-id", node, module, pid=1, load_s=0.0, stack={}, model="", threads=None, cpus=1)
+        self._introduce(self._slots[number], ready)
         return self._slots[number].name
 
     def _carry_out(self, decisions: list[Decision]) -> None:

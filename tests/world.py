@@ -112,6 +112,10 @@ class World:
         self.old += self.hands.pop(card, [])
         self.do(self.schedule.broken(card, error))
 
+    def refuse(self, card: int) -> None:
+        self.starting.discard(card)
+        self.do(self.schedule.refused(card, "another torch"))
+
     def leave(self, card: int) -> None:
         self.starting.discard(card)
         self.old += self.hands.pop(card, [])

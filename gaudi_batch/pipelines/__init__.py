@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.cpus import share_of_node
 from gaudi_batch.pipelines.base import Pipeline
 from gaudi_batch.pipelines.model import ModelFacts
 
 
-def load_pipeline(config: JobConfig, model: ModelFacts, threads: int, module: int | None) -> Pipeline:
+def load_pipeline(config: JobConfig, model: ModelFacts, threads: int | None, module: int | None) -> Pipeline:
     """Loads the pipeline of a card. The heavy imports happen here, in the card's own process.
 
     Args:
         config: the job, its device resolved.
         model: its model, resolved.
-        threads: threads of this card.
+        threads: threads of this card; None on hpu is its share of its node.
         module: the module that Ray pinned, None where the device has none.
     """
     if config.device == "simulated":
@@ -23,7 +24,8 @@ def load_pipeline(config: JobConfig, model: ModelFacts, threads: int, module: in
     if config.device == "hpu":
         from gaudi_batch.pipelines.gaudi import GaudiPipeline
 
-        return GaudiPipeline(config, model, threads)
+        return GaudiPipeline(config, model, threads or share_of_node())
     from gaudi_batch.pipelines.cpu import CpuPipeline
 
+    assert threads is not None
     return CpuPipeline(model, threads, config.dtype or "float32")

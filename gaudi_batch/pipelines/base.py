@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -45,6 +46,12 @@ class Pipeline(Protocol):
 
     device: str
     """What it runs on, as the throughput lines name it."""
+    stack: Mapping[str, str]
+    """What shapes its images beside the job and the model, by name; see stack.py."""
+    model: str
+    """What it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
+    threads: int | None
+    """Of torch in this process, None where there is none."""
     warmup_batches: int
     """First batches of a graph key that are left out of rates, since they compile."""
 

@@ -22,6 +22,7 @@ from gaudi_batch.config import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.pipelines.model import SUPPORTED, ModelFacts
 from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.stack import HPU_PACKAGES, versions
 
 WARMUP_BATCHES = 3
 """First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
@@ -98,7 +99,7 @@ class GaudiPipeline:
     Args:
         config: the job, its Gaudi config resolved.
         model: its model, resolved.
-        threads: torch threads of the host beside this card.
+        threads: threads of the host beside this card.
 
     Raises:
         RuntimeError: Intel's stack is not there, or the card can't be had; the message says what to do.
@@ -122,7 +123,7 @@ class GaudiPipeline:
                 " it; put the pip of the Python that has habana_frameworks first on the PATH of this node's Ray"
             ) from None
 
-        from gaudi_batch.pipelines.cpu import fetch, silence_libraries
+        from gaudi_batch.pipelines.cpu import fetch, revision_beside, silence_libraries
 
         torch.set_num_threads(threads)
         silence_libraries()
@@ -133,6 +134,7 @@ class GaudiPipeline:
         self._graphs: dict[GraphKey, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, SUPPORTED[model.pipeline_class].gaudi_class)
         path = fetch(model, pipeline_class)
+        revision = revision_beside(model, path)
         scheduler = {}
         if model.scheduler is not None:
             scheduler_class = getattr(gaudi_diffusers, model.scheduler)
@@ -150,6 +152,9 @@ class GaudiPipeline:
             )
         except RuntimeError as error:
             raise self._explained(error, None) from error
+        self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
+        self.model = revision()
+        self.threads: int | None = torch.get_num_threads()
         self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:

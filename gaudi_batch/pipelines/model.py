@@ -17,6 +17,7 @@ from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.rows import MAX_INT32
 from gaudi_batch.text import one_line, shown
 
+BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -101,8 +102,8 @@ def describe_model(config: JobConfig) -> ModelFacts:
     if config.device == "simulated":
         return ModelFacts("simulated", "", False, "", "simulated", None, DEFAULT_SIDE, DEFAULT_SIDE, 8)
     name = config.model or ""
-    if name.startswith("builtin:"):
-        directory = BUILTIN_MODELS / name.removeprefix("builtin:")
+    if name.startswith(BUILTIN):
+        directory = builtin_directory(name)
         if not (directory / "model_index.json").is_file():
             known = ", ".join(f"builtin:{path.parent.name}" for path in BUILTIN_MODELS.glob("*/model_index.json"))
             raise InputError(f"model {name!r} is not built in; built in: {known or 'none'}")
@@ -116,6 +117,11 @@ def describe_model(config: JobConfig) -> ModelFacts:
         raise InputError(f"model {name!r}: there is no such directory, and it is not a hub id such as 'owner/name'")
     snapshot = _from_hub("model", name, config.revision, "*.json")
     return _describe(config, snapshot, snapshot.name)
+
+
+def builtin_directory(name: str) -> Path:
+    """Where the package in this process has a model that comes with it."""
+    return BUILTIN_MODELS / name.removeprefix(BUILTIN)
 
 
 def unseen_model(config: JobConfig, width: int, height: int) -> ModelFacts:
@@ -159,7 +165,7 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFa
         name=name,
         path=name if commit else str(directory),
         hub=commit is not None,
-        revision=commit or _digest(directory, config.use_safetensors),
+        revision=commit or digest(directory, config.use_safetensors),
         pipeline_class=pipeline_class,
         scheduler=_scheduler(config, SUPPORTED[pipeline_class]),
         width=width,
@@ -312,13 +318,14 @@ def _json(owner: str, directory: Path, path: str) -> dict[str, Any]:
     return loaded
 
 
-def _digest(directory: Path, use_safetensors: bool) -> str:
-    digest = hashlib.sha256()
+def digest(directory: Path, use_safetensors: bool) -> str:
+    """The SHA-256, in hexadecimal digits, of those files of a directory that may shape an image, and their names."""
+    found = hashlib.sha256()
     suffixes = WEIGHT_SUFFIXES if use_safetensors else WEIGHT_SUFFIXES | {PICKLED}
     for path in sorted(directory.rglob("*")):
         if path.suffix in suffixes and path.is_file():
-            digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+            found.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()
+                    found.update(chunk)
+    return found.hexdigest()

@@ -9,12 +9,14 @@ import os
 import random
 import signal
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from gaudi_batch.config import SimulatedConfig
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.stack import PACKAGES, versions
 
 DEFAULT_SIDE = 64
 """Pixels; simulated images are small unless the job asks for a size."""
@@ -29,12 +31,15 @@ class SimulatedPipeline:
     """
 
     device = "simulated"
+    model = ""
+    threads: int | None = None
     warmup_batches = 1
 
     def __init__(self, config: SimulatedConfig, module: int | None) -> None:
         time.sleep(config.load_seconds)
         if module in config.unloadable_modules:
             raise RuntimeError(f"simulated failure to load on module {module}")
+        self.stack: Mapping[str, str] = versions(PACKAGES) | {"device": self.device}
         self._config = config
         self._module = module
         self._captured: set[GraphKey] = set()

@@ -1,0 +1,70 @@
+"""What shapes an image beside the job and its model: the packages of a card's process, and its device.
+
+All cards of a run must have the same, or an image would depend on which card makes it. The driver's own do not count:
+it makes none, and a head may have other packages. Python and Ray are not here, since Ray lets only nodes with the same
+of both join a cluster; nor is what only moves bytes, such as pyarrow and fsspec.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gaudi_batch.messages import CardSetup, Ready
+
+PACKAGES = ("gaudi-batch", "numpy", "pillow")
+"""What makes an image's seed, scales its pixels and encodes it, on any device."""
+TORCH_PACKAGES = (*PACKAGES, "torch", "diffusers", "transformers", "tokenizers", "ftfy")
+"""The same where diffusers generates. transformers has ftfy clean a prompt where it is installed, and else does it
+itself, otherwise (`CLIPTokenizer` of transformers 4.55)."""
+HPU_PACKAGES = (*TORCH_PACKAGES, "optimum-habana", "habana-torch-plugin")
+"""The same on Gaudi cards. The plugin's version is that of Intel's release, graph compiler and kernels among it."""
+
+_MODULES = {"pillow": "PIL"}
+"""Packages whose module has another name."""
+DIGITS = 12
+"""Of a model's SHA-256 or commit that a message shows."""
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of some packages that this process has: of what it has imported, else of what is installed."""
+    found = {}
+    for package in packages:
+        version = getattr(sys.modules.get(_MODULES.get(package, package)), "__version__", None)
+        try:
+            found[package] = str(version or importlib.metadata.version(package))  # torch has a type of its own for it
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """What two stacks do not have in common: its name, what it is in ours, and in theirs."""
+    names = sorted(ours.keys() | theirs.keys())
+    pairs = [(name, ours.get(name, "missing"), theirs.get(name, "missing")) for name in names]
+    return [(name, here, there) for name, here, there in pairs if here != there]
+
+
+def why_unfit(ready: Ready, setup: CardSetup, stack: Mapping[str, str]) -> str:
+    """Why a card is no card for this run, whose images are to be the same whoever makes them; empty if it is one.
+
+    Args:
+        ready: what the card says of itself.
+        setup: the job, whose model it must have, and CPUs for whose threads.
+        stack: that of the first card of this driver that was ready.
+    """
+    found = differences(ready.stack, stack)
+    if ready.model != setup.model.revision:
+        found.append((f"model {setup.model.name}", ready.model[:DIGITS], setup.model.revision[:DIGITS]))
+    if found:
+        said = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in found)
+        return f"node {ready.node} would make other images: {said}; every node needs the same"
+    if ready.cpus < setup.min_cpus:
+        return (
+            f"node {ready.node} may use {ready.cpus} CPUs (affinity, cgroup), and a card of this run has"
+            f" {setup.threads} threads, on which images depend; give the node as many, or take it out of the cluster"
+        )
+    return ""

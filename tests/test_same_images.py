@@ -1,0 +1,172 @@
+"""What shapes an image is the same on all cards of a run, or the card that differs is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import command_line, read_manifest
+from raynodes import RayCluster, follow, start_job
+
+from gaudi_batch import manifest
+from gaudi_batch.ledger import Ledger, RunRecord
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.messages import Ready
+from gaudi_batch.pipelines.model import BUILTIN_MODELS
+from gaudi_batch.stack import why_unfit
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import Sums
+
+OTHER = "0.0.9"
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[RayCluster]:
+    """A head on which no card fits."""
+    cluster = RayCluster(tmp_path / "cluster", ["--num-cpus", "0"])
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """More prompts than a test waits for."""
+    pq.write_table(pa.table({"prompt": ["p"] * 4000}), tmp_path / "many.parquet")
+    return tmp_path / "many.parquet"
+
+
+def other_version(home: Path, package: str) -> str:
+    """A PYTHONPATH on which a package has another version."""
+    installed = home / "site" / f"{package}-{OTHER}.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {OTHER}\n")
+    return str(installed.parent)
+
+
+def stop(driver: subprocess.Popen[str]) -> None:
+    """Interrupts a job and waits for its end."""
+    driver.send_signal(signal.SIGTERM)
+    _, log = driver.communicate(timeout=100)
+    assert driver.returncode == 130, log
+
+
+def stacks(output: Path) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads((output / "run.json").read_text()).get("stacks", [])
+    return found
+
+
+def test_a_node_with_another_version_makes_nothing_until_it_is_all_that_there_is(
+    nodes: RayCluster, many: Path, tmp_path: Path
+) -> None:
+    """The first card's versions count; a driver whose cards all have others goes on, with a warning."""
+    output, ready = tmp_path / "out", r"card \S+ \(.*\) is ready"
+    job = ("--device", "simulated", "--simulated.batch-seconds", "0.2")
+    hpu = ("--num-cpus=1", '--resources={"HPU": 1}')
+    good = nodes.add(*hpu)
+    driver = start_job(nodes.address, many, output, *job)
+    assert follow(driver, ready)
+    nodes.add(*hpu, wrapper=("unshare", "--uts", "sh", "-c", 'hostname odd-node; exec "$@"', "sh"),
+              PYTHONPATH=other_version(tmp_path, "gaudi_batch"))  # fmt: skip
+    line = follow(driver, ready, "is quarantined")
+    stop(driver)
+    assert "is quarantined: node odd-node would make other images" in line
+    ours = stacks(output)[0]["gaudi-batch"]
+    assert f"gaudi-batch is {OTHER}, and {ours} in this run; every node needs the same" in line
+    assert {row["node"] for row in json.loads((output / "summary.json").read_text())["cards"].values()} != {"odd-node"}
+    assert not list(output.glob("throughput/odd-node-*"))
+    assert len(stacks(output)) == 1
+
+    good.kill()
+    driver = start_job(nodes.address, many, output, *job)
+    line = follow(driver, "images may differ")
+    assert follow(driver, ready)
+    while len(stacks(output)) < 2:
+        assert driver.poll() is None
+    stop(driver)
+    assert f"gaudi-batch is {OTHER} on node odd-node and was {ours} before in this run" in line
+    assert [stack["gaudi-batch"] for stack in stacks(output)] == [ours, OTHER]
+    assert list(output.glob("throughput/odd-node-*"))
+
+
+def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
+    cluster: str, prompts: Path, tmp_path: Path
+) -> None:
+    job = ("run", "--address", cluster, "--prompts", prompts, "--output", tmp_path / "out", "--device", "simulated")
+    job = (*job, "--simulated.batch-seconds", "0.01", "--shard-size", "8", "--simulated.raise-rows")
+    assert command_line(*job, "[1, 60]", "--max-failed", "0").returncode == 1
+    result = command_line(*job, "[]", PYTHONPATH=other_version(tmp_path, "diffusers"))
+    assert result.returncode in (0, 3), result.stderr
+    assert "images may differ" not in result.stderr
+
+
+def test_another_generation_of_cards_and_a_package_that_is_missing_are_named() -> None:
+    setup: Any = SimpleNamespace(model=SimpleNamespace(name="m", revision="r"), min_cpus=0)
+    stack = {"device": "hpu GAUDI2", "torch": "2.10.0"}
+    ready = Ready("id", "node-2", 0, 1, 1.0, stack=stack, model="r", threads=4, cpus=4)
+    assert why_unfit(ready, setup, stack) == ""
+    assert why_unfit(ready, setup, {"device": "hpu GAUDI3", "torch": "2.10.0", "ftfy": "6.3"}) == (
+        "node node-2 would make other images: device is hpu GAUDI2, and hpu GAUDI3 in this run;"
+        " ftfy is missing, and 6.3 in this run; every node needs the same"
+    )
+
+
+@pytest.mark.torch
+def test_a_node_with_another_model_at_the_same_path_makes_nothing(nodes: RayCluster, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a small white star on a black background"] * 16}), tmp_path / "p.parquet")
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(BUILTIN_MODELS / "shapes", model)
+    shutil.copytree(model, other)
+    weights = next((other / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    hidden = ("unshare", "--mount", "--uts", "sh", "-c",
+              f'hostname odd-node; mount --bind {other} {model} && exec "$@"', "sh")  # fmt: skip
+    nodes.add("--num-cpus=1", wrapper=hidden)
+    nodes.add("--num-cpus=1")
+    output = tmp_path / "out"
+    job = ("--model", str(model), "--device", "cpu", "--cpu.threads", "1", "--steps", "2", "--batch-size", "2")
+    driver = start_job(nodes.address, tmp_path / "p.parquet", output, *job)
+    line = follow(driver, "is quarantined")
+    _, log = driver.communicate(timeout=200)
+    assert driver.returncode == 0, log
+    assert re.search(
+        rf"node odd-node would make other images: .*model {model} is \w{{12}}, and \w{{12}} in this run", line
+    )
+    assert len(read_manifest(output)) == 16
+    assert not list(output.glob("throughput/odd-node-*"))
+    assert stacks(output)[0].keys() >= {
+        "torch",
+        "diffusers",
+        "transformers",
+        "numpy",
+        "pillow",
+        "gaudi-batch",
+        "device",
+    }
+
+
+def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Path) -> None:
+    """As the last look before a manifest sees it; so no crash leaves images of a stack that nobody wrote down."""
+    seen = []
+    output = Storage(str(tmp_path / "out"))
+    record = RunRecord({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=[{"torch": "1"}])
+    output.put("run.json", json.dumps(vars(record)).encode())
+    ledger = Ledger(output, lambda: seen.append(stacks(tmp_path / "out")))
+    ledger.run()
+    assert ledger.use_stack({"torch": "2"}) == {"torch": "1"}
+    facts = CommitFacts(0, "aaaaa1", "card", "node", None, 0, 0, 0, Sums(), "run")
+    assert ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
+    assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
+    assert Ledger(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
