@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.console import OutputLost, look_for_reader, say
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
@@ -195,6 +196,7 @@ class Cluster:
         Raises:
             InputError: there is no such job.
             RunStopped: the cluster has not answered for too long, or the job never began.
+            OutputLost: the log can't be printed here any more; the job goes on.
         """
         return self._exit_code(job, self._wait(job, _Log(self._client, job).print_on))
 
@@ -219,6 +221,8 @@ class Cluster:
             try:
                 meanwhile()
                 info = self._info(job)
+            except OutputLost:
+                raise
             except Exception as error:
                 self._refuse_unknown(job, error)
                 waited = time.monotonic() - heard
@@ -273,12 +277,20 @@ class _Log:
     async def _print_on(self) -> None:
         seen = 0  # the whole log comes each time
         pieces = self._client.tail_job_logs(self._job)
-        with contextlib.suppress(StopAsyncIteration, asyncio.TimeoutError):
-            while True:
-                piece = await asyncio.wait_for(anext(pieces), ANSWER_SECONDS)
-                print(piece[max(0, self._printed - seen) :], end="", flush=True)
+        next_piece = asyncio.ensure_future(anext(pieces))
+        until = time.monotonic() + ANSWER_SECONDS
+        with contextlib.suppress(StopAsyncIteration):
+            while time.monotonic() < until:
+                look_for_reader()
+                if not (await asyncio.wait({next_piece}, timeout=LOOK_SECONDS))[0]:
+                    continue
+                piece = next_piece.result()
+                say(piece[max(0, self._printed - seen) :], end="")
                 seen += len(piece)
                 self._printed = max(self._printed, seen)
+                next_piece = asyncio.ensure_future(anext(pieces))
+                until = time.monotonic() + ANSWER_SECONDS
+        next_piece.cancel()
 
 
 def _reason(error: Exception) -> str:

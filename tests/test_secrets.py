@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import command_line
 from pydantic import ValidationError
 
 from gaudi_batch import JobConfig, run
@@ -170,6 +171,15 @@ def test_the_record_of_a_job_without_secrets_is_the_job(write_prompts: Any, tmp_
     prompts = write_prompts({"prompt": ["a"]})
     config = JobConfig(prompts=str(prompts), output=str(tmp_path / "me@example.com"), device="simulated")
     assert resolve(config).describe() == config.model_dump(mode="json")
+
+
+def test_a_flag_that_there_is_not_does_not_have_its_value_repeated() -> None:
+    for flags in (["--storage-option", f"{{secret: {SECRET}}}"], [f"--storage-optionz.secret={SECRET}"]):
+        result = command_line("run", *flags)
+        assert result.returncode == 2
+        assert f"unrecognized arguments: {flags[0].partition('=')[0]} (" in result.stderr
+        assert SECRET not in result.stderr
+    assert "unrecognized arguments: more (" in command_line("check", "job.yaml", "more").stderr
 
 
 def test_a_result_says_where_the_images_are_and_shows_no_secret(
