@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ log = logging.getLogger("gaudi_batch")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
+START_FILE = "start.py"
 TOKEN_FILE = Path("~/.ray/auth_token")
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_SECONDS = 15
@@ -75,7 +77,7 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """The command that the cluster runs."""
-        return shlex.join(["python3", "-m", "gaudi_batch", "run", JOB_FILE, "--grace", f"{self.grace:g}", *self.flags])
+        return shlex.join(["python3", START_FILE, "run", JOB_FILE, "--grace", f"{self.grace:g}", *self.flags])
 
     @property
     def job_file(self) -> str:
@@ -146,6 +148,7 @@ class Cluster:
         """Sends a job; returns its id. Raises InputError."""
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             Path(directory, JOB_FILE).write_text(submission.job_file, encoding="utf-8")
+            shutil.copy(Path(__file__).with_name(START_FILE), directory)
             environment: dict[str, Any] = {
                 "working_dir": directory,
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(int(submission.grace) + STOP_MARGIN_SECONDS)},
