@@ -15,10 +15,13 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gaudi_batch.console import LossyStream, OutputLost, open_streams, say
 from gaudi_batch.errors import GaudiBatchError, InputError
+from gaudi_batch.redaction import redact
 from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("gaudi_batch")
 
 INTERRUPTED = 130
+NOT_FOLLOWED = 141
+"""As of a command that SIGPIPE ends."""
 STATUS_PATIENCE_SECONDS = 10.0
 JOB_COMMANDS = ("run", "submit", "check", "bench")
 """The commands that take a job."""
@@ -42,40 +47,56 @@ ADDRESS_HELP = "the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
-    try:
-        parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
-    except InputError as error:
-        print(f"gaudi-batch: {one_line(error, 2000)}", file=sys.stderr)
-        return error.exit_code
-    _set_up_log(parsed.verbose)
-    if arguments is None:
-        _hide_secrets()
+    """Runs one command; returns its exit code, whatever happens."""
     if threading.current_thread() is threading.main_thread():
         # SIGTERM means the same as Ctrl-C from the first moment on, not only while images are made; and that also in
         # the background of a shell, which has Ctrl-C ignored.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _set_up_log()
     try:
+        try:
+            parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        except InputError as error:
+            _complain(f"gaudi-batch: {one_line(error, 2000)}")
+            return error.exit_code
+        except SystemExit:
+            say("", end="")  # what argparse has printed of itself, and not yet written
+            return 0
+        if parsed.verbose:
+            log.setLevel(logging.DEBUG)
+        if arguments is None:
+            _hide_secrets()
         return int(parsed.command(parsed))
+    except OutputLost as error:
+        if error.closed:  # by a reader that has what it wanted
+            return 0
+        log.error("%s", error)
+        return error.exit_code
     except GaudiBatchError as error:
         log.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted; the same command resumes")
         return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    except BaseException:  # a library may leave by sys.exit
+        _complain(redact(traceback.format_exc()))
+        return 1
 
 
-def entry() -> None:
-    """What the installed command calls."""
-    code = main()
-    # Past the interpreter's own end: threads that wait for storage would keep the process, and one of a library that
-    # asks for the interpreter while it ends would abort it.
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed, or its disk full
-            stream.flush()
-    os._exit(code)
+def entry() -> NoReturn:
+    """What the installed command calls; ends the process."""
+    code = INTERRUPTED  # also of an interrupt while another is told
+    try:
+        open_streams()
+        code = main()
+    finally:
+        # Past the interpreter's own end: threads that wait for storage would keep the process, and one of a library
+        # that asks for the interpreter while it ends would abort it. All that was printed has been flushed.
+        os._exit(code)
+
+
+def _complain(text: str) -> None:
+    print(text, file=LossyStream(sys.stderr), flush=True)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------
@@ -101,8 +122,7 @@ def _submit(parsed: argparse.Namespace) -> int:
     submission = Submission(config, flags, parsed.grace, parsed.job_id, parsed.ship_code)
     cluster = Cluster(parsed.address)
     job = cluster.submit(submission)
-    print(f"job: {job}", flush=True)
-    return _follow_job(cluster, job) if parsed.wait else 0
+    return _follow_job(cluster, job, f"job: {job}\n", parsed.wait)
 
 
 def _follow(parsed: argparse.Namespace) -> int:
@@ -111,21 +131,24 @@ def _follow(parsed: argparse.Namespace) -> int:
     return _follow_job(Cluster(parsed.address), parsed.job)
 
 
-def _follow_job(cluster: Cluster, job: str) -> int:
-    from gaudi_batch.redaction import redact
-
+def _follow_job(cluster: Cluster, job: str, first: str = "", wait: bool = True) -> int:
+    this = f"{job} --address {redact(cluster.address)}"
+    goes_on = f"job {job} goes on; `gaudi-batch follow {this}` shows it again, `stop` in its place ends it"
     try:
-        return cluster.follow(job)
+        say(first, end="")
+        return cluster.follow(job) if wait else 0
     except KeyboardInterrupt:
-        this = f"{job} --address {redact(cluster.address)}"
-        log.warning("job %s goes on; `gaudi-batch follow %s` shows it again, `stop` in its place ends it", job, this)
+        log.warning("%s", goes_on)
         return INTERRUPTED
+    except OutputLost as error:
+        log.warning("%s; %s", error, goes_on)
+        return NOT_FOLLOWED
 
 
 def _stop(parsed: argparse.Namespace) -> int:
     from gaudi_batch.submit import Cluster
 
-    print(f"job {parsed.job}: {Cluster(parsed.address).stop(parsed.job)}")
+    say(f"job {parsed.job}: {Cluster(parsed.address).stop(parsed.job)}")
     return 0
 
 
@@ -138,7 +161,7 @@ def _check(parsed: argparse.Namespace) -> int:
     job = resolve(with_device(job_from(parsed), None), offline=True)
     if parsed.strict:
         refuse_bad_rows(job)
-    print(check(job))
+    say(check(job))
     return 0
 
 
@@ -154,7 +177,7 @@ def _bench(parsed: argparse.Namespace) -> int:
     address = address_of(parsed.address)
     config = job_from(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
     measured = bench(resolve(with_device(config, address)), address, parsed.calls)
-    print(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
+    say(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
     return 0
 
 
@@ -166,7 +189,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)))
-    print(json.dumps(status, indent=1) if parsed.json else describe_status(status))
+    say(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 
 
@@ -196,8 +219,6 @@ def _emulate(parsed: argparse.Namespace) -> NoReturn:
 def _hide_secrets() -> None:
     """Takes storage options and what is secret in URLs out of this process's title, which `ps` shows to everybody and
     Ray keeps."""
-    from gaudi_batch.redaction import redact
-
     shown: list[str] = []
     for argument in sys.orig_argv:
         flag, equals, _ = argument.partition("=")
@@ -214,26 +235,38 @@ def _hide_secrets() -> None:
 
 
 def _print_result(output: str, summary: dict[str, Any]) -> None:
+    """Prints how a run came out. That nobody takes it changes nothing of the run."""
     rate = f", {summary['images_per_s']:.2f} images/s of generation" if summary["images_per_s"] else ""
-    print(
+    lines = [
         f"{summary['state']}: {summary['images']} images, {summary['failed_rows']} failed rows,"
         f" {len(summary['cards'])} cards{rate}"
-    )
+    ]
     for name, card in summary["cards"].items():
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
         busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
         spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s"
-        print(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
-    where = printable(output)
-    print(f"images:   {where}/images")
-    print(f"manifest: {where}/manifest.parquet")
-    print(f"summary:  {where}/summary.json")
+        lines.append(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
+    where = printable(redact(output))
+    lines += [f"images:   {where}/images", f"manifest: {where}/manifest.parquet", f"summary:  {where}/summary.json"]
+    try:
+        say("\n".join(lines))
+    except OutputLost as error:
+        if not error.closed:
+            log.warning("%s", error)
 
 
 # -- the parser -------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
+        """See `argparse`; what follows a flag that there is not may be a secret, and is not repeated."""
+        parsed, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} ({self.prog} --help tells what there is)")
 
@@ -348,9 +381,9 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
     return command
 
 
-def _set_up_log(verbose: bool) -> None:
-    handler = logging.StreamHandler()
+def _set_up_log() -> None:
+    handler = logging.StreamHandler(LossyStream(sys.stderr))
     handler.setFormatter(OneLineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.INFO)
     log.propagate = False

@@ -6,7 +6,7 @@ line makes its flags and their help from these declarations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gaudi_batch.errors import InputError
+from gaudi_batch.redaction import redacted_options
 from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
 from gaudi_batch.text import load_yaml, name, shown
 
@@ -62,7 +63,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # An error that quotes what it was given would show the secrets of a job.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 class EncodingConfig(_Section):
@@ -175,6 +177,8 @@ class LimitsConfig(_Section):
 class JobConfig(_Section):
     """A text-to-image job: which prompts, which model, which cards, where the images go.
 
+    Its `repr` and `str` have `***` in place of what is secret; its fields and `model_dump` are as they were given.
+
     Raises:
         pydantic.ValidationError: a value breaks its rule. `JobConfig.load` turns it into an `InputError`.
     """
@@ -278,6 +282,10 @@ class JobConfig(_Section):
 
     simulated: SimulatedConfig = Field(default_factory=SimulatedConfig)
     """Settings of device simulated."""
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for field, value in super().__repr_args__():
+            yield field, redacted_options({"": value})[""]
 
     @field_validator("prompts", "output")
     @classmethod

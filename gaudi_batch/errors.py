@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from gaudi_batch.redaction import redact
+
 
 class GaudiBatchError(Exception):
-    """Any end of a command that has a sentence for the user; `exit_code` is what the command returns."""
+    """Any end of a command that has a sentence for the user; `exit_code` is what the command returns. The sentence has
+    no secrets, whoever writes it."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class InputError(GaudiBatchError):

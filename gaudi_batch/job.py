@@ -16,7 +16,7 @@ from gaudi_batch.pipelines.gaudi import gaudi_mapping
 from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
-from gaudi_batch.redaction import redact, redacted_options
+from gaudi_batch.redaction import redacted_options
 from gaudi_batch.rows import RowRules
 from gaudi_batch.stack import versions
 from gaudi_batch.storage import open_filesystem
@@ -121,13 +121,7 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The job as run.json has it, secrets taken out."""
-        dumped = self.config.model_dump(mode="json")
-        for name in ("storage_options", "prompts_storage_options"):
-            if dumped[name]:
-                dumped[name] = redacted_options(dumped[name])
-        for name in ("prompts", "output"):
-            dumped[name] = redact(dumped[name])
-        return dumped
+        return redacted_options(self.config.model_dump(mode="json"))
 
     def versions(self) -> dict[str, str]:
         """Versions of everything that shapes an image, as far as this machine has it."""

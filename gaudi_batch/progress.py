@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.highlighter import NullHighlighter
@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gaudi_batch.console import LossyStream
 from gaudi_batch.text import OneLineFormatter, duration
 
 LINE_SECONDS = 10.0
@@ -115,7 +116,8 @@ class BarView:
 def open_view() -> View:
     """The view that suits this process's standard error. Log lines of the program go through it."""
     if sys.stderr.isatty():
-        console = Console(stderr=True)
+        # A terminal may go while the run goes on.
+        console = Console(file=cast(TextIO, LossyStream(sys.stderr)))
         if log.handlers:
             handler = RichHandler(
                 console=console,

@@ -1,4 +1,21 @@
-"""What is secret in texts and options, and how it is kept out of logs, records and job lists."""
+"""What is taken for secret, and where it is taken out.
+
+Secret are
+
+- in a URL: a user name with a password (`s3://key:secret@bucket`); a user name alone, which may be a token, unless the
+  scheme has a container, an account or a repository there (`abfs://box@account`, `sftp://me@host`); the query of an
+  http(s) URL, which may sign it, and any other in which a name says that its value is secret (`?sig=...`). An `@` or a
+  `?` in a path is a part of it.
+- of storage options: all under a name that says so (`SECRET_KEY`), and what is secret in their URLs.
+- of the environment: the values of variables whose names say so (`SECRET_VARIABLE`).
+
+In texts, values of options and variables are found from 8 characters on: a shorter one stands in names by chance, as
+`test` does in `latest`.
+
+They are taken out of all that is written down or told: log lines (`OneLineFormatter`), errors (`GaudiBatchError`),
+tracebacks, run.json, manifests, the process title, `repr` of a `JobConfig`. What a program goes on with is as it was
+given: the fields of a `JobConfig`, and `RunResult.output`.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +23,95 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
-SECRET_VARIABLE = re.compile(r"(AWS|AZURE|HF|GOOGLE)_\w*(SECRET|TOKEN|KEY|PASSWORD|CONNECTION_STRING)\w*")
+SECRET_VARIABLE = re.compile(
+    r"(?!PWD$|\w*_(?:FILE|PATH|DIR|URL|URI|ENDPOINT|NAME|MODE|TYPE)$)"  # these say where it is, or how it is used
+    r"(?:\w*_)?(?:"
+    r"SECRETS?|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PWD|APIKEY|CONNECTION_STRING|(?:API|ACCESS|ACCOUNT|PRIVATE)_KEY"
+    r"|(?:AWS|AZURE|GCP|GCS|GOOGLE|HF|S3)_(?:\w+_)?(?:KEY|SAS)"
+    r")(?:_\w+)?",
+    re.IGNORECASE,
+)
 SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
-SHORTEST_SECRET = 4
-SHORTEST_CERTAIN_SECRET = 8
-"""Of a variable: a shorter value may stand in a name by chance, as `test` does in `latest`."""
-_PASSWORD = re.compile(r"\w+://[^/?#:@]*:[^@]*@")
-_USER = re.compile(r"\b(?!(?:abfss?|az|hdfs|sftp|smb|ssh|wasbs?):)\w+://[^/?#]*@", re.IGNORECASE)
-"""A user name, which may be a token; these schemes have a container or an account there."""
-_QUERY = re.compile(r"https?://[^?#]*\?|\w+://[^?]*\?[^/?#]*\w=", re.IGNORECASE)
-"""`?` alone is a wildcard in the paths of stores."""
-_URL_USERINFO = re.compile(r"(\w+://)(?:[^\s'\"]+|[^\s/?#]+)@")
-_URL_QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
+NO_SECRETS = frozenset(("anon", "browser", "cache", "cloud", "google_default"))
+"""What `token` may be in gcsfs beside a token: ways to come to one."""
+SHORTEST_SECRET = 8
+"""Characters."""
+_NAMES = "abfss?|adl|az|wasbs?|(?:web)?hdfs|viewfs|hf|ftps?|scp|sftp|ssh|smb"
+"""Schemes with a name before the @ that is no secret: a container, an account, a repository."""
+_URL = r"(?<![\w+.-])\w[\w+.-]{0,30}://"
+_PASSWORD = re.compile(
+    # Not the port of http://host:80/me@here, nor the colons of s3://arn:... and of zip://a::s3://b. The numbers keep
+    # the search linear in a text that has been made to be long.
+    rf"({_URL})(?!arn:)[^\s/?#:@'\"\[]{{0,500}}:(?!:|\d{{1,5}}(?:[\s/?#'\",]|$))(?:[^\s/?#]{{0,2000}}|[^\s@'\"]{{0,500}})@"
+)
+_USER = re.compile(rf"((?!(?:{_NAMES}):){_URL})[^\s/?#@'\"]{{1,2000}}@", re.IGNORECASE)
+_QUERY = re.compile(rf"({_URL}[^\s?'\"]{{0,2000}})\?([^\s'\"]+)")
+_SECRET_PARAMETER = re.compile(rf"(?:^|&)[^=&]*(?:{SECRET_KEY.pattern}|sig)[^=&]*=", re.IGNORECASE)
+_OF_CONNECTION = re.compile(r"(?:Key|Signature)=([^;]+)")
+"""The secret parts of a connection string of Azure."""
+_learned: set[str] = set()
+
+
+def learn(options: Mapping[str, Any]) -> None:
+    """Has `redact` know what is secret in storage options for as long as the process lives."""
+    _learned.update(_secrets(options))
 
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """Takes secrets out of a text: user names, passwords and queries in URLs, and the values of `options` (fsspec
-    storage options) and of the environment whose names say that they are secret."""
-    variables = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
-    for secret in sorted(_secrets(variables, True) | _secrets(options or {}), key=len, reverse=True):
+    """A text with `***` in place of what is secret in its URLs, in `options` (fsspec storage options), in those that
+    were learned, and in the environment."""
+    secrets = _learned | _secrets(options or {})
+    for name, value in os.environ.items():
+        if SECRET_VARIABLE.fullmatch(name):
+            secrets |= _forms(value)
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _URL_QUERY.sub(r"\1?***", _URL_USERINFO.sub(r"\1***@", text))
+    text = _USER.sub(r"\1***@", _PASSWORD.sub(r"\1***@", text))
+    return _QUERY.sub(_without_query, text)
 
 
-def has_secret(url: str) -> bool:
-    """Whether a URL has a secret in it: a password, a query such as that of a signed address, or the value of a secret
-    variable of the environment. `redact` takes out more, such as the container's name in `abfs://box@account/path`."""
-    variables = [value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)]
-    named = any(len(value) >= SHORTEST_CERTAIN_SECRET and value in url for value in variables)
-    return bool(named or _PASSWORD.search(url) or _USER.search(url) or _QUERY.search(url))
+def has_secret(text: str) -> bool:
+    """Whether there is a secret in a URL."""
+    return redact(text) != text
 
 
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options with every value that may be a secret replaced by `***`, whatever lies below a secret name
+    """The same options with every value that is secret replaced by `***`, whatever lies below a secret name
     included."""
-    return {key: _redacted(value, bool(SECRET_KEY.search(str(key)))) for key, value in options.items()}
+    return {key: _redacted(value, _is_secret(key)) for key, value in options.items()}
+
+
+def _without_query(found: re.Match[str]) -> str:
+    place, query = found.groups()
+    secret = place.lower().startswith(("http://", "https://")) or _SECRET_PARAMETER.search(query.partition("/")[0])
+    return f"{place}?***" if secret else found[0]
+
+
+def _is_secret(name: object) -> bool:
+    return SECRET_KEY.search(str(name)) is not None
 
 
 def _redacted(value: Any, secret: bool) -> Any:
     if isinstance(value, Mapping):
-        return {key: _redacted(item, secret or bool(SECRET_KEY.search(str(key)))) for key, item in value.items()}
+        return {key: _redacted(item, secret or _is_secret(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_redacted(item, secret) for item in value]
-    if secret and not isinstance(value, bool) and value is not None:
+    if secret and not (isinstance(value, bool) or value is None or str(value) in NO_SECRETS):
         return "***"
     return redact(value) if isinstance(value, str) else value
 
 
 def _secrets(value: Any, secret: bool = False) -> set[str]:
     if isinstance(value, Mapping):
-        parts = [_secrets(item, secret or bool(SECRET_KEY.search(str(key)))) for key, item in value.items()]
-        return set().union(*parts)
+        return set().union(*(_secrets(item, secret or _is_secret(key)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
         return set().union(*(_secrets(item, secret) for item in value))
-    text = str(value)
-    return {text} if secret and not isinstance(value, bool) and len(text) >= SHORTEST_SECRET else set()
+    return _forms(str(value)) if secret and str(value) not in NO_SECRETS else set()
+
+
+def _forms(secret: str) -> set[str]:
+    """A secret as texts may have it: as it is, as a URL has it, and the parts of a connection string."""
+    parts = [part for part in (secret, *_OF_CONNECTION.findall(secret)) if len(part) >= SHORTEST_SECRET]
+    return {*parts, *(quote(part, safe="") for part in parts)}

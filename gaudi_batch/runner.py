@@ -53,8 +53,9 @@ class AtOnce(Interrupted):
 class RunResult:
     """How a run came out."""
 
-    output: str
-    """Where its records are."""
+    output: str = field(repr=False)
+    """Where its records are: the absolute path of a local directory, else the job's own URL, also if it has a secret in
+    it."""
     summary: dict[str, Any]
     """What summary.json says."""
 
@@ -404,7 +405,7 @@ def _sum_up(
         raise Interrupted(f"interrupted with {rows} of {record.rows} rows done; the same command resumes")
     if reason is not None:
         raise RunStopped(f"stopped: {reason} ({rows} of {record.rows} rows are done; the same command resumes)")
-    return RunResult(ledger.storage.url, summary)
+    return RunResult(ledger.storage.place, summary)
 
 
 def _write_summary(

@@ -26,7 +26,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.redaction import redact
+from gaudi_batch.redaction import learn, redact
 from gaudi_batch.retry import delays, in_time, is_permanent
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     Raises:
         InputError: the protocol is unknown, its package is missing, or the options do not fit it.
     """
+    learn(options)
     try:
         protocol = fsspec.core.split_protocol(url)[0]
         if protocol in ("memory", "memoryfs"):
@@ -92,7 +93,8 @@ class Storage:
         self.root = root.rstrip("/") or "/"
         self.query = ""
         self.local = isinstance(self.filesystem, LocalFileSystem)
-        self.url = redact(root if self.local else url).rstrip("/")
+        self.place = (root if self.local else url).rstrip("/")
+        self.url = redact(self.place)
         self.patience = patience
         self.try_seconds = TRY_SECONDS
         _own_retries_off(self.filesystem)
@@ -105,6 +107,7 @@ class Storage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        learn(self.options)
         _own_retries_off(self.filesystem)
         self._made, self._running, self._lock = set(), {}, threading.Lock()
 

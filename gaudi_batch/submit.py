@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.console import OutputLost, look_for_reader, say
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
@@ -33,6 +35,7 @@ log = logging.getLogger("gaudi_batch")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
+START_FILE = "start.py"
 TOKEN_FILE = Path("~/.ray/auth_token")
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_SECONDS = 15
@@ -74,7 +77,7 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """The command that the cluster runs."""
-        return shlex.join(["python3", "-m", "gaudi_batch", "run", JOB_FILE, "--grace", f"{self.grace:g}", *self.flags])
+        return shlex.join(["python3", START_FILE, "run", JOB_FILE, "--grace", f"{self.grace:g}", *self.flags])
 
     @property
     def job_file(self) -> str:
@@ -145,6 +148,7 @@ class Cluster:
         """Sends a job; returns its id. Raises InputError."""
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             Path(directory, JOB_FILE).write_text(submission.job_file, encoding="utf-8")
+            shutil.copy(Path(__file__).with_name(START_FILE), directory)
             environment: dict[str, Any] = {
                 "working_dir": directory,
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(int(submission.grace) + STOP_MARGIN_SECONDS)},
@@ -195,6 +199,7 @@ class Cluster:
         Raises:
             InputError: there is no such job.
             RunStopped: the cluster has not answered for too long, or the job never began.
+            OutputLost: the log can't be printed here any more; the job goes on.
         """
         return self._exit_code(job, self._wait(job, _Log(self._client, job).print_on))
 
@@ -219,6 +224,8 @@ class Cluster:
             try:
                 meanwhile()
                 info = self._info(job)
+            except OutputLost:
+                raise
             except Exception as error:
                 self._refuse_unknown(job, error)
                 waited = time.monotonic() - heard
@@ -273,12 +280,20 @@ class _Log:
     async def _print_on(self) -> None:
         seen = 0  # the whole log comes each time
         pieces = self._client.tail_job_logs(self._job)
-        with contextlib.suppress(StopAsyncIteration, asyncio.TimeoutError):
-            while True:
-                piece = await asyncio.wait_for(anext(pieces), ANSWER_SECONDS)
-                print(piece[max(0, self._printed - seen) :], end="", flush=True)
+        next_piece = asyncio.ensure_future(anext(pieces))
+        until = time.monotonic() + ANSWER_SECONDS
+        with contextlib.suppress(StopAsyncIteration):
+            while time.monotonic() < until:
+                look_for_reader()
+                if not (await asyncio.wait({next_piece}, timeout=LOOK_SECONDS))[0]:
+                    continue
+                piece = next_piece.result()
+                say(piece[max(0, self._printed - seen) :], end="")
                 seen += len(piece)
                 self._printed = max(self._printed, seen)
+                next_piece = asyncio.ensure_future(anext(pieces))
+                until = time.monotonic() + ANSWER_SECONDS
+        next_piece.cancel()
 
 
 def _reason(error: Exception) -> str:

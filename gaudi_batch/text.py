@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from gaudi_batch.errors import InputError
+from gaudi_batch.redaction import redact
 
 MOST_YAML_VALUES = 100_000
 """A job has some dozens; nested aliases can make billions of a few lines."""
@@ -46,7 +47,11 @@ def shown(value: object, most: int = 200) -> str:
 
 
 class OneLineFormatter(logging.Formatter):
-    """Log lines whose message is one line and printable, whatever foreign text is in it."""
+    """Log lines whose message is one line, printable and without secrets, whatever foreign text is in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return redact(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""

@@ -96,6 +96,7 @@ class RayCluster:
     head_options: Sequence[str] = ("--num-cpus", "2")
     dashboard: bool = False
     system_config: dict[str, Any] = field(default_factory=lambda: QUICK)
+    head_environment: dict[str, str] = field(default_factory=dict)
     nodes: list[RayNode] = field(default_factory=list)
     port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
@@ -116,7 +117,8 @@ class RayCluster:
         """Starts the head and waits until it answers."""
         board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
         options = ["--head", "--port", str(self.port), *board, "--temp-dir", self.session]
-        self.add(*options, "--system-config", json.dumps(self.system_config), *self.head_options)
+        options += ["--system-config", json.dumps(self.system_config), *self.head_options]
+        self.add(*options, **self.head_environment)
         self.wait_for(1)
         return self
 

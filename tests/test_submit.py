@@ -31,8 +31,13 @@ SECRET = "a-secret-of-whoever-submits"
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """The cluster, with token authentication as Ray has it by default."""
-    cluster = RayCluster(tmp_path_factory.mktemp("cluster"), dashboard=True)
+    """The cluster, with token authentication as Ray has it by default. Its `bin` has the `python3` of jobs."""
+    home = tmp_path_factory.mktemp("cluster")
+    (home / "bin").mkdir()
+    put_python(home / "bin", sys.executable)
+    cluster = RayCluster(
+        home, dashboard=True, head_environment={"PATH": f"{home}/bin:{Path(RAY).parent}:{os.environ['PATH']}"}
+    )
     try:
         cluster.start()
         cluster.add("--num-cpus=1", '--resources={"HPU": 4}', HABANA_VISIBLE_MODULES="4,5,6,7")
@@ -40,6 +45,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+def put_python(directory: Path, python: str) -> None:
+    """Puts a `python3` into a directory that is this Python."""
+    # No link: a Python of a virtual environment looks for it beside the name that it is called by.
+    (directory / "new").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    (directory / "new").chmod(0o755)
+    (directory / "new").replace(directory / "python3")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +85,7 @@ def test_a_job_is_followed_to_its_end_and_its_exit_code_comes_back(
     known = subprocess.run(
         [RAY, "job", "list", "--address", nodes.jobs_address], capture_output=True, text=True, check=True
     )
-    assert "gaudi_batch run job.yaml" in known.stdout
+    assert "python3 start.py run job.yaml" in known.stdout
     assert SECRET not in known.stdout
 
 
@@ -102,6 +115,61 @@ def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
     assert resumed.returncode == 3, resumed.stdout
     assert "of 8 shards are committed already" in resumed.stdout
     assert len(read_manifest(output)) == 64
+
+
+def test_a_python_without_the_package_is_named_with_the_ways_out(
+    nodes: RayCluster, dataset: Path, tmp_path: Path
+) -> None:
+    """Once without it, and once with the package sent along and without what it depends on."""
+    submit = ("submit", "--address", nodes.jobs_address, *job(dataset, tmp_path / "out"))
+    bare = str(Path(sys.base_prefix, "bin", "python3").resolve())
+    put_python(nodes.home / "bin", bare)
+    try:
+        without, depending = command_line(*submit), command_line(*submit, "--ship-code")
+    finally:
+        put_python(nodes.home / "bin", sys.executable)
+    here = f"the Python of this job, {bare} on node {socket.gethostname()}, has no "
+    assert (without.returncode, depending.returncode) == (2, 2), without.stdout + depending.stdout
+    assert f"{here}gaudi_batch; install it there" in without.stdout
+    assert "--ship-code" in without.stdout
+    assert re.search(re.escape(here) + r"\w+; gaudi_batch needs it", depending.stdout)
+
+
+@pytest.mark.parametrize("command", ["submit", "follow"])
+def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(
+    command: str, nodes: RayCluster, dataset: Path, tmp_path: Path
+) -> None:
+    """As in `gaudi-batch follow job | head -1`."""
+    name, address = f"closed-{command}", ("--address", nodes.jobs_address)
+    submit = ("submit", *address, *job(dataset, tmp_path / "out", **{"simulated.batch-seconds": "600"}), "--grace=1")
+    if command == "follow":
+        assert command_line(*submit, "--no-wait", "--job-id", name).returncode == 0
+    arguments = {"submit": [*submit, "--job-id", name], "follow": ["follow", *address, name]}[command]
+    run = [sys.executable, "-m", "gaudi_batch", *arguments]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 141, said
+    assert f"job {name} goes on; `gaudi-batch follow {name} --address {nodes.jobs_address}` shows it again" in said
+    stopped = command_line("stop", name, "--address", nodes.jobs_address)
+    assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
+
+
+def test_a_job_whose_id_can_t_be_printed_is_named_all_the_same(
+    nodes: RayCluster, dataset: Path, tmp_path: Path
+) -> None:
+    submit = ("submit", "--address", nodes.jobs_address, *job(dataset, tmp_path / "out"))
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "gaudi_batch", *submit], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 141
+    assert "standard output can't be written: No space left on device; job gaudi-batch-" in result.stderr
+    name = result.stderr.partition("; job ")[2].partition(" ")[0]
+    assert command_line("follow", name, "--address", nodes.jobs_address).returncode == 3
 
 
 def test_ray_s_own_command_submits_the_script(nodes: RayCluster, dataset: Path, tmp_path: Path) -> None:
