@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("interrupted; the same command resumes")
         return INTERRUPTED
     except BaseException:  # a library may leave by sys.exit
-        _complain(redact(traceback.format_exc()))
+        _complain("\n".join(map(printable, redact(traceback.format_exc()).splitlines())))
         return 1
 
 

@@ -12,8 +12,8 @@ Secret are
 In texts, values of options and variables are found from 8 characters on: a shorter one stands in names by chance, as
 `test` does in `latest`.
 
-They are taken out of all that is written down or told: log lines (`OneLineFormatter`), errors (`GaudiBatchError`),
-tracebacks, run.json, manifests, the process title, `repr` of a `JobConfig`. What a program goes on with is as it was
+They are taken out of all that is written down or told: log lines (`OneLineFormatter`), errors (`GaudiBatchError`), also
+in manifests, tracebacks, run.json, the process title, `repr` of a `JobConfig`. What a program goes on with is as it was
 given: the fields of a `JobConfig`, and `RunResult.output`.
 """
 
@@ -37,7 +37,7 @@ SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connecti
 NO_SECRETS = frozenset(("anon", "browser", "cache", "cloud", "google_default"))
 """What `token` may be in gcsfs beside a token: ways to come to one."""
 SHORTEST_SECRET = 8
-"""Characters."""
+"""Characters of one that is looked for in texts."""
 _NAMES = "abfss?|adl|az|wasbs?|(?:web)?hdfs|viewfs|hf|ftps?|scp|sftp|ssh|smb"
 """Schemes with a name before the @ that is no secret: a container, an account, a repository."""
 _URL = r"(?<![\w+.-])\w[\w+.-]{0,30}://"

@@ -125,18 +125,19 @@ def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, clust
     filesystem.put(f"{prompts}/", "bucket/prompts/", recursive=True)
     options = ("--storage-options", json.dumps(s3.options))
     command = (
-        *("run", "--prompts", "s3://bucket/prompts/*.parquet", "--output", "s3://bucket/runs/one", *options, *JOB),
+        *("run", "--prompts", "s3://bucket/prompts/*.parquet", "--output", "s3://bucket/runs/me@1", *options, *JOB),
         *("--shard-size", "16", "--address", cluster, "--encoding.type", "webp"),
     )
     result = command_line(*command)
     assert result.returncode == 0, result.stderr
-    with filesystem.open("bucket/runs/one/manifest.parquet") as file:
+    assert "images:   s3://bucket/runs/me@1/images\n" in result.stdout
+    with filesystem.open("bucket/runs/me@1/manifest.parquet") as file:
         rows = pq.read_table(file).to_pylist()
-    there = {name.removeprefix("bucket/runs/one/") for name in filesystem.find("bucket/runs/one/images")}
+    there = {name.removeprefix("bucket/runs/me@1/") for name in filesystem.find("bucket/runs/me@1/images")}
     assert there == {row["path"] for row in rows}
     assert len(rows) == 100
-    written = [filesystem.cat_file(name) for name in filesystem.find("bucket/runs/one") if name.endswith("json")]
+    written = [filesystem.cat_file(name) for name in filesystem.find("bucket/runs/me@1") if name.endswith("json")]
     assert not any(s3.options["secret"].encode() in data for data in written)
     assert s3.options["secret"] not in result.stderr + result.stdout
-    assert "complete" in command_line("status", "s3://bucket/runs/one", *options).stdout
+    assert "complete" in command_line("status", "s3://bucket/runs/me@1", *options).stdout
     assert command_line(*command, "--overwrite").returncode == 0

@@ -146,7 +146,7 @@ cli.entry()
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("KeyError('s3://key:xyzzy-secret@bucket/out')", "KeyError: 's3://***@bucket/out'"),
+        ("ValueError('s3://key:xyzzy-secret@bucket/\\x1b[31m')", "ValueError: s3://***@bucket/\\x1b[31m"),
         ("BrokenPipeError(32, 'of a socket')", "BrokenPipeError: [Errno 32] of a socket"),
         ("SystemExit('of a library')", "SystemExit: of a library"),
     ],
