@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gaudi_batch.columns import can_cast, cast, plain
 from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import Run, Shard
@@ -220,7 +221,7 @@ class PromptDataset:
 
     def _carried(self, table: pa.Table) -> pa.Table:
         columns = [
-            _cast(table.column(field.name), field.type)
+            cast(table.column(field.name), field.type)
             if field.name in table.column_names
             else pa.nulls(len(table), field.type)
             for field in self.carried
@@ -249,10 +250,18 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MOST_ROWS}")
     try:
         # A file without rows, such as an empty data frame's, often has no types worth the name.
-        schemas = [_plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
+        schemas = [plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
+    for file, (_, its, _) in zip(files, footers, strict=True):
+        for field in its if file.rows else ():
+            shared = schema.field(field.name).type
+            if not can_cast(field.type, shared):
+                raise InputError(
+                    f"prompts file {file.name!r}: column {field.name!r} is {one_line(field.type, 100)}, which can't"
+                    f" become {one_line(shared, 100)}, in which the manifest has that of all files; give it that type"
+                )
     return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
 
 
@@ -390,37 +399,6 @@ def _plain_values(column: pa.ChunkedArray) -> pa.Array:
         plain = pa.string() if _is_text(kind) else kind
         return column.cast(plain).combine_chunks()
     return pa.array([_text(item) if item.is_valid else None for item in column], pa.string())
-
-
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A carried column in the type that all files share. Precision may be lost, a row never."""
-    try:
-        return column.cast(kind)
-    except pa.ArrowInvalid:
-        return column.cast(kind, safe=False)
-
-
-def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with its view types, which Arrow can't select rows of, as plain ones; and nulls are possible
-    everywhere, as a file may not have the column and a row group may not be readable."""
-    return pa.schema([field.with_type(_plain_type(field.type)).with_nullable(True) for field in schema])
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    if kind in plain:
-        return plain[kind]
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)), kind.list_size)
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
-    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
