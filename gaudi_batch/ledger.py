@@ -111,18 +111,28 @@ class Ledger:
                 f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
             ) from None
 
-    def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
+    def holds_run(self) -> bool:
+        """Whether there is a run here, or what is left of one."""
+        return self.storage.get("run.json") is not None or bool(self.committed_shards())
+
+    def create(self, job: Job, *, afresh: bool = False) -> tuple[RunRecord, list[Shard]]:
         """Plans a job and writes down its plan, then its run.json.
 
+        Args:
+            job: the job.
+            afresh: whether a run that is here is removed, once the job is planned.
+
         Raises:
-            InputError: there are commits of a run whose run.json is not there.
+            InputError: the job can't be planned, or there are commits of a run whose run.json is not there.
         """
-        if self.committed_shards():
+        shards = list(job.plan())
+        if afresh:
+            self.start_afresh()
+        elif self.committed_shards():
             raise InputError(
                 f"{self.storage.url} has manifests of a run and no run.json; bring it back, or start this output afresh"
                 " with --overwrite"
             )
-        shards = list(job.plan())
         record = RunRecord(
             job=job.describe(),
             fingerprint=job.fingerprint(),
@@ -266,7 +276,7 @@ class Ledger:
             path = Path(directory) / "manifest.parquet"
             try:
                 rows, failed = self._join_into(path, made_again, committed)
-                if not rows:
+                if not committed:
                     return 0, 0
                 manifest.require_readable(path, rows)
             except (pa.ArrowException, OSError, ValueError) as error:
@@ -333,7 +343,7 @@ class Ledger:
 
         Commits go first and run.json last, so that a crash in between leaves a run that makes its images again.
         """
-        if self.storage.get("run.json") is None and not self.committed_shards():
+        if not self.holds_run():
             return
         for shard in self.committed_shards():
             self._remove(manifest_path(shard))
