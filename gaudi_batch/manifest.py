@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
@@ -183,6 +184,12 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         return table, facts
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"not a whole manifest: {one_line(error)}") from None
+
+
+def finished_at(table: pa.Table) -> float | None:
+    """When the last image of a manifest was stored, in seconds since the epoch; None where it has no row."""
+    last = pc.max(table.column("finished_at")).cast(pa.timestamp("us", tz="UTC")).value
+    return None if last is None else last / 1e6
 
 
 def require_readable(path: Path, rows: int) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.again import failed_rows, plan_again, rows_made_again
@@ -24,9 +24,12 @@ from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
+from gaudi_batch.manifest import finished_at
 from gaudi_batch.plan import Shard
+from gaudi_batch.spans import Stopwatch, read_spans, wall_seconds
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
+from gaudi_batch.throughput import rounded
 from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
 
@@ -96,6 +99,7 @@ def run(
     """
     storage = Storage(config.output, config.storage_options, config.storage_patience)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
+    watch = Stopwatch(driver)
     lease = LeaseKeeper(storage, driver)
     ledger = Ledger(storage, lease.hold)
     record = None if overwrite else ledger.run()
@@ -125,7 +129,7 @@ def run(
             if len(missing) < len(shards):
                 log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
             if missing:
-                ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, cards(), grace)
+                ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, cards(), watch, grace)
         result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
             _verify(ledger, made_again)
@@ -149,6 +153,8 @@ class _Ended:
     """Why it stopped; None if every shard is committed."""
     faults: Mapping[str, int] = field(default_factory=dict)
     retries: int = 0
+    watch: Stopwatch | None = None
+    """This driver's; None if it had nothing to make, so that its time is not the run's."""
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
@@ -278,6 +284,7 @@ def _drive(
     tally: Tally,
     lease: LeaseKeeper,
     resources: CardResources,
+    watch: Stopwatch,
     grace: float,
 ) -> _Ended:
     """Has the missing shards made."""
@@ -303,7 +310,8 @@ def _drive(
     images_missing = (
         sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
     )
-    account = Account(schedule, tally, record.images, images_missing)
+    earlier = read_spans(ledger)
+    account = Account(schedule, tally, record.images, images_missing, lambda: [*earlier, watch.span()])
     setup = CardSetup(job.config, ledger.storage, record.run_id, job.model, job.dataset, job.rules, job.threads)
     with open_view() as view, _handlers_kept():
         driver = Driver(
@@ -320,7 +328,7 @@ def _drive(
         raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
     if driver.at_once:
         raise LeaseLost(f"stopped: {reason}")
-    return _Ended(reason, account.faults, schedule.retries)
+    return _Ended(reason, account.faults, schedule.retries, watch)
 
 
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
@@ -445,8 +453,8 @@ def _write_summary(
     in_doubt = frozenset(ledger.unsettled)
     # What is committed is what storage says: another driver may have committed, too.
     known, tally = tally.attempts, tally.emptied()
-    for facts, _ in ledger.commits():
-        tally.add(facts)
+    for facts, table in ledger.commits():
+        tally.add(facts, finished_at(table))
     lost = sorted(known.keys() - tally.attempts.keys())
     if lost and reason is None:
         reason = f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
@@ -462,12 +470,18 @@ def _write_summary(
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:
         totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts)
+    spans = [span for span in read_spans(ledger) if span.driver != lease.driver]
+    spans += [ended.watch.span()] if ended.watch else []
+    wall_s = wall_seconds(spans, {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()})
     state = "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete"
     summary = {
         "state": state,
         "reason": reason,
         "images_planned": record.images,
         "rows_planned": record.rows,
+        "wall_s": wall_s,
+        "images_per_s_wall": rounded(totals["images"] / wall_s) if wall_s else None,
+        "drivers": [asdict(span) for span in spans],
         **totals,
     }
     ledger.put_json("summary.json", summary)
