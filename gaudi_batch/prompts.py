@@ -7,10 +7,14 @@ time. A card reads the row groups that its shard touches, and keeps the last one
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,12 +24,18 @@ import pyarrow.parquet as pq
 from gaudi_batch.columns import can_cast, cast, plain
 from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.links import LinkedFileSystem, is_hidden
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import MANY_SECONDS, Storage
 from gaudi_batch.text import one_line
 
+log = logging.getLogger("gaudi_batch")
+
 FOOTER_THREADS = 16
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+"""By which files are told that somebody may have meant; the first alone is taken from a directory."""
+DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
 MOST_ROWS = 2**31 - 1
 """Of a job. A footer can claim any number, and the plan grows with it."""
 _GLOB = re.compile(r"[*?\[{]")
@@ -293,7 +303,8 @@ def _map_columns(
     return columns
 
 
-def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
+def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
+    """The prompts' storage and the names of their files in it."""
     url = config.prompts
     options = config.prompts_storage_options
     if options is None:
@@ -305,33 +316,85 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
     plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")
     query = mark + asked
 
-    def look() -> tuple[str, dict[str, dict[str, Any]]]:
+    def look() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
-            matches = filesystem.glob(path, detail=True)
-            return base, {name: info for name, info in matches.items() if info["type"] != "directory"}
+            files = LinkedFileSystem(base) if whole.local else filesystem
+            matches = files.glob(path, detail=True)
+            taken = [name for name, info in matches.items() if info["type"] != "directory"]
+            above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
+            return _Found(base, files, taken, matches.keys() - taken - above, "a glob takes files and no directory")
         info = filesystem.info(path)
         if info["type"] == "file":
-            return plain.rpartition("/")[0], {plain: info}
-        found = filesystem.find(path, detail=True).items()
-        output = str(filesystem._strip_protocol(config.output)).rstrip("/") + "/"
-        names = {name: info for name, info in found if name.endswith(".parquet") and not name.startswith(output)}
-        return path, {
-            name: info
-            for name, info in names.items()
-            if not any(part.startswith((".", "_")) for part in name[len(path) :].strip("/").split("/"))
-        }
+            return _Found(plain.rpartition("/")[0], filesystem, [plain])
+        files = LinkedFileSystem(path) if whole.local else filesystem
+        output = _real(str(filesystem._strip_protocol(config.output)), whole) + "/"
+        names = [name for name in files.find(path) if not _real(name, whole).startswith(output)]
+        meant = [name for name in names if name.lower().endswith(PARQUET_SUFFIXES)]
+        taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(name[len(path) :])]
+        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE)
 
     try:
-        base, found = whole.attempt("find the prompts", look, MANY_SECONDS)
+        found = whole.attempt("find the prompts", look, MANY_SECONDS)
     except StorageError as error:
         if "FileNotFoundError" in str(error):
             raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
         raise
-    if not found:
+    _say_what_is_passed_over(whole, found)
+    if not found.taken:
         raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
-    storage = whole.at(base, query)
-    return storage, {name[len(base) :].lstrip("/"): info for name, info in found.items()}
+    return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search for prompts has found."""
+
+    base: str
+    """The directory that names of files begin from."""
+    filesystem: Any
+    taken: list[str]
+    left: Collection[str] = ()
+    """What somebody may have meant and is not taken."""
+    rule: str = ""
+    """Why not."""
+
+
+def _real(name: str, storage: Storage) -> str:
+    """A name without links in it, where there are links; without a slash at its end."""
+    return os.path.realpath(name) if storage.local else name.rstrip("/")
+
+
+def _say_what_is_passed_over(storage: Storage, found: _Found) -> None:
+    """Says what is not taken, so that no rows are missing in silence, and what is taken twice.
+
+    Raises:
+        InputError: a file is a link that leads nowhere.
+    """
+    said = {"left out, as " + found.rule: found.left}
+    if isinstance(found.filesystem, LinkedFileSystem):
+        broken = found.filesystem.broken
+        if missing := broken.intersection(found.taken):
+            raise InputError(
+                f"prompts {storage.url!r}: {_some(missing, found.base)} leads nowhere; mend or remove the link"
+            )
+        said["left out, as it is a link that leads nowhere"] = {
+            name for name in broken if not is_hidden(name[len(found.base) :])
+        }
+        said["not followed, as it is a link to a directory that it is in"] = found.filesystem.loops
+        real = {name: _real(name, storage) for name in found.taken}
+        times = Counter(real.values())
+        said["taken under each of these names, which are links to the same; its rows are made more than once"] = {
+            name for name in found.taken if times[real[name]] > 1
+        }
+    for what, passed_over in said.items():
+        if passed_over:
+            log.warning("prompts %s: %s: %s", storage.url, _some(passed_over, found.base), what)
+
+
+def _some(names: Collection[str], base: str, shown: int = 3) -> str:
+    first = ", ".join(repr(name[len(base) :].lstrip("/")) for name in sorted(names)[:shown])
+    return first + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
