@@ -291,7 +291,7 @@ class Ledger:
 
     def _join_into(self, path: Path, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
         joined: dict[int, str] = {}
-        rows = failed = 0
+        rows = failed = size = 0
         writer: pq.ParquetWriter | None = None
         waiting: list[pa.Table] = []
         for facts, table in self.commits():
@@ -305,11 +305,13 @@ class Ledger:
                 table = table.filter(pa.array(counts, pa.bool_()))
             writer = writer or pq.ParquetWriter(path, schema, compression="zstd")
             waiting.append(table)
+            size += table.nbytes
             rows += len(table)
             failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
-            if sum(part.nbytes for part in waiting) >= JOINED_BYTES:
+            if size >= JOINED_BYTES:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting.clear()
+                size = 0
         if joined != committed:
             changed = min(shard for shard, _ in joined.items() ^ committed.items())
             raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")

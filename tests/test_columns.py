@@ -147,6 +147,19 @@ def test_a_run_is_complete_only_when_its_joined_manifest_can_be_read(
     assert not (output / "summary.json").exists()
 
 
+def test_large_columns_are_joined_a_part_at_a_time(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaudi_batch.ledger.JOINED_BYTES", 1 << 20, raising=False)
+    prompts = write_prompts({"prompt": ["p"] * ROWS, "large": [str(number) * 20_000 for number in range(ROWS)]})
+    make(prompts, tmp_path / "out", cluster, shard_size=8)
+    with pq.ParquetFile(tmp_path / "out/manifest.parquet") as file:
+        groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        assert len(groups) > 1
+        found = file.read().sort_by("row").column("large").to_pylist()
+    assert [value == str(number) * 20_000 for number, value in enumerate(found)] == [True] * ROWS
+
+
 def test_a_file_without_a_column_of_required_parts_costs_no_row(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
 ) -> None:
