@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import Any
 
 from gaudi_batch.cards import CardState
@@ -13,6 +14,7 @@ from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.progress import Progress
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot
+from gaudi_batch.spans import Span
 from gaudi_batch.summary import Tally
 
 FAULTS_KEPT = 100
@@ -27,14 +29,23 @@ class Account:
         tally: the commits so far; goes on being added to.
         images_total: images that the whole plan asks for.
         images_missing: images that committed shards were to have and have not, since rows failed.
+        drivers: the times of the run's drivers so far.
     """
 
-    def __init__(self, schedule: Schedule, tally: Tally, images_total: int, images_missing: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        tally: Tally,
+        images_total: int,
+        images_missing: int,
+        drivers: Callable[[], list[Span]],
+    ) -> None:
         self.faults: Counter[str] = Counter()
         self._schedule = schedule
         self._tally = tally
         self._images_total = images_total
         self._missing = images_missing
+        self._drivers = drivers
         self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
 
@@ -87,6 +98,7 @@ class Account:
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
             "shards_pending": self._schedule.pending(),
             "retries": self._schedule.retries,
+            "drivers": [asdict(span) for span in self._drivers()],
             "cards": {slot.label: self._describe_card(slot) for slot in slots},
             "faults": list(self._recent_faults),
         }

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gaudi_batch.console import LossyStream, OutputLost, open_streams, say
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.redaction import redact
-from gaudi_batch.text import OneLineFormatter, one_line, printable
+from gaudi_batch.text import OneLineFormatter, duration, one_line, printable
 
 if TYPE_CHECKING:
     from gaudi_batch.submit import Cluster
@@ -241,6 +241,9 @@ def _print_result(output: str, summary: dict[str, Any]) -> None:
         f"{summary['state']}: {summary['images']} images, {summary['failed_rows']} failed rows,"
         f" {len(summary['cards'])} cards{rate}"
     ]
+    if summary["images_per_s_wall"] is not None:
+        drivers = f", in {len(summary['drivers'])} drivers" if len(summary["drivers"]) > 1 else ""
+        lines.append(f"took {duration(summary['wall_s'])}{drivers}: {summary['images_per_s_wall']:.2f} images/s")
     for name, card in summary["cards"].items():
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
         busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"

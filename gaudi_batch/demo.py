@@ -10,10 +10,13 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.ledger import Ledger
 from gaudi_batch.runner import RunResult, run
 from gaudi_batch.storage import Storage
 
 PROMPTS = Path(__file__).resolve().parent / "models" / "demo_prompts.parquet"
+MODEL = "builtin:shapes"
 SHEET = "contact_sheet.png"
 COLUMNS = 10
 CELL = 128
@@ -29,13 +32,18 @@ def demo(output: str, prompts: int) -> RunResult:
     Args:
         output: where to; any fsspec URL.
         prompts: how many of the bundled prompts.
+
+    Raises:
+        InputError: another run is in the output, which is not the demo's to remove.
     """
+    storage = Storage(output)
+    _refuse_another_run(Ledger(storage))
     config = JobConfig.load(
         None,
         {
             "prompts": str(PROMPTS),
             "output": output,
-            "model": "builtin:shapes",
+            "model": MODEL,
             "device": "cpu",
             "cards": 2,
             "steps": 20,
@@ -45,8 +53,19 @@ def demo(output: str, prompts: int) -> RunResult:
         },
     )
     result = run(config, overwrite=True)
-    make_contact_sheet(Storage(output))
+    make_contact_sheet(storage)
     return result
+
+
+def _refuse_another_run(ledger: Ledger) -> None:
+    record = ledger.get_json("run.json") or {}
+    job = record.get("job") or {}
+    ours = job.get("model") == MODEL and Path(job.get("prompts") or "").name == PROMPTS.name
+    if ledger.holds_run() and not ours:
+        raise InputError(
+            f"{ledger.storage.url} has a run that is not the demo's, and the demo would remove it to start afresh; name"
+            " another output with --output"
+        )
 
 
 def make_contact_sheet(storage: Storage) -> None:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gaudi_batch import manifest
+from gaudi_batch.columns import cast, plain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.lease import COMMIT_SECONDS
 from gaudi_batch.manifest import CommitFacts
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from gaudi_batch.job import Job
 
 READ_THREADS = 16
+JOINED_BYTES = 64 << 20
+"""Of manifests in memory that make one row group of manifest.parquet."""
 OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "verify.json", "manifest.parquet", "run.json")
 """What a run has once; beside these it has manifests, and what is named after attempts."""
 
@@ -124,18 +127,28 @@ class Ledger:
                 f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
             ) from None
 
-    def create(self, job: Job) -> tuple[RunRecord, list[Shard]]:
+    def holds_run(self) -> bool:
+        """Whether there is a run here, or what is left of one."""
+        return self.storage.get("run.json") is not None or bool(self.committed_shards())
+
+    def create(self, job: Job, *, afresh: bool = False) -> tuple[RunRecord, list[Shard]]:
         """Plans a job and writes down its plan, then its run.json.
 
+        Args:
+            job: the job.
+            afresh: whether a run that is here is removed, once the job is planned.
+
         Raises:
-            InputError: there are commits of a run whose run.json is not there.
+            InputError: the job can't be planned, or there are commits of a run whose run.json is not there.
         """
-        if self.committed_shards():
+        shards = list(job.plan())
+        if afresh:
+            self.start_afresh()
+        elif self.committed_shards():
             raise InputError(
                 f"{self.storage.url} has manifests of a run and no run.json; bring it back, or start this output afresh"
                 " with --overwrite"
             )
-        shards = list(job.plan())
         record = RunRecord(
             job=job.describe(),
             fingerprint=job.fingerprint(),
@@ -285,47 +298,66 @@ class Ledger:
                 self.unsettled.discard(facts.attempt)
 
     def join_manifests(self, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
-        """Writes manifest.parquet, all manifests as one in order of shard; returns its images and its failed rows.
+        """Writes manifest.parquet, all manifests as one in order of shard, and makes sure that it can be read.
 
         Args:
             made_again: rows of several shards, with the highest of these, which alone counts.
             committed: the attempt of each committed shard.
 
+        Returns:
+            Its images and its failed rows.
+
         Raises:
-            StorageError: the manifests that are there now are others.
+            StorageError: the manifests that are there now are others, or what was written is not what is there.
         """
-        joined: dict[int, str] = {}
-        rows = failed = 0
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             path = Path(directory) / "manifest.parquet"
-            writer: pq.ParquetWriter | None = None
-            waiting: list[pa.Table] = []
             try:
-                for facts, table in self.commits():
-                    joined[facts.shard] = facts.attempt
-                    table = table.replace_schema_metadata(None)
-                    if made_again:
-                        counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
-                        table = table.filter(pa.array(counts, pa.bool_()))
-                    writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
-                    waiting.append(table)
-                    rows += len(table)
-                    failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
-                    if sum(len(part) for part in waiting) >= 1 << 16:
-                        writer.write_table(pa.concat_tables(waiting))
-                        waiting.clear()
-                if joined != committed:
-                    changed = min(shard for shard, _ in joined.items() ^ committed.items())
-                    raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")
-                if writer is None:
+                rows, failed = self._join_into(path, made_again, committed)
+                if not committed:
                     return 0, 0
-                if waiting:
-                    writer.write_table(pa.concat_tables(waiting))
-                writer.close()
-            except OSError as error:
-                raise StorageError(f"can't join the manifests in {directory}: {error}") from None
+                manifest.require_readable(path, rows)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise StorageError(
+                    f"can't join the manifests in {directory}: {one_line(error)}; those in manifest/ are as they were"
+                ) from None
             self.storage.put_file("manifest.parquet", os.fspath(path), self.hold)
+            written, stored = path.stat().st_size, self.storage.info("manifest.parquet")["size"]
+        if stored != written:
+            raise StorageError(f"{self.storage.url}: manifest.parquet has {stored} bytes, and {written} were written")
         return rows - failed, failed
+
+    def _join_into(self, path: Path, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
+        joined: dict[int, str] = {}
+        rows = failed = size = 0
+        writer: pq.ParquetWriter | None = None
+        waiting: list[pa.Table] = []
+        for facts, table in self.commits():
+            joined[facts.shard] = facts.attempt
+            # Those of a run that older code began may have other types.
+            schema = writer.schema if writer else plain(table.schema.remove_metadata())
+            columns = [cast(*each) for each in zip(table.columns, schema.types, strict=True)]
+            table = pa.table(columns, schema=schema)
+            if made_again:
+                counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
+                table = table.filter(pa.array(counts, pa.bool_()))
+            writer = writer or pq.ParquetWriter(path, schema, compression="zstd")
+            waiting.append(table)
+            size += table.nbytes
+            rows += len(table)
+            failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
+            if size >= JOINED_BYTES:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+                size = 0
+        if joined != committed:
+            changed = min(shard for shard, _ in joined.items() ^ committed.items())
+            raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")
+        if writer is not None:
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+            writer.close()
+        return rows, failed
 
     def remove_orphans(self, committed: dict[int, str], is_ours: Callable[[str], bool]) -> int:
         """Removes what attempts left behind that did not commit.
@@ -351,7 +383,7 @@ class Ledger:
 
         Commits go first and run.json last, so that a crash in between leaves a run that makes its images again.
         """
-        if self.storage.get("run.json") is None and not self.committed_shards():
+        if not self.holds_run():
             return
         for shard in self.committed_shards():
             self._remove(manifest_path(shard))

@@ -7,9 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
@@ -182,3 +184,28 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         return table, facts
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"not a whole manifest: {one_line(error)}") from None
+
+
+def finished_at(table: pa.Table) -> float | None:
+    """When the last image of a manifest was stored, in seconds since the epoch; None where it has no row."""
+    last = pc.max(table.column("finished_at")).cast(pa.timestamp("us", tz="UTC")).value
+    return None if last is None else last / 1e6
+
+
+def require_readable(path: Path, rows: int) -> None:
+    """Reads a file of manifests whole, a part at a time.
+
+    Args:
+        path: of the local file.
+        rows: how many it must have.
+
+    Raises:
+        ValueError: it can't be read, or has another number of rows.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            found = sum(batch.num_rows for batch in file.iter_batches())
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"what was written can't be read back: {one_line(error)}") from None
+    if found != rows:
+        raise ValueError(f"what was written has {found} rows, and {rows} were to be")

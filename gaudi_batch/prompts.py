@@ -7,26 +7,37 @@ time. A card reads the row groups that its shard touches, and keeps the last one
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gaudi_batch.columns import can_cast, cast, plain
 from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading
+from gaudi_batch.links import LinkedFileSystem, is_hidden
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import MANY_SECONDS, Storage
 from gaudi_batch.text import one_line
 
+log = logging.getLogger("gaudi_batch")
+
 FOOTER_THREADS = 16
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+"""By which files are told that somebody may have meant; the first alone is taken from a directory."""
+DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
 MOST_ROWS = 2**31 - 1
 """Of a job. A footer can claim any number, and the plan grows with it."""
 MAX_READINGS = 256
@@ -288,7 +299,7 @@ class PromptDataset:
 
     def _carried(self, table: pa.Table) -> pa.Table:
         columns = [
-            _cast(table.column(field.name), field.type)
+            cast(table.column(field.name), field.type)
             if field.name in table.column_names
             else pa.nulls(len(table), field.type)
             for field in self.carried
@@ -336,10 +347,18 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MOST_ROWS}")
     try:
         # A file without rows, such as an empty data frame's, often has no types worth the name.
-        schemas = [_plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
+        schemas = [plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
+    for file, (_, its, _) in zip(files, footers, strict=True):
+        for field in its if file.rows else ():
+            shared = schema.field(field.name).type
+            if not can_cast(field.type, shared):
+                raise InputError(
+                    f"prompts file {file.name!r}: column {field.name!r} is {one_line(field.type, 100)}, which can't"
+                    f" become {one_line(shared, 100)}, in which the manifest has that of all files; give it that type"
+                )
     return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
 
 
@@ -371,7 +390,8 @@ def _map_columns(
     return columns
 
 
-def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
+def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
+    """The prompts' storage and the names of their files in it."""
     url = config.prompts
     options = config.prompts_storage_options
     if options is None:
@@ -383,33 +403,85 @@ def _find_files(config: JobConfig) -> tuple[Storage, dict[str, dict[str, Any]]]:
     plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")
     query = mark + asked
 
-    def look() -> tuple[str, dict[str, dict[str, Any]]]:
+    def look() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
-            matches = filesystem.glob(path, detail=True)
-            return base, {name: info for name, info in matches.items() if info["type"] != "directory"}
+            files = LinkedFileSystem(base) if whole.local else filesystem
+            matches = files.glob(path, detail=True)
+            taken = [name for name, info in matches.items() if info["type"] != "directory"]
+            above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
+            return _Found(base, files, taken, matches.keys() - taken - above, "a glob takes files and no directory")
         info = filesystem.info(path)
         if info["type"] == "file":
-            return plain.rpartition("/")[0], {plain: info}
-        found = filesystem.find(path, detail=True).items()
-        output = str(filesystem._strip_protocol(config.output)).rstrip("/") + "/"
-        names = {name: info for name, info in found if name.endswith(".parquet") and not name.startswith(output)}
-        return path, {
-            name: info
-            for name, info in names.items()
-            if not any(part.startswith((".", "_")) for part in name[len(path) :].strip("/").split("/"))
-        }
+            return _Found(plain.rpartition("/")[0], filesystem, [plain])
+        files = LinkedFileSystem(path) if whole.local else filesystem
+        output = _real(str(filesystem._strip_protocol(config.output)), whole) + "/"
+        names = [name for name in files.find(path) if not _real(name, whole).startswith(output)]
+        meant = [name for name in names if name.lower().endswith(PARQUET_SUFFIXES)]
+        taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(name[len(path) :])]
+        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE)
 
     try:
-        base, found = whole.attempt("find the prompts", look, MANY_SECONDS)
+        found = whole.attempt("find the prompts", look, MANY_SECONDS)
     except StorageError as error:
         if "FileNotFoundError" in str(error):
             raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
         raise
-    if not found:
+    _say_what_is_passed_over(whole, found)
+    if not found.taken:
         raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
-    storage = whole.at(base, query)
-    return storage, {name[len(base) :].lstrip("/"): info for name, info in found.items()}
+    return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search for prompts has found."""
+
+    base: str
+    """The directory that names of files begin from."""
+    filesystem: Any
+    taken: list[str]
+    left: Collection[str] = ()
+    """What somebody may have meant and is not taken."""
+    rule: str = ""
+    """Why not."""
+
+
+def _real(name: str, storage: Storage) -> str:
+    """A name without links in it, where there are links; without a slash at its end."""
+    return os.path.realpath(name) if storage.local else name.rstrip("/")
+
+
+def _say_what_is_passed_over(storage: Storage, found: _Found) -> None:
+    """Says what is not taken, so that no rows are missing in silence, and what is taken twice.
+
+    Raises:
+        InputError: a file is a link that leads nowhere.
+    """
+    said = {"left out, as " + found.rule: found.left}
+    if isinstance(found.filesystem, LinkedFileSystem):
+        broken = found.filesystem.broken
+        if missing := broken.intersection(found.taken):
+            raise InputError(
+                f"prompts {storage.url!r}: {_some(missing, found.base)} leads nowhere; mend or remove the link"
+            )
+        said["left out, as it is a link that leads nowhere"] = {
+            name for name in broken if not is_hidden(name[len(found.base) :])
+        }
+        said["not followed, as it is a link to a directory that it is in"] = found.filesystem.loops
+        real = {name: _real(name, storage) for name in found.taken}
+        times = Counter(real.values())
+        said["taken under each of these names, which are links to the same; its rows are made more than once"] = {
+            name for name in found.taken if times[real[name]] > 1
+        }
+    for what, passed_over in said.items():
+        if passed_over:
+            log.warning("prompts %s: %s: %s", storage.url, _some(passed_over, found.base), what)
+
+
+def _some(names: Collection[str], base: str, shown: int = 3) -> str:
+    first = ", ".join(repr(name[len(base) :].lstrip("/")) for name in sorted(names)[:shown])
+    return first + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
@@ -477,37 +549,6 @@ def _plain_values(column: pa.ChunkedArray) -> pa.Array:
         plain = pa.string() if _is_text(kind) else kind
         return column.cast(plain).combine_chunks()
     return pa.array([_text(item) if item.is_valid else None for item in column], pa.string())
-
-
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A carried column in the type that all files share. Precision may be lost, a row never."""
-    try:
-        return column.cast(kind)
-    except pa.ArrowInvalid:
-        return column.cast(kind, safe=False)
-
-
-def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with its view types, which Arrow can't select rows of, as plain ones; and nulls are possible
-    everywhere, as a file may not have the column and a row group may not be readable."""
-    return pa.schema([field.with_type(_plain_type(field.type)).with_nullable(True) for field in schema])
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    if kind in plain:
-        return plain[kind]
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)), kind.list_size)
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
-    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:

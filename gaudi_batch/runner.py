@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import signal
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.again import failed_rows, plan_again, rows_made_again
@@ -23,13 +24,17 @@ from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
+from gaudi_batch.manifest import finished_at
 from gaudi_batch.plan import Shard
+from gaudi_batch.spans import Stopwatch, read_spans, wall_seconds
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
+from gaudi_batch.throughput import rounded
 from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
 
 if TYPE_CHECKING:
+    from gaudi_batch.cluster import CardResources
     from gaudi_batch.driver import Driver
 
 log = logging.getLogger("gaudi_batch")
@@ -82,7 +87,7 @@ def run(
         config: the job.
         address: a Ray cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
         strict: read every row first, and refuse the job if one can't be run.
-        overwrite: remove the run that is in the output first.
+        overwrite: remove the run that is in the output first, once the cluster has given a card that loads the model.
         retry_failed: run the rows that have failed again.
         verify: read every image back at the end and compare it with its manifest.
         repair: do so at the start, and make the rows again whose images are missing or torn.
@@ -95,6 +100,7 @@ def run(
     """
     storage = Storage(config.output, config.storage_options, config.storage_patience)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
+    watch = Stopwatch(driver)
     lease = LeaseKeeper(storage, driver)
     ledger = Ledger(storage, lease.hold)
     record = None if overwrite else ledger.run()
@@ -105,27 +111,26 @@ def run(
         _refuse_another_job(ledger, record, job)
     if strict:
         refuse_bad_rows(job)
-    if address and overwrite:
-        _knock(address)  # before anything is removed
     ended = _Ended(None)
     try:
         lease.take(log.info)
-        if overwrite:
-            ledger.start_afresh()
-        record, shards = _open_run(ledger, job)
-        if repair:
-            shards = _repair(ledger, job, shards)
-        if retry_failed:
-            shards = _add_failed(ledger, job, shards)
-        made_again = rows_made_again(shards, job.dataset)
-        tally = Tally()
-        for facts, _ in ledger.commits():
-            tally.add(facts)
-        missing = [shard for shard in shards if shard.number not in tally.attempts]
-        if len(missing) < len(shards):
-            log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
-        if missing:
-            ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, address, grace)
+        with _cluster(job, address, lease) as cards:
+            if overwrite and ledger.holds_run():
+                _try_card(job, ledger, cards(), lease)
+            record, shards = _open_run(ledger, job, cards, overwrite)
+            if repair:
+                shards = _repair(ledger, job, shards, cards)
+            if retry_failed:
+                shards = _add_failed(ledger, job, shards, cards)
+            made_again = rows_made_again(shards, job.dataset)
+            tally = Tally()
+            for facts, _ in ledger.commits():
+                tally.add(facts)
+            missing = [shard for shard in shards if shard.number not in tally.attempts]
+            if len(missing) < len(shards):
+                log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
+            if missing:
+                ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, cards(), watch, grace)
         result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
         if verify:
             _verify(ledger, made_again)
@@ -149,6 +154,8 @@ class _Ended:
     """Why it stopped; None if every shard is committed."""
     faults: Mapping[str, int] = field(default_factory=dict)
     retries: int = 0
+    watch: Stopwatch | None = None
+    """This driver's; None if it had nothing to make, so that its time is not the run's."""
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
@@ -160,11 +167,59 @@ def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
         )
 
 
-def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
+@contextlib.contextmanager
+def _cluster(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Callable[[], CardResources]]:
+    """Yields what connects to the cluster at its first call, or starts Ray, and says what a card takes of it. It is
+    called before anything is written or removed that needs a card to be made good.
+
+    Raises:
+        InputError: there is no cluster, or it has no card for the job.
+    """
+    with contextlib.ExitStack() as opened:
+
+        @functools.cache
+        def cards() -> CardResources:
+            # Ray is slow to import and nothing else here needs it.
+            from gaudi_batch.cluster import card_resources, connected, look_at_cluster
+            from gaudi_batch.slot import remove_groups_of
+
+            started = time.monotonic()
+            if address:
+                _knock(address)
+            restore = opened.enter_context(_handlers_kept())
+            opened.enter_context(connected(job, address))
+            restore()
+            remove_groups_of(lease.dead)
+            resources = card_resources(job)
+            count, device = look_at_cluster(job.config, resources).cards, job.config.device
+            if count == 0 and not job.config.asks_for_cards:
+                needs = f"{resources.amount} {resources.name} a card"
+                fewer = "take fewer with --cpu.threads, " if resources.name == "CPU" else ""
+                raise InputError(
+                    f"the cluster has no card for this job, which needs {needs}; {fewer}add nodes that have, ask its"
+                    " autoscaler for them with --max-cards, or choose another device"
+                )
+            log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, count, device)
+            return resources
+
+        yield cards
+
+
+def _try_card(job: Job, ledger: Ledger, resources: CardResources, lease: LeaseKeeper) -> None:
+    from gaudi_batch.trial import try_card
+
+    log.info("one card loads the model before the run in %s is removed", ledger.storage.url)
+    try_card(job, resources, lease.driver)
+
+
+def _open_run(
+    ledger: Ledger, job: Job, cards: Callable[[], CardResources], overwrite: bool
+) -> tuple[RunRecord, list[Shard]]:
     # Read again, now that the lease is ours: another driver may have begun the run in the meantime.
-    record = ledger.run()
+    record = None if overwrite else ledger.run()
     if record is None:
-        return ledger.create(job)
+        cards()
+        return ledger.create(job, afresh=overwrite)
     _refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
@@ -176,7 +231,7 @@ def _open_run(ledger: Ledger, job: Job) -> tuple[RunRecord, list[Shard]]:
     return record, ledger.plan()
 
 
-def _repair(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
+def _repair(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], CardResources]) -> list[Shard]:
     """The plan with shards for the rows that have missing or torn images."""
     findings = look(ledger, rows_made_again(shards, job.dataset))
     _say(findings)
@@ -184,6 +239,7 @@ def _repair(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
         return shards
     added = plan_again(findings.broken, findings.images_of, shards, job.dataset, job.rules, job.config.shard_size)
     log.info("%d rows with missing or torn images are made again, in %d new shards", len(findings.broken), len(added))
+    cards()
     ledger.put_plan([*shards, *added])
     return [*shards, *added]
 
@@ -204,7 +260,7 @@ def _verify(ledger: Ledger, made_again: Mapping[int, int]) -> None:
         )
 
 
-def _add_failed(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
+def _add_failed(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], CardResources]) -> list[Shard]:
     """The plan with shards for the rows that have failed and are in no shard that is still to be made."""
     failed = failed_rows(ledger.commits())
     committed = set(ledger.committed_shards())
@@ -215,6 +271,7 @@ def _add_failed(ledger: Ledger, job: Job, shards: list[Shard]) -> list[Shard]:
         return shards
     added = plan_again(failed, {}, shards, job.dataset, job.rules, job.config.shard_size)
     log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
+    cards()
     ledger.put_plan([*shards, *added])
     return [*shards, *added]
 
@@ -228,77 +285,61 @@ def _drive(
     made_again: Mapping[int, int],
     tally: Tally,
     lease: LeaseKeeper,
-    address: str | None,
+    resources: CardResources,
+    watch: Stopwatch,
     grace: float,
 ) -> _Ended:
     """Has the missing shards made."""
-    # Ray is slow to import and nothing else here needs it.
     from gaudi_batch.account import Account
-    from gaudi_batch.cluster import card_resources, connected, look_at_cluster
+    from gaudi_batch.cluster import look_at_cluster
     from gaudi_batch.driver import Driver
     from gaudi_batch.messages import CardSetup
     from gaudi_batch.progress import open_view
     from gaudi_batch.schedule import Schedule
-    from gaudi_batch.slot import remove_groups_of
 
-    started = time.monotonic()
-    if address:
-        _knock(address)
-    with _handlers_kept() as restore, connected(job, address):
-        restore()
-        remove_groups_of(lease.dead)
-        resources = card_resources(job)
-        cards = look_at_cluster(job.config, resources).cards
-        if cards == 0 and not job.config.asks_for_cards:
-            fewer = "take fewer with --cpu.threads, " if resources.name == "CPU" else ""
-            raise InputError(
-                f"the cluster has no card for this job, which needs {resources.amount} {resources.name} a card; {fewer}"
-                "add nodes that have, ask its autoscaler for them with --max-cards, or choose another device"
-            )
-        log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, cards, job.config.device)
-        # Rows that are about to be run again have neither been made nor failed.
-        undecided = [shard for shard in missing if shard.again]
-        schedule = Schedule(
-            missing,
-            lease.driver,
-            record.rows,
-            tally.rows - sum(shard.rows for shard in undecided),
-            tally.failed_rows - sum(shard.failed_before for shard in undecided),
-            max_failed=job.config.max_failed,
-            max_graphs=job.config.gaudi.max_graphs,
-            condemned=_condemned(missing, made_again, job),
+    # Rows that are about to be run again have neither been made nor failed.
+    undecided = [shard for shard in missing if shard.again]
+    schedule = Schedule(
+        missing,
+        lease.driver,
+        record.rows,
+        tally.rows - sum(shard.rows for shard in undecided),
+        tally.failed_rows - sum(shard.failed_before for shard in undecided),
+        max_failed=job.config.max_failed,
+        max_graphs=job.config.gaudi.max_graphs,
+        condemned=_condemned(missing, made_again, job),
+    )
+    images_missing = (
+        sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
+    )
+    earlier = read_spans(ledger)
+    account = Account(schedule, tally, record.images, images_missing, lambda: [*earlier, watch.span()])
+    setup = CardSetup(
+        config=job.config,
+        storage=ledger.storage,
+        run_id=record.run_id,
+        model=job.model,
+        dataset=job.dataset,
+        rules=job.rules,
+        threads=job.threads,
+        min_cpus=job.threads or 0 if job.config.device == "cpu" and not record.asked_no_card else 0,
+    )
+    with open_view() as view, _handlers_kept():
+        driver = Driver(
+            setup,
+            resources,
+            schedule,
+            ledger,
+            account,
+            view,
+            lambda: look_at_cluster(job.config, resources),
         )
-        images_missing = (
-            sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
-        )
-        account = Account(schedule, tally, record.images, images_missing)
-        setup = CardSetup(
-            config=job.config,
-            storage=ledger.storage,
-            run_id=record.run_id,
-            model=job.model,
-            dataset=job.dataset,
-            rules=job.rules,
-            threads=job.threads,
-            min_cpus=job.threads or 0 if job.config.device == "cpu" and not record.asked_no_card else 0,
-        )
-        with open_view() as view:
-            driver = Driver(
-                setup,
-                resources,
-                schedule,
-                ledger,
-                account,
-                view,
-                lambda: look_at_cluster(job.config, resources),
-            )
-            reason = _run_to_end(driver, grace)
-            restore()
-        if driver.at_once and reason == INTERRUPTED:
-            raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
-        if driver.at_once:
-            raise LeaseLost(f"stopped: {reason}")
-        return _Ended(reason, account.faults, schedule.retries)
+        reason = _run_to_end(driver, grace)
+    if driver.at_once and reason == INTERRUPTED:
+        raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
+    if driver.at_once:
+        raise LeaseLost(f"stopped: {reason}")
+    return _Ended(reason, account.faults, schedule.retries, watch)
 
 
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
@@ -423,8 +464,8 @@ def _write_summary(
     in_doubt = frozenset(ledger.unsettled)
     # What is committed is what storage says: another driver may have committed, too.
     known, tally = tally.attempts, tally.emptied()
-    for facts, _ in ledger.commits():
-        tally.add(facts)
+    for facts, table in ledger.commits():
+        tally.add(facts, finished_at(table))
     lost = sorted(known.keys() - tally.attempts.keys())
     if lost and reason is None:
         reason = f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
@@ -440,12 +481,18 @@ def _write_summary(
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:
         totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts)
+    spans = [span for span in read_spans(ledger) if span.driver != lease.driver]
+    spans += [ended.watch.span()] if ended.watch else []
+    wall_s = wall_seconds(spans, {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()})
     state = "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete"
     summary = {
         "state": state,
         "reason": reason,
         "images_planned": record.images,
         "rows_planned": record.rows,
+        "wall_s": wall_s,
+        "images_per_s_wall": rounded(totals["images"] / wall_s) if wall_s else None,
+        "drivers": [asdict(span) for span in spans],
         **totals,
     }
     ledger.put_json("summary.json", summary)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.throughput import Sums
+from gaudi_batch.throughput import Sums, rounded
 
 
 @dataclass
@@ -20,6 +21,8 @@ class CardTally:
     shards: int = 0
     failed_rows: int = 0
     sums: Sums = field(default_factory=Sums)
+    at_work: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when it was at each of them, waiting included, in seconds since the epoch by its node's clock."""
 
 
 class Tally:
@@ -40,8 +43,14 @@ class Tally:
             other.card(name, card.node, card.module)
         return other
 
-    def add(self, facts: CommitFacts) -> None:
-        """Adds one commit; the same shard again changes nothing."""
+    def add(self, facts: CommitFacts, finished_at: float | None = None) -> None:
+        """Adds one commit; the same shard again changes nothing.
+
+        Args:
+            facts: of the commit.
+            finished_at: when its last image was stored, in seconds since the epoch. Without it the commit counts in all
+                but the rate of all cards.
+        """
         if facts.shard in self.attempts:
             return
         self.attempts[facts.shard] = facts.attempt
@@ -53,6 +62,9 @@ class Tally:
         card.shards += 1
         card.failed_rows += facts.failed_rows
         card.sums += facts.sums
+        if finished_at is not None:
+            spent = facts.sums.steady_s + facts.sums.warmup_s + facts.sums.wait_s
+            card.at_work.append((finished_at - spent, finished_at))
 
     def card(self, name: str, node: str, module: int | None) -> CardTally:
         """A card's own tally; one that has committed nothing counts, too."""
@@ -62,6 +74,16 @@ class Tally:
     def images(self) -> int:
         """Images of all commits, those that had to be made again counted once."""
         return sum(card.sums.images for card in self.cards.values()) - self._images_again
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images a second of generation, warm-up and waiting left out, of the cards that were at work at one time: the
+        sum of their own rates, averaged over the time in which any was at work. Five cards of 1 image/s make 5 beside
+        each other and 1 after each other. None before the first steady batch."""
+        rated = [(card.sums.images_per_s, card.at_work) for card in self.cards.values()]
+        known = [(rate, at_work) for rate, at_work in rated if rate is not None]
+        together = _length([stretch for _, at_work in known for stretch in at_work])
+        return sum(rate * _length(at_work) for rate, at_work in known) / together if together > 0 else None
 
     def describe(self, faults: Mapping[str, int], retries: int) -> dict[str, Any]:
         """Totals and cards as summary.json has them.
@@ -82,14 +104,21 @@ class Tally:
             }
             for name, card in sorted(self.cards.items())
         }
-        rates = [card.sums.images_per_s for card in self.cards.values() if card.sums.images_per_s is not None]
         total = sum((card.sums for card in self.cards.values()), Sums())
         return {
             "rows": self.rows,
             "failed_rows": self.failed_rows,
             "shards": len(self.attempts),
             "retries": retries,
-            # Of all cards together: the sum of their rates.
-            **(total.describe() | {"images": self.images, "images_per_s": round(sum(rates), 4) if rates else None}),
+            **(total.describe() | {"images": self.images, "images_per_s": rounded(self.images_per_s)}),
             "cards": cards,
         }
+
+
+def _length(stretches: Iterable[tuple[float, float]]) -> float:
+    """Seconds that are in at least one stretch."""
+    length, until = 0.0, -math.inf
+    for start, stop in sorted(stretches):
+        length += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return length

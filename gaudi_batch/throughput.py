@@ -95,15 +95,16 @@ class Sums:
             "images": self.images,
             "batches": self.batches,
             "padding": self.padding,
-            "images_per_s": _rounded(self.images_per_s),
-            "busy_share": _rounded(self.busy_share),
-            "warmup_s": _rounded(self.warmup_s),
-            "generate_s": _rounded(self.steady_s + self.warmup_s),
-            "wait_s": _rounded(self.wait_s),
-            "encode_s": _rounded(self.encode_s),
-            "upload_s": _rounded(self.upload_s),
+            "images_per_s": rounded(self.images_per_s),
+            "busy_share": rounded(self.busy_share),
+            "warmup_s": rounded(self.warmup_s),
+            "generate_s": rounded(self.steady_s + self.warmup_s),
+            "wait_s": rounded(self.wait_s),
+            "encode_s": rounded(self.encode_s),
+            "upload_s": rounded(self.upload_s),
         }
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
+    """A figure as the records have it, to four digits."""
     return None if value is None else round(value, 4)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.decisions import ShardTask
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import GroupUndecoded, PromptDataset, open_prompts
@@ -40,6 +43,119 @@ def test_files_are_found_by_directory_glob_and_name(prompts: Path) -> None:
     assert opened(prompts).rows == 100
     assert opened(prompts / "part-[01].parquet").rows == 60
     assert opened(f"file://{prompts}/part-2.parquet").rows == 40
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """What has been logged."""
+    monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
+    return lambda: caplog.text
+
+
+@pytest.fixture
+def linked(prompts: Path, tmp_path: Path) -> Path:
+    """A directory of one row, and links to one of 100 and to a file of 7."""
+    directory = tmp_path / "linked"
+    (directory / "here").mkdir(parents=True)
+    pq.write_table(pa.table({"prompt": ["here"]}), directory / "here/part-0.parquet")
+    (directory / "there").symlink_to(prompts)
+    (directory / "part-0.parquet").symlink_to(prompts / "part-0.parquet")
+    return directory
+
+
+def test_links_to_directories_and_files_are_followed(linked: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(linked)
+    for where in (linked, tmp_path / "link"):
+        assert opened(where).rows == 1 + 100 + 7
+        assert opened(where / "*/*.parquet").rows == 1 + 100
+        assert opened(where / "**/*.parquet").rows == 1 + 100 + 7
+        assert opened(where / "t*/part-[01].parquet").rows == 60
+    rows = all_rows(opened(linked))
+    assert [row.prompt for row in rows[:8]] == ["here", *(f"prompt number {number}" for number in range(7))]
+
+
+def test_links_in_a_circle_are_followed_once(linked: Path, said: Callable[[], str]) -> None:
+    (linked / "self").symlink_to(linked)
+    (linked / "here/up").symlink_to("..")
+    (linked / "there/back").symlink_to(linked)
+    for where in (linked, linked / "**/*.parquet"):
+        assert opened(where).rows == 1 + 100 + 7
+    assert "'here/up', 'self', 'there/back': not followed" in said()
+
+
+def test_links_that_lead_nowhere_are_named(linked: Path, said: Callable[[], str]) -> None:
+    (linked / "unmounted").symlink_to("/nowhere/at/all")
+    (linked / ".hidden").symlink_to("/nowhere/at/all")
+    assert opened(linked).rows == 1 + 100 + 7
+    assert "'unmounted': left out, as it is a link that leads nowhere" in said()
+    assert ".hidden" not in said()
+    (linked / "gone.parquet").symlink_to("/nowhere/at/all")
+    for where in (linked, linked / "*.parquet"):
+        with pytest.raises(InputError, match=r"'gone.parquet' leads nowhere"):
+            opened(where)
+
+
+def test_rows_that_are_there_under_two_names_are_named(prompts: Path, said: Callable[[], str]) -> None:
+    (prompts / "latest.parquet").symlink_to(prompts / "part-0.parquet")
+    assert opened(prompts).rows == 107
+    assert "'latest.parquet', 'part-0.parquet': taken under each of these names" in said()
+
+
+def test_what_a_directory_leaves_out_is_named(prompts: Path, said: Callable[[], str]) -> None:
+    data = (prompts / "part-0.parquet").read_bytes()
+    (prompts / "day=1").mkdir()
+    (prompts / "_temporary").mkdir()
+    for name in ("a.PARQUET", "day=1/b.parq", "_temporary/c.parquet", ".d.parquet"):
+        (prompts / name).write_bytes(data)
+    for name in ("_SUCCESS", "_metadata", "notes.txt"):
+        (prompts / name).write_bytes(b"")
+    assert opened(prompts).rows == 100
+    assert "'.d.parquet', '_temporary/c.parquet', 'a.PARQUET' and 1 more: left out" in said()
+    assert "notes.txt" not in said()
+    assert opened(prompts / "*.PARQUET").rows == 7
+
+
+def test_directories_that_a_glob_of_files_leaves_out_are_named(linked: Path, said: Callable[[], str]) -> None:
+    assert opened(linked / "**").rows == 1 + 100 + 7
+    assert "left out" not in said()
+    assert opened(linked / "*").rows == 7
+    assert "'here', 'there': left out, as a glob takes files" in said()
+
+
+def test_an_output_among_the_prompts_is_no_prompt_by_any_name(prompts: Path) -> None:
+    (prompts / "run").mkdir()
+    (prompts / "run/plan.parquet").write_bytes(b"no prompts")
+    (prompts / "link").symlink_to("run")
+    dataset = open_prompts(JobConfig(prompts=str(prompts), output=str(prompts / "run"), device="simulated"))
+    assert dataset.rows == 100
+
+
+def test_a_directory_that_can_not_be_read_is_no_empty_one() -> None:
+    with tempfile.TemporaryDirectory() as home:
+        prompts = Path(home)
+        prompts.chmod(0o755)
+        for name in ("open", "closed", ".closed", "lost+found"):
+            (prompts / name).mkdir()
+            pq.write_table(pa.table({"prompt": ["p"]}), prompts / name / "part-0.parquet")
+        user = os.geteuid()
+        for name in (".closed", "lost+found"):
+            (prompts / name).chmod(0)
+        if user == 0:
+            os.seteuid(65534)  # root may read all
+        try:
+            assert opened(prompts).rows == 2
+        finally:
+            os.seteuid(user)
+        (prompts / "closed").chmod(0)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StorageError, match=r"Permission denied.*/closed"):
+                opened(prompts)
+            with pytest.raises(StorageError, match=r"Permission denied.*/closed"):
+                opened(prompts / "*/*.parquet")
+        finally:
+            os.seteuid(user)
 
 
 class _Signed(SimpleHTTPRequestHandler):

@@ -1,0 +1,79 @@
+"""How long each driver of a run was at it: a list in progress.json, which goes on in the next driver's, and in
+summary.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from gaudi_batch.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Span:
+    """One driver's time with a run."""
+
+    driver: str
+    """Prefix of its attempts."""
+    started_at: str
+    """When its command began, ISO 8601, UTC."""
+    ended_at: str
+    """When it last wrote this down. A driver that was killed may have gone on for the time between two writes of
+    progress.json, which is 5 s where storage is well."""
+    wall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Seconds between the two, by a clock that nobody sets."""
+
+
+_SPANS = TypeAdapter(list[Span])
+
+
+class Stopwatch:
+    """The span of a driver that goes on.
+
+    Args:
+        driver: prefix of its attempts.
+    """
+
+    def __init__(self, driver: str) -> None:
+        self._driver = driver
+        self._started_at = _now()
+        self._since = time.monotonic()
+
+    def span(self) -> Span:
+        """Its span so far."""
+        return Span(self._driver, self._started_at, _now(), round(time.monotonic() - self._since, 3))
+
+
+def read_spans(ledger: Ledger) -> list[Span]:
+    """The spans of a run's drivers, as far as they are written down; drivers of older code wrote none."""
+    spans: dict[str, Span] = {}
+    for name in ("progress.json", "summary.json"):
+        try:
+            found = _SPANS.validate_python((ledger.get_json(name) or {}).get("drivers", []))
+        except ValueError:
+            continue
+        for span in found:
+            if span.driver not in spans or span.wall_s > spans[span.driver].wall_s:
+                spans[span.driver] = span
+    return sorted(spans.values(), key=lambda span: span.started_at)
+
+
+def wall_seconds(spans: Collection[Span], drivers: Collection[str]) -> float | None:
+    """The sum of all spans; None where one of the drivers that committed something has none.
+
+    Args:
+        spans: those that are known.
+        drivers: who committed something.
+    """
+    if not spans or not set(drivers) <= {span.driver for span in spans}:
+        return None
+    return round(sum(span.wall_s for span in spans), 3)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

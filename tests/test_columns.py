@@ -1,0 +1,212 @@
+"""What prompts carry comes back in manifest.parquet as it was, whatever its type and however many files it is in."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gaudi_batch import InputError, JobConfig, RunResult, StorageError, run
+from gaudi_batch.prompts import open_prompts
+from gaudi_batch.storage import Storage
+
+ROWS = 100
+"""Of a file. Two files have more values than an int8 has numbers."""
+
+
+def categories(file: int) -> pa.Array:
+    """A column as pandas writes its categories: a dictionary whose codes are int8."""
+    return pa.DictionaryArray.from_arrays(
+        pa.array(range(ROWS), pa.int8()), pa.array([f"category {file}-{number}" for number in range(ROWS)])
+    )
+
+
+def every(step: int) -> pa.Array:
+    return pa.array(range(0, ROWS + step, step), pa.int32())
+
+
+def extension(kind: pa.DataType, values: list[Any]) -> pa.Array:
+    return pa.ExtensionArray.from_storage(kind, pa.array(values, kind.storage_type))
+
+
+ALIKE: dict[str, Callable[[int], pa.Array]] = {
+    "dictionary": categories,
+    "dictionary_in_struct": lambda file: pa.StructArray.from_arrays([categories(file)], ["inner"]),
+    "dictionary_in_list": lambda file: pa.ListArray.from_arrays(every(1), categories(file)),
+    "dictionary_in_map": lambda file: pa.MapArray.from_arrays(every(1), pa.array(["key"] * ROWS), categories(file)),
+    "null": lambda file: pa.nulls(ROWS),
+    "decimal256": lambda file: pa.array([Decimal(f"{10**40 + number}.25") for number in range(ROWS)]),
+    "half": lambda file: pa.array([0.5] * ROWS, pa.float16()),
+    "uint64": lambda file: pa.array([2**64 - 1] * ROWS, pa.uint64()),
+    "date": lambda file: pa.array([datetime.date(2026, 1, 1)] * ROWS),
+    "time": lambda file: pa.array([datetime.time(1, 2, 3)] * ROWS),
+    "duration": lambda file: pa.array([datetime.timedelta(seconds=1)] * ROWS),
+    "zoned": lambda file: pa.array([1] * ROWS, pa.timestamp("us", tz="Europe/Berlin")),
+    "text_views": lambda file: pa.array([["a", None]] * ROWS, pa.list_(pa.string_view())),
+    "bytes": lambda file: pa.array([b"\xff\x00"] * ROWS, pa.binary(2)),
+    "large": lambda file: pa.array([["a"]] * ROWS, pa.large_list(pa.large_string())),
+    "list_view": lambda file: pa.array([[1, 2]] * ROWS, pa.list_view(pa.int8())),
+    "fixed_list": lambda file: pa.array([[1, 2]] * ROWS, pa.list_(pa.int8(), 2)),
+    "required": lambda file: pa.array([{"a": 1}] * ROWS, pa.struct([pa.field("a", pa.int8(), nullable=False)])),
+    "uuid": lambda file: extension(pa.uuid(), [bytes([number] * 16) for number in range(ROWS)]),
+    "tensor": lambda file: extension(pa.fixed_shape_tensor(pa.float32(), [2]), [[1, 2]] * ROWS),
+}
+"""Columns that are of one type in both files."""
+
+UNLIKE: dict[str, tuple[Any, pa.DataType, pa.DataType]] = {
+    "integers": (7, pa.int8(), pa.int16()),
+    "decimals": (Decimal("7.25"), pa.decimal128(5, 2), pa.decimal128(12, 4)),
+    "strings": ("a", pa.string(), pa.large_string()),
+    "dictionaries": ("a", pa.dictionary(pa.int8(), pa.string()), pa.string()),
+    "times": (datetime.datetime(2026, 1, 1), pa.timestamp("ms"), pa.timestamp("ns")),
+    "nothing_yet": (None, pa.null(), pa.string()),
+    "lists": ([7], pa.list_(pa.int8()), pa.large_list(pa.int64())),
+}
+"""Columns that are of two types."""
+
+
+def make(prompts: Path, output: Path, cluster: str, **fields: Any) -> RunResult:
+    fields = {"device": "simulated", "simulated": {"batch_seconds": 0.0}, "shard_size": 48, "cards": 2} | fields
+    return run(JobConfig(prompts=str(prompts), output=str(output), **fields), address=cluster)
+
+
+def values(table: pa.Table) -> dict[str, list[Any]]:
+    return {
+        name: [str(item.value if isinstance(item, pa.ExtensionScalar) else item.as_py()) for item in table.column(name)]
+        for name in table.column_names
+    }
+
+
+def test_columns_of_every_type_come_back_as_they_were(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+) -> None:
+    files = [
+        pa.table(
+            {"prompt": ["p"] * ROWS}
+            | {name: column(file) for name, column in ALIKE.items()}
+            | {name: pa.array([value] * ROWS, types[file]) for name, (value, *types) in UNLIKE.items()}
+        )
+        for file in (0, 1)
+    ]
+    prompts = write_prompts(*files, row_group_size=40)
+    expected: dict[str, list[Any]] = {}
+    for name in files[0].column_names:
+        expected[name] = [value for file in files for value in values(file.select([name]))[name]]
+    for name in ("decimals", "times"):  # these show their type
+        expected[name] = expected[name][ROWS:] * 2
+
+    make(prompts, tmp_path / "out", cluster)
+    table = pq.read_table(tmp_path / "out/manifest.parquet").sort_by("row")
+    assert set(table.column("error").to_pylist()) == {None}
+    found = values(table.select(files[0].column_names))
+    assert [name for name in expected if found[name] != expected[name]] == []
+    if importlib.util.find_spec("pandas"):
+        assert table.to_pandas()["dictionary"].tolist() == expected["dictionary"]
+
+
+def as_older_code_wrote_it(manifest: Path) -> None:
+    """With the dictionary that the prompts have."""
+    table = pq.read_table(manifest)
+    column = table.column("dictionary").cast(pa.dictionary(pa.int8(), pa.string()))
+    pq.write_table(table.set_column(table.schema.get_field_index("dictionary"), "dictionary", column), manifest)
+
+
+def test_a_run_whose_first_manifests_have_dictionaries_is_finished(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+) -> None:
+    output = tmp_path / "out"
+    prompts = write_prompts(*({"prompt": ["p"] * ROWS, "dictionary": categories(file)} for file in (0, 1)))
+    make(prompts, output, cluster)
+    whole = pq.read_table(output / "manifest.parquet")
+    for path in sorted((output / "manifest").iterdir())[:-1]:
+        as_older_code_wrote_it(path)
+    make(prompts, output, cluster)
+    assert pq.read_table(output / "manifest.parquet").equals(whole)
+
+
+def test_a_run_is_complete_only_when_its_joined_manifest_can_be_read(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    prompts = write_prompts(*({"prompt": ["p"] * ROWS, "dictionary": categories(file)} for file in (0, 1)))
+    make(prompts, output, cluster)
+    (output / "summary.json").unlink()
+    for path in (output / "manifest").iterdir():
+        as_older_code_wrote_it(path)
+    monkeypatch.setattr("gaudi_batch.ledger.plain", lambda schema: schema, raising=False)
+    with pytest.raises(StorageError, match="can't be read back"):
+        make(prompts, output, cluster)
+    assert not (output / "summary.json").exists()
+
+
+def test_large_columns_are_joined_a_part_at_a_time(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaudi_batch.ledger.JOINED_BYTES", 1 << 20, raising=False)
+    prompts = write_prompts({"prompt": ["p"] * ROWS, "large": [str(number) * 20_000 for number in range(ROWS)]})
+    make(prompts, tmp_path / "out", cluster, shard_size=8)
+    with pq.ParquetFile(tmp_path / "out/manifest.parquet") as file:
+        groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        assert len(groups) > 1
+        found = file.read().sort_by("row").column("large").to_pylist()
+    assert [value == str(number) * 20_000 for number, value in enumerate(found)] == [True] * ROWS
+
+
+def test_a_file_without_a_column_of_required_parts_costs_no_row(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+) -> None:
+    prompts = write_prompts({"prompt": ["p"] * ROWS, "required": ALIKE["required"](0)}, {"prompt": ["q"]})
+    make(prompts, tmp_path / "out", cluster)
+    table = pq.read_table(tmp_path / "out/manifest.parquet").sort_by("row")
+    assert table.column("required").to_pylist() == [{"a": 1}] * ROWS + [None]
+
+
+def test_a_value_that_the_shared_type_can_not_hold_is_null_and_no_other_value(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+) -> None:
+    last, first = datetime.datetime(9999, 12, 31), datetime.datetime(2026, 1, 1)
+    prompts = write_prompts(
+        {"prompt": ["p", "q"], "until": pa.array([last, first], pa.timestamp("us")), "n": pa.array([-1, 1], pa.int8())},
+        {"prompt": ["r"], "until": pa.array([0], pa.timestamp("ns")), "n": pa.array([2**63 + 1], pa.uint64())},
+    )
+    make(prompts, tmp_path / "out", cluster)
+    table = pq.read_table(tmp_path / "out/manifest.parquet").sort_by("row")
+    assert table.column("until").is_null().to_pylist() == [True, False, False]
+    assert table.column("n").to_pylist() == [-1, 1, None]
+
+
+def test_columns_that_no_type_can_hold_are_refused_by_name(write_prompts: Callable[..., Path]) -> None:
+    prompts = write_prompts(
+        {"prompt": ["p"], "price": pa.array([1], pa.int16())},
+        {"prompt": ["q"], "price": pa.array([Decimal("1.50")], pa.decimal128(5, 2))},
+    )
+    with pytest.raises(InputError, match=r"'part-0.parquet': column 'price' is int16"):
+        open_prompts(JobConfig(prompts=str(prompts), output="out", device="simulated"))
+
+
+def test_a_run_is_complete_only_when_its_joined_manifest_is_whole_in_storage(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    make(prompts, output, cluster)
+    (output / "summary.json").unlink()
+    put = Storage.put_file
+
+    def put_and_tear(self: Storage, path: str, *others: Any) -> None:
+        put(self, path, *others)
+        os.truncate(self.full(path), 100)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "put_file", put_and_tear)
+        with pytest.raises(StorageError, match=r"manifest.parquet has 100 bytes"):
+            make(prompts, output, cluster)
+    assert not (output / "summary.json").exists()
+    assert make(prompts, output, cluster).exit_code == 0

@@ -1,0 +1,150 @@
+"""What a run came to: its rates and its time say what they are, over cards that change and drivers that are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import command_line, read_manifest
+from ray.cluster_utils import Cluster
+
+from gaudi_batch import JobConfig, run
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.summary import Tally
+from gaudi_batch.throughput import Sums
+
+
+def rate(*commits: tuple[str, float, float, int]) -> float | None:
+    """The rate of a run whose cards each finished a shard at a time that took them so long and had so many images."""
+    tally = Tally()
+    for shard, (card, finished_at, seconds, images) in enumerate(commits):
+        sums = Sums(batches=1, images=images, steady_images=images, steady_s=seconds)
+        tally.add(CommitFacts(shard, f"aaaaa{shard}", card, "node", 0, images, 0, images, sums), finished_at)
+    found: float | None = tally.describe({}, 0)["images_per_s"]
+    return found
+
+
+def test_cards_at_work_at_one_time_add_up_and_successive_ones_do_not() -> None:
+    assert rate(*((f"card {number}", 10.0, 10.0, 10) for number in range(5))) == 5.0
+    assert rate(*((f"card {number}", 10.0 * number, 10.0, 10) for number in range(5))) == 1.0
+    assert rate(*(("card", 10.0 * number, 10.0, 10) for number in range(5))) == 1.0
+
+
+def test_the_rate_is_an_average_over_the_time_at_work() -> None:
+    assert rate(("a", 10.0, 10.0, 10), ("b", 5.0, 5.0, 5)) == 1.5, "two cards half of the time, one the other half"
+    assert rate(("a", 10.0, 10.0, 10), ("a", 1010.0, 10.0, 10)) == 1.0, "a night between two drivers is no time at work"
+    assert rate(("a", 10.0, 10.0, 10), ("b", 10.0, 0.0, 0)) == 1.0, "a card that made nothing has no rate"
+    assert rate() is None
+
+
+def test_waiting_is_part_of_the_time_at_work_and_not_of_a_rate() -> None:
+    tally = Tally()
+    for shard, card in enumerate("ab"):
+        sums = Sums(batches=2, images=10, steady_images=5, steady_s=5.0, warmup_s=2.0, wait_s=3.0)
+        tally.add(CommitFacts(shard, f"aaaaa{shard}", card, "node", 0, 10, 0, 10, sums), 10.0)
+    assert tally.images_per_s == 2.0
+
+
+def job(prompts: Path, output: Path, cluster: str) -> tuple[str, ...]:
+    fields = ("--shard-size", "8", "--cards", "1", "--device", "simulated", "--simulated.batch-seconds", "0.2")
+    return ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, *fields)
+
+
+def wait_for_commits(output: Path, count: int) -> None:
+    until = time.monotonic() + 120
+    while len(list(output.glob("manifest/*.parquet"))) < count:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def require_no_sum_of_cards_that_never_met(summary: dict[str, Any]) -> None:
+    rates = [card["images_per_s"] for card in summary["cards"].values() if card["images_per_s"]]
+    assert len(rates) == 2
+    assert min(rates) - 0.001 <= summary["images_per_s"] <= max(rates) + 0.001
+
+
+def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    """The first is killed; the second has its card elsewhere."""
+    output = tmp_path / "out"
+    began = time.monotonic()
+    first = [*job(prompts, output, cluster), "--simulated.unloadable-modules", "[1, 2, 3]"]
+    driver = subprocess.Popen([sys.executable, "-m", "gaudi_batch", *first], stderr=subprocess.DEVNULL)
+    wait_for_commits(output, 4)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    at_most = time.monotonic() - began
+    second = command_line(*job(prompts, output, cluster), "--simulated.unloadable-modules", "[0, 2, 3]")
+    assert second.returncode == 0, second.stderr
+
+    summary = json.loads((output / "summary.json").read_text())
+    require_no_sum_of_cards_that_never_met(summary)
+    killed, last = summary["drivers"]
+    assert 0 < killed["wall_s"] <= at_most
+    assert last["wall_s"] > 0
+    assert summary["wall_s"] == pytest.approx(killed["wall_s"] + last["wall_s"])
+    assert summary["images_per_s_wall"] == pytest.approx(100 / summary["wall_s"], rel=0.001)
+    times = [datetime.fromisoformat(span[name]) for span in (killed, last) for name in ("started_at", "ended_at")]
+    assert times == sorted(times)
+    assert f"in 2 drivers: {summary['images_per_s_wall']:.2f} images/s" in second.stdout
+    assert {row["path"][14:19] for row in read_manifest(output)} == {killed["driver"], last["driver"]}
+    command_line(*job(prompts, output, cluster), "--verify")
+    again = json.loads((output / "summary.json").read_text())
+    assert again["drivers"] == summary["drivers"], "a driver that makes nothing adds nothing to the time"
+
+
+QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+"""How soon Ray takes a node that does not answer for dead; by its own settings after half a minute."""
+NODE = {"object_store_memory": 100 * 1024**2, "num_cpus": 1}
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    """A cluster that has a head without cards."""
+    nodes = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "_system_config": QUICK})
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rate(
+    nodes: Cluster, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    lost = nodes.add_node(**NODE, resources={"HPU": 1})
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "gaudi_batch", *job(prompts, output, nodes.address)], stderr=subprocess.DEVNULL
+    )
+    wait_for_commits(output, 4)
+    nodes.remove_node(lost, allow_graceful=False)
+    nodes.add_node(**NODE, resources={"HPU": 1})
+    assert driver.wait(timeout=120) == 0
+    require_no_sum_of_cards_that_never_met(json.loads((output / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize("drivers", [None, "nonsense", [{"driver": "aaaaa", "wall_s": -1}]])
+def test_a_run_that_older_code_began_has_no_wall_time(
+    drivers: Any, prompts: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    config = JobConfig(
+        prompts=str(prompts), output=str(output), device="simulated", simulated={"batch_seconds": 0.0}, shard_size=50
+    )
+    run(config, address=cluster)
+    for name in ("progress.json", "summary.json"):
+        record = json.loads((output / name).read_text())
+        record.pop("drivers")
+        (output / name).write_text(json.dumps(record | ({} if drivers is None else {"drivers": drivers})))
+    (output / "manifest/000001.parquet").unlink()
+    summary = run(config, address=cluster).summary
+    assert (summary["wall_s"], summary["images_per_s_wall"]) == (None, None)
+    assert len(summary["drivers"]) == 1, "that of now"
+    assert summary["images_per_s"] is None or summary["images_per_s"] > 0
