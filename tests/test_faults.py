@@ -438,8 +438,8 @@ def test_rows_that_never_reach_a_pipeline_do_not_stop_the_job(tmp_path: Path, cl
     """As where captions are sorted, and the empty ones come first: a whole shard of them."""
     table = pa.table({"prompt": [None if row < 256 else f"prompt {row}" for row in range(2560)]})
     pq.write_table(table, tmp_path / "prompts.parquet")
-    slow = {"batch_seconds": 0.5}
-    result = make(tmp_path / "prompts.parquet", tmp_path / "out", cluster, slow, shard_size=256, batch_size=128)
+    fields = {"shard_size": 256, "batch_size": 128, "cards": 1}  # one card makes the shards one after the other
+    result = make(tmp_path / "prompts.parquet", tmp_path / "out", cluster, {}, **fields)
     assert result.exit_code == 3
     made, failed = outcome(tmp_path / "out")
     assert made == list(range(256, 2560))
