@@ -431,7 +431,7 @@ class Driver:
         for decision in decisions:
             if isinstance(decision, Assign):
                 slot = self._slots[decision.card]
-                self._spawn(self._assign(slot.actor, slot.name, decision.task))
+                self._spawn(self._assign(slot, slot.actor, decision.task))
             elif isinstance(decision, Recall):
                 self._spawn(self._recall(self._slots[decision.card].actor, decision.attempt))
             elif isinstance(decision, Commit):
@@ -458,15 +458,16 @@ class Driver:
             elif isinstance(decision, Finish) and not self._over.done():
                 self._over.set_result(decision.reason)
 
-    async def _assign(self, actor: Any, name: str, task: ShardTask) -> None:
-        while True:
-            try:
-                return await actor.assign.remote(name, task)  # type: ignore[no-any-return]
-            except ActorUnavailableError:
-                # It may have arrived or not; a card takes the same attempt once.
-                await asyncio.sleep(NEWS_SECONDS)
-            except RayError:
-                return None
+    async def _assign(self, slot: Slot, actor: Any, task: ShardTask) -> None:
+        async with slot.assigning:
+            while True:
+                try:
+                    return await actor.assign.remote(slot.name, task)  # type: ignore[no-any-return]
+                except ActorUnavailableError:
+                    # It may have arrived or not; a card takes the same attempt once.
+                    await asyncio.sleep(NEWS_SECONDS)
+                except RayError:
+                    return None
 
     async def _recall(self, actor: Any, attempt: str) -> None:
         while True:

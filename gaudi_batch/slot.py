@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -39,6 +39,8 @@ class Slot:
     """When it last answered, monotonic."""
     passed: PassedLimit | None = None
     """The limit for which its process is being killed."""
+    assigning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Has shards reach the process in the order in which they were sent: its threads take calls side by side."""
     opening: asyncio.Task[None] | None = None
     """What waits for the cluster to place it."""
 

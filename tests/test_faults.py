@@ -435,14 +435,14 @@ def test_a_refused_start_does_not_forget_who_left_orphans(prompts: Path, tmp_pat
 
 
 def test_rows_that_never_reach_a_pipeline_do_not_stop_the_job(tmp_path: Path, cluster: str) -> None:
-    """As where captions are sorted, and the empty ones come first: a whole shard of them."""
-    table = pa.table({"prompt": [None if row < 256 else f"prompt {row}" for row in range(2560)]})
+    """As where captions are sorted, and the empty ones come first: two whole shards of them."""
+    table = pa.table({"prompt": [None if row < 512 else f"prompt {row}" for row in range(2560)]})
     pq.write_table(table, tmp_path / "prompts.parquet")
     fields = {"shard_size": 256, "batch_size": 128, "cards": 1}  # one card makes the shards one after the other
     result = make(tmp_path / "prompts.parquet", tmp_path / "out", cluster, {}, **fields)
     assert result.exit_code == 3
     made, failed = outcome(tmp_path / "out")
-    assert made == list(range(256, 2560))
+    assert made == list(range(512, 2560))
     assert set(failed.values()) == {"prompt is null"}
 
 

@@ -25,6 +25,7 @@ from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path
 from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.slot import Slot
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
 from gaudi_batch.throughput import Sums
@@ -316,5 +317,5 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
     asked.clear()
     shard = Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)
     task = ShardTask(shard, "aaaaa2")
-    asyncio.run(Stub()._assign(Actor(), "card", task))
+    asyncio.run(Stub()._assign(Slot(0, group=None), Actor(), task))
     assert asked == [task] * 3

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from gaudi_batch.decisions import Assign, Decision
+from gaudi_batch.decisions import Assign, Decision, ShardTask
 from gaudi_batch.driver import Driver
 from gaudi_batch.messages import Ready
 from gaudi_batch.plan import Bucket, Shard
@@ -46,3 +47,27 @@ def test_a_card_whose_place_was_moved_gets_the_name_of_where_it_is() -> None:
     assert driver.ready(0, "second", 5) == "second-5"
     assert driver._slots[0].node_id == "second-id"
     assert driver.ready(1, "first", 3) == "first-3", "another card may have come to its old place"
+
+
+def test_shards_reach_a_card_in_the_order_in_which_they_were_sent() -> None:
+    """A card's calls run side by side, and the schedule takes the first for the one that it works on."""
+    asked: list[str] = []
+
+    class Actor:
+        @property
+        def assign(self) -> Actor:
+            return self
+
+        async def remote(self, name: str, task: ShardTask) -> None:
+            if task.attempt == "a0":
+                await asyncio.sleep(0)  # others are sent meanwhile
+                await asyncio.sleep(0)
+            asked.append(task.attempt)
+
+    async def send() -> None:
+        driver, slot = Introducing(), Slot(0, group=None)
+        shard = driver.schedule.shards[0]
+        await asyncio.gather(*(driver._assign(slot, Actor(), ShardTask(shard, f"a{n}")) for n in range(3)))
+
+    asyncio.run(send())
+    assert asked == ["a0", "a1", "a2"]
