@@ -95,7 +95,7 @@ def run(
     storage = Storage(config.output, config.storage_options, config.storage_patience)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     lease = LeaseKeeper(storage, driver)
-    ledger = Ledger(storage, lease.hold)
+    ledger = Ledger(storage, lease.hold, lease.holds)
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)

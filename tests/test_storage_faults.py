@@ -6,28 +6,24 @@ has it when started again.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import S3Server
+from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
-from gaudi_batch import cli, retry
+from gaudi_batch import retry
 from gaudi_batch import storage as storage_module
 from gaudi_batch.cluster import attached
 from gaudi_batch.errors import StorageError
@@ -36,20 +32,11 @@ from gaudi_batch.ledger import Ledger
 from gaudi_batch.status import read_status
 from gaudi_batch.storage import Storage
 
-ROWS = 48
-SHARDS = 7
-"""Of 8 rows, in files of 20 and 28 rows."""
-Content = list[tuple[Any, ...]]
-
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files with several row groups; one row can't be run."""
     directory = tmp_path_factory.mktemp("prompts")
-    texts = [None if row == 13 else f"prompt {row}" for row in range(ROWS)]
-    for number, (start, stop) in enumerate([(0, 20), (20, ROWS)]):
-        table = pa.table({"prompt": texts[start:stop], "topic": [f"topic {row}" for row in range(start, stop)]})
-        pq.write_table(table, directory / f"{number}.parquet", row_group_size=8)
+    write_dataset(directory)
     return directory
 
 
@@ -86,54 +73,7 @@ def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def options(s3: S3Server, proxy: FaultProxy) -> dict[str, Any]:
-    """A stalled request ends after a second, and nobody but Storage tries again."""
-    config = {"connect_timeout": 5, "read_timeout": 1, "retries": {"max_attempts": 0}}
-    return s3.options_at(proxy.port) | {"config_kwargs": config}
-
-
-def run(prompts: Path | str, output: Path | str, **fields: Any) -> int:
-    """Runs the job by the command line, in this process; returns its exit code."""
-    job = {
-        "prompts": str(prompts),
-        "output": str(output),
-        "device": "simulated",
-        "simulated": {"batch_seconds": 0.02},
-        "shard_size": 8,
-        "batch_size": 4,
-        "cards": 2,
-    }
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(job | fields, file)
-        file.flush()
-        return cli.main(["run", file.name])
-
-
-def content(output: Storage) -> Content:
-    """What a run's manifest says was made; every image is there and is what it says."""
-    data = output.get("manifest.parquet")
-    assert data is not None
-    rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    for row in rows:
-        if row["status"] == "ok":
-            assert hashlib.sha256(output.get(row["path"]) or b"").hexdigest() == row["sha256"]
-    return sorted(
-        (row["row"], row["image_index"], row["id"], row["status"], row["error"], row["sha256"]) for row in rows
-    )
-
-
-def nothing_was_held_against_cards(output: Storage) -> None:
-    summary = json.loads(output.get("summary.json") or b"{}")
-    assert summary["retries"] == 0
-    assert [card["faults"] for card in summary["cards"].values()] == [0] * len(summary["cards"])
-
-
-def said_once(capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """The last line on standard error says why, and there is no traceback."""
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    last = errors.rstrip().rsplit("\n", 1)[-1]
-    for word in words:
-        assert word in last, errors
+    return s3.quick_options_at(proxy.port)
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "lost answer", "cut", "stall"])
