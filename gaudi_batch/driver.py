@@ -312,14 +312,19 @@ class Driver:
         schedule = self.schedule
         if isinstance(event, Ready):
             self._introduce(slot, event)
+        elif isinstance(event, (Broken, Failed)) and event.storage and self._storage_is_gone(slot):
+            self._end(event.error)
+        elif isinstance(event, Broken) and event.storage:
+            self._fault(slot, event.error)
+            self._kill(slot)
+            self._start(slot)
         elif isinstance(event, Broken):
             self._fault(slot, event.error)
             self._carry_out(schedule.broken(slot.number, event.error))
         elif isinstance(event, Announced):
             self._carry_out(schedule.announced(event.attempt, event.rows))
-        elif isinstance(event, Failed) and (event.hopeless or (event.storage and self._storage_is_gone(slot))):
-            self._carry_out(schedule.stop(event.error))
-            self.abandon(event.error)
+        elif isinstance(event, Failed) and event.hopeless:
+            self._end(event.error)
         elif isinstance(event, Failed):
             self._fault(slot, f"failed at {event.attempt}: {event.error}")
             healthy = event.healthy and not event.storage
@@ -332,6 +337,10 @@ class Driver:
             if decisions:
                 self._records[event.attempt] = event
             self._carry_out(decisions)
+
+    def _end(self, reason: str) -> None:
+        self._carry_out(self.schedule.stop(reason))
+        self.abandon(reason)
 
     def _storage_is_gone(self, slot: Slot) -> bool:
         """Whether storage fails for more than one card: what it refuses to one alone may be that node's fault."""

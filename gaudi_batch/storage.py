@@ -72,7 +72,9 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
             # Without concurrency a read is one request, and not one for the size before it.
             config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
+        if protocol not in ("sftp", "ssh"):  # which keeps no listings, and hands all options to ssh
+            options = {"use_listings_cache": False, **options}
+        filesystem, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except InputError:
         raise
     except ImportError as error:
@@ -112,7 +114,7 @@ class Storage:
         self.url = redact(root if self.local else url).rstrip("/")
         self.patience = patience
         self.try_seconds = TRY_SECONDS
-        _own_retries_down(self.filesystem)
+        _subdue(self.filesystem)
         self._known = False  # whether the bucket and the credentials have been seen to be there
         self._made: set[str] = set()
         self._running: dict[object, float] = {}
@@ -123,7 +125,7 @@ class Storage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        _own_retries_down(self.filesystem)
+        _subdue(self.filesystem)
         self._made, self._running, self._lock = set(), {}, threading.Lock()
 
     def longest_running_s(self) -> float:
@@ -461,14 +463,16 @@ def _is_azure(filesystem: Any) -> bool:
     return type(filesystem).__name__ == "AzureBlobFileSystem"
 
 
-def _own_retries_down(filesystem: Any) -> None:
-    """s3fs would try five times what botocore has tried already, and Azure's library waits 15 s before it does so the
-    first time. A copy in another process forgets this."""
+def _subdue(filesystem: Any) -> None:
+    """s3fs would try five times what botocore has tried already, Azure's library waits 15 s before it does so the first
+    time, and gcsfs prints every error that it raises. A copy in another process forgets this."""
     if _is_s3(filesystem):
         filesystem.retries = 1
     elif _is_azure(filesystem):
         policy = filesystem.service_client._config.retry_policy
         policy.initial_backoff = policy.random_jitter_range = 1
+    elif type(filesystem).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def _look_for_credentials_again(filesystem: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import shutil
 import socket
@@ -62,6 +63,10 @@ class StoreServer:
     process: subprocess.Popen[bytes] | None = None
 
     scheme = ""
+
+    def url(self, name: str) -> str:
+        """Of a directory of the bucket."""
+        return f"{self.scheme}://bucket/{name}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -165,6 +170,30 @@ class GcsServer(StoreServer):
         return [str(_get_binary_path()), *here, "-backend", "filesystem", "-filesystem-root", f"{self.home}"]
 
 
+class SftpServer(StoreServer):
+    """OpenSSH's, whose root is its home: a store with real directories."""
+
+    program = Path("/usr/sbin/sshd")
+
+    def url(self, name: str) -> str:
+        return f"sftp://127.0.0.1{self.home}/{name}"
+
+    def options_at(self, port: int) -> dict[str, Any]:
+        return {"port": port, "username": getpass.getuser(), "key_filename": f"{self.home}/key", "look_for_keys": False}
+
+    def command(self) -> list[str]:
+        for name in ("key", "host"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.home}/{name}"], check=True)
+        Path("/run/sshd").mkdir(exist_ok=True)  # it does not start without
+        settings = ["StrictModes=no", "PidFile=none", "UsePAM=no", "Subsystem=sftp internal-sftp"]
+        settings += [f"AuthorizedKeysFile={self.home}/key.pub", f"HostKey={self.home}/host"]
+        options = [part for setting in settings for part in ("-o", setting)]
+        return [str(self.program), "-D", "-f", "/dev/null", "-p", str(self.port), *options]
+
+    def make_bucket(self) -> None:
+        """It needs none."""
+
+
 class AzureServer(StoreServer):
     """Azurite, which `make` installs."""
 
@@ -172,9 +201,7 @@ class AzureServer(StoreServer):
     program = Path(sys.executable).parents[1] / "azurite/node_modules/.bin/azurite-blob"
 
     def options_at(self, port: int) -> dict[str, Any]:
-        key = (
-            "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-        )
+        key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
         where = f"DefaultEndpointsProtocol=http;BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1"
         return {"connection_string": f"{where};AccountName=devstoreaccount1;AccountKey={key};"}
 

@@ -40,7 +40,7 @@ def proxy(server: StoreServer) -> Iterator[FaultProxy]:
 @pytest.fixture
 def output(server: StoreServer, tmp_path: Path) -> Storage:
     """As somebody else sees it."""
-    return Storage(f"{server.scheme}://bucket/{tmp_path.name}", server.options)
+    return Storage(server.url(tmp_path.name), server.options)
 
 
 @pytest.fixture

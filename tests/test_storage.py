@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import errno
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import S3Server
+from fsspec.registry import _registry
+from helpers import S3Server, StoreServer
 
 from gaudi_batch import retry
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure", "sftp"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "root"))
-    server: S3Server = request.getfixturevalue("s3")
-    return Storage(f"s3://bucket/{tmp_path.name}", server.options, patience=20)
+    server: StoreServer = request.getfixturevalue(request.param)
+    return Storage(server.url(tmp_path.name), server.options, patience=20)
 
 
 def test_what_is_put_is_read_listed_and_removed(storage: Storage) -> None:
@@ -107,7 +109,9 @@ def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
     ("url", "said"),
     [("nope://x/y", "can't be opened"), ("memory://x", "lives in one process"), ("gs://b/x", r"gaudi-batch\[gcs\]")],
 )
-def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str) -> None:
+def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    monkeypatch.delitem(_registry, "gs", raising=False)
     with pytest.raises(InputError, match=said):
         Storage(url)
 

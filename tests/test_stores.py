@@ -50,7 +50,7 @@ def proxy(server: StoreServer) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def url(server: StoreServer, tmp_path: Path) -> str:
-    return f"{server.scheme}://bucket/{tmp_path.name}"
+    return server.url(tmp_path.name)
 
 
 @pytest.fixture
