@@ -383,15 +383,15 @@ class Storage:
                 except Exception as error:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
-                    patience = self.patience
+                    patience, limit = self.patience, " (storage_patience)"
                     if self._known and no_credentials(error):
-                        patience = min(patience, CREDENTIALS_TIMEOUT_S)
+                        patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
                         _look_for_credentials_again(self.filesystem)
                     elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
                         raise StorageError(f"{self.url}: can't {what}: {said}", refused=True) from None
                     if waited + delay > patience:
                         raise StorageError(
-                            f"{self.url}: can't {what}, tried for {waited:.0f} s (storage_patience): {said}"
+                            f"{self.url}: can't {what}, tried for {waited:.0f} s{limit}: {said}"
                         ) from None
                     log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, said)
                     time.sleep(delay)
