@@ -1,11 +1,11 @@
 """One root on any fsspec URL: the only place that writes objects, and the only one that tries storage again.
 
 Everything else speaks in paths relative to a root. A put is atomic: a reader sees the whole object or none. An object
-store does so by itself; where there are real directories, on a disk or behind sftp, an object is written under another
-name and renamed. What a store itself calls impossible (no permission, no such bucket, a full disk) is raised at once;
-all else that goes wrong is tried again with backoff and jitter, for as long as the job's patience lasts. So is a bucket
-that is not there, or credentials that are not, once they have been. A try that does not come back is given up and
-counts as one that failed, so nothing waits for storage longer than the patience and one more try.
+store does so by itself; on a disk an object is written under another name and renamed. What a store itself calls
+impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong is tried again with
+backoff and jitter, for as long as the job's patience lasts. So is a bucket that is not there, or credentials that are
+not, once they have been. A try that does not come back is given up and counts as one that failed, so nothing waits for
+storage longer than the patience and one more try.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retr
 """What botocore gets unless the options say otherwise: a request that stalls three times ends within `TRY_SECONDS`. A
 few tries of its own it must have, for a listing is many requests, and one that fails would start it all over."""
 PRECONDITION_FAILED = 412
+MOUNTABLE = ("sftp", "ssh", "smb", "ftp")
+"""File servers: what is put there is seen half written, and a connection serves one thread at a time."""
 LAST_SECONDS = 10.0
 """How long a run that stops tries to write down how it ended; storage may be why it stops."""
 REMOVE_THREADS = 16
@@ -68,13 +70,16 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         protocol = fsspec.core.split_protocol(url)[0]
         if protocol in ("memory", "memoryfs"):
             raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
+        if protocol in MOUNTABLE:
+            raise InputError(
+                f"{redact(url)!r}: prompts and output lie on a local or shared file system, S3, Google Cloud Storage or"
+                f" Azure; mount what is behind {protocol}:// on every node and give its path"
+            )
         if protocol in ("s3", "s3a"):
             # Without concurrency a read is one request, and not one for the size before it.
             config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
-        if protocol not in ("sftp", "ssh"):  # which keeps no listings, and hands all options to ssh
-            options = {"use_listings_cache": False, **options}
-        filesystem, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
     except InputError:
         raise
     except ImportError as error:
@@ -106,9 +111,6 @@ class Storage:
         self.root = root.rstrip("/") or "/"
         self.query = ""
         self.local = isinstance(self.filesystem, LocalFileSystem)
-        self.directories = not self.filesystem.async_impl
-        """Whether it has real directories, and puts that a reader may see half of: fsspec's object stores are all
-        asynchronous, and what is not is a file system."""
         self.creates = self.local
         """Whether a put that is to create an object is refused where there is one."""
         self.url = redact(root if self.local else url).rstrip("/")
@@ -163,13 +165,13 @@ class Storage:
             FileExistsError: there is one.
         """
         options: dict[str, Any] = {}
-        if create and self.creates and not self.directories:
+        if create and self.creates and not self.local:
             options = {"mode": "create"}
             if not _is_azure(self.filesystem):
                 # In one request: not every store that refuses a put refuses to complete an upload in parts.
                 options["chunksize"] = len(data) + 1
         seconds, _ = self._limit(len(data), try_seconds)
-        pipe = self.filesystem.pipe_file if self.directories else self.filesystem._pipe_file
+        pipe = self.filesystem.pipe_file if self.local else self.filesystem._pipe_file
         self._put(path, lambda full: pipe(full, data, **options), seconds, before, keep, create)
 
     def put_file(
@@ -181,7 +183,7 @@ class Storage:
     ) -> None:
         """Writes a local file as an object, whole; `before` and `keep` are as in `put`. Raises StorageError."""
         seconds, _ = self._limit(Path(local).stat().st_size)
-        put = self.filesystem.put_file if self.directories else self.filesystem._put_file
+        put = self.filesystem.put_file if self.local else self.filesystem._put_file
         self._put(path, lambda full: put(local, full), seconds, before, keep)
 
     def find_out_create(self, path: str, data: bytes) -> None:
@@ -194,7 +196,7 @@ class Storage:
         Raises:
             StorageError: storage failed.
         """
-        if self.directories:
+        if self.local:
             return
         self.creates = True
         try:
@@ -278,7 +280,7 @@ class Storage:
         def delete() -> None:
             full = self.full(path)
             with _none_if_absent():
-                if self.directories:
+                if self.local:
                     self.filesystem.rm(full, recursive=True)
                 else:
                     # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
@@ -296,10 +298,10 @@ class Storage:
         """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
         sockets time out where nothing comes, if at all, but not where nothing is taken."""
         seconds = (self.try_seconds if try_seconds is None else try_seconds) + size / SLOWEST_BYTES_PER_S
-        return seconds, {} if self.directories else {"timeout": seconds}
+        return seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
 
     def _many(self) -> dict[str, float]:
-        return {} if self.directories else {"timeout": MANY_SECONDS}
+        return {"timeout": MANY_SECONDS} if self.filesystem.async_impl else {}
 
     def _put(
         self,
@@ -323,31 +325,26 @@ class Storage:
                     raise
                 there = True
 
-        def put_renamed() -> None:
+        def put_local() -> None:
             nonlocal there
-            parent, _, name = full.rpartition("/")
+            parent = full.rpartition("/")[0]
             if parent not in self._made:
-                self.filesystem.makedirs(parent, exist_ok=True)
+                Path(parent).mkdir(parents=True, exist_ok=True)
                 self._made.add(parent)
             # Named so that who reads the directory as a dataset passes over it.
-            part = f"{parent}/.{name}.part-{uuid.uuid4().hex[:8]}"
+            part = Path(full).with_name(f".{Path(full).name}.part-{uuid.uuid4().hex[:8]}")
             try:
-                write(part)
-                if self.local:
-                    _sync(Path(part))
+                write(str(part))
+                _sync(part)
                 if not keep():  # nothing can end a write, but its name may come too late
                     raise TimeoutError("what was written came too late to get its name")
-                if create and self.local:
-                    there = not _link(Path(part), full)
-                elif self.local:
-                    Path(part).replace(full)
-                else:
-                    self.filesystem.mv(part, full)
+                there = create and not _link(part, full)
+                if not create:
+                    part.replace(full)
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    self.filesystem.rm_file(part)
+                part.unlink(missing_ok=True)
 
-        self.attempt(f"write {path}", put_renamed if self.directories else put_object, seconds, before)
+        self.attempt(f"write {path}", put_local if self.local else put_object, seconds, before)
         self._known = True
         if there:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), full)

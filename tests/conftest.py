@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import AzureServer, GcsServer, MotoServer, S3Server, SftpServer, StoreServer, free_port
+from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, free_port
 from hypothesis import HealthCheck, settings
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
@@ -106,15 +106,6 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
 def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     """A server of Google Cloud Storage."""
     with serving(GcsServer(tmp_path_factory.mktemp("gcs"), free_port())) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    """A server with real directories."""
-    if not SftpServer.program.exists():
-        pytest.skip("there is no sshd (openssh-server)")
-    with serving(SftpServer(tmp_path_factory.mktemp("sftp"), free_port())) as server:
         yield server
 
 

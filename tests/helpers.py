@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
 import socket
@@ -168,30 +167,6 @@ class GcsServer(StoreServer):
 
         here = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)]
         return [str(_get_binary_path()), *here, "-backend", "filesystem", "-filesystem-root", f"{self.home}"]
-
-
-class SftpServer(StoreServer):
-    """OpenSSH's, whose root is its home: a store with real directories."""
-
-    program = Path("/usr/sbin/sshd")
-
-    def url(self, name: str) -> str:
-        return f"sftp://127.0.0.1{self.home}/{name}"
-
-    def options_at(self, port: int) -> dict[str, Any]:
-        return {"port": port, "username": getpass.getuser(), "key_filename": f"{self.home}/key", "look_for_keys": False}
-
-    def command(self) -> list[str]:
-        for name in ("key", "host"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.home}/{name}"], check=True)
-        Path("/run/sshd").mkdir(exist_ok=True)  # it does not start without
-        settings = ["StrictModes=no", "PidFile=none", "UsePAM=no", "Subsystem=sftp internal-sftp"]
-        settings += [f"AuthorizedKeysFile={self.home}/key.pub", f"HostKey={self.home}/host"]
-        options = [part for setting in settings for part in ("-o", setting)]
-        return [str(self.program), "-D", "-f", "/dev/null", "-p", str(self.port), *options]
-
-    def make_bucket(self) -> None:
-        """It needs none."""
 
 
 class AzureServer(StoreServer):

@@ -17,7 +17,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
 
 
-@pytest.fixture(params=["local", "s3", "gcs", "azure", "sftp"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "root"))
@@ -107,7 +107,12 @@ def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "said"),
-    [("nope://x/y", "can't be opened"), ("memory://x", "lives in one process"), ("gs://b/x", r"gaudi-batch\[gcs\]")],
+    [
+        ("nope://x/y", "can't be opened"),
+        ("memory://x", "lives in one process"),
+        ("sftp://host/x", "mount what is"),
+        ("gs://b/x", r"gaudi-batch\[gcs\]"),
+    ],
 )
 def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed

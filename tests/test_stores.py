@@ -116,6 +116,7 @@ def test_what_the_store_forbids_ends_the_run_at_once(
     output: Storage,
     undisturbed: Content,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = server.quick_options_at(proxy.port)
 
@@ -127,6 +128,7 @@ def test_what_the_store_forbids_ends_the_run_at_once(
     assert fault.hits
     said = said_once(capsys, "Not any more.", "the same command resumes")
     assert "tried for" not in said
+    assert [record for record in caplog.records if record.name.startswith(("gcsfs", "azure"))] == []
     proxy.clear()
     assert run(dataset, url, storage_options=options) == 3
     assert content(output) == undisturbed
