@@ -22,8 +22,8 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 # The server of Azure Blob Storage that the tests use.
-$(VENV)/.azurite-$(AZURITE): $(VENV)/.base
-	npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE)
+$(VENV)/.azurite-$(AZURITE): | $(VENV)/.base
+	npm install --loglevel error --no-save --no-package-lock --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE)
 	touch $@
 
 demo: $(VENV)/.base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from helpers import StoreServer
 
 from gaudi_batch import lease, ledger, manifest, retry
 from gaudi_batch.errors import StorageError
-from gaudi_batch.lease import LeaseKeeper, read_lease
+from gaudi_batch.lease import LeaseKeeper, LeaseLost, read_lease
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path
@@ -116,6 +117,24 @@ def test_a_torn_manifest_that_another_has_replaced_is_not_removed(
 
     fault = proxy.add(Fault("503", "DELETE", "/manifest/", count=1, when=replaced))
     assert Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa1")) is False
+    assert fault.hits == 1
+    assert output.get(manifest_path(3)) == data
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_nothing_is_removed_once_another_drives(proxy: FaultProxy, output: Storage, driver: LeaseKeeper) -> None:
+    """The first try at it failed, and then the run was another's."""
+    _, data = a_manifest(3, "bbbbb1")
+    output.put(manifest_path(3), data)
+
+    def taken_over() -> bool:
+        held = json.loads(output.get("lease.json") or b"")
+        output.put("lease.json", json.dumps(held | {"driver": "bbbbb"}).encode())
+        return True
+
+    fault = proxy.add(Fault("503", "DELETE", "/manifest/", count=1, when=taken_over))
+    with pytest.raises(LeaseLost):
+        Ledger(driver._storage, driver.hold).start_afresh()
     assert fault.hits == 1
     assert output.get(manifest_path(3)) == data
 

@@ -62,6 +62,12 @@ def test_a_local_file_is_put_whole(storage: Storage, tmp_path: Path) -> None:
     assert storage.get("big") == b"z" * 3_000_000
 
 
+def test_a_write_that_may_not_go_on_any_more_gets_no_name(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="came too late"):
+        Storage(str(tmp_path), patience=0.1).put("x", b"1", keep=lambda: False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def failing(times: int, error: Exception) -> Callable[[], str]:
     left = [times]
 
