@@ -171,8 +171,8 @@ class Storage:
                 # In one request: not every store that refuses a put refuses to complete an upload in parts.
                 options["chunksize"] = len(data) + 1
         seconds, _ = self._limit(len(data), try_seconds)
-        pipe = self.filesystem.pipe_file if self.local else self.filesystem._pipe_file
-        self._put(path, lambda full: pipe(full, data, **options), seconds, before, keep, create)
+        write = self._given_up("pipe_file", seconds, keep)
+        self._put(path, lambda full: write(full, data, **options), seconds, before, keep, create)
 
     def put_file(
         self,
@@ -183,8 +183,8 @@ class Storage:
     ) -> None:
         """Writes a local file as an object, whole; `before` and `keep` are as in `put`. Raises StorageError."""
         seconds, _ = self._limit(Path(local).stat().st_size)
-        put = self.filesystem.put_file if self.local else self.filesystem._put_file
-        self._put(path, lambda full: put(local, full), seconds, before, keep)
+        write = self._given_up("put_file", seconds, keep)
+        self._put(path, lambda full: write(local, full), seconds, before, keep)
 
     def find_out_create(self, path: str, data: bytes) -> None:
         """Finds out whether the store refuses to create an object that is there, for `put` to rely on.
@@ -273,9 +273,11 @@ class Storage:
         """Removes an object or a directory with all that it holds; one that is not there is no error. `before` and
         `keep` are as in `put`. Raises StorageError."""
 
+        delete_file = self._given_up("rm_file", self.try_seconds, keep)
+
         def delete_one(full: str) -> None:
             with _none_if_absent():
-                in_time_or_cancelled(self.filesystem._rm_file(full), self.filesystem.loop, self.try_seconds, keep)
+                delete_file(full)
 
         def delete() -> None:
             full = self.full(path)
@@ -303,6 +305,19 @@ class Storage:
     def _many(self) -> dict[str, float]:
         return {"timeout": MANY_SECONDS} if self.filesystem.async_impl else {}
 
+    def _given_up(self, name: str, seconds: float, keep: Callable[[], bool]) -> Callable[..., Any]:
+        """A method of the filesystem. Where it is asynchronous, a call of it raises TimeoutError once it has taken too
+        long or `keep` says no."""
+        filesystem = self.filesystem
+        if not filesystem.async_impl:
+            return getattr(filesystem, name)  # type: ignore[no-any-return]
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            running = getattr(filesystem, f"_{name}")(*arguments, **options)
+            return in_time_or_cancelled(running, filesystem.loop, seconds, keep)
+
+        return call
+
     def _put(
         self,
         path: str,
@@ -312,14 +327,14 @@ class Storage:
         keep: Callable[[], bool],
         create: bool = False,
     ) -> None:
-        """Writes by `write`, which takes the filesystem's path and, for an object store, gives a coroutine."""
+        """Writes by `write`, which takes a path that the filesystem knows."""
         full = self.full(path)
         there = False
 
         def put_object() -> None:
             nonlocal there
             try:
-                in_time_or_cancelled(write(full), self.filesystem.loop, seconds, keep)
+                write(full)
             except Exception as error:
                 if not (create and (isinstance(error, FileExistsError) or status_of(error) == PRECONDITION_FAILED)):
                     raise
@@ -369,6 +384,7 @@ class Storage:
             StorageError: with the storage's own words, secrets taken out.
         """
         started = time.monotonic()
+        without_credentials = False
         this = object()
         with self._lock:
             self._running[this] = started
@@ -376,6 +392,9 @@ class Storage:
             for delay in delays():
                 before()
                 try:
+                    if without_credentials:
+                        _look_for_credentials_again(self.filesystem)
+                        without_credentials = False
                     return operation() if self.filesystem.async_impl else in_time(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
@@ -383,7 +402,7 @@ class Storage:
                     patience, limit = self.patience, " (storage_patience)"
                     if self._known and no_credentials(error):
                         patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
-                        _look_for_credentials_again(self.filesystem)
+                        without_credentials = True
                     elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
                         raise StorageError(f"{self.url}: can't {what}: {said}", refused=True) from None
                     if waited + delay > patience:
