@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
+AZURITE := 3.37.0
 
 .PHONY: setup demo test check format clean
 
-setup: $(VENV)/.dev
+setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE)
 
 # The base install is enough for the demo.
 $(VENV)/.base: pyproject.toml constraints.txt constraints-gaudi.txt
@@ -20,10 +21,15 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The server of Azure Blob Storage that the tests use.
+$(VENV)/.azurite-$(AZURITE): | $(VENV)/.base
+	npm install --loglevel error --no-save --no-package-lock --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE)
+	touch $@
+
 demo: $(VENV)/.base
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
-test: $(VENV)/.dev
+test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 check: $(VENV)/.dev

@@ -126,7 +126,8 @@ class Card:
             require_shared(setup)
             self._pipeline = load_pipeline(setup.config, setup.model, setup.threads, self._module)
         except Exception as error:
-            self._mailbox.emit(Broken(describe_error(error)))
+            storage = isinstance(error, StorageError) and not error.refused
+            self._mailbox.emit(Broken(describe_error(error), storage))
             return
         loaded = time.monotonic() - self._started
         pipeline = self._pipeline

@@ -330,7 +330,7 @@ class Driver:
             self._introduce(slot, event)
         elif isinstance(event, Broken):
             self._fault(slot, event.error)
-            self._carry_out(schedule.broken(slot.number, event.error))
+            self._carry_out(schedule.broken(slot.number, event.error, event.storage))
         elif isinstance(event, Begins):
             self._carry_out(schedule.reading(event.attempt, event.reading))
         elif isinstance(event, Announced):

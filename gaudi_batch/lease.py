@@ -3,9 +3,13 @@
 lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
 that does not count for `STALE_SECONDS` on the observer's own clock is anybody's; so is, at once, one whose process on
 this machine is gone. A holder that could not count up for `CERTAIN_SECONDS` commits nothing until it has, and one that
-finds another's name in its place is done. All that a driver writes or removes it does right after such a look. What no
-look can stop, a write that lands when it has been given up, does no harm: a manifest takes no other's place on a local
-file system, one of another run is no commit, and a driver that does not know what became of a manifest keeps the lease.
+finds another's name in its place is done. All that a driver writes or removes it does right after such a look, and what
+takes longer goes on no longer than the holder is certain. What no look can stop, a write that lands when it has been
+given up, does no harm: where the store creates conditionally a manifest takes no other's place, one of another run is
+no commit, and a driver that does not know what became of a manifest keeps the lease.
+
+A store may answer with what lease.json said a while ago. So a name that the holder knows to be over is passed over, and
+one that it has not seen before is looked at twice.
 
 What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose leavings may be
 removed.
@@ -38,8 +42,10 @@ LOOK_SECONDS = 2.0
 SETTLE_SECONDS = 1.0
 """Between writing and reading back."""
 CERTAIN_SECONDS = 30.0
-"""How long a holder that has counted up may commit; with one try at that, less than `STALE_SECONDS`."""
+"""How long a holder that has counted up may commit. A write that has begun, however large, is given up within
+`KEEP_INTERVAL_S` of that; what is left of `STALE_SECONDS` is for what the network still has of it."""
 COMMIT_SECONDS = 15.0
+"""Of one try at putting a manifest, beside what its size needs."""
 TRY_SECONDS = 10.0
 """Of one look at the lease, or one try at writing it. It is not tried for long: what comes late would be a lie."""
 
@@ -89,6 +95,7 @@ class LeaseKeeper:
         self._quick.patience = self._quick.try_seconds = TRY_SECONDS
         self._over = threading.Event()
         self._kept_up = -math.inf
+        self._silent: Lease | None = None  # whose silence alone says that it is over
         self._lost = ""
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
         pid = os.getpid()
@@ -117,14 +124,15 @@ class LeaseKeeper:
                 raise self._refusal(held)
             if alive is None:
                 say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
-                self._wait_until_stale(held)
+                self._silent = held = self._wait_until_stale(held)
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
         since = time.monotonic()
         self._write(self._storage)
         time.sleep(SETTLE_SECONDS)
-        held = self._read()
-        if held is not None and held.driver != self._lease.driver:
-            raise InputError(f"{self._storage.url}: {held.holder} has just started to drive this run")
+        other = self._other_holder(self._storage)
+        if other is not None:
+            raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
+        self._storage.find_out_create("lease.json", self._data())
         self._kept_up = since
         self._beating.start()
 
@@ -149,6 +157,11 @@ class LeaseKeeper:
             if failed.refused or time.monotonic() - since > self._storage.patience:
                 raise failed
             self._over.wait(LOOK_SECONDS / 4)
+
+    def holds(self) -> bool:
+        """Whether what `hold` has let begin may go on."""
+        certain = time.monotonic() - self._kept_up < CERTAIN_SECONDS
+        return certain and not self._lost and not self._over.is_set()
 
     def release(self, settled: Callable[[], bool] = lambda: True) -> None:
         """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
@@ -193,15 +206,34 @@ class LeaseKeeper:
 
     def _look(self) -> None:
         """Raises LeaseLost if another has taken the lease; StorageError if that can't be seen."""
-        held = None if self._lost else read_lease(self._quick)
-        if held is not None and held.driver != self._lease.driver:
-            self._lost = f"{held.holder} drives this run now, and one output has one driver"
+        other = None if self._lost else self._other_holder(self._quick)
+        if other is not None:
+            self._lost = f"{other.holder} drives this run now, and one output has one driver"
         if self._lost:
             raise LeaseLost(self._lost)
 
+    def _other_holder(self, storage: Storage) -> Lease | None:
+        """Who has taken the lease since this driver has, if anybody: who is seen twice, a moment apart."""
+        held = read_lease(storage)
+        if held is None or self._is_old(held):
+            return None
+        time.sleep(SETTLE_SECONDS)
+        held = read_lease(storage)
+        return None if held is None or self._is_old(held) else held
+
+    def _is_old(self, held: Lease) -> bool:
+        """Whether this is what was there before: this driver's own, or that of one that is over. One that was taken for
+        over and has counted up since is not."""
+        if self._silent is not None and held.driver == self._silent.driver:
+            return held.beat <= self._silent.beat or held.released
+        return held.driver in (self._lease.driver, *self._lease.dead)
+
     def _write(self, storage: Storage) -> None:
         self._lease = replace(self._lease, beat=self._lease.beat + 1)
-        storage.put("lease.json", json.dumps(asdict(self._lease)).encode())
+        storage.put("lease.json", self._data())
+
+    def _data(self) -> bytes:
+        return json.dumps(asdict(self._lease)).encode()
 
     def _read_whole(self, say: Callable[[str], None]) -> Lease | None:
         """The lease. One that can't be read is waited for as long as for one that does not count: its holder, if it has
@@ -216,18 +248,22 @@ class LeaseKeeper:
             time.sleep(LOOK_SECONDS)
         return held
 
-    def _wait_until_stale(self, held: Lease) -> None:
+    def _wait_until_stale(self, held: Lease) -> Lease:
+        """Waits for a holder to count up, or to let go; returns the last one there was. Raises InputError."""
         seen = time.monotonic()
         while True:
             time.sleep(LOOK_SECONDS)
             looked = time.monotonic()
             now = self._read()
             if now is None:
-                return
-            if now != held:
+                return held
+            is_old = now.beat <= held.beat if now.driver == held.driver else now.driver in held.dead
+            if not is_old:
+                if now.released:
+                    return now
                 raise self._refusal(now)
             if looked - seen > STALE_SECONDS:
-                return
+                return held
 
     def _refusal(self, held: Lease) -> InputError:
         return InputError(

@@ -80,11 +80,15 @@ class Ledger:
     Args:
         storage: the output.
         hold: returns while this driver may write, and raises if it may not.
+        holds: whether a write that has begun may go on.
     """
 
-    def __init__(self, storage: Storage, hold: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, storage: Storage, hold: Callable[[], None] = lambda: None, holds: Callable[[], bool] = lambda: True
+    ) -> None:
         self.storage = storage
         self.hold = hold
+        self._holds = holds
         self.unsettled: set[str] = set()
         """Attempts whose manifest may or may not be in place, since its put has not ended. Whoever has another thread
         call `commit` adds the attempt first, so that nobody takes it for left over before that thread begins."""
@@ -186,7 +190,7 @@ class Ledger:
         )
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        self.storage.put("plan.parquet", buffer.getvalue(), self.hold)
+        self.storage.put("plan.parquet", buffer.getvalue(), self.hold, self._holds)
 
     def plan(self) -> list[Shard]:
         """The stored plan.
@@ -249,13 +253,16 @@ class Ledger:
         with self._writing:
             if self._unwritten is not None:
                 # Like a manifest, it must not land when another driver has taken over.
-                self.storage.put("run.json", _json(self._unwritten.__dict__), self.hold, COMMIT_SECONDS)
+                self.storage.put("run.json", _json(self._unwritten.__dict__), self.hold, self._holds, COMMIT_SECONDS)
                 self._record, self._unwritten = self._unwritten, None
 
     def commit(self, facts: CommitFacts, data: bytes) -> bool:
         """Puts a shard's manifest unless another attempt's is there; returns whether it is this one's that is there.
 
         Before each try it is made sure that the shard is not committed and then, last, that nobody else drives the run.
+        Where the store creates conditionally, a put that lands late takes nobody's place. Where it does not, the lease
+        alone guards what is there: a put, or the removal of what is no commit, is given up as soon as the lease could
+        not be kept up for so long that another driver may soon take over.
 
         Raises:
             LeaseLost: another driver has taken over.
@@ -274,17 +281,16 @@ class Ledger:
             self.hold()
             in_doubt = True
 
-        def put() -> None:
-            self.storage.put(path, data, look, COMMIT_SECONDS, create=True)
-
         try:
             self._write_stack()
-            try:
-                put()
-            except FileExistsError:
-                look()
-                self.storage.remove(path)  # torn, or of another run
-                put()
+            while True:
+                try:
+                    self.storage.put(path, data, look, self._holds, COMMIT_SECONDS, create=True)
+                    break
+                except FileExistsError:
+                    # It may have been removed since, and what is not there now is not removed when it is there again.
+                    if self.storage.get(path) is not None:
+                        self.storage.remove(path, look, self._holds)  # torn, or of another run
             in_doubt = False
             return True
         except _Committed as there:
@@ -321,7 +327,7 @@ class Ledger:
                 raise StorageError(
                     f"can't join the manifests in {directory}: {one_line(error)}; those in manifest/ are as they were"
                 ) from None
-            self.storage.put_file("manifest.parquet", os.fspath(path), self.hold)
+            self.storage.put_file("manifest.parquet", os.fspath(path), self.hold, self._holds)
             written, stored = path.stat().st_size, self.storage.info("manifest.parquet")["size"]
         if stored != written:
             raise StorageError(f"{self.storage.url}: manifest.parquet has {stored} bytes, and {written} were written")
@@ -395,8 +401,7 @@ class Ledger:
             self._remove(name)
 
     def _remove(self, path: str) -> None:
-        self.hold()
-        self.storage.remove(path)
+        self.storage.remove(path, self.hold, self._holds)
 
     def _attempt_places(self) -> list[str]:
         """The directories in which attempts leave something."""
@@ -404,7 +409,7 @@ class Ledger:
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""
-        self.storage.put(name, _json(value), self.hold)
+        self.storage.put(name, _json(value), self.hold, self._holds)
 
     def get_json(self, name: str) -> dict[str, Any] | None:
         """Reads one, None where there is none that is whole."""

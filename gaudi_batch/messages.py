@@ -63,6 +63,8 @@ class Broken:
     """The pipeline could not be loaded, or the device has failed: this process is to be replaced."""
 
     error: str
+    storage: bool = False
+    """Whether it was storage that went on failing, which says nothing of the card."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 30.0
-PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+KEEP_INTERVAL_S = 1.0
+"""How often it is asked whether what goes on may go on."""
+CREDENTIALS_TIMEOUT_S = 60.0
+"""How long credentials that were there before are asked for again: a service that serves those of a role answers again
+within seconds, and a node that has lost its role is to say so long before the job's patience is over."""
+PERMANENT_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSYS,  # what s3fs makes of status 501
+}
 PERMANENT_ERRORS = (
     PermissionError,
     FileNotFoundError,
@@ -26,7 +41,10 @@ PERMANENT_ERRORS = (
     ValueError,
     TypeError,
 )
-PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+PERMANENT_NAMES = ("PartialCredentialsError", "ParamValidationError")
+NO_CREDENTIALS_NAMES = ("NoCredentialsError", "CredentialUnavailableError", "ClientAuthenticationError")
+"""Of botocore and Azure, the last one if no answer came with it."""
+GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 PASSING_STATUSES = {408, 409, 425, 429}
 PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 """What S3 says with status 400 of a request that broke on its way."""
@@ -56,17 +74,82 @@ def in_time(operation: Callable[[], T], seconds: float) -> T:
         raise TimeoutError(f"no answer for {seconds:.0f} s") from None
 
 
+def in_time_or_cancelled(
+    coroutine: Coroutine[Any, Any, T],
+    loop: asyncio.AbstractEventLoop,
+    seconds: float,
+    keep: Callable[[], bool] = lambda: True,
+) -> T:
+    """Runs a coroutine in a loop of another thread and cancels it if it does not end.
+
+    Args:
+        coroutine: what to run.
+        loop: of the other thread.
+        seconds: how long it may take.
+        keep: asked every `KEEP_INTERVAL_S`; once it says no, it has taken too long.
+
+    Raises:
+        TimeoutError: it has not ended.
+    """
+    running = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    started = time.monotonic()
+    try:
+        while True:
+            try:
+                return running.result(min(KEEP_INTERVAL_S, seconds))
+            except FutureTimeout:
+                waited = time.monotonic() - started
+                if running.done():
+                    raise
+                if waited >= seconds or not keep():
+                    raise TimeoutError(f"no answer for {waited:.0f} s") from None
+    finally:
+        running.cancel()
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that a store has answered with, as its library tells it; None where there is none."""
+    for said in (error, error.__cause__):
+        response = getattr(said, "response", None)
+        if isinstance(response, dict):  # botocore's
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        if isinstance(status := getattr(said, "status_code", None), int):  # azure-core's
+            return status
+    if type(error).__name__ == "HttpError" and isinstance(code := getattr(error, "code", None), int):  # gcsfs'
+        return code
+    return 403 if str(error).startswith("Forbidden: ") else None  # gcsfs', too, an OSError without a number
+
+
+def code_of(error: BaseException) -> str | None:
+    """The store's own name of an error; None where its library does not tell."""
+    for said in (error, error.__cause__):
+        response = getattr(said, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+        if isinstance(code := getattr(said, "error_code", None), str):  # azure-core's
+            return str(getattr(code, "value", code))
+    return None
+
+
+def bucket_is_gone(error: BaseException) -> bool:
+    """Whether a store says that it is not the object but its bucket that is not there."""
+    return code_of(error) in GONE_CODES
+
+
+def no_credentials(error: BaseException) -> bool:
+    """Whether there are no credentials to ask the store with."""
+    return type(error).__name__ in NO_CREDENTIALS_NAMES and status_of(error) is None
+
+
 def is_permanent(error: Exception) -> bool:
     """Whether storage would say the same again: it refuses, or what was asked for can't be."""
-    if type(error).__name__ in PERMANENT_NAMES:
+    if type(error).__name__ in PERMANENT_NAMES or no_credentials(error):
         return True
     if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
         return True
-    response = getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):  # botocore's
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if 400 <= status < 500 and status not in PASSING_STATUSES:
-            return response.get("Error", {}).get("Code") not in PASSING_CODES
+    status = status_of(error)
+    if status is not None and 400 <= status < 500 and status not in PASSING_STATUSES:
+        return code_of(error) not in PASSING_CODES
     return isinstance(error, PERMANENT_ERRORS) and not isinstance(error, (TimeoutError, ConnectionError))
 
 

@@ -102,7 +102,7 @@ def run(
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     watch = Stopwatch(driver)
     lease = LeaseKeeper(storage, driver)
-    ledger = Ledger(storage, lease.hold)
+    ledger = Ledger(storage, lease.hold, lease.holds)
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)

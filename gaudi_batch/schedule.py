@@ -150,9 +150,19 @@ class Schedule:
             return []
         return self._replace_or_quarantine(card, error) + self._proceed()
 
-    def broken(self, number: int, error: str) -> list[Decision]:
-        """A card's process says that it can't go on: it could not load its pipeline, or its device failed."""
+    def broken(self, number: int, error: str, storage: bool = False) -> list[Decision]:
+        """A card's process says that it can't go on: it could not load its pipeline, or its device failed.
+
+        Args:
+            number: which card.
+            error: why.
+            storage: whether storage went on failing while it loaded, which says little of the card.
+        """
         card = self._work.cards.by_number[number]
+        if storage and card.state is CardState.STARTING:
+            card.strikes += 1
+            decisions = self._replace_or_quarantine(card, error)
+            return decisions + self._blame_storage(card, next(iter(self.shards)), error) + self._proceed()
         if card.state is CardState.READY and not card.proven:
             card.start_failures += 1
         return self.died(number, error)

@@ -1,9 +1,11 @@
 """One root on any fsspec URL: the only place that writes objects, and the only one that tries storage again.
 
-Everything else speaks in paths relative to a root. A put is atomic: a reader sees the whole object or none. What a
-store itself calls impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong
-is tried again with backoff and jitter, for as long as the job's patience lasts. A try that does not come back is given
-up and counts as one that failed, so nothing waits for storage longer than the patience and one more try.
+Everything else speaks in paths relative to a root. A put is atomic: a reader sees the whole object or none. An object
+store does so by itself; on a disk an object is written under another name and renamed. What a store itself calls
+impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong is tried again with
+backoff and jitter, for as long as the job's patience lasts. So is a bucket that is not there, or credentials that are
+not, once they have been. A try that does not come back is given up and counts as one that failed, so nothing waits for
+storage longer than the patience and one more try.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +29,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.redaction import learn, redact
-from gaudi_batch.retry import delays, in_time, is_permanent
+from gaudi_batch.retry import (
+    CREDENTIALS_TIMEOUT_S,
+    bucket_is_gone,
+    delays,
+    in_time,
+    in_time_or_cancelled,
+    is_permanent,
+    no_credentials,
+    status_of,
+)
 
 T = TypeVar("T")
 
@@ -41,6 +52,9 @@ SLOWEST_BYTES_PER_S = 1e6
 S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
 """What botocore gets unless the options say otherwise: a request that stalls three times ends within `TRY_SECONDS`. A
 few tries of its own it must have, for a listing is many requests, and one that fails would start it all over."""
+PRECONDITION_FAILED = 412
+MOUNTABLE = ("sftp", "ssh", "smb", "ftp")
+"""File servers: what is put there is seen half written, and a connection serves one thread at a time."""
 LAST_SECONDS = 10.0
 """How long a run that stops tries to write down how it ended; storage may be why it stops."""
 REMOVE_THREADS = 16
@@ -57,6 +71,11 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         protocol = fsspec.core.split_protocol(url)[0]
         if protocol in ("memory", "memoryfs"):
             raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
+        if protocol in MOUNTABLE:
+            raise InputError(
+                f"{redact(url)!r}: prompts and output lie on a local or shared file system, S3, Google Cloud Storage or"
+                f" Azure; mount what is behind {protocol}:// on every node and give its path"
+            )
         if protocol in ("s3", "s3a"):
             # Without concurrency a read is one request, and not one for the size before it.
             config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
@@ -95,9 +114,12 @@ class Storage:
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self.place = (root if self.local else url).rstrip("/")
         self.url = redact(self.place)
+        self.creates = self.local
+        """Whether a put that is to create an object is refused where there is one."""
         self.patience = patience
         self.try_seconds = TRY_SECONDS
-        _own_retries_off(self.filesystem)
+        _subdue(self.filesystem)
+        self._known = False  # whether the bucket and the credentials have been seen to be there
         self._made: set[str] = set()
         self._running: dict[object, float] = {}
         self._lock = threading.Lock()
@@ -108,7 +130,7 @@ class Storage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         learn(self.options)
-        _own_retries_off(self.filesystem)
+        _subdue(self.filesystem)
         self._made, self._running, self._lock = set(), {}, threading.Lock()
 
     def longest_running_s(self) -> float:
@@ -126,7 +148,8 @@ class Storage:
         path: str,
         data: bytes,
         before: Callable[[], None] = lambda: None,
-        seconds: float | None = None,
+        keep: Callable[[], bool] = lambda: True,
+        try_seconds: float | None = None,
         create: bool = False,
     ) -> None:
         """Writes an object whole.
@@ -135,32 +158,71 @@ class Storage:
             path: of the object.
             data: its bytes.
             before: called before each try; what it raises is raised.
-            seconds: how long one try may take, if that is not to be what its size needs.
-            create: on a local file system, only where there is none, however late the write arrives.
+            keep: asked while a try goes on; one for which it says no is given up, and counts as one that failed.
+            try_seconds: how long one try may take beside what the size needs, if not as long as any other.
+            create: only where there is none, however late the write arrives. A store that can't (see `creates`)
+                writes over what is there.
 
         Raises:
             StorageError: storage failed.
             FileExistsError: there is one.
         """
-        limits = self._limit(len(data))
-        if seconds is not None:
-            limits = seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
-        self._put(path, limits, lambda full, **limit: self.filesystem.pipe_file(full, data, **limit), before, create)
+        options: dict[str, Any] = {}
+        if create and self.creates and not self.local:
+            options = {"mode": "create"}
+            if not _is_azure(self.filesystem):
+                # In one request: not every store that refuses a put refuses to complete an upload in parts.
+                options["chunksize"] = len(data) + 1
+        seconds, _ = self._limit(len(data), try_seconds)
+        write = self._given_up("pipe_file", seconds, keep)
+        self._put(path, lambda full: write(full, data, **options), seconds, before, keep, create)
 
-    def put_file(self, path: str, local: str, before: Callable[[], None] = lambda: None) -> None:
-        """Writes a local file as an object, whole, with `before` called before each try. Raises StorageError."""
-        limits = self._limit(Path(local).stat().st_size)
-        self._put(path, limits, lambda full, **limit: self.filesystem.put_file(local, full, **limit), before)
+    def put_file(
+        self,
+        path: str,
+        local: str,
+        before: Callable[[], None] = lambda: None,
+        keep: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Writes a local file as an object, whole; `before` and `keep` are as in `put`. Raises StorageError."""
+        seconds, _ = self._limit(Path(local).stat().st_size)
+        write = self._given_up("put_file", seconds, keep)
+        self._put(path, lambda full: write(local, full), seconds, before, keep)
+
+    def find_out_create(self, path: str, data: bytes) -> None:
+        """Finds out whether the store refuses to create an object that is there, for `put` to rely on.
+
+        Args:
+            path: of an object that is there.
+            data: its bytes, which a store that does not refuse writes again.
+
+        Raises:
+            StorageError: storage failed.
+        """
+        if self.local:
+            return
+        self.creates = True
+        try:
+            self.put(path, data, create=True)
+            self.creates = False
+        except FileExistsError:
+            pass
+        except StorageError as error:
+            if not error.refused:
+                raise
+            self.creates = False  # it does not know what is asked of it
+        log.debug("%s: the store %s conditionally", self.url, "creates" if self.creates else "does not create")
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None where there is none. Raises StorageError."""
         seconds, limit = self._limit()
 
         def read() -> bytes | None:
-            try:
-                return self.filesystem.cat_file(self.full(path), **limit)  # type: ignore[no-any-return]
-            except FileNotFoundError:
-                return None
+            with _none_if_absent():
+                data: bytes = self.filesystem.cat_file(self.full(path), **limit)
+                self._known = True
+                return data
+            return None
 
         return self.attempt(f"read {path}", read, seconds)
 
@@ -174,6 +236,7 @@ class Storage:
             data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
             if len(data) != stop - start:
                 raise OSError(errno.EIO, f"{len(data)} bytes came instead of {stop - start}")
+            self._known = True
             return data
 
         return self.attempt(f"read {path}", read, seconds)
@@ -184,7 +247,8 @@ class Storage:
 
     def info(self, path: str) -> dict[str, Any]:
         """What the store says of an object, its size in bytes among it. Raises StorageError."""
-        return self.attempt(f"read {path}", lambda: dict(self.filesystem.info(self.full(path))))
+        seconds, limit = self._limit()
+        return self.attempt(f"read {path}", lambda: dict(self.filesystem.info(self.full(path), **limit)), seconds)
 
     def at(self, root: str, query: str = "") -> Storage:
         """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
@@ -204,58 +268,89 @@ class Storage:
         """Names of what lies directly in a directory, sorted; none where there is no such directory."""
 
         def listing() -> list[str]:
-            try:
-                found = self.filesystem.ls(self.full(directory), detail=False)
-            except FileNotFoundError:
-                return []
-            return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
+            with _none_if_absent():
+                found = self.filesystem.ls(self.full(directory), detail=False, **self._many())
+                return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
+            return []
 
         found = self.attempt(f"list {directory or '.'}", listing, MANY_SECONDS)
         return [name for name in found if ".part-" not in name]
 
-    def remove(self, path: str) -> None:
-        """Removes an object or a directory with all that it holds; one that is not there is no error."""
+    def remove(
+        self, path: str, before: Callable[[], None] = lambda: None, keep: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Removes an object or a directory with all that it holds; one that is not there is no error. `before` and
+        `keep` are as in `put`. Raises StorageError."""
+
+        delete_file = self._given_up("rm_file", self.try_seconds, keep)
+
+        def delete_one(full: str) -> None:
+            with _none_if_absent():
+                delete_file(full)
 
         def delete() -> None:
             full = self.full(path)
-            with contextlib.suppress(FileNotFoundError):
+            with _none_if_absent():
                 if self.local:
                     self.filesystem.rm(full, recursive=True)
                 else:
                     # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
                     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
-                        list(pool.map(self.filesystem.rm_file, self.filesystem.find(full)))
+                        list(pool.map(delete_one, self.filesystem.find(full, **self._many())))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
-        self.attempt(f"remove {path}", delete, MANY_SECONDS)
+        self.attempt(f"remove {path}", delete, MANY_SECONDS, before)
 
     def full(self, path: str) -> str:
         """The path that the filesystem knows."""
         return (f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}") + self.query
 
-    def _limit(self, size: int = 0) -> tuple[float, dict[str, float]]:
+    def _limit(self, size: int = 0, try_seconds: float | None = None) -> tuple[float, dict[str, float]]:
         """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
-        sockets time out where nothing comes, but not where nothing is taken."""
-        seconds = self.try_seconds + size / SLOWEST_BYTES_PER_S
+        sockets time out where nothing comes, if at all, but not where nothing is taken."""
+        seconds = (self.try_seconds if try_seconds is None else try_seconds) + size / SLOWEST_BYTES_PER_S
         return seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
+
+    def _many(self) -> dict[str, float]:
+        return {"timeout": MANY_SECONDS} if self.filesystem.async_impl else {}
+
+    def _given_up(self, name: str, seconds: float, keep: Callable[[], bool]) -> Callable[..., Any]:
+        """A method of the filesystem. Where it is asynchronous, a call of it raises TimeoutError once it has taken too
+        long or `keep` says no."""
+        filesystem = self.filesystem
+        if not filesystem.async_impl:
+            return getattr(filesystem, name)  # type: ignore[no-any-return]
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            running = getattr(filesystem, f"_{name}")(*arguments, **options)
+            return in_time_or_cancelled(running, filesystem.loop, seconds, keep)
+
+        return call
 
     def _put(
         self,
         path: str,
-        limits: tuple[float, dict[str, float]],
-        write: Callable[..., None],
+        write: Callable[[str], Any],
+        seconds: float,
         before: Callable[[], None],
+        keep: Callable[[], bool],
         create: bool = False,
     ) -> None:
+        """Writes by `write`, which takes a path that the filesystem knows."""
         full = self.full(path)
-        seconds, limit = limits
         there = False
 
-        def put() -> None:
+        def put_object() -> None:
             nonlocal there
-            if not self.local:
-                write(full, **limit)
-                return
+            try:
+                write(full)
+            except Exception as error:
+                if not (create and (isinstance(error, FileExistsError) or status_of(error) == PRECONDITION_FAILED)):
+                    raise
+                there = True
+
+        def put_local() -> None:
+            nonlocal there
             parent = full.rpartition("/")[0]
             if parent not in self._made:
                 Path(parent).mkdir(parents=True, exist_ok=True)
@@ -265,13 +360,16 @@ class Storage:
             try:
                 write(str(part))
                 _sync(part)
+                if not keep():  # nothing can end a write, but its name may come too late
+                    raise TimeoutError("what was written came too late to get its name")
                 there = create and not _link(part, full)
                 if not create:
                     part.replace(full)
             finally:
                 part.unlink(missing_ok=True)
 
-        self.attempt(f"write {path}", put, seconds, before)
+        self.attempt(f"write {path}", put_local if self.local else put_object, seconds, before)
+        self._known = True
         if there:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), full)
 
@@ -295,6 +393,7 @@ class Storage:
             StorageError: with the storage's own words, secrets taken out.
         """
         started = time.monotonic()
+        without_credentials = False
         this = object()
         with self._lock:
             self._running[this] = started
@@ -302,15 +401,22 @@ class Storage:
             for delay in delays():
                 before()
                 try:
+                    if without_credentials:
+                        _look_for_credentials_again(self.filesystem)
+                        without_credentials = False
                     return operation() if self.filesystem.async_impl else in_time(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
-                    if is_permanent(error):
+                    patience, limit = self.patience, " (storage_patience)"
+                    if self._known and no_credentials(error):
+                        patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
+                        without_credentials = True
+                    elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
                         raise StorageError(f"{self.url}: can't {what}: {said}", refused=True) from None
-                    if waited + delay > self.patience:
+                    if waited + delay > patience:
                         raise StorageError(
-                            f"{self.url}: can't {what}, tried for {waited:.0f} s (storage_patience): {said}"
+                            f"{self.url}: can't {what}, tried for {waited:.0f} s{limit}: {said}"
                         ) from None
                     log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, said)
                     time.sleep(delay)
@@ -364,7 +470,37 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _own_retries_off(filesystem: Any) -> None:
-    """s3fs would try five times what botocore has tried already. A copy in another process forgets this."""
-    if type(filesystem).__name__ == "S3FileSystem":
+@contextlib.contextmanager
+def _none_if_absent() -> Iterator[None]:
+    """Passes over the absence of an object; that of its bucket says nothing of the object."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if bucket_is_gone(error):
+            raise
+
+
+def _is_s3(filesystem: Any) -> bool:
+    return type(filesystem).__name__ == "S3FileSystem"
+
+
+def _is_azure(filesystem: Any) -> bool:
+    return type(filesystem).__name__ == "AzureBlobFileSystem"
+
+
+def _subdue(filesystem: Any) -> None:
+    """s3fs would try five times what botocore has tried already, Azure's library waits 15 s before it does so the first
+    time, and gcsfs prints every error that it raises. A copy in another process forgets this."""
+    if _is_s3(filesystem):
         filesystem.retries = 1
+    elif _is_azure(filesystem):
+        policy = filesystem.service_client._config.retry_policy
+        policy.initial_backoff = policy.random_jitter_range = 1
+    elif type(filesystem).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def _look_for_credentials_again(filesystem: Any) -> None:
+    """s3fs keeps a client that has found none. The others ask for each request."""
+    if _is_s3(filesystem):
+        filesystem.connect(refresh=True)

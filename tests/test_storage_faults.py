@@ -6,28 +6,28 @@ has it when started again.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
-from helpers import S3Server
+from helpers import S3Server, StoreServer
+from s3fs import S3FileSystem
+from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
-from gaudi_batch import cli, retry
+from gaudi_batch import retry
 from gaudi_batch import storage as storage_module
 from gaudi_batch.cluster import attached
 from gaudi_batch.errors import StorageError
@@ -36,20 +36,11 @@ from gaudi_batch.ledger import Ledger
 from gaudi_batch.status import read_status
 from gaudi_batch.storage import Storage
 
-ROWS = 48
-SHARDS = 7
-"""Of 8 rows, in files of 20 and 28 rows."""
-Content = list[tuple[Any, ...]]
-
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files with several row groups; one row can't be run."""
     directory = tmp_path_factory.mktemp("prompts")
-    texts = [None if row == 13 else f"prompt {row}" for row in range(ROWS)]
-    for number, (start, stop) in enumerate([(0, 20), (20, ROWS)]):
-        table = pa.table({"prompt": texts[start:stop], "topic": [f"topic {row}" for row in range(start, stop)]})
-        pq.write_table(table, directory / f"{number}.parquet", row_group_size=8)
+    write_dataset(directory)
     return directory
 
 
@@ -86,54 +77,7 @@ def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def options(s3: S3Server, proxy: FaultProxy) -> dict[str, Any]:
-    """A stalled request ends after a second, and nobody but Storage tries again."""
-    config = {"connect_timeout": 5, "read_timeout": 1, "retries": {"max_attempts": 0}}
-    return s3.options_at(proxy.port) | {"config_kwargs": config}
-
-
-def run(prompts: Path | str, output: Path | str, **fields: Any) -> int:
-    """Runs the job by the command line, in this process; returns its exit code."""
-    job = {
-        "prompts": str(prompts),
-        "output": str(output),
-        "device": "simulated",
-        "simulated": {"batch_seconds": 0.02},
-        "shard_size": 8,
-        "batch_size": 4,
-        "cards": 2,
-    }
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(job | fields, file)
-        file.flush()
-        return cli.main(["run", file.name])
-
-
-def content(output: Storage) -> Content:
-    """What a run's manifest says was made; every image is there and is what it says."""
-    data = output.get("manifest.parquet")
-    assert data is not None
-    rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    for row in rows:
-        if row["status"] == "ok":
-            assert hashlib.sha256(output.get(row["path"]) or b"").hexdigest() == row["sha256"]
-    return sorted(
-        (row["row"], row["image_index"], row["id"], row["status"], row["error"], row["sha256"]) for row in rows
-    )
-
-
-def nothing_was_held_against_cards(output: Storage) -> None:
-    summary = json.loads(output.get("summary.json") or b"{}")
-    assert summary["retries"] == 0
-    assert [card["faults"] for card in summary["cards"].values()] == [0] * len(summary["cards"])
-
-
-def said_once(capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """The last line on standard error says why, and there is no traceback."""
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    last = errors.rstrip().rsplit("\n", 1)[-1]
-    for word in words:
-        assert word in last, errors
+    return s3.quick_options_at(proxy.port)
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "lost answer", "cut", "stall"])
@@ -179,6 +123,145 @@ def test_cards_wait_for_a_server_that_was_killed(
     output = Storage(f"s3://bucket/{tmp_path.name}", s3.options)
     assert content(output) == undisturbed
     nothing_was_held_against_cards(output)
+
+
+def test_cards_wait_for_a_bucket_that_seems_gone_for_a_moment(
+    dataset: Path, s3: S3Server, proxy: FaultProxy, tmp_path: Path, undisturbed: Content
+) -> None:
+    """As a server may say that has just been started again."""
+    url = f"s3://bucket/{tmp_path.name}"
+
+    def under_way() -> bool:
+        return proxy.asked("PUT .*/manifest/") > 1
+
+    gone = [proxy.add(Fault("404", method, when=under_way, count=3, code="NoSuchBucket")) for method in ("PUT", "GET")]
+    assert run(dataset, url, storage_options=options(s3, proxy)) == 3
+    assert [fault.hits for fault in gone] == [3, 3]
+    output = Storage(url, s3.options)
+    assert content(output) == undisturbed
+    nothing_was_held_against_cards(output)
+
+
+def test_a_bucket_that_is_not_there_says_nothing_of_what_is_in_it(
+    s3: S3Server, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}"
+    Storage(url, s3.options).put("run.json", b"{}")
+    actions: list[Callable[[Storage], object]] = [
+        lambda storage: storage.get("run.json"),
+        lambda storage: storage.names(""),
+        lambda storage: storage.remove("run.json"),
+        lambda storage: storage.put("run.json", b""),
+    ]
+    for action in actions:
+        proxy.clear()
+        proxy.add(Fault("404", code="NoSuchBucket"))
+        with pytest.raises(StorageError) as caught:
+            action(Storage(url, options(s3, proxy)))
+        assert caught.value.refused, "it has never been there"
+
+
+class Roles(ThreadingHTTPServer):
+    """The service that gives machines of a cloud the credentials of their role; `fails` requests get no answer."""
+
+    fails = 0
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Role)
+
+
+class _Role(BaseHTTPRequestHandler):
+    server: Roles
+
+    def do_GET(self) -> None:
+        self.server.fails -= 1
+        role = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "k", "SecretAccessKey": "s", "Token": "t"}
+        until = {"LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2099-01-01T00:00:00Z"}
+        said = "token" if self.command == "PUT" else json.dumps(role | until) if self.path.endswith("/it") else "it"
+        self.send_response(503 if self.server.fails >= 0 else 200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said.encode())
+
+    do_PUT = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def roles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Roles]:
+    S3FileSystem.clear_instance_cache()  # a copy of a Storage must not find one that has credentials
+    with Roles() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+            monkeypatch.setenv(name, "/nonexistent")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_EC2_METADATA_DISABLED"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+        server.shutdown()
+
+
+def test_credentials_of_a_role_that_were_there_are_asked_for_again(
+    moto: StoreServer, roles: Roles, tmp_path: Path
+) -> None:
+    """The service fails just when a card begins."""
+    ours = {name: value for name, value in moto.options.items() if name not in ("key", "secret")}
+    driver = Storage(moto.url(tmp_path.name), ours)
+    driver.put("run.json", b"{}")
+    roles.fails = 4
+    card = pickle.loads(pickle.dumps(driver))
+    assert whatever_it_takes(lambda: card.get("run.json")) == b"{}"
+    assert roles.fails < 0
+
+
+def whatever_it_takes(operation: Callable[[], Any]) -> Any:
+    try:
+        return operation()
+    except StorageError as error:
+        return error
+
+
+def test_credentials_are_not_waited_for_as_long_as_storage(
+    moto: StoreServer, roles: Roles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {name: value for name, value in moto.options.items() if name not in ("key", "secret")}
+    driver = Storage(moto.url(tmp_path.name), ours)
+    driver.put("run.json", b"{}")
+    roles.fails = 10**6
+    with pytest.raises(StorageError, match="NoCredentialsError") as caught:
+        Storage(driver.url, ours).get("run.json")
+    assert caught.value.refused, "it never had any"
+    monkeypatch.setattr(storage_module, "CREDENTIALS_TIMEOUT_S", 0.5)
+    with pytest.raises(StorageError, match=r"tried for \d s: NoCredentialsError") as caught:
+        pickle.loads(pickle.dumps(driver)).get("run.json")
+    assert not caught.value.refused
+
+
+def test_storage_that_fails_a_card_as_it_starts_is_not_held_against_the_card(
+    dataset: Path,
+    s3: S3Server,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    undisturbed: Content,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
+    output = Storage(url, s3.options)
+
+    def planned() -> bool:
+        return output.get("progress.json") is not None
+
+    proxy.add(Fault("503", "GET", "/run.json", when=planned))
+    assert run(dataset, url, storage_options=ours, storage_patience=1) == 1
+    assert "no card is left" not in said_once(capsys, "can't read run.json, tried for", "storage_patience")
+    proxy.clear()
+    output.remove("progress.json")
+    once = proxy.add(Fault("stall", "GET", "/run.json", when=planned, count=1))
+    assert run(dataset, url, storage_options=ours, storage_patience=1) == 3
+    assert once.hits == 1
+    assert content(output) == undisturbed
 
 
 @pytest.fixture

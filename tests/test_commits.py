@@ -1,0 +1,223 @@
+"""Nothing that is committed is written over in object storage, and nothing that can be committed is not."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from faultproxy import Fault, FaultProxy, fault_proxy
+from helpers import StoreServer
+
+from gaudi_batch import lease, ledger, manifest, retry
+from gaudi_batch.errors import StorageError
+from gaudi_batch.lease import LeaseKeeper, LeaseLost, read_lease
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.names import manifest_path
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import Sums
+
+CREATING = ["moto", "gcs", "azure"]
+"""Servers that create conditionally; JuiceFS's S3 does not."""
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> StoreServer:
+    found: StoreServer = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def proxy(server: StoreServer) -> Iterator[FaultProxy]:
+    with fault_proxy(server.port) as started:
+        yield started
+
+
+@pytest.fixture
+def output(server: StoreServer, tmp_path: Path) -> Storage:
+    """As somebody else sees it."""
+    return Storage(server.url(tmp_path.name), server.options)
+
+
+@pytest.fixture
+def driver(server: StoreServer, proxy: FaultProxy, output: Storage, monkeypatch: pytest.MonkeyPatch) -> LeaseKeeper:
+    """A driver that has the lease, writes it no more by itself, and reaches its storage by the proxy."""
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 600.0)
+    keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), patience=10.0), "aaaaa")
+    keeper.take()
+    return keeper
+
+
+def a_manifest(shard: int, attempt: str, size: int = 0) -> tuple[CommitFacts, bytes]:
+    facts = CommitFacts(shard, attempt, "card", "node", None, 0, 0, 0, Sums())
+    data = manifest.build([], pa.table({}), {}, {}, 0, facts)
+    return facts, data[:4] + bytes(size) + data[4:]  # a file without rows is whole whatever is in its midst
+
+
+@pytest.mark.parametrize("server", CREATING, indirect=True)
+def test_a_manifest_that_arrives_late_takes_no_other_s_place(
+    proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network held it for so long that it was given up, and another driver committed."""
+    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
+    fault = proxy.add(Fault("late", "PUT|POST", count=1))
+    driver._storage.patience = 0.0
+    with pytest.raises(StorageError, match="can't write manifest/000003"):
+        Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa1"))
+    other, data = a_manifest(3, "bbbbb1")
+    output.put(manifest_path(3), data)
+    proxy.clear()
+    assert fault.over.wait(60)
+    assert output.get(manifest_path(3)) == data
+    assert Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa2")) is False
+    assert Ledger(driver._storage, driver.hold).commit(other, data) is True
+
+
+@pytest.mark.parametrize("server", [*CREATING, "s3"], indirect=True)
+def test_a_manifest_whose_answer_was_lost_is_committed(
+    server: StoreServer, proxy: FaultProxy, output: Storage, driver: LeaseKeeper
+) -> None:
+    """Whether the store's library puts it again or this package does, it finds its own."""
+    for shard, options in enumerate([server.options_at(proxy.port), server.quick_options_at(proxy.port)]):
+        storage = Storage(output.url, options, patience=10.0)
+        storage.creates = driver._storage.creates
+        fault = proxy.add(Fault("lost answer", "PUT|POST", count=1))
+        facts, data = a_manifest(shard, f"aaaaa{shard}")
+        assert Ledger(storage, driver.hold).commit(facts, data) is True
+        assert fault.hits == 1
+        assert output.get(manifest_path(shard)) == data
+
+
+@pytest.mark.parametrize("server", [*CREATING, "s3"], indirect=True)
+def test_a_torn_manifest_in_object_storage_is_no_commit(output: Storage, driver: LeaseKeeper) -> None:
+    facts, data = a_manifest(3, "aaaaa1")
+    output.put(manifest_path(3), data[:100])
+    assert Ledger(driver._storage, driver.hold).commit(facts, data) is True
+    assert output.get(manifest_path(3)) == data
+
+
+@pytest.mark.parametrize("server", ["moto"], indirect=True)
+def test_a_torn_manifest_that_another_has_replaced_is_not_removed(
+    proxy: FaultProxy, output: Storage, driver: LeaseKeeper
+) -> None:
+    """The first try at removing it failed, and then it was whole."""
+    _, data = a_manifest(3, "bbbbb1")
+    output.put(manifest_path(3), data[:100])
+
+    def replaced() -> bool:
+        output.put(manifest_path(3), data)
+        return True
+
+    fault = proxy.add(Fault("503", "DELETE", "/manifest/", count=1, when=replaced))
+    assert Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa1")) is False
+    assert fault.hits == 1
+    assert output.get(manifest_path(3)) == data
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_nothing_is_removed_once_another_drives(proxy: FaultProxy, output: Storage, driver: LeaseKeeper) -> None:
+    """The first try at it failed, and then the run was another's."""
+    _, data = a_manifest(3, "bbbbb1")
+    output.put(manifest_path(3), data)
+
+    def taken_over() -> bool:
+        held = json.loads(output.get("lease.json") or b"")
+        output.put("lease.json", json.dumps(held | {"driver": "bbbbb"}).encode())
+        return True
+
+    fault = proxy.add(Fault("503", "DELETE", "/manifest/", count=1, when=taken_over))
+    with pytest.raises(LeaseLost):
+        Ledger(driver._storage, driver.hold).start_afresh()
+    assert fault.hits == 1
+    assert output.get(manifest_path(3)) == data
+
+
+@pytest.mark.parametrize("server", [*CREATING, "s3"], indirect=True)
+def test_whether_a_store_creates_conditionally_is_found_out(
+    server: StoreServer, output: Storage, driver: LeaseKeeper
+) -> None:
+    assert driver._storage.creates is (type(server).__name__ != "S3Server")
+    assert output.names("") == ["lease.json"]
+    held = read_lease(output)
+    assert held is not None
+    assert held.driver == "aaaaa"
+    storage = driver._storage
+    storage.put("x", b"1", create=True)
+    if storage.creates:
+        with pytest.raises(FileExistsError):
+            storage.put("x", b"2", create=True)
+    else:
+        storage.put("x", b"2", create=True)
+    assert output.get("x") == (b"1" if storage.creates else b"2")
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+@pytest.mark.parametrize(("status", "code"), [("501", "NotImplemented"), ("400", "InvalidArgument")])
+def test_a_store_that_knows_no_conditions_is_used_without(
+    status: str, code: str, server: StoreServer, proxy: FaultProxy, output: Storage, driver: LeaseKeeper
+) -> None:
+    driver.release()
+    fault = proxy.add(Fault(status, "PUT", "/lease.json", every=2, count=1, code=code))  # the second one is conditional
+    keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), patience=10.0), "bbbbb")
+    keeper.take()
+    assert fault.hits == 1
+    assert Ledger(keeper._storage, keeper.hold).commit(*a_manifest(3, "bbbbb1")) is True
+    assert keeper._storage.creates is False
+
+
+@pytest.mark.parametrize("server", ["moto", "s3"], indirect=True)
+def test_a_manifest_that_takes_long_to_write_is_committed(
+    server: StoreServer, proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
+    storage = Storage(output.url, server.options_at(proxy.port), patience=0.0)
+    fault = proxy.add(Fault("slow", "PUT", "/manifest/"))
+    facts, data = a_manifest(3, "aaaaa1", size=3_000_000)
+    assert committed(lambda: Ledger(storage, driver.hold).commit(facts, data))
+    assert fault.hits == 1
+    assert output.get(manifest_path(3)) == data
+
+
+def committed(commit: Callable[[], bool]) -> bool:
+    try:
+        return commit()
+    except StorageError:
+        return False
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
+    proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 600.0)
+    monkeypatch.setattr(retry, "KEEP_INTERVAL_S", 0.1)
+    given_up = threading.Event()
+
+    def commit() -> None:
+        with pytest.raises(StorageError, match="the lease can't be kept up"):
+            Ledger(driver._storage, driver.hold, driver.holds).commit(*a_manifest(3, "aaaaa1"))
+        given_up.set()
+
+    driver._storage.patience = 0.5
+    fault = proxy.add(Fault("deaf", "PUT", "/manifest/"))
+    threading.Thread(target=commit, daemon=True).start()
+    until = time.monotonic() + 60
+    while not fault.hits:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert not given_up.is_set()
+    monkeypatch.setattr(lease, "CERTAIN_SECONDS", 0.0)
+    assert given_up.wait(60)
+
+
+def test_a_holder_lets_go_before_another_may_take_over() -> None:
+    """What the network still has of a write that was given up may take as long as one try at the lease."""
+    assert lease.CERTAIN_SECONDS + retry.KEEP_INTERVAL_S + lease.TRY_SECONDS < lease.STALE_SECONDS
+    assert lease.BEAT_SECONDS + 2 * lease.TRY_SECONDS <= lease.CERTAIN_SECONDS, "one slow beat ends no commit"

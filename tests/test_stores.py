@@ -1,0 +1,134 @@
+"""The whole job on Google Cloud Storage and Azure, whose servers and network fail as S3's do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faultproxy import Fault, FaultProxy, fault_proxy
+from helpers import StoreServer
+from smalljob import Content, a_job, content, nothing_was_held_against_cards, run, said_once, write_dataset
+
+from gaudi_batch import retry
+from gaudi_batch.cluster import attached
+from gaudi_batch.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("prompts")
+    write_dataset(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Content]:
+    """What the job makes where nothing breaks; this process stays connected to the cluster."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    with attached(cluster):
+        assert run(dataset, output) == 3
+        yield content(Storage(str(output)))
+
+
+@pytest.fixture(params=["gcs", "azure"], scope="module")
+def server(request: pytest.FixtureRequest) -> StoreServer:
+    found: StoreServer = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def proxy(server: StoreServer) -> Iterator[FaultProxy]:
+    with fault_proxy(server.port) as started:
+        yield started
+
+
+@pytest.fixture
+def url(server: StoreServer, tmp_path: Path) -> str:
+    return server.url(tmp_path.name)
+
+
+@pytest.fixture
+def output(url: str, server: StoreServer) -> Storage:
+    """As somebody else sees it."""
+    return Storage(url, server.options)
+
+
+@pytest.fixture(autouse=True)
+def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
+    log = logging.getLogger("gaudi_batch")
+    handlers, propagate = log.handlers[:], log.propagate
+    proxy.clear()
+    yield
+    proxy.clear()
+    log.handlers[:], log.propagate = handlers, propagate
+
+
+def test_a_killed_driver_s_run_is_finished(
+    dataset: Path, server: StoreServer, cluster: str, url: str, output: Storage, undisturbed: Content, tmp_path: Path
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps(a_job(dataset, url, storage_options=server.options, simulated={"batch_seconds": 0.3})))
+    command = [sys.executable, "-m", "gaudi_batch", "run", str(job), "--address", cluster]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while len(before := output.names("manifest")) < 2:
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    driver.kill()
+    driver.communicate()
+    whole = {name: output.get(f"manifest/{name}") for name in before}
+    assert run(dataset, url, storage_options=server.options) == 3
+    assert content(output) == undisturbed
+    assert {name: output.get(f"manifest/{name}") for name in before} == whole
+    assert run(dataset, url, storage_options=server.options) == 3
+
+
+def test_the_job_waits_for_a_store_that_fails_for_a_while(
+    dataset: Path, server: StoreServer, proxy: FaultProxy, url: str, output: Storage, undisturbed: Content
+) -> None:
+    options = server.quick_options_at(proxy.port)
+    # Azure's library gives a listing that stalls a minute.
+    objects = "(run.json|plan.parquet|manifest(/|%2F)[0-9]+.parquet|lease.json)([?]|$)"
+    writes = [proxy.add(Fault(kind, "PUT|POST", every=3, count=1)) for kind in ("503", "429", "lost answer", "stall")]
+    reads = [proxy.add(Fault(kind, "GET", objects, every=3, count=1)) for kind in ("500", "reset", "cut", "stall")]
+    reads.append(proxy.add(Fault("503", "GET", "prefix=", count=1)))
+    assert run(dataset, url, storage_options=options) == 3
+    assert [fault.kind for fault in [*writes, *reads] if not fault.hits] == []
+    assert content(output) == undisturbed
+    nothing_was_held_against_cards(output)
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT|POST"])
+def test_what_the_store_forbids_ends_the_run_at_once(
+    method: str,
+    dataset: Path,
+    server: StoreServer,
+    proxy: FaultProxy,
+    url: str,
+    output: Storage,
+    undisturbed: Content,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = server.quick_options_at(proxy.port)
+
+    def under_way() -> bool:
+        return len(output.names("manifest")) > 1
+
+    fault = proxy.add(Fault("403", method, when=under_way, code="AuthorizationFailure", message="Not any more."))
+    assert run(dataset, url, storage_options=options, storage_patience=20) == 1
+    assert fault.hits
+    said = said_once(capsys, "Not any more.", "the same command resumes")
+    assert "tried for" not in said
+    assert [record for record in caplog.records if record.name.startswith(("gcsfs", "azure"))] == []
+    proxy.clear()
+    assert run(dataset, url, storage_options=options) == 3
+    assert content(output) == undisturbed
