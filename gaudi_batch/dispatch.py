@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -149,7 +150,9 @@ class Dispatch:
         """A card with so many shards in its hand, and the shard that it gets next."""
         cards = self.cards.open[level]
         for place, shard in enumerate(self.pending.again):
-            for card in cards.values():
+            # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
+            holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
+            for card in itertools.chain(holders.values(), cards.values()):
                 if self._may_have(card, shard):
                     del self.pending.again[place]
                     return card, shard
@@ -157,8 +160,8 @@ class Dispatch:
         key = self._choose_key(card)
         if key is None:
             # No key is worth a capture, whoever asks; those that have captured one may go on with it.
-            holders = map(self.cards.open_by_key[level].get, self.pending.waiting)
-            card = next((next(iter(found.values())) for found in holders if found), card)
+            found = map(self.cards.open_by_key[level].get, self.pending.waiting)
+            card = next((next(iter(holders.values())) for holders in found if holders), card)
             key = self._choose_key(card)
         return None if key is None else (card, self.pending.take_fresh(key))
 

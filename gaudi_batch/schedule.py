@@ -468,7 +468,9 @@ class Schedule:
         """A card has made images, of which some failed and worked when they were made again."""
         self._transient_failures.add(card, images, failures)
         reason = self._transient_failures.verdict(card) if failures and card.state is CardState.READY else None
-        return [] if reason is None else self._quarantine(card, reason)
+        if reason is None or not self._work.cards.others({card.number}):
+            return []  # what is right the second time is better than nothing
+        return self._quarantine(card, reason)
 
     def _quarantine(self, card: Card, reason: str) -> list[Decision]:
         self._set_state(card, CardState.QUARANTINED)

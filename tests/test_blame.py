@@ -475,6 +475,24 @@ def test_a_row_that_two_cards_make_wrong_fails_and_its_shard_is_not_made_again()
     assert not world.quarantined
 
 
+def test_a_row_is_confirmed_by_a_card_that_has_its_graph_if_there_is_one() -> None:
+    buckets = [Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)]
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, buckets[number % 2], 4, 4) for number in range(12)]
+    world = World(Schedule(work, "a", 48))
+    start(world, 4)
+    first = next(card for card in range(4) if world.hands[card][0].shard.bucket == buckets[1])
+    holders = {card for card in range(4) if world.hands[card][0].shard.bucket == buckets[1]} - {first}
+    assert holders
+    while any(len(hand) > 1 for card, hand in world.hands.items() if card != first):
+        world.finish_first(next(card for card, hand in world.hands.items() if card != first and len(hand) > 1))
+        settle(world)
+    world.finish_first(first, failed=1, doubted={world.hands[first][0].shard.start: "black"})
+    settle(world)
+    confirming = [card for card, hand in world.hands.items() for task in hand if task.confirm]
+    assert set(confirming) <= holders
+    assert confirming
+
+
 def test_where_no_other_card_can_be_had_the_same_one_has_a_second_try() -> None:
     world = World(Schedule(shards(1), "a", 4))
     start(world, 1)
@@ -509,6 +527,21 @@ def test_a_card_that_now_and_then_paints_wrong_is_quarantined_and_costs_no_row(s
     assert world.finished == [None]
     assert world.schedule.failed_rows == 0
     assert world.quarantined == {3}
+
+
+def test_the_last_card_goes_on_though_it_paints_wrong_now_and_then() -> None:
+    world = World(Schedule(shards(100), "a", 400))
+    start(world, 2)
+    for _ in range(20):
+        world.finish_first(0)
+        settle(world)
+    world.leave(0)
+    while not world.finished:
+        settle(world)
+        if not world.finished:
+            world.finish_first(1, transient_failures=1)
+    assert world.finished == [None]
+    assert not world.quarantined
 
 
 def test_cards_that_all_paint_wrong_as_often_are_not_quarantined() -> None:
