@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import InputError, StorageError
@@ -216,7 +217,11 @@ class Storage:
 
         def read() -> bytes | None:
             with _none_if_absent():
-                data: bytes = self.filesystem.cat_file(self.full(path), **limit)
+                try:
+                    data: bytes = self.filesystem.cat_file(self.full(path), **limit)
+                except FSTimeoutError:
+                    limit["timeout"], _ = self._limit(self.filesystem.info(self.full(path), **limit)["size"])
+                    raise
                 self._known = True
                 return data
             return None
