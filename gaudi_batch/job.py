@@ -12,6 +12,7 @@ from typing import Any
 from gaudi_batch.config import JobConfig
 from gaudi_batch.cpus import usable_cpus
 from gaudi_batch.errors import HubUnreachable, InputError
+from gaudi_batch.filesystem import open_filesystem
 from gaudi_batch.pipelines.gaudi import gaudi_mapping
 from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.plan import Bucket, Shard, plan_shards
@@ -19,7 +20,6 @@ from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.rows import RowRules
 from gaudi_batch.stack import versions
-from gaudi_batch.storage import open_filesystem
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""

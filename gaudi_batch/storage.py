@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.errors import StorageError
+from gaudi_batch.filesystem import is_azure, look_for_credentials_again, open_filesystem, subdue
 from gaudi_batch.redaction import learn, redact
 from gaudi_batch.retry import (
     CREDENTIALS_TIMEOUT_S,
@@ -49,47 +50,10 @@ TRY_SECONDS = 60.0
 MANY_SECONDS = 600.0
 """The same of what takes many requests, such as a listing."""
 SLOWEST_BYTES_PER_S = 1e6
-S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
-"""What botocore gets unless the options say otherwise: a request that stalls three times ends within `TRY_SECONDS`. A
-few tries of its own it must have, for a listing is many requests, and one that fails would start it all over."""
 PRECONDITION_FAILED = 412
-MOUNTABLE = ("sftp", "ssh", "smb", "ftp")
-"""File servers: what is put there is seen half written, and a connection serves one thread at a time."""
 LAST_SECONDS = 10.0
 """How long a run that stops tries to write down how it ended; storage may be why it stops."""
 REMOVE_THREADS = 16
-
-
-def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL, with caches of listings off, and the path inside it.
-
-    Raises:
-        InputError: the protocol is unknown, its package is missing, or the options do not fit it.
-    """
-    learn(options)
-    try:
-        protocol = fsspec.core.split_protocol(url)[0]
-        if protocol in ("memory", "memoryfs"):
-            raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
-        if protocol in MOUNTABLE:
-            raise InputError(
-                f"{redact(url)!r}: prompts and output lie on a local or shared file system, S3, Google Cloud Storage or"
-                f" Azure; mount what is behind {protocol}:// on every node and give its path"
-            )
-        if protocol in ("s3", "s3a"):
-            # Without concurrency a read is one request, and not one for the size before it.
-            config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
-            options = {"max_concurrency": 1, **options, "config_kwargs": config}
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-    except InputError:
-        raise
-    except ImportError as error:
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-        way_out = f"; pip install 'gaudi-batch[{extra[protocol]}]'" if protocol in extra else ""
-        raise InputError(f"{redact(url)!r} can't be opened: {error}{way_out}") from None
-    except Exception as error:
-        raise InputError(f"{redact(url)!r} can't be opened: {redact(str(error), options)}") from None
-    return filesystem, path
 
 
 class Storage:
@@ -118,7 +82,7 @@ class Storage:
         """Whether a put that is to create an object is refused where there is one."""
         self.patience = patience
         self.try_seconds = TRY_SECONDS
-        _subdue(self.filesystem)
+        subdue(self.filesystem)
         self._known = False  # whether the bucket and the credentials have been seen to be there
         self._made: set[str] = set()
         self._running: dict[object, float] = {}
@@ -130,7 +94,7 @@ class Storage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         learn(self.options)
-        _subdue(self.filesystem)
+        subdue(self.filesystem)
         self._made, self._running, self._lock = set(), {}, threading.Lock()
 
     def longest_running_s(self) -> float:
@@ -170,7 +134,7 @@ class Storage:
         options: dict[str, Any] = {}
         if create and self.creates and not self.local:
             options = {"mode": "create"}
-            if not _is_azure(self.filesystem):
+            if not is_azure(self.filesystem):
                 # In one request: not every store that refuses a put refuses to complete an upload in parts.
                 options["chunksize"] = len(data) + 1
         seconds, _ = self._limit(len(data), try_seconds)
@@ -219,7 +183,11 @@ class Storage:
 
         def read() -> bytes | None:
             with _none_if_absent():
-                data: bytes = self.filesystem.cat_file(self.full(path), **limit)
+                try:
+                    data: bytes = self.filesystem.cat_file(self.full(path), **limit)
+                except FSTimeoutError:
+                    limit["timeout"], _ = self._limit(self.filesystem.info(self.full(path), **limit)["size"])
+                    raise
                 self._known = True
                 return data
             return None
@@ -402,7 +370,7 @@ class Storage:
                 before()
                 try:
                     if without_credentials:
-                        _look_for_credentials_again(self.filesystem)
+                        look_for_credentials_again(self.filesystem)
                         without_credentials = False
                     return operation() if self.filesystem.async_impl else in_time(operation, seconds)
                 except Exception as error:
@@ -478,29 +446,3 @@ def _none_if_absent() -> Iterator[None]:
     except FileNotFoundError as error:
         if bucket_is_gone(error):
             raise
-
-
-def _is_s3(filesystem: Any) -> bool:
-    return type(filesystem).__name__ == "S3FileSystem"
-
-
-def _is_azure(filesystem: Any) -> bool:
-    return type(filesystem).__name__ == "AzureBlobFileSystem"
-
-
-def _subdue(filesystem: Any) -> None:
-    """s3fs would try five times what botocore has tried already, Azure's library waits 15 s before it does so the first
-    time, and gcsfs prints every error that it raises. A copy in another process forgets this."""
-    if _is_s3(filesystem):
-        filesystem.retries = 1
-    elif _is_azure(filesystem):
-        policy = filesystem.service_client._config.retry_policy
-        policy.initial_backoff = policy.random_jitter_range = 1
-    elif type(filesystem).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem"):
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-
-
-def _look_for_credentials_again(filesystem: Any) -> None:
-    """s3fs keeps a client that has found none. The others ask for each request."""
-    if _is_s3(filesystem):
-        filesystem.connect(refresh=True)

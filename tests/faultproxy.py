@@ -30,7 +30,8 @@ class Fault:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
             afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
             `deaf` does not even read its body; `late` lets the server have it when the proxy is cleared; `slow` takes
-            its body at `SLOW_BYTES_PER_S`; `kill client` ends the process that asks, if that is a card.
+            its body, and gives that of the answer, at `SLOW_BYTES_PER_S`; `kill client` ends the process that asks, if
+            that is a card.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
         count: how many requests; None is all.
@@ -126,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._stall()
             return
         over = self.server.over
-        body = self._body(SLOW_BYTES_PER_S if kind == "slow" else math.inf)
+        body = self._body(_bytes_per_s(kind))
         if kind == "stall":
             self._stall()
         elif kind in ("reset", "kill client"):
@@ -164,9 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ("lost answer", "late"):
             self._reset()
             return
-        self._answer(response.status, response.reason, response.getheaders(), data, cut=kind == "cut")
+        self._answer(response.status, response.reason, response.getheaders(), data, kind)
 
-    def _answer(self, status: int, reason: str, headers: list[tuple[str, str]], data: bytes, cut: bool = False) -> None:
+    def _answer(self, status: int, reason: str, headers: list[tuple[str, str]], data: bytes, kind: str = "") -> None:
         self.send_response_only(status, reason or None)
         lengths = [value for name, value in headers if name.lower() == "content-length"]
         for name, value in headers:
@@ -174,12 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", lengths[0] if self.command == "HEAD" and lengths else str(len(data)))
         self.end_headers()
-        if cut:
+        if kind == "cut":
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
             self._reset()
         elif self.command != "HEAD":
-            self.wfile.write(data)
+            for start in range(0, len(data), 1 << 16):
+                self.wfile.write(data[start : start + (1 << 16)])
+                time.sleep((1 << 16) / _bytes_per_s(kind))
 
     def _body(self, bytes_per_s: float) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -222,6 +225,10 @@ def kill_card_at(port: int) -> bool:
                 os.kill(int(process.name), signal.SIGKILL)
                 return True
     return False
+
+
+def _bytes_per_s(kind: str) -> float:
+    return SLOW_BYTES_PER_S if kind == "slow" else math.inf
 
 
 def _json(fault: Fault) -> bytes:

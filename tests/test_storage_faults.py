@@ -482,6 +482,16 @@ def test_an_upload_that_nobody_reads_is_given_up_and_tried_again(
     assert len(storage.get("big") or b"") == 2**25
 
 
+def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultProxy, tmp_path: Path) -> None:
+    url = f"s3://bucket/{tmp_path.name}"
+    Storage(url, s3.options).put("big", bytes(3_000_000))
+    storage = Storage(url, options(s3, proxy), patience=10.0)
+    storage.try_seconds = 0.5
+    fault = proxy.add(Fault("slow", "GET", "/big"))
+    assert whatever_it_takes(lambda: storage.get("big")) == bytes(3_000_000)
+    assert fault.hits == 2
+
+
 def test_a_local_read_that_never_ends_ends_with_the_patience(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stuck")
     storage = Storage(str(tmp_path), patience=1.0)

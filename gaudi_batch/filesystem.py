@@ -1,0 +1,79 @@
+"""Opening the fsspec filesystem of a URL, and what each of their libraries must be told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.redaction import learn, redact
+
+S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
+"""What botocore gets unless the options say otherwise: a request that stalls three times ends within a minute, as one
+try of ours may take. A few of its own it must have: a listing is many requests, and one that fails would start it all
+over."""
+MOUNTABLE = ("sftp", "ssh", "smb", "ftp")
+"""File servers: what is put there is seen half written, and a connection serves one thread at a time."""
+
+
+def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL, with caches of listings off, and the path inside it.
+
+    Raises:
+        InputError: the protocol is unknown, its package is missing, or the options do not fit it.
+    """
+    learn(options)
+    try:
+        protocol = fsspec.core.split_protocol(url)[0]
+        if protocol in ("memory", "memoryfs"):
+            raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
+        if protocol in MOUNTABLE:
+            raise InputError(
+                f"{redact(url)!r}: prompts and output lie on a local or shared file system, S3, Google Cloud Storage or"
+                f" Azure; mount what is behind {protocol}:// on every node and give its path"
+            )
+        if protocol in ("s3", "s3a"):
+            # Without concurrency a read is one request, and not one for the size before it.
+            config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
+            options = {"max_concurrency": 1, **options, "config_kwargs": config}
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
+    except InputError:
+        raise
+    except ImportError as error:
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+        way_out = f"; pip install 'gaudi-batch[{extra[protocol]}]'" if protocol in extra else ""
+        raise InputError(f"{redact(url)!r} can't be opened: {error}{way_out}") from None
+    except Exception as error:
+        raise InputError(f"{redact(url)!r} can't be opened: {redact(str(error), options)}") from None
+    return filesystem, path
+
+
+def is_s3(filesystem: Any) -> bool:
+    """Whether it is s3fs."""
+    return type(filesystem).__name__ == "S3FileSystem"
+
+
+def is_azure(filesystem: Any) -> bool:
+    """Whether it is adlfs."""
+    return type(filesystem).__name__ == "AzureBlobFileSystem"
+
+
+def subdue(filesystem: Any) -> None:
+    """s3fs would try five times what botocore has tried already, Azure's library waits 15 s before it does so the first
+    time, and gcsfs prints every error that it raises. A copy in another process forgets this."""
+    if is_s3(filesystem):
+        filesystem.retries = 1
+    elif is_azure(filesystem):
+        policy = filesystem.service_client._config.retry_policy
+        policy.initial_backoff = policy.random_jitter_range = 1
+    elif type(filesystem).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def look_for_credentials_again(filesystem: Any) -> None:
+    """s3fs keeps a client that has found none. The others ask for each request."""
+    if is_s3(filesystem):
+        filesystem.connect(refresh=True)
