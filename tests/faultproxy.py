@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("500", "503", "reset", "lost answer", "cut", "stall")
+SLOW_SECONDS = 3.0
 
 
 @dataclass
@@ -25,8 +26,9 @@ class Fault:
 
     Args:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
-            afterwards; `kill client` ends the process that asks, if that is a card; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
-            `deaf` does not even read its body.
+            afterwards; `kill client` ends the process that asks, if that is a card; `cut` drops it amid the answer's
+            body; `slow` answers `SLOW_SECONDS` later; `stall` takes the request and never answers; `deaf` does not even
+            read its body.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
         count: how many requests; None is all.
@@ -34,6 +36,7 @@ class Fault:
         when: whether it is time yet.
         code: S3's code of the error, for a status.
         first_byte: where the range of a read must begin.
+        client: whether it befalls what comes from a port of this machine.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Fault:
     code: str = "InternalError"
     message: str = "Made by the proxy."
     first_byte: range | None = None
+    client: Callable[[int], bool] = lambda port: True
     hits: int = 0
     seen: int = 0
 
@@ -78,15 +82,24 @@ class FaultProxy(ThreadingHTTPServer):
         with self._lock:
             self._faults.clear()
             self.requests.clear()
-            self.over.set()
-            self.over = threading.Event()
+            self._let_go()
+
+    def remove(self, fault: Fault) -> None:
+        """Ends one fault, and lets go of what is stalled."""
+        with self._lock:
+            self._faults.remove(fault)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.over.set()
+        self.over = threading.Event()
 
     def asked(self, pattern: str) -> int:
         """How many requests there were of a pattern."""
         with self._lock:
             return sum(bool(re.search(pattern, request)) for request in self.requests)
 
-    def fault_of(self, method: str, path: str, first_byte: int = -1) -> Fault | None:
+    def fault_of(self, method: str, path: str, port: int, first_byte: int = -1) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
             for fault in self._faults:
@@ -95,6 +108,8 @@ class FaultProxy(ThreadingHTTPServer):
                 if not (re.search(fault.method, method) and re.search(fault.path, path) and fault.when()):
                     continue
                 if fault.first_byte is not None and first_byte not in fault.first_byte:
+                    continue
+                if not fault.client(port):
                     continue
                 fault.seen += 1
                 if fault.seen % fault.every == 0:
@@ -112,14 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        fault = self.server.fault_of(self.command, self.path, int(asked[1]) if asked else -1)
+        port = self.client_address[1]
+        fault = self.server.fault_of(self.command, self.path, port, int(asked[1]) if asked else -1)
         kind = fault.kind if fault else ""
-        if kind == "kill client" and not kill_card_at(self.client_address[1]):
+        if kind == "kill client" and not kill_card_at(port):
             kind = ""
         if kind == "deaf":
             self._stall()
             return
         body = self._body()
+        if kind == "slow":
+            self.server.over.wait(SLOW_SECONDS)
         if kind == "stall":
             self._stall()
         elif kind in ("reset", "kill client"):
@@ -194,6 +212,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 def kill_card_at(port: int) -> bool:
     """Kills the card's process that is connected from a port of this machine; returns whether there is one."""
+    card = card_at(port)
+    if card is None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(card, signal.SIGKILL)
+    return True
+
+
+def card_at(port: int) -> int | None:
+    """The card's process that is connected from a port of this machine."""
     table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     sockets = {f"socket:[{line[9]}]" for line in table if int(line[1].rpartition(":")[2], 16) == port}
     for process in Path("/proc").glob("[0-9]*"):
@@ -201,9 +229,8 @@ def kill_card_at(port: int) -> bool:
             if not process.joinpath("cmdline").read_bytes().startswith(b"ray::Card"):
                 continue
             if any(str(link.readlink()) in sockets for link in process.joinpath("fd").iterdir()):
-                os.kill(int(process.name), signal.SIGKILL)
-                return True
-    return False
+                return int(process.name)
+    return None
 
 
 def _xml(fault: Fault) -> bytes:
