@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +45,8 @@ from raynodes import RayCluster, RayNode, session_of
 KINDS = {
     "kill card": 6,
     "stop card": 2,
-    "kill node": 2,
-    "read-only node": 2,
+    "kill node": 3,
+    "read-only node": 3,
     "kill driver": 3,
     "terminate driver": 1,
     "tear manifest": 1,
@@ -67,6 +67,8 @@ SHARD_SIZE = 64
 ROW_GROUP_SIZE = 256
 DEADLY_ROWS = 8
 """Rows of the row group that kills whoever reads it, the first of the file."""
+SLOW_READS = 8
+"""Reads of the prompts that are slow each time."""
 LATER_SECONDS = 4.0
 LOOK_SECONDS = 0.1
 REJOIN_SECONDS = 3.0
@@ -166,12 +168,8 @@ class Chaos:
         kinds = self.rng.choices(self.kinds, [weights[kind] for kind in self.kinds], k=faults)
         waiting = sorted(((self.rng.random(), kind) for kind in kinds), reverse=True)
         due: list[tuple[float, str]] = []
-        lying = (
-            ()
-            if not self.lying_share
-            else ("--simulated.lying-modules=[0]", f"--simulated.lying-share={self.lying_share}")
-        )
-        self.done["lying card"] += bool(lying)
+        lying = ("--simulated.lying-modules=[0]", f"--simulated.lying-share={self.lying_share}")
+        self.done["lying card"] += self.lying_share > 0
         idle_starts = 0
         log = (self.home / "fire.log").open("w")
         started = time.monotonic()
@@ -200,6 +198,7 @@ class Chaos:
                 due.append((now + self.rng.uniform(0, LATER_SECONDS), waiting.pop()[1]))
             for fault in [fault for fault in due if fault[0] <= now]:
                 if self._fire(fault[1], driver):
+                    print(f"{time.strftime('%H:%M:%S')} fault: {fault[1]}", file=log, flush=True)
                     self.done[fault[1]] += 1
                     due.remove(fault)
                     idle_starts = 0
@@ -403,7 +402,7 @@ class Store:
 
         if not remount("ro"):
             return False
-        threading.Timer(seconds, remount, ["rw"]).start()
+        _later(seconds, lambda: remount("rw"))
         return True
 
 
@@ -447,12 +446,13 @@ class S3Store(Store):
         if kind == "kill server":
             self._fails = True
             self.server.kill()
-            threading.Timer(seconds, self._restart).start()
+            _later(seconds, self._restart)
         elif kind == "slow reads":
-            self.slow.append(self._fault(Fault("slow", "GET", r"prompts\.parquet"), seconds))
+            # By number: reads are few, and for a few seconds there may be none.
+            self.slow.append(self.proxy.add(Fault("slow", "GET", r"prompts\.parquet", count=SLOW_READS)))
         else:
             self._fails = True
-            self._fault(Fault(kind, every=2), seconds)
+            self._fault(Fault(kind, every=2), seconds, self._recover)
         return True
 
     def make_read_only(self, node: RayNode, seconds: float) -> bool:
@@ -471,18 +471,28 @@ class S3Store(Store):
         slow, refused = (sum(fault.hits for fault in faults) for faults in (self.slow, self.refused))
         return {"reads that were slow": slow, "writes of read-only nodes that were refused": refused}
 
-    def _fault(self, fault: Fault, seconds: float) -> Fault:
-        def remove() -> None:
+    def _fault(self, fault: Fault, seconds: float, then: Callable[[], None] = lambda: None) -> Fault:
+        def end() -> None:
             self.proxy.remove(fault)
-            self._fails = False
+            then()
 
         self.proxy.add(fault)
-        threading.Timer(seconds, remove).start()
+        _later(seconds, end)
         return fault
 
     def _restart(self) -> None:
         self.server.start()
+        self._recover()
+
+    def _recover(self) -> None:
         self._fails = False
+
+
+def _later(seconds: float, action: Callable[[], object]) -> None:
+    """Does something after so long, if this process still runs then."""
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
 
 
 def card_processes(session: str) -> list[int]:
@@ -548,7 +558,7 @@ def main() -> None:
     parser.add_argument("--lying-share", type=float, default=0.02, help="of one card's images, under fire")
     parser.add_argument("--s3", action="store_true", help="read from and write to an S3 server, which fails, too")
     parser.add_argument("--storage-seconds", type=float, default=3.0, help="how long it fails each time")
-    parser.add_argument("--read-only-seconds", type=float, default=8.0, help="how long a node can't write each time")
+    parser.add_argument("--read-only-seconds", type=float, default=12.0, help="how long a node can't write each time")
     parser.add_argument("--only", action="append", choices=[*KINDS, *STORAGE_KINDS], help="draw from these alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch-seconds", type=float, default=0.2, help="0.885 is that of a Gaudi2")

@@ -87,7 +87,7 @@ class FaultProxy(ThreadingHTTPServer):
     def remove(self, fault: Fault) -> None:
         """Ends one fault, and lets go of what is stalled."""
         with self._lock:
-            self._faults.remove(fault)
+            self._faults = [other for other in self._faults if other is not fault]
             self._let_go()
 
     def _let_go(self) -> None:
