@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SLOW_BYTES_PER_S = 2e6
+DELAY_S = 3.0
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Fault:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
             afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
             `deaf` does not even read its body; `late` lets the server have it when the proxy is cleared; `slow` takes
-            its body, and gives that of the answer, at `SLOW_BYTES_PER_S`; `kill client` ends the process that asks, if
-            that is a card.
+            its body, and gives that of the answer, at `SLOW_BYTES_PER_S`; `delayed` is answered `DELAY_S` later;
+            `kill client` ends the process that asks, if that is a card.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
         count: how many requests; None is all.
@@ -39,6 +40,7 @@ class Fault:
         when: whether it is time yet.
         code: the store's code of the error, for a status.
         first_byte: where the range of a read must begin.
+        client: whether it befalls what comes from a port of this machine.
         over: set when one that was late has been answered.
     """
 
@@ -51,6 +53,7 @@ class Fault:
     code: str = "InternalError"
     message: str = "Made by the proxy."
     first_byte: range | None = None
+    client: Callable[[int], bool] = lambda port: True
     hits: int = 0
     seen: int = 0
     over: threading.Event = field(default_factory=threading.Event)
@@ -85,15 +88,24 @@ class FaultProxy(ThreadingHTTPServer):
         with self._lock:
             self._faults.clear()
             self.requests.clear()
-            self.over.set()
-            self.over = threading.Event()
+            self._let_go()
+
+    def remove(self, fault: Fault) -> None:
+        """Ends one fault, and lets go of what is stalled."""
+        with self._lock:
+            self._faults = [other for other in self._faults if other is not fault]
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.over.set()
+        self.over = threading.Event()
 
     def asked(self, pattern: str) -> int:
         """How many requests there were of a pattern."""
         with self._lock:
             return sum(bool(re.search(pattern, request)) for request in self.requests)
 
-    def fault_of(self, method: str, path: str, first_byte: int = -1) -> Fault | None:
+    def fault_of(self, method: str, path: str, port: int, first_byte: int = -1) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
             for fault in self._faults:
@@ -102,6 +114,8 @@ class FaultProxy(ThreadingHTTPServer):
                 if not (re.search(fault.method, method) and re.search(fault.path, path) and fault.when()):
                     continue
                 if fault.first_byte is not None and first_byte not in fault.first_byte:
+                    continue
+                if not fault.client(port):
                     continue
                 fault.seen += 1
                 if fault.seen % fault.every == 0:
@@ -119,15 +133,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        fault = self.server.fault_of(self.command, self.path, int(asked[1]) if asked else -1)
+        port = self.client_address[1]
+        fault = self.server.fault_of(self.command, self.path, port, int(asked[1]) if asked else -1)
         kind = fault.kind if fault else ""
-        if kind == "kill client" and not kill_card_at(self.client_address[1]):
+        if kind == "kill client" and not kill_card_at(port):
             kind = ""
         if kind == "deaf":
             self._stall()
             return
         over = self.server.over
         body = self._body(_bytes_per_s(kind))
+        if kind == "delayed":
+            over.wait(DELAY_S)
         if kind == "stall":
             self._stall()
         elif kind in ("reset", "kill client"):
@@ -215,6 +232,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 def kill_card_at(port: int) -> bool:
     """Kills the card's process that is connected from a port of this machine; returns whether there is one."""
+    card = card_at(port)
+    if card is None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(card, signal.SIGKILL)
+    return True
+
+
+def card_at(port: int) -> int | None:
+    """The card's process that is connected from a port of this machine."""
     table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     sockets = {f"socket:[{line[9]}]" for line in table if int(line[1].rpartition(":")[2], 16) == port}
     for process in Path("/proc").glob("[0-9]*"):
@@ -222,9 +249,8 @@ def kill_card_at(port: int) -> bool:
             if not process.joinpath("cmdline").read_bytes().startswith(b"ray::Card"):
                 continue
             if any(str(link.readlink()) in sockets for link in process.joinpath("fd").iterdir()):
-                os.kill(int(process.name), signal.SIGKILL)
-                return True
-    return False
+                return int(process.name)
+    return None
 
 
 def _bytes_per_s(kind: str) -> float:

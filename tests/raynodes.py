@@ -35,6 +35,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def session_of(pid: int) -> int:
+    """The session that a process is in; 0 if there is no such process."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
+    return 0
+
+
 @dataclass
 class RayNode:
     """One node.
@@ -51,6 +58,7 @@ class RayNode:
     wrapper: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    killed: bool = False
 
     def start(self) -> RayNode:
         """Starts it and waits until it runs."""
@@ -72,15 +80,22 @@ class RayNode:
             time.sleep(0.1)
         return self
 
+    def processes(self) -> list[int]:
+        """All that runs on it, also what has lost its parent: a node is one session."""
+        assert self.process is not None
+        there = sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+        return [pid for pid in there if session_of(pid) == self.process.pid]
+
     def kill(self) -> None:
         """Ends it with SIGKILL and all that runs on it, as when a machine loses its power."""
+        if self.killed:
+            return  # its number may be another process's by now
         assert self.process is not None
-        if self.process.poll() is not None:
-            return
-        for pid in reversed(descendants(self.process.pid)):
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        self.killed = True
 
 
 @dataclass

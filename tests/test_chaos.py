@@ -11,12 +11,15 @@ CHAOS = Path(__file__).parent.parent / "benchmarks/chaos.py"
 
 
 def test_nothing_is_lost_or_made_twice_under_fire(tmp_path: Path) -> None:
-    size = ("--images=480", "--cards=3", "--faults=10", "--bad-rows=3", "--batch-seconds=0.1", "--limit=4")
-    command = [sys.executable, CHAOS, "--s3", "--seed=3", *size, "--home", tmp_path]
+    size = ("--images=320", "--cards=4", "--bad-rows=2", "--node-rows=0", "--batch-seconds=0.1", "--limit=4")
+    kinds = ("kill node", "read-only node", "slow reads", "kill card", "kill driver", "500")
+    fire = ("--faults=6", "--lying-share=0.1", "--seed=3", *(f"--only={kind}" for kind in kinds))
+    command = [sys.executable, CHAOS, "--s3", *size, *fire, "--home", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     facts = json.loads(result.stdout)
-    assert facts["images"] + facts["failed_rows"] == 480
-    assert facts["failed_rows"] == 3
-    assert sum(facts["faults"].values()) == 10
-    assert facts["faults"]["not fired, the run was over"] < 4
+    assert facts["images"] + facts["failed_rows"] == 320
+    assert facts["failed_rows"] == 2 + 8, "those that raise and kill, and a row group that kills whoever reads it"
+    assert facts["faults"].pop("lying card") == 1
+    assert sum(facts["faults"].values()) == 6
+    assert facts["faults"]["not fired, the run was over"] < 3
