@@ -10,7 +10,8 @@
   and each reading and each batch is announced before it begins. The batch announced at the second death runs row by
   row. The row announced at the third is condemned once two cards have died of its shard (or the only card there is,
   three times): it is recorded as failed without another try. In the same way the row group announced at the second
-  death is decoded row by row, and what can't be read past the third is condemned.
+  death is decoded row by row, and what can't be read past the third is condemned, for all shards of that group
+  (`rowgroups.py`).
 * The unannounced loss of a node counts for each shard in hand there. After `MAX_SHARED_NODE_LOSSES` the shard is
   suspect and runs where no other shard of the run is in flight on its node; what that node dies of is then as a death.
 * A shard that failed `MAX_TRIES` times and taught nothing new is stuck.
@@ -18,12 +19,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.plan import Shard
+from gaudi_batch.rowgroups import RowGroups
 
 MAX_TRIES = 8
 DEATHS_TO_CONDEMN = 3
@@ -80,10 +82,6 @@ class Trouble:
     """Rows that failed alone on one card, with the error."""
     condemned: dict[int, str] = field(default_factory=dict)
     """Rows that killed, with the error."""
-    by_row: frozenset[int] = frozenset()
-    """Row groups whose reading killed."""
-    unreadable: dict[int, str] = field(default_factory=dict)
-    """Rows whose reading killed, and those that can't be read past them, with the error."""
     undecoded: dict[int, str] = field(default_factory=dict)
     """Row groups that one card could not decode, with the error."""
     held: Held | None = None
@@ -99,7 +97,7 @@ class Trouble:
         """Whether trying again has stopped to teach anything."""
         return self._tries >= MAX_TRIES
 
-    def task(self, shard: Shard, attempt: str) -> ShardTask:
+    def task(self, shard: Shard, attempt: str, row_groups: RowGroups) -> ShardTask:
         """The next attempt, with all that is known."""
         return ShardTask(
             shard,
@@ -108,16 +106,16 @@ class Trouble:
             alone=self.alone,
             accused=dict(self.accused),
             condemned=dict(self.condemned),
-            by_row=self.by_row,
-            unreadable=dict(self.unreadable),
+            by_row=row_groups.by_row(shard),
+            unreadable=row_groups.unreadable(shard),
             undecoded=dict(self.undecoded),
             confirm=frozenset(self.held.outcome.doubted) if self.held else frozenset(),
         )
 
     def raised(self, card: int, failure: ShardFailure) -> None:
         """An attempt failed on a card whose process lives."""
-        # What storage did says nothing of the shard.
-        self._failed(card, failure.error, not failure.storage)
+        # What storage did to one card says nothing of the shard, as long as another can try.
+        self._failed(card, failure.error, not failure.storage or card in self.failed_on)
         for known, found in ((self.accused, failure.accused), (self.undecoded, failure.undecoded)):
             for key, said in found.items():
                 if key not in known:
@@ -137,19 +135,22 @@ class Trouble:
         if at or not self.announce:  # a suspect shard announces all that it does
             self.died_on.append(card)
         self.announce = True
-        sure = len(self.died_on) >= DEATHS_TO_CONDEMN and (len(set(self.died_on)) > 1 or not others)
         if isinstance(at, Reading):
-            if not at.by_row:
-                self.by_row |= {at.group}
-                self._tries = 0
-            elif sure:
-                reason = f"the card's process died reading this row, or one before it in row group {at.group}: {error}"
-                self._condemn(self.unreadable, at.rows, reason)
-        elif at and not at <= self.alone:
+            return  # what that says is for all shards of the row group
+        if at and not at <= self.alone:
             self.alone |= at
             self._tries = 0
-        elif at and len(at) == 1 and sure:
-            self._condemn(self.condemned, at, f"the card's process died of this row: {error}")
+        elif at and len(at) == 1 and self.is_certain(others):
+            self.condemned.update(dict.fromkeys(at, f"the card's process died of this row: {error}"))
+            self._tries = 0
+
+    def is_certain(self, others: bool) -> bool:
+        """Whether enough processes have died of the shard to put it down to what they were at."""
+        return len(self.died_on) >= DEATHS_TO_CONDEMN and (len(set(self.died_on)) > 1 or not others)
+
+    def learnt(self) -> None:
+        """A failure has taught something, so that more tries are worth it."""
+        self._tries = 0
 
     def lost_with_node(self, card: int, at: Reading | frozenset[int] | None, others: bool) -> None:
         """The card's node went without notice while the shard was in its hand; see `died`."""
@@ -176,10 +177,6 @@ class Trouble:
         self.error = f"rows that failed on one card work on another: {sorted(self.held.outcome.doubted)[:5]}"
         self.held = None
         self._tries += 1
-
-    def _condemn(self, where: dict[int, str], rows: Iterable[int], reason: str) -> None:
-        where.update(dict.fromkeys(rows, reason))
-        self._tries = 0
 
     def _failed(self, card: int, error: str, counts: bool = True) -> None:
         self.failed_on.append(card)

@@ -30,7 +30,7 @@ from gaudi_batch.generation import CardFault, MadeImage, ShardMaker, describe_er
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.mailbox import Mailbox
 from gaudi_batch.manifest import StoredImage
-from gaudi_batch.messages import Announced, Begins, Broken, CardSetup, Confirmed, Done, Failed, News, Ready
+from gaudi_batch.messages import Announced, Begins, Begun, Broken, CardSetup, Confirmed, Done, Failed, News, Ready
 from gaudi_batch.names import throughput_path
 from gaudi_batch.outputs.encoding import encode
 from gaudi_batch.outputs.files import FilesOutput
@@ -105,6 +105,7 @@ class Card:
     def _fetch(self) -> None:
         while True:
             task = self._inbox.get()
+            self._mailbox.emit(Begun(task.attempt, generating=False))
             try:
                 with self._mailbox.reading():
                     rows, carried = self._read(task)
@@ -150,6 +151,7 @@ class Card:
             self._mailbox.enter("idle")
             work = self._fetched.get()
             if self._mailbox.begin(work.task.attempt):
+                self._mailbox.emit(Begun(work.task.attempt, generating=True))
                 try:
                     self._make(work)
                 except DeviceError as error:
@@ -158,6 +160,10 @@ class Card:
 
     def _make(self, work: _Work) -> None:
         task, config = work.task, self._setup.config
+        unread = [row.error for row in work.rows if row.unreadable and row.row in task.confirm]
+        if unread:
+            self._mailbox.emit(Failed(task.attempt, ShardFailure(f"a row to confirm can't be read: {unread[0]}")))
+            return
         bucket = task.shard.bucket
         output = FilesOutput(self._storage, config.encoding, task.shard.number, task.attempt)
         last_call: _Call

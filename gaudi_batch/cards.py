@@ -54,6 +54,7 @@ class Card:
     """Nodes that had been lost in a row, with nothing made, when it was started."""
     _filed: dict[int, Card] | None = None
     _filed_keys: tuple[dict[int, Card], ...] = ()
+    _counted_on: str | None = None
 
 
 class Cards:
@@ -82,6 +83,8 @@ class Cards:
         """Nodes that went without notice, whose other cards are gone as well, though nobody has said so yet."""
         self.in_flight: Counter[str] = Counter()
         """Attempts on each node."""
+        self.usable_on: dict[str, int] = {}
+        """Cards that are ready or starting, by node; none has 0."""
         self._affinity = affinity
 
     def usable(self) -> int:
@@ -97,11 +100,6 @@ class Cards:
         filed = (*self.open, self.full, self.apart, *([self.starting] if starting else []))
         return any(number not in than for cards in filed for number in cards)
 
-    def usable_nodes(self) -> set[str]:
-        """The nodes of all cards that are ready or starting."""
-        filed = (*self.open, self.full, self.apart, self.starting)
-        return {card.node for cards in filed for card in cards.values()}
-
     def on(self, node: str) -> list[Card]:
         """The cards of a node."""
         return [card for card in self.by_number.values() if card.node == node]
@@ -112,9 +110,14 @@ class Cards:
             del card._filed[card.number]
         for holders in card._filed_keys:
             del holders[card.number]
-        card._filed, card._filed_keys = self._place(card), ()
+        if card._counted_on is not None:
+            self._count(card._counted_on, -1)
+        card._filed, card._filed_keys, card._counted_on = self._place(card), (), None
         if card._filed is None:
             return
+        if card._filed is not self.leaving_idle:
+            card._counted_on = card.node
+            self._count(card.node, 1)
         card._filed[card.number] = card
         for level, open_cards in enumerate(self.open):
             if card._filed is open_cards:
@@ -122,6 +125,13 @@ class Cards:
                 card._filed_keys = tuple(by_key.setdefault(key, {}) for key in self._affinity.captured(card.number))
         for holders in card._filed_keys:
             holders[card.number] = card
+
+    def _count(self, node: str, change: int) -> None:
+        count = self.usable_on.get(node, 0) + change
+        if count:
+            self.usable_on[node] = count
+        else:
+            del self.usable_on[node]
 
     def _place(self, card: Card) -> dict[int, Card] | None:
         if card.state is CardState.STARTING:

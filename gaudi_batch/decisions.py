@@ -25,8 +25,8 @@ class ShardTask:
     """Rows to record as failed, with the error, without a try."""
     by_row: frozenset[int] = frozenset()
     """Row groups to decode a few rows at a time."""
-    unreadable: Mapping[int, str] = field(default_factory=dict)
-    """Rows that are not to be decoded, with the reason why they fail."""
+    unreadable: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    """Of such groups, the first row, over all files, from which on they are not to be decoded, with the reason."""
     undecoded: Mapping[int, str] = field(default_factory=dict)
     """Row groups that another card could not decode; failing once more makes their rows failed ones."""
     confirm: frozenset[int] = frozenset()

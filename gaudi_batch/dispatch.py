@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,9 +23,12 @@ from gaudi_batch.decisions import Assign, Decision, Recall
 from gaudi_batch.events import Reading
 from gaudi_batch.pending import Pending
 from gaudi_batch.plan import BatchKind, GraphKey, Shard
+from gaudi_batch.rowgroups import RowGroups
 
 ENOUGH_CARDS = 2
 """Cards that must have failed a shard before it is tried on one of them again while others start."""
+MAX_LOOKED_AT = 16
+"""Suspect shards for which an event looks for a card."""
 NODES_PER_EXCLUSIVE = 4
 """While other work waits, one node in so many at most is kept for a single suspect shard."""
 
@@ -38,6 +42,8 @@ class Attempt:
     captures: bool  # whether its graph key is new to the card
     at: Reading | frozenset[int] | None = None  # what it has announced last
     recallable: bool = True
+    begun: bool = False  # its card has begun to read it
+    generating: bool = False  # its card has begun to make it
 
 
 class Dispatch:
@@ -56,6 +62,7 @@ class Dispatch:
         self.attempts: dict[str, Attempt] = {}
         self.troubles: dict[int, Trouble] = {}
         """What is known of shards that have failed."""
+        self.row_groups = RowGroups()
         self._shards = shards
         self._prefix = prefix
         self._sent = 0
@@ -92,10 +99,20 @@ class Dispatch:
 
     def put_back(self, shard: int) -> None:
         """A shard waits again, before those that have not been tried."""
-        if shard in self.troubles and self.troubles[shard].announce:
-            self.pending.suspects[shard] = None
-        else:
+        trouble = self.troubles.get(shard)
+        if trouble is None or not trouble.announce:
             self.pending.again.appendleft(shard)
+        elif trouble.alone_on_node:
+            self.pending.node_suspects[shard] = None
+        else:
+            self.pending.suspects[shard] = None
+
+    def settle(self, shard: int) -> None:
+        """A shard has been read, or given up: what it was to find out about row groups is known, as far as can be."""
+        if self.row_groups.settle(shard):
+            parked, self.pending.parked = self.pending.parked, {}
+            for number in reversed(parked):
+                self.put_back(number)
 
     def take_kind(self, kind: BatchKind) -> list[int]:
         """Takes out all shards of one kind of batch that no card has."""
@@ -104,6 +121,13 @@ class Dispatch:
                 self.drop_reservation(card)
                 self.cards.file(card)
         return self.pending.take_kind(kind)
+
+    def take(self, shard: int) -> bool:
+        """Takes out one shard; returns whether no card has it and it waits."""
+        if shard in self._reserved:
+            self.drop_reservation(card := self._reserved[shard])
+            self.cards.file(card)
+        return self.pending.take(shard)
 
     def keep_off(self, node: str) -> None:
         """A node went without notice, and with it all its other cards, which get nothing more."""
@@ -149,6 +173,8 @@ class Dispatch:
     def _match(self, level: int) -> tuple[Card, int] | None:
         """A card with so many shards in its hand, and the shard that it gets next."""
         cards = self.cards.open[level]
+        if self.row_groups.unsettled:
+            self._park(self.pending.again)
         for place, shard in enumerate(self.pending.again):
             # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
             holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
@@ -156,14 +182,30 @@ class Dispatch:
                 if self._may_have(card, shard):
                     del self.pending.again[place]
                     return card, shard
-        card = next(iter(cards.values()))
-        key = self._choose_key(card)
-        if key is None:
-            # No key is worth a capture, whoever asks; those that have captured one may go on with it.
-            found = map(self.cards.open_by_key[level].get, self.pending.waiting)
-            card = next((next(iter(holders.values())) for holders in found if holders), card)
+        while cards and self.pending.waiting:
+            card = next(iter(cards.values()))
             key = self._choose_key(card)
-        return None if key is None else (card, self.pending.take_fresh(key))
+            if key is None:
+                # No key is worth a capture, whoever asks; those that have captured one may go on with it.
+                found = map(self.cards.open_by_key[level].get, self.pending.waiting)
+                card = next((next(iter(holders.values())) for holders in found if holders), card)
+                key = self._choose_key(card)
+            if key is None:
+                return None
+            shard = self.pending.take_fresh(key)
+            if not self.row_groups.block(self._shards[shard]):
+                return card, shard
+            self.pending.parked[shard] = None
+        return None
+
+    def _park(self, shards: deque[int] | dict[int, None]) -> None:
+        """Sets those aside that have to wait for what another shard finds out."""
+        for shard in [shard for shard in shards if self.row_groups.block(self._shards[shard])]:
+            if isinstance(shards, dict):
+                del shards[shard]
+            else:
+                shards.remove(shard)
+            self.pending.parked[shard] = None
 
     def _choose_key(self, card: Card) -> GraphKey | None:
         return self.affinity.choose(card.number, self.pending.waiting)
@@ -179,10 +221,17 @@ class Dispatch:
     def _assign_suspects(self) -> list[Decision]:
         """Keeps a card for each suspect shard, and sends it when the card has nothing else in hand."""
         decisions: list[Decision] = []
-        for shard in list(self.pending.suspects):
-            if not (self.cards.full or any(self.cards.open)):
-                break
-            decisions += self._reserve(shard)
+        if self.row_groups.unsettled:
+            self._park(self.pending.suspects)
+            self._park(self.pending.node_suspects)
+        for waiting in (self.pending.suspects, self.pending.node_suspects):
+            # A few at a time: an event must not cost more where many wait for the same cards.
+            for shard in list(itertools.islice(waiting, MAX_LOOKED_AT)):
+                if not (self.cards.full or any(self.cards.open)):
+                    break
+                if waiting is self.pending.node_suspects and not self._may_keep_node():
+                    break
+                decisions += self._reserve(shard)
         while self._due:
             shard = self._due.pop()
             card = self._reserved.get(shard)
@@ -196,19 +245,21 @@ class Dispatch:
             decisions.append(self._send(card, shard))
         return decisions
 
+    def _may_keep_node(self) -> bool:
+        kept = len(self.cards.exclusive)
+        return not kept or not self.pending.plain or kept < len(self.cards.usable_on) // NODES_PER_EXCLUSIVE
+
     def _reserve(self, shard: int) -> list[Decision]:
         free = (card for cards in (*self.cards.open, self.cards.full) for card in cards.values())
         able = (card for card in free if self._may_have(card, shard))
         if self._is_alone_on_node(shard):
-            kept = len(self.cards.exclusive)
-            if kept and self.pending.plain and kept >= len(self.cards.usable_nodes()) // NODES_PER_EXCLUSIVE:
-                return []
             chosen = min(able, key=lambda card: self.cards.in_flight[card.node], default=None)
         else:
             chosen = next(able, None)
         if chosen is None:
             return []
-        del self.pending.suspects[shard]
+        self.pending.suspects.pop(shard, None)
+        self.pending.node_suspects.pop(shard, None)
         self._reserved[shard] = chosen
         chosen.reserved_for = shard
         cards = [chosen]
@@ -229,7 +280,7 @@ class Dispatch:
         if shard is None:
             return
         del self._reserved[shard]
-        self.pending.suspects[shard] = None
+        self.put_back(shard)
         self._free_node(shard, card.node)
 
     def _free_node(self, shard: int, node: str) -> None:
@@ -245,7 +296,7 @@ class Dispatch:
     def _send(self, card: Card, shard: int) -> Assign:
         self._sent += 1
         attempt = f"{self._prefix}{self._sent}"
-        task = self.troubles.get(shard, Trouble()).task(self._shards[shard], attempt)
+        task = self.troubles.get(shard, Trouble()).task(self._shards[shard], attempt, self.row_groups)
         key = task.shard.bucket.graph_key
         live = self.attempts[attempt] = Attempt(shard, card, self.affinity.use(card.number, key))
         if card.hand:

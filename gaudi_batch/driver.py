@@ -7,6 +7,7 @@ decides is carried out at once. Only commits leave the loop, to a thread, since 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -40,7 +41,19 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.limits import BatchTimes, passed_limit
-from gaudi_batch.messages import Announced, Begins, Broken, CardSetup, Confirmed, Done, Event, Failed, News, Ready
+from gaudi_batch.messages import (
+    Announced,
+    Begins,
+    Begun,
+    Broken,
+    CardSetup,
+    Confirmed,
+    Done,
+    Event,
+    Failed,
+    News,
+    Ready,
+)
 from gaudi_batch.names import attempt_name
 from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
@@ -331,6 +344,8 @@ class Driver:
         elif isinstance(event, Broken):
             self._fault(slot, event.error)
             self._carry_out(schedule.broken(slot.number, event.error, event.storage))
+        elif isinstance(event, Begun):
+            self._carry_out(schedule.begun(event.attempt, event.generating))
         elif isinstance(event, Begins):
             self._carry_out(schedule.reading(event.attempt, event.reading))
         elif isinstance(event, Announced):
@@ -395,7 +410,7 @@ class Driver:
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
         reason = slot.passed.reason if slot.passed else why_died(error)
-        slow = slot.passed.batch if slot.passed else None
+        slow = slot.passed.slow if slot.passed else None
         gone = not slot.passed and await self._node_went(slot, error)
         slot.actor = None
         if gone or self._state(slot) is CardState.LEAVING:
@@ -481,23 +496,28 @@ class Driver:
         self._carry_out(self.schedule.recalled(attempt, given_back))
 
     async def _check_storage(self, shard: Shard) -> None:
-        """Looks whether storage fails for this process, too, which a card says it does."""
+        """Looks whether storage fails for this process, too, as a card says it does: at all, or at the shard's rows."""
         prompts, output = self._setup.dataset, self._ledger.storage
         # Named as this driver's attempts are, so that it is removed with what these leave behind.
         probe = f"images/{attempt_name(shard.number, f'{self.schedule.prefix}0')}"
 
-        def check() -> None:
+        def check() -> str | None:
             output.once().put(f"{probe}/probe", bytes(PROBE_BYTES))
-            output.once().remove(probe)
+            with contextlib.suppress(StorageError):
+                output.once().remove(probe)
             prompts.require_unchanged(shard.file, storage=prompts.storage.once())
-            prompts.storage.once().get_range(prompts.files[shard.file].name, 0, 4)
+            try:
+                prompts.read_bytes(shard)
+            except StorageError as error:
+                return str(error)
+            return None
 
         try:
-            await self._in_thread(check)
+            of_shard = await self._in_thread(check)
         except StorageError as error:
-            self._carry_out(self.schedule.storage_checked(str(error)))
+            self._carry_out(self.schedule.storage_checked(shard.number, str(error)))
         else:
-            self._carry_out(self.schedule.storage_checked(None))
+            self._carry_out(self.schedule.storage_checked(shard.number, None, of_shard))
 
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]

@@ -14,8 +14,10 @@ class Reading:
 
     group: int
     """The row group, counted in its file."""
+    span: range
+    """All of its rows, counted in the file."""
     rows: range
-    """Rows of the dataset that can't be read if this kills the process."""
+    """Rows of the shard, over all files, that can't be read if this kills the process."""
     by_row: bool
     """Whether the group is decoded a few rows at a time, now from the first of `rows` on, and not at once."""
 
@@ -53,6 +55,11 @@ class ShardFailure:
     """Whether the card has made anything since; a card that has not is replaced."""
     storage: bool = False
     """Whether it was storage that failed, or did not have the prompts that were planned."""
+
+
+@dataclass(frozen=True)
+class SlowReading:
+    """A card read the rows of a shard for too long, which says nothing of a row."""
 
 
 @dataclass(frozen=True)

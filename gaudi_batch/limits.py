@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gaudi_batch.config import JobConfig
-from gaudi_batch.events import SlowBatch
+from gaudi_batch.events import SlowBatch, SlowReading
 from gaudi_batch.messages import Status
 from gaudi_batch.plan import BatchKind
 
@@ -19,8 +19,8 @@ class PassedLimit:
     """A card has been at the same thing for too long."""
 
     reason: str
-    batch: SlowBatch | None = None
-    """The batch that it was at, if no card has made one of that kind yet."""
+    slow: SlowBatch | SlowReading | None = None
+    """A reading, or the batch that it was at, if no card has made one of that kind yet."""
 
 
 @dataclass
@@ -59,7 +59,8 @@ def passed_limit(
     if status and status.storage_s > config.storage_patience + STORAGE_GRACE_SECONDS:
         return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s")
     if status and status.reading_s > limits.loading + config.storage_patience:
-        return PassedLimit(f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)")
+        said = f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)"
+        return PassedLimit(said, SlowReading())
     if phase == "idle":
         silent = since_heard > news_s + limits.answer
         return PassedLimit(f"it has not answered for {since_heard:.0f} s (limits.answer)") if silent else None

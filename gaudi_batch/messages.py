@@ -68,6 +68,14 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """The card has begun to read a shard, or to make it."""
+
+    attempt: str
+    generating: bool
+
+
+@dataclass(frozen=True)
 class Begins:
     """The card is about to decode these rows of a suspect shard, and waits for this to be acknowledged."""
 
@@ -111,7 +119,7 @@ class Failed:
     failure: ShardFailure
 
 
-Event: TypeAlias = Ready | Broken | Begins | Announced | Done | Confirmed | Failed
+Event: TypeAlias = Ready | Broken | Begun | Begins | Announced | Done | Confirmed | Failed
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ class Pending:
         self._shards = shards
         self.again: deque[int] = deque()
         self.suspects: dict[int, None] = {}
+        self.node_suspects: dict[int, None] = {}
+        """Those that are to run alone on a node."""
+        self.parked: dict[int, None] = {}
+        """Those that wait for what another shard of their row group finds out."""
         self.fresh: dict[GraphKey, deque[int]] = {}
         self.waiting: dict[GraphKey, tuple[int, int]] = {}
         """For each key how many fresh shards there are, and the images of the next one."""
@@ -31,7 +35,7 @@ class Pending:
             self._count(key)
 
     def __len__(self) -> int:
-        return len(self.again) + len(self.suspects) + self._fresh_count
+        return self.plain + len(self.suspects) + len(self.node_suspects) + len(self.parked)
 
     @property
     def plain(self) -> int:
@@ -45,6 +49,17 @@ class Pending:
         self._count(key)
         return shard
 
+    def take(self, shard: int) -> bool:
+        """Takes out a shard that has come back; returns whether it was here."""
+        for place in (self.suspects, self.node_suspects, self.parked):
+            if shard in place:
+                del place[shard]
+                return True
+        if shard in self.again:
+            self.again.remove(shard)
+            return True
+        return False
+
     def take_kind(self, kind: BatchKind) -> list[int]:
         """All shards of one kind of batch."""
 
@@ -52,7 +67,8 @@ class Pending:
             return self._shards[number].bucket.batch_kind == kind
 
         key = GraphKey(kind.width, kind.height, kind.guided)
-        places: list[Iterable[int]] = [self.fresh.get(key, ()), self.again, self.suspects]
+        others = (self.suspects, self.node_suspects, self.parked)
+        places: list[Iterable[int]] = [self.fresh.get(key, ()), self.again, *others]
         taken = [number for place in places for number in place if is_kind(number)]
         kept = deque(number for number in self.fresh.get(key, ()) if not is_kind(number))
         self._fresh_count -= len(self.fresh.get(key, ())) - len(kept)
@@ -60,7 +76,8 @@ class Pending:
         self._count(key)
         self.again = deque(number for number in self.again if not is_kind(number))
         for number in taken:
-            self.suspects.pop(number, None)
+            for place in others:
+                place.pop(number, None)
         return taken
 
     def _count(self, key: GraphKey) -> None:

@@ -40,6 +40,8 @@ PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
 MOST_ROWS = 2**31 - 1
 """Of a job. A footer can claim any number, and the plan grows with it."""
+READ_BYTES = 1 << 24
+"""Of one request that only finds out whether a file can be read."""
 MAX_READINGS = 256
 """Pieces at most into which the rows of a shard are cut that are read a few at a time."""
 _GLOB = re.compile(r"[*?\[{]")
@@ -176,7 +178,7 @@ class PromptDataset:
         for group, count in enumerate(self._group_sizes(shard.file)):
             begin, end = max(shard.start, first), min(shard.stop, first + count)
             if begin < end:
-                piece = _Piece(shard, group, self.files[shard.file].first_row + first, begin - first, end - begin)
+                piece = _Piece(shard, group, range(first, first + count), self.files[shard.file].first_row, begin, end)
                 found, table = self._read_piece(piece, rules, task or ShardTask(shard, ""), task is None, announce)
                 rows += found
                 carried.append(table)
@@ -193,8 +195,8 @@ class PromptDataset:
             table = self._decode_piece(piece, task, announce)
             ours = _values(self._ours(table))
             carried = self._carried(table)
-            missing = range(len(ours), piece.count)
-            reasons |= {place: task.unreadable[piece.row(place)] for place in missing}
+            if len(ours) < piece.count:
+                reasons |= dict.fromkeys(range(len(ours), piece.count), task.unreadable[piece.group][1])
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -220,23 +222,45 @@ class PromptDataset:
     def _decode_piece(self, piece: _Piece, task: ShardTask, announce: Callable[[Reading], None]) -> pa.Table:
         """The rows of a piece; of one that is read by row, those before the first that is not to be read."""
         if piece.group not in task.by_row:
-            announce(Reading(piece.group, piece.rows(0), by_row=False))
+            announce(Reading(piece.group, piece.span, piece.rows(0), by_row=False))
             return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
         step = -(-piece.count // MAX_READINGS)
         batches = self._open(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
         found: list[pa.RecordBatch] = []
         stop, decoded = piece.offset + piece.count, 0
+        unreadable = task.unreadable.get(piece.group, (piece.row(piece.count), ""))[0]
         while decoded < stop:
             place = max(0, decoded - piece.offset)
-            if piece.row(place) in task.unreadable:
+            if piece.row(place) >= unreadable:
                 break
-            announce(Reading(piece.group, piece.rows(place), by_row=True))
-            batch = next(batches)
+            if decoded == 0 or decoded >= piece.offset:  # all before the shard's own rows is one step
+                announce(Reading(piece.group, piece.span, piece.rows(place), by_row=True))
+            batch = next(batches, None)
+            if batch is None:
+                raise pa.ArrowInvalid("it holds fewer rows than its footer says")
             before = min(len(batch), max(0, piece.offset - decoded))
             found.append(batch.slice(before, stop - decoded - before))
             decoded += len(batch)
         schema = self._open(piece.shard.file).schema_arrow
         return pa.Table.from_batches(found) if found else schema.empty_table()
+
+    def read_bytes(self, shard: Shard) -> None:
+        """Reads all that is stored of a shard's row groups, once, and decodes nothing. Raises StorageError."""
+        storage, name = self.storage.once(), self.files[shard.file].name
+        try:
+            metadata = pq.ParquetFile(storage.open(name)).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise PromptsChanged(f"prompts file {name!r} can't be read any more: {one_line(error, 300)}") from None
+        first = 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            if shard.start < first + group.num_rows and first < shard.stop:
+                for column in map(group.column, range(group.num_columns)):
+                    begin = column.dictionary_page_offset or column.data_page_offset
+                    end = begin + column.total_compressed_size
+                    for start in range(begin, end, READ_BYTES):
+                        storage.get_range(name, start, min(end, start + READ_BYTES))
+            first += group.num_rows
 
     def _read_shapes(self, piece: _Piece, reason: str) -> list[dict[str, Any]]:
         """What the shape columns alone say of the rows of a group that can't be decoded: whose rows these are. They
@@ -247,6 +271,8 @@ class PromptDataset:
         try:
             table = self._open(piece.shard.file).read_row_group(piece.group, columns=shapes)
             found = _values(self._ours(table.slice(piece.offset, piece.count)))
+        except MemoryError:
+            raise  # the card's
         except (pa.ArrowException, OSError, ValueError):
             found = []
         if len(found) != piece.count:
@@ -313,13 +339,24 @@ class _Piece:
 
     shard: Shard
     group: int
-    first_row: int  # of the group, over all files
-    offset: int  # of the piece, in the group
-    count: int
+    span: range  # rows of the group, counted in its file
+    first_row: int  # of the file, over all files
+    start: int  # of the piece, counted in its file
+    stop: int
+
+    @property
+    def offset(self) -> int:
+        """Rows of the group before the piece."""
+        return self.start - self.span.start
+
+    @property
+    def count(self) -> int:
+        """Rows of the piece."""
+        return self.stop - self.start
 
     def row(self, place: int) -> int:
         """The number over all files of a row of the piece."""
-        return self.first_row + self.offset + place
+        return self.first_row + self.start + place
 
     def rows(self, place: int) -> range:
         """The same of all rows from one on."""

@@ -32,8 +32,8 @@ from gaudi_batch.blame import Held, Incident, Trouble
 from gaudi_batch.cards import Card, CardState
 from gaudi_batch.decisions import CheckStorage, Commit, Decision, Discard, Finish, Quarantine, Release, Replace
 from gaudi_batch.dispatch import Dispatch
-from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch
-from gaudi_batch.plan import Shard
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading
+from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
 
 MAX_START_FAILURES = 2
@@ -127,23 +127,24 @@ class Schedule:
         self.last_error = error
         return self._quarantine(card, error) + self._proceed()
 
-    def died(self, number: int, error: str, slow: SlowBatch | None = None) -> list[Decision]:
+    def died(self, number: int, error: str, slow: SlowBatch | SlowReading | None = None) -> list[Decision]:
         """A card's process ended, or was killed for passing a limit, and its node is still there.
 
         Args:
             number: which card.
             error: how it died.
-            slow: the batch whose limit it passed, if no card has made one of that kind.
+            slow: what it was killed for: a reading that took too long, or a batch, if no card has made one of its
+                kind.
         """
         card = self._work.cards.by_number[number]
         if card.state is CardState.STARTING:
             card.start_failures += 1
         elif card.state is CardState.READY:
             card.strikes += 1
-            if slow is not None and self._slow_kinds.cut(card, slow, self._work.cards.others):
+            if isinstance(slow, SlowBatch) and self._slow_kinds.cut(card, slow, self._work.cards):
                 for shard in self._work.take_kind(slow.kind):
                     self._put_back(shard)
-            self._blame_death(card, error)
+            self._blame_death(card, error, isinstance(slow, SlowReading))
         elif card.state is CardState.LEAVING:
             return [Release(number), *self.gone(number)]
         else:
@@ -195,6 +196,14 @@ class Schedule:
 
     # -- events: attempts ---------------------------------------------------------------------------------------
 
+    def begun(self, attempt: str, generating: bool) -> list[Decision]:
+        """A card has begun to read a shard, or to make it."""
+        live = self._work.attempts.get(attempt)
+        if live is not None:
+            live.begun = True
+            live.generating = live.generating or generating
+        return []
+
     def reading(self, attempt: str, reading: Reading) -> list[Decision]:
         """A card is about to decode rows of a suspect shard."""
         live = self._work.attempts.get(attempt)
@@ -209,6 +218,8 @@ class Schedule:
             if isinstance(live.at, frozenset):
                 self._prove(live.card)  # it has made the batch before
             live.at = frozenset(rows)
+            self._work.settle(live.shard)
+            return self._proceed()
         return []
 
     def done(self, attempt: str, outcome: ShardOutcome) -> list[Decision]:
@@ -221,6 +232,8 @@ class Schedule:
         self._storage_failures.works()
         self._prove(card)
         card.vindications = max(0, card.vindications - 1)
+        self._work.settle(live.shard)
+        self._lift(self.shards[live.shard].bucket.batch_kind)
         decisions = self._count_transient(card, images, outcome.transient_failures)
         if outcome.doubted:
             self._work.troubles.setdefault(live.shard, Trouble()).hold(Held(attempt, card.number, outcome))
@@ -281,10 +294,20 @@ class Schedule:
         self._open -= 1
         return self._proceed()
 
-    def storage_checked(self, error: str | None) -> list[Decision]:
-        """The driver has looked at storage itself, as `CheckStorage` asked; `error` is how that failed, if it did."""
+    def storage_checked(self, shard: int, error: str | None, of_shard: str | None = None) -> list[Decision]:
+        """The driver has looked at storage itself, as `CheckStorage` asked.
+
+        Args:
+            shard: the shard whose rows it has read.
+            error: how storage failed for it, if it did.
+            of_shard: how these rows alone failed, if they did: no card can make the shard.
+        """
         self._storage_failures.being_checked = False
-        return self._end(error) if error is not None else []
+        if error is not None:
+            return self._end(error)
+        if of_shard is not None and self._work.take(shard):
+            self._give_up(shard, of_shard)
+        return self._proceed()
 
     def stop(self, reason: str) -> list[Decision]:
         """Take up no more work; what has begun is finished."""
@@ -394,20 +417,37 @@ class Schedule:
 
     # -- failures -----------------------------------------------------------------------------------------------
 
-    def _blame_death(self, card: Card, error: str) -> None:
+    def _blame_death(self, card: Card, error: str, slow_reading: bool) -> None:
         hand = list(card.hand)
+        # It may still store one shard while it makes the next.
+        generating = [attempt for attempt in hand if self._work.attempts[attempt].generating]
+        at_work = (generating[-1:] or hand[:1] or [""])[0]
         incident = Incident(card.number, {self._work.attempts[attempt].shard for attempt in hand})
         for attempt in reversed(hand):
             live = self._work.release(attempt)
             trouble = self._work.troubles.setdefault(live.shard, Trouble())
             trouble.incidents.append(incident)
-            if attempt == hand[0]:
-                trouble.died(card.number, error, live.at, self._work.cards.others({*trouble.died_on, card.number}))
+            if attempt == at_work:
+                others = self._work.cards.others({*trouble.died_on, card.number})
+                at = None if slow_reading else live.at
+                trouble.died(card.number, error, at, others)
+                if isinstance(at, Reading):
+                    self._blame_reading(trouble, self.shards[live.shard], at, others)
                 self._try_again(live.shard)
             else:
-                # It may have been read at that moment, or not have begun.
+                # It may have been read or stored at that moment, or not have begun.
                 trouble.announce = True
                 self._put_back(live.shard)
+
+    def _blame_reading(self, trouble: Trouble, shard: Shard, at: Reading, others: bool) -> None:
+        """A process died decoding rows that it had announced."""
+        if not at.by_row:
+            if self._work.row_groups.killed(shard, at):
+                trouble.learnt()
+        elif trouble.is_certain(others):
+            reason = "the card's process died reading this row, or one before it in row group"
+            self._work.row_groups.condemn(shard, at, f"{reason} {at.group}: {trouble.error}")
+            trouble.learnt()
 
     def _lose_node(self, card: Card) -> None:
         """A card's node went without notice, and with it all its other cards."""
@@ -415,9 +455,14 @@ class Schedule:
         self._node_losses.lost(card)
         for attempt in reversed(list(card.hand)):
             live = self._work.release(attempt)
-            trouble = self._work.troubles.setdefault(live.shard, Trouble())
-            self.retries += trouble.alone_on_node
-            trouble.lost_with_node(card.number, live.at, self._work.cards.others({*trouble.died_on, card.number}))
+            if live.begun:
+                trouble = self._work.troubles.setdefault(live.shard, Trouble())
+                self.retries += trouble.alone_on_node
+                others = self._work.cards.others({*trouble.died_on, card.number})
+                alone = trouble.alone_on_node
+                trouble.lost_with_node(card.number, live.at, others)
+                if alone and isinstance(live.at, Reading):
+                    self._blame_reading(trouble, self.shards[live.shard], live.at, others)
             self._put_back(live.shard)
 
     def _try_again(self, shard: int) -> None:
@@ -429,18 +474,30 @@ class Schedule:
         kind = self.shards[shard].bucket.batch_kind
         trouble = self._work.troubles.get(shard)
         if kind in self._slow_kinds.set_aside:
-            self.stuck[shard] = self._slow_kinds.set_aside[kind]
+            self._give_up(shard, self._slow_kinds.set_aside[kind])
         elif trouble is not None and trouble.stuck:
-            self.stuck[shard] = trouble.error
+            self._give_up(shard, trouble.error)
         else:
             self._work.put_back(shard)
-            return
+
+    def _give_up(self, shard: int, reason: str) -> None:
+        self.stuck[shard] = reason
         self._open -= 1
+        self._work.settle(shard)
+
+    def _lift(self, kind: BatchKind) -> None:
+        """A card has made a kind of batch after all that was set aside."""
+        reason = self._slow_kinds.set_aside.pop(kind, None)
+        if reason is not None:
+            for shard in [shard for shard, said in self.stuck.items() if said == reason]:
+                del self.stuck[shard]
+                self._open += 1
+                self._put_back(shard)
 
     def _blame_storage(self, card: Card, shard: int, error: str) -> list[Decision]:
         """Storage failed for a card, which may be its node's fault."""
         failures = self._storage_failures
-        if failures.failed(card.node, self._work.cards.usable_nodes()):
+        if failures.failed(card.node, self._work.cards.usable_on.keys()):
             return self._end(error)
         if failures.being_checked:
             return []
@@ -467,7 +524,9 @@ class Schedule:
     def _count_transient(self, card: Card, images: int, failures: int) -> list[Decision]:
         """A card has made images, of which some failed and worked when they were made again."""
         self._transient_failures.add(card, images, failures)
-        reason = self._transient_failures.verdict(card) if failures and card.state is CardState.READY else None
+        reason = None
+        if failures and card.state is CardState.READY:
+            reason = self._transient_failures.verdict(card, self._work.cards.usable())
         if reason is None or not self._work.cards.others({card.number}):
             return []  # what is right the second time is better than nothing
         return self._quarantine(card, reason)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+import math
+from collections.abc import Set
 from dataclasses import dataclass, field
 
-from gaudi_batch.cards import Card
+from gaudi_batch.cards import Card, Cards
 from gaudi_batch.events import SlowBatch
 from gaudi_batch.plan import BatchKind
 
@@ -15,9 +16,8 @@ MAX_CUTS = 2
 """Times that batches of a kind pass their limit, and nobody has made one, before they are set aside."""
 MAX_FRUITLESS_NODES = 8
 """Nodes lost one after the other, with nothing made between, before nothing more is expected of others."""
-MAX_TRANSIENT_FAILURES = 3
-TRANSIENT_FACTOR = 4
-"""How much larger than the others' share a card's share of such failures must be."""
+CHANCE = 1e-6
+"""Of one card of a run to have so many more transient failures than the others by chance, below which it is bad."""
 
 
 @dataclass
@@ -51,27 +51,29 @@ class StorageFailures:
 class SlowKinds:
     """Kinds of batches that no card makes in time. That is the job's mistake, and no row's or card's.
 
-    Two cards must have been killed at one, of which one makes other batches, as some hang at whatever they are given;
-    or all cards that there are.
+    Cards of two nodes must have been killed at one, of which one makes other batches, as some hang at whatever they are
+    given; or all cards that there are, twice. Where all are on one node, two of its cards are enough.
     """
 
     set_aside: dict[BatchKind, str] = field(default_factory=dict)
     """Those that are not tried any more, with the reason."""
     _cut: dict[BatchKind, list[Card]] = field(default_factory=dict)
 
-    def cut(self, card: Card, slow: SlowBatch, others: Callable[[set[int]], bool]) -> bool:
+    def cut(self, card: Card, slow: SlowBatch, usable: Cards) -> bool:
         """A card was killed at a batch of a kind that nobody has made; returns whether that kind is now set aside.
 
         Args:
             card: the card.
             slow: what it was at.
-            others: whether there is a card that is none of these.
+            usable: all cards.
         """
         cards = self._cut.setdefault(slow.kind, [])
         cards.append(card)
         numbers = {card.number for card in cards}
-        several = len(numbers) >= MAX_CUTS and any(card.has_made for card in cards)
-        if not several and (len(cards) < MAX_CUTS or others(numbers)):
+        nodes = {card.node for card in cards}
+        places = numbers if usable.usable_on.keys() <= nodes else nodes
+        several = len(places) >= MAX_CUTS and any(card.has_made for card in cards)
+        if not several and (len(cards) < MAX_CUTS or usable.others(numbers)):
             return False
         self.set_aside[slow.kind] = f"batches of {slow.kind} take longer than {slow.limit}"
         return True
@@ -92,16 +94,34 @@ class TransientFailures:
         self._images += images
         self._failures += failures
 
-    def verdict(self, card: Card) -> str | None:
-        """Why a card is bad, or None."""
+    def verdict(self, card: Card, cards: int) -> str | None:
+        """Why a card is bad, or None.
+
+        Args:
+            card: the card.
+            cards: how many there are; among many one has more than the others by chance.
+        """
         other_images, other_failures = self._images - card.images, self._failures - card.transient_failures
-        share = card.transient_failures * other_images  # both sides times the images of the card and of the others
-        if card.transient_failures < MAX_TRANSIENT_FAILURES:
+        if not other_images:
             return None
-        if share <= TRANSIENT_FACTOR * (other_failures + 1) * card.images:
+        expected = (other_failures + 1) / other_images * card.images
+        if _at_least(card.transient_failures, expected) >= CHANCE / cards:
             return None
-        failures = f"{card.transient_failures} of its {card.images} images came out wrong"
-        return f"{failures} and were right when they were made again"
+        failures = f"{card.transient_failures} times in {card.images} images it failed at what worked when made again"
+        return f"{failures}; the others did {other_failures} times in {other_images}"
+
+
+def _at_least(count: int, expected: float) -> float:
+    """The chance of so many events or more, where so many are expected: the tail of a Poisson distribution."""
+    if count <= expected:
+        return 1.0
+    term = math.exp(count * math.log(expected) - expected - math.lgamma(count + 1))
+    total, number = 0.0, count
+    while term > total * 1e-12:
+        total += term
+        number += 1
+        term *= expected / number
+    return total
 
 
 @dataclass

@@ -45,7 +45,7 @@ def test_storage_that_fails_every_card_of_one_node_costs_that_node_alone() -> No
     start(world, 8, per_node=4)
     for _ in range(1000):
         settle(world)
-        world.do(world.schedule.storage_checked(None))
+        world.check_storage()
         if world.finished:
             break
         bad = [card for card in busy(world) if card >= 4]
@@ -55,7 +55,6 @@ def test_storage_that_fails_every_card_of_one_node_costs_that_node_alone() -> No
             world.finish_first(busy(world)[0])
     assert world.finished == [None]
     assert world.quarantined == {4, 5, 6, 7}
-    assert world.checks > 0
 
 
 def test_storage_that_fails_on_every_node_ends_the_run() -> None:
@@ -84,8 +83,8 @@ def test_storage_that_fails_for_the_driver_too_ends_the_run_on_one_node() -> Non
     start(world, 2, per_node=2)
     refuse(world, 0)
     refuse(world, 1)
-    assert world.checks == 1
-    world.do(world.schedule.storage_checked("can't write: read-only file system"))
+    assert len(world.checks) == 1
+    world.check_storage("can't write: read-only file system")
     assert world.finished == ["can't write: read-only file system"]
 
 
@@ -95,11 +94,11 @@ def test_one_check_of_storage_is_enough_at_a_time() -> None:
     start(world, 2, per_node=2)
     for card in (0, 1):
         refuse(world, card)
-    assert world.checks == 1
-    world.do(schedule.storage_checked(None))
+    assert len(world.checks) == 1
+    world.check_storage()
     settle(world)
     refuse(world, 0)
-    assert world.checks == 2
+    assert len(world.checks) == 1
 
 
 def test_a_card_whose_storage_fails_while_it_loads_is_started_again_and_not_for_ever() -> None:
@@ -110,7 +109,7 @@ def test_a_card_whose_storage_fails_while_it_loads_is_started_again_and_not_for_
         assert not world.quarantined
         world.starting.discard(0)
         world.do(schedule.broken(0, "can't read run.json, tried for 600 s", storage=True))
-        world.checks and world.do(schedule.storage_checked(None))
+        world.check_storage()
     assert world.quarantined == {0}
 
 
@@ -118,8 +117,8 @@ def test_storage_that_fails_the_driver_and_a_card_that_loads_ends_the_run() -> N
     world = World(Schedule(shards(4), "a", 16))
     world.join(0)
     world.do(world.schedule.broken(0, "can't read run.json, tried for 600 s", storage=True))
-    assert world.checks == 1
-    world.do(world.schedule.storage_checked("can't write: no answer"))
+    assert len(world.checks) == 1
+    world.check_storage("can't write: no answer")
     assert world.finished == ["can't write: no answer"]
 
 
@@ -287,7 +286,7 @@ def test_reading_that_kills_is_found_within_four_deaths_and_costs_no_other_row(c
                 world.die(card)
                 continue
             assert task is world.hands[card][0]
-            world.finish_first(card, undecoded=len(task.unreadable))
+            world.finish_first(card, undecoded=4 * len(task.unreadable))
         else:
             world.finish_first(card)
     assert world.finished == [None]
@@ -299,12 +298,13 @@ def test_reading_that_kills_is_found_within_four_deaths_and_costs_no_other_row(c
 def read(world: World, task: ShardTask) -> bool:
     """Reads shard 3 as a card does; returns whether it lives."""
     for group, rows in ((0, range(48, 56)), (1, range(56, 64))):
+        span = rows
         pieces = [range(row, rows.stop) for row in rows] if group in task.by_row else [rows]
         for piece in pieces:
-            if piece.start in task.unreadable:
+            if piece.start >= task.unreadable.get(group, (64, ""))[0]:
                 break
             if task.announce:
-                reading = Reading(group, piece, group in task.by_row)
+                reading = Reading(group, span, piece, group in task.by_row)
                 world.do(world.schedule.reading(task.attempt, reading))
             if group == 1 and (len(pieces) == 1 or piece.start >= 60):
                 return False
@@ -355,11 +355,11 @@ def test_a_card_is_not_blamed_for_a_death_that_a_queued_shard_explains() -> None
         if deadly:
             if deadly[0].announce:
                 rows = range(deadly[0].shard.start, deadly[0].shard.stop)
-                reading = Reading(0, rows, by_row=0 in deadly[0].by_row)
+                reading = Reading(rows.start, rows, rows, by_row=rows.start in deadly[0].by_row)
                 world.do(world.schedule.reading(deadly[0].attempt, reading))
             world.die(card)
         else:
-            world.finish_first(card, undecoded=len(world.hands[card][0].unreadable))
+            world.finish_first(card, undecoded=4 * len(world.hands[card][0].unreadable))
     assert world.finished == [None]
     assert not world.quarantined
     assert world.schedule.failed_rows == 4 * len(killers)

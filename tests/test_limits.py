@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gaudi_batch.config import JobConfig, LimitsConfig
-from gaudi_batch.events import SlowBatch
+from gaudi_batch.events import SlowBatch, SlowReading
 from gaudi_batch.limits import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, passed_limit
 from gaudi_batch.messages import Status
 from gaudi_batch.plan import BatchKind
@@ -70,7 +70,7 @@ def test_a_batch_of_a_kind_that_nobody_has_made_is_named() -> None:
         return passed_limit(status("batch", 1e6, kind), 0.0, 1.0, CONFIG, times(made({SMALL: 1.0}, {LONG: 9.0})))
 
     found = {kind: at(kind) for kind in (SMALL, LARGE, LONG)}
-    assert {kind: passed and passed.batch for kind, passed in found.items()} == {
+    assert {kind: passed and passed.slow for kind, passed in found.items()} == {
         SMALL: None,
         LARGE: SlowBatch(LARGE, "50 s (limits.first_batch)"),
         LONG: None,
@@ -100,4 +100,4 @@ def test_storage_has_the_job_s_patience_and_a_minute(phase: str) -> None:
 def test_a_card_does_not_read_for_ever() -> None:
     assert passed_limit(status("idle", reading_s=119.0), 0.0, 1.0, CONFIG, times()) is None
     said = passed_limit(status("idle", reading_s=121.0), 0.0, 1.0, CONFIG, times())
-    assert said == PassedLimit("it has been reading the rows of a shard for 121 s (limits.loading)")
+    assert said == PassedLimit("it has been reading the rows of a shard for 121 s (limits.loading)", SlowReading())

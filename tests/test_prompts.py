@@ -405,20 +405,21 @@ def test_rows_that_are_read_a_few_at_a_time_are_the_same(prompts: Path) -> None:
     dataset = opened(prompts)
     rows, carried, announced = read_task(dataset)
     assert [row.row for row in rows] == list(range(12, 52))
+    spans = [range(20), range(20, 40), range(40, 53)]
     pieces = [range(12, 27), range(27, 47), range(47, 52)]
-    assert announced == [Reading(group, piece, by_row=False) for group, piece in enumerate(pieces)]
+    assert announced == [Reading(n, spans[n], pieces[n], by_row=False) for n in range(3)]
     slowly = read_task(dataset, by_row=frozenset({0, 1, 2}))
     assert (slowly[0], slowly[1]) == (rows, carried)
-    # Rows before those of the shard must be decoded, too; all of the shard's are at stake then.
-    assert slowly[2][:6] == [Reading(0, range(12, 27), True)] * 6
-    assert slowly[2][6:20] == [Reading(0, range(row, 27), True) for row in range(13, 27)]
-    assert len(slowly[2]) == 20 + 20 + 5
+    # Rows before those of the shard must be decoded, too: one step, in which all of the shard's are at stake.
+    assert slowly[2][:2] == [Reading(0, spans[0], range(12, 27), by_row=True)] * 2
+    assert slowly[2][2:16] == [Reading(0, spans[0], range(row, 27), by_row=True) for row in range(13, 27)]
+    assert len(slowly[2]) == 16 + 20 + 5
 
 
 def test_rows_that_are_not_to_be_read_fail_and_those_before_them_are_read(prompts: Path) -> None:
     dataset = opened(prompts)
     whole, all_carried, _ = read_task(dataset)
-    unreadable = dict.fromkeys(range(33, 47), "it killed")
+    unreadable = {1: (33, "it killed")}
     rows, carried, announced = read_task(dataset, by_row=frozenset({1}), unreadable=unreadable)
     lost = range(33 - 12, 47 - 12)
     assert [place for place, row in enumerate(rows) if row.error] == list(lost)

@@ -57,13 +57,13 @@ def anything_happens(world: World, rng: random.Random) -> None:
         world.fail_first(rng.choice(busy), rng.random() < 0.5, rng.random() < 0.5)
     elif event == "announce":
         first = world.hands[rng.choice(busy)][0]
+        world.begin(next(card for card, hand in world.hands.items() if first in hand))
         rows = range(first.shard.start, first.shard.start + rng.randint(1, 4))
         world.do(world.schedule.announced(first.attempt, rows))
         if rng.random() < 0.3:
-            world.do(world.schedule.reading(first.attempt, Reading(0, rows, by_row=rng.random() < 0.5)))
+            world.do(world.schedule.reading(first.attempt, Reading(0, rows, rows, by_row=rng.random() < 0.5)))
     elif event == "check":
-        world.checks -= 1
-        world.do(world.schedule.storage_checked(None))
+        world.check_storage(of_shard=rng.choice([None, None, "its rows can't be read"]))
     elif event == "commit":
         world.commit_first()
     elif event == "recall":
@@ -82,6 +82,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
             world.schedule.done(attempt, ShardOutcome(4, 0, 0)),
             world.schedule.failed(attempt, ShardFailure("late")),
             world.schedule.confirmed(attempt, {}),
+            world.schedule.begun(attempt, True),
             world.schedule.announced(attempt, [1]),
             world.schedule.recalled(attempt, True),
         ]

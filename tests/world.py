@@ -47,7 +47,7 @@ class World:
     recalls: list[Recall] = field(default_factory=list)
     commits: list[tuple[int, str]] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
-    checks: int = 0
+    checks: list[int] = field(default_factory=list)
     old: list[ShardTask] = field(default_factory=list)
     committed: set[int] = field(default_factory=set)
     assigned_to: dict[int, list[int]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class World:
             elif isinstance(decision, Discard):
                 del self.held[decision.attempt]
             elif isinstance(decision, CheckStorage):
-                self.checks += 1
+                self.checks.append(decision.shard.number)
             elif isinstance(decision, Replace):
                 self.old += self.hands.pop(decision.card, [])
                 self.starting.add(decision.card)
@@ -121,8 +121,21 @@ class World:
         self.old += self.hands.pop(card, [])
         self.do(self.schedule.gone(card))
 
+    def begin(self, card: int) -> None:
+        """A card reads what it has in hand and makes the first of it."""
+        for place, task in enumerate(self.hands.get(card, [])):
+            self.do(self.schedule.begun(task.attempt, place == 0))
+
+    def check_storage(self, error: str | None = None, of_shard: str | None = None) -> None:
+        """The driver looks at storage itself, if it was asked to."""
+        if self.checks:
+            self.do(self.schedule.storage_checked(self.checks.pop(0), error, of_shard))
+
     def lose_node(self, card: int) -> None:
-        """All cards of its node are gone at once."""
+        """All cards of its node are gone at once, after they have begun what they had in hand."""
+        for number, node in self.nodes.items():
+            if node == self.nodes[card]:
+                self.begin(number)
         for number, node in self.nodes.items():
             if node == self.nodes[card] and (number in self.hands or number in self.starting):
                 self.leave(number)
