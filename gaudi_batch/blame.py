@@ -29,6 +29,7 @@ from gaudi_batch.rowgroups import RowGroups
 
 MAX_TRIES = 8
 DEATHS_TO_CONDEMN = 3
+DEATHS_READING_A_ROW = 2
 MAX_SHARED_NODE_LOSSES = 2
 """Nodes that a shard may be lost with before it runs alone on one."""
 
@@ -89,13 +90,17 @@ class Trouble:
     incidents: list[Incident] = field(default_factory=list)
     error: str = ""
     """The last one."""
+    read_deaths: int = 0
+    """Deaths while its rows were read a few at a time."""
+    hopeless: bool = False
+    """Whether no card can make the shard, as its rows can't be read by the driver either."""
     _node_losses: int = 0
     _tries: int = 0  # failures since something was learnt
 
     @property
     def stuck(self) -> bool:
         """Whether trying again has stopped to teach anything."""
-        return self._tries >= MAX_TRIES
+        return self.hopeless or self._tries >= MAX_TRIES
 
     def task(self, shard: Shard, attempt: str, row_groups: RowGroups) -> ShardTask:
         """The next attempt, with all that is known."""
@@ -136,6 +141,7 @@ class Trouble:
             self.died_on.append(card)
         self.announce = True
         if isinstance(at, Reading):
+            self.read_deaths += at.by_row
             return  # what that says is for all shards of the row group
         if at and not at <= self.alone:
             self.alone |= at
@@ -145,8 +151,17 @@ class Trouble:
             self._tries = 0
 
     def is_certain(self, others: bool) -> bool:
-        """Whether enough processes have died of the shard to put it down to what they were at."""
+        """Whether enough processes have died of the shard to put it down to the row that they were at."""
         return len(self.died_on) >= DEATHS_TO_CONDEMN and (len(set(self.died_on)) > 1 or not others)
+
+    def is_certain_of_reading(self, others: bool) -> bool:
+        """The same of a row that they read. The group has killed before."""
+        return self.read_deaths >= DEATHS_READING_A_ROW and (len(set(self.died_on)) > 1 or not others)
+
+    def explain(self) -> None:
+        """The failures so far were not the cards' fault."""
+        for incident in self.incidents:
+            incident.shards.clear()
 
     def learnt(self) -> None:
         """A failure has taught something, so that more tries are worth it."""

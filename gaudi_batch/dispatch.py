@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -99,6 +98,8 @@ class Dispatch:
 
     def put_back(self, shard: int) -> None:
         """A shard waits again, before those that have not been tried."""
+        if self.row_groups.doubt(self._shards[shard]):
+            self.troubles.setdefault(shard, Trouble()).announce = True
         trouble = self.troubles.get(shard)
         if trouble is None or not trouble.announce:
             self.pending.again.appendleft(shard)
@@ -173,8 +174,10 @@ class Dispatch:
     def _match(self, level: int) -> tuple[Card, int] | None:
         """A card with so many shards in its hand, and the shard that it gets next."""
         cards = self.cards.open[level]
-        if self.row_groups.unsettled:
-            self._park(self.pending.again)
+        if self.row_groups.known:
+            for shard in [shard for shard in self.pending.again if self.row_groups.doubt(self._shards[shard])]:
+                self.pending.again.remove(shard)
+                self.put_back(shard)
         for place, shard in enumerate(self.pending.again):
             # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
             holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
@@ -193,18 +196,15 @@ class Dispatch:
             if key is None:
                 return None
             shard = self.pending.take_fresh(key)
-            if not self.row_groups.block(self._shards[shard]):
+            if not self.row_groups.doubt(self._shards[shard]):
                 return card, shard
-            self.pending.parked[shard] = None
+            self.put_back(shard)
         return None
 
-    def _park(self, shards: deque[int] | dict[int, None]) -> None:
+    def _park(self, suspects: dict[int, None]) -> None:
         """Sets those aside that have to wait for what another shard finds out."""
-        for shard in [shard for shard in shards if self.row_groups.block(self._shards[shard])]:
-            if isinstance(shards, dict):
-                del shards[shard]
-            else:
-                shards.remove(shard)
+        for shard in [shard for shard in suspects if self.row_groups.block(self._shards[shard])]:
+            del suspects[shard]
             self.pending.parked[shard] = None
 
     def _choose_key(self, card: Card) -> GraphKey | None:

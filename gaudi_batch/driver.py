@@ -505,6 +505,7 @@ class Driver:
             output.once().put(f"{probe}/probe", bytes(PROBE_BYTES))
             with contextlib.suppress(StorageError):
                 output.once().remove(probe)
+            output.once().get("run.json")
             prompts.require_unchanged(shard.file, storage=prompts.storage.once())
             try:
                 prompts.read_bytes(shard)

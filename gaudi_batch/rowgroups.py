@@ -2,7 +2,7 @@
 
 A row group often holds many shards, and what one of them finds out holds for all. So one shard, the first that died at
 it, finds out from which row on a group can't be read; the others that touch the group wait meanwhile, and then read it
-no further.
+no further. Where it has found nothing, since all of its own rows can be read, the others are suspect, too.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ class _Group:
 class RowGroups:
     """What is known of them, by file and group."""
 
+    known: int = 0
+    """How many there are."""
     unsettled: int = 0
     """How many are being found out about."""
     _groups: dict[int, dict[int, _Group]] = field(default_factory=dict)
 
     def killed(self, shard: Shard, reading: Reading) -> bool:
-        """A process died decoding a whole group for a shard; returns whether that is news."""
+        """A process died decoding rows of a group for a shard, which finds out about it if no other does; returns
+        whether the group was not known."""
         groups = self._groups.setdefault(shard.file, {})
-        if reading.group in groups:
-            return False
-        groups[reading.group] = _Group(reading.span, shard.number)
-        self.unsettled += 1
-        return True
+        known = reading.group in groups
+        self.known += not known
+        group = groups.setdefault(reading.group, _Group(reading.span, None))
+        if group.finder is None:
+            group.finder = shard.number
+            self.unsettled += 1
+        return not known
 
     def condemn(self, shard: Shard, reading: Reading, reason: str) -> None:
         """From the first row of this reading on, the group can't be read."""
@@ -56,6 +61,10 @@ class RowGroups:
         return bool(self.unsettled) and any(
             group.finder not in (None, shard.number) for _, group in self._touched(shard)
         )
+
+    def doubt(self, shard: Shard) -> bool:
+        """Whether a shard touches a group that has killed, and of which nobody knows yet what can't be read."""
+        return bool(self.known) and any(group.unreadable is None for _, group in self._touched(shard))
 
     def by_row(self, shard: Shard) -> frozenset[int]:
         """The groups that a shard is to read a few rows at a time."""

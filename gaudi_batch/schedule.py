@@ -305,8 +305,11 @@ class Schedule:
         self._storage_failures.being_checked = False
         if error is not None:
             return self._end(error)
-        if of_shard is not None and self._work.take(shard):
-            self._give_up(shard, of_shard)
+        trouble = self._work.troubles.get(shard)
+        if of_shard is not None and trouble is not None:
+            trouble.hopeless, trouble.error = True, of_shard
+            if self._work.take(shard):
+                self._put_back(shard)
         return self._proceed()
 
     def stop(self, reason: str) -> list[Decision]:
@@ -422,7 +425,9 @@ class Schedule:
         # It may still store one shard while it makes the next.
         generating = [attempt for attempt in hand if self._work.attempts[attempt].generating]
         at_work = (generating[-1:] or hand[:1] or [""])[0]
-        incident = Incident(card.number, {self._work.attempts[attempt].shard for attempt in hand})
+        shards = {self._work.attempts[attempt].shard for attempt in hand}
+        explained = any(self._work.row_groups.by_row(self.shards[shard]) for shard in shards)
+        incident = Incident(card.number, set() if explained else shards)
         for attempt in reversed(hand):
             live = self._work.release(attempt)
             trouble = self._work.troubles.setdefault(live.shard, Trouble())
@@ -441,10 +446,12 @@ class Schedule:
 
     def _blame_reading(self, trouble: Trouble, shard: Shard, at: Reading, others: bool) -> None:
         """A process died decoding rows that it had announced."""
-        if not at.by_row:
-            if self._work.row_groups.killed(shard, at):
-                trouble.learnt()
-        elif trouble.is_certain(others):
+        if self._work.row_groups.killed(shard, at):
+            trouble.learnt()
+            for number, other in self._work.troubles.items():
+                if self._work.row_groups.by_row(self.shards[number]):
+                    other.explain()  # it may have been this group that others died of
+        if at.by_row and trouble.is_certain_of_reading(others):
             reason = "the card's process died reading this row, or one before it in row group"
             self._work.row_groups.condemn(shard, at, f"{reason} {at.group}: {trouble.error}")
             trouble.learnt()

@@ -50,7 +50,8 @@ def test_a_row_that_kills_its_process_is_recorded_and_its_neighbours_are_made(
     made, failed = outcome(tmp_path / "out")
     assert made == [row for row in range(100) if row != 37]
     assert "process died" in failed[37]
-    assert sum(card["faults"] for card in result.summary["cards"].values()) == 3
+    # A fourth where its card died before it could say that it had begun this shard and not the one before.
+    assert 3 <= sum(card["faults"] for card in result.summary["cards"].values()) <= 4
 
 
 def test_a_row_that_hangs_is_killed_at_the_limit_and_recorded(prompts: Path, tmp_path: Path, cluster: str) -> None:
@@ -72,8 +73,8 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(
         remove_placement_group(group)
 
     monkeypatch.setattr("gaudi_batch.driver.remove_placement_group", removed)
-    broken = {"broken_modules": [1], "batch_seconds": 0.5}
-    result = make(prompts, tmp_path / "out", cluster, broken, cards=3, shard_size=8)
+    broken = {"broken_modules": [1], "batch_seconds": 1.0}
+    result = make(prompts, tmp_path / "out", cluster, broken, cards=3, shard_size=4)
     assert result.exit_code == 0
     assert outcome(tmp_path / "out") == (list(range(100)), {})
     assert all(card["images"] == 0 for card in result.summary["cards"].values() if card["module"] == 1)
