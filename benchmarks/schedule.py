@@ -25,8 +25,8 @@ from gaudi_batch.events import ShardOutcome
 from gaudi_batch.plan import Bucket, GraphKey, Shard
 from gaudi_batch.schedule import Schedule
 
-CASES = [(256, 1, 10), (256, 6, 10), (1000, 16, 20), (10_000, 1, 10), (10_000, 6, 10)]
-"""Cards, graph keys, and shards a card."""
+CASES = [(256, 1, 10, 0), (256, 6, 10, 0), (1000, 16, 20, 0), (1000, 6, 10, 40), (10_000, 1, 10, 0), (10_000, 6, 10, 0)]
+"""Cards, graph keys, shards a card, and nodes that are lost twice."""
 SHARD_SECONDS = 30.0
 CAPTURE_SECONDS = 60.0
 START_SECONDS = 20.0
@@ -45,6 +45,7 @@ class _Card:
     hand: list[ShardTask] = field(default_factory=list)
     graphs: set[GraphKey] = field(default_factory=set)
     working: bool = False
+    gone: bool = False
 
 
 class Simulation:
@@ -56,6 +57,7 @@ class Simulation:
         shards: how many for each card.
         seed: of all that is drawn.
         deaths: whether processes die now and then.
+        lost_nodes: nodes that are lost, and others come, when a fifth of the run's time is over and again when two are.
         watch: called around each call of the schedule, and returns what that returns.
     """
 
@@ -66,6 +68,7 @@ class Simulation:
         shards: int,
         seed: int = 0,
         deaths: bool = True,
+        lost_nodes: int = 0,
         watch: Callable[[Callable[[], list[Decision]]], list[Decision]] = lambda call: call(),
     ) -> None:
         self.rng = random.Random(seed)
@@ -76,6 +79,7 @@ class Simulation:
         self.schedule = Schedule(plan, "a", 8 * len(plan))
         self.cards = [_Card(number, self.rng.random() < SLOW_SHARE) for number in range(cards)]
         self.deaths = deaths
+        self.lost_nodes = lost_nodes
         self.events = 0
         self.captures = 0
         self.dead = 0
@@ -99,6 +103,8 @@ class Simulation:
             self._later(START_SECONDS * self.rng.uniform(0.5, 1.5), self._ready, card, card.process)
         if self.deaths:
             self._later(self._next_death(), self._die)
+        for part in (0.2, 0.4) if self.lost_nodes else ():
+            self._later(part * self.ideal, self._lose_nodes)
         while self._queue and not self.schedule.finished:
             self._now, _, happen, arguments = heapq.heappop(self._queue)
             happen(*arguments)
@@ -164,9 +170,26 @@ class Simulation:
     def _die(self) -> None:
         self._later(self._next_death(), self._die)
         card = self.rng.choice(self.cards)
-        if card.hand:
+        if card.hand and not card.gone:
             self.dead += 1
             self._do(self.schedule.died, card.number, "killed")
+
+    def _lose_nodes(self) -> None:
+        """As when a rack loses its power; nodes of other names take their place."""
+        lost = self.rng.sample(range(len(self.cards) // CARDS_OF_A_NODE), self.lost_nodes)
+        gone = [card for card in self.cards if card.number // CARDS_OF_A_NODE in lost and not card.gone]
+        for card in gone:
+            for task in card.hand:
+                self._do(self.schedule.begun, task.attempt, False)
+        for card in gone:
+            card.gone = True
+            self._stop(card)
+            self._do(self.schedule.gone, card.number)
+        for card in gone:
+            other = _Card(len(self.cards), card.slow)
+            self.cards.append(other)
+            self._do(self.schedule.starting, other.number, f"node {other.number // CARDS_OF_A_NODE}")
+            self._later(START_SECONDS, self._ready, other, other.process)
 
     def _restart(self, card: _Card) -> None:
         self._stop(card)
@@ -179,7 +202,7 @@ class Simulation:
         card.working = False
 
 
-def measure(cards: int, keys: int, shards: int) -> str:
+def measure(cards: int, keys: int, shards: int, lost_nodes: int) -> str:
     """One case, as a line."""
     inside = longest = 0.0
 
@@ -191,11 +214,12 @@ def measure(cards: int, keys: int, shards: int) -> str:
         inside, longest = inside + took, max(longest, took)
         return decisions
 
-    simulation = Simulation(cards, keys, shards, watch=watch)
+    simulation = Simulation(cards, keys, shards, lost_nodes=lost_nodes, watch=watch)
     seconds = simulation.run()
     assert simulation.reason is None, simulation.reason
     return (
         f"{cards:6d} cards  {keys:2d} keys  {len(simulation.schedule.shards):7d} shards  {simulation.dead:4d} deaths  "
+        f"{2 * lost_nodes:3d} nodes lost  "
         f"{simulation.quarantined} quarantined  "
         f"{1e6 * inside / simulation.events:7.1f} us an event  {1e3 * longest:7.1f} ms the longest  "
         f"{simulation.captures:6d} captures  {seconds / simulation.ideal:.3f} of ideal"
@@ -208,8 +232,9 @@ def main() -> None:
     parser.add_argument("--cards", type=int)
     parser.add_argument("--keys", type=int, default=1)
     parser.add_argument("--shards", type=int, default=10, help="for each card")
+    parser.add_argument("--lost-nodes", type=int, default=0, help="nodes that are lost, twice")
     arguments = parser.parse_args()
-    cases = [(arguments.cards, arguments.keys, arguments.shards)] if arguments.cards else CASES
+    cases = [(arguments.cards, arguments.keys, arguments.shards, arguments.lost_nodes)] if arguments.cards else CASES
     for case in cases:
         print(measure(*case), flush=True)
 

@@ -99,8 +99,9 @@ class Run:
         return self.log
 
 
-def write_prompts(path: Path, rows: int, **columns: list[Any]) -> Path:
-    pq.write_table(pa.table({"prompt": [f"prompt {row}" for row in range(rows)], **columns}), path, row_group_size=8)
+def write_prompts(path: Path, rows: int, group_rows: int = 8, **columns: list[Any]) -> Path:
+    table = pa.table({"prompt": [f"prompt {row}" for row in range(rows)], **columns})
+    pq.write_table(table, path, row_group_size=group_rows)
     return path
 
 
@@ -167,13 +168,16 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
         yield started
 
 
-@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize(("cards", "group_rows"), [(1, 8), (2, 40)])
 def test_rows_whose_reading_kills_are_found_and_no_other_row_fails(
-    cards: int, nodes: RayCluster, s3: S3Server, proxy: FaultProxy, tmp_path: Path
+    cards: int, group_rows: int, nodes: RayCluster, s3: S3Server, proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """Whoever reads the bytes of row group 6, rows 48 to 55, is killed, by the server's end of the connection."""
-    prompts = write_prompts(tmp_path / "prompts.parquet", 160)
-    column = pq.ParquetFile(prompts).metadata.row_group(6).column(0)
+    """Whoever reads the bytes of one row group is killed, by the server's end of the connection. The group has a part
+    of a shard's rows, or those of several shards."""
+    group = 1
+    rows = range(group * group_rows, (group + 1) * group_rows)
+    prompts = write_prompts(tmp_path / "prompts.parquet", 160, group_rows)
+    column = pq.ParquetFile(prompts).metadata.row_group(group).column(0)
     begin = column.dictionary_page_offset or column.data_page_offset
     here = Storage(f"s3://bucket/{tmp_path.name}", s3.options)
     here.put_file("prompts.parquet", str(prompts))
@@ -191,11 +195,11 @@ def test_rows_whose_reading_kills_are_found_and_no_other_row_fails(
         f' {{"endpoint_url": "http://127.0.0.1:{proxy.port}", "region_name": "us-east-1"}}}}',
     )
     log = run.end(3)
-    assert statuses(output) == [(row, "failed" if row in range(48, 56) else "ok") for row in range(160)]
-    assert fault.hits <= 4, log
+    assert statuses(output) == [(row, "failed" if row in rows else "ok") for row in range(160)]
+    assert fault.hits <= 4 * cards, log
     assert "quarantined" not in log
     errors = {row["error"] for row in read_manifest(output) if row["error"]}
-    assert all("died reading this row, or one before it in row group 6" in error for error in errors)
+    assert all(f"died reading this row, or one before it in row group {group}" in error for error in errors)
 
 
 def test_a_card_that_has_no_memory_to_decode_costs_no_row(nodes: RayCluster, tmp_path: Path) -> None:
@@ -243,7 +247,7 @@ def test_a_card_that_paints_wrong_now_and_then_is_quarantined_and_costs_no_row(
     lying = ("--simulated.lying-modules", "[2]", "--simulated.lying-share", "0.05")
     log = Run(nodes, prompts, output, *lying, "--simulated.batch-seconds", "0.05").end(0)
     assert statuses(output) == [(row, "ok") for row in range(1600)]
-    assert re.findall(r"module (\d)\) is quarantined: \d+ of its \d+ images came out wrong", log) == ["2"]
+    assert re.findall(r"module (\d)\) is quarantined: \d+ times in \d+ images it failed", log) == ["2"]
 
 
 def test_large_images_have_a_time_limit_of_their_own(nodes: RayCluster, tmp_path: Path) -> None:

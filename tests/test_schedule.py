@@ -448,7 +448,7 @@ def test_ten_thousand_cards_are_scheduled_in_seconds() -> None:
 def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -> None:
     """Counted in calls of functions: six shapes and sixteen, slow cards and deaths, to the end."""
 
-    def calls_an_event(cards: int, keys: int) -> float:
+    def calls_an_event(cards: int, keys: int, lost_nodes: int = 0) -> float:
         calls = 0
 
         def count(frame: object, event: str, argument: object) -> None:
@@ -462,7 +462,7 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
             finally:
                 sys.setprofile(None)
 
-        simulation = Simulation(cards, keys, 6, watch=watch)
+        simulation = Simulation(cards, keys, 6, lost_nodes=lost_nodes, watch=watch)
         simulation.run()
         assert simulation.reason is None
         return calls / simulation.events
@@ -471,3 +471,7 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
         few, many = calls_an_event(100, keys), calls_an_event(1000, keys)
         assert many < 2 * few
         assert many < 250
+    # Shards that were lost with two nodes wait for nodes of their own.
+    assert calls_an_event(1000, 6, lost_nodes=40) < 500
+        "shards that were lost with two nodes wait for nodes of their own"
+    )
