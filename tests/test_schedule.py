@@ -473,5 +473,3 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
         assert many < 250
     # Shards that were lost with two nodes wait for nodes of their own.
     assert calls_an_event(1000, 6, lost_nodes=40) < 500
-        "shards that were lost with two nodes wait for nodes of their own"
-    )
