@@ -135,18 +135,44 @@ def test_rows_are_planned_again_only_with_a_card(flag: str, prompts: Path, outpu
 def test_the_demo_removes_no_run_but_its_own(
     prompts: Path, output: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = files(output)
-    refused = command_line("demo", "--output", output, "--prompts-count", "2", RAY_ADDRESS=cluster)
-    assert files(output) == before
-    assert refused.returncode == 2
-    assert "--output" in refused.stderr
-    (output / "run.json").unlink()
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
     with pytest.raises(InputError, match="not the demo's"):
         demo(str(output), 2)
     shutil.rmtree(output)
-    make(PROMPTS, output, cluster, model="builtin:shapes", limit=9)
+    assert demo(str(output), 3).exit_code == 0
     (output / "notes.txt").write_text("mine")
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    path = output / "run.json"
+    its = json.loads(path.read_text())
+    changes: list[dict[str, Any]] = [
+        {"steps": 50},
+        {"guidance_scale": 7.5},
+        {"seed": 1},
+        {"num_images": 2},
+        {"device": "simulated"},
+        {"cards": "all"},
+        {"shard_size": 256},
+        {"encoding": {"type": "jpeg", "quality": 95}},
+        {"prompts": f"/home/me/{PROMPTS.name}"},
+        {"prompts": 5},
+        {"prompts": None},
+    ]
+    records = [its | {"job": its["job"] | change} for change in changes]
+    for record in (*records, its | {"job": "x"}, its | {"job": None}, [its], {}, "x"):
+        path.write_text(json.dumps(record))
+        before = files(output)
+        with pytest.raises(InputError, match="not the demo's"):
+            demo(str(output), 2)
+        assert files(output) == before
+    refused = command_line("demo", "--output", output, "--prompts-count", "2")
+    assert refused.returncode == 2
+    assert "name another output with --output" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    path.unlink()
+    with pytest.raises(InputError, match="not the demo's"):
+        demo(str(output), 2)
+    older = {name: value for name, value in its["job"].items() if name not in ("use_safetensors", "gaudi")}
+    del older["limits"]["answer"]
+    path.write_text(json.dumps(its | {"job": older}))
     assert demo(str(output), 2).exit_code == 0
     assert len(read_manifest(output)) == 2
     assert (output / "notes.txt").exists()
