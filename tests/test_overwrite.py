@@ -66,8 +66,8 @@ def test_a_run_is_not_removed_for_cards_whose_stack_is_not_here(prompts: Path, o
     ("fields", "said"),
     [
         (NO_CARD, "the cluster has no card for this job"),
-        ({"simulated": {"unloadable_modules": [0, 1, 2, 3]}}, "simulated failure to load on module"),
-        ({"simulated": {"load_seconds": 600}, "limits": {"loading": 1}}, "limits.loading"),
+        ({"simulated": {"unloadable_modules": [0, 1, 2, 3]}}, "of 4 cards that were free none could load the model"),
+        ({"simulated": {"load_seconds": 600}, "limits": {"loading": 1}}, "of 4 cards that were free none"),
         ({"device": "hpu", "model": "builtin:shapes"}, "habana_frameworks"),
     ],
     ids=["no card", "can't load", "loads for ever", "no stack in the cluster"],
@@ -82,8 +82,8 @@ def test_a_run_is_not_removed_before_a_card_can_be_had(
     assert said in str(refused.value)
 
 
-def test_one_bad_card_does_not_keep_a_run_from_being_started_afresh(prompts: Path, output: Path, cluster: str) -> None:
-    bad = {"batch_seconds": 0.0, "unloadable_modules": [0, 1]}
+def test_one_good_card_is_enough_to_start_a_run_afresh(prompts: Path, output: Path, cluster: str) -> None:
+    bad = {"batch_seconds": 0.0, "unloadable_modules": [0, 1, 2]}
     assert make(prompts, output, cluster, flags=("overwrite",), seed=2, simulated=bad).exit_code == 0
     assert json.loads((output / "run.json").read_text())["job"]["seed"] == 2
 
