@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from helpers import command_line, read_manifest
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import remove_placement_group
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
+from gaudi_batch.cluster import CardResources, attached
 from gaudi_batch.demo import PROMPTS, demo
 from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.slot import node_of
 from gaudi_batch.storage import Storage
+from gaudi_batch.trial import _hold
 
 NO_CARD: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 4096}, "model": "builtin:shapes"}
 """A job for which no machine has a card."""
@@ -86,6 +93,28 @@ def test_one_good_card_is_enough_to_start_a_run_afresh(prompts: Path, output: Pa
     bad = {"batch_seconds": 0.0, "unloadable_modules": [0, 1, 2]}
     assert make(prompts, output, cluster, flags=("overwrite",), seed=2, simulated=bad).exit_code == 0
     assert json.loads((output / "run.json").read_text())["job"]["seed"] == 2
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[str]:
+    """The address of a cluster of two nodes with four cards each."""
+    node: dict[str, Any] = {"resources": {"HPU": 4}, "object_store_memory": 100 * 1024**2}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def test_a_bad_node_is_not_tried_card_after_card_while_another_has_some(two_nodes: str) -> None:
+    with attached(two_nodes):
+        nodes = [str(node["NodeID"]) for node in ray.nodes()]
+        for bad, other in (nodes, nodes[::-1], nodes):
+            group = _hold(CardResources("HPU", 1), "trial", Counter({bad: 1}))
+            assert group.wait(60)
+            assert node_of(group) == other
+            remove_placement_group(group)
 
 
 def test_a_run_is_not_removed_for_prompts_that_can_not_be_planned(
