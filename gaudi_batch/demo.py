@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.ledger import Ledger
+from gaudi_batch.redaction import redacted_options
 from gaudi_batch.runner import RunResult, run
 from gaudi_batch.storage import Storage
 
@@ -37,7 +39,6 @@ def demo(output: str, prompts: int) -> RunResult:
         InputError: another run is in the output, which is not the demo's to remove.
     """
     storage = Storage(output)
-    _refuse_another_run(Ledger(storage))
     config = JobConfig.load(
         None,
         {
@@ -52,20 +53,30 @@ def demo(output: str, prompts: int) -> RunResult:
             "shard_size": 32,
         },
     )
+    _refuse_another_run(Ledger(storage), config)
     result = run(config, overwrite=True)
     make_contact_sheet(storage)
     return result
 
 
-def _refuse_another_run(ledger: Ledger) -> None:
-    record = ledger.get_json("run.json") or {}
-    job = record.get("job") or {}
-    ours = job.get("model") == MODEL and Path(job.get("prompts") or "").name == PROMPTS.name
-    if ledger.holds_run() and not ours:
+def _refuse_another_run(ledger: Ledger, config: JobConfig) -> None:
+    try:
+        record = ledger.run()
+    except InputError:  # it can't be read, so nobody knows whose it is
+        record = None
+    ours = redacted_options(config.model_dump(mode="json", exclude={"output", "limit"}))
+    if ledger.holds_run() and not (record and _agrees(record.job, ours)):
         raise InputError(
             f"{ledger.storage.url} has a run that is not the demo's, and the demo would remove it to start afresh; name"
             " another output with --output"
         )
+
+
+def _agrees(theirs: Any, ours: Any) -> bool:
+    """Whether a recorded job has our values; a field that it lacks is newer than the version that recorded it."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(_agrees(theirs.get(name, value), value) for name, value in ours.items())
+    return bool(theirs == ours)
 
 
 def make_contact_sheet(storage: Storage) -> None:

@@ -43,6 +43,12 @@ JOINED_BYTES = 64 << 20
 """Of manifests in memory that make one row group of manifest.parquet."""
 OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "verify.json", "manifest.parquet", "run.json")
 """What a run has once; beside these it has manifests, and what is named after attempts."""
+OWN_DIRECTORIES = ("images", "manifest", "throughput")
+
+
+def is_of_run(path: str) -> bool:
+    """Whether a path in an output, or the output itself (""), is of those that a run writes."""
+    return path in ("", "lease.json", *OWN_FILES) or path.partition("/")[0] in OWN_DIRECTORIES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -26,6 +26,7 @@ from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading
+from gaudi_batch.ledger import is_of_run
 from gaudi_batch.links import LinkedFileSystem, is_hidden
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
@@ -35,8 +36,9 @@ from gaudi_batch.text import one_line
 log = logging.getLogger("gaudi_batch")
 
 FOOTER_THREADS = 16
-PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
-"""By which files are told that somebody may have meant; the first alone is taken from a directory."""
+_PARQUET = re.compile(r"\.(parquet|parq|pq)(?=[./]|$)", re.IGNORECASE)
+"""In the path of a file that somebody may have meant, be it `x.parquet/part-0` or `y.parquet.gz`."""
+_PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
 MOST_ROWS = 2**31 - 1
 """Of a job. A footer can claim any number, and the plan grows with it."""
@@ -439,23 +441,41 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     # What stays a URL is http's, and its query often is a signature: a secret, and no part of any name.
     plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")
     query = mark + asked
+    output = _real(str(filesystem._strip_protocol(config.output)), whole)
+
+    def prompts(names: Iterable[str], files: Any, *, all_of_output: bool) -> list[str]:
+        """The names without links in a circle, and without what is in the output: all, or what a run writes."""
+
+        def is_output(name: str) -> bool:
+            real = _real(name, whole)
+            inside = f"{real}/".startswith(f"{output}/")
+            return inside and (all_of_output or is_of_run(real[len(output) + 1 :]))
+
+        loops = files.loops if isinstance(files, LinkedFileSystem) else ()
+        return [name for name in names if not (name in loops or is_output(name))]
 
     def look() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
             files = LinkedFileSystem(base) if whole.local else filesystem
-            matches = files.glob(path, detail=True)
-            taken = [name for name, info in matches.items() if info["type"] != "directory"]
+            found = files.glob(path, detail=True)
+            matches = prompts(found, files, all_of_output=False)
+            taken = [name for name in matches if found[name]["type"] != "directory"]
             above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
-            return _Found(base, files, taken, matches.keys() - taken - above, "a glob takes files and no directory")
+            return _Found(base, files, taken, set(matches) - above.union(taken), "a glob takes files and no directory")
         info = filesystem.info(path)
         if info["type"] == "file":
             return _Found(plain.rpartition("/")[0], filesystem, [plain])
         files = LinkedFileSystem(path) if whole.local else filesystem
-        output = _real(str(filesystem._strip_protocol(config.output)), whole) + "/"
-        names = [name for name in files.find(path) if not _real(name, whole).startswith(output)]
-        meant = [name for name in names if name.lower().endswith(PARQUET_SUFFIXES)]
-        taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(name[len(path) :])]
+        all_of_output = output.startswith(_real(path, whole) + "/")
+        names = prompts(files.find(path), files, all_of_output=all_of_output)
+        below = {name: name[len(path) :] for name in names}
+        meant = [
+            name
+            for name, its in below.items()
+            if _PARQUET_SUFFIX.search(its) or (_PARQUET.search(its) and not is_hidden(its))
+        ]
+        taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(below[name])]
         return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE)
 
     try:

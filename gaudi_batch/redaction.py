@@ -19,6 +19,7 @@ given: the fields of a `JobConfig`, and `RunResult.output`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -26,11 +27,14 @@ from typing import Any
 from urllib.parse import quote
 
 SECRET_VARIABLE = re.compile(
-    r"(?!PWD$|\w*_(?:FILE|PATH|DIR|URL|URI|ENDPOINT|NAME|MODE|TYPE)$)"  # these say where it is, or how it is used
+    r"(?!PWD$|\w*_(?:FILE|PATH|DIR|URL|URI|ENDPOINT|NAME|MODE|TYPE)$"  # these say where it is, or how it is used
+    r"|(?:\w*_)?(?:MAX|MIN|NUM)_(?:\w*_)?TOKENS$)"  # of a text
     r"(?:\w*_)?(?:"
-    r"SECRETS?|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PWD|APIKEY|CONNECTION_STRING|(?:API|ACCESS|ACCOUNT|PRIVATE)_KEY"
-    r"|(?:AWS|AZURE|GCP|GCS|GOOGLE|HF|S3)_(?:\w+_)?(?:KEY|SAS)"
-    r")(?:_\w+)?",
+    r"(?:SECRETS?|TOKEN|\w*PASSWORD|PASSWD|PASSPHRASE|PWD|APIKEY|CONNECTION_STRING|(?:API|ACCESS|ACCOUNT|PRIVATE)_KEY"
+    r"|(?:AWS|AZURE|GCP|GCS|GOOGLE|HF|S3)_(?:\w+_)?(?:KEY|SAS))(?:_\w+)?"
+    # Of a key that none of these is, the id is no secret.
+    r"|(?:TOKENS|PASS|PAT|CREDENTIALS?|(?!(?:PUBLIC|SORT|PARTITION|CACHE)_)[A-Z0-9]+_KEYS?)(?:_(?:\d+|JSON|B64|BASE64))?"
+    r")",
     re.IGNORECASE,
 )
 SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
@@ -51,6 +55,10 @@ _QUERY = re.compile(rf"({_URL}[^\s?'\"]{{0,2000}})\?([^\s'\"]+)")
 _SECRET_PARAMETER = re.compile(rf"(?:^|&)[^=&]*(?:{SECRET_KEY.pattern}|sig)[^=&]*=", re.IGNORECASE)
 _OF_CONNECTION = re.compile(r"(?:Key|Signature)=([^;]+)")
 """The secret parts of a connection string of Azure."""
+_PATH = re.compile(r"[/~.].*|[^{]*\.json")
+"""A value that says where credentials are."""
+_PLACE = re.compile(r"_ur[il]$")
+"""Names in the JSON of credentials of which the values are public: `token_uri`, `auth_provider_x509_cert_url`."""
 _learned: set[str] = set()
 
 
@@ -65,7 +73,7 @@ def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
     secrets = _learned | _secrets(options or {})
     for name, value in os.environ.items():
         if SECRET_VARIABLE.fullmatch(name):
-            secrets |= _forms(value)
+            secrets |= _secrets_of_variable(name, value)
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     text = _USER.sub(r"\1***@", _PASSWORD.sub(r"\1***@", text))
@@ -111,7 +119,23 @@ def _secrets(value: Any, secret: bool = False) -> set[str]:
     return _forms(str(value)) if secret and str(value) not in NO_SECRETS else set()
 
 
+def _secrets_of_variable(name: str, value: str) -> set[str]:
+    """What is secret in the value of a variable with a secret name: all, unless it is the path of credentials; of JSON
+    also what its own names say, and of several tokens each."""
+    if "CREDENTIAL" in name.upper() and _PATH.fullmatch(value):
+        return set()
+    try:
+        fields = json.loads(value)
+    except (ValueError, RecursionError):
+        fields = None
+    if isinstance(fields, dict):
+        return _forms(value) | _secrets({key: item for key, item in fields.items() if not _PLACE.search(key)})
+    several = re.split(r"[,;\s]+", value) if name.upper().endswith(("TOKENS", "KEYS")) else ()
+    return _forms(value).union(*map(_forms, several))
+
+
 def _forms(secret: str) -> set[str]:
-    """A secret as texts may have it: as it is, as a URL has it, and the parts of a connection string."""
-    parts = [part for part in (secret, *_OF_CONNECTION.findall(secret)) if len(part) >= SHORTEST_SECRET]
+    """A secret as texts may have it: as it is, as a URL has it, its lines, and the parts of a connection string."""
+    lines = [line for line in secret.splitlines() if not line.startswith("-----")]
+    parts = [part for part in (secret, *lines, *_OF_CONNECTION.findall(secret)) if len(part) >= SHORTEST_SECRET]
     return {*parts, *(quote(part, safe="") for part in parts)}

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gaudi_batch.card import where_am_i
-from gaudi_batch.cluster import CardResources, card_options
+from gaudi_batch.cluster import CardResources, card_options, look_at_cluster
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.generation import describe_error
 from gaudi_batch.job import Job
 from gaudi_batch.pipelines import load_pipeline
-from gaudi_batch.slot import group_name, why_died
+from gaudi_batch.slot import group_name, node_of, why_died
 
 log = logging.getLogger("gaudi_batch")
 
-MAX_TRIES = 3
-"""Cards that may fail to load before the job is held to be wrong and not the cards."""
 OTHER_CARD_TIMEOUT_S = 10.0
 """How long the cluster may take to give another card when one has failed; it may have no other that is free."""
 
@@ -38,7 +37,8 @@ class _Trial:
 
 
 def try_card(job: Job, resources: CardResources, driver: str) -> None:
-    """Has a card load a job's model, and gives it back. One that can't is held meanwhile, so that the next is another.
+    """Has a card load a job's model, and gives it back. One that can't is held meanwhile, so that the next is another,
+    on the node on which the fewest have failed; so it goes on until no other is free.
 
     Args:
         job: the job.
@@ -46,30 +46,47 @@ def try_card(job: Job, resources: CardResources, driver: str) -> None:
         driver: prefix of this driver's attempts.
 
     Raises:
-        RunStopped: no card was free within `limits.cluster`, or none loaded within `limits.loading`.
+        RunStopped: no card was free within `limits.cluster`, or none that was free loaded within `limits.loading`.
     """
     limits = job.config.limits
-    groups = []
+    groups: list[PlacementGroup] = []
+    failures: Counter[str] = Counter()  # by node
     error = ""
     try:
-        for number in range(MAX_TRIES):
-            groups.append(placement_group([resources.bundle], name=group_name(driver, f"trial-{number}")))
+        while not error or len(groups) < look_at_cluster(job.config, resources).there:
+            groups.append(_hold(resources, group_name(driver, f"trial-{len(groups)}"), failures))
             if not groups[-1].wait(OTHER_CARD_TIMEOUT_S if error else limits.cluster):
-                error = error or f"no card was free for {limits.cluster:g} s (limits.cluster)"
                 break
-            strategy = PlacementGroupSchedulingStrategy(groups[-1], 0)
-            trial = ray.remote(_Trial).options(**card_options(job.config, resources), scheduling_strategy=strategy)
-            try:
-                error = ray.get(trial.remote().load.remote(job), timeout=limits.loading)
-            except GetTimeoutError:
-                error = f"loading took longer than {limits.loading:g} s (limits.loading)"
-                break
-            except RayError as died:
-                error = why_died(died)
+            error = _failure_to_load(job, resources, groups[-1])
             if not error:
                 return
+            failures[node_of(groups[-1])] += 1
             log.warning("a card can't load the model: %s", error)
     finally:
         for group in groups:
             remove_placement_group(group)
-    raise RunStopped(f"stopped before anything was removed, as no card can be had: {error}")
+    if error:
+        why = f"of {sum(failures.values())} cards that were free none could load the model; the last: {error}"
+    else:
+        why = f"no card was free for {limits.cluster:g} s (limits.cluster)"
+    raise RunStopped(f"stopped before anything was removed, as {why}")
+
+
+def _hold(resources: CardResources, name: str, failures: Counter[str]) -> PlacementGroup:
+    """Asks for a card; once some have failed, on the node where the fewest have, if one is free there."""
+    nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]} if failures else {}
+    left = [node for node, cards in nodes.items() if cards > failures[node]]
+    target = min(left, key=lambda node: failures[node], default=None)
+    return placement_group([resources.bundle], "STRICT_PACK", name, _soft_target_node_id=target)
+
+
+def _failure_to_load(job: Job, resources: CardResources, group: PlacementGroup) -> str:
+    """What went wrong when a card that is held loaded the model; empty if nothing did."""
+    strategy = PlacementGroupSchedulingStrategy(group, 0)
+    trial = ray.remote(_Trial).options(**card_options(job.config, resources), scheduling_strategy=strategy).remote()
+    try:
+        return str(ray.get(trial.load.remote(job), timeout=job.config.limits.loading))
+    except GetTimeoutError:
+        return f"loading took longer than {job.config.limits.loading:g} s (limits.loading)"
+    except RayError as died:
+        return why_died(died)

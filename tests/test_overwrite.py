@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from helpers import command_line, read_manifest
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import remove_placement_group
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
+from gaudi_batch.cluster import CardResources, attached
 from gaudi_batch.demo import PROMPTS, demo
 from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.slot import node_of
 from gaudi_batch.storage import Storage
+from gaudi_batch.trial import _hold
 
 NO_CARD: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 4096}, "model": "builtin:shapes"}
 """A job for which no machine has a card."""
@@ -66,8 +73,8 @@ def test_a_run_is_not_removed_for_cards_whose_stack_is_not_here(prompts: Path, o
     ("fields", "said"),
     [
         (NO_CARD, "the cluster has no card for this job"),
-        ({"simulated": {"unloadable_modules": [0, 1, 2, 3]}}, "simulated failure to load on module"),
-        ({"simulated": {"load_seconds": 600}, "limits": {"loading": 1}}, "limits.loading"),
+        ({"simulated": {"unloadable_modules": [0, 1, 2, 3]}}, "of 4 cards that were free none could load the model"),
+        ({"simulated": {"load_seconds": 600}, "limits": {"loading": 1}}, "of 4 cards that were free none"),
         ({"device": "hpu", "model": "builtin:shapes"}, "habana_frameworks"),
     ],
     ids=["no card", "can't load", "loads for ever", "no stack in the cluster"],
@@ -82,10 +89,32 @@ def test_a_run_is_not_removed_before_a_card_can_be_had(
     assert said in str(refused.value)
 
 
-def test_one_bad_card_does_not_keep_a_run_from_being_started_afresh(prompts: Path, output: Path, cluster: str) -> None:
-    bad = {"batch_seconds": 0.0, "unloadable_modules": [0, 1]}
+def test_one_good_card_is_enough_to_start_a_run_afresh(prompts: Path, output: Path, cluster: str) -> None:
+    bad = {"batch_seconds": 0.0, "unloadable_modules": [0, 1, 2]}
     assert make(prompts, output, cluster, flags=("overwrite",), seed=2, simulated=bad).exit_code == 0
     assert json.loads((output / "run.json").read_text())["job"]["seed"] == 2
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[str]:
+    """The address of a cluster of two nodes with four cards each."""
+    node: dict[str, Any] = {"resources": {"HPU": 4}, "object_store_memory": 100 * 1024**2}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def test_a_bad_node_is_not_tried_card_after_card_while_another_has_some(two_nodes: str) -> None:
+    with attached(two_nodes):
+        nodes = [str(node["NodeID"]) for node in ray.nodes()]
+        for bad, other in (nodes, nodes[::-1], nodes):
+            group = _hold(CardResources("HPU", 1), "trial", Counter({bad: 1}))
+            assert group.wait(60)
+            assert node_of(group) == other
+            remove_placement_group(group)
 
 
 def test_a_run_is_not_removed_for_prompts_that_can_not_be_planned(
@@ -135,18 +164,44 @@ def test_rows_are_planned_again_only_with_a_card(flag: str, prompts: Path, outpu
 def test_the_demo_removes_no_run_but_its_own(
     prompts: Path, output: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = files(output)
-    refused = command_line("demo", "--output", output, "--prompts-count", "2", RAY_ADDRESS=cluster)
-    assert files(output) == before
-    assert refused.returncode == 2
-    assert "--output" in refused.stderr
-    (output / "run.json").unlink()
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
     with pytest.raises(InputError, match="not the demo's"):
         demo(str(output), 2)
     shutil.rmtree(output)
-    make(PROMPTS, output, cluster, model="builtin:shapes", limit=9)
+    assert demo(str(output), 3).exit_code == 0
     (output / "notes.txt").write_text("mine")
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    path = output / "run.json"
+    its = json.loads(path.read_text())
+    changes: list[dict[str, Any]] = [
+        {"steps": 50},
+        {"guidance_scale": 7.5},
+        {"seed": 1},
+        {"num_images": 2},
+        {"device": "simulated"},
+        {"cards": "all"},
+        {"shard_size": 256},
+        {"encoding": {"type": "jpeg", "quality": 95}},
+        {"prompts": f"/home/me/{PROMPTS.name}"},
+        {"prompts": 5},
+        {"prompts": None},
+    ]
+    records = [its | {"job": its["job"] | change} for change in changes]
+    for record in (*records, its | {"job": "x"}, its | {"job": None}, [its], {}, "x"):
+        path.write_text(json.dumps(record))
+        before = files(output)
+        with pytest.raises(InputError, match="not the demo's"):
+            demo(str(output), 2)
+        assert files(output) == before
+    refused = command_line("demo", "--output", output, "--prompts-count", "2")
+    assert refused.returncode == 2
+    assert "name another output with --output" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    path.unlink()
+    with pytest.raises(InputError, match="not the demo's"):
+        demo(str(output), 2)
+    older = {name: value for name, value in its["job"].items() if name not in ("use_safetensors", "gaudi")}
+    del older["limits"]["answer"]
+    path.write_text(json.dumps(its | {"job": older}))
     assert demo(str(output), 2).exit_code == 0
     assert len(read_manifest(output)) == 2
     assert (output / "notes.txt").exists()

@@ -78,9 +78,12 @@ def test_links_in_a_circle_are_followed_once(linked: Path, said: Callable[[], st
     (linked / "self").symlink_to(linked)
     (linked / "here/up").symlink_to("..")
     (linked / "there/back").symlink_to(linked)
-    for where in (linked, linked / "**/*.parquet"):
+    (linked / "self.parquet").symlink_to(linked)
+    for where in (linked, linked / "**/*.parquet", linked / "**"):
         assert opened(where).rows == 1 + 100 + 7
-    assert "'here/up', 'self', 'there/back': not followed" in said()
+    assert opened(linked / "*").rows == 7
+    assert "'here/up', 'self', 'self.parquet' and 1 more: not followed" in said()
+    assert "'self': left out" not in said()
 
 
 def test_links_that_lead_nowhere_are_named(linked: Path, said: Callable[[], str]) -> None:
@@ -107,7 +110,8 @@ def test_what_a_directory_leaves_out_is_named(prompts: Path, said: Callable[[], 
     (prompts / "_temporary").mkdir()
     for name in ("a.PARQUET", "day=1/b.parq", "_temporary/c.parquet", ".d.parquet"):
         (prompts / name).write_bytes(data)
-    for name in ("_SUCCESS", "_metadata", "notes.txt"):
+    (prompts / "x.parquet").mkdir()
+    for name in ("_SUCCESS", "_metadata", "notes.txt", ".a.parquet.crc", "x.parquet/_SUCCESS", "parquet"):
         (prompts / name).write_bytes(b"")
     assert opened(prompts).rows == 100
     assert "'.d.parquet', '_temporary/c.parquet', 'a.PARQUET' and 1 more: left out" in said()
@@ -122,12 +126,46 @@ def test_directories_that_a_glob_of_files_leaves_out_are_named(linked: Path, sai
     assert "'here', 'there': left out, as a glob takes files" in said()
 
 
-def test_an_output_among_the_prompts_is_no_prompt_by_any_name(prompts: Path) -> None:
-    (prompts / "run").mkdir()
-    (prompts / "run/plan.parquet").write_bytes(b"no prompts")
+@pytest.mark.parametrize("name", ["x.parquet/part-0", "y.parquet.gz", "z.Parquet.zst"])
+def test_what_may_be_parquet_by_a_part_of_its_name_is_named(name: str, prompts: Path, said: Callable[[], str]) -> None:
+    (prompts / name).parent.mkdir(exist_ok=True)
+    (prompts / name).write_bytes((prompts / "part-0.parquet").read_bytes())
+    assert opened(prompts).rows == 100
+    assert f"'{name}': left out" in said()
+
+
+@pytest.fixture
+def output(prompts: Path) -> Path:
+    """An output among the prompts, which a link leads to, too, and what a run has written there."""
+    output = prompts / "run"
+    for name in ("plan.parquet", "manifest.parquet", "manifest/000000.parquet", "run.json", "lease.json"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(b"no prompts")
+    for name in ("images/000000-a/00000000-00.png", "throughput/host-0/000000-a.jsonl"):
+        (output / name).parent.mkdir(parents=True)
+        (output / name).write_bytes(b"no prompts")
     (prompts / "link").symlink_to("run")
-    dataset = open_prompts(JobConfig(prompts=str(prompts), output=str(prompts / "run"), device="simulated"))
-    assert dataset.rows == 100
+    return output
+
+
+@pytest.mark.parametrize("where", ["", "**/*.parquet", "**", "*"])
+def test_an_output_among_the_prompts_is_no_prompt_by_any_name(
+    where: str, prompts: Path, output: Path, said: Callable[[], str]
+) -> None:
+    job = JobConfig(prompts=str(prompts / where), output=str(output), device="simulated")
+    assert open_prompts(job).rows == 100
+    by_link = job.model_copy(update={"output": str(prompts / "link")})
+    assert open_prompts(by_link).rows == 100
+    assert said() == ""
+
+
+def test_prompts_in_an_output_are_prompts(prompts: Path, output: Path) -> None:
+    (output / "prompts").mkdir()
+    (prompts / "part-0.parquet").rename(output / "prompts/part-0.parquet")
+    (prompts / "part-1.parquet").rename(output / "part-1.parquet")
+    for where, rows in (("", 60), ("prompts", 7), ("prompts/*.parquet", 7), ("*.parquet", 53), ("**/*.parquet", 60)):
+        job = JobConfig(prompts=str(output / where), output=str(output), device="simulated")
+        assert open_prompts(job).rows == rows
 
 
 def test_a_directory_that_can_not_be_read_is_no_empty_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pickle
 import subprocess
@@ -21,7 +22,7 @@ from gaudi_batch.config import explain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.storage import Storage
-from gaudi_batch.text import OneLineFormatter
+from gaudi_batch.text import OneLineFormatter, one_line
 
 SECRET = "xyzzy-of-somebody"
 SMALL: dict[str, Any] = {"prompts": "p.parquet", "output": "out", "device": "simulated"}
@@ -91,6 +92,17 @@ def test_secrets_of_urls_are_taken_out(text: str, told: str) -> None:
         "WANDB_API_KEY",
         "MYSQL_PWD",
         "some_secret_2",
+        "GOOGLE_CREDENTIALS",
+        "DB_PASS",
+        "PGPASSWORD",
+        "STORAGE_KEY",
+        "STORAGE_KEY_2",
+        "ENCRYPTION_KEY",
+        "GITHUB_PAT",
+        "HF_TOKENS",
+        "B2_APPLICATION_KEY",
+        "R2_KEY",
+        "SIGNING_KEYS",
     ],
 )
 def test_values_of_variables_whose_names_say_so_are_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +125,20 @@ def test_values_of_variables_whose_names_say_so_are_taken_out(name: str, monkeyp
         "AWS_WEB_IDENTITY_TOKEN_FILE",
         "GOOGLE_APPLICATION_CREDENTIALS",
         "SSH_AUTH_SOCK",
+        "XDG_RUNTIME_DIR",
+        "XDG_SESSION_ID",
+        "GOOGLE_CREDENTIALS",
+        "OPENAI_MAX_NEW_TOKENS",
+        "B2_APPLICATION_KEY_ID",
+        "SSH_PUBLIC_KEY",
+        "SORT_KEY",
+        "MONKEY",
+        "COMPASS",
+        "BYPASS",
+        "PATH",
+        "PATTERN",
+        "PASSES",
+        "KEYS_SEEN",
     ],
 )
 def test_values_of_other_variables_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +149,19 @@ def test_values_of_other_variables_stay(name: str, monkeypatch: pytest.MonkeyPat
 def test_the_secret_part_of_a_connection_string_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"AccountName=box;AccountKey={SECRET}==;EndpointSuffix=net")
     assert redact(f"bad key {SECRET}== of box") == "bad key *** of box"
+
+
+def test_each_secret_in_the_credentials_of_a_variable_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nxyzzy/of/somebody\nxyzzy/of/nobody\n-----END PRIVATE KEY-----\n"
+    account = {"type": "service_account", "token_uri": "https://oauth2.example.com/token", "private_key": key}
+    monkeypatch.setenv("GOOGLE_CREDENTIALS", json.dumps(account))
+    assert redact(f"bad credentials {json.dumps(account)}") == "bad credentials ***"
+    assert "xyzzy" not in redact(f"no key: {key}") + redact(f"no key: {one_line(key)}") + redact(str(account))
+    assert redact("service_account: no https://oauth2.example.com/token") == (
+        "service_account: no https://oauth2.example.com/token"
+    )
+    monkeypatch.setenv("HF_TOKENS", f"{SECRET},another-{SECRET}")
+    assert redact(f"401 for another-{SECRET}") == "401 for ***"
 
 
 def test_how_gcsfs_comes_to_a_token_is_no_secret() -> None:
