@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -46,7 +46,7 @@ from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
-from gaudi_batch.stack import differences, why_unfit
+from gaudi_batch.stack import StackVote, differences, why_unfit
 
 log = logging.getLogger("gaudi_batch")
 
@@ -116,8 +116,7 @@ class Driver:
         self._setup_ref: Any = None
         self._options = card_options(setup.config, resources)
         self._notes: set[str] = set()
-        self._stack: Mapping[str, str] | None = None
-        """What the first card that was ready has, and all must have."""
+        self._vote = StackVote(ledger.stack)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -285,6 +284,7 @@ class Driver:
     def _start(self, slot: Slot) -> None:
         slot.status = None
         slot.passed = None
+        slot.up = False
         slot.heard = time.monotonic()
         slot.actor = (
             ray.remote(Card)
@@ -341,6 +341,7 @@ class Driver:
         elif isinstance(event, Confirmed):
             self._carry_out(schedule.confirmed(event.attempt, event.failures))
         elif schedule.is_live(event.attempt):
+            self._vote.settled = True
             self._records[event.attempt] = event
             if event.outcome.transient_failures:
                 self._fault(
@@ -353,9 +354,14 @@ class Driver:
             held = other.ready
             if other is slot or held is None or ready.module is None:
                 continue
-            if self._state(other) is CardState.READY and (held.node_id, held.module) == (
-                ready.node_id,
-                ready.module,
+            if (
+                other.up
+                and self._state(other) in (CardState.STARTING, CardState.READY)
+                and (held.node_id, held.module)
+                == (
+                    ready.node_id,
+                    ready.module,
+                )
             ):
                 error = f"Ray gave it module {ready.module} of node {ready.node}, which card {other.name} holds"
                 self._fault(slot, error)
@@ -366,16 +372,44 @@ class Driver:
             # Ray may have moved its place to another node meanwhile.
             slot.name = self._card_name(slot, ready)
         slot.ready, slot.node_id = ready, ready.node_id
-        unfit = why_unfit(ready, self._setup, self._stack or ready.stack)
+        unfit = why_unfit(ready, self._setup, ready.stack)
         if unfit:
-            self._account.fault(slot, unfit)
-            self._carry_out(self.schedule.refused(slot.number, unfit))
+            self._refuse(slot, unfit)
             return
-        if self._stack is None:
-            self._stack = ready.stack
-            for name, now, then in differences(ready.stack, self._ledger.use_stack(ready.stack)):
-                where = f"on node {ready.node}"
-                log.warning("%s is %s %s and was %s before in this run; images may differ", name, now, where, then)
+        slot.up = True
+        self._settle_stack()
+        if self._state(slot) is CardState.STARTING:
+            found = differences(ready.stack, self._vote.expected or {})
+            said = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in found)
+            log.warning("%s waits for what the other cards have: %s", slot.where, said)
+
+    def _settle_stack(self) -> None:
+        """Has cards that have loaded work, wait or be refused, by what shapes their images."""
+        placed = self._slots_in(CardState.STARTING, CardState.READY)
+        up = [(slot, slot.ready) for slot in placed if slot.up and slot.ready is not None]
+        before = self._vote.stack
+        self._vote.count([ready.stack for _, ready in up], len(up) < len(placed), time.monotonic())
+        stack = self._vote.stack
+        if stack is None:
+            return
+        if stack != before:
+            node = next(ready.node for _, ready in up if ready.stack == stack)
+            for name, now, then in differences(stack, self._ledger.use_stack(stack)):
+                log.warning(
+                    "%s is %s on node %s and was %s before in this run; images may differ", name, now, node, then
+                )
+        for slot, ready in up:
+            waits = self._state(slot) is CardState.STARTING
+            if ready.stack != stack and (self._vote.settled or not waits):
+                self._refuse(slot, why_unfit(ready, self._setup, stack))
+            elif ready.stack == stack and waits:
+                self._admit(slot, ready)
+
+    def _refuse(self, slot: Slot, why: str) -> None:
+        self._account.fault(slot, why)
+        self._carry_out(self.schedule.refused(slot.number, why))
+
+    def _admit(self, slot: Slot, ready: Ready) -> None:
         self._account.introduce(slot)
         threads = "" if ready.threads is None else f", with {ready.threads} threads"
         log.info("%s is ready after %.1f s%s", slot.where, ready.load_s, threads)
@@ -394,6 +428,7 @@ class Driver:
         return name
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
+        slot.up = False
         reason = slot.passed.reason if slot.passed else why_died(error)
         slow = slot.passed.batch if slot.passed else None
         gone = not slot.passed and await self._node_went(slot, error)
@@ -513,7 +548,7 @@ class Driver:
     # -- clocks -------------------------------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        """Kills cards that have passed a limit, and shows progress."""
+        """Kills cards that have passed a limit, ends the waiting of those that differ, and shows progress."""
         looked = time.monotonic()
         while True:
             late = time.monotonic() - looked - LOOK_SECONDS
@@ -529,6 +564,7 @@ class Driver:
                 )
                 if slot.passed:
                     ray.kill(slot.actor, no_restart=True)
+            self._settle_stack()
             self._view.show(self._account.progress(self._slots.values()))
             await asyncio.sleep(LOOK_SECONDS)
 
