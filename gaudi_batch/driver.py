@@ -302,7 +302,7 @@ class Driver:
         acknowledged = 0
         while slot.actor is actor:
             try:
-                news: News = await actor.news.remote(acknowledged, self._news_s)
+                news: News = await actor.news.remote(acknowledged, self._news_s, time.time())
             except ActorUnavailableError:
                 await asyncio.sleep(NEWS_SECONDS)
                 continue
