@@ -22,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from gaudi_batch import manifest
+from gaudi_batch.clock import DriverClock
 from gaudi_batch.cpus import usable_cpus
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
@@ -63,6 +64,7 @@ class Card:
         self._storage = setup.storage
         stores = (self._storage, setup.dataset.storage)
         self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
+        self._clock = DriverClock()
         self._inbox: queue.Queue[ShardTask] = queue.Queue()
         self._fetched: queue.Queue[_Work] = queue.Queue(maxsize=1)
         self._store = ThreadPoolExecutor(STORE_THREADS, "store")
@@ -88,8 +90,10 @@ class Card:
         """Gives a shard back if it has not begun; returns whether it does."""
         return self._mailbox.recall(attempt)
 
-    def news(self, acknowledged: int, patience: float) -> News:
-        """What has happened after event number `acknowledged`; waits up to `patience` seconds for something."""
+    def news(self, acknowledged: int, patience: float, now: float) -> News:
+        """What has happened after event number `acknowledged`; waits up to `patience` seconds for something. `now` is
+        what the driver's clock shows, in seconds since the epoch."""
+        self._clock.hear(now)
         return self._mailbox.news(acknowledged, patience)
 
     # -- threads ------------------------------------------------------------------------------------------------
@@ -294,6 +298,7 @@ class Card:
         shard, attempt = work.task.shard, work.task.attempt
         text = "".join(f"{line.json()}\n" for line in lines)
         self._storage.put(throughput_path(self._name, shard.number, attempt), text.encode())
+        last = max((batch.finished_at for batch in stored), default=datetime.now(timezone.utc))
         facts = manifest.CommitFacts(
             shard=shard.number,
             attempt=attempt,
@@ -308,6 +313,7 @@ class Card:
             again=shard.again,
             failed_before=shard.failed_before,
             images_before=shard.images_before,
+            finished_at=self._clock.convert(last.timestamp()),
         )
         data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
         outcome = ShardOutcome(

@@ -27,7 +27,7 @@ def share_of_node() -> int:
 
     here = ray.get_runtime_context().get_node_id()
     cards = next(node["Resources"].get("HPU", 1) for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, usable_cpus() // int(cards))
+    return max(1, usable_cpus() // max(1, int(cards)))  # Ray takes a part of a card, too
 
 
 def _quotas() -> Iterator[float]:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -59,7 +59,7 @@ from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
-from gaudi_batch.stack import differences, why_unfit
+from gaudi_batch.stack import StackVote, differences, why_unfit
 
 log = logging.getLogger("gaudi_batch")
 
@@ -129,8 +129,7 @@ class Driver:
         self._setup_ref: Any = None
         self._options = card_options(setup.config, resources)
         self._notes: set[str] = set()
-        self._stack: Mapping[str, str] | None = None
-        """What the first card that was ready has, and all must have."""
+        self._vote = StackVote(ledger.stack)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -298,6 +297,7 @@ class Driver:
     def _start(self, slot: Slot) -> None:
         slot.status = None
         slot.passed = None
+        slot.up = False
         slot.heard = time.monotonic()
         slot.actor = (
             ray.remote(Card)
@@ -315,7 +315,7 @@ class Driver:
         acknowledged = 0
         while slot.actor is actor:
             try:
-                news: News = await actor.news.remote(acknowledged, self._news_s)
+                news: News = await actor.news.remote(acknowledged, self._news_s, time.time())
             except ActorUnavailableError:
                 await asyncio.sleep(NEWS_SECONDS)
                 continue
@@ -356,6 +356,7 @@ class Driver:
         elif isinstance(event, Confirmed):
             self._carry_out(schedule.confirmed(event.attempt, event.failures))
         elif schedule.is_live(event.attempt):
+            self._vote.settled = True
             self._records[event.attempt] = event
             if event.outcome.transient_failures:
                 self._fault(
@@ -368,9 +369,14 @@ class Driver:
             held = other.ready
             if other is slot or held is None or ready.module is None:
                 continue
-            if self._state(other) is CardState.READY and (held.node_id, held.module) == (
-                ready.node_id,
-                ready.module,
+            if (
+                other.up
+                and self._state(other) in (CardState.STARTING, CardState.READY)
+                and (held.node_id, held.module)
+                == (
+                    ready.node_id,
+                    ready.module,
+                )
             ):
                 error = f"Ray gave it module {ready.module} of node {ready.node}, which card {other.name} holds"
                 self._fault(slot, error)
@@ -381,16 +387,44 @@ class Driver:
             # Ray may have moved its place to another node meanwhile.
             slot.name = self._card_name(slot, ready)
         slot.ready, slot.node_id = ready, ready.node_id
-        unfit = why_unfit(ready, self._setup, self._stack or ready.stack)
+        unfit = why_unfit(ready, self._setup, ready.stack)
         if unfit:
-            self._account.fault(slot, unfit)
-            self._carry_out(self.schedule.refused(slot.number, unfit))
+            self._refuse(slot, unfit)
             return
-        if self._stack is None:
-            self._stack = ready.stack
-            for name, now, then in differences(ready.stack, self._ledger.use_stack(ready.stack)):
-                where = f"on node {ready.node}"
-                log.warning("%s is %s %s and was %s before in this run; images may differ", name, now, where, then)
+        slot.up = True
+        self._settle_stack()
+        if self._state(slot) is CardState.STARTING:
+            found = differences(ready.stack, self._vote.expected or {})
+            said = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in found)
+            log.warning("%s waits for what the other cards have: %s", slot.where, said)
+
+    def _settle_stack(self) -> None:
+        """Has cards that have loaded work, wait or be refused, by what shapes their images."""
+        placed = self._slots_in(CardState.STARTING, CardState.READY)
+        up = [(slot, slot.ready) for slot in placed if slot.up and slot.ready is not None]
+        before = self._vote.stack
+        self._vote.count([ready.stack for _, ready in up], len(up) < len(placed), time.monotonic())
+        stack = self._vote.stack
+        if stack is None:
+            return
+        if stack != before:
+            node = next(ready.node for _, ready in up if ready.stack == stack)
+            for name, now, then in differences(stack, self._ledger.use_stack(stack)):
+                log.warning(
+                    "%s is %s on node %s and was %s before in this run; images may differ", name, now, node, then
+                )
+        for slot, ready in up:
+            waits = self._state(slot) is CardState.STARTING
+            if ready.stack != stack and (self._vote.settled or not waits):
+                self._refuse(slot, why_unfit(ready, self._setup, stack))
+            elif ready.stack == stack and waits:
+                self._admit(slot, ready)
+
+    def _refuse(self, slot: Slot, why: str) -> None:
+        self._account.fault(slot, why)
+        self._carry_out(self.schedule.refused(slot.number, why))
+
+    def _admit(self, slot: Slot, ready: Ready) -> None:
         self._account.introduce(slot)
         threads = "" if ready.threads is None else f", with {ready.threads} threads"
         log.info("%s is ready after %.1f s%s", slot.where, ready.load_s, threads)
@@ -409,6 +443,7 @@ class Driver:
         return name
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
+        slot.up = False
         reason = slot.passed.reason if slot.passed else why_died(error)
         slow = slot.passed.slow if slot.passed else None
         gone = not slot.passed and await self._node_went(slot, error)
@@ -534,7 +569,7 @@ class Driver:
     # -- clocks -------------------------------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        """Kills cards that have passed a limit, and shows progress."""
+        """Kills cards that have passed a limit, ends the waiting of those that differ, and shows progress."""
         looked = time.monotonic()
         while True:
             late = time.monotonic() - looked - LOOK_SECONDS
@@ -550,6 +585,7 @@ class Driver:
                 )
                 if slot.passed:
                     ray.kill(slot.actor, no_restart=True)
+            self._settle_stack()
             self._view.show(self._account.progress(self._slots.values()))
             await asyncio.sleep(LOOK_SECONDS)
 

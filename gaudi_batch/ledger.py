@@ -66,8 +66,9 @@ class RunRecord:
     run_id: str = ""
     """Chosen at random; each manifest of the run has it."""
     stacks: Sequence[Mapping[str, str]] | None = None
-    """What has shaped its images, by the word of its cards (stack.py): one more where a later driver's cards have
-    another; {} for what an older version made, which did not ask them, and None as long as it is alone."""
+    """What has shaped its images, by the word of its cards (stack.py), in order: one more where the cards of a driver
+    have another than those before, so that one may be there twice; {} for what an older version made, which did not ask
+    them, and None as long as it is alone."""
 
     @property
     def threads(self) -> int | None:
@@ -243,17 +244,22 @@ class Ledger:
         ours = facts.shard == shard and self._run_id in (None, facts.run)
         return (facts, table) if ours else None
 
+    @property
+    def stack(self) -> Mapping[str, str] | None:
+        """The stack that made the run's last images; None where no card has been asked."""
+        return self._record.stacks[-1] or None if self._record.stacks else None
+
     def use_stack(self, stack: Mapping[str, str]) -> Mapping[str, str]:
-        """What this driver's cards have is `stack`: run.json says so before the next manifest is put.
+        """What this driver's cards have is `stack`: run.json says so before the next manifest is put. Another may take
+        its place before that.
 
         Returns:
-            The stack that made the images before; `stack` itself if that is known, or if none is.
+            The stack that made the images before; `stack` itself if none is known.
         """
         before = [{}] if self._record.stacks is None else self._record.stacks
-        if stack in before:
-            return stack
-        self._unwritten = replace(self._record, stacks=[*before, stack])
-        return before[-1] if before and before[-1] else stack
+        known = bool(before) and before[-1] == stack
+        self._unwritten = None if known else replace(self._record, stacks=[*before, stack])
+        return self.stack or stack
 
     def _write_stack(self) -> None:
         with self._writing:

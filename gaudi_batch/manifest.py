@@ -87,6 +87,9 @@ class CommitFacts:
     """Failed rows of that word."""
     images_before: int = 0
     """Images of that word."""
+    finished_at: float | None = None
+    """When its last image was stored, in seconds since the epoch by the driver's clock; None where an older version
+    made it, which has that by the clock of the card's node alone."""
 
 
 _FACTS = TypeAdapter(CommitFacts)
@@ -179,6 +182,7 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         facts = _FACTS.validate_json((table.schema.metadata or {})[_METADATA_KEY], strict=True)
         numbers = [facts.shard, facts.rows, facts.failed_rows, facts.images, *asdict(facts.sums).values()]
+        numbers.append(facts.finished_at or 0)
         if not all(0 <= number <= MAX_SEED for number in numbers):
             raise ValueError("a number of its attempt can't be")
         return table, facts
@@ -186,8 +190,11 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         raise ValueError(f"not a whole manifest: {one_line(error)}") from None
 
 
-def finished_at(table: pa.Table) -> float | None:
-    """When the last image of a manifest was stored, in seconds since the epoch; None where it has no row."""
+def finished_at(table: pa.Table, facts: CommitFacts) -> float | None:
+    """When the last image of a manifest was stored, in seconds since the epoch, by the driver's clock if the manifest
+    has that, else by that of the card's node; None where it has neither that nor a row."""
+    if facts.finished_at is not None:
+        return facts.finished_at
     last = pc.max(table.column("finished_at")).cast(pa.timestamp("us", tz="UTC")).value
     return None if last is None else last / 1e6
 

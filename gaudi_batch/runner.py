@@ -468,7 +468,7 @@ def _write_summary(
     # What is committed is what storage says: another driver may have committed, too.
     known, tally = tally.attempts, tally.emptied()
     for facts, table in ledger.commits():
-        tally.add(facts, finished_at(table))
+        tally.add(facts, finished_at(table, facts))
     lost = sorted(known.keys() - tally.attempts.keys())
     if lost and reason is None:
         reason = f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"

@@ -122,7 +122,7 @@ class Schedule:
     def refused(self, number: int, error: str) -> list[Decision]:
         """A card that has loaded may make nothing of this run, and no other process in its place may."""
         card = self._work.cards.by_number[number]
-        if card.state is not CardState.STARTING:
+        if card.state not in (CardState.STARTING, CardState.READY):
             return []
         self.last_error = error
         return self._quarantine(card, error) + self._proceed()

@@ -32,6 +32,8 @@ class Slot:
     name: str = ""
     ready: Ready | None = None
     """What the last process that loaded said of itself."""
+    up: bool = False
+    """Whether that is the present process, and it lives; it works, or waits for what the others say."""
     actor: Any = None
     """The Ray actor of the present process; None between two."""
     status: Status | None = None

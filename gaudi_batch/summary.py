@@ -22,7 +22,7 @@ class CardTally:
     failed_rows: int = 0
     sums: Sums = field(default_factory=Sums)
     at_work: list[tuple[float, float]] = field(default_factory=list)
-    """From when to when it was at each of them, waiting included, in seconds since the epoch by its node's clock."""
+    """From when to when it was at each of them, waiting included, in seconds since the epoch by the driver's clock."""
 
 
 class Tally:

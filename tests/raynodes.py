@@ -169,6 +169,19 @@ class RayCluster:
         shutil.rmtree(self.session, ignore_errors=True)
 
 
+def wait_for_card(node: RayNode) -> int:
+    """The process of a node's card, once it is there."""
+    assert node.process is not None
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for pid in descendants(node.process.pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Card"):
+                    return pid
+        time.sleep(0.05)
+    raise TimeoutError("no card")
+
+
 def start_job(
     cluster: str, prompts: Path, output: Path, *flags: str, wrapper: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:

@@ -5,7 +5,6 @@ The head has no cards; each test adds nodes of its own to it and takes them away
 
 from __future__ import annotations
 
-import contextlib
 import re
 import resource
 import subprocess
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import S3Server, read_manifest
-from raynodes import RayCluster, RayNode, descendants
+from raynodes import RayCluster, RayNode, wait_for_card
 
 from gaudi_batch.storage import Storage
 
@@ -223,19 +222,6 @@ def test_a_card_that_has_no_memory_to_decode_costs_no_row(nodes: RayCluster, tmp
     log = run.end(0)
     assert statuses(output) == [(row, "ok") for row in range(rows)]
     assert re.search(r"can't be decoded: (Arrow)?MemoryError|malloc of size", log), log
-
-
-def wait_for_card(node: RayNode) -> int:
-    """The process of a node's card, once it is there."""
-    assert node.process is not None
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        for pid in descendants(node.process.pid):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Card"):
-                    return pid
-        time.sleep(0.05)
-    raise TimeoutError("no card")
 
 
 def test_a_card_that_paints_wrong_now_and_then_is_quarantined_and_costs_no_row(

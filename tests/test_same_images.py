@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
-from raynodes import RayCluster, follow, start_job
+from raynodes import RayCluster, follow, start_job, wait_for_card
 
 from gaudi_batch import manifest
 from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.messages import Ready
 from gaudi_batch.pipelines.model import BUILTIN_MODELS
-from gaudi_batch.stack import why_unfit
+from gaudi_batch.stack import STACK_VOTE_TIMEOUT_S, StackVote, why_unfit
 from gaudi_batch.storage import Storage
 from gaudi_batch.throughput import Sums
 
@@ -101,6 +102,41 @@ def test_a_node_with_another_version_makes_nothing_until_it_is_all_that_there_is
     assert list(output.glob("throughput/odd-node-*"))
 
 
+def test_an_odd_node_that_loads_first_costs_a_resumed_run_that_node_alone(
+    nodes: RayCluster, many: Path, tmp_path: Path
+) -> None:
+    output, ready = tmp_path / "out", r"card \S+ \(.*\) is ready"
+    job = ("--device", "simulated", "--simulated.batch-seconds", "0.2", "--simulated.load-seconds", "2")
+    hpu = ("--num-cpus=1", '--resources={"HPU": 1}')
+    good = nodes.add(*hpu)
+    driver = start_job(nodes.address, many, output, *job)
+    while not stacks_written(output):
+        assert driver.poll() is None
+    stop(driver)
+    before = stacks(output)
+
+    nodes.add(*hpu, wrapper=("unshare", "--uts", "sh", "-c", 'hostname odd-node; exec "$@"', "sh"),
+              PYTHONPATH=other_version(tmp_path, "gaudi_batch"))  # fmt: skip
+    nodes.wait_for(3)
+    driver = start_job(nodes.address, many, output, *job)
+    slow = wait_for_card(good)
+    os.kill(slow, signal.SIGSTOP)
+    line = follow(driver, "waits for what the other cards have", ready)
+    os.kill(slow, signal.SIGCONT)
+    assert "odd-node" in line
+    assert "is ready" not in line
+    refused, works = follow(driver, ready, "is quarantined"), follow(driver, ready, "is quarantined")
+    assert "is quarantined: node odd-node would make other images" in refused
+    assert "is ready" in works
+    stop(driver)
+    assert stacks(output) == before
+    assert not list(output.glob("throughput/odd-node-*"))
+
+
+def stacks_written(output: Path) -> bool:
+    return (output / "run.json").exists() and bool(stacks(output))
+
+
 def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
     cluster: str, prompts: Path, tmp_path: Path
 ) -> None:
@@ -170,3 +206,35 @@ def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Pa
     assert ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
     assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
     assert Ledger(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
+
+
+def test_every_change_between_stacks_warns_that_was_made_before_too(tmp_path: Path) -> None:
+    output, both = Storage(str(tmp_path / "out")), [{"torch": "1"}, {"torch": "2"}]
+    record = RunRecord({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=both)
+    output.put("run.json", json.dumps(vars(record)).encode())
+    ledger = Ledger(output)
+    ledger.run()
+    assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
+    assert ledger.use_stack({"torch": "2"}) == {"torch": "2"}, "another took its place before anything was committed"
+    assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
+    facts = CommitFacts(0, "aaaaa1", "card", "node", None, 0, 0, 0, Sums(), "run")
+    ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
+    assert stacks(tmp_path / "out") == [*both, {"torch": "1"}]
+
+
+def test_cards_that_differ_wait_for_a_bounded_time() -> None:
+    vote, ours, other = StackVote(None), {"torch": "1"}, {"torch": "2"}
+    vote.count([ours], True, 100.0)
+    vote.count([ours, other], True, 99.9 + STACK_VOTE_TIMEOUT_S)
+    assert (vote.stack, vote.settled) == (ours, False)
+    vote.count([ours, other], True, 100.0 + STACK_VOTE_TIMEOUT_S)
+    vote.count([ours, other, other], False, 200.0 + STACK_VOTE_TIMEOUT_S)
+    assert (vote.stack, vote.settled) == (ours, True), "what has made images is not put out by those that come later"
+
+
+def test_the_stack_that_made_the_images_before_comes_before_what_most_have() -> None:
+    vote, before, other = StackVote({"torch": "1"}), {"torch": "1"}, {"torch": "2"}
+    vote.count([other, other], False, 0.0)
+    assert (vote.stack, vote.settled) == (other, False)
+    vote.count([other, other, before], False, 1.0)
+    assert (vote.stack, vote.settled) == (before, True)

@@ -1,36 +1,41 @@
-"""What a card is called when Ray moves its place. The driver alone, without Ray."""
+"""What a card is called when Ray moves its place, and which may work. The driver alone, without Ray."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from gaudi_batch.cards import CardState
 from gaudi_batch.decisions import Assign, Decision, ShardTask
 from gaudi_batch.driver import Driver
 from gaudi_batch.messages import Ready
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot
+from gaudi_batch.stack import StackVote
 
 
 class Introducing(Driver):
     """A driver that only hears of cards."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Mapping[str, str] | None = None, cards: int = 2) -> None:
         plan = [Shard(number, 0, 4 * number, 4 * number + 4, Bucket(64, 64, 20, 2.0), 4, 4) for number in range(9)]
         self.schedule = Schedule(plan, "a", 36)
         self._account: Any = SimpleNamespace(introduce=lambda slot: None, fault=lambda slot, what: None)
-        self._setup: Any = SimpleNamespace(model=SimpleNamespace(revision=""), min_cpus=1)
-        self._stack = {}
+        self._setup: Any = SimpleNamespace(model=SimpleNamespace(revision="", name=""), min_cpus=1)
+        self._ledger: Any = SimpleNamespace(use_stack=lambda stack: stack)
+        self._vote = StackVote(before)
         self._notes: set[str] = set()
-        self._slots = {number: Slot(number, group=None) for number in range(2)}
+        self._slots = {number: Slot(number, group=None) for number in range(cards)}
         self.sent: list[str] = []
         for number in self._slots:
             self.schedule.starting(number, "first")
 
-    def ready(self, number: int, node: str, module: int) -> str:
-        ready = Ready(f"{node}-id", node, module, pid=1, load_s=0.0, stack={}, model="", threads=None, cpus=1)
+    def ready(self, number: int, node: str, module: int, torch: str = "2") -> str:
+        stack = {"torch": torch}
+        ready = Ready(f"{node}-id", node, module, pid=1, load_s=0.0, stack=stack, model="", threads=None, cpus=1)
         self._introduce(self._slots[number], ready)
         return self._slots[number].name
 
@@ -47,6 +52,48 @@ def test_a_card_whose_place_was_moved_gets_the_name_of_where_it_is() -> None:
     assert driver.ready(0, "second", 5) == "second-5"
     assert driver._slots[0].node_id == "second-id"
     assert driver.ready(1, "first", 3) == "first-3", "another card may have come to its old place"
+
+
+def states(driver: Introducing) -> list[CardState]:
+    return [driver.schedule.state(number) for number in driver._slots]
+
+
+READY, WAITS, REFUSED = CardState.READY, CardState.STARTING, CardState.QUARANTINED
+
+
+def test_an_odd_card_that_loads_first_puts_out_no_other_of_a_resumed_run() -> None:
+    driver = Introducing({"torch": "2"}, cards=4)
+    driver.ready(0, "odd", 0, torch="1")
+    assert states(driver) == [WAITS, WAITS, WAITS, WAITS], "it waits for the others' word"
+    driver.ready(1, "first", 0)
+    driver.ready(2, "second", 0)
+    driver.ready(3, "odd", 1, torch="1")
+    assert states(driver) == [REFUSED, READY, READY, REFUSED]
+
+
+def test_a_resumed_run_goes_on_with_what_most_cards_have_when_none_has_what_was() -> None:
+    driver = Introducing({"torch": "2"}, cards=4)
+    driver.ready(0, "odd", 0, torch="1")
+    driver.ready(1, "first", 0, torch="3")
+    driver.ready(2, "second", 0, torch="3")
+    assert states(driver) == [WAITS] * 4, "the last may have what made the images before"
+    for _ in range(3):
+        driver.schedule.died(3, "killed")
+    driver._settle_stack()
+    assert states(driver) == [WAITS, READY, READY, REFUSED]
+    driver._vote.settled = True
+    driver._settle_stack()
+    assert states(driver) == [REFUSED, READY, READY, REFUSED]
+
+
+def test_an_odd_card_that_loads_first_puts_out_no_other_of_a_new_run() -> None:
+    driver = Introducing(cards=3)
+    driver.ready(0, "odd", 0, torch="1")
+    assert states(driver) == [READY, WAITS, WAITS], "where all so far agree, the first works at once"
+    driver.ready(1, "first", 0)
+    assert states(driver) == [READY, WAITS, WAITS]
+    driver.ready(2, "second", 0)
+    assert states(driver) == [REFUSED, READY, READY]
 
 
 def test_shards_reach_a_card_in_the_order_in_which_they_were_sent() -> None:

@@ -12,11 +12,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
 from ray.cluster_utils import Cluster
+from raynodes import RayCluster
 
-from gaudi_batch import JobConfig, run
+from gaudi_batch import JobConfig, manifest, run
+from gaudi_batch.clock import DriverClock
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.summary import Tally
 from gaudi_batch.throughput import Sums
@@ -51,6 +55,22 @@ def test_waiting_is_part_of_the_time_at_work_and_not_of_a_rate() -> None:
         sums = Sums(batches=2, images=10, steady_images=5, steady_s=5.0, warmup_s=2.0, wait_s=3.0)
         tally.add(CommitFacts(shard, f"aaaaa{shard}", card, "node", 0, 10, 0, 10, sums), 10.0)
     assert tally.images_per_s == 2.0
+
+
+@pytest.mark.parametrize("skew", [120.0, -120.0, 3600.0])
+def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None:
+    """Two cards of 1 image/s side by side, each five shards of 10 s; the clock of one node is wrong."""
+    tally = Tally()
+    for shard in range(10):
+        now, off = 1e9 + 10.0 * (shard // 2), skew * (shard % 2)
+        clock = DriverClock(lambda now=now, off=off: now + off)
+        clock.hear(now)
+        sums = Sums(batches=1, images=10, steady_images=10, steady_s=10.0)
+        card, finished = f"card {shard % 2}", clock.convert(now + off)
+        facts = CommitFacts(shard, f"aaaaa{shard}", card, "n", 0, 0, 0, 10, sums, finished_at=finished)
+        table, facts = manifest.read(manifest.build([], pa.table({}), {}, {}, 0, facts))
+        tally.add(facts, manifest.finished_at(table, facts))
+    assert tally.images_per_s == pytest.approx(2.0)
 
 
 def job(prompts: Path, output: Path, cluster: str) -> tuple[str, ...]:
@@ -128,6 +148,39 @@ def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rat
     nodes.add_node(**NODE, resources={"HPU": 1})
     assert driver.wait(timeout=120) == 0
     require_no_sum_of_cards_that_never_met(json.loads((output / "summary.json").read_text()))
+
+
+WRONG_CLOCK = """
+import datetime, time
+right, late = time.time, 3600.0
+time.time = lambda: right() + late
+class Late(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(right() + late, tz)
+datetime.datetime = Late
+"""
+
+
+def test_when_a_shard_was_made_is_known_by_the_drivers_clock(prompts: Path, tmp_path: Path) -> None:
+    """The clock of the node is an hour fast for all Python on it."""
+    output, site = tmp_path / "out", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WRONG_CLOCK)
+    cluster = RayCluster(tmp_path / "cluster", ["--num-cpus", "0"])
+    try:
+        cluster.start()
+        cluster.add("--num-cpus=1", '--resources={"HPU": 1}', PYTHONPATH=str(site))
+        began = time.time()
+        result = command_line(*job(prompts, output, cluster.address))
+        ended = time.time()
+    finally:
+        cluster.stop()
+    assert result.returncode == 0, result.stderr
+    paths = list(output.glob("manifest/*.parquet"))
+    assert min(row["finished_at"].timestamp() for row in read_manifest(output)) > ended + 1800, "the clock is wrong"
+    times = [json.loads(pq.read_schema(path).metadata[b"gaudi_batch"]).get("finished_at") for path in paths]
+    assert all(moment is not None and began <= moment <= ended for moment in times), times
 
 
 @pytest.mark.parametrize("drivers", [None, "nonsense", [{"driver": "aaaaa", "wall_s": -1}]])

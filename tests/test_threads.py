@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 from helpers import command_line, read_manifest
 from raynodes import RayCluster, follow, start_job
 
-from gaudi_batch.cpus import usable_cpus
+from gaudi_batch.cpus import share_of_node, usable_cpus
 
 HALF_DONE = Path(__file__).parent / "data/half_done/cpu"
 COUNT = "from gaudi_batch.cpus import usable_cpus; print(usable_cpus())"
@@ -134,3 +136,10 @@ def test_a_run_whose_threads_an_older_version_fixed_goes_on_with_as_many(tmp_pat
     assert result.returncode == 0, result.stderr
     assert f", with {threads} threads" in result.stderr
     assert len(read_manifest(tmp_path / "run/output")) == 12
+
+
+def test_a_node_that_gives_less_than_a_card_has_threads_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "here", "Resources": {"HPU": 0.5}}])
+    assert share_of_node() == usable_cpus()
