@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import learn, redact
+from gaudi_batch.retry import BucketGone
 
 S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
 """What botocore gets unless the options say otherwise: a request that stalls three times ends within a minute, as one
@@ -61,6 +63,37 @@ def is_azure(filesystem: Any) -> bool:
     return type(filesystem).__name__ == "AzureBlobFileSystem"
 
 
+def is_google(filesystem: Any) -> bool:
+    """Whether it is gcsfs."""
+    return type(filesystem).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem")
+
+
+def require_bucket(filesystem: Any, path: str, seconds: float) -> None:
+    """Asks Google or Azure for the bucket of a path, where their libraries have not said what it is that is not there.
+    S3's always says.
+
+    It asks by a listing of one object: who may only use objects may not ask for a bucket itself. That is one request
+    for each object that is absent, beside the hundreds of the images of a shard.
+
+    Raises:
+        Exception: it is not there, as `bucket_is_gone` knows it, or that can't be found out.
+    """
+    if is_google(filesystem):
+        bucket = filesystem.split_path(path)[0]
+        try:
+            filesystem.call("GET", "b/{}/o", bucket, maxResults=1, timeout=seconds)
+        except FileNotFoundError:
+            raise BucketGone(f"the bucket {bucket!r} is not there") from None
+    elif is_azure(filesystem):
+        sync(filesystem.loop, _list_one, filesystem, filesystem.split_path(path)[0], timeout=seconds)
+
+
+async def _list_one(filesystem: Any, container: str) -> None:
+    async with filesystem.service_client.get_container_client(container) as client:
+        async for _ in client.list_blobs(results_per_page=1):
+            break
+
+
 def subdue(filesystem: Any) -> None:
     """s3fs would try five times what botocore has tried already, Azure's library waits 15 s before it does so the first
     time, and gcsfs prints every error that it raises. A copy in another process forgets this."""
@@ -69,7 +102,7 @@ def subdue(filesystem: Any) -> None:
     elif is_azure(filesystem):
         policy = filesystem.service_client._config.retry_policy
         policy.initial_backoff = policy.random_jitter_range = 1
-    elif type(filesystem).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem"):
+    elif is_google(filesystem):
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 

@@ -28,11 +28,13 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.filesystem import is_azure, look_for_credentials_again, open_filesystem, subdue
+from gaudi_batch.filesystem import is_azure, look_for_credentials_again, open_filesystem, require_bucket, subdue
 from gaudi_batch.redaction import learn, redact
 from gaudi_batch.retry import (
     CREDENTIALS_TIMEOUT_S,
+    BucketGone,
     bucket_is_gone,
+    code_of,
     delays,
     in_time,
     in_time_or_cancelled,
@@ -182,7 +184,7 @@ class Storage:
         seconds, limit = self._limit()
 
         def read() -> bytes | None:
-            with _none_if_absent():
+            with self._none_if_absent():
                 try:
                     data: bytes = self.filesystem.cat_file(self.full(path), **limit)
                 except FSTimeoutError:
@@ -201,7 +203,8 @@ class Storage:
         seconds, limit = self._limit(stop - start)
 
         def read() -> bytes:
-            data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
+            with self._telling_bucket():
+                data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
             if len(data) != stop - start:
                 raise OSError(errno.EIO, f"{len(data)} bytes came instead of {stop - start}")
             self._known = True
@@ -216,7 +219,12 @@ class Storage:
     def info(self, path: str) -> dict[str, Any]:
         """What the store says of an object, its size in bytes among it. Raises StorageError."""
         seconds, limit = self._limit()
-        return self.attempt(f"read {path}", lambda: dict(self.filesystem.info(self.full(path), **limit)), seconds)
+
+        def ask() -> dict[str, Any]:
+            with self._telling_bucket():
+                return dict(self.filesystem.info(self.full(path), **limit))
+
+        return self.attempt(f"read {path}", ask, seconds)
 
     def at(self, root: str, query: str = "") -> Storage:
         """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
@@ -236,7 +244,7 @@ class Storage:
         """Names of what lies directly in a directory, sorted; none where there is no such directory."""
 
         def listing() -> list[str]:
-            with _none_if_absent():
+            with self._none_if_absent():
                 found = self.filesystem.ls(self.full(directory), detail=False, **self._many())
                 return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
             return []
@@ -253,18 +261,21 @@ class Storage:
         delete_file = self._given_up("rm_file", self.try_seconds, keep)
 
         def delete_one(full: str) -> None:
-            with _none_if_absent():
+            with self._none_if_absent():
                 delete_file(full)
 
         def delete() -> None:
             full = self.full(path)
-            with _none_if_absent():
+            with self._none_if_absent():
                 if self.local:
                     self.filesystem.rm(full, recursive=True)
                 else:
+                    found = self.filesystem.find(full, **self._many())
+                    if not found:
+                        require_bucket(self.filesystem, full, self.try_seconds)
                     # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
                     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
-                        list(pool.map(delete_one, self.filesystem.find(full, **self._many())))
+                        list(pool.map(delete_one, found))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
         self.attempt(f"remove {path}", delete, MANY_SECONDS, before)
@@ -272,6 +283,26 @@ class Storage:
     def full(self, path: str) -> str:
         """The path that the filesystem knows."""
         return (f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}") + self.query
+
+    @contextlib.contextmanager
+    def _telling_bucket(self) -> Iterator[None]:
+        """Raises BucketGone for an object's absence if it is its bucket that is absent."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if code_of(error) is None:
+                require_bucket(self.filesystem, self.root, self.try_seconds)
+            raise
+
+    @contextlib.contextmanager
+    def _none_if_absent(self) -> Iterator[None]:
+        """Passes over the absence of an object; that of its bucket says nothing of the object."""
+        try:
+            with self._telling_bucket():
+                yield
+        except FileNotFoundError as error:
+            if bucket_is_gone(error):
+                raise
 
     def _limit(self, size: int = 0, try_seconds: float | None = None) -> tuple[float, dict[str, float]]:
         """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
@@ -312,6 +343,10 @@ class Storage:
             nonlocal there
             try:
                 write(full)
+            except FileNotFoundError as error:
+                if bucket_is_gone(error):
+                    raise
+                raise BucketGone(f"the bucket, or an upload to it, is not there: {error}") from None
             except Exception as error:
                 if not (create and (isinstance(error, FileExistsError) or status_of(error) == PRECONDITION_FAILED)):
                     raise
@@ -436,13 +471,3 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-
-@contextlib.contextmanager
-def _none_if_absent() -> Iterator[None]:
-    """Passes over the absence of an object; that of its bucket says nothing of the object."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if bucket_is_gone(error):
-            raise
