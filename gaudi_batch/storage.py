@@ -155,12 +155,20 @@ class Storage:
         write = self._given_up("put_file", seconds, keep)
         self._put(path, lambda full: write(local, full), seconds, before, keep)
 
-    def find_out_create(self, path: str, data: bytes) -> None:
+    def find_out_create(
+        self,
+        path: str,
+        data: bytes,
+        before: Callable[[], None] = lambda: None,
+        keep: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Finds out whether the store refuses to create an object that is there, for `put` to rely on.
 
         Args:
             path: of an object that is there.
             data: its bytes, which a store that does not refuse writes again.
+            before: as in `put`.
+            keep: as in `put`.
 
         Raises:
             StorageError: storage failed.
@@ -169,15 +177,21 @@ class Storage:
             return
         self.creates = True
         try:
-            self.put(path, data, create=True)
-            self.creates = False
+            self.put(path, data, before, keep, create=True)
+            why = "nothing, and wrote over one"
         except FileExistsError:
-            pass
+            return
         except StorageError as error:
             if not error.refused:
                 raise
-            self.creates = False  # it does not know what is asked of it
-        log.debug("%s: the store %s conditionally", self.url, "creates" if self.creates else "does not create")
+            why = str(error)  # as a rule, it does not know what is asked of it
+        self.creates = False
+        log.info(
+            "%s: the store can't create an object only where there is none; the lease alone guards what is committed"
+            " (it said: %s)",
+            self.url,
+            why,
+        )
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None where there is none. Raises StorageError."""
