@@ -17,25 +17,36 @@ S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retr
 """What botocore gets unless the options say otherwise: a request that stalls three times ends within a minute, as one
 try of ours may take. A few of its own it must have: a listing is many requests, and one that fails would start it all
 over."""
-MOUNTABLE = ("sftp", "ssh", "smb", "ftp")
-"""File servers: what is put there is seen half written, and a connection serves one thread at a time."""
+STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+"""Protocols whose objects are seen whole or not at all. On file servers what is put is seen half written, and a
+connection serves one thread at a time."""
+READ_ONLY = ("http", "https", "hf")
+"""Protocols that prompts are read from, too."""
 
 
-def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = False) -> tuple[Any, str]:
     """The fsspec filesystem of a URL, with caches of listings off, and the path inside it.
 
+    Args:
+        url: a URL or a local path.
+        options: fsspec storage options.
+        read_only: whether nothing is to be written there.
+
     Raises:
-        InputError: the protocol is unknown, its package is missing, or the options do not fit it.
+        InputError: the protocol is none of those, its package is missing, or the options do not fit it.
     """
     learn(options)
     try:
         protocol = fsspec.core.split_protocol(url)[0]
         if protocol in ("memory", "memoryfs"):
             raise InputError(f"{url!r}: memory:// lives in one process only, and cards are other processes")
-        if protocol in MOUNTABLE:
+        if "::" in url:
+            raise InputError(f"{redact(url)!r}: URLs that are chained by :: are not opened; give that of the files")
+        if protocol not in (None, *STORES, *(READ_ONLY if read_only else ())):
             raise InputError(
-                f"{redact(url)!r}: prompts and output lie on a local or shared file system, S3, Google Cloud Storage or"
-                f" Azure; mount what is behind {protocol}:// on every node and give its path"
+                f"{redact(url)!r}: prompts and output lie on a local or shared file system, in S3 (s3://), Google Cloud"
+                " Storage (gs://) or Azure (az://, abfs://), and prompts behind http(s):// or hf://, too; mount what is"
+                f" behind {protocol}:// on every node and give its path"
             )
         if protocol in ("s3", "s3a"):
             # Without concurrency a read is one request, and not one for the size before it.

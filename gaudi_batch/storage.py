@@ -65,6 +65,7 @@ class Storage:
         url: root; a plain path is a local directory.
         options: fsspec storage options.
         patience: seconds for which a failing operation is tried again; may be changed while operations go on.
+        read_only: whether nothing is to be written there.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Storage:
         url: str,
         options: Mapping[str, Any] | None = None,
         patience: float = 600.0,
+        read_only: bool = False,
     ) -> None:
         self.options = dict(options or {})
-        self.filesystem, root = open_filesystem(url, self.options)
+        self.filesystem, root = open_filesystem(url, self.options, read_only)
         self.root = root.rstrip("/") or "/"
         self.query = ""
         self.local = isinstance(self.filesystem, LocalFileSystem)
