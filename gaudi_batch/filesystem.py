@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -11,7 +13,9 @@ from fsspec.asyn import sync
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import learn, redact
-from gaudi_batch.retry import BucketGone
+from gaudi_batch.retry import BucketGone, no_credentials, status_of
+
+log = logging.getLogger("gaudi_batch")
 
 S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
 """What botocore gets unless the options say otherwise: a request that stalls three times ends within a minute, as one
@@ -20,6 +24,8 @@ over."""
 STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """Protocols whose objects are seen whole or not at all. On file servers what is put is seen half written, and a
 connection serves one thread at a time."""
+SILENT_SECONDS = 3.0
+"""How long credentials are looked for without a word. Where there are none, Google's library takes about 20 s."""
 READ_ONLY = ("http", "https", "hf")
 """Protocols that prompts are read from, too."""
 
@@ -52,7 +58,8 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
             # Without concurrency a read is one request, and not one for the size before it.
             config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
+        with _told_if_slow(url):
+            filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
     except InputError:
         raise
     except ImportError as error:
@@ -61,7 +68,23 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
         raise InputError(f"{redact(url)!r} can't be opened: {error}{way_out}") from None
     except Exception as error:
         raise InputError(f"{redact(url)!r} can't be opened: {redact(str(error), options)}") from None
+    if _is_anonymous_for_want(filesystem):
+        log.warning(
+            "%s: no credentials of Google Cloud are found, so it is asked anonymously; the storage option token: anon"
+            " says so at once",
+            redact(url),
+        )
     return filesystem, path
+
+
+@contextlib.contextmanager
+def _told_if_slow(url: str) -> Iterator[None]:
+    timer = threading.Timer(SILENT_SECONDS, log.warning, ("%s: still looking for credentials", redact(url)))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_s3(filesystem: Any) -> bool:
@@ -117,7 +140,24 @@ def subdue(filesystem: Any) -> None:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
+def _is_anonymous_for_want(filesystem: Any) -> bool:
+    """Whether gcsfs has found no credentials, and was not told to do without."""
+    if not is_google(filesystem):
+        return False
+    return filesystem.credentials.method == "anon" and filesystem.credentials.token is None
+
+
+def lacks_credentials(filesystem: Any, error: BaseException) -> bool:
+    """Whether a store was asked without credentials because none could be had, or could not be asked so. gcsfs then
+    asks anonymously, or says what a store says of wrong ones."""
+    if no_credentials(error) or type(error.__cause__).__name__ == "RefreshError":
+        return True
+    return _is_anonymous_for_want(filesystem) and status_of(error) in (401, 403)
+
+
 def look_for_credentials_again(filesystem: Any) -> None:
-    """s3fs keeps a client that has found none. The others ask for each request."""
+    """s3fs keeps a client that has found none, and gcsfs that there are none. Otherwise they ask for each request."""
     if is_s3(filesystem):
         filesystem.connect(refresh=True)
+    elif _is_anonymous_for_want(filesystem):
+        filesystem.credentials.connect()

@@ -28,7 +28,14 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.filesystem import is_azure, look_for_credentials_again, open_filesystem, require_bucket, subdue
+from gaudi_batch.filesystem import (
+    is_azure,
+    lacks_credentials,
+    look_for_credentials_again,
+    open_filesystem,
+    require_bucket,
+    subdue,
+)
 from gaudi_batch.redaction import learn, redact
 from gaudi_batch.retry import (
     CREDENTIALS_TIMEOUT_S,
@@ -39,7 +46,6 @@ from gaudi_batch.retry import (
     in_time,
     in_time_or_cancelled,
     is_permanent,
-    no_credentials,
     status_of,
 )
 
@@ -428,7 +434,7 @@ class Storage:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
                     patience, limit = self.patience, " (storage_patience)"
-                    if self._known and no_credentials(error):
+                    if self._known and lacks_credentials(self.filesystem, error):
                         patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
                         without_credentials = True
                     elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
