@@ -6,6 +6,7 @@ has it when started again.
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -232,7 +234,7 @@ class _GoogleRole(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         token = {"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}
-        account = {"email": "me@example.com", "scopes": [], "aliases": []}
+        account = {"email": "default", "scopes": [], "aliases": []}
         said = {"token": json.dumps(token), "default": json.dumps(account), "project-id": "tests", "": ""}
         last = self.path.partition("?")[0].rstrip("/").rpartition("/")[2]
         self.send_response(404 if self.server.fails or last not in said else 200)
@@ -289,6 +291,30 @@ def test_a_card_that_finds_no_credentials_of_google_for_a_moment_looks_again(
     monkeypatch.setattr(storage_module, "look_for_credentials_again", look_again)
     assert whatever_it_takes(lambda: card.get("run.json")) == b"{}"
     assert not google_roles.fails
+
+
+def test_credentials_of_google_that_can_not_be_renewed_for_a_moment_are_waited_for(
+    closed_gcs: dict[str, Any], google_roles: GoogleRoles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library says of them what a store says of wrong ones."""
+    driver = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
+    driver.put("run.json", b"{}")
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=no_sleep))  # it tries again for half a minute
+    again = storage_module.look_for_credentials_again
+
+    def look_again(filesystem: Any) -> None:
+        again(filesystem)
+        google_roles.fails = False
+
+    monkeypatch.setattr(storage_module, "look_for_credentials_again", look_again)
+    google_roles.fails = True
+    driver.filesystem.credentials.credentials.expiry = datetime.datetime(2026, 1, 1)
+    assert whatever_it_takes(lambda: driver.get("run.json")) == b"{}"
+    assert not google_roles.fails
+
+
+async def no_sleep(seconds: float) -> None:
+    pass
 
 
 def test_a_store_of_google_that_is_asked_anonymously_is_said_so(
