@@ -184,10 +184,10 @@ class JobConfig(_Section):
     """
 
     prompts: str
-    """Parquet file, directory or glob of prompts, on any fsspec URL."""
+    """Parquet file, directory or glob of prompts: a path, or a URL of S3, Google, Azure, http(s) or hf."""
 
     output: str
-    """Where the images and their records go: a directory on any fsspec URL."""
+    """Where the images and their records go: a directory, or a URL of S3, Google Cloud Storage or Azure."""
 
     model: str | None = None
     """Hub id or directory of the model, or builtin:shapes; the simulated device needs none."""

@@ -32,7 +32,7 @@ def demo(output: str, prompts: int) -> RunResult:
     """Runs the demo job, afresh each time, and puts `contact_sheet.png` beside its images.
 
     Args:
-        output: where to; any fsspec URL.
+        output: where to; a path, or a URL of a store.
         prompts: how many of the bundled prompts.
 
     Raises:

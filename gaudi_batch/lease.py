@@ -9,7 +9,7 @@ given up, does no harm: where the store creates conditionally a manifest takes n
 no commit, and a driver that does not know what became of a manifest keeps the lease.
 
 A store may answer with what lease.json said a while ago. So a name that the holder knows to be over is passed over, and
-one that it has not seen before is looked at twice.
+one that it has not seen before is looked at twice; so is a holder that is over, before its run is taken.
 
 What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose leavings may be
 removed.
@@ -91,8 +91,6 @@ class LeaseKeeper:
 
     def __init__(self, storage: Storage, driver: str) -> None:
         self._storage = storage
-        self._quick = storage.at(storage.root)
-        self._quick.patience = self._quick.try_seconds = TRY_SECONDS
         self._over = threading.Event()
         self._kept_up = -math.inf
         self._silent: Lease | None = None  # whose silence alone says that it is over
@@ -116,15 +114,11 @@ class LeaseKeeper:
 
         Raises:
             InputError: another driver is alive, or takes the lease at the same time.
+            LeaseLost: another driver has taken the lease since.
+            StorageError: storage failed.
         """
-        held = self._read_whole(say)
-        if held is not None and held.driver != self._lease.driver:
-            alive = False if held.released else is_alive(held)
-            if alive:
-                raise self._refusal(held)
-            if alive is None:
-                say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
-                self._silent = held = self._wait_until_stale(held)
+        held = self._wait_until_over(say)
+        if held is not None:
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
         since = time.monotonic()
         self._write(self._storage)
@@ -132,9 +126,13 @@ class LeaseKeeper:
         other = self._other_holder(self._storage)
         if other is not None:
             raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
-        self._storage.find_out_create("lease.json", self._data())
         self._kept_up = since
-        self._beating.start()
+        self._beating.start()  # what follows may take as long as the job's patience
+        try:
+            self._storage.find_out_create("lease.json", self._data(), self.hold, self.holds)
+        except (StorageError, LeaseLost):
+            self.forget()
+            raise
 
     def hold(self) -> None:
         """Returns when this driver may commit: it drives the run, and will for longer than a commit takes.
@@ -248,6 +246,28 @@ class LeaseKeeper:
             time.sleep(LOOK_SECONDS)
         return held
 
+    def _wait_until_over(self, say: Callable[[str], None]) -> Lease | None:
+        """The last lease of another driver, once that is over; None if there is none. What says so is looked at twice,
+        as it may be what was there a while ago. Raises InputError."""
+        held = self._read_whole(say)
+        while held is not None and held.driver != self._lease.driver:
+            alive = False if held.released else is_alive(held)
+            if alive:
+                raise self._refusal(held)
+            if alive is None:
+                say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
+                last = self._wait_until_stale(held)
+                if not last.released:
+                    self._silent = last
+                    return last
+                held = last
+            time.sleep(SETTLE_SECONDS)
+            now = self._read()
+            if now is None or _is_before(now, held):
+                return held
+            held = now
+        return None
+
     def _wait_until_stale(self, held: Lease) -> Lease:
         """Waits for a holder to count up, or to let go; returns the last one there was. Raises InputError."""
         seen = time.monotonic()
@@ -257,13 +277,19 @@ class LeaseKeeper:
             now = self._read()
             if now is None:
                 return held
-            is_old = now.beat <= held.beat if now.driver == held.driver else now.driver in held.dead
-            if not is_old:
+            if not _is_before(now, held):
                 if now.released:
                     return now
                 raise self._refusal(now)
             if looked - seen > STALE_SECONDS:
                 return held
+
+    @property
+    def _quick(self) -> Storage:
+        """The output as it is known by now, for what is not tried for long."""
+        quick = self._storage.at(self._storage.root)
+        quick.patience = quick.try_seconds = TRY_SECONDS
+        return quick
 
     def _refusal(self, held: Lease) -> InputError:
         return InputError(
@@ -288,6 +314,11 @@ def read_lease(storage: Storage) -> Lease | None:
         return _LEASE.validate_json(data, strict=True)
     except ValueError:
         return None
+
+
+def _is_before(lease: Lease, other: Lease) -> bool:
+    """Whether a lease was there before another, or is it."""
+    return lease.beat <= other.beat if lease.driver == other.driver else lease.driver in other.dead
 
 
 def is_alive(lease: Lease) -> bool | None:

@@ -436,7 +436,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     if options is None:
         same = url.split("://")[0] == config.output.split("://")[0] and "://" in url
         options = config.storage_options if same else {}
-    whole = Storage(url, options, config.storage_patience)
+    whole = Storage(url, options, config.storage_patience, read_only=True)
     filesystem, path = whole.filesystem, whole.root
     # What stays a URL is http's, and its query often is a signature: a secret, and no part of any name.
     plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")

@@ -50,6 +50,10 @@ PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSH
 """What S3 says with status 400 of a request that broke on its way."""
 
 
+class BucketGone(FileNotFoundError):
+    """It is not the object but its bucket that is not there."""
+
+
 def in_time(operation: Callable[[], T], seconds: float) -> T:
     """Runs an operation in a thread that is left behind if it does not end: nothing can end one that a disk holds, and
     one of a pool would keep the process.
@@ -133,7 +137,7 @@ def code_of(error: BaseException) -> str | None:
 
 def bucket_is_gone(error: BaseException) -> bool:
     """Whether a store says that it is not the object but its bucket that is not there."""
-    return code_of(error) in GONE_CODES
+    return isinstance(error, BucketGone) or code_of(error) in GONE_CODES
 
 
 def no_credentials(error: BaseException) -> bool:

@@ -28,16 +28,24 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.filesystem import is_azure, look_for_credentials_again, open_filesystem, subdue
+from gaudi_batch.filesystem import (
+    is_azure,
+    lacks_credentials,
+    look_for_credentials_again,
+    open_filesystem,
+    require_bucket,
+    subdue,
+)
 from gaudi_batch.redaction import learn, redact
 from gaudi_batch.retry import (
     CREDENTIALS_TIMEOUT_S,
+    BucketGone,
     bucket_is_gone,
+    code_of,
     delays,
     in_time,
     in_time_or_cancelled,
     is_permanent,
-    no_credentials,
     status_of,
 )
 
@@ -63,6 +71,7 @@ class Storage:
         url: root; a plain path is a local directory.
         options: fsspec storage options.
         patience: seconds for which a failing operation is tried again; may be changed while operations go on.
+        read_only: whether nothing is to be written there.
     """
 
     def __init__(
@@ -70,9 +79,10 @@ class Storage:
         url: str,
         options: Mapping[str, Any] | None = None,
         patience: float = 600.0,
+        read_only: bool = False,
     ) -> None:
         self.options = dict(options or {})
-        self.filesystem, root = open_filesystem(url, self.options)
+        self.filesystem, root = open_filesystem(url, self.options, read_only)
         self.root = root.rstrip("/") or "/"
         self.query = ""
         self.local = isinstance(self.filesystem, LocalFileSystem)
@@ -153,12 +163,20 @@ class Storage:
         write = self._given_up("put_file", seconds, keep)
         self._put(path, lambda full: write(local, full), seconds, before, keep)
 
-    def find_out_create(self, path: str, data: bytes) -> None:
+    def find_out_create(
+        self,
+        path: str,
+        data: bytes,
+        before: Callable[[], None] = lambda: None,
+        keep: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Finds out whether the store refuses to create an object that is there, for `put` to rely on.
 
         Args:
             path: of an object that is there.
             data: its bytes, which a store that does not refuse writes again.
+            before: as in `put`.
+            keep: as in `put`.
 
         Raises:
             StorageError: storage failed.
@@ -167,22 +185,28 @@ class Storage:
             return
         self.creates = True
         try:
-            self.put(path, data, create=True)
-            self.creates = False
+            self.put(path, data, before, keep, create=True)
+            why = "nothing, and wrote over one"
         except FileExistsError:
-            pass
+            return
         except StorageError as error:
             if not error.refused:
                 raise
-            self.creates = False  # it does not know what is asked of it
-        log.debug("%s: the store %s conditionally", self.url, "creates" if self.creates else "does not create")
+            why = str(error)  # as a rule, it does not know what is asked of it
+        self.creates = False
+        log.info(
+            "%s: the store can't create an object only where there is none; the lease alone guards what is committed"
+            " (it said: %s)",
+            self.url,
+            why,
+        )
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None where there is none. Raises StorageError."""
         seconds, limit = self._limit()
 
         def read() -> bytes | None:
-            with _none_if_absent():
+            with self._none_if_absent():
                 try:
                     data: bytes = self.filesystem.cat_file(self.full(path), **limit)
                 except FSTimeoutError:
@@ -201,7 +225,8 @@ class Storage:
         seconds, limit = self._limit(stop - start)
 
         def read() -> bytes:
-            data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
+            with self._telling_bucket():
+                data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
             if len(data) != stop - start:
                 raise OSError(errno.EIO, f"{len(data)} bytes came instead of {stop - start}")
             self._known = True
@@ -216,7 +241,12 @@ class Storage:
     def info(self, path: str) -> dict[str, Any]:
         """What the store says of an object, its size in bytes among it. Raises StorageError."""
         seconds, limit = self._limit()
-        return self.attempt(f"read {path}", lambda: dict(self.filesystem.info(self.full(path), **limit)), seconds)
+
+        def ask() -> dict[str, Any]:
+            with self._telling_bucket():
+                return dict(self.filesystem.info(self.full(path), **limit))
+
+        return self.attempt(f"read {path}", ask, seconds)
 
     def at(self, root: str, query: str = "") -> Storage:
         """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
@@ -236,7 +266,7 @@ class Storage:
         """Names of what lies directly in a directory, sorted; none where there is no such directory."""
 
         def listing() -> list[str]:
-            with _none_if_absent():
+            with self._none_if_absent():
                 found = self.filesystem.ls(self.full(directory), detail=False, **self._many())
                 return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
             return []
@@ -253,18 +283,21 @@ class Storage:
         delete_file = self._given_up("rm_file", self.try_seconds, keep)
 
         def delete_one(full: str) -> None:
-            with _none_if_absent():
+            with self._none_if_absent():
                 delete_file(full)
 
         def delete() -> None:
             full = self.full(path)
-            with _none_if_absent():
+            with self._none_if_absent():
                 if self.local:
                     self.filesystem.rm(full, recursive=True)
                 else:
+                    found = self.filesystem.find(full, **self._many())
+                    if not found:
+                        require_bucket(self.filesystem, full, self.try_seconds)
                     # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
                     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
-                        list(pool.map(delete_one, self.filesystem.find(full, **self._many())))
+                        list(pool.map(delete_one, found))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
         self.attempt(f"remove {path}", delete, MANY_SECONDS, before)
@@ -272,6 +305,26 @@ class Storage:
     def full(self, path: str) -> str:
         """The path that the filesystem knows."""
         return (f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}") + self.query
+
+    @contextlib.contextmanager
+    def _telling_bucket(self) -> Iterator[None]:
+        """Raises BucketGone for an object's absence if it is its bucket that is absent."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if code_of(error) is None:
+                require_bucket(self.filesystem, self.root, self.try_seconds)
+            raise
+
+    @contextlib.contextmanager
+    def _none_if_absent(self) -> Iterator[None]:
+        """Passes over the absence of an object; that of its bucket says nothing of the object."""
+        try:
+            with self._telling_bucket():
+                yield
+        except FileNotFoundError as error:
+            if bucket_is_gone(error):
+                raise
 
     def _limit(self, size: int = 0, try_seconds: float | None = None) -> tuple[float, dict[str, float]]:
         """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
@@ -312,6 +365,10 @@ class Storage:
             nonlocal there
             try:
                 write(full)
+            except FileNotFoundError as error:
+                if bucket_is_gone(error):
+                    raise
+                raise BucketGone(f"the bucket, or an upload to it, is not there: {error}") from None
             except Exception as error:
                 if not (create and (isinstance(error, FileExistsError) or status_of(error) == PRECONDITION_FAILED)):
                     raise
@@ -377,7 +434,7 @@ class Storage:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
                     patience, limit = self.patience, " (storage_patience)"
-                    if self._known and no_credentials(error):
+                    if self._known and lacks_credentials(self.filesystem, error):
                         patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
                         without_credentials = True
                     elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
@@ -436,13 +493,3 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-
-@contextlib.contextmanager
-def _none_if_absent() -> Iterator[None]:
-    """Passes over the absence of an object; that of its bucket says nothing of the object."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if bucket_is_gone(error):
-            raise

@@ -41,6 +41,7 @@ class Fault:
         code: the store's code of the error, for a status.
         first_byte: where the range of a read must begin.
         client: whether it befalls what comes from a port of this machine.
+        anonymous: whether it befalls only what comes without credentials.
         over: set when one that was late has been answered.
     """
 
@@ -54,6 +55,7 @@ class Fault:
     message: str = "Made by the proxy."
     first_byte: range | None = None
     client: Callable[[int], bool] = lambda port: True
+    anonymous: bool = False
     hits: int = 0
     seen: int = 0
     over: threading.Event = field(default_factory=threading.Event)
@@ -105,7 +107,7 @@ class FaultProxy(ThreadingHTTPServer):
         with self._lock:
             return sum(bool(re.search(pattern, request)) for request in self.requests)
 
-    def fault_of(self, method: str, path: str, port: int, first_byte: int = -1) -> Fault | None:
+    def fault_of(self, method: str, path: str, port: int, first_byte: int, signed: bool) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
             for fault in self._faults:
@@ -115,7 +117,7 @@ class FaultProxy(ThreadingHTTPServer):
                     continue
                 if fault.first_byte is not None and first_byte not in fault.first_byte:
                     continue
-                if not fault.client(port):
+                if not fault.client(port) or (fault.anonymous and signed):
                     continue
                 fault.seen += 1
                 if fault.seen % fault.every == 0:
@@ -134,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         port = self.client_address[1]
-        fault = self.server.fault_of(self.command, self.path, port, int(asked[1]) if asked else -1)
+        signed = "Authorization" in self.headers
+        fault = self.server.fault_of(self.command, self.path, port, int(asked[1]) if asked else -1, signed)
         kind = fault.kind if fault else ""
         if kind == "kill client" and not kill_card_at(port):
             kind = ""

@@ -141,8 +141,11 @@ def test_nothing_is_removed_once_another_drives(proxy: FaultProxy, output: Stora
 
 @pytest.mark.parametrize("server", [*CREATING, "s3"], indirect=True)
 def test_whether_a_store_creates_conditionally_is_found_out(
-    server: StoreServer, output: Storage, driver: LeaseKeeper
+    server: StoreServer, output: Storage, driver: LeaseKeeper, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "gaudi_batch")
+    driver._storage.find_out_create("lease.json", driver._data())
+    assert ("the lease alone guards what is committed" in caplog.text) is not driver._storage.creates
     assert driver._storage.creates is (type(server).__name__ != "S3Server")
     assert output.names("") == ["lease.json"]
     held = read_lease(output)
@@ -161,15 +164,39 @@ def test_whether_a_store_creates_conditionally_is_found_out(
 @pytest.mark.parametrize("server", ["s3"], indirect=True)
 @pytest.mark.parametrize(("status", "code"), [("501", "NotImplemented"), ("400", "InvalidArgument")])
 def test_a_store_that_knows_no_conditions_is_used_without(
-    status: str, code: str, server: StoreServer, proxy: FaultProxy, output: Storage, driver: LeaseKeeper
+    status: str,
+    code: str,
+    server: StoreServer,
+    proxy: FaultProxy,
+    output: Storage,
+    driver: LeaseKeeper,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     driver.release()
+    caplog.set_level("INFO", "gaudi_batch")
     fault = proxy.add(Fault(status, "PUT", "/lease.json", every=2, count=1, code=code))  # the second one is conditional
     keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), patience=10.0), "bbbbb")
     keeper.take()
     assert fault.hits == 1
     assert Ledger(keeper._storage, keeper.hold).commit(*a_manifest(3, "bbbbb1")) is True
     assert keeper._storage.creates is False
+    said = [record.message for record in caplog.records if "the lease alone guards" in record.message]
+    assert ["Made by the proxy." in line for line in said] == [True]
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_a_bucket_that_seems_gone_for_a_moment_ends_no_hold(proxy: FaultProxy, driver: LeaseKeeper) -> None:
+    fault = proxy.add(Fault("404", "GET", "/lease.json", count=2, code="NoSuchBucket"))
+    assert held(driver)
+    assert fault.hits == 2
+
+
+def held(driver: LeaseKeeper) -> bool:
+    try:
+        driver.hold()
+    except StorageError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("server", ["moto", "s3"], indirect=True)

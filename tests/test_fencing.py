@@ -428,3 +428,53 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
     task = ShardTask(shard, "aaaaa2")
     asyncio.run(Stub()._assign(Slot(0, group=None), Actor(), task))
     assert asked == [task] * 3
+
+
+@pytest.mark.parametrize("over", ["released", "gone"])
+def test_one_old_word_of_a_driver_that_is_over_gives_nobody_a_run_that_another_drives(
+    over: str, output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store answers once with what lease.json said before the second driver took it."""
+    first.release() if over == "released" else first.forget()
+    answers = [output.get("lease.json")]
+    second, get = LeaseKeeper(output, "bbbbb"), Storage.get
+    second.take()
+    monkeypatch.setattr(Storage, "get", lambda self, path: answers.pop() if answers else get(self, path))
+    assert refused(LeaseKeeper(output, "ccccc").take)
+    assert not answers
+    assert not lost(second)
+
+
+def test_a_driver_counts_up_while_it_finds_out_what_its_store_can(
+    output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may take as long as the job's patience."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+
+    def slow(self: Storage, *_: Any) -> None:
+        until = time.monotonic() + 10
+        while time.monotonic() < until and len(beats) < 3:
+            held = read_lease(output)
+            assert held is not None
+            beats.add(held.beat)
+
+    beats: set[int] = set()
+    monkeypatch.setattr(Storage, "find_out_create", slow)
+    keeper = LeaseKeeper(output, "aaaaa")
+    keeper.take()
+    assert len(beats) == 3
+    keeper.release()
+
+
+def test_a_driver_that_can_t_find_out_what_its_store_can_counts_up_no_more(
+    output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Storage, *_: Any) -> None:
+        raise StorageError("it does not answer")
+
+    monkeypatch.setattr(Storage, "find_out_create", fails)
+    keeper = LeaseKeeper(output, "aaaaa")
+    with pytest.raises(StorageError, match="it does not answer"):
+        keeper.take()
+    keeper._beating.join(10)
+    assert not keeper._beating.is_alive()

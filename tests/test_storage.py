@@ -114,9 +114,14 @@ def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("nope://x/y", "can't be opened"),
+        ("nope://x/y", "mount what is behind nope:// on every node"),
         ("memory://x", "lives in one process"),
         ("sftp://host/x", "mount what is"),
+        ("webhdfs://host/x", "mount what is"),
+        ("http://host/x", "mount what is"),
+        ("simplecache::sftp://host/x", "chained"),
+        ("filecache::smb://host/x", "chained"),
+        ("simplecache::s3://bucket/x", "chained"),
         ("gs://b/x", r"gaudi-batch\[gcs\]"),
     ],
 )
@@ -133,3 +138,22 @@ def test_wrong_credentials_are_the_stores_own_words(s3: S3Server) -> None:
         storage.put("a", b"1")
     assert "wrong-password" not in str(caught.value)
     assert "signature" in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("webhdfs://host/x.parquet", "mount what is"),
+        ("filecache::sftp://host/x.parquet", "chained"),
+        ("zip://*.parquet::s3://bucket/x.zip", "chained"),
+    ],
+)
+def test_prompts_that_can_not_be_opened_are_refused(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Storage(url, read_only=True)
+
+
+def test_prompts_are_read_where_nothing_can_be_written() -> None:
+    for url in ("http://host/x.parquet", "https://host/x.parquet"):
+        assert Storage(url, read_only=True).root == url
+    assert Storage("hf://datasets/me/prompts", read_only=True).filesystem.protocol == "hf"

@@ -6,6 +6,7 @@ has it when started again.
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -18,15 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
+from gcsfs import GCSFileSystem
 from helpers import S3Server, StoreServer
 from s3fs import S3FileSystem
 from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
+from gaudi_batch import filesystem as filesystem_module
 from gaudi_batch import retry
 from gaudi_batch import storage as storage_module
 from gaudi_batch.cluster import attached
@@ -214,6 +218,132 @@ def test_credentials_of_a_role_that_were_there_are_asked_for_again(
     card = pickle.loads(pickle.dumps(driver))
     assert whatever_it_takes(lambda: card.get("run.json")) == b"{}"
     assert roles.fails < 0
+
+
+class GoogleRoles(ThreadingHTTPServer):
+    """The same of Google; while it `fails`, it is as where there is none."""
+
+    fails = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _GoogleRole)
+
+
+class _GoogleRole(BaseHTTPRequestHandler):
+    server: GoogleRoles
+
+    def do_GET(self) -> None:
+        token = {"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}
+        account = {"email": "default", "scopes": [], "aliases": []}
+        said = {"token": json.dumps(token), "default": json.dumps(account), "project-id": "tests", "": ""}
+        last = self.path.partition("?")[0].rstrip("/").rpartition("/")[2]
+        self.send_response(404 if self.server.fails or last not in said else 200)
+        self.send_header("Metadata-Flavor", "Google")
+        self.send_header("Content-Type", "application/json" if last in ("token", "default") else "text/plain")
+        self.send_header("Content-Length", str(len(said.get(last, ""))))
+        self.end_headers()
+        self.wfile.write(said.get(last, "").encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def google_roles(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleRoles]:
+    GCSFileSystem.clear_instance_cache()
+    with GoogleRoles() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        here = f"127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr("google.auth.compute_engine._metadata._GCE_METADATA_HOST", here)
+        monkeypatch.setenv("GCE_METADATA_IP", here)
+        monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
+        for name in ("GOOGLE_APPLICATION_CREDENTIALS", "NO_GCE_CHECK"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def closed_gcs(gcs: StoreServer) -> Iterator[dict[str, Any]]:
+    """The options of a store that wants credentials, which they do not give."""
+    with fault_proxy(gcs.port) as proxy:
+        proxy.add(Fault("401", anonymous=True, message="Anonymous caller does not have storage.objects.get access."))
+        yield {name: value for name, value in gcs.options_at(proxy.port).items() if name != "token"}
+
+
+def test_a_card_that_finds_no_credentials_of_google_for_a_moment_looks_again(
+    closed_gcs: dict[str, Any],
+    google_roles: GoogleRoles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The service fails just when a card begins."""
+    driver = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
+    driver.put("run.json", b"{}")
+    google_roles.fails = True
+    card = pickle.loads(pickle.dumps(driver))
+    again = storage_module.look_for_credentials_again
+
+    def look_again(filesystem: Any) -> None:
+        again(filesystem)
+        google_roles.fails = False  # after the first look in vain
+
+    monkeypatch.setattr(storage_module, "look_for_credentials_again", look_again)
+    assert whatever_it_takes(lambda: card.get("run.json")) == b"{}"
+    assert not google_roles.fails
+
+
+def test_credentials_of_google_that_can_not_be_renewed_for_a_moment_are_waited_for(
+    closed_gcs: dict[str, Any], google_roles: GoogleRoles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library says of them what a store says of wrong ones."""
+    driver = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
+    driver.put("run.json", b"{}")
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=no_sleep))  # it tries again for half a minute
+    again = storage_module.look_for_credentials_again
+
+    def look_again(filesystem: Any) -> None:
+        again(filesystem)
+        google_roles.fails = False
+
+    monkeypatch.setattr(storage_module, "look_for_credentials_again", look_again)
+    google_roles.fails = True
+    driver.filesystem.credentials.credentials.expiry = datetime.datetime(2026, 1, 1)
+    assert whatever_it_takes(lambda: driver.get("run.json")) == b"{}"
+    assert not google_roles.fails
+
+
+async def no_sleep(seconds: float) -> None:
+    pass
+
+
+def test_a_store_of_google_that_is_asked_anonymously_is_said_so(
+    closed_gcs: dict[str, Any],
+    google_roles: GoogleRoles,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    google_roles.fails = True
+    storage = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
+    assert "no credentials of Google Cloud are found" in caplog.text
+    with pytest.raises(StorageError, match="Anonymous caller") as caught:
+        storage.get("run.json")
+    assert caught.value.refused, "it never had any"
+    caplog.clear()
+    Storage(f"gs://bucket/{tmp_path.name}", closed_gcs | {"token": "anon"})
+    assert caplog.text == ""
+
+
+def test_credentials_that_are_looked_for_long_are_not_waited_for_in_silence(
+    closed_gcs: dict[str, Any],
+    google_roles: GoogleRoles,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(filesystem_module, "SILENT_SECONDS", 0.0)
+    Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
+    assert "still looking for credentials" in caplog.text
 
 
 def whatever_it_takes(operation: Callable[[], Any]) -> Any:

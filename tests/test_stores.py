@@ -6,8 +6,9 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from smalljob import Content, a_job, content, nothing_was_held_against_cards, ru
 
 from gaudi_batch import retry
 from gaudi_batch.cluster import attached
+from gaudi_batch.errors import StorageError
 from gaudi_batch.storage import Storage
 
 
@@ -132,3 +134,50 @@ def test_what_the_store_forbids_ends_the_run_at_once(
     proxy.clear()
     assert run(dataset, url, storage_options=options) == 3
     assert content(output) == undisturbed
+
+
+def without_bucket(proxy: FaultProxy, count: int | None = None, when: Callable[[], bool] = lambda: True) -> list[Fault]:
+    """Answers as where the bucket (container) is not there: Google's says no more than "404"."""
+    methods = ("PUT|POST", "GET|HEAD", "DELETE")
+    return [proxy.add(Fault("404", method, count=count, when=when, code="ContainerNotFound")) for method in methods]
+
+
+def test_cards_wait_for_a_bucket_that_seems_gone_for_a_moment(
+    dataset: Path, server: StoreServer, proxy: FaultProxy, url: str, output: Storage, undisturbed: Content
+) -> None:
+    under_way = threading.Event()  # asked of the store until it is so
+
+    def is_under_way() -> bool:
+        if not under_way.is_set() and len(output.names("manifest")) > 1:
+            under_way.set()
+        return under_way.is_set()
+
+    gone = without_bucket(proxy, count=4, when=is_under_way)
+    assert run(dataset, url, storage_options=server.quick_options_at(proxy.port)) == 3
+    assert [fault.hits for fault in gone[:2]] == [4, 4]
+    assert content(output) == undisturbed
+    nothing_was_held_against_cards(output)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("action", ["get", "names", "remove", "put", "create", "get_range", "info"])
+def test_a_bucket_that_is_not_there_says_nothing_of_what_is_in_it(
+    action: str, known: bool, server: StoreServer, proxy: FaultProxy, url: str, output: Storage
+) -> None:
+    output.put("run.json", b"{}")
+    storage = Storage(url, server.quick_options_at(proxy.port), patience=0.2)
+    storage.creates = True
+    assert not known or storage.get("run.json") == b"{}"
+    actions: dict[str, Callable[[], object]] = {
+        "get": lambda: storage.get("run.json"),
+        "names": lambda: storage.names(""),
+        "remove": lambda: storage.remove("run.json"),
+        "put": lambda: storage.put("run.json", b""),
+        "create": lambda: storage.put("new", b"", create=True),
+        "get_range": lambda: storage.get_range("run.json", 0, 1),
+        "info": lambda: storage.info("run.json"),
+    }
+    without_bucket(proxy)
+    with pytest.raises(StorageError) as caught:
+        actions[action]()
+    assert caught.value.refused is not known, "it is waited for only where it has been there"
