@@ -48,7 +48,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
     if event == "ready":
         world.ready(rng.choice(sorted(world.starting)))
     elif event == "refuse":
-        world.refuse(rng.choice(sorted(world.starting)))
+        world.refuse(rng.choice(sorted(world.starting | (world.hands.keys() - world.leaving))))
     elif event == "finish":
         card = rng.choice(busy)
         doubted = {world.hands[card][0].shard.start: "wrong"} if rng.random() < 0.2 else {}
