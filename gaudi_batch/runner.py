@@ -180,9 +180,10 @@ def _cluster(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Call
         @functools.cache
         def cards() -> CardResources:
             # Ray is slow to import and nothing else here needs it. All that the run needs is imported before it
-            # connects, which changes where Python looks for modules in a job of the Jobs API.
+            # connects: of a job of the Jobs API, Ray may remove the directory that these modules lie in.
             import gaudi_batch.account
-            import gaudi_batch.driver  # noqa: F401
+            import gaudi_batch.driver
+            import gaudi_batch.trial  # noqa: F401
             from gaudi_batch.cluster import card_resources, connected, look_at_cluster
             from gaudi_batch.slot import remove_groups_of
 
