@@ -107,7 +107,7 @@ class Trouble:
         return ShardTask(
             shard,
             attempt,
-            announce=self.announce,
+            announce=self.announce or row_groups.doubt(shard),
             alone=self.alone,
             accused=dict(self.accused),
             condemned=dict(self.condemned),

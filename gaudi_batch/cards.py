@@ -85,6 +85,7 @@ class Cards:
         """Attempts on each node."""
         self.usable_on: dict[str, int] = {}
         """Cards that are ready or starting, by node; none has 0."""
+        self._on: dict[str, dict[int, Card]] = {}
         self._affinity = affinity
 
     def usable(self) -> int:
@@ -100,9 +101,21 @@ class Cards:
         filed = (*self.open, self.full, self.apart, *([self.starting] if starting else []))
         return any(number not in than for cards in filed for number in cards)
 
+    def add(self, card: Card) -> None:
+        """A card is there."""
+        self.by_number[card.number] = card
+        self._on.setdefault(card.node, {})[card.number] = card
+
+    def move(self, card: Card, node: str) -> None:
+        """A card is on another node now."""
+        del self._on[card.node][card.number]
+        card.node = node
+        self._on.setdefault(node, {})[card.number] = card
+        self.lost.discard(node)
+
     def on(self, node: str) -> list[Card]:
         """The cards of a node."""
-        return [card for card in self.by_number.values() if card.node == node]
+        return list(self._on.get(node, {}).values())
 
     def file(self, card: Card) -> None:
         """Puts a card where it belongs, after anything about it has changed."""

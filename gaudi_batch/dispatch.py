@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gaudi_batch.affinity import Affinity
@@ -28,6 +29,8 @@ ENOUGH_CARDS = 2
 """Cards that must have failed a shard before it is tried on one of them again while others start."""
 MAX_LOOKED_AT = 16
 """Suspect shards for which an event looks for a card."""
+MAX_COMPARED = 64
+"""Cards among which one is chosen by its node."""
 NODES_PER_EXCLUSIVE = 4
 """While other work waits, one node in so many at most is kept for a single suspect shard."""
 
@@ -81,7 +84,9 @@ class Dispatch:
 
     def next(self) -> list[Decision]:
         """Gives out what can be given out now, and asks back what another card could begin."""
-        return [*self._assign_suspects(), *self._assign(), *self._recall_for_idle()]
+        decisions = [*self._assign_suspects(), *self._assign()]
+        # Of fresh shards, some may have turned out to be suspect.
+        return [*decisions, *self._assign_suspects(), *self._recall_for_idle()]
 
     def recall_all(self) -> list[Recall]:
         """Asks back all that is queued."""
@@ -98,22 +103,28 @@ class Dispatch:
 
     def put_back(self, shard: int) -> None:
         """A shard waits again, before those that have not been tried."""
-        if self.row_groups.doubt(self._shards[shard]):
-            self.troubles.setdefault(shard, Trouble()).announce = True
         trouble = self.troubles.get(shard)
-        if trouble is None or not trouble.announce:
-            self.pending.again.appendleft(shard)
-        elif trouble.alone_on_node:
+        if trouble is not None and trouble.alone_on_node:
             self.pending.node_suspects[shard] = None
-        else:
+        elif (trouble is not None and trouble.announce) or self.row_groups.doubt(self._shards[shard]):
             self.pending.suspects[shard] = None
+        else:
+            self.pending.again.appendleft(shard)
 
     def settle(self, shard: int) -> None:
         """A shard has been read, or given up: what it was to find out about row groups is known, as far as can be."""
         if self.row_groups.settle(shard):
             parked, self.pending.parked = self.pending.parked, {}
-            for number in reversed(parked):
+            # The first of a group first: what kills may lie before the rows of all that come after it.
+            for number in sorted(parked):
                 self.put_back(number)
+
+    def reconsider(self) -> None:
+        """A row group has killed: of what has come back, its shards are suspect now."""
+        doubted = {shard for shard in self.pending.again if self.row_groups.doubt(self._shards[shard])}
+        if doubted:
+            self.pending.again = deque(shard for shard in self.pending.again if shard not in doubted)
+            self.pending.suspects |= dict.fromkeys(sorted(doubted))
 
     def take_kind(self, kind: BatchKind) -> list[int]:
         """Takes out all shards of one kind of batch that no card has."""
@@ -174,10 +185,6 @@ class Dispatch:
     def _match(self, level: int) -> tuple[Card, int] | None:
         """A card with so many shards in its hand, and the shard that it gets next."""
         cards = self.cards.open[level]
-        if self.row_groups.known:
-            for shard in [shard for shard in self.pending.again if self.row_groups.doubt(self._shards[shard])]:
-                self.pending.again.remove(shard)
-                self.put_back(shard)
         for place, shard in enumerate(self.pending.again):
             # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
             holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
@@ -201,12 +208,6 @@ class Dispatch:
             self.put_back(shard)
         return None
 
-    def _park(self, suspects: dict[int, None]) -> None:
-        """Sets those aside that have to wait for what another shard finds out."""
-        for shard in [shard for shard in suspects if self.row_groups.block(self._shards[shard])]:
-            del suspects[shard]
-            self.pending.parked[shard] = None
-
     def _choose_key(self, card: Card) -> GraphKey | None:
         return self.affinity.choose(card.number, self.pending.waiting)
 
@@ -221,14 +222,15 @@ class Dispatch:
     def _assign_suspects(self) -> list[Decision]:
         """Keeps a card for each suspect shard, and sends it when the card has nothing else in hand."""
         decisions: list[Decision] = []
-        if self.row_groups.unsettled:
-            self._park(self.pending.suspects)
-            self._park(self.pending.node_suspects)
         for waiting in (self.pending.suspects, self.pending.node_suspects):
             # A few at a time: an event must not cost more where many wait for the same cards.
             for shard in list(itertools.islice(waiting, MAX_LOOKED_AT)):
                 if not (self.cards.full or any(self.cards.open)):
                     break
+                if self.row_groups.block(self._shards[shard]):
+                    del waiting[shard]
+                    self.pending.parked[shard] = None
+                    continue
                 if waiting is self.pending.node_suspects and not self._may_keep_node():
                     break
                 decisions += self._reserve(shard)
@@ -251,7 +253,12 @@ class Dispatch:
 
     def _reserve(self, shard: int) -> list[Decision]:
         free = (card for cards in (*self.cards.open, self.cards.full) for card in cards.values())
-        able = (card for card in free if self._may_have(card, shard))
+        able: Iterator[Card] = (card for card in free if self._may_have(card, shard))
+        trouble = self.troubles.get(shard)
+        if trouble is not None and trouble.died_on:
+            # Rather on another node: one bad node has several cards.
+            nodes = {self.cards.by_number[number].node for number in trouble.died_on}
+            able = iter(sorted(itertools.islice(able, MAX_COMPARED), key=lambda card: card.node in nodes))
         if self._is_alone_on_node(shard):
             chosen = min(able, key=lambda card: self.cards.in_flight[card.node], default=None)
         else:

@@ -63,6 +63,11 @@ class SlowReading:
 
 
 @dataclass(frozen=True)
+class StorageStalled:
+    """An operation on storage did not end on a card, whatever that was at beside it."""
+
+
+@dataclass(frozen=True)
 class SlowBatch:
     """A batch that passed its time limit before any card had made one of its kind."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gaudi_batch.config import JobConfig
-from gaudi_batch.events import SlowBatch, SlowReading
+from gaudi_batch.events import SlowBatch, SlowReading, StorageStalled
 from gaudi_batch.messages import Status
 from gaudi_batch.plan import BatchKind
 
@@ -19,8 +19,8 @@ class PassedLimit:
     """A card has been at the same thing for too long."""
 
     reason: str
-    slow: SlowBatch | SlowReading | None = None
-    """A reading, or the batch that it was at, if no card has made one of that kind yet."""
+    slow: SlowBatch | SlowReading | StorageStalled | None = None
+    """Storage, a reading, or the batch that it was at, if no card has made one of that kind yet."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ def passed_limit(
     limits = config.limits
     phase, seconds = (status.phase, status.phase_s + since_heard) if status else ("loading", since_heard)
     if status and status.storage_s > config.storage_patience + STORAGE_GRACE_SECONDS:
-        return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s")
+        return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s", StorageStalled())
     if status and status.reading_s > limits.loading + config.storage_patience:
         said = f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)"
         return PassedLimit(said, SlowReading())

@@ -44,7 +44,9 @@ class RowGroups:
 
     def condemn(self, shard: Shard, reading: Reading, reason: str) -> None:
         """From the first row of this reading on, the group can't be read."""
-        self._groups[shard.file][reading.group].unreadable = reading.rows.start, reason
+        group = self._groups[shard.file][reading.group]
+        if group.unreadable is None or reading.rows.start < group.unreadable[0]:
+            group.unreadable = reading.rows.start, reason
 
     def settle(self, shard: int) -> bool:
         """A shard has been read, or given up; returns whether others may have waited for that."""
@@ -58,9 +60,10 @@ class RowGroups:
 
     def block(self, shard: Shard) -> bool:
         """Whether a shard has to wait for what another finds out."""
-        return bool(self.unsettled) and any(
-            group.finder not in (None, shard.number) for _, group in self._touched(shard)
-        )
+        if not self.unsettled:
+            return False
+        finders = {group.finder for _, group in self._touched(shard)} - {None}
+        return bool(finders) and shard.number not in finders  # or two that find out would wait for each other
 
     def doubt(self, shard: Shard) -> bool:
         """Whether a shard touches a group that has killed, and of which nobody knows yet what can't be read."""

@@ -32,7 +32,7 @@ from gaudi_batch.blame import Held, Incident, Trouble
 from gaudi_batch.cards import Card, CardState
 from gaudi_batch.decisions import CheckStorage, Commit, Decision, Discard, Finish, Quarantine, Release, Replace
 from gaudi_batch.dispatch import Dispatch
-from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
 from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
 
@@ -98,7 +98,8 @@ class Schedule:
 
     def starting(self, number: int, node: str = "") -> list[Decision]:
         """A card's process is being started for the first time, on this node."""
-        card = self._work.cards.by_number[number] = Card(number, node)
+        card = Card(number, node)
+        self._work.cards.add(card)
         self._node_losses.started(card)
         self._set_state(card, CardState.STARTING)
         return []
@@ -114,7 +115,7 @@ class Schedule:
         if card.state is not CardState.STARTING:
             return []
         if node is not None and node != card.node:
-            card.node = node
+            self._work.cards.move(card, node)
             card.strikes = card.start_failures = card.vindications = card.images = card.transient_failures = 0
         self._set_state(card, CardState.READY)
         return self._proceed()
@@ -127,16 +128,19 @@ class Schedule:
         self.last_error = error
         return self._quarantine(card, error) + self._proceed()
 
-    def died(self, number: int, error: str, slow: SlowBatch | SlowReading | None = None) -> list[Decision]:
+    def died(
+        self, number: int, error: str, slow: SlowBatch | SlowReading | StorageStalled | None = None
+    ) -> list[Decision]:
         """A card's process ended, or was killed for passing a limit, and its node is still there.
 
         Args:
             number: which card.
             error: how it died.
-            slow: what it was killed for: a reading that took too long, or a batch, if no card has made one of its
-                kind.
+            slow: what it was killed for: storage that stalled, a reading that took too long, or a batch, if no card
+                has made one of its kind. That says nothing of a row.
         """
         card = self._work.cards.by_number[number]
+        stalled: list[int] = []
         if card.state is CardState.STARTING:
             card.start_failures += 1
         elif card.state is CardState.READY:
@@ -144,12 +148,17 @@ class Schedule:
             if isinstance(slow, SlowBatch) and self._slow_kinds.cut(card, slow, self._work.cards):
                 for shard in self._work.take_kind(slow.kind):
                     self._put_back(shard)
-            self._blame_death(card, error, isinstance(slow, SlowReading))
+            if isinstance(slow, StorageStalled):
+                stalled = [self._work.attempts[attempt].shard for attempt in card.hand][:1] or [next(iter(self.shards))]
+            self._blame_death(card, error, slow is not None)
         elif card.state is CardState.LEAVING:
             return [Release(number), *self.gone(number)]
         else:
             return []
-        return self._replace_or_quarantine(card, error) + self._proceed()
+        decisions = self._replace_or_quarantine(card, error)
+        for shard in stalled:
+            decisions += self._blame_storage(card, shard, error)
+        return decisions + self._proceed()
 
     def broken(self, number: int, error: str, storage: bool = False) -> list[Decision]:
         """A card's process says that it can't go on: it could not load its pipeline, or its device failed.
@@ -250,6 +259,7 @@ class Schedule:
         trouble = self._work.troubles[live.shard]
         held = trouble.held
         assert held is not None
+        self._work.settle(live.shard)
         refuted = held.outcome.doubted.keys() - failures.keys()
         if not refuted:
             return self._accept(live.shard, held.attempt, held.outcome, live.card) + self._proceed()
@@ -420,7 +430,8 @@ class Schedule:
 
     # -- failures -----------------------------------------------------------------------------------------------
 
-    def _blame_death(self, card: Card, error: str, slow_reading: bool) -> None:
+    def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
+        """A card's process died; `no_row` says that this was no row's doing."""
         hand = list(card.hand)
         # It may still store one shard while it makes the next.
         generating = [attempt for attempt in hand if self._work.attempts[attempt].generating]
@@ -434,7 +445,7 @@ class Schedule:
             trouble.incidents.append(incident)
             if attempt == at_work:
                 others = self._work.cards.others({*trouble.died_on, card.number})
-                at = None if slow_reading else live.at
+                at = None if no_row else live.at
                 trouble.died(card.number, error, at, others)
                 if isinstance(at, Reading):
                     self._blame_reading(trouble, self.shards[live.shard], at, others)
@@ -448,10 +459,13 @@ class Schedule:
         """A process died decoding rows that it had announced."""
         if self._work.row_groups.killed(shard, at):
             trouble.learnt()
+            self._work.reconsider()
             for number, other in self._work.troubles.items():
                 if self._work.row_groups.by_row(self.shards[number]):
                     other.explain()  # it may have been this group that others died of
-        if at.by_row and trouble.is_certain_of_reading(others):
+        nodes = {self._work.cards.by_number[number].node for number in trouble.died_on}
+        other_nodes = bool(self._work.cards.usable_on.keys() - nodes)
+        if at.by_row and trouble.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
             reason = "the card's process died reading this row, or one before it in row group"
             self._work.row_groups.condemn(shard, at, f"{reason} {at.group}: {trouble.error}")
             trouble.learnt()

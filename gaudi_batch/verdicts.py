@@ -102,7 +102,7 @@ class TransientFailures:
             cards: how many there are; among many one has more than the others by chance.
         """
         other_images, other_failures = self._images - card.images, self._failures - card.transient_failures
-        if not other_images:
+        if not other_images or not card.images:
             return None
         expected = (other_failures + 1) / other_images * card.images
         if _at_least(card.transient_failures, expected) >= CHANCE / cards:

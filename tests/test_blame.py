@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from world import World, let_it_end, shards, start
 
 from gaudi_batch.decisions import CheckStorage, Quarantine, ShardTask
-from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading
+from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.schedule import MAX_STRIKES, Schedule
 from gaudi_batch.verdicts import MAX_FRUITLESS_NODES
@@ -424,6 +425,97 @@ def test_a_reading_that_takes_too_long_condemns_no_row() -> None:
         world.do(schedule.died(card, "it has been reading for 2400 s (limits.loading)", SlowReading()))
     assert schedule.failed_rows == 0
     assert "it has been reading" in str(world.finished[0])
+
+
+def test_two_shards_that_find_out_about_each_other_s_row_groups_do_not_wait_for_each_other() -> None:
+    """As where rows of two sizes are mixed: both shards touch both groups."""
+    buckets = [Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)]
+    work = [Shard(number, 0, 0, 16, bucket, 8, 8) for number, bucket in enumerate(buckets)]
+    schedule = Schedule(work, "a", 16)
+    world = World(schedule, rows=8)
+    start(world, 2)
+    for card in (0, 1):
+        world.die(card)  # unannounced
+    settle(world)
+    holders = {world.hands[card][0].shard.number: card for card in busy(world)}
+    assert set(holders) == {0, 1}
+    for shard, group in ((0, range(8)), (1, range(8, 16))):
+        task = world.hands[holders[shard]][0]
+        world.do(schedule.reading(task.attempt, Reading(group.start, group, group, by_row=False)))
+    for card in holders.values():
+        world.die(card)
+    let_it_end(world, 9)
+    assert world.finished == [None]
+
+
+def test_storage_that_stalls_while_rows_are_read_condemns_none() -> None:
+    work = shards(2, rows=8)
+    schedule = Schedule(work, "a", 16)
+    world = World(schedule, rows=8)
+    start(world, 2)
+    for _ in range(60):
+        settle(world)
+        world.check_storage()
+        if world.finished:
+            break
+        card = busy(world)[0]
+        task = world.hands[card][0]
+        if task.announce:
+            rows = range(task.shard.start, task.shard.stop)
+            world.do(schedule.reading(task.attempt, Reading(0, rows, rows, 0 in task.by_row)))
+        assert not task.by_row
+        world.hands.pop(card)
+        world.do(schedule.died(card, "an operation on storage has not ended for 661 s", StorageStalled()))
+    assert schedule.failed_rows == 0
+    assert world.finished
+
+
+def test_one_node_on_which_every_reading_dies_condemns_no_row() -> None:
+    world = World(Schedule(shards(50, rows=8), "a", 400), rows=8)
+    start(world, 16, per_node=8)
+    span = range(400)
+    for _ in range(5000):
+        settle(world)
+        if world.finished:
+            break
+        card = next((card for card in busy(world) if card < 8), busy(world)[0])
+        if card >= 8:
+            for task in list(world.hands[card]):
+                if task.announce:
+                    world.do(world.schedule.announced(task.attempt, []))
+            world.finish_first(card)
+            continue
+        for task in world.hands[card]:
+            if task.announce:
+                rows = range(task.shard.start, task.shard.stop)
+                world.do(world.schedule.reading(task.attempt, Reading(0, span, rows, 0 in task.by_row)))
+        world.die(card)
+    assert world.finished == [None]
+    assert world.schedule.failed_rows == 0
+
+
+def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
+    work = [Shard(0, 0, 0, 1, LARGE, 1, 1), *(replace(shard, number=shard.number + 1) for shard in shards(60))]
+    schedule = Schedule(work, "a", 241)
+    world = World(schedule)
+    start(world, 16, per_node=8)
+    slow = SlowBatch(LARGE.batch_kind, "60 s (limits.first_batch)")
+    for _ in range(500):
+        settle(world)
+        if world.finished:
+            break
+        card = next((c for c in busy(world) if world.hands[c][0].shard.number == 0), busy(world)[-1])
+        task = world.hands[card][0]
+        if task.shard.number:
+            world.finish_first(card)
+            continue
+        if task.announce:
+            world.do(schedule.announced(task.attempt, []))
+            world.do(schedule.announced(task.attempt, [0]))
+        world.hands.pop(card)
+        world.do(schedule.died(card, "its batch took longer than 60 s (limits.first_batch)", slow))
+    assert schedule.failed_rows == 0
+    assert "batches of 1024x1024, 50 steps take longer" in str(world.finished[0])
 
 
 def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> None:

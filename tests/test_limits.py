@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gaudi_batch.config import JobConfig, LimitsConfig
-from gaudi_batch.events import SlowBatch, SlowReading
+from gaudi_batch.events import SlowBatch, SlowReading, StorageStalled
 from gaudi_batch.limits import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, passed_limit
 from gaudi_batch.messages import Status
 from gaudi_batch.plan import BatchKind
@@ -94,7 +94,7 @@ def test_a_card_that_has_nothing_to_do_must_only_answer() -> None:
 def test_storage_has_the_job_s_patience_and_a_minute(phase: str) -> None:
     assert passed_limit(status(phase, storage_s=79.0), 0.0, 1.0, CONFIG, times()) is None
     said = passed_limit(status(phase, storage_s=81.0), 0.0, 1.0, CONFIG, times())
-    assert said == PassedLimit("an operation on storage has not ended for 81 s")
+    assert said == PassedLimit("an operation on storage has not ended for 81 s", StorageStalled())
 
 
 def test_a_card_does_not_read_for_ever() -> None:
