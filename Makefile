@@ -30,7 +30,7 @@ demo: $(VENV)/.base
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
