@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from world import World, let_it_end, shards, start
 
+from gaudi_batch.cards import Card
 from gaudi_batch.decisions import CheckStorage, Quarantine, ShardTask
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.schedule import MAX_STRIKES, Schedule
-from gaudi_batch.verdicts import MAX_FRUITLESS_NODES
+from gaudi_batch.verdicts import MAX_FRUITLESS_NODES, TransientFailures
 
 REFUSED = ShardFailure("StorageError: read-only file system", healthy=False, storage=True)
 
@@ -850,3 +851,22 @@ def test_the_check_of_storage_names_the_shard() -> None:
     (assign, *_) = schedule.ready(0)
     decisions = schedule.failed(assign.task.attempt, REFUSED)
     assert [d for d in decisions if isinstance(d, CheckStorage)] == [CheckStorage(assign.task.shard)]
+
+
+def test_a_shard_that_its_card_had_not_begun_keeps_nothing_of_the_loss_of_a_node() -> None:
+    schedule = Schedule(shards(1), "a", 4)
+    world = World(schedule)
+    world.do(schedule.expect(True))
+    for card in range(4):
+        world.join(card)
+        world.ready(card)
+        assert not world.hands[card][0].announce
+        world.leave(card)  # before it has begun anything
+
+
+def test_a_card_that_has_made_no_image_where_it_is_now_is_judged_by_none() -> None:
+    failures = TransientFailures()
+    failures.add(Card(0, "first"), 100, 0)
+    moved = Card(1, "second")
+    failures.add(moved, 0, 3)
+    assert failures.verdict(moved, 2) is None
