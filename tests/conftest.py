@@ -15,6 +15,9 @@ import pytest
 from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, free_port
 from hypothesis import HealthCheck, settings
 
+from gaudi_batch import lease
+from gaudi_batch.lease import LeaseKeeper
+
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
 settings.register_profile(
     "repository",
@@ -27,6 +30,23 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Otherwise gcsfs asks over gRPC, for a minute, what kind of bucket it is, which fake-gcs-server does not know.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(autouse=True)
+def leases_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Else the thread that keeps a lease up writes to its log in the midst of another test."""
+    monkeypatch.setattr(lease, "_ended", set())  # the drivers of many tests have the same names
+    taken: list[LeaseKeeper] = []
+    take = LeaseKeeper.take
+
+    def noted(keeper: LeaseKeeper, *args: Any, **kwargs: Any) -> None:
+        taken.append(keeper)
+        take(keeper, *args, **kwargs)
+
+    monkeypatch.setattr(LeaseKeeper, "take", noted)
+    yield
+    for keeper in taken:
+        keeper.forget()
 
 
 @pytest.fixture
