@@ -72,14 +72,20 @@ class Job:
         """Rows of the dataset that the job is about."""
         return min(self.dataset.rows, self.config.limit or self.dataset.rows)
 
-    def plan(self) -> Iterator[Shard]:
-        """The shards of the job, from the dataset."""
+    def plan(self, since: int = 0, first: int = 0) -> Iterator[Shard]:
+        """The shards of the job, from the dataset.
+
+        Args:
+            since: the first row to plan.
+            first: number of the first shard.
+        """
         return plan_shards(
-            self.dataset.runs(self.rules, self.config.limit),
-            self.total_rows,
+            self.dataset.runs(self.rules, self.config.limit, since),
+            self.total_rows - since,
             self.config.shard_size,
             self.config.batch_size,
             self.config.num_images,
+            first,
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage import Storage
-from gaudi_batch.text import one_line, shown
+from gaudi_batch.text import one_line
 
 if TYPE_CHECKING:
     from gaudi_batch.job import Job
@@ -43,12 +43,18 @@ JOINED_BYTES = 64 << 20
 """Of manifests in memory that make one row group of manifest.parquet."""
 OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "verify.json", "manifest.parquet", "run.json")
 """What a run has once; beside these it has manifests, and what is named after attempts."""
-OWN_DIRECTORIES = ("images", "manifest", "throughput")
 
 
 def is_of_run(path: str) -> bool:
     """Whether a path in an output, or the output itself (""), is of those that a run writes."""
-    return path in ("", "lease.json", *OWN_FILES) or path.partition("/")[0] in OWN_DIRECTORIES
+    place, _, rest = path.partition("/")
+    if place == "images":
+        return not rest or parse_attempt(rest.partition("/")[0]) is not None
+    if place == "manifest":
+        return not rest or parse_manifest(rest) is not None
+    if place == "throughput":
+        return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
+    return path in ("", "lease.json", *OWN_FILES)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class RunRecord:
     """What has shaped its images, by the word of its cards (stack.py), in order: one more where the cards of a driver
     have another than those before, so that one may be there twice; {} for what an older version made, which did not ask
     them, and None as long as it is alone."""
+
+    grown: Sequence[Mapping[str, Any]] = ()
+    """Each time that the run got more rows: `time`, `rows` and `images` that it had until then, and the `files` that
+    were new to it."""
 
     @property
     def threads(self) -> int | None:
@@ -127,6 +137,8 @@ class Ledger:
                 raise ValueError("its threads are no count")
             if not isinstance(record.run_id, str):
                 raise TypeError("its run_id is no text")
+            if not isinstance(record.grown, list | tuple):
+                raise TypeError("what it says of its growth is no list")
             for stack in record.stacks or ():
                 if not (isinstance(stack, dict) and all(isinstance(value, str) for value in stack.values())):
                     raise TypeError("a stack of it is no object of texts")
@@ -176,6 +188,13 @@ class Ledger:
         self.put_json("run.json", record.__dict__)
         return record, shards
 
+    def grow(self, record: RunRecord, shards: Sequence[Shard]) -> None:
+        """Writes down a plan that holds more rows, then a run.json that says so. What is killed in between leaves
+        shards in the plan that `plan` passes over."""
+        self.put_plan(shards)
+        self.put_json("run.json", record.__dict__)
+        self._record = record
+
     def put_plan(self, shards: Sequence[Shard]) -> None:
         """Writes plan.parquet."""
         table = pa.table(
@@ -199,8 +218,9 @@ class Ledger:
         pq.write_table(table, buffer, compression="zstd")
         self.storage.put("plan.parquet", buffer.getvalue(), self.hold, self._holds)
 
-    def plan(self) -> list[Shard]:
-        """The stored plan.
+    def plan(self, rows: int) -> list[Shard]:
+        """The stored plan of a run of so many rows. What is planned beyond them was to be added to the run by a driver
+        that ended before it wrote so into run.json, and is passed over.
 
         Raises:
             InputError: it is missing or can't be read.
@@ -209,8 +229,9 @@ class Ledger:
         try:
             if data is None:
                 raise ValueError("it is not there")
-            rows = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).to_pylist()
-            return [_shard(row) for row in rows]
+            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+            shards = [_shard(row) for row in table.to_pylist()]
+            return _of_rows(shards, rows)
         except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{self.storage.url}/plan.parquet can't be read ({one_line(error)}); --overwrite starts this output"
@@ -445,6 +466,18 @@ class _Committed(Exception):
         self.attempt = attempt
 
 
+def _of_rows(shards: Sequence[Shard], rows: int) -> list[Shard]:
+    """A plan up to the first shard that holds rows beyond so many; shards that make rows again hold none anew."""
+    planned, found = 0, list[Shard]()
+    for shard in shards:
+        if not shard.again:
+            if planned >= rows:
+                break
+            planned += shard.rows
+        found.append(shard)
+    return found
+
+
 def _shard(row: dict[str, Any]) -> Shard:
     """A shard of the stored plan. Raises KeyError or ValueError where there is none."""
     guidance, only = row["guidance_scale"], row["only"]
@@ -468,24 +501,6 @@ def _shard(row: dict[str, Any]) -> Shard:
         failed_before=row["failed_before"],
         images_before=row["images_before"],
     )
-
-
-def differences(run: RunRecord, job: Job) -> list[str]:
-    """How a job differs from the run that an output belongs to, a line a field; none if it may resume it."""
-    theirs, ours = run.fingerprint, job.fingerprint()
-    lines = []
-    for name in sorted(theirs.keys() | ours.keys()):
-        before, now = theirs.get(name), ours.get(name)
-        if before == now:
-            continue
-        if name == "files" and isinstance(before, dict) and isinstance(now, dict):
-            for file in sorted(before.keys() | now.keys()):
-                if before.get(file) != now.get(file):
-                    was, is_now = before.get(file, "not there"), now.get(file, "not there")
-                    lines.append(f"prompts file {file!r}: was {one_line(was)}, is {one_line(is_now)}")
-        else:
-            lines.append(f"{one_line(name)}: was {shown(before)}, is {shown(now)}")
-    return lines
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:

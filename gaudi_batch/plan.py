@@ -107,7 +107,7 @@ class Shard:
 
 
 def plan_shards(
-    runs: Iterable[Run], total_rows: int, shard_size: int, batch_size: int, num_images: int = 1
+    runs: Iterable[Run], total_rows: int, shard_size: int, batch_size: int, num_images: int = 1, first: int = 0
 ) -> Iterator[Shard]:
     """Cuts a dataset into shards.
 
@@ -117,16 +117,17 @@ def plan_shards(
         shard_size: about how many rows a shard holds. It is rounded to whole batches, and is never less than one.
         batch_size: images of one pipeline call.
         num_images: images that a row of the job usually asks for.
+        first: number of the first shard.
 
     Yields:
-        Shards numbered from 0, which hold every row once.
+        Shards in order of their numbers, which hold every row once.
     """
     unit = batch_size // math.gcd(batch_size, num_images)
     full = _whole_batches(shard_size, unit)
     small = _whole_batches(max(1, shard_size // TAIL_DIVISOR), unit)
     tail_from = total_rows - total_rows * TAIL_SHARE
     opened: dict[Bucket, _OpenShard] = {}
-    number = seen = 0
+    number, seen = first, 0
     current_file = -1
     for run in runs:
         if run.file != current_file:

@@ -6,6 +6,7 @@ time. A card reads the row groups that its shard touches, and keeps the last one
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -26,8 +27,9 @@ from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading
-from gaudi_batch.ledger import is_of_run
+from gaudi_batch.ledger import OWN_FILES, is_of_run
 from gaudi_batch.links import LinkedFileSystem, is_hidden
+from gaudi_batch.names import parse_manifest
 from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import MANY_SECONDS, Storage
@@ -73,7 +75,12 @@ class PromptFile:
     """Its first row's number over all files in sorted order."""
     identity: str
     """Changes when the file does: its size, its footer's SHA-256, and the store's own mark of its version (an ETag,
-    or the time of the last change)."""
+    or the time of the last change), which also changes when the file is copied or touched."""
+
+
+def content(identity: str) -> str:
+    """What an identity says of a file's content: its size and its footer's SHA-256."""
+    return ", ".join(identity.split(", ")[:2])
 
 
 class PromptDataset:
@@ -103,8 +110,13 @@ class PromptDataset:
         """Rows of all files."""
         return sum(file.rows for file in self.files)
 
-    def runs(self, rules: RowRules, limit: int | None = None) -> Iterator[Run]:
+    def runs(self, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[Run]:
         """The dataset as runs for the planner; reads the shape columns, where there are any, and nothing else.
+
+        Args:
+            rules: what a row gets where it says nothing.
+            limit: the row before which to end, over all files; None ends after the last.
+            since: the first row.
 
         Raises:
             InputError: the shape columns can't be decoded.
@@ -112,18 +124,20 @@ class PromptDataset:
         shapes = [name for name in SHAPE_COLUMNS if name in self.columns]
         for index, file in enumerate(self.files):
             count = file.rows if limit is None else min(file.rows, limit - file.first_row)
-            if count <= 0:
+            skipped = max(0, since - file.first_row)
+            if count <= skipped:
                 continue
             present = [self.columns[name] for name in shapes]
             try:
                 present = [name for name in present if name in self._open(index).schema_arrow.names] if shapes else []
                 if not present:
-                    yield Run(index, 0, count, rules.bucket, rules.num_images)
+                    yield Run(index, skipped, count - skipped, rules.bucket, rules.num_images)
                     continue
                 start = 0
                 for batch in self._open(index).iter_batches(columns=present):
                     batch = batch.slice(0, count - start)
-                    yield from self._batch_runs(index, start, batch, rules)
+                    unplanned = batch.slice(max(0, skipped - start))
+                    yield from self._batch_runs(index, start + len(batch) - len(unplanned), unplanned, rules)
                     start += batch.num_rows
                     if start == count:
                         break
@@ -443,23 +457,31 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     query = mark + asked
     output = _real(str(filesystem._strip_protocol(config.output)), whole)
 
-    def prompts(names: Iterable[str], files: Any, *, all_of_output: bool) -> list[str]:
-        """The names without links in a circle, and without what is in the output: all, or what a run writes."""
+    @functools.cache
+    def holds_run(place: str) -> bool:
+        return bool(filesystem.exists(f"{place}/run.json"))
 
-        def is_output(name: str) -> bool:
-            real = _real(name, whole)
-            inside = f"{real}/".startswith(f"{output}/")
-            return inside and (all_of_output or is_of_run(real[len(output) + 1 :]))
+    def is_of_any_run(name: str) -> bool:
+        real = _real(name, whole)
+        if f"{real}/".startswith(f"{output}/") and is_of_run(real[len(output) + 1 :]):
+            return True
+        place, _, last = name.rpartition("/")
+        if last in OWN_FILES:
+            return holds_run(place)
+        above, _, below = place.rpartition("/")
+        return below == "manifest" and parse_manifest(last) is not None and holds_run(above)
 
+    def prompts(names: Iterable[str], files: Any) -> list[str]:
+        """The names without links in a circle, and without what runs have written."""
         loops = files.loops if isinstance(files, LinkedFileSystem) else ()
-        return [name for name in names if not (name in loops or is_output(name))]
+        return [name for name in names if not (name in loops or is_of_any_run(name))]
 
     def look() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
             files = LinkedFileSystem(base) if whole.local else filesystem
             found = files.glob(path, detail=True)
-            matches = prompts(found, files, all_of_output=False)
+            matches = prompts(found, files)
             taken = [name for name in matches if found[name]["type"] != "directory"]
             above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
             return _Found(base, files, taken, set(matches) - above.union(taken), "a glob takes files and no directory")
@@ -467,8 +489,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         if info["type"] == "file":
             return _Found(plain.rpartition("/")[0], filesystem, [plain])
         files = LinkedFileSystem(path) if whole.local else filesystem
-        all_of_output = output.startswith(_real(path, whole) + "/")
-        names = prompts(files.find(path), files, all_of_output=all_of_output)
+        names = prompts(files.find(path), files)
         below = {name: name[len(path) :] for name in names}
         meant = [
             name

@@ -21,9 +21,10 @@ from gaudi_batch.again import failed_rows, plan_again, rows_made_again
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
+from gaudi_batch.growth import differences, grow
 from gaudi_batch.job import Job, refuse_bad_rows, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
-from gaudi_batch.ledger import Ledger, RunRecord, differences
+from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.manifest import finished_at
 from gaudi_batch.plan import Shard
 from gaudi_batch.spans import Stopwatch, read_spans, wall_seconds
@@ -163,7 +164,7 @@ def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
     if different:
         raise InputError(
             f"{ledger.storage.url} belongs to another job; what differs: {'; '.join(different)}."
-            " Name another output, or start this one afresh with --overwrite"
+            " Give the job what the run began with, name another output, or start this one afresh with --overwrite"
         )
 
 
@@ -232,7 +233,12 @@ def _open_run(
             before = record.versions.get(package)
             if before not in (None, version):
                 log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
-    return record, ledger.plan()
+    if job.total_rows == record.rows:
+        return record, ledger.plan(record.rows)
+    cards()
+    grown, shards = grow(ledger, record, job)
+    log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
+    return grown, shards
 
 
 def _repair(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], CardResources]) -> list[Shard]:

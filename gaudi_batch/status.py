@@ -24,7 +24,7 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
     record = ledger.run()
     if record is None:
         raise InputError(f"{ledger.storage.url}: there is no run here (no run.json)")
-    plan = ledger.plan()
+    plan = ledger.plan(record.rows)
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
     progress = _sane(ledger.get_json("progress.json") or {})

@@ -1,0 +1,303 @@
+"""A run goes on with the same prompts wherever they lie, and takes more rows without making one again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import StoreServer, command_line, read_manifest
+
+from gaudi_batch import InputError, JobConfig, RunResult, run
+from gaudi_batch.growth import differences
+from gaudi_batch.job import resolve
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.pipelines.model import builtin_directory
+from gaudi_batch.prompts import open_prompts
+from gaudi_batch.storage import Storage
+
+FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 2}
+SIMULATED: dict[str, Any] = {"batch_seconds": 0.0}
+
+
+def job(prompts: Path | str, output: Path | str, **fields: Any) -> JobConfig:
+    return JobConfig(prompts=str(prompts), output=str(output), **(FIELDS | {"simulated": SIMULATED} | fields))
+
+
+def make(prompts: Path | str, output: Path | str, address: str, *flags: str, **fields: Any) -> RunResult:
+    return run(job(prompts, output, **fields), address=address, **dict.fromkeys(flags, True))
+
+
+def command(prompts: Path, output: Path, address: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    usual = ("--device", "simulated", "--shard-size", "8", "--batch-size", "4", "--cards", "2")
+    where = ("--prompts", prompts, "--output", output, "--address", address)
+    return command_line("run", *where, *usual, "--simulated.batch-seconds", "0", *flags)
+
+
+def images(output: Path) -> dict[tuple[int, int], str]:
+    """What the manifest says of each image; a file of that content is there."""
+    rows = [row for row in read_manifest(output) if row["status"] == "ok"]
+    assert all((output / row["path"]).exists() for row in rows)
+    found = {(row["row"], row["image_index"]): row["sha256"] for row in rows}
+    assert len(found) == len(rows), "an image is there twice"
+    return found
+
+
+def paths(output: Path) -> dict[int, str]:
+    return {row["row"]: row["path"] for row in read_manifest(output)}
+
+
+def load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.fixture
+def shaped(write_prompts: Callable[..., Path]) -> Path:
+    """Two files of 20 rows in two buckets, some rows with two images, one that can't be run."""
+    tables = [
+        {
+            "prompt": [None if row == 3 else f"prompt {row}" for row in range(first, first + 20)],
+            "width": [64 if row % 3 else 128 for row in range(first, first + 20)],
+            "num_images": [1 + (row % 7 == 0) for row in range(first, first + 20)],
+        }
+        for first in (0, 20)
+    ]
+    return write_prompts(*tables, row_group_size=6)
+
+
+def test_a_trial_is_not_paid_for_twice(shaped: Path, tmp_path: Path, cluster: str) -> None:
+    output, at_once = tmp_path / "out", tmp_path / "at-once"
+    assert command(shaped, output, cluster, "--limit", "9").returncode == 3
+    tried = paths(output)
+    assert sorted(tried) == list(range(9))
+    grown = command(shaped, output, cluster)
+    assert grown.returncode == 3, grown.stderr
+    assert "the run has 9 rows and gets 31 more" in grown.stderr
+    assert command(shaped, at_once, cluster).returncode == 3
+    assert images(output) == images(at_once)
+    assert {row: path for row, path in paths(output).items() if row < 9} == tried
+    record, summary = load(output / "run.json"), load(output / "summary.json")
+    assert [(each["rows"], each["images"], each["files"]) for each in record["grown"]] == [(9, 11, [])]
+    assert (record["rows"], record["images"]) == (40, load(at_once / "run.json")["images"])
+    assert summary["state"] == "complete with failed rows"
+    for name in ("rows", "rows_planned", "images", "images_planned", "failed_rows"):
+        assert summary[name] == load(at_once / "summary.json")[name], name
+    status = command_line("status", output, "--json")
+    assert (status.returncode, json.loads(status.stdout)["rows"]) == (0, 40)
+
+
+def test_files_are_added_to_a_run_that_is_half_done_and_has_rows_that_were_made_again(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    output = tmp_path / "out"
+    fails = {"simulated": SIMULATED | {"raise_rows": [5]}}
+    assert make(prompts, output, cluster, limit=50, **fails).exit_code == 3
+    assert make(prompts, output, cluster, "retry_failed", limit=50).exit_code == 0
+    made = paths(output)
+    lost = output / "manifest" / "000001.parquet"
+    of_lost = set(pq.read_table(lost).column("row").to_pylist())
+    lost.unlink()
+    pq.write_table(pa.table({"prompt": ["corrected", "more"], "topic": ["t0", "t1"]}), prompts / "part-3.parquet")
+    assert make(prompts, output, cluster).exit_code == 0
+    assert images(output) == images(Path(make(prompts, tmp_path / "at-once", cluster).output))
+    assert {row: path for row, path in paths(output).items() if row in made.keys() - of_lost} == {
+        row: path for row, path in made.items() if row not in of_lost
+    }
+    again = tmp_path / "again"
+    (prompts / "part-4.parquet").write_bytes((prompts / "part-3.parquet").read_bytes())
+    assert make(prompts, output, cluster, limit=103).exit_code == 0
+    assert images(output) == images(Path(make(prompts, again, cluster, limit=103).output))
+    record = load(output / "run.json")
+    files = [each["files"] for each in record["grown"]]
+    assert (files, record["rows"]) == ([["part-3.parquet"], ["part-4.parquet"]], 103)
+
+
+def test_a_driver_that_is_killed_while_a_run_grows_leaves_it_as_it_was(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    """Between the plan and run.json."""
+    output = tmp_path / "out"
+    make(prompts, output, cluster, limit=10)
+    before = (output / "run.json").read_bytes()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, job(prompts, output).model_dump_json(), cluster],
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (output / "run.json").read_bytes() == before
+    assert len(pq.read_table(output / "plan.parquet")) > 10
+    status = command_line("status", output, "--json")
+    assert (status.returncode, json.loads(status.stdout)["rows"]) == (0, 10)
+    result = make(prompts, output, cluster, limit=10)
+    assert (result.exit_code, result.summary["rows"]) == (0, 10)
+    assert make(prompts, output, cluster, "retry_failed", limit=20).summary["rows"] == 20
+    assert make(prompts, output, cluster).summary["rows"] == 100
+    assert images(output) == images(Path(make(prompts, tmp_path / "at-once", cluster).output))
+
+
+KILLED = """
+import os, signal, sys
+from gaudi_batch import JobConfig, run
+from gaudi_batch.ledger import Ledger
+put = Ledger.put_json
+def dies(self, name, value):
+    if name == "run.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, name, value)
+Ledger.put_json = dies
+run(JobConfig.model_validate_json(sys.argv[1]), address=sys.argv[2])
+"""
+
+
+def test_a_run_takes_no_rows_that_would_move_others_or_have_other_columns(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    """A type that holds the numbers of all files is another than that of the manifests that are there."""
+    output = tmp_path / "out"
+    for number, path in enumerate(sorted(prompts.iterdir())):
+        table = pq.read_table(path)
+        table = table.append_column("count", pa.array([number] * len(table), pa.int32()))
+        pq.write_table(table, path)
+    make(prompts, output, cluster, limit=10)
+    before = (output / "run.json").read_bytes()
+    added = prompts / "part-05.parquet"
+    more: dict[str, Any] = {"prompt": ["more"], "topic": ["t0"]}
+    pq.write_table(pa.table(more), added)
+    refused = command(prompts, output, cluster)
+    assert (refused.returncode, "rows which the run has would get other numbers" in refused.stderr) == (2, True)
+    assert "'part-05.parquet' is new and sorts before 'part-2.parquet'" in refused.stderr
+    added = added.rename(prompts / "part-3.parquet")
+    for columns, why in [
+        ({"colour": ["red"]}, "'colour' is string"),
+        ({"count": pa.array([1], pa.int64())}, "'count' is int64"),
+    ]:
+        pq.write_table(pa.table(more | columns), added)
+        with pytest.raises(InputError, match=why):
+            make(prompts, output, cluster)
+    added.unlink()
+    with pytest.raises(InputError, match=r"limit: the run has 10 rows and limit 9 would leave some out; .* of 10 or"):
+        make(prompts, output, cluster, limit=9)
+    with pytest.raises(InputError, match="steps: was 50, is 20"):
+        make(prompts, output, cluster, steps=20)
+    assert (output / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["touched", "copied", "renamed"])
+def test_the_same_prompts_are_the_same_wherever_they_lie(how: str, prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    make(prompts, output, cluster)
+    made = paths(output)
+    (output / "manifest" / "000000.parquet").unlink()
+    if how == "touched":
+        for path in prompts.iterdir():
+            os.utime(path, (1, 1))
+    elif how == "copied":
+        shutil.copytree(prompts, tmp_path / "elsewhere")
+        shutil.rmtree(prompts)
+        prompts = tmp_path / "elsewhere"
+    else:
+        for path in prompts.iterdir():
+            path.rename(prompts / f"the-{path.name}")
+    assert make(prompts, output, cluster).exit_code == 0
+    assert sum(path != made[row] for row, path in paths(output).items()) == 7
+
+
+def test_prompts_of_other_content_are_refused(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    output = tmp_path / "out"
+    make(prompts, output, cluster)
+    table = pq.read_table(prompts / "part-1.parquet").slice(1)
+    pq.write_table(table, prompts / "part-1.parquet", row_group_size=20)
+    refused = command(prompts, output, cluster)
+    assert (refused.returncode, "prompts file 'part-1.parquet': was" in refused.stderr) == (2, True)
+    (prompts / "part-1.parquet").unlink()
+    with pytest.raises(InputError, match=r"'part-1.parquet': was .*, is not there"):
+        make(prompts, output, cluster)
+
+
+def test_a_model_in_a_directory_is_known_by_what_it_holds(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(builtin_directory("builtin:shapes"), tmp_path / "model")
+    fields: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 1}}
+    begun = resolve(job(prompts, "out", model="model", **fields))
+    record, _ = Ledger(Storage(str(tmp_path / "out"))).create(begun)
+    shutil.copytree(tmp_path / "model", tmp_path / "copied")
+    (tmp_path / "link").symlink_to("model")
+    for spelt in ("./model/", str(tmp_path / "model"), "copied", "link", "builtin:shapes"):
+        assert differences(record, resolve(job(prompts, "out", model=spelt, **fields))) == []
+    with (tmp_path / "copied/unet/config.json").open("a") as file:
+        file.write(" ")
+    different = differences(record, resolve(job(prompts, "out", model="copied", **fields)))
+    assert [line.partition(":")[0] for line in different] == ["model", "model_revision"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
+    """The output of a finished run of its own prompts, to copy."""
+    home = tmp_path_factory.mktemp("made")
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"]}), home / "p.parquet")
+    return Path(make(home / "p.parquet", home / "out", cluster).output)
+
+
+WHERE = {
+    "output below a glob": ("data/**/*.parquet", "data/out"),
+    "output below a directory": ("data", "data/out"),
+    "output is the directory": ("data", "data"),
+    "prompts inside the output": ("data/prompts", "data"),
+    "prompts where a run has images": ("data", "data/prompts"),
+    "a glob over the output": ("data/**/*.parquet", "data/prompts"),
+    "a glob inside the output": ("data/prompts/**/*.parquet", "data"),
+    "by a link": ("link/**/*.parquet", "data/out"),
+    "another run's output": ("data", "new"),
+    "a glob over another run's": ("data/**/*.parquet", "new"),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_no_file_of_a_run_is_taken_for_prompts(where: str, made: Path, tmp_path: Path) -> None:
+    prompts, output = (tmp_path / name for name in WHERE[where])
+    (tmp_path / "link").symlink_to("data")
+    data = tmp_path / "data"
+    shutil.copytree(made, output if output.is_relative_to(data) else data / "earlier")
+    own = [data / "prompts/part-0.parquet", data / "prompts/images/part.parquet", data / "prompts/manifest/p.parquet"]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"prompt": ["d"]}), path)
+    found = open_prompts(job(prompts, output))
+    assert {Path(file.name).name for file in found.files} == {path.name for path in own}
+    assert found.rows == 3
+
+
+def test_a_run_beside_its_prompts_is_resumed_and_started_afresh(tmp_path: Path, cluster: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"]}), data / "p.parquet")
+    for prompts, output in [(data / "**/*.parquet", data / "out"), (data, data)]:
+        for flags in ((), (), ("--overwrite",)):
+            ended = command(prompts, output, cluster, *flags)
+            assert (ended.returncode, len(read_manifest(output))) == (0, 3), ended.stderr
+            (output / "manifest" / "000000.parquet").unlink()
+    assert (data / "p.parquet").exists()
+
+
+def test_no_file_of_a_run_in_object_storage_is_taken_for_prompts(made: Path, moto: StoreServer, tmp_path: Path) -> None:
+    base = Storage(moto.url(tmp_path.name), moto.options)
+    for name in ("run.json", "plan.parquet", "manifest.parquet", "manifest/000000.parquet"):
+        base.put(f"out/{name}", (made / name).read_bytes())
+        base.put(name, (made / name).read_bytes())
+    base.put("p.parquet", (made.parent / "p.parquet").read_bytes())
+    for prompts, output in [("", "/out"), ("/**/*.parquet", "/out"), ("", ""), ("", "/new")]:
+        found = open_prompts(job(base.url + prompts, base.url + output, storage_options=moto.options))
+        assert [file.name for file in found.files] == ["p.parquet"]
