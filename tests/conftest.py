@@ -33,9 +33,8 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 
 @pytest.fixture(autouse=True)
-def leases_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def leases_end_with_their_test() -> Iterator[None]:
     """Else the thread that keeps a lease up writes to its log in the midst of another test."""
-    monkeypatch.setattr(lease, "_ended", set())  # the drivers of many tests have the same names
     taken: list[LeaseKeeper] = []
     take = LeaseKeeper.take
 
@@ -43,10 +42,12 @@ def leases_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         taken.append(keeper)
         take(keeper, *args, **kwargs)
 
-    monkeypatch.setattr(LeaseKeeper, "take", noted)
-    yield
-    for keeper in taken:
-        keeper.forget()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lease, "_ended", set())  # the drivers of many tests have the same names
+        patched.setattr(LeaseKeeper, "take", noted)
+        yield
+        for keeper in taken:
+            keeper.forget()
 
 
 @pytest.fixture

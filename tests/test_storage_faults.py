@@ -619,7 +619,7 @@ def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultPro
     storage.try_seconds = 0.5
     fault = proxy.add(Fault("slow", "GET", "/big"))
     assert whatever_it_takes(lambda: storage.get("big")) == bytes(3_000_000)
-    assert fault.hits == 2
+    assert fault.hits
 
 
 def test_a_local_read_that_never_ends_ends_with_the_patience(tmp_path: Path) -> None:
