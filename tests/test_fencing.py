@@ -426,7 +426,7 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
     asked.clear()
     shard = Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)
     task = ShardTask(shard, "aaaaa2")
-    asyncio.run(Stub()._assign(Slot(0, group=None), Actor(), task))
+    asyncio.run(Stub()._assign(Slot(0), Actor(), task))
     assert asked == [task] * 3
 
 
