@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import pyarrow as pa
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from gaudi_batch.account import Account
@@ -38,6 +39,7 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.limits import BatchTimes, passed_limit
+from gaudi_batch.manifest import read as read_manifest
 from gaudi_batch.messages import (
     Announced,
     Begins,
@@ -285,7 +287,7 @@ class Driver:
                 placed = await self._ask_ray(self._places.placed, [slot.number for slot in waiting])
                 for slot in self._slots_in(CardState.WAITING):
                     if slot.number in placed:
-                        slot.node_id = placed[slot.number]
+                        slot.node_id, slot.placed = placed[slot.number], time.monotonic()
                         self._carry_out(self.schedule.starting(slot.number, slot.node_id))
                         self._start(slot)
                 waiting = self._slots_in(CardState.WAITING)
@@ -311,8 +313,12 @@ class Driver:
     def _left(self, slot: Slot) -> None:
         """A slot's node is gone."""
         log.warning("%s left with its node", slot.where)
-        self._tell_ray(self._places.remove, slot)
+        self._give_back(slot)
         self._carry_out(self.schedule.gone(slot.number))
+
+    def _give_back(self, slot: Slot) -> None:
+        slot.given_back = time.monotonic()
+        self._tell_ray(self._places.remove, slot)
 
     def _start(self, slot: Slot) -> None:
         slot.status = None
@@ -522,7 +528,7 @@ class Driver:
                 slot = self._slots[decision.card]
                 log.info("%s is released, as its node leaves", slot.where)
                 self._kill(slot)
-                self._tell_ray(self._places.remove, slot)
+                self._give_back(slot)
             elif isinstance(decision, Finish) and not self._over.done():
                 self._over.set_result(decision.reason)
 
@@ -576,10 +582,15 @@ class Driver:
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]
         self._ledger.unsettled.add(attempt)
-        put = await self.loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts, done.manifest)
+
+        def commit() -> tuple[bool, pa.Table | None]:
+            put = self._ledger.commit(done.facts, done.manifest)
+            return put, read_manifest(done.manifest)[0] if done.facts.failed_rows else None
+
+        put, table = await self.loop.run_in_executor(self._commit_pool, commit)
         del self._records[attempt]
         if put:
-            self._account.committed(done.facts)
+            self._account.committed(done.facts, table)
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         self._carry_out(self.schedule.committed(done.facts.shard))

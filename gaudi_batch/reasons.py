@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from gaudi_batch.text import one_line
 
 MOST_REASONS = 50
@@ -61,6 +64,29 @@ class Reasons:
         groups = sorted(self._groups.values(), key=lambda group: -group.rows)
         groups += [self._others] if self._others.rows else []
         return [{"reason": group.reason, "rows": group.rows, "first_ids": list(group.first_ids)} for group in groups]
+
+
+class FailedRows:
+    """The failed rows of a run by reason, as its manifests have them.
+
+    Args:
+        made_again: rows of several shards, with the highest of these: what that one says of a row is the last word.
+    """
+
+    def __init__(self, made_again: Mapping[int, int]) -> None:
+        self._made_again = made_again
+        self._reasons = Reasons()
+
+    def add(self, shard: int, table: pa.Table) -> None:
+        """Counts the failed rows of a shard's manifest."""
+        failed = table.filter(pc.equal(table.column("status"), "failed")).select(["row", "id", "error"])
+        for row, row_id, error in zip(*failed.to_pydict().values(), strict=True):
+            if self._made_again.get(row, shard) == shard:
+                self._reasons.add(error or "", row_id or "")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """See `Reasons.describe`."""
+        return self._reasons.describe()
 
 
 def reason_lines(described: Iterable[Mapping[str, Any]]) -> list[str]:

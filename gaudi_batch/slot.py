@@ -47,6 +47,15 @@ class Slot:
     """What has its process started, while Ray does that."""
     since: float = field(default_factory=time.monotonic)
     """When it was asked for, monotonic."""
+    placed: float | None = None
+    """When the cluster gave it its card, monotonic."""
+    given_back: float | None = None
+    """When that was given back, or was lost with its node."""
+
+    def card_s(self, now: float) -> float:
+        """Seconds for which it has held a card, by `now`, monotonic."""
+        until = now if self.given_back is None else self.given_back
+        return 0.0 if self.placed is None else until - self.placed
 
     @property
     def label(self) -> str:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -126,7 +127,8 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
     commit.start()
     record = RunRecord({}, {}, {}, "", rows=1, images=1)
-    runner._write_summary(records, record, [], {}, Tally(), first, runner._Ended("max_failed"))
+    job: Any = SimpleNamespace(dataset=None)
+    runner._write_summary(records, record, [], job, Tally(), first, runner._Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
     assert output.names("images") == ["000003-aaaaa1"]
