@@ -33,6 +33,8 @@ INTERRUPTED = 130
 NOT_FOLLOWED = 141
 """As of a command that SIGPIPE ends."""
 STATUS_PATIENCE_SECONDS = 10.0
+STATUS_WATCH_SECONDS = 15.0
+"""How long `status` watches for a driver elsewhere to count up, which it does every 10 s, where it may be dead."""
 JOB_COMMANDS = ("run", "submit", "check", "bench")
 """The commands that take a job."""
 RUN_SWITCHES = {
@@ -188,7 +190,7 @@ def _status(parsed: argparse.Namespace) -> int:
     from gaudi_batch.text import read_yaml
 
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
-    status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)))
+    status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)), STATUS_WATCH_SECONDS)
     say(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 
