@@ -175,7 +175,7 @@ def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, ne
         need: what a card takes of the cluster.
     """
     if storage_s > USUAL_SECONDS:
-        return f"storage, which has not answered the driver for {storage_s:.0f} s"
+        return f"storage, which the driver has asked for {storage_s:.0f} s"
     if ready:
         return None
     phases = Counter(found[0].phase for found in cards if found)

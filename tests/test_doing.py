@@ -66,7 +66,7 @@ def test_a_run_without_a_card_says_what_it_waits_for() -> None:
     assert waits_for([], 0, 0.0, "1 HPU") == "a card: the cluster has none"
     assert waits_for([loading], 1, 0.0, "1 HPU") is None
     said = waits_for([loading], 1, 45.0, "1 HPU")
-    assert said == "storage, which has not answered the driver for 45 s"
+    assert said == "storage, which the driver has asked for 45 s"
 
 
 def test_what_takes_long_is_said_once_and_again_when_it_has_taken_twice_as_long() -> None:
