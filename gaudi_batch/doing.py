@@ -182,7 +182,7 @@ def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, ne
     said = [f"{count} {phase}" for phase, count in phases.most_common()]
     if "waiting" in phases:
         said.append(f"no {need} is free")
-    return f"a card: {', '.join(said)}" if said else "a card: the cluster has none"
+    return f"a card: {', '.join(said)}" if said else "a card"
 
 
 class Watch:

@@ -7,19 +7,24 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import command_line
 
 from gaudi_batch import cli
+from gaudi_batch.card import Card, _Call, _StoredBatch
 from gaudi_batch.cards import CardState
 from gaudi_batch.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
+from gaudi_batch.generation import MadeImage
 from gaudi_batch.limits import BatchTimes
 from gaudi_batch.mailbox import Mailbox
 from gaudi_batch.messages import Status
+from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.slot import Slot
 
@@ -63,7 +68,7 @@ def test_a_card_that_is_not_up_says_what_it_waits_for() -> None:
 def test_a_run_without_a_card_says_what_it_waits_for() -> None:
     waiting, loading = [Doing("waiting", 45.0)], [Doing("loading", 5.0)]
     assert waits_for([waiting, waiting, loading], 0, 0.0, "1 HPU") == "a card: 2 waiting, 1 loading, no 1 HPU is free"
-    assert waits_for([], 0, 0.0, "1 HPU") == "a card: the cluster has none"
+    assert waits_for([], 0, 0.0, "1 HPU") == "a card"
     assert waits_for([loading], 1, 0.0, "1 HPU") is None
     said = waits_for([loading], 1, 45.0, "1 HPU")
     assert said == "storage, which the driver has asked for 45 s"
@@ -103,6 +108,29 @@ def test_a_card_tells_what_it_reads_and_what_waits_to_be_stored() -> None:
     assert (status.storing, status.storing_s, status.reading_shard) == (0, 0.0, None)
 
 
+def test_a_card_counts_images_until_they_are_stored() -> None:
+    card, stored, goes_on = Card.__new__(Card), threading.Semaphore(0), threading.Semaphore(0)
+    card._mailbox, card._store, card._store_slots = Mailbox(lambda: 0.0), ThreadPoolExecutor(1), threading.Semaphore(1)
+
+    class Output:
+        def add(self, *_: Any) -> None:
+            goes_on.acquire()
+
+    def waiting() -> int:
+        return card._mailbox.news(0, 0.0).status.storing
+
+    output: Any = Output()
+    made = [MadeImage(Item(0, image, "p", "", 1), np.zeros((8, 8, 3), np.uint8), None, False) for image in range(2)]
+    batch = card._store_batch(output, _StoredBatch("aaaaa0", _Call("steady", 1.0, 0.0), 0), made)
+    assert waiting() == 2
+    batch.futures[0].add_done_callback(lambda _: stored.release())
+    batch.futures[1].add_done_callback(lambda _: stored.release())
+    for left in (1, 0):
+        goes_on.release()
+        stored.acquire()
+        assert waiting() == left
+
+
 def test_log_and_status_say_what_a_card_does_that_takes_long(
     write_prompts: Callable[..., Path],
     tmp_path: Path,
@@ -135,6 +163,7 @@ def test_log_and_status_say_what_a_card_does_that_takes_long(
     assert cli.main([*job, *slow]) == 0
     asking.join()
     log = capsys.readouterr().err
+    assert re.search(r"0/2 images, .*; waits for a card", log), log
     line = r"card \S+: first batch of 128x128, row 1, \d s of 10 s"
     assert re.search(rf"{line}\n", log), log
     assert re.search(rf"{line}; that is longer than is usual\n", log), log
