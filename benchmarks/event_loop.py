@@ -60,7 +60,9 @@ def main() -> None:
             device="simulated",
             simulated={"batch_seconds": 5.0},
         )
-        ray.init(num_cpus=cards, resources={"HPU": cards}, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local", num_cpus=cards, resources={"HPU": cards}, include_dashboard=False, log_to_driver=False
+        )
         started = time.monotonic()
         try:
             run(job)

@@ -33,7 +33,8 @@ class Doing:
     """One thing that a card is at."""
 
     phase: str
-    """`waiting`, `starting`, `loading`, `idle`, `reading`, `first batch`, `batch`, `storing` or `silent`."""
+    """`waiting`, `starting`, `loading`, `idle`, `reading`, `first batch`, `batch`, `encoding`, `storing`,
+    `asking storage` or `silent`."""
     seconds: float
     """For how long."""
     limit: float | None = None
@@ -92,17 +93,12 @@ def doings_of(status: Status, since_heard: float, news_s: float, config: JobConf
         times: how long things take.
     """
     beside = []
-    if status.storing:
-        stuck = status.storage_s > 0
-        beside.append(
-            Doing(
-                "storing" if stuck else "encoding",
-                (status.storage_s if stuck else status.storing_s) + since_heard,
-                storage_limit(config) if stuck else None,
-                USUAL_SECONDS,
-                note=f"{status.storing} images",
-            )
-        )
+    if status.storing and not status.storage_s:
+        beside.append(Doing("encoding", status.storing_s + since_heard, note=f"{status.storing} images"))
+    elif status.storage_s and (status.storing or not status.reading_s):
+        phase, note = ("storing", f"{status.storing} images") if status.storing else ("asking storage", "")
+        seconds = status.storage_s + since_heard
+        beside.append(Doing(phase, seconds, storage_limit(config), USUAL_SECONDS, note=note))
     if status.reading_s > 0:
         seconds = status.reading_s + since_heard
         beside.append(Doing("reading", seconds, reading_limit(config), USUAL_SECONDS, status.reading_shard))

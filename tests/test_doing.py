@@ -48,6 +48,7 @@ def test_every_phase_is_said_with_its_shard_its_rows_and_its_limit() -> None:
     assert at(Status("idle", 7.0, 0.0, 0, reading_s=5.0, reading_shard=8)) == ["reading, shard 8, 5 s of 2400 s"]
     assert at(Status("idle", 7.0, 2.0, 0, storing=12)) == ["storing, 12 images, 2 s of 660 s"]
     assert at(Status("idle", 7.0, 0.0, 0, storing=12, storing_s=3.0)) == ["encoding, 12 images, 3 s"]
+    assert at(Status("idle", 7.0, 2.0, 0)) == ["asking storage, 2 s of 660 s"], "as for the record of a shard"
     assert at(Status("idle", 7.0, 0.0, 0)) == ["idle, 7 s"]
     assert at(Status("idle", 7.0, 0.0, 0), since_heard=40.0) == ["silent, 40 s of 61 s"]
 
