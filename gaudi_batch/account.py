@@ -9,9 +9,12 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
+
 from gaudi_batch.cards import CardState
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.progress import Progress
+from gaudi_batch.reasons import FailedRows
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot
 from gaudi_batch.spans import Span
@@ -27,22 +30,27 @@ class Account:
     Args:
         schedule: the state of the run.
         tally: the commits so far; goes on being added to.
+        failed: the failed rows so far; goes on being added to.
         images_total: images that the whole plan asks for.
         images_missing: images that committed shards were to have and have not, since rows failed.
-        drivers: the times of the run's drivers so far.
+        drivers: the times of the run's drivers so far, given the seconds for which this one has held cards.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         tally: Tally,
+        failed: FailedRows,
         images_total: int,
         images_missing: int,
-        drivers: Callable[[], list[Span]],
+        drivers: Callable[[float], list[Span]],
     ) -> None:
         self.faults: Counter[str] = Counter()
+        self.card_s = 0.0
+        """Seconds for which this driver had held cards when the run was last described."""
         self._schedule = schedule
         self._tally = tally
+        self._failed = failed
         self._images_total = images_total
         self._missing = images_missing
         self._drivers = drivers
@@ -59,9 +67,11 @@ class Account:
         self.faults[slot.label] += 1
         self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
 
-    def committed(self, facts: CommitFacts) -> None:
-        """A shard's manifest is in place."""
+    def committed(self, facts: CommitFacts, table: pa.Table | None) -> None:
+        """A shard's manifest is in place; `table` is that, if rows of it failed."""
         self._tally.add(facts)
+        if table is not None:
+            self._failed.add(facts.shard, table)
         shard = self._schedule.shards[facts.shard]
         self._missing += (0 if shard.again else shard.images) - facts.images + facts.images_before
 
@@ -87,6 +97,8 @@ class Account:
             state: `running` or `over`.
         """
         progress = self.progress(slots)
+        now = time.monotonic()
+        self.card_s = sum(slot.card_s(now) for slot in slots)
         return {
             "time": _now(),
             "state": state,
@@ -94,11 +106,12 @@ class Account:
             "images_total": progress.images_total,
             "images_missing": self._missing,
             "failed_rows": progress.failed_rows,
+            "failures": self._failed.describe(),
             "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
             "shards_pending": self._schedule.pending(),
             "retries": self._schedule.retries,
-            "drivers": [asdict(span) for span in self._drivers()],
+            "drivers": [asdict(span) for span in self._drivers(self.card_s)],
             "cards": {slot.label: self._describe_card(slot) for slot in slots},
             "faults": list(self._recent_faults),
         }

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gaudi_batch.console import LossyStream, OutputLost, open_streams, say
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.redaction import redact
-from gaudi_batch.text import OneLineFormatter, duration, one_line, printable
+from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 if TYPE_CHECKING:
     from gaudi_batch.submit import Cluster
@@ -236,23 +236,10 @@ def _hide_secrets() -> None:
 
 def _print_result(output: str, summary: dict[str, Any]) -> None:
     """Prints how a run came out. That nobody takes it changes nothing of the run."""
-    rate = f", {summary['images_per_s']:.2f} images/s of generation" if summary["images_per_s"] else ""
-    lines = [
-        f"{summary['state']}: {summary['images']} images, {summary['failed_rows']} failed rows,"
-        f" {len(summary['cards'])} cards{rate}"
-    ]
-    if summary["images_per_s_wall"] is not None:
-        drivers = f", in {len(summary['drivers'])} drivers" if len(summary["drivers"]) > 1 else ""
-        lines.append(f"took {duration(summary['wall_s'])}{drivers}: {summary['images_per_s_wall']:.2f} images/s")
-    for name, card in summary["cards"].items():
-        speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
-        busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
-        spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s"
-        lines.append(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
-    where = printable(redact(output))
-    lines += [f"images:   {where}/images", f"manifest: {where}/manifest.parquet", f"summary:  {where}/summary.json"]
+    from gaudi_batch.summary import result_lines
+
     try:
-        say("\n".join(lines))
+        say("\n".join(result_lines(output, summary)))
     except OutputLost as error:
         if not error.closed:
             log.warning("%s", error)

@@ -1,7 +1,8 @@
 """Binds the schedule to Ray: starts cards, turns what happens into events, and carries out what the schedule decides.
 
 One event loop does it all. Each card process has a task that asks it for news; the schedule is told, and what it
-decides is carried out at once. Only commits leave the loop, to a thread, since storage may be slow.
+decides is carried out at once. What may have to wait leaves the loop for a thread: commits, since storage may be slow,
+and what Ray's control service is asked for.
 """
 
 from __future__ import annotations
@@ -15,15 +16,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import ray
+import pyarrow as pa
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gaudi_batch.account import Account
-from gaudi_batch.card import Card
 from gaudi_batch.cards import CardState
-from gaudi_batch.cluster import Capacity, CardResources, card_options
+from gaudi_batch.cluster import Capacity, CardResources
 from gaudi_batch.decisions import (
     Assign,
     CheckStorage,
@@ -41,6 +39,7 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.limits import BatchTimes, passed_limit
+from gaudi_batch.manifest import read as read_manifest
 from gaudi_batch.messages import (
     Announced,
     Begins,
@@ -55,10 +54,11 @@ from gaudi_batch.messages import (
     Ready,
 )
 from gaudi_batch.names import attempt_name
+from gaudi_batch.places import Places
 from gaudi_batch.plan import Shard
 from gaudi_batch.progress import View
 from gaudi_batch.schedule import Schedule
-from gaudi_batch.slot import Slot, group_name, node_is_gone, node_of, why_died
+from gaudi_batch.slot import Slot, node_is_gone, why_died
 from gaudi_batch.stack import StackVote, differences, why_unfit
 
 log = logging.getLogger("gaudi_batch")
@@ -72,7 +72,11 @@ LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 5.0
 CLUSTER_SECONDS = 2.0
 PLACE_SECONDS = 0.2
+PLACE_SHARE = 0.1
+"""How much longer the last new slot may wait before it is known that it has its place, as a share of its waiting."""
 WAITING_SECONDS = 30.0
+CLOSE_SECONDS = 30.0
+"""How long the end of a run waits for Ray to take the places of its cards back."""
 DEPARTURE_SECONDS = 3.0
 """How much later than a card the cluster may notice the end of its node."""
 PROBE_BYTES = 1 << 20
@@ -121,13 +125,13 @@ class Driver:
         self._commit_pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         # Not the event loop's own, whose end would wait for what never comes back.
         self._threads = ThreadPoolExecutor(OTHER_THREADS, "driver")
+        self._ray = ThreadPoolExecutor(1, "ray")
+        self._places = Places(setup, resources, schedule.prefix)
         self._batch_times = BatchTimes()
         self._tasks: set[asyncio.Task[None]] = set()
         self.loop: asyncio.AbstractEventLoop
         """That the run runs in; another thread reaches the driver through it alone."""
         self._over: asyncio.Future[str | None]
-        self._setup_ref: Any = None
-        self._options = card_options(setup.config, resources)
         self._notes: set[str] = set()
         self._vote = StackVote(ledger.stack)
 
@@ -137,8 +141,7 @@ class Driver:
         """Runs to the end; returns why it stopped, or None if every shard is committed."""
         self.loop = asyncio.get_running_loop()
         self._over = self.loop.create_future()
-        self._setup_ref = ray.put(self._setup)
-        for work in (self._follow_cluster, self._look, self._report):
+        for work in (self._follow_cluster, self._place, self._look, self._report):
             self._spawn(work())
         stopped = True
         try:
@@ -155,8 +158,10 @@ class Driver:
                 await asyncio.wait(self._commits, timeout=COMMIT_SECONDS)
             self._commit_pool.shutdown(wait=False)
             for slot in self._slots.values():
-                self._kill(slot)
-                remove_placement_group(slot.group)
+                slot.actor = None
+            closed = asyncio.wrap_future(self._ray.submit(self._places.close))
+            self._ray.shutdown(wait=False)
+            await asyncio.wait([closed], timeout=CLOSE_SECONDS)
             if not self.at_once:
                 try:
                     await self._in_thread(self._ledger.put_json, "progress.json", self._describe("over"))
@@ -194,6 +199,17 @@ class Driver:
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await self.loop.run_in_executor(self._threads, function, *arguments)
 
+    def _ask_ray(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        """Has Ray asked for something, after all that it was to be asked before."""
+        return self.loop.run_in_executor(self._ray, function, *arguments)
+
+    def _tell_ray(self, function: Callable[..., None], slot: Slot) -> None:
+        async def told() -> None:
+            await asked
+
+        asked = self._ask_ray(function, slot.number)
+        self._spawn(told())
+
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
@@ -220,14 +236,15 @@ class Driver:
                     self._left(slot)
                 elif slot.node_id in capacity.leaving:
                     self._carry_out(self.schedule.leaving(slot.number))
-            there = self._slots_in(*set(CardState) - {CardState.GONE, CardState.LEAVING})
-            waiting = self._slots_in(CardState.WAITING)
             wanted = self._wanted(capacity)
-            for _ in range(wanted - len(there) if self.schedule.stop_reason is None else 0):
-                waiting.append(self._add_slot())
-            while waiting and len(there) > wanted:
-                there.remove(waiting[-1])
-                self._withdraw(waiting.pop())
+            missing = wanted - len(self._placed_or_waiting())
+            if missing > 0 and self.schedule.stop_reason is None:
+                await self._add_slots(missing)
+            too_many = len(self._placed_or_waiting()) - wanted
+            for slot in self._slots_in(CardState.WAITING)[::-1][: max(0, too_many)]:
+                self._tell_ray(self._places.remove, slot)
+                del self._slots[slot.number]
+            waiting = self._slots_in(CardState.WAITING)
             others = waiting and capacity.there > len(self._slots_in(CardState.QUARANTINED))
             if others or self.schedule.usable():
                 seen = time.monotonic()
@@ -256,59 +273,64 @@ class Driver:
         # works in part.
         return max(min(most + min(most, len(quarantined)), capacity.there), asked + min(asked, lost))
 
-    def _add_slot(self) -> Slot:
-        number = next(self._numbers)
-        name = group_name(self.schedule.prefix, number)
-        slot = Slot(number, placement_group([self._resources.bundle], strategy="PACK", name=name))
-        self._slots[number] = slot
-        slot.opening = self._spawn(self._open(slot))
-        return slot
+    async def _add_slots(self, count: int) -> None:
+        numbers = list(itertools.islice(self._numbers, count))
+        await self._ask_ray(self._places.create, numbers)
+        self._slots.update({number: Slot(number) for number in numbers})
 
-    def _withdraw(self, slot: Slot) -> None:
-        """Gives up a slot that waits for the cluster."""
-        assert slot.opening is not None
-        slot.opening.cancel()
-        remove_placement_group(slot.group)
-        del self._slots[slot.number]
-
-    async def _open(self, slot: Slot) -> None:
-        """Waits for the cluster to place a new slot, then starts its first process."""
-        since, next_word = time.monotonic(), WAITING_SECONDS
-        while not slot.group.wait(timeout_seconds=0):
-            await asyncio.sleep(PLACE_SECONDS)
-            waits = time.monotonic() - since
-            if waits > next_word:
+    async def _place(self) -> None:
+        """Starts the first process of each slot that the cluster has placed, and says how long others wait."""
+        next_word = WAITING_SECONDS
+        while True:
+            waiting = self._slots_in(CardState.WAITING)
+            if waiting:
+                placed = await self._ask_ray(self._places.placed, [slot.number for slot in waiting])
+                for slot in self._slots_in(CardState.WAITING):
+                    if slot.number in placed:
+                        slot.node_id, slot.placed = placed[slot.number], time.monotonic()
+                        self._carry_out(self.schedule.starting(slot.number, slot.node_id))
+                        self._start(slot)
+                waiting = self._slots_in(CardState.WAITING)
+            waits = [time.monotonic() - slot.since for slot in waiting]
+            if not waits:
+                next_word = WAITING_SECONDS
+            elif max(waits) > next_word:
                 next_word *= 2
-                need = f"{self._resources.amount} {self._resources.name}"
-                log.info("%s has waited %.0f s for the cluster: no %s is free", slot.where, waits, need)
-        slot.node_id = await self._in_thread(node_of, slot.group)
-        self._carry_out(self.schedule.starting(slot.number, slot.node_id))
-        self._start(slot)
+                who = f"{waiting[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
+                log.info("%s waited %.0f s for the cluster: no %s is free", who, max(waits), self._need)
+            await asyncio.sleep(min(max(PLACE_SECONDS, PLACE_SHARE * min(waits, default=0.0)), CLUSTER_SECONDS))
+
+    @property
+    def _need(self) -> str:
+        return f"{self._resources.amount} {self._resources.name}"
 
     def _slots_in(self, *states: CardState) -> list[Slot]:
         return [slot for slot in self._slots.values() if self._state(slot) in states]
 
+    def _placed_or_waiting(self) -> list[Slot]:
+        return self._slots_in(*set(CardState) - {CardState.GONE, CardState.LEAVING})
+
     def _left(self, slot: Slot) -> None:
         """A slot's node is gone."""
         log.warning("%s left with its node", slot.where)
-        remove_placement_group(slot.group)
+        self._give_back(slot)
         self._carry_out(self.schedule.gone(slot.number))
+
+    def _give_back(self, slot: Slot) -> None:
+        slot.given_back = time.monotonic()
+        self._tell_ray(self._places.remove, slot)
 
     def _start(self, slot: Slot) -> None:
         slot.status = None
         slot.passed = None
         slot.up = False
         slot.heard = time.monotonic()
-        slot.actor = (
-            ray.remote(Card)
-            .options(
-                **self._options,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, 0),
-                max_concurrency=4,
-            )
-            .remote(self._setup_ref)
-        )
-        self._spawn(self._listen(slot, slot.actor))
+        slot.starting = self._spawn(self._begin(slot))
+
+    async def _begin(self, slot: Slot) -> None:
+        slot.actor = await self._ask_ray(self._places.start, slot.number)
+        slot.starting, slot.heard = None, time.monotonic()
+        await self._listen(slot, slot.actor)
 
     async def _listen(self, slot: Slot, actor: Any) -> None:
         """Asks one card process for news until it dies or is replaced."""
@@ -467,9 +489,11 @@ class Driver:
         return self.schedule.state(slot.number)
 
     def _kill(self, slot: Slot) -> None:
-        if slot.actor is not None:
-            ray.kill(slot.actor, no_restart=True)
-            slot.actor = None
+        if slot.starting is not None:
+            slot.starting.cancel()
+            slot.starting = None
+        slot.actor = None
+        self._tell_ray(self._places.kill, slot)
 
     def _fault(self, slot: Slot, what: str) -> None:
         log.warning("%s %s", slot.where, what)
@@ -504,7 +528,7 @@ class Driver:
                 slot = self._slots[decision.card]
                 log.info("%s is released, as its node leaves", slot.where)
                 self._kill(slot)
-                remove_placement_group(slot.group)
+                self._give_back(slot)
             elif isinstance(decision, Finish) and not self._over.done():
                 self._over.set_result(decision.reason)
 
@@ -558,10 +582,15 @@ class Driver:
     async def _commit(self, attempt: str) -> None:
         done = self._records[attempt]
         self._ledger.unsettled.add(attempt)
-        put = await self.loop.run_in_executor(self._commit_pool, self._ledger.commit, done.facts, done.manifest)
+
+        def commit() -> tuple[bool, pa.Table | None]:
+            put = self._ledger.commit(done.facts, done.manifest)
+            return put, read_manifest(done.manifest)[0] if done.facts.failed_rows else None
+
+        put, table = await self.loop.run_in_executor(self._commit_pool, commit)
         del self._records[attempt]
         if put:
-            self._account.committed(done.facts)
+            self._account.committed(done.facts, table)
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         self._carry_out(self.schedule.committed(done.facts.shard))
@@ -584,7 +613,7 @@ class Driver:
                     slot.status, since_heard, self._news_s, self._setup.config, self._batch_times
                 )
                 if slot.passed:
-                    ray.kill(slot.actor, no_restart=True)
+                    self._tell_ray(self._places.kill, slot)
             self._settle_stack()
             self._view.show(self._account.progress(self._slots.values()))
             await asyncio.sleep(LOOK_SECONDS)

@@ -26,9 +26,10 @@ from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.manifest import finished_at
 from gaudi_batch.plan import Shard
-from gaudi_batch.spans import Stopwatch, read_spans, wall_seconds
+from gaudi_batch.reasons import FailedRows
+from gaudi_batch.spans import Stopwatch, card_hours, read_spans, wall_seconds
 from gaudi_batch.storage import Storage
-from gaudi_batch.summary import Tally
+from gaudi_batch.summary import FILES, Tally, failure_lines
 from gaudi_batch.throughput import rounded
 from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
@@ -123,15 +124,18 @@ def run(
             if retry_failed:
                 shards = _add_failed(ledger, job, shards, cards)
             made_again = rows_made_again(shards, job.dataset)
-            tally = Tally()
-            for facts, _ in ledger.commits():
+            tally, failed = Tally(), FailedRows(made_again)
+            for facts, table in ledger.commits():
                 tally.add(facts)
+                failed.add(facts.shard, table)
             missing = [shard for shard in shards if shard.number not in tally.attempts]
             if len(missing) < len(shards):
                 log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
             if missing:
-                ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, cards(), watch, grace)
-        result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
+                ended = _drive(
+                    job, ledger, record, shards, missing, made_again, tally, failed, lease, cards(), watch, grace
+                )
+        result = _sum_up(ledger, record, shards, job, tally, lease, ended)
         if verify:
             _verify(ledger, made_again)
         return result
@@ -156,6 +160,8 @@ class _Ended:
     retries: int = 0
     watch: Stopwatch | None = None
     """This driver's; None if it had nothing to make, so that its time is not the run's."""
+    card_s: float = 0.0
+    """For how long it held cards, each counted by itself."""
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
@@ -288,6 +294,7 @@ def _drive(
     missing: list[Shard],
     made_again: Mapping[int, int],
     tally: Tally,
+    failed: FailedRows,
     lease: LeaseKeeper,
     resources: CardResources,
     watch: Stopwatch,
@@ -317,7 +324,9 @@ def _drive(
         sum(shard.images for shard in shards if shard.number in tally.attempts and not shard.again) - tally.images
     )
     earlier = read_spans(ledger)
-    account = Account(schedule, tally, record.images, images_missing, lambda: [*earlier, watch.span()])
+    account = Account(
+        schedule, tally, failed, record.images, images_missing, lambda card_s: [*earlier, watch.span(card_s)]
+    )
     setup = CardSetup(
         config=job.config,
         storage=ledger.storage,
@@ -343,7 +352,7 @@ def _drive(
         raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
     if driver.at_once:
         raise LeaseLost(f"stopped: {reason}")
-    return _Ended(reason, account.faults, schedule.retries, watch)
+    return _Ended(reason, account.faults, schedule.retries, watch, account.card_s)
 
 
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
@@ -432,20 +441,23 @@ def _sum_up(
     ledger: Ledger,
     record: RunRecord,
     shards: list[Shard],
-    made_again: Mapping[int, int],
+    job: Job,
     tally: Tally,
     lease: LeaseKeeper,
     ended: _Ended,
 ) -> RunResult:
     reason, rows = ended.reason, tally.rows
     try:
-        summary = _write_summary(ledger, record, shards, made_again, tally, lease, ended)
+        summary = _write_summary(ledger, record, shards, job, tally, lease, ended)
         rows, reason = summary["rows"], summary["reason"]
     except StorageError as error:
         if reason is None:
             raise
         # Why the run stopped is worth more than that its end can't be written down either.
         log.warning("summary.json is not up to date: %s", error)
+    else:
+        for line in failure_lines(summary["failures"]) if reason is not None else ():
+            log.info("%s", line)
     if reason == INTERRUPTED:
         raise Interrupted(f"interrupted with {rows} of {record.rows} rows done; the same command resumes")
     if reason is not None:
@@ -457,7 +469,7 @@ def _write_summary(
     ledger: Ledger,
     record: RunRecord,
     shards: list[Shard],
-    made_again: Mapping[int, int],
+    job: Job,
     tally: Tally,
     lease: LeaseKeeper,
     ended: _Ended,
@@ -468,8 +480,13 @@ def _write_summary(
     in_doubt = frozenset(ledger.unsettled)
     # What is committed is what storage says: another driver may have committed, too.
     known, tally = tally.attempts, tally.emptied()
+    committed = set(ledger.committed_shards())
+    made_again = rows_made_again([shard for shard in shards if shard.number in committed], job.dataset)
+    failed = FailedRows(made_again)
+    kinds = {shard.number: shard.bucket.batch_kind for shard in shards}
     for facts, table in ledger.commits():
-        tally.add(facts, finished_at(table, facts))
+        tally.add(facts, finished_at(table, facts), kinds.get(facts.shard))
+        failed.add(facts.shard, table)
     lost = sorted(known.keys() - tally.attempts.keys())
     if lost and reason is None:
         reason = f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
@@ -486,17 +503,24 @@ def _write_summary(
     if reason is None:
         totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts)
     spans = [span for span in read_spans(ledger) if span.driver != lease.driver]
-    spans += [ended.watch.span()] if ended.watch else []
-    wall_s = wall_seconds(spans, {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()})
+    spans += [ended.watch.span(ended.card_s)] if ended.watch else []
+    drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()}
+    wall_s = wall_seconds(spans, drivers)
     state = "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete"
     summary = {
         "state": state,
         "reason": reason,
+        "output": ledger.storage.url,
+        "files": FILES,
         "images_planned": record.images,
         "rows_planned": record.rows,
+        "started_at": record.created_at if wall_s is None else spans[0].started_at,
+        "ended_at": max((span.ended_at for span in spans), default=None),
         "wall_s": wall_s,
         "images_per_s_wall": rounded(totals["images"] / wall_s) if wall_s else None,
+        "card_hours": card_hours(spans, drivers),
         "drivers": [asdict(span) for span in spans],
+        "failures": failed.describe(),
         **totals,
     }
     ledger.put_json("summary.json", summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,6 @@ class Slot:
     """One card's place in the cluster, for the life of the job."""
 
     number: int
-    group: PlacementGroup
     node_id: str = ""
     """The Ray node on which the cluster has placed it; empty before."""
     name: str = ""
@@ -43,8 +43,19 @@ class Slot:
     """The limit for which its process is being killed."""
     assigning: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Has shards reach the process in the order in which they were sent: its threads take calls side by side."""
-    opening: asyncio.Task[None] | None = None
-    """What waits for the cluster to place it."""
+    starting: asyncio.Task[None] | None = None
+    """What has its process started, while Ray does that."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was asked for, monotonic."""
+    placed: float | None = None
+    """When the cluster gave it its card, monotonic."""
+    given_back: float | None = None
+    """When that was given back, or was lost with its node."""
+
+    def card_s(self, now: float) -> float:
+        """Seconds for which it has held a card, by `now`, monotonic."""
+        until = now if self.given_back is None else self.given_back
+        return 0.0 if self.placed is None else until - self.placed
 
     @property
     def label(self) -> str:

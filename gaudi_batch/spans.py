@@ -27,6 +27,10 @@ class Span:
     progress.json, which is 5 s where storage is well."""
     wall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Seconds between the two, by a clock that nobody sets."""
+    card_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Seconds for which it held cards, each counted by itself: from when the cluster gave it one until it gave that
+    back or last wrote this down. Loading counts, and so does a quarantined card, which is held so that nothing lands on
+    it. None in what older code wrote."""
 
 
 _SPANS = TypeAdapter(list[Span])
@@ -44,9 +48,10 @@ class Stopwatch:
         self._started_at = _now()
         self._since = time.monotonic()
 
-    def span(self) -> Span:
-        """Its span so far."""
-        return Span(self._driver, self._started_at, _now(), round(time.monotonic() - self._since, 3))
+    def span(self, card_s: float) -> Span:
+        """Its span so far, in which it held cards for so many seconds."""
+        wall_s = round(time.monotonic() - self._since, 3)
+        return Span(self._driver, self._started_at, _now(), wall_s, round(card_s, 3))
 
 
 def read_spans(ledger: Ledger) -> list[Span]:
@@ -73,6 +78,19 @@ def wall_seconds(spans: Collection[Span], drivers: Collection[str]) -> float | N
     if not spans or not set(drivers) <= {span.driver for span in spans}:
         return None
     return round(sum(span.wall_s for span in spans), 3)
+
+
+def card_hours(spans: Collection[Span], drivers: Collection[str]) -> float | None:
+    """Hours for which all drivers held cards, each card counted by itself; None where that of one that committed
+    something is not known.
+
+    Args:
+        spans: those that are known.
+        drivers: who committed something.
+    """
+    seconds = [span.card_s for span in spans if span.card_s is not None]
+    known = len(seconds) == len(spans) and wall_seconds(spans, drivers) is not None
+    return round(sum(seconds) / 3600, 4) if known else None
 
 
 def _now() -> str:

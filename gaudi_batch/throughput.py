@@ -84,6 +84,12 @@ class Sums:
         return self.steady_images / self.steady_s if self.steady_s > 0 else None
 
     @property
+    def images_per_s_with_warmup(self) -> float | None:
+        """The same with the first batches, which compile; None before any batch."""
+        seconds = self.steady_s + self.warmup_s
+        return self.images / seconds if seconds > 0 else None
+
+    @property
     def busy_share(self) -> float | None:
         """The share of its time for which the device was generating, 0 to 1."""
         busy = self.steady_s + self.warmup_s
@@ -96,6 +102,7 @@ class Sums:
             "batches": self.batches,
             "padding": self.padding,
             "images_per_s": rounded(self.images_per_s),
+            "images_per_s_with_warmup": rounded(self.images_per_s_with_warmup),
             "busy_share": rounded(self.busy_share),
             "warmup_s": rounded(self.warmup_s),
             "generate_s": rounded(self.steady_s + self.warmup_s),

@@ -72,7 +72,7 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(
         held.append(sum(group["state"] == "CREATED" for group in placement_group_table().values()))
         remove_placement_group(group)
 
-    monkeypatch.setattr("gaudi_batch.driver.remove_placement_group", removed)
+    monkeypatch.setattr("gaudi_batch.places.remove_placement_group", removed)
     broken = {"broken_modules": [1], "batch_seconds": 1.0}
     result = make(prompts, tmp_path / "out", cluster, broken, cards=3, shard_size=4)
     assert result.exit_code == 0

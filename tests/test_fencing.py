@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -125,7 +126,8 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
     commit.start()
     record = RunRecord({}, {}, {}, "", rows=1, images=1)
-    runner._write_summary(records, record, [], {}, Tally(), first, runner._Ended("max_failed"))
+    job: Any = SimpleNamespace(dataset=None)
+    runner._write_summary(records, record, [], job, Tally(), first, runner._Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
     assert output.names("images") == ["000003-aaaaa1"]
@@ -425,7 +427,7 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
     asked.clear()
     shard = Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)
     task = ShardTask(shard, "aaaaa2")
-    asyncio.run(Stub()._assign(Slot(0, group=None), Actor(), task))
+    asyncio.run(Stub()._assign(Slot(0), Actor(), task))
     assert asked == [task] * 3
 
 

@@ -28,7 +28,7 @@ class Introducing(Driver):
         self._ledger: Any = SimpleNamespace(use_stack=lambda stack: stack)
         self._vote = StackVote(before)
         self._notes: set[str] = set()
-        self._slots = {number: Slot(number, group=None) for number in range(cards)}
+        self._slots = {number: Slot(number) for number in range(cards)}
         self.sent: list[str] = []
         for number in self._slots:
             self.schedule.starting(number, "first")
@@ -112,7 +112,7 @@ def test_shards_reach_a_card_in_the_order_in_which_they_were_sent() -> None:
             asked.append(task.attempt)
 
     async def send() -> None:
-        driver, slot = Introducing(), Slot(0, group=None)
+        driver, slot = Introducing(), Slot(0)
         shard = driver.schedule.shards[0]
         await asyncio.gather(*(driver._assign(slot, Actor(), ShardTask(shard, f"a{n}")) for n in range(3)))
 

@@ -109,6 +109,8 @@ def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Pat
     killed, last = summary["drivers"]
     assert 0 < killed["wall_s"] <= at_most
     assert last["wall_s"] > 0
+    assert 0 <= killed["card_s"] < killed["wall_s"], "it held one card, up to when it last wrote that down"
+    assert 3600 * summary["card_hours"] == pytest.approx(killed["card_s"] + last["card_s"], abs=0.5)
     assert summary["wall_s"] == pytest.approx(killed["wall_s"] + last["wall_s"])
     assert summary["images_per_s_wall"] == pytest.approx(100 / summary["wall_s"], rel=0.001)
     times = [datetime.fromisoformat(span[name]) for span in (killed, last) for name in ("started_at", "ended_at")]

@@ -1,0 +1,100 @@
+"""Failed rows by reason, in bounded memory, however many rows and reasons there are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gaudi_batch.text import one_line
+
+MOST_REASONS = 50
+"""Reasons that are told apart; rows that failed for others are counted together."""
+FIRST_IDS = 5
+MOST_ID = 80
+"""Characters of an id that are shown; it is the user's text."""
+MOST_REASON = 300
+OTHERS = "other reasons"
+_VALUES = re.compile(r"""(?<!\w)'[^']*(?:'|$)|"[^"]*(?:"|$)|[-+]?\d+(?:[.,]\d+)*(?:[eE][-+]?\d+)?""")
+
+
+@dataclass
+class _Rows:
+    reason: str
+    rows: int = 0
+    first_ids: list[str] = field(default_factory=list)
+
+    def add(self, row_id: str) -> None:
+        self.rows += 1
+        if len(self.first_ids) < FIRST_IDS:
+            self.first_ids.append(one_line(row_id, MOST_ID))
+
+
+class Reasons:
+    """Counts rows by the reason for which they failed. Errors that differ in numbers or in quoted values alone have one
+    reason, which the first of them stands for."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, _Rows] = {}
+        self._others = _Rows(OTHERS)
+
+    def add(self, error: str, id: str) -> None:
+        """Counts a row.
+
+        Args:
+            error: why it failed.
+            id: the row's id.
+        """
+        error = one_line(error, MOST_REASON)
+        key = _VALUES.sub("#", error)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._others
+            if len(self._groups) < MOST_REASONS:
+                group = self._groups[key] = _Rows(error)
+        group.add(id)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """A record for each reason, the most frequent first, other reasons last: `reason` (printable, at most
+        `MOST_REASON` characters), `rows` (how many), and `first_ids` (at most `FIRST_IDS`, printable and cut)."""
+        groups = sorted(self._groups.values(), key=lambda group: -group.rows)
+        groups += [self._others] if self._others.rows else []
+        return [{"reason": group.reason, "rows": group.rows, "first_ids": list(group.first_ids)} for group in groups]
+
+
+class FailedRows:
+    """The failed rows of a run by reason, as its manifests have them.
+
+    Args:
+        made_again: rows of several shards, with the highest of these: what that one says of a row is the last word.
+    """
+
+    def __init__(self, made_again: Mapping[int, int]) -> None:
+        self._made_again = made_again
+        self._reasons = Reasons()
+
+    def add(self, shard: int, table: pa.Table) -> None:
+        """Counts the failed rows of a shard's manifest."""
+        failed = table.filter(pc.equal(table.column("status"), "failed")).select(["row", "id", "error"])
+        for row, row_id, error in zip(*failed.to_pydict().values(), strict=True):
+            if self._made_again.get(row, shard) == shard:
+                self._reasons.add(error or "", row_id or "")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """See `Reasons.describe`."""
+        return self._reasons.describe()
+
+
+def reason_lines(described: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What `Reasons.describe` says, a line for each reason."""
+    lines = []
+    for group in described:
+        ids = ", ".join(map(str, group["first_ids"]))
+        more = ", ..." if group["rows"] > len(group["first_ids"]) else ""
+        rows = "1 row" if group["rows"] == 1 else f"{group['rows']} rows"
+        lines.append(f"{rows}: {group['reason']} (id {ids}{more})")
+    return lines
