@@ -16,13 +16,13 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gaudi_batch.console import LossyStream, OutputLost, open_streams, say
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.redaction import redact
-from gaudi_batch.text import OneLineFormatter, one_line, printable
+from gaudi_batch.text import OneLineFormatter, nearest, one_line, printable
 
 if TYPE_CHECKING:
     from gaudi_batch.submit import Cluster
@@ -35,6 +35,7 @@ NOT_FOLLOWED = 141
 STATUS_PATIENCE_SECONDS = 10.0
 JOB_COMMANDS = ("run", "submit", "check", "bench")
 """The commands that take a job."""
+COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
 RUN_SWITCHES = {
     "strict": "read every row first and refuse the job if one can't be run",
     "overwrite": "remove the run that is in the output and start afresh",
@@ -254,11 +255,29 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
-            self.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
+            said = f"unrecognized arguments: {' '.join(flags or unknown)}"
+            self.error(said + (_meant(flags[0], parsed.options) if flags else ""))
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND: invalid choice: '"):
+            given = message.split("'")[1]
+            if near := nearest(given, COMMANDS):
+                message = f"there is no command {given!r}; did you mean {near}?"
         raise InputError(f"{message} ({self.prog} --help tells what there is)")
+
+
+def _meant(flag: str, options: Collection[str]) -> str:
+    """What somebody may have meant by a flag that there is not, "" if nothing comes near."""
+    dashes = flag.replace("_", "-")
+    below = [option for option in options if option.startswith(f"{dashes}.")]
+    if below:
+        return f"; {flag} has fields of its own: {', '.join(below)}"
+    mapping, dot, entry = dashes.partition(".")
+    if dot and f"{mapping}.NAME" in options:
+        return f"; did you mean {mapping}.{flag.partition('.')[2]}?"
+    near = nearest(dashes, options)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -366,7 +385,7 @@ def _seconds(text: str) -> float:
 
 def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    command.set_defaults(command=function)
+    command.set_defaults(command=function, options=command._option_string_actions)
     command.add_argument("--verbose", action="store_true", help="log more")
     return command
 
