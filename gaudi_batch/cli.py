@@ -273,7 +273,7 @@ def _meant(flag: str, options: Collection[str]) -> str:
     below = [option for option in options if option.startswith(f"{dashes}.")]
     if below:
         return f"; {flag} has fields of its own: {', '.join(below)}"
-    mapping, dot, entry = dashes.partition(".")
+    mapping, dot, _ = dashes.partition(".")
     if dot and f"{mapping}.NAME" in options:
         return f"; did you mean {mapping}.{flag.partition('.')[2]}?"
     near = nearest(dashes, options)

@@ -337,7 +337,9 @@ class JobConfig(_Section):
                 found = int(value) if value.isdecimal() else float(value)
         if found is None or (type(found) is int and found >= 0) or (type(found) is float and 0 <= found <= 1):
             return found
-        raise ValueError("must be a count, as 100, or a share of the rows, as 5% or 0.05; a share is at most 1.0 or 100%")
+        raise ValueError(
+            "must be a count, as 100, or a share of the rows, as 5% or 0.05; a share is at most 1.0 or 100%"
+        )
 
     @model_validator(mode="after")
     def _cards_agree(self) -> JobConfig:

@@ -45,7 +45,11 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
         if _kinds(field.annotation) <= {dict, type(None)}:
             # Never parsed: `join_mapping_flags` has taken them.
             group.add_argument(
-                f"{flag}.NAME", dest=f"entry:{path}", metavar="VALUE", default=argparse.SUPPRESS, help="One entry of it."
+                f"{flag}.NAME",
+                dest=f"entry:{path}",
+                metavar="VALUE",
+                default=argparse.SUPPRESS,
+                help="One entry of it.",
             )
 
 
@@ -65,7 +69,8 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldIn
 def _short_forms() -> dict[str, str]:
     """Flags of a section that stand for one of its fields, {section: path of the field}."""
     sections = {name: field.annotation for name, field in JobConfig.model_fields.items()}
-    return {name: f"{name}.{kind.short_for}" for name, kind in sections.items() if hasattr(kind, "short_for")}
+    shorts = {name: getattr(kind, "short_for", None) for name, kind in sections.items()}
+    return {name: f"{name}.{short}" for name, short in shorts.items() if short}
 
 
 def _metavar(annotation: Any) -> str:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.columns import can_cast, cast, plain
 from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
+from gaudi_batch.convert import how_to_convert
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading
@@ -476,7 +477,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
             if _PARQUET_SUFFIX.search(its) or (_PARQUET.search(its) and not is_hidden(its))
         ]
         taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(below[name])]
-        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE)
+        others = {name for name, its in below.items() if not is_hidden(its)} - set(meant)
+        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE, others)
 
     try:
         found = whole.attempt("find the prompts", look, MANY_SECONDS)
@@ -486,7 +488,11 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         raise
     _say_what_is_passed_over(whole, found)
     if not found.taken:
-        raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
+        way_out = how_to_convert(found.others)
+        there = f", and {_some(found.others, found.base)} is" if found.others else ""
+        raise InputError(
+            f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{there}" + (f"; {way_out}" if way_out else "")
+        )
     return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
 
 
@@ -502,6 +508,8 @@ class _Found:
     """What somebody may have meant and is not taken."""
     rule: str = ""
     """Why not."""
+    others: Collection[str] = ()
+    """What is no Parquet by its name."""
 
 
 def _real(name: str, storage: Storage) -> str:
@@ -544,6 +552,8 @@ def _some(names: Collection[str], base: str, shown: int = 3) -> str:
 def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
     info = storage.info(name)  # stores tell more here than in a listing, and other marks of a version
     size = int(info["size"] or 0)
+    if size == 0 and info.get("size") is not None:
+        raise InputError(f"prompts file {name!r} is empty (0 bytes); write it again, or take it out of the prompts")
     try:
         tail = storage.get_range(name, max(0, size - 65536), size)
         length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -559,7 +569,10 @@ def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, st
         if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
             raise pa.ArrowInvalid("its numbers of rows disagree")
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
+        way_out = how_to_convert([name])
+        raise InputError(
+            f"prompts file {name!r} is not a readable Parquet file: {way_out or one_line(error, 300)}"
+        ) from None
     digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
     return metadata, schema, f"{_size(info)}, footer {digest}, {_version(info)}"
 

@@ -38,7 +38,10 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[i
         (["run", "--batch_size", "4"], "--batch_size; did you mean --batch-size?"),
         (["run", "--bath-size=4"], "--bath-size; did you mean --batch-size?"),
         (["check", "job.yaml", "--gaudi.hpu_graphs", "no"], "--gaudi.hpu_graphs; did you mean --gaudi.hpu-graphs?"),
-        (["run", "--storage_options.secret=hunter2"], "--storage_options.secret; did you mean --storage-options.secret?"),
+        (
+            ["run", "--storage_options.secret=hunter2"],
+            "--storage_options.secret; did you mean --storage-options.secret?",
+        ),
         (["run", "--retry_failed"], "--retry_failed; did you mean --retry-failed?"),
         (["submit", "--jobid", "x"], "--jobid; did you mean --job-id?"),
         (["stop", "job", "--adress", "x"], "--adress; did you mean --address?"),
@@ -189,7 +192,7 @@ def test_relative_paths_of_a_job_file_belong_to_the_working_directory(
     [
         ("p.csv", b"prompt\na\n", "read_csv"),
         ("p.tsv", b"prompt\tid\na\tb\n", "read_csv"),
-        ("p.csv.gz", gzip.compress(b"prompt\na\n"), "read_csv"),
+        ("p.csv.gz", gzip.compress(b"prompt\na\n", mtime=0), "read_csv"),
         ("p.jsonl", b'{"prompt": "a"}\n', "read_json"),
         ("p.json", b'[{"prompt": "a"}]', "read_json"),
         ("o'clock.txt", b"a\nb\n", "DataFrame"),
@@ -214,8 +217,9 @@ def test_prompts_that_are_no_parquet_get_the_line_that_converts_them(
     python = line.partition("in Python: ")[2]
     assert f"pandas.{reads}(" in python
     calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
-    assert json.dumps(name) in [json.dumps(ast.literal_eval(arg)) for call in calls for arg in call.args[:1]
-                                if isinstance(arg, ast.Constant)]
+    assert json.dumps(name) in [
+        json.dumps(ast.literal_eval(arg)) for call in calls for arg in call.args[:1] if isinstance(arg, ast.Constant)
+    ]
     assert ".to_parquet(" in python
 
 
