@@ -157,12 +157,16 @@ def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
     from gaudi_batch.devices import with_device
     from gaudi_batch.flags import job_from
-    from gaudi_batch.job import refuse_bad_rows, resolve
+    from gaudi_batch.job import resolve
+    from gaudi_batch.place import refuse_file
+    from gaudi_batch.storage import Storage
 
-    job = resolve(with_device(job_from(parsed), None), offline=True)
-    if parsed.strict:
-        refuse_bad_rows(job)
-    say(check(job))
+    config = job_from(parsed)
+    refuse_file(Storage(config.output, config.storage_options, config.storage_patience))
+    found = check(resolve(with_device(config, None), offline=True), parsed.strict)
+    say(found.text)
+    if found.refused is not None:
+        raise InputError(found.refused)
     return 0
 
 
@@ -184,12 +188,15 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 def _status(parsed: argparse.Namespace) -> int:
     from gaudi_batch.ledger import Ledger
+    from gaudi_batch.place import refuse_file
     from gaudi_batch.status import describe_status, read_status
     from gaudi_batch.storage import Storage
     from gaudi_batch.text import read_yaml
 
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
-    status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)))
+    storage = Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)
+    refuse_file(storage)
+    status = read_status(Ledger(storage))
     say(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 
@@ -321,8 +328,10 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     stop.add_argument("job", help="its id, as submit printed it")
     stop.add_argument("--address", help=ADDRESS_HELP)
 
-    check = _command(commands, "check", _check, "validate a job and print its plan, starting nothing")
-    check.add_argument("--strict", action="store_true", help="read every row and refuse the job if one can't be run")
+    check = _command(
+        commands, "check", _check, "read a job's rows, look at its output, and print its plan; starts nothing"
+    )
+    check.add_argument("--strict", action="store_true", help="refuse the job if a single row can't be run")
     add_job_flags(check)
 
     bench = _command(commands, "bench", _bench, "measure how fast the cards at hand are with a job's model")

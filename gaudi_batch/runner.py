@@ -21,15 +21,17 @@ from gaudi_batch.again import failed_rows, plan_again, rows_made_again
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
-from gaudi_batch.job import Job, refuse_bad_rows, resolve
+from gaudi_batch.job import Job, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.manifest import finished_at
+from gaudi_batch.place import refuse_file
 from gaudi_batch.plan import Shard
 from gaudi_batch.reasons import FailedRows
 from gaudi_batch.spans import Stopwatch, card_hours, read_spans, wall_seconds
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import FILES, Tally, failure_lines
+from gaudi_batch.survey import refuse_bad_rows
 from gaudi_batch.throughput import rounded
 from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
@@ -100,6 +102,7 @@ def run(
         StorageError: storage refused or failed for longer than `storage_patience`.
     """
     storage = Storage(config.output, config.storage_options, config.storage_patience)
+    refuse_file(storage)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     watch = Stopwatch(driver)
     lease = LeaseKeeper(storage, driver)
@@ -111,7 +114,7 @@ def run(
     if record:
         _refuse_another_job(ledger, record, job)
     if strict:
-        refuse_bad_rows(job)
+        refuse_bad_rows(job.dataset, job.rules, job.config.limit)
     ended = _Ended(None)
     try:
         lease.take(log.info)
