@@ -1,25 +1,75 @@
-"""What `check` prints: a job's plan, its buckets, the share of padding, and a guess at how long it takes."""
+"""What `check` prints: a job's rows and plan, what is in its output, and a guess at how long it takes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.growth import why_not_resumed
 from gaudi_batch.job import DEFAULT_CARDS, Job
-from gaudi_batch.plan import summarize
-from gaudi_batch.text import duration, name
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.place import refuse_file, require_writable
+from gaudi_batch.plan import Bucket, PlanSummary, summarize
+from gaudi_batch.reasons import reason_lines
+from gaudi_batch.status import read_status
+from gaudi_batch.storage import Storage
+from gaudi_batch.survey import survey
+from gaudi_batch.text import duration, name, printable
 
 BUCKETS_SHOWN = 20
+REASONS_SHOWN = 10
+PATIENCE_SECONDS = 10.0
+"""For which an output that fails is tried again."""
+SHARDS_A_CARD = 4
+"""Where a smaller shard_size is recommended, so that cards finish together."""
 
 
-def check(job: Job) -> str:
-    """Describes a resolved job; starts nothing.
+@dataclass(frozen=True)
+class Checked:
+    """What a check has found."""
+
+    text: str
+    """All of it, several lines."""
+    refused: str | None
+    """Why the job would not run; None if it would."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is in an output."""
+
+    lines: list[str]
+    refused: str | None = None
+    images: int = 0
+    """Images that are made already."""
+    run: bool = False
+    """Whether a run is there that the job would resume."""
+    complete: bool = False
+    """Whether nothing is left of it to make."""
+    summary: Mapping[str, Any] | None = None
+
+
+def check(job: Job, strict: bool = False) -> Checked:
+    """Looks at a resolved job: reads all its rows, and tries whether its output can be written; starts nothing and
+    leaves nothing behind.
+
+    Args:
+        job: the job.
+        strict: whether a single row that can't be run refuses it; carried columns are read then, too, as `run
+            --strict` does.
 
     Raises:
-        InputError: its shape columns can't be read.
+        InputError: its shape columns can't be read, or its output can't be where it is to be.
+        StorageError: storage failed.
     """
     config, model = job.config, job.model
+    place = _look_at(job)
+    rows = survey(job.dataset, job.rules, config.limit, every_column=strict)
     buckets = summarize(job.plan(), config.batch_size)
     plans = buckets.values()
     images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
-    batches = sum(plan.batches for plan in plans)
+    batches, shards = sum(plan.batches for plan in plans), sum(plan.shards for plan in plans)
     columns = [ours if ours == theirs else f"{ours}={name(theirs)}" for ours, theirs in job.dataset.columns.items()]
     carried = (
         f"; carried: {', '.join(name(each) for each in job.dataset.carried.names)}" if job.dataset.carried.names else ""
@@ -27,11 +77,18 @@ def check(job: Job) -> str:
     lines = [
         f"prompts  {job.total_rows} rows of {job.dataset.rows} in {len(job.dataset.files)} files",
         f"columns  {', '.join(columns)}{carried}",
+        f"rows     {rows.rows - rows.bad} can be run, {rows.bad} can't",
+    ]
+    lines += [f"bad      {line}" for line in reason_lines(rows.reasons[:REASONS_SHOWN])]
+    lines += [f"bad      first of them: {rows.examples}"] if rows.bad else []
+    lines += [f"ids      {rows.repeated}"] if rows.repeated else []
+    lines += [
         f"model    {name(model.name)}: {model.pipeline_class}" + (f", {model.scheduler}" if model.scheduler else ""),
         f"device   {config.device}, {job.dtype}"
         + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
         f"output   {config.format}, {config.encoding.type}",
-        f"plan     {images} images in {sum(plan.shards for plan in plans)} shards and {batches} batches of"
+        *place.lines,
+        f"plan     {images} images in {shards} shards and {batches} batches of"
         f" {config.batch_size}, padding {padding / max(1, padding + images):.2%}",
     ]
     for bucket, plan in list(buckets.items())[:BUCKETS_SHOWN]:
@@ -41,14 +98,106 @@ def check(job: Job) -> str:
         )
     if len(buckets) > BUCKETS_SHOWN:
         lines.append(f"bucket   and {len(buckets) - BUCKETS_SHOWN} more")
-    lines.append(f"time     {_estimate(job, batches)}")
-    return "\n".join(lines)
+    cards = _cards(job, place)
+    lines += _idle_cards(job, cards, shards, batches, place)
+    lines.append(f"time     {_estimate(job, buckets, cards, place)}")
+    refused = place.refused
+    if rows.bad == rows.rows:
+        refused = refused or f"no row can be run: {rows.examples}"
+    elif strict and rows.bad:
+        refused = refused or rows.refusal
+    return Checked("\n".join(map(printable, lines)), refused)
 
 
-def _estimate(job: Job, batches: int) -> str:
+def _look_at(job: Job) -> _Place:
+    """What is in the output, and whether it can be written."""
     config = job.config
+    storage = Storage(config.output, config.storage_options, min(PATIENCE_SECONDS, config.storage_patience))
+    refuse_file(storage)
+    require_writable(storage)
+    ledger = Ledger(storage)
+    record = ledger.run()
+    if record is None:
+        if ledger.committed_shards():
+            return _Place([], f"{storage.url} has manifests of a run and no run.json; bring it back, or name another")
+        return _Place(["place    can be written; no run is there"])
+    status, summary = read_status(ledger), ledger.get_json("summary.json")
+    made = f"{status['images_committed']} of {status['images_planned']} images are made"
+    rate = (summary or {}).get("images_per_s") or status["images_per_s"]
+    speed = f", at {rate:.2f} images/s of generation" if rate else ""
+    lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
+    if refusal := why_not_resumed(storage.url, record, job):
+        return _Place(lines, refusal)
+    left = status["shards"] - status["shards_committed"]
+    if job.total_rows > record.rows:
+        lines.append(f"resume   this job resumes it and adds {job.total_rows - record.rows} rows")
+        left += 1
+    elif left:
+        lines.append(f"resume   this job makes the other {left} shards")
+    else:
+        lines.append("resume   this job finds nothing left to make")
+    return _Place(lines, None, max(0, status["images_committed"]), True, left == 0, summary)
+
+
+def _cards(job: Job, place: _Place) -> int | None:
+    """How many cards the job will have, as far as that is known before it begins."""
+    config = job.config
+    if config.cards != "all":
+        return config.cards
+    used = len((place.summary or {}).get("cards") or {})
+    if used:
+        return used
+    return DEFAULT_CARDS if config.device in ("cpu", "simulated") else config.min_cards or None
+
+
+def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _Place) -> list[str]:
+    """A warning if not every card will have something to do."""
+    if cards is None or place.run or shards >= cards or not shards:
+        return []
+    idle = f"cards    {cards - shards} of {cards} cards will be idle: there are {shards} shards"
+    if batches < cards:
+        return [f"{idle} of {batches} batches in all; fewer --cards will do"]
+    size = max(-(-job.config.batch_size // job.config.num_images), job.total_rows // (SHARDS_A_CARD * cards))
+    return [f"{idle}; --shard-size {size} gives every card work"]
+
+
+def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None, place: _Place) -> str:
+    config = job.config
+    if place.complete:
+        return "none: all is made"
+    if place.summary is not None and cards and (found := _from_summary(buckets, cards, place)):
+        return found
     if config.device != "simulated":
-        return "not known before a first run: try the job with --limit and look at its summary.json"
-    cards = DEFAULT_CARDS if config.cards == "all" else config.cards
-    seconds = -(-batches // cards) * config.simulated.batch_seconds
+        return (
+            "not known before a first run: run the job with --limit and look again, which makes nothing twice"
+            if not place.run
+            else "not known yet"
+        )
+    batches = sum(plan.batches for plan in buckets.values())
+    seconds = -(-batches // (cards or DEFAULT_CARDS)) * config.simulated.batch_seconds
     return f"about {duration(seconds)} on {cards} cards, warm-up left out"
+
+
+def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Place) -> str | None:
+    """The time that is left by what the run's cards have shown, kind by kind; None if they have shown nothing."""
+    shown: dict[tuple[Any, ...], tuple[float, bool]] = {}
+    for kind in (place.summary or {}).get("buckets") or ():
+        rate, steady = kind.get("card_images_per_s"), True
+        if not rate:
+            rate, steady = kind.get("card_images_per_s_with_warmup"), False
+        if rate:
+            shown[kind.get("width"), kind.get("height"), kind.get("steps"), kind.get("guided")] = (rate, steady)
+    seconds, known, steady_all = 0.0, 0, True
+    images = sum(plan.images for plan in buckets.values())
+    for bucket, plan in buckets.items():
+        if found := shown.get(tuple(bucket.batch_kind)):
+            seconds += plan.images / found[0]
+            known += plan.images
+            steady_all = steady_all and found[1]
+    if not known:
+        return None
+    left = max(0, images - place.images)
+    # Sizes that no card has made yet are taken to be as slow as the others.
+    total = seconds * (left / known) / cards
+    how = "by its first batches, which compile: it will be less" if not steady_all else "as fast as it went"
+    return f"about {duration(total)} for {left} images on {cards} cards, {how}"

@@ -16,13 +16,13 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gaudi_batch.console import LossyStream, OutputLost, open_streams, say
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.redaction import redact
-from gaudi_batch.text import OneLineFormatter, one_line, printable
+from gaudi_batch.text import OneLineFormatter, nearest, one_line, printable
 
 if TYPE_CHECKING:
     from gaudi_batch.submit import Cluster
@@ -33,10 +33,9 @@ INTERRUPTED = 130
 NOT_FOLLOWED = 141
 """As of a command that SIGPIPE ends."""
 STATUS_PATIENCE_SECONDS = 10.0
-STATUS_WATCH_SECONDS = 15.0
-"""How long `status` watches for a driver elsewhere to count up, which it does every 10 s, where it may be dead."""
 JOB_COMMANDS = ("run", "submit", "check", "bench")
 """The commands that take a job."""
+COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
 RUN_SWITCHES = {
     "strict": "read every row first and refuse the job if one can't be run",
     "overwrite": "remove the run that is in the output and start afresh",
@@ -158,12 +157,16 @@ def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
     from gaudi_batch.devices import with_device
     from gaudi_batch.flags import job_from
-    from gaudi_batch.job import refuse_bad_rows, resolve
+    from gaudi_batch.job import resolve
+    from gaudi_batch.place import refuse_file
+    from gaudi_batch.storage import Storage
 
-    job = resolve(with_device(job_from(parsed), None), offline=True)
-    if parsed.strict:
-        refuse_bad_rows(job)
-    say(check(job))
+    config = job_from(parsed)
+    refuse_file(Storage(config.output, config.storage_options, config.storage_patience))
+    found = check(resolve(with_device(config, None), offline=True), parsed.strict)
+    say(found.text)
+    if found.refused is not None:
+        raise InputError(found.refused)
     return 0
 
 
@@ -185,12 +188,15 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 def _status(parsed: argparse.Namespace) -> int:
     from gaudi_batch.ledger import Ledger
+    from gaudi_batch.place import refuse_file
     from gaudi_batch.status import describe_status, read_status
     from gaudi_batch.storage import Storage
     from gaudi_batch.text import read_yaml
 
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
-    status = read_status(Ledger(Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)), STATUS_WATCH_SECONDS)
+    storage = Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)
+    refuse_file(storage)
+    status = read_status(Ledger(storage))
     say(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 
@@ -256,11 +262,29 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
-            self.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
+            said = f"unrecognized arguments: {' '.join(flags or unknown)}"
+            self.error(said + (_meant(flags[0], parsed.options) if flags else ""))
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND: invalid choice: '"):
+            given = message.split("'")[1]
+            if near := nearest(given, COMMANDS):
+                message = f"there is no command {given!r}; did you mean {near}?"
         raise InputError(f"{message} ({self.prog} --help tells what there is)")
+
+
+def _meant(flag: str, options: Collection[str]) -> str:
+    """What somebody may have meant by a flag that there is not, "" if nothing comes near."""
+    dashes = flag.replace("_", "-")
+    below = [option for option in options if option.startswith(f"{dashes}.")]
+    if below:
+        return f"; {flag} has fields of its own: {', '.join(below)}"
+    mapping, dot, _ = dashes.partition(".")
+    if dot and f"{mapping}.NAME" in options:
+        return f"; did you mean {mapping}.{flag.partition('.')[2]}?"
+    near = nearest(dashes, options)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -304,8 +328,10 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     stop.add_argument("job", help="its id, as submit printed it")
     stop.add_argument("--address", help=ADDRESS_HELP)
 
-    check = _command(commands, "check", _check, "validate a job and print its plan, starting nothing")
-    check.add_argument("--strict", action="store_true", help="read every row and refuse the job if one can't be run")
+    check = _command(
+        commands, "check", _check, "read a job's rows, look at its output, and print its plan; starts nothing"
+    )
+    check.add_argument("--strict", action="store_true", help="refuse the job if a single row can't be run")
     add_job_flags(check)
 
     bench = _command(commands, "bench", _bench, "measure how fast the cards at hand are with a job's model")
@@ -368,7 +394,7 @@ def _seconds(text: str) -> float:
 
 def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    command.set_defaults(command=function)
+    command.set_defaults(command=function, options=command._option_string_actions)
     command.add_argument("--verbose", action="store_true", help="log more")
     return command
 

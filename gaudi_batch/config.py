@@ -6,9 +6,10 @@ line makes its flags and their help from these declarations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
-from gaudi_batch.text import load_yaml, name, shown
+from gaudi_batch.text import load_yaml, name, nearest, shown
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -49,7 +50,10 @@ def check_gaudi_fields(value: Mapping[str, Any]) -> None:
     """Raises a ValueError if a Gaudi config has other fields, or other types, than optimum-habana knows."""
     for key, field in value.items():
         if key not in GAUDI_FIELDS:
-            raise ValueError(f"{key!r} is not a field of a Gaudi config; those are {', '.join(GAUDI_FIELDS)}")
+            raise ValueError(
+                f"{key!r} is not a field of a Gaudi config; {_meant(key, GAUDI_FIELDS)}those are"
+                f" {', '.join(GAUDI_FIELDS)}"
+            )
         if key.endswith("_ops"):
             if field is not None and not (isinstance(field, list) and all(isinstance(op, str) for op in field)):
                 raise ValueError(f"{key} must be a list of names of operations, or null")
@@ -57,6 +61,11 @@ def check_gaudi_fields(value: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} must be true or false")
     if (value.get("autocast_bf16_ops") is None) != (value.get("autocast_fp32_ops") is None):
         raise ValueError("autocast_bf16_ops and autocast_fp32_ops go together; optimum-habana passes over one alone")
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    near = nearest(given, known)
+    return f"did you mean {near!r}? " if near else ""
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -70,11 +79,19 @@ class _Section(BaseModel):
 class EncodingConfig(_Section):
     """How an image becomes bytes."""
 
+    short_for: ClassVar[str] = "type"
+    """The field that a text in place of the mapping is for: `encoding: jpeg`."""
+
     type: Literal["png", "jpeg", "webp"] = "png"
     """File type of the images."""
 
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of jpeg and webp, 1 to 100; png is lossless and ignores it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_alone(cls, value: Any) -> Any:
+        return {cls.short_for: value} if isinstance(value, str) else value
 
 
 class CpuConfig(_Section):
@@ -184,10 +201,12 @@ class JobConfig(_Section):
     """
 
     prompts: str
-    """Parquet file, directory or glob of prompts: a path, or a URL of S3, Google, Azure, http(s) or hf."""
+    """Parquet file, directory or glob of prompts: a path, relative to the working directory and not to the job file,
+    or a URL of S3, Google, Azure, http(s) or hf."""
 
     output: str
-    """Where the images and their records go: a directory, or a URL of S3, Google Cloud Storage or Azure."""
+    """Where the images and their records go: a directory, relative to the working directory, or a URL of S3, Google
+    Cloud Storage or Azure."""
 
     model: str | None = None
     """Hub id or directory of the model, or builtin:shapes; the simulated device needs none."""
@@ -200,7 +219,8 @@ class JobConfig(_Section):
     others. They are read with torch's weights_only, which runs no code of theirs."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of the dataset's columns where they are not ours, as {ours: theirs}."""
+    """Names of the dataset's columns where they are not ours, as {ours: theirs} or ours=theirs,ours=theirs; ours is
+    one of prompt, id, negative_prompt, seed, width, height, steps, guidance_scale, num_images."""
 
     device: Literal["auto", "hpu", "cpu", "simulated"] = "auto"
     """What generates: hpu (optimum-habana), cpu (diffusers) or simulated (sleeps and paints); auto is hpu where the
@@ -260,7 +280,8 @@ class JobConfig(_Section):
     """Only the first n rows, to try a job."""
 
     max_failed: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = None
-    """Failed rows that stop the run: more than this count, or than this share (0.05 or 5%) of all rows."""
+    """Failed rows that stop the run: more than this count (a whole number), or than this share (0.05 or 5%, up to 1.0
+    or 100%) of all rows."""
 
     storage_options: dict[str, Any] = Field(default_factory=dict)
     """fsspec options of the output's storage."""
@@ -299,17 +320,26 @@ class JobConfig(_Section):
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
         for ours in value:
             if ours not in PROMPT_COLUMNS:
-                raise ValueError(f"{ours!r} is not a column of ours; ours are {', '.join(PROMPT_COLUMNS)}")
+                raise ValueError(
+                    f"{ours!r} is not a column of ours; {_meant(ours, PROMPT_COLUMNS)}ours are"
+                    f" {', '.join(PROMPT_COLUMNS)}"
+                )
         return value
 
     @field_validator("max_failed", mode="before")
     @classmethod
-    def _percent(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.endswith("%"):
-            return float(value[:-1]) / 100
-        if isinstance(value, str) and "." in value:
-            return float(value)
-        return value
+    def _count_or_share(cls, value: Any) -> Any:
+        found = value
+        with contextlib.suppress(ValueError):
+            if isinstance(value, str) and value.endswith("%"):
+                found = float(value[:-1]) / 100
+            elif isinstance(value, str):
+                found = int(value) if value.isdecimal() else float(value)
+        if found is None or (type(found) is int and found >= 0) or (type(found) is float and 0 <= found <= 1):
+            return found
+        raise ValueError(
+            "must be a count, as 100, or a share of the rows, as 5% or 0.05; a share is at most 1.0 or 100%"
+        )
 
     @model_validator(mode="after")
     def _cards_agree(self) -> JobConfig:
@@ -358,7 +388,7 @@ class JobConfig(_Section):
                 raise InputError(f"job file {str(path)!r} must hold a mapping of fields, such as 'seed: 0'")
             fields = loaded
         try:
-            return cls.model_validate(merge(fields, overrides or {}))
+            return cls.model_validate(merge(_in_full(fields), _in_full(overrides or {})))
         except ValidationError as error:
             raise InputError(explain(error)) from None
         except RecursionError:
@@ -371,6 +401,21 @@ def _read(path: str | Path) -> str:
     if len(data) > MAX_JOB_FILE:
         raise ValueError("too large")
     return data.decode()
+
+
+def _in_full(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a job with mappings in place of short forms, so that they can be merged."""
+    full = dict(fields)
+    for path, section in _sections().items():
+        if isinstance(full.get(path), str) and hasattr(section, "short_for"):
+            full[path] = {section.short_for: full[path]}
+    return full
+
+
+def _sections() -> dict[str, Any]:
+    """The fields of a job that have fields of their own."""
+    kinds = {path: field.annotation for path, field in JobConfig.model_fields.items()}
+    return {path: kind for path, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,10 +437,15 @@ def explain(error: ValidationError) -> str:
         field = name(".".join(where))[:200] or "job"
         if problem["type"] == "extra_forbidden":
             said = "is not a field of a job"
+            above = [str(part) for part in problem["loc"][:-1]]
+            near = nearest(where[-1], (_sections()[above[0]] if above else JobConfig).model_fields)
+            said += f"; did you mean {'.'.join([*above, near])}?" if near else ""
         elif problem["type"] == "missing":
             said = "is missing"
         else:
             said = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "model_type" and where:
+                said = f"must be a mapping of {', '.join(_sections()[where[0]].model_fields)}"
             said = said[0].lower() + said[1:]
             if not where:
                 lines.setdefault(said.split(":")[0], said)

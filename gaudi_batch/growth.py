@@ -47,6 +47,17 @@ def differences(run: RunRecord, job: Job) -> list[str]:
     return lines
 
 
+def why_not_resumed(url: str, run: RunRecord, job: Job) -> str | None:
+    """Why a job can't go on with the run in an output, a sentence with the ways out; None if it can."""
+    different = differences(run, job)
+    if not different:
+        return None
+    return (
+        f"{url} belongs to another job; what differs: {'; '.join(different)}. Give the job what the run began with,"
+        " name another output, or start this one afresh with --overwrite"
+    )
+
+
 def grow(ledger: Ledger, record: RunRecord, job: Job) -> tuple[RunRecord, list[Shard]]:
     """Adds the rows of a job that its run has not yet to the run, as shards at the end of its plan.
 

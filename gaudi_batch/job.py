@@ -164,22 +164,3 @@ def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: 
     if config.device == "cpu" and threads is None:
         threads = max(1, usable_cpus() // (DEFAULT_CARDS if config.cards == "all" else config.cards))
     return Job(config, open_prompts(config), model, threads)
-
-
-def refuse_bad_rows(job: Job, shown: int = 5) -> None:
-    """Reads every row and refuses the job if one can't be run: what `--strict` does.
-
-    Raises:
-        InputError: with the first few such rows.
-    """
-    bad = 0
-    lines: list[str] = []
-    for shard in job.plan():
-        for row in job.dataset.read(shard, job.rules)[0]:
-            if row.error is not None:
-                bad += 1
-                if len(lines) < shown:
-                    lines.append(f"row {row.row}: {row.error}")
-    if bad:
-        more = f" and {bad - len(lines)} more" if bad > len(lines) else ""
-        raise InputError(f"--strict: {bad} rows can't be run: {'; '.join(lines)}{more}")

@@ -6,6 +6,7 @@ time. A card reads the row groups that its shard touches, and keeps the last one
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -19,11 +20,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.columns import can_cast, cast, plain
 from gaudi_batch.config import PROMPT_COLUMNS, JobConfig
+from gaudi_batch.convert import how_to_convert
 from gaudi_batch.decisions import ShardTask
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.events import Reading
@@ -149,22 +152,52 @@ class PromptDataset:
                 raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
 
     def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
-        # A column's values are numbered and the numbers of all columns combined, so that Python looks at each
-        # distinct combination once and not at each row.
-        table = self._ours(pa.Table.from_batches([batch]))
-        codes = np.zeros(table.num_rows, dtype=np.int64)
-        for column in table.columns:
-            encoded = _plain_values(column).dictionary_encode(null_encoding="encode")
-            codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
-            codes = np.unique(codes, return_inverse=True)[1]
-        firsts = np.unique(codes, return_index=True)[1].tolist()
-        distinct = [{name: _value(table.column(name)[first]) for name in table.column_names} for first in firsts]
+        codes, distinct = distinct_rows(self._ours(pa.Table.from_batches([batch])))
         shapes = [rules.shape(values)[:2] for values in distinct]
         edges = np.flatnonzero(np.diff(codes)) + 1
         for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
             if end > begin:
                 bucket, images = shapes[codes[begin]]
                 yield Run(file, start + begin, end - begin, bucket, images)
+
+    def batches(self, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:
+        """The columns of ours of all rows, or of the first so many, a record batch at a time. What follows in a row
+        group after what can't be decoded comes with the reason.
+
+        Args:
+            limit: how many rows; None for all.
+            every_column: whether the carried columns are decoded, too.
+
+        Raises:
+            PromptsChanged: a file can't be read any more.
+            StorageError: the store failed for longer than the patience.
+        """
+        for index, file in enumerate(self.files):
+            last = file.first_row + file.rows if limit is None else min(file.first_row + file.rows, limit)
+            begin = file.first_row
+            for group, count in enumerate(self._group_sizes(index)):
+                stop = min(begin + count, last)
+                if begin < stop:
+                    yield from self._group_batches(index, group, begin, stop, every_column)
+                begin += count
+
+    def _group_batches(self, file: int, group: int, begin: int, stop: int, every_column: bool) -> Iterator[RowsRead]:
+        ours = set(self.columns.values())
+        try:
+            there = self._open(file).schema_arrow.names
+            columns = None if every_column else [name for name in there if name in ours]
+            for batch in self._open(file).iter_batches(row_groups=[group], columns=columns):
+                batch = batch.slice(0, stop - begin)
+                yield RowsRead(range(begin, begin + len(batch)), self._ours(pa.Table.from_batches([batch])))
+                begin += len(batch)
+                if begin == stop:
+                    return
+            raise pa.ArrowInvalid("it holds fewer rows than its footer says")
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = f"row group {group} of {self.files[file].name!r} can't be decoded: {one_line(error, 300)}"
+            yield RowsRead(range(begin, stop), error=reason)
 
     def read(
         self,
@@ -209,7 +242,7 @@ class PromptDataset:
         reasons: dict[int, str] = {}  # by place within the piece
         try:
             table = self._decode_piece(piece, task, announce)
-            ours = _values(self._ours(table))
+            ours = python_rows(self._ours(table))
             carried = self._carried(table)
             if len(ours) < piece.count:
                 reasons |= dict.fromkeys(range(len(ours), piece.count), task.unreadable[piece.group][1])
@@ -286,7 +319,7 @@ class PromptDataset:
             return [{}] * piece.count
         try:
             table = self._open(piece.shard.file).read_row_group(piece.group, columns=shapes)
-            found = _values(self._ours(table.slice(piece.offset, piece.count)))
+            found = python_rows(self._ours(table.slice(piece.offset, piece.count)))
         except MemoryError:
             raise  # the card's
         except (pa.ArrowException, OSError, ValueError):
@@ -347,6 +380,18 @@ class PromptDataset:
             for field in self.carried
         ]
         return pa.table(columns, schema=self.carried)
+
+
+@dataclass(frozen=True)
+class RowsRead:
+    """Consecutive rows of a dataset."""
+
+    rows: range
+    """Their numbers over all files."""
+    table: pa.Table = dataclasses.field(default_factory=lambda: pa.table({}))
+    """Their values under our names of the columns."""
+    error: str | None = None
+    """Why they can't be read."""
 
 
 @dataclass(frozen=True)
@@ -436,7 +481,7 @@ def _map_columns(
         if file.rows and columns["prompt"] not in its.names:
             raise InputError(f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(its)}")
     kind = schema.field(columns["prompt"]).type
-    if not (_is_text(kind) or pa.types.is_null(kind)):
+    if not (is_text(kind) or pa.types.is_null(kind)):
         raise InputError(
             f"prompts: column {columns['prompt']!r} is of type {one_line(kind, 100)}; a prompt must be a string"
         )
@@ -497,7 +542,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
             if _PARQUET_SUFFIX.search(its) or (_PARQUET.search(its) and not is_hidden(its))
         ]
         taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(below[name])]
-        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE)
+        others = {name for name, its in below.items() if not is_hidden(its)} - set(meant)
+        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE, others)
 
     try:
         found = whole.attempt("find the prompts", look, MANY_SECONDS)
@@ -507,7 +553,11 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         raise
     _say_what_is_passed_over(whole, found)
     if not found.taken:
-        raise InputError(f"prompts {whole.url!r}: no Parquet file (*.parquet) is there")
+        way_out = how_to_convert(found.others)
+        there = f", and {_some(found.others, found.base)} is" if found.others else ""
+        raise InputError(
+            f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{there}" + (f"; {way_out}" if way_out else "")
+        )
     return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
 
 
@@ -523,6 +573,8 @@ class _Found:
     """What somebody may have meant and is not taken."""
     rule: str = ""
     """Why not."""
+    others: Collection[str] = ()
+    """What is no Parquet by its name."""
 
 
 def _real(name: str, storage: Storage) -> str:
@@ -565,6 +617,8 @@ def _some(names: Collection[str], base: str, shown: int = 3) -> str:
 def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
     info = storage.info(name)  # stores tell more here than in a listing, and other marks of a version
     size = int(info["size"] or 0)
+    if size == 0 and info.get("size") is not None:
+        raise InputError(f"prompts file {name!r} is empty (0 bytes); write it again, or take it out of the prompts")
     try:
         tail = storage.get_range(name, max(0, size - 65536), size)
         length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -580,7 +634,10 @@ def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, st
         if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
             raise pa.ArrowInvalid("its numbers of rows disagree")
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"prompts file {name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
+        way_out = how_to_convert([name])
+        raise InputError(
+            f"prompts file {name!r} is not a readable Parquet file: {way_out or one_line(error, 300)}"
+        ) from None
     digest = hashlib.sha256(tail[-length:]).hexdigest()[:16]
     return metadata, schema, f"{_size(info)}, footer {digest}, {_version(info)}"
 
@@ -594,7 +651,7 @@ def _version(info: Mapping[str, Any]) -> str:
     return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
-def _values(table: pa.Table) -> list[dict[str, Any]]:
+def python_rows(table: pa.Table) -> list[dict[str, Any]]:
     """The rows of a table as Python values; one that Python can't hold comes as `Undecodable`."""
     try:
         return table.to_pylist()  # type: ignore[no-any-return]
@@ -620,16 +677,29 @@ def _text(item: pa.Scalar) -> str:
         return f"a {item.type} that can't be shown"
 
 
+def distinct_rows(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
+    """The distinct rows of a table of few columns, so that Python looks at each once: for each row of the table the
+    place of its like among them, and them as Python values."""
+    codes = np.zeros(table.num_rows, dtype=np.int64)
+    for column in table.columns:
+        encoded = _plain_values(column).dictionary_encode(null_encoding="encode")
+        codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
+        codes = np.unique(codes, return_inverse=True)[1]
+    firsts = np.unique(codes, return_index=True)[1].tolist()
+    return codes, [{name: _value(table.column(name)[first]) for name in table.column_names} for first in firsts]
+
+
 def _plain_values(column: pa.ChunkedArray) -> pa.Array:
     """A shape column in a type that Arrow can number the values of."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or _is_text(kind):
-        plain = pa.string() if _is_text(kind) else kind
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or is_text(kind):
+        plain = pa.string() if is_text(kind) else kind
         return column.cast(plain).combine_chunks()
     return pa.array([_text(item) if item.is_valid else None for item in column], pa.string())
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type are texts, be it by a dictionary."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

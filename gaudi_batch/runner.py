@@ -22,16 +22,18 @@ from gaudi_batch.again import failed_rows, plan_again, rows_made_again
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
-from gaudi_batch.growth import differences, grow
-from gaudi_batch.job import Job, refuse_bad_rows, resolve
+from gaudi_batch.growth import grow, why_not_resumed
+from gaudi_batch.job import Job, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.manifest import finished_at
+from gaudi_batch.place import refuse_file
 from gaudi_batch.plan import Shard
 from gaudi_batch.reasons import FailedRows
 from gaudi_batch.spans import Stopwatch, card_hours, read_spans, wall_seconds
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import FILES, Tally, failure_lines
+from gaudi_batch.survey import refuse_bad_rows
 from gaudi_batch.throughput import rounded
 from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
@@ -102,6 +104,7 @@ def run(
         StorageError: storage refused or failed for longer than `storage_patience`.
     """
     storage = Storage(config.output, config.storage_options, config.storage_patience)
+    refuse_file(storage)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     watch = Stopwatch(driver)
     lease = LeaseKeeper(storage, driver)
@@ -113,7 +116,7 @@ def run(
     if record:
         _refuse_another_job(ledger, record, job)
     if strict:
-        refuse_bad_rows(job)
+        refuse_bad_rows(job.dataset, job.rules, job.config.limit)
     ended = _Ended(None)
     try:
         lease.take(log.info)
@@ -167,12 +170,8 @@ class _Ended:
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
-    different = differences(record, job)
-    if different:
-        raise InputError(
-            f"{ledger.storage.url} belongs to another job; what differs: {'; '.join(different)}."
-            " Give the job what the run began with, name another output, or start this one afresh with --overwrite"
-        )
+    if refusal := why_not_resumed(ledger.storage.url, record, job):
+        raise InputError(refusal)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from gaudi_batch.text import duration, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
 
+WATCH_SECONDS = 15.0
+"""How long a driver elsewhere, which may be dead, is watched for counting up, which it does every 10 s."""
 FRESH_SECONDS = 60.0
 """Progress that was written within so long of now, by this machine's clock, is that of a driver that lives."""
 LOOK_SECONDS = 1.0
@@ -28,7 +30,7 @@ MOST_SHOWN = 32
 REASONS_SHOWN = 10
 
 
-def read_status(ledger: Ledger, watch_s: float) -> dict[str, Any]:
+def read_status(ledger: Ledger, watch_s: float = WATCH_SECONDS) -> dict[str, Any]:
     """The state of the run in an output.
 
     Args:

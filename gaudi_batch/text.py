@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -62,6 +64,13 @@ class OneLineFormatter(logging.Formatter):
 def name(text: str) -> str:
     """A foreign name within a line: as it is, or quoted if something in it is not printable."""
     return text if text.isprintable() else repr(text)
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """The known name that somebody may have meant, or None; case, dashes and underscores make no difference."""
+    plain = {each.lower().replace("_", "-"): each for each in known}
+    found = difflib.get_close_matches(given[:100].lower().replace("_", "-"), plain, 1, 0.7)
+    return plain[found[0]] if found else None
 
 
 def load_yaml(text: str) -> Any:

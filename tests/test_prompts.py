@@ -298,7 +298,7 @@ def test_columns_can_have_other_names(write_prompts: Callable[..., Path]) -> Non
     [
         (lambda d: None, "no such file or directory"),
         (lambda d: d.mkdir(), "no Parquet file"),
-        (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"")), "not a readable Parquet file"),
+        (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"")), "is empty"),
         (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"hello" * 99)), "not a readable Parquet file"),
         (lambda d: (d.mkdir(), (d / "a.parquet").write_bytes(b"\xff" * 8 + b"PAR1")), "not a readable Parquet file"),
         (

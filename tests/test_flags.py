@@ -1,0 +1,230 @@
+"""The flags and fields of a job as people type them: misspelt, short, and in the help."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gaudi_batch import cli
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+
+JOB = ("--device", "simulated", "--cards", "2")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "key": ["x", "y"]}), path)
+    return path
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    """Runs `check`; returns its exit code and all that it printed."""
+    code = cli.main(["check", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--batch_size", "4"], "--batch_size; did you mean --batch-size?"),
+        (["run", "--bath-size=4"], "--bath-size; did you mean --batch-size?"),
+        (["check", "job.yaml", "--gaudi.hpu_graphs", "no"], "--gaudi.hpu_graphs; did you mean --gaudi.hpu-graphs?"),
+        (
+            ["run", "--storage_options.secret=hunter2"],
+            "--storage_options.secret; did you mean --storage-options.secret?",
+        ),
+        (["run", "--retry_failed"], "--retry_failed; did you mean --retry-failed?"),
+        (["submit", "--jobid", "x"], "--jobid; did you mean --job-id?"),
+        (["stop", "job", "--adress", "x"], "--adress; did you mean --address?"),
+        (["run", "--limits", "{batch: 3}"], "--limits has fields of its own: --limits.loading, "),
+        (["run", "--qqqq"], "unrecognized arguments: --qqqq ("),
+        (["chekc", "job.yaml"], "'chekc'; did you mean check?"),
+    ],
+)
+def test_a_misspelt_flag_is_told_the_right_one(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("batch-size: 4", "batch-size: is not a field of a job; did you mean batch_size?"),
+        ("stepz: 4", "stepz: is not a field of a job; did you mean steps?"),
+        ("encoding: {typ: png}", "encoding.typ: is not a field of a job; did you mean encoding.type?"),
+        ("columns: {promt: text}", "'promt' is not a column of ours; did you mean 'prompt'?"),
+        ("gaudi: {config: {use_autocast: true}}", "did you mean 'use_torch_autocast'?"),
+        ("qqqq: 4", "qqqq: is not a field of a job"),
+        ("limits: 20", "limits: 20: must be a mapping of loading, first_batch, batch, answer, cluster"),
+    ],
+)
+def test_a_misspelt_field_of_a_job_file_is_told_the_right_one(
+    fields: str, said: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"prompts: {prompts}\noutput: {tmp_path / 'out'}\ndevice: simulated\n{fields}\n")
+    code, printed = check(capsys, file)
+    assert code == 2
+    assert said in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "kind", "quality"),
+    [
+        ("jpeg", (), "jpeg", 95),
+        ("{type: jpeg, quality: 70}", ("--encoding", "webp"), "webp", 70),
+        ("jpeg", ("--encoding.quality", "70"), "jpeg", 70),
+        ("png", ("--encoding", "{type: jpeg, quality: 70}"), "jpeg", 70),
+    ],
+)
+def test_an_encoding_may_be_its_type_alone(
+    file: str, flags: tuple[str, ...], kind: str, quality: int, prompts: Path, tmp_path: Path
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"prompts: {prompts}\noutput: {tmp_path / 'out'}\ndevice: simulated\nencoding: {file}\n")
+    from gaudi_batch.flags import job_from
+
+    config = job_from(cli._parse(["run", str(job), *flags]))
+    assert (config.encoding.type, config.encoding.quality) == (kind, quality)
+
+
+def test_an_encoding_that_is_none_is_refused_by_its_choices(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = check(capsys, "--prompts", prompts, "--output", tmp_path / "out", *JOB, "--encoding", "jpg")
+    assert code == 2
+    assert "encoding.type: 'jpg': input should be 'png', 'jpeg' or 'webp'" in printed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--columns", "prompt=text", "--columns", "id=key"),
+        ("--columns", "prompt=text,id=key"),
+        ("--columns=prompt=text", "--columns.id", "key"),
+        ("--columns", "{prompt: text, id: key}"),
+    ],
+)
+def test_columns_are_named_in_pairs(
+    flags: tuple[str, ...], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = check(capsys, "--prompts", prompts, "--output", tmp_path / "out", *JOB, *flags)
+    assert code == 0, printed
+    assert "columns  prompt=text, id=key" in printed
+
+
+def test_other_mappings_and_lists_take_what_is_short_too() -> None:
+    from gaudi_batch.flags import job_from
+
+    given = ("--prompts", "p", "--output", "o", *JOB, "--storage-options", "anon=true")
+    config = job_from(cli._parse(["run", *given, "--simulated.raise-rows", "1, 2", "--simulated.kill-rows", "3"]))
+    assert config.storage_options == {"anon": True}
+    assert (config.simulated.raise_rows, config.simulated.kill_rows) == ((1, 2), (3,))
+
+
+@pytest.mark.parametrize("value", ["500%", "-1%", "1.5", "5.0", "nan%", "nan", "many", "-3"])
+def test_a_share_or_count_of_failed_rows_that_can_t_be(
+    value: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ("--prompts", prompts, "--output", tmp_path / "out", *JOB, "--columns.prompt", "text")
+    code, printed = check(capsys, *job, f"--max-failed={value}")
+    assert code == 2
+    assert f"max_failed: '{value}': must be a count, as 100, or a share of the rows, as 5% or 0.05" in printed
+
+
+@pytest.mark.parametrize(("value", "meant"), [("100%", 1.0), ("0.5%", 0.005), ("1.0", 1.0), ("1", 1), ("0", 0)])
+def test_a_share_or_count_of_failed_rows(value: str, meant: float) -> None:
+    config = JobConfig.load(None, {"prompts": "p", "output": "o", "device": "simulated", "max_failed": value})
+    assert (config.max_failed, type(config.max_failed)) == (meant, type(meant))
+    with pytest.raises(InputError, match="max_failed"):
+        JobConfig.load(None, {"prompts": "p", "output": "o", "device": "simulated", "max_failed": 5.0})
+
+
+def test_the_help_names_each_entry_and_what_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--device {auto,hpu,cpu,simulated}",
+        "--dtype {float32,bfloat16,null}",
+        "--encoding.type {png,jpeg,webp}",
+        "--encoding {png,jpeg,webp} Short for --encoding.type.",
+        "--gaudi.hpu-graphs {true,false} Whether to capture the UNet as an HPU graph and replay it. (default: true)",
+        "--cards {all,NUMBER}",
+        "--columns.NAME VALUE",
+        "one of prompt, id, negative_prompt, seed, width, height, steps, guidance_scale, num_images",
+        "--storage-options.NAME VALUE",
+        "--limits.first-batch NUMBER",
+        "relative to the working directory",
+    ):
+        assert words in printed, words
+
+
+def test_relative_paths_of_a_job_file_belong_to_the_working_directory(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they always have: a run that is half done stays where its job file finds it."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/job.yaml").write_text("prompts: prompts.parquet\noutput: out\ncolumns: {prompt: text}\n")
+    monkeypatch.chdir(tmp_path)
+    code, printed = check(capsys, "jobs/job.yaml", *JOB)
+    assert code == 0, printed
+    monkeypatch.chdir(tmp_path / "jobs")
+    code, printed = check(capsys, "job.yaml", *JOB)
+    assert code == 2
+    assert f"{tmp_path}/jobs/prompts.parquet': there is no such file or directory" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reads"),
+    [
+        ("p.csv", b"prompt\na\n", "read_csv"),
+        ("p.tsv", b"prompt\tid\na\tb\n", "read_csv"),
+        ("p.csv.gz", gzip.compress(b"prompt\na\n", mtime=0), "read_csv"),
+        ("p.jsonl", b'{"prompt": "a"}\n', "read_json"),
+        ("p.json", b'[{"prompt": "a"}]', "read_json"),
+        ("o'clock.txt", b"a\nb\n", "DataFrame"),
+    ],
+)
+@pytest.mark.parametrize("whole_directory", [False, True])
+def test_prompts_that_are_no_parquet_get_the_line_that_converts_them(
+    name: str,
+    content: bytes,
+    reads: str,
+    whole_directory: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = tmp_path / "data"
+    directory.mkdir()
+    (directory / name).write_bytes(content)
+    given = directory if whole_directory else directory / name
+    code, printed = check(capsys, "--prompts", given, "--output", tmp_path / "out", *JOB)
+    assert code == 2
+    (line,) = printed.splitlines()
+    python = line.partition("in Python: ")[2]
+    assert f"pandas.{reads}(" in python
+    calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
+    assert json.dumps(name) in [
+        json.dumps(ast.literal_eval(arg)) for call in calls for arg in call.args[:1] if isinstance(arg, ast.Constant)
+    ]
+    assert ".to_parquet(" in python
+
+
+def test_an_empty_file_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"")
+    code, printed = check(capsys, "--prompts", tmp_path / "p.parquet", "--output", tmp_path / "out", *JOB)
+    assert code == 2
+    assert "prompts file 'p.parquet' is empty (0 bytes); " in printed
