@@ -501,7 +501,9 @@ def test_status_says_what_it_can_of_any_records(ledger: Ledger, lease: bytes, pr
     for name, data in (("lease.json", lease), ("progress.json", progress), ("summary.json", summary)):
         ledger.storage.put(name, data)
     read_lease(ledger.storage)
-    status = read_status(ledger, watch_s=0.0)
+    with pytest.MonkeyPatch.context() as at_once:
+        at_once.setattr("gaudi_batch.status.WATCH_SECONDS", 0.0)
+        status = read_status(ledger)
     json.dumps(status)
     assert all(line.isprintable() for line in describe_status(status).splitlines())
     assert len(describe_status(status).split("\n")) < 60
@@ -521,6 +523,6 @@ def test_check_of_hostile_names_is_printable(tmp_path: Path) -> None:
     config = JobConfig(
         prompts=str(tmp_path), output=str(tmp_path / "out"), device="simulated", model="a\nmodel  forged"
     )
-    said = check(resolve(config))
+    said = check(resolve(config)).text
     assert all(line.isprintable() for line in said.split("\n"))
     assert "\nbucket   forged" not in said
