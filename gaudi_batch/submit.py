@@ -29,6 +29,7 @@ from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
 from gaudi_batch.text import one_line
+from gaudi_batch.tokens import what_token_lacks, where_token_is
 
 log = logging.getLogger("gaudi_batch")
 
@@ -36,8 +37,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
 START_FILE = "start.py"
-TOKEN_FILE = Path("~/.ray/auth_token")
-TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_SECONDS = 15
 """What a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
 LOOK_SECONDS = 1.0
@@ -129,7 +128,7 @@ class Cluster:
     """
 
     def __init__(self, address: str | None) -> None:
-        if TOKEN_FILE.expanduser().exists() or any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        if where_token_is():
             # As `ray.init` does; the client of the Jobs API leaves the token where it is.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
@@ -142,7 +141,10 @@ class Cluster:
         try:
             self._client = in_time(lambda: JobSubmissionClient(self.address), ANSWER_SECONDS)
         except Exception as error:
-            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {_reason(error)}") from None
+            said = _reason(error)
+            if "authentication token" in said:
+                said = f"{said.partition('. ')[0][:120]}; {what_token_lacks()}"
+            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {said}") from None
 
     def submit(self, submission: Submission) -> str:
         """Sends a job; returns its id. Raises InputError."""
@@ -201,7 +203,18 @@ class Cluster:
             RunStopped: the cluster has not answered for too long, or the job never began.
             OutputLost: the log can't be printed here any more; the job goes on.
         """
-        return self._exit_code(job, self._wait(job, _Log(self._client, job).print_on))
+        log_of_job = _Log(self._client, job)
+
+        def print_on() -> None:
+            try:
+                log_of_job.print_on()
+            except OutputLost:
+                raise
+            except Exception:
+                self._info(job)  # says it if there is no such job, which the log does not
+                raise
+
+        return self._exit_code(job, self._wait(job, print_on))
 
     def stop(self, job: str) -> str:
         """Tells a job to stop and waits until it has ended; returns how it ended.
@@ -250,7 +263,10 @@ class Cluster:
 
     def _refuse_unknown(self, job: str, error: Exception) -> None:
         if "does not exist" in str(error):
-            raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
+            address = redact(self.address)
+            raise InputError(
+                f"{address!r} has no job {job!r}; `ray job list --address {address}` lists those that it has"
+            ) from None
 
     def _exit_code(self, job: str, info: Any) -> int:
         if info.driver_exit_code is not None:
