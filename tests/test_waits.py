@@ -36,7 +36,7 @@ def test_prompts_behind_a_host_that_is_not_to_be_found_name_the_network(
 def test_prompts_of_a_hub_that_is_out_of_reach_name_the_network(tmp_path: Path) -> None:
     port = free_port()
     flags = ("--prompts", "hf://datasets/owner/name/*.parquet", "--output", tmp_path / "out", *JOB)
-    result = command_line("check", *flags, "--storage-patience", "4", HF_ENDPOINT=f"http://127.0.0.1:{port}")
+    result = command_line("check", *flags, "--storage-patience", "8", HF_ENDPOINT=f"http://127.0.0.1:{port}")
     assert result.returncode == 1
     said = result.stderr.splitlines()
     assert "prompts hf://datasets/owner/name/*.parquet: still looking for them: " in said[0]
