@@ -149,7 +149,7 @@ def _follow_job(cluster: Cluster, job: str, first: str = "", wait: bool = True) 
 def _stop(parsed: argparse.Namespace) -> int:
     from gaudi_batch.submit import Cluster
 
-    say(f"job {parsed.job}: {Cluster(parsed.address).stop(parsed.job)}")
+    say(f"job {parsed.job}: {Cluster(parsed.address).stop(parsed.job, parsed.grace)}")
     return 0
 
 
@@ -324,9 +324,17 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     follow.add_argument("job", help="its id, as submit printed it")
     follow.add_argument("--address", help=ADDRESS_HELP)
 
-    stop = _command(commands, "stop", _stop, "stop a submitted job; what it has begun is committed first")
+    stop = _command(
+        commands, "stop", _stop, "stop a submitted job; what it has begun is committed first, within its grace"
+    )
     stop.add_argument("job", help="its id, as submit printed it")
     stop.add_argument("--address", help=ADDRESS_HELP)
+
+    stop.add_argument(
+        "--grace",
+        type=_seconds,
+        help="seconds in which what has begun is committed; default: the grace that the job was submitted with",
+    )
 
     check = _command(
         commands, "check", _check, "read a job's rows, look at its output, and print its plan; starts nothing"

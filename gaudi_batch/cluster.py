@@ -21,6 +21,7 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.gaudi import environment, require_stack
 from gaudi_batch.text import one_line
+from gaudi_batch.tokens import what_token_lacks
 
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
@@ -122,8 +123,8 @@ def attached(address: str | None) -> Iterator[None]:
         ray.init(address=address, **_QUIET)
     except Exception as error:
         raise InputError(
-            f"no Ray cluster answers at {address!r}: {one_line(error)}; one that asks for a token wants its own in"
-            " ~/.ray/auth_token"
+            f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
+            f" {what_token_lacks()}"
         ) from None
     try:
         yield

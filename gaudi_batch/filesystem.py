@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import fsspec
@@ -14,6 +12,7 @@ from fsspec.asyn import sync
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import learn, redact
 from gaudi_batch.retry import BucketGone, no_credentials, status_of
+from gaudi_batch.waits import told_if_slow
 
 log = logging.getLogger("gaudi_batch")
 
@@ -24,8 +23,6 @@ over."""
 STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """Protocols whose objects are seen whole or not at all. On file servers what is put is seen half written, and a
 connection serves one thread at a time."""
-SILENT_SECONDS = 3.0
-"""How long credentials are looked for without a word. Where there are none, Google's library takes about 20 s."""
 READ_ONLY = ("http", "https", "hf")
 """Protocols that prompts are read from, too."""
 
@@ -58,7 +55,7 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
             # Without concurrency a read is one request, and not one for the size before it.
             config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
-        with _told_if_slow(url):
+        with told_if_slow(lambda: f"{redact(url)}: still looking for credentials"):
             filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
     except InputError:
         raise
@@ -75,16 +72,6 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
             redact(url),
         )
     return filesystem, path
-
-
-@contextlib.contextmanager
-def _told_if_slow(url: str) -> Iterator[None]:
-    timer = threading.Timer(SILENT_SECONDS, log.warning, ("%s: still looking for credentials", redact(url)))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def is_s3(filesystem: Any) -> bool:

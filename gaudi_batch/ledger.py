@@ -41,7 +41,17 @@ if TYPE_CHECKING:
 READ_THREADS = 16
 JOINED_BYTES = 64 << 20
 """Of manifests in memory that make one row group of manifest.parquet."""
-OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "verify.json", "manifest.parquet", "run.json")
+STOP_FILE = "stop.json"
+"""Asks a submitted job's driver to stop; stopping.py."""
+OWN_FILES = (
+    "plan.parquet",
+    "progress.json",
+    "summary.json",
+    "verify.json",
+    "manifest.parquet",
+    "run.json",
+    "stop.json",
+)
 """What a run has once; beside these it has manifests, and what is named after attempts."""
 
 

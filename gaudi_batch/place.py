@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.storage import Storage
+from gaudi_batch.waits import told_if_slow
 
 PREFIX = ".gaudi-batch-check-"
 
@@ -20,10 +21,11 @@ def refuse_file(storage: Storage) -> None:
         InputError: one is.
         StorageError: the store failed for longer than the patience.
     """
-    if storage.local:
-        found = storage.attempt("look at the output", lambda: _file_in_path(Path(storage.root)))
-    else:
-        found = storage.url if _is_object(storage) else None
+    with told_if_slow(lambda: f"output {storage.url}: still looking at it{storage.trouble}"):
+        if storage.local:
+            found = storage.attempt("look at the output", lambda: _file_in_path(Path(storage.root)))
+        else:
+            found = storage.url if _is_object(storage) else None
     if found is not None:
         raise InputError(f"output {storage.url!r}: {found!r} is a file; an output is a directory, name another")
 

@@ -37,6 +37,7 @@ from gaudi_batch.plan import Run, Shard
 from gaudi_batch.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.storage import MANY_SECONDS, Storage
 from gaudi_batch.text import one_line
+from gaudi_batch.waits import out_of_reach, told_if_slow
 
 log = logging.getLogger("gaudi_batch")
 
@@ -432,7 +433,8 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         StorageError: the store failed for longer than the job's patience.
     """
     storage, found = _find_files(config)
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+    slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(found)} footers{storage.trouble}")
+    with slow, ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda name: _footer(storage, name), sorted(found)))
     files: list[PromptFile] = []
     first_row = 0
@@ -521,6 +523,9 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         loops = files.loops if isinstance(files, LinkedFileSystem) else ()
         return [name for name in names if not (name in loops or is_of_any_run(name))]
 
+    # Without it, aiohttp would wait for minutes where nothing comes, and http call that no file.
+    limit = {"timeout": whole.try_seconds} if filesystem.async_impl else {}
+
     def look() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
@@ -530,7 +535,12 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
             taken = [name for name in matches if found[name]["type"] != "directory"]
             above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
             return _Found(base, files, taken, set(matches) - above.union(taken), "a glob takes files and no directory")
-        info = filesystem.info(path)
+        try:
+            info = filesystem.info(path, **limit)
+        except FileNotFoundError:  # also what http makes of a host that it can't find
+            if why := out_of_reach(url):
+                raise ConnectionError(why) from None
+            raise
         if info["type"] == "file":
             return _Found(plain.rpartition("/")[0], filesystem, [plain])
         files = LinkedFileSystem(path) if whole.local else filesystem
@@ -546,8 +556,13 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE, others)
 
     try:
-        found = whole.attempt("find the prompts", look, MANY_SECONDS)
+        with told_if_slow(lambda: f"prompts {whole.url}: still looking for them{whole.trouble}"):
+            found = whole.attempt("find the prompts", look, MANY_SECONDS)
     except StorageError as error:
+        if not error.refused and (why := out_of_reach(url)):
+            raise StorageError(
+                f"prompts {whole.url!r} can't be found, tried for {config.storage_patience:g} s: {why}"
+            ) from None
         if "FileNotFoundError" in str(error):
             raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
         raise

@@ -31,6 +31,7 @@ from gaudi_batch.place import refuse_file
 from gaudi_batch.plan import Shard
 from gaudi_batch.reasons import FailedRows
 from gaudi_batch.spans import Stopwatch, card_hours, read_spans, wall_seconds
+from gaudi_batch.stopping import watched_for_stop
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import FILES, Tally, failure_lines
 from gaudi_batch.survey import refuse_bad_rows
@@ -354,7 +355,7 @@ def _drive(
             view,
             lambda: look_at_cluster(job.config, resources),
         )
-        reason = _run_to_end(driver, grace)
+        reason = _run_to_end(driver, grace, ledger.storage)
     if driver.at_once and reason == INTERRUPTED:
         raise AtOnce("interrupted at once; what was committed stays, and the same command resumes")
     if driver.at_once:
@@ -383,8 +384,8 @@ def _knock(address: str) -> None:
             raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
-async def _until_over(driver: Driver, grace: float) -> str | None:
-    """Runs the driver; the first signal stops it gently, the second at once."""
+async def _until_over(driver: Driver, grace: float, storage: Storage) -> str | None:
+    """Runs the driver; the first signal stops it gently, the second at once, and a request in the output as it says."""
     loop = asyncio.get_running_loop()
     signals = 0
 
@@ -401,7 +402,13 @@ async def _until_over(driver: Driver, grace: float) -> str | None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             loop.add_signal_handler(number, interrupted, number)
-    return await driver.run()
+
+    def asked(seconds: float) -> None:
+        log.warning("asked to stop: finishing what has begun, for up to %g s", seconds)
+        loop.call_soon_threadsafe(driver.stop, INTERRUPTED, seconds)
+
+    with watched_for_stop(storage, asked):
+        return await driver.run()
 
 
 @contextlib.contextmanager
@@ -425,14 +432,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted"
 
 
-def _run_to_end(driver: Driver, grace: float) -> str | None:
+def _run_to_end(driver: Driver, grace: float, storage: Storage) -> str | None:
     """Runs the driver to its end, also where an event loop is running already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_until_over(driver, grace))
+        return asyncio.run(_until_over(driver, grace, storage))
     with ThreadPoolExecutor(1, "driver") as pool:
-        over = pool.submit(asyncio.run, _until_over(driver, grace))
+        over = pool.submit(asyncio.run, _until_over(driver, grace, storage))
         try:
             return over.result()
         except KeyboardInterrupt:

@@ -95,6 +95,8 @@ class Storage:
         self.patience = patience
         self.try_seconds = TRY_SECONDS
         subdue(self.filesystem)
+        self.trouble = ""
+        """What the last try that failed has said, for whoever waits."""
         self._known = False  # whether the bucket and the credentials have been seen to be there
         self._made: set[str] = set()
         self._running: dict[object, float] = {}
@@ -435,6 +437,7 @@ class Storage:
                 except Exception as error:
                     waited = time.monotonic() - started
                     said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
+                    self.trouble = f": {said[:200]}"
                     patience, limit = self.patience, " (storage_patience)"
                     if self._known and lacks_credentials(self.filesystem, error):
                         patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""

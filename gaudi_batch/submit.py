@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -28,7 +29,9 @@ from gaudi_batch.console import OutputLost, look_for_reader, say
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
+from gaudi_batch.stopping import SUBMISSION_VARIABLE, Submitted
 from gaudi_batch.text import one_line
+from gaudi_batch.tokens import what_token_lacks, where_token_is
 
 log = logging.getLogger("gaudi_batch")
 
@@ -36,8 +39,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
 START_FILE = "start.py"
-TOKEN_FILE = Path("~/.ray/auth_token")
-TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_SECONDS = 15
 """What a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
 LOOK_SECONDS = 1.0
@@ -129,7 +130,7 @@ class Cluster:
     """
 
     def __init__(self, address: str | None) -> None:
-        if TOKEN_FILE.expanduser().exists() or any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        if where_token_is():
             # As `ray.init` does; the client of the Jobs API leaves the token where it is.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
@@ -142,7 +143,10 @@ class Cluster:
         try:
             self._client = in_time(lambda: JobSubmissionClient(self.address), ANSWER_SECONDS)
         except Exception as error:
-            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {_reason(error)}") from None
+            said = _reason(error)
+            if "authentication token" in said:
+                said = f"{said.partition('. ')[0][:120]}; {what_token_lacks()}"
+            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {said}") from None
 
     def submit(self, submission: Submission) -> str:
         """Sends a job; returns its id. Raises InputError."""
@@ -156,11 +160,13 @@ class Cluster:
             if submission.ship_code:
                 environment["py_modules"] = [str(Path(__file__).resolve().parent)]
             job = submission.job_id or f"gaudi-batch-{secrets.token_hex(4)}"
-            self._send(job, submission.entrypoint, environment)
+            config = submission.config
+            submitted = Submitted(secrets.token_hex(8), config.output, config.storage_options, submission.grace)
+            environment["env_vars"][SUBMISSION_VARIABLE] = submitted.submission
+            self._send(job, submission.entrypoint, environment, submitted.metadata())
         return job
 
-    def _send(self, job: str, entrypoint: str, environment: dict[str, Any]) -> None:
-        mark = {"gaudi_batch": secrets.token_hex(8)}
+    def _send(self, job: str, entrypoint: str, environment: dict[str, Any], mark: dict[str, str]) -> None:
         sent = {"entrypoint": entrypoint, "runtime_env": environment, "submission_id": job, "metadata": mark}
         until = time.monotonic() + SUBMIT_SECONDS
         while True:
@@ -201,26 +207,58 @@ class Cluster:
             RunStopped: the cluster has not answered for too long, or the job never began.
             OutputLost: the log can't be printed here any more; the job goes on.
         """
-        return self._exit_code(job, self._wait(job, _Log(self._client, job).print_on))
+        log_of_job = _Log(self._client, job)
 
-    def stop(self, job: str) -> str:
-        """Tells a job to stop and waits until it has ended; returns how it ended.
+        def print_on() -> None:
+            try:
+                log_of_job.print_on()
+            except OutputLost:
+                raise
+            except Exception:
+                self._info(job)  # says it if there is no such job, which the log does not
+                raise
+
+        return self._exit_code(job, self._wait(job, print_on))
+
+    def stop(self, job: str, grace: float | None = None) -> str:
+        """Tells a job to stop, says what will happen, and waits until it has ended; returns how it ended.
+
+        Args:
+            job: its id.
+            grace: seconds in which what has begun is committed; None for those that it was submitted with.
 
         Raises:
             InputError: there is no such job, or it can't be told.
             RunStopped: the cluster has not answered for too long since.
         """
         try:
+            info = self._info(job)
+        except Exception as error:
+            self._refuse_unknown(job, error)
+            raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None
+        submitted = Submitted.read(info.metadata)
+        if info.status.is_terminal():
+            return _ended(info)
+        if submitted is not None:
+            log.info("job %s: %s", job, submitted.outlook(submitted.grace if grace is None else grace))
+        if grace is not None:
+            if submitted is None:
+                raise InputError(f"job {job!r} was not submitted by this version; stop it without --grace")
+            submitted.ask_to_stop(grace)
+            if ended := self._wait(job, seconds=grace + STOP_MARGIN_SECONDS):
+                return _ended(ended)
+        try:
             in_time(lambda: self._client.stop_job(job), ANSWER_SECONDS)
         except Exception as error:
             self._refuse_unknown(job, error)
             raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None
-        return str(self._wait(job).status)
+        return _ended(self._wait(job))
 
-    def _wait(self, job: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """What the cluster says of a job once it has ended."""
+    def _wait(self, job: str, meanwhile: Callable[[], None] = lambda: None, seconds: float = math.inf) -> Any:
+        """What the cluster says of a job once it has ended; None if it has not after so many seconds."""
         heard, silent = time.monotonic(), False
-        while True:
+        until = heard + seconds
+        while time.monotonic() < until:
             try:
                 meanwhile()
                 info = self._info(job)
@@ -247,10 +285,14 @@ class Cluster:
                 if info.status.is_terminal():
                     return info
             time.sleep(LOOK_SECONDS)
+        return None
 
     def _refuse_unknown(self, job: str, error: Exception) -> None:
         if "does not exist" in str(error):
-            raise InputError(f"{redact(self.address)!r} has no job {job!r}") from None
+            address = redact(self.address)
+            raise InputError(
+                f"{address!r} has no job {job!r}; `ray job list --address {address}` lists those that it has"
+            ) from None
 
     def _exit_code(self, job: str, info: Any) -> int:
         if info.driver_exit_code is not None:
@@ -258,6 +300,11 @@ class Cluster:
         if str(info.status) == "STOPPED":
             return STOPPED_EXIT_CODE
         raise RunStopped(f"job {job} has failed before its driver could say why: {one_line(info.message)}")
+
+
+def _ended(info: Any) -> str:
+    """How a job has ended. One that was asked to stop by its output ends by itself, which Ray calls failed."""
+    return "STOPPED" if info.driver_exit_code == STOPPED_EXIT_CODE else str(info.status)
 
 
 class _Log:

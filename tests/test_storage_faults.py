@@ -30,8 +30,7 @@ from helpers import S3Server, StoreServer
 from s3fs import S3FileSystem
 from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
-from gaudi_batch import filesystem as filesystem_module
-from gaudi_batch import retry
+from gaudi_batch import retry, waits
 from gaudi_batch import storage as storage_module
 from gaudi_batch.cluster import attached
 from gaudi_batch.errors import StorageError
@@ -341,7 +340,7 @@ def test_credentials_that_are_looked_for_long_are_not_waited_for_in_silence(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(filesystem_module, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(waits, "SILENT_SECONDS", 0.0)
     Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
     assert "still looking for credentials" in caplog.text
 

@@ -193,6 +193,45 @@ def test_a_job_that_ray_does_not_know_is_named(nodes: RayCluster) -> None:
     result = command_line("stop", "no-such-job", "--address", nodes.jobs_address)
     assert result.returncode == 2
     assert "has no job 'no-such-job'" in result.stderr
+    began = time.monotonic()
+    followed = command_line("follow", "no-such-job", "--address", nodes.jobs_address)
+    assert time.monotonic() - began < 30
+    assert followed.returncode == 2
+    (line,) = followed.stderr.splitlines()
+    assert "has no job 'no-such-job'; `ray job list --address http" in line
+
+
+def test_a_shell_that_keeps_its_token_back_is_told_so(nodes: RayCluster) -> None:
+    result = command_line("stop", "any", "--address", nodes.jobs_address, RAY_AUTH_MODE="disabled")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "a token is here (RAY_AUTH_TOKEN), and RAY_AUTH_MODE=disabled keeps it back: set RAY_AUTH_MODE=token" in line
+    assert "no authentication token was found" not in line
+
+
+@pytest.mark.parametrize(("grace", "committed"), [("0", 0), ("60", 1)])
+def test_the_grace_that_stop_gives_reaches_the_driver(
+    nodes: RayCluster, tmp_path: Path, grace: str, committed: int
+) -> None:
+    """One shard in hand that takes 16 s, in a job that was submitted with a grace of 5 s."""
+    prompts, output, name = tmp_path / "prompts.parquet", tmp_path / "out", f"grace-{grace}"
+    pq.write_table(pa.table({"prompt": ["a"] * 16}), prompts)
+    fields = {"simulated.batch-seconds": "2", "batch-size": "1", "cards": "1"}
+    given = ("--no-wait", "--job-id", name, "--grace", "5", "--address", nodes.jobs_address)
+    assert command_line("submit", *given, *job(prompts, output, **fields)).returncode == 0
+    until = time.monotonic() + 100
+    while not list(output.glob("images/*/*")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    began = time.monotonic()
+    stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
+    assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
+    assert f"what has begun is committed first, for up to {grace} s; a shard takes 16 s" in stopped.stderr
+    assert ("what is not done by then is made again" in stopped.stderr) == (grace == "0")
+    assert len(list(output.glob("manifest/*"))) == committed
+    assert time.monotonic() - began < (14 if grace == "0" else 40)
+    assert not (output / "stop.json").exists()
+    assert json.loads((output / "lease.json").read_text())["released"]
 
 
 def test_an_id_that_would_be_no_part_of_an_address(dataset: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.rows import MAX_INT32
 from gaudi_batch.text import one_line, shown
+from gaudi_batch.waits import told_if_slow
 
 BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -139,7 +140,8 @@ def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
     disable_progress_bars()
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[files]))
+        with told_if_slow(lambda: f"{what} {name!r}{at}: still asking the hub for it"):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[files]))
     except LocalEntryNotFoundError:
         raise HubUnreachable(
             f"{what} {name!r}{at}: no such directory here, the hub can't be reached, and its cache has none; download"

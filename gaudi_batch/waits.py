@@ -1,0 +1,60 @@
+"""Waits that say what is waited for, and whether it is the network that does not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+
+log = logging.getLogger("gaudi_batch")
+
+SILENT_SECONDS = 3.0
+"""What takes longer says so."""
+AGAIN_SECONDS = 30.0
+"""How often it says so again."""
+KNOCK_SECONDS = 10.0
+PORTS = {"https": 443, "http": 80}
+
+
+@contextlib.contextmanager
+def told_if_slow(what: Callable[[], str]) -> Iterator[None]:
+    """Logs what is waited for while that takes long.
+
+    Args:
+        what: says it, in one line; called in another thread.
+    """
+    over = threading.Event()
+
+    def tell() -> None:
+        seconds = SILENT_SECONDS
+        while not over.wait(seconds):
+            log.warning("%s", what())
+            seconds = AGAIN_SECONDS
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def out_of_reach(url: str) -> str | None:
+    """Why the network does not lead to the host of an http(s) or hf URL; None if it does, or if that can't be said, as
+    behind a proxy."""
+    if url.startswith("hf://"):
+        from huggingface_hub.constants import ENDPOINT
+
+        url = ENDPOINT
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in PORTS or parts.hostname is None or urllib.request.getproxies().get(parts.scheme):
+        return None
+    try:
+        port = parts.port or PORTS[parts.scheme]
+        socket.create_connection((parts.hostname, port), KNOCK_SECONDS).close()
+    except (OSError, ValueError) as error:
+        return f"the network does not lead to {parts.hostname}: {error}"
+    return None
