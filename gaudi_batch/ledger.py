@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from gaudi_batch import manifest
 from gaudi_batch.columns import cast, plain
@@ -32,6 +33,7 @@ from gaudi_batch.lease import COMMIT_SECONDS
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.rows import Bounds
 from gaudi_batch.storage import Storage
 from gaudi_batch.text import one_line, shown
 
@@ -44,6 +46,8 @@ JOINED_BYTES = 64 << 20
 OWN_FILES = ("plan.parquet", "progress.json", "summary.json", "verify.json", "manifest.parquet", "run.json")
 """What a run has once; beside these it has manifests, and what is named after attempts."""
 OWN_DIRECTORIES = ("images", "manifest", "throughput")
+
+_BOUNDS = TypeAdapter(Bounds)
 
 
 def is_of_run(path: str) -> bool:
@@ -74,6 +78,11 @@ class RunRecord:
     def threads(self) -> int | None:
         """Threads of a card, as the first driver fixed them."""
         return self.fingerprint.get("threads")
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """What a row may ask for at most; None where a version without bounds began the run."""
+        return _BOUNDS.validate_python(self.fingerprint) if "max_pixels" in self.fingerprint else None
 
     @property
     def asked_no_card(self) -> bool:
@@ -125,6 +134,7 @@ class Ledger:
                 raise ValueError("its job has no device")
             if record.threads is not None and not (isinstance(record.threads, int) and record.threads > 0):
                 raise ValueError("its threads are no count")
+            _ = record.bounds
             if not isinstance(record.run_id, str):
                 raise TypeError("its run_id is no text")
             for stack in record.stacks or ():

@@ -138,13 +138,12 @@ def build(
             "shard": commit.shard,
             "card": commit.card,
         }
-        if row.num_images:
-            common |= row.bucket._asdict()
+        common |= row.bucket._asdict() if row.num_images else row.asked
         if row.row in failures:
             found.append(
                 common
                 | {"status": "failed", "error": failures[row.row], "finished_at": datetime.now(timezone.utc)}
-                | ({} if row.seed is None else {"seed": row.seed})
+                | ({"seed": image_seed(run_seed, row, 0)} if row.has_seed else {})
             )
             take.append(place)
             continue

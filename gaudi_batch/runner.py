@@ -106,7 +106,7 @@ def run(
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)
-    job = resolve(config, record.threads if record else None)
+    job = resolve(config, record)
     if record:
         _refuse_another_job(ledger, record, job)
     if strict:
