@@ -90,6 +90,9 @@ class CommitFacts:
     finished_at: float | None = None
     """When its last image was stored, in seconds since the epoch by the driver's clock; None where an older version
     made it, which has that by the clock of the card's node alone."""
+    bad_rows: tuple[int, ...] = ()
+    """Rows that can't be run whoever tries, since what they ask for is against the rules; an older version names
+    none."""
 
 
 _FACTS = TypeAdapter(CommitFacts)

@@ -241,7 +241,7 @@ def _repair(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], C
     _say(findings)
     if not findings.broken:
         return shards
-    added = plan_again(findings.broken, findings.images_of, shards, job.dataset, job.rules, job.config.shard_size)
+    added = plan_again(findings.broken, findings.images_of, shards, job.dataset, job.config.shard_size)
     log.info("%d rows with missing or torn images are made again, in %d new shards", len(findings.broken), len(added))
     cards()
     ledger.put_plan([*shards, *added])
@@ -266,14 +266,20 @@ def _verify(ledger: Ledger, made_again: Mapping[int, int]) -> None:
 
 def _add_failed(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], CardResources]) -> list[Shard]:
     """The plan with shards for the rows that have failed and are in no shard that is still to be made."""
-    failed = failed_rows(ledger.commits())
+    all_failed = failed_rows(ledger.commits())
+    if all_failed.hopeless:
+        log.info(
+            "%d failed rows can't be run whatever is tried, as what they ask for is against the rules; `error` in"
+            " manifest.parquet says why",
+            all_failed.hopeless,
+        )
     committed = set(ledger.committed_shards())
     waiting = rows_made_again([shard for shard in shards if shard.number not in committed], job.dataset)
-    failed = {row: shard for row, shard in failed.items() if row not in waiting}
+    failed = {row: shard for row, shard in all_failed.worth_a_try.items() if row not in waiting}
     if not failed:
         log.info("no failed row is left to run again")
         return shards
-    added = plan_again(failed, {}, shards, job.dataset, job.rules, job.config.shard_size)
+    added = plan_again(failed, {}, shards, job.dataset, job.config.shard_size)
     log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
     cards()
     ledger.put_plan([*shards, *added])
