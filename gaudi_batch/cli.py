@@ -38,7 +38,7 @@ JOB_COMMANDS = ("run", "submit", "check", "bench")
 RUN_SWITCHES = {
     "strict": "read every row first and refuse the job if one can't be run",
     "overwrite": "remove the run that is in the output and start afresh",
-    "retry_failed": "run the rows that have failed again",
+    "retry_failed": "run the rows that have failed again, but for those whose own data is against the rules",
     "verify": "read every image back and compare it with its manifest",
     "repair": "make images again that are missing or torn",
 }

@@ -145,7 +145,12 @@ def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
     """
     if row.seed is not None:
         return (row.seed + image) & MAX_SEED
-    text = json.dumps([run_seed, row.id, image], separators=(",", ":"))
+    return derived_seed(run_seed, row.id, image)
+
+
+def derived_seed(run_seed: int, identity: str, image: int) -> int:
+    """The seed of an image of a row that has none of its own; see `image_seed`."""
+    text = json.dumps([run_seed, identity, image], separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
 
 

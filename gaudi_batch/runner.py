@@ -26,6 +26,7 @@ from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord, differences
 from gaudi_batch.manifest import finished_at
 from gaudi_batch.plan import Shard
+from gaudi_batch.repeats import RepeatedIds
 from gaudi_batch.spans import Stopwatch, read_spans, wall_seconds
 from gaudi_batch.storage import Storage
 from gaudi_batch.summary import Tally
@@ -34,6 +35,8 @@ from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from gaudi_batch.cluster import CardResources
     from gaudi_batch.driver import Driver
 
@@ -88,7 +91,7 @@ def run(
         address: a Ray cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
         strict: read every row first, and refuse the job if one can't be run.
         overwrite: remove the run that is in the output first, once the cluster has given a card that loads the model.
-        retry_failed: run the rows that have failed again.
+        retry_failed: run the rows that have failed again, but for those whose own data is against the rules.
         verify: read every image back at the end and compare it with its manifest.
         repair: do so at the start, and make the rows again whose images are missing or torn.
         grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
@@ -131,7 +134,7 @@ def run(
                 log.info("%d of %d shards are committed already", len(shards) - len(missing), len(shards))
             if missing:
                 ended = _drive(job, ledger, record, shards, missing, made_again, tally, lease, cards(), watch, grace)
-        result = _sum_up(ledger, record, shards, made_again, tally, lease, ended)
+        result = _sum_up(ledger, record, job, made_again, tally, lease, ended)
         if verify:
             _verify(ledger, made_again)
         return result
@@ -437,7 +440,7 @@ def _run_to_end(driver: Driver, grace: float) -> str | None:
 def _sum_up(
     ledger: Ledger,
     record: RunRecord,
-    shards: list[Shard],
+    job: Job,
     made_again: Mapping[int, int],
     tally: Tally,
     lease: LeaseKeeper,
@@ -445,7 +448,7 @@ def _sum_up(
 ) -> RunResult:
     reason, rows = ended.reason, tally.rows
     try:
-        summary = _write_summary(ledger, record, shards, made_again, tally, lease, ended)
+        summary = _write_summary(ledger, record, job, made_again, tally, lease, ended)
         rows, reason = summary["rows"], summary["reason"]
     except StorageError as error:
         if reason is None:
@@ -462,7 +465,7 @@ def _sum_up(
 def _write_summary(
     ledger: Ledger,
     record: RunRecord,
-    shards: list[Shard],
+    job: Job,
     made_again: Mapping[int, int],
     tally: Tally,
     lease: LeaseKeeper,
@@ -490,7 +493,16 @@ def _write_summary(
         )
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:
-        totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts)
+        repeated = RepeatedIds()
+
+        def look_at_ids(table: pa.Table) -> None:
+            if "id" in job.dataset.columns:
+                repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
+
+        totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts, look_at_ids)
+        totals["rows_that_share_an_id"] = repeated.rows()
+        if said := repeated.describe():
+            log.warning("%s", said)
     spans = [span for span in read_spans(ledger) if span.driver != lease.driver]
     spans += [ended.watch.span()] if ended.watch else []
     wall_s = wall_seconds(spans, {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()})

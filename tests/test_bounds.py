@@ -20,6 +20,7 @@ from gaudi_batch.storage import Storage
 
 RULES = RowRules(Bucket(512, 512, 50, 7.5), 1, None, 8, bounds_for(512, 512))
 ROWS: dict[str, Any] = {
+    "id": ["a", "b", "a", "c", "d", "e"],
     "prompt": ["small", "wide", "long", "many steps", "odd guidance", "too many"],
     "width": [64, 8200, 64, 64, 64, 64],
     "height": [8, 8, 8200, 8, 8, 8],
@@ -80,7 +81,9 @@ def test_a_row_beyond_a_bound_fails_with_its_reason(
         "too many": [64, 8, 2],
     }
     assert [rows[name]["seed"] is None for name in rows] == [False] * 6
-    capsys.readouterr()
+    assert "2 of 6 rows share an id with another row, such as 'a'. Rows of one id get" in capsys.readouterr().err
+    assert json.loads((output / "summary.json").read_text())["rows_that_share_an_id"] == 2
+    assert rows["small"]["seed"] == rows["long"]["seed"] != rows["wide"]["seed"]
     assert cli.main(["status", str(output), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["failed_rows"], status["rows"]) == (5, 6)
