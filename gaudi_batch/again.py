@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,16 +15,27 @@ import pyarrow.compute as pc
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.prompts import PromptDataset
-from gaudi_batch.rows import RowRules
 
 
-def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> dict[int, int]:
-    """The rows that have failed, each with the shard whose word counts.
+@dataclass(frozen=True)
+class RowsToRetry:
+    """The rows of a run that have failed, by whether another try may help."""
+
+    worth_a_try: dict[int, int]
+    """Those that may be made in another try, each with the shard whose word counts."""
+    hopeless: int
+    """How many others there are: what they ask for is against the rules, whoever tries. A shard that an older version
+    committed does not say which of its rows these are; they are tried once more."""
+
+
+def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> RowsToRetry:
+    """The rows that have failed.
 
     Args:
         commits: every commit in order of its shard.
     """
     failed: dict[int, int] = {}
+    hopeless: set[int] = set()
     for facts, table in commits:
         if facts.again:
             for row in table.column("row").to_pylist():
@@ -31,7 +43,10 @@ def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> dict[int, in
         if facts.failed_rows:
             said = table.filter(pc.equal(table.column("status"), "failed"))
             failed.update(dict.fromkeys(said.column("row").to_pylist(), facts.shard))
-    return failed
+            hopeless.update(facts.bad_rows)
+    for row in hopeless:
+        failed.pop(row, None)
+    return RowsToRetry(failed, len(hopeless))
 
 
 def plan_again(
@@ -39,17 +54,16 @@ def plan_again(
     images: Mapping[int, int],
     plan: Sequence[Shard],
     dataset: PromptDataset,
-    rules: RowRules,
     shard_size: int,
 ) -> list[Shard]:
-    """Shards that hold the wanted rows and no others, numbered from the plan's end.
+    """Shards that hold the wanted rows and no others, numbered from the plan's end. The prompts are not read: a row
+    whose images no manifest names asks for about as many as the others of its shard.
 
     Args:
         wanted: rows, each with the shard whose word on it counts so far.
         images: how many images that word names of each row; one that is not in it had failed.
         plan: the plan so far, in order.
         dataset: the prompts.
-        rules: what a row gets where it says nothing.
         shard_size: rows of a shard at most.
     """
     shards = {shard.number: shard for shard in plan}
@@ -64,20 +78,21 @@ def plan_again(
         while part := tuple(itertools.islice(waiting, shard_size)):
             first = dataset.files[file].first_row
             named = [images[first + row] for row in part if first + row in images]
-            shard = Shard(
-                number + len(found),
-                file,
-                part[0],
-                part[-1] + 1,
-                bucket,
-                len(part),
-                images=0,
-                only=part,
-                failed_before=len(part) - len(named),
-                images_before=sum(named),
+            unnamed = [shards[wanted[first + row]] for row in part if first + row not in images]
+            found.append(
+                Shard(
+                    number + len(found),
+                    file,
+                    part[0],
+                    part[-1] + 1,
+                    bucket,
+                    len(part),
+                    images=sum(named) + sum(max(1, round(shard.images / max(1, shard.rows))) for shard in unnamed),
+                    only=part,
+                    failed_before=len(unnamed),
+                    images_before=sum(named),
+                )
             )
-            asked = sum(row.num_images for row in dataset.read(shard, rules)[0] if row.error is None)
-            found.append(shard.asking_for(asked))
     return found
 
 

@@ -187,6 +187,7 @@ class Card:
             control=self._controls.get(bucket),
         )
         stored: list[_StoredBatch] = []
+        storage_failed = threading.Event()
         try:
             for made in maker.batches():
                 if task.confirm:
@@ -194,9 +195,9 @@ class Card:
                     continue
                 self._store_slots.acquire()
                 batch = _StoredBatch(task.attempt, last_call, len(stored))
-                stored.append(self._store_batch(output, batch, made))
-                if any(batch.failed() for batch in stored):
-                    break
+                stored.append(self._store_batch(output, batch, made, storage_failed))
+                if storage_failed.is_set():
+                    break  # more batches would be made for nothing
         except DeviceError:
             raise
         except CardFault as fault:
@@ -245,13 +246,17 @@ class Card:
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Announced(attempt, rows)))
 
-    def _store_batch(self, output: FilesOutput, batch: _StoredBatch, made: list[MadeImage]) -> _StoredBatch:
+    def _store_batch(
+        self, output: FilesOutput, batch: _StoredBatch, made: list[MadeImage], storage_failed: threading.Event
+    ) -> _StoredBatch:
         left = count = len(made)
         lock = threading.Lock()
 
-        def finished(_: Future[StoredImage]) -> None:
+        def finished(future: Future[StoredImage]) -> None:
             nonlocal left
             self._mailbox.store(-1)
+            if isinstance(future.exception(), StorageError):
+                storage_failed.set()
             with lock:
                 left -= 1
                 if left == 0:
@@ -318,6 +323,7 @@ class Card:
             failed_before=shard.failed_before,
             images_before=shard.images_before,
             finished_at=self._clock.convert(last.timestamp()),
+            bad_rows=tuple(row.row for row in work.rows if row.error is not None and not row.unreadable),
         )
         data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
         outcome = ShardOutcome(
@@ -376,10 +382,6 @@ class _StoredBatch:
     images: list[tuple[Item, bool | None, bool]] = field(default_factory=list)
     futures: list[Future[StoredImage]] = field(default_factory=list)
     finished_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
-
-    def failed(self) -> bool:
-        """Whether storage has failed already, so that more batches would be made for nothing."""
-        return any(future.done() and isinstance(future.exception(), StorageError) for future in self.futures)
 
 
 def _failure(error: Exception) -> ShardFailure:

@@ -39,7 +39,7 @@ COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
 RUN_SWITCHES = {
     "strict": "read every row first and refuse the job if one can't be run",
     "overwrite": "remove the run that is in the output and start afresh",
-    "retry_failed": "run the rows that have failed again",
+    "retry_failed": "run the rows that have failed again, but for those whose own data is against the rules",
     "verify": "read every image back and compare it with its manifest",
     "repair": "make images again that are missing or torn",
 }
@@ -158,12 +158,16 @@ def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.devices import with_device
     from gaudi_batch.flags import job_from
     from gaudi_batch.job import resolve
+    from gaudi_batch.ledger import Ledger
     from gaudi_batch.place import refuse_file
     from gaudi_batch.storage import Storage
 
     config = job_from(parsed)
-    refuse_file(Storage(config.output, config.storage_options, config.storage_patience))
-    found = check(resolve(with_device(config, None), offline=True), parsed.strict)
+    storage = Storage(config.output, config.storage_options, config.storage_patience)
+    refuse_file(storage)
+    record = Ledger(storage).run()
+    config = with_device(config, None, record.job["device"] if record else None)
+    found = check(resolve(config, record, offline=True), parsed.strict)
     say(found.text)
     if found.refused is not None:
         raise InputError(found.refused)

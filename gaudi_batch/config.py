@@ -255,6 +255,10 @@ class JobConfig(_Section):
     height: PositiveInt | None = None
     """Height in pixels; null is the model's own."""
 
+    max_pixels: PositiveInt | None = None
+    """Pixels of an image (width times height) beyond which its row fails. Null is the larger of 2048 x 2048 and four
+    times the model's own, and no side over 8192; a number alone decides."""
+
     negative_prompt: str | None = None
     """What the images should not show."""
 

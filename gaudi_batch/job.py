@@ -6,8 +6,8 @@ All that can be wrong with a job is found here, before any card is started.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.cpus import usable_cpus
@@ -18,8 +18,11 @@ from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_c
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.prompts import PromptDataset, open_prompts
 from gaudi_batch.redaction import redacted_options
-from gaudi_batch.rows import RowRules
+from gaudi_batch.rows import Bounds, RowRules, bounds_for, make_row
 from gaudi_batch.stack import versions
+
+if TYPE_CHECKING:
+    from gaudi_batch.ledger import RunRecord
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
@@ -37,12 +40,14 @@ class Job:
         dataset: its prompts.
         model: its model.
         threads: threads of one card, on which images depend on the cpu; on hpu, None is its share of its own node.
+        bounds: what a row may ask for; None in a run that a version without bounds began.
     """
 
     config: JobConfig
     dataset: PromptDataset
     model: ModelFacts
     threads: int | None
+    bounds: Bounds | None
 
     @property
     def rules(self) -> RowRules:
@@ -58,6 +63,7 @@ class Job:
             config.num_images,
             config.negative_prompt,
             self.model.multiple,
+            self.bounds,
         )
 
     @property
@@ -114,6 +120,8 @@ class Job:
             same["use_safetensors"] = False
         if config.encoding.type == "png":
             del same["encoding"]["quality"]
+        if self.bounds is not None:
+            same |= asdict(self.bounds)
         return same | {
             "model": self.model.name,
             "model_revision": self.model.revision,
@@ -134,12 +142,12 @@ class Job:
         return versions(SHAPING_PACKAGES)
 
 
-def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: bool = False) -> Job:
+def resolve(config: JobConfig, record: RunRecord | None = None, *, offline: bool = False) -> Job:
     """Finds a job's prompts and model, and checks that they go together.
 
     Args:
         config: the job, with a device other than auto.
-        recorded_threads: threads of a card as the run's first driver fixed them, if there was one.
+        record: of the run in its output, if there is one: what its first driver fixed (threads, bounds) is kept.
         offline: do with what the job itself says of a hub model that can't be reached; it can be checked, not run.
 
     Raises:
@@ -152,15 +160,32 @@ def resolve(config: JobConfig, recorded_threads: int | None = None, *, offline: 
         config = config.model_copy(update={"gaudi": gaudi})
     try:
         model = describe_model(config)
+        own = model.width, model.height
     except HubUnreachable:
         if not offline or config.width is None or config.height is None:
             raise
         model = unseen_model(config, config.width, config.height)
+        own = 0, 0
     for name in ("width", "height"):
         side = getattr(config, name)
         if side is not None and side % model.multiple:
             raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {model.multiple}")
-    threads = config.cpu.threads or recorded_threads
+    threads = config.cpu.threads or (record.threads if record else None)
     if config.device == "cpu" and threads is None:
         threads = max(1, usable_cpus() // (DEFAULT_CARDS if config.cards == "all" else config.cards))
-    return Job(config, open_prompts(config), model, threads)
+    if record and record.job.get("max_pixels") == config.max_pixels:
+        bounds = record.bounds
+    else:
+        bounds = bounds_for(*own, config.max_pixels)
+    job = Job(config, open_prompts(config), model, threads, bounds)
+    if bounds is not None:
+        _refuse_beyond_bounds(job)
+    return job
+
+
+def _refuse_beyond_bounds(job: Job) -> None:
+    """Holds what the job asks of each row against what a row may ask for. Raises InputError."""
+    asked = job.rules.bucket._asdict() | {"prompt": "-", "negative_prompt": job.config.negative_prompt}
+    error = make_row(0, asked, job.rules).error
+    if error is not None:
+        raise InputError(f"the job's own {error}")

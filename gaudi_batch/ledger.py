@@ -24,14 +24,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from gaudi_batch import manifest
-from gaudi_batch.columns import cast, plain
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.joined import JoinedManifest
 from gaudi_batch.lease import COMMIT_SECONDS
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.rows import Bounds
 from gaudi_batch.storage import Storage
 from gaudi_batch.text import one_line
 
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from gaudi_batch.job import Job
 
 READ_THREADS = 16
-JOINED_BYTES = 64 << 20
-"""Of manifests in memory that make one row group of manifest.parquet."""
 STOP_FILE = "stop.json"
 """Asks a submitted job's driver to stop; stopping.py."""
 OWN_FILES = (
@@ -53,6 +53,8 @@ OWN_FILES = (
     "stop.json",
 )
 """What a run has once; beside these it has manifests, and what is named after attempts."""
+
+_BOUNDS = TypeAdapter(Bounds)
 
 
 def is_of_run(path: str) -> bool:
@@ -94,6 +96,11 @@ class RunRecord:
     def threads(self) -> int | None:
         """Threads of a card, as the first driver fixed them."""
         return self.fingerprint.get("threads")
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """What a row may ask for at most; None where a version without bounds began the run."""
+        return _BOUNDS.validate_python(self.fingerprint) if "max_pixels" in self.fingerprint else None
 
     @property
     def asked_no_card(self) -> bool:
@@ -145,6 +152,7 @@ class Ledger:
                 raise ValueError("its job has no device")
             if record.threads is not None and not (isinstance(record.threads, int) and record.threads > 0):
                 raise ValueError("its threads are no count")
+            _ = record.bounds
             if not isinstance(record.run_id, str):
                 raise TypeError("its run_id is no text")
             if not isinstance(record.grown, list | tuple):
@@ -346,12 +354,18 @@ class Ledger:
             if not in_doubt:
                 self.unsettled.discard(facts.attempt)
 
-    def join_manifests(self, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
-        """Writes manifest.parquet, all manifests as one in order of shard, and makes sure that it can be read.
+    def join_manifests(
+        self,
+        made_again: Mapping[int, int],
+        committed: Mapping[int, str],
+        seen: Callable[[pa.Table], None] = lambda table: None,
+    ) -> tuple[int, int]:
+        """Writes manifest.parquet, all manifests as one, and makes sure that it can be read.
 
         Args:
             made_again: rows of several shards, with the highest of these, which alone counts.
             committed: the attempt of each committed shard.
+            seen: called with the rows of each manifest that count.
 
         Returns:
             Its images and its failed rows.
@@ -362,7 +376,7 @@ class Ledger:
         with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
             path = Path(directory) / "manifest.parquet"
             try:
-                rows, failed = self._join_into(path, made_again, committed)
+                rows, failed = self._join_into(path, made_again, committed, seen)
                 if not committed:
                     return 0, 0
                 manifest.require_readable(path, rows)
@@ -376,36 +390,28 @@ class Ledger:
             raise StorageError(f"{self.storage.url}: manifest.parquet has {stored} bytes, and {written} were written")
         return rows - failed, failed
 
-    def _join_into(self, path: Path, made_again: Mapping[int, int], committed: Mapping[int, str]) -> tuple[int, int]:
+    def _join_into(
+        self,
+        path: Path,
+        made_again: Mapping[int, int],
+        committed: Mapping[int, str],
+        seen: Callable[[pa.Table], None],
+    ) -> tuple[int, int]:
         joined: dict[int, str] = {}
-        rows = failed = size = 0
-        writer: pq.ParquetWriter | None = None
-        waiting: list[pa.Table] = []
-        for facts, table in self.commits():
-            joined[facts.shard] = facts.attempt
-            # Those of a run that older code began may have other types.
-            schema = writer.schema if writer else plain(table.schema.remove_metadata())
-            columns = [cast(*each) for each in zip(table.columns, schema.types, strict=True)]
-            table = pa.table(columns, schema=schema)
-            if made_again:
-                counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
-                table = table.filter(pa.array(counts, pa.bool_()))
-            writer = writer or pq.ParquetWriter(path, schema, compression="zstd")
-            waiting.append(table)
-            size += table.nbytes
-            rows += len(table)
-            failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
-            if size >= JOINED_BYTES:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting.clear()
-                size = 0
-        if joined != committed:
-            changed = min(shard for shard, _ in joined.items() ^ committed.items())
-            raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")
-        if writer is not None:
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting))
-            writer.close()
+        rows = failed = 0
+        with JoinedManifest(path) as file:
+            for facts, table in self.commits():
+                joined[facts.shard] = facts.attempt
+                if made_again:
+                    counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
+                    table = table.filter(pa.array(counts, pa.bool_()))
+                seen(table)
+                file.add(table)
+                rows += len(table)
+                failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
+            if joined != committed:
+                changed = min(shard for shard, _ in joined.items() ^ committed.items())
+                raise StorageError(f"{self.storage.url}: the manifest of shard {changed} is not what it just was")
         return rows, failed
 
     def remove_orphans(self, committed: dict[int, str], is_ours: Callable[[str], bool]) -> int:

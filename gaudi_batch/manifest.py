@@ -90,6 +90,9 @@ class CommitFacts:
     finished_at: float | None = None
     """When its last image was stored, in seconds since the epoch by the driver's clock; None where an older version
     made it, which has that by the clock of the card's node alone."""
+    bad_rows: tuple[int, ...] = ()
+    """Rows that can't be run whoever tries, since what they ask for is against the rules; an older version names
+    none."""
 
 
 _FACTS = TypeAdapter(CommitFacts)
@@ -138,13 +141,12 @@ def build(
             "shard": commit.shard,
             "card": commit.card,
         }
-        if row.num_images:
-            common |= row.bucket._asdict()
+        common |= row.bucket._asdict() if row.num_images else row.asked
         if row.row in failures:
             found.append(
                 common
                 | {"status": "failed", "error": failures[row.row], "finished_at": datetime.now(timezone.utc)}
-                | ({} if row.seed is None else {"seed": row.seed})
+                | ({"seed": image_seed(run_seed, row, 0)} if row.has_seed else {})
             )
             take.append(place)
             continue

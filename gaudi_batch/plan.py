@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 TAIL_SHARE = 0.1
@@ -88,7 +88,7 @@ class Shard:
     rows: int
     """Rows of the bucket in the range, those that can't be run among them."""
     images: int
-    """Images that its rows ask for."""
+    """Images that its rows ask for; about so many where it makes rows again."""
     only: tuple[int, ...] | None = None
     """Of a shard that makes rows again: these rows alone, counted in their file."""
     failed_before: int = 0
@@ -100,10 +100,6 @@ class Shard:
     def again(self) -> bool:
         """Whether its rows are in shards before it, whose word on them no longer counts."""
         return self.only is not None
-
-    def asking_for(self, images: int) -> Shard:
-        """The same shard with another number of images."""
-        return replace(self, images=images)
 
 
 def plan_shards(

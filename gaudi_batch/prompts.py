@@ -12,8 +12,9 @@ import hashlib
 import logging
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -153,7 +154,7 @@ class PromptDataset:
                 raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
 
     def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
-        codes, distinct = distinct_rows(self._ours(pa.Table.from_batches([batch])))
+        codes, distinct = distinct_rows(self._ours(pa.Table.from_batches([batch])), len(batch))
         shapes = [rules.shape(values)[:2] for values in distinct]
         edges = np.flatnonzero(np.diff(codes)) + 1
         for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
@@ -226,9 +227,10 @@ class PromptDataset:
         carried: list[pa.Table] = []
         first = 0
         for group, count in enumerate(self._group_sizes(shard.file)):
-            begin, end = max(shard.start, first), min(shard.stop, first + count)
-            if begin < end:
-                piece = _Piece(shard, group, range(first, first + count), self.files[shard.file].first_row, begin, end)
+            own = _rows_between(shard, first, first + count)
+            if own:
+                span, first_row = range(first, first + count), self.files[shard.file].first_row
+                piece = _Piece(shard, group, span, first_row, own[0], own[-1] + 1)
                 found, table = self._read_piece(piece, rules, task or ShardTask(shard, ""), task is None, announce)
                 rows += found
                 carried.append(table)
@@ -239,35 +241,54 @@ class PromptDataset:
     def _read_piece(
         self, piece: _Piece, rules: RowRules, task: ShardTask, believed: bool, announce: Callable[[Reading], None]
     ) -> tuple[list[PromptRow], pa.Table]:
-        shard = piece.shard
-        reasons: dict[int, str] = {}  # by place within the piece
         try:
             table = self._decode_piece(piece, task, announce)
-            ours = python_rows(self._ours(table))
-            carried = self._carried(table)
-            if len(ours) < piece.count:
-                reasons |= dict.fromkeys(range(len(ours), piece.count), task.unreadable[piece.group][1])
+            places = self._own_places(piece, 0, len(table), self._ours(table), rules)
+            own = _take(table, places)
+            values, carried = python_rows(self._ours(own)), self._carried(own)
+            read = len(table)
+            reason = task.unreadable[piece.group][1] if read < piece.count else ""
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            name = self.files[shard.file].name
+            name = self.files[piece.shard.file].name
             reason = f"row group {piece.group} of {name!r} can't be decoded: {one_line(error, 300)}"
             if not believed and piece.group not in task.undecoded:
                 raise GroupUndecoded(piece.group, reason) from None
-            ours, carried = [], self.carried.empty_table()
-            reasons |= dict.fromkeys(range(piece.count), reason)
-        if reasons:
-            unread = self._read_shapes(piece, next(iter(reasons.values())))[len(ours) :]
-            nulls = pa.table([pa.nulls(len(unread), field.type) for field in self.carried], schema=self.carried)
-            ours, carried = ours + unread, pa.concat_tables([carried, nulls])
-        rows = [make_row(piece.row(i), values, rules, reasons.get(i)) for i, values in enumerate(ours)]
-        mine = [i for i, row in enumerate(rows) if row.bucket == shard.bucket]
-        if shard.only is not None:
-            wanted = {self.files[shard.file].first_row + row for row in shard.only}
-            mine = [i for i in mine if rows[i].row in wanted]
-        if len(mine) == len(rows):
-            return rows, carried
-        return [rows[i] for i in mine], carried.take(pa.array(mine, pa.int64()))
+            places, values, carried, read = np.empty(0, np.int64), [], self.carried.empty_table(), 0
+        rows = [make_row(piece.row(place), each, rules) for place, each in zip(places.tolist(), values, strict=True)]
+        if read < piece.count:
+            shapes = self._read_shapes(piece, read, reason)
+            places = self._own_places(piece, read, piece.count - read, shapes, rules)
+            values = python_rows(_take(shapes, places - read)) if shapes.num_columns else [{}] * len(places)
+            # Without these two, the seed follows from the row's number.
+            unread = {"seed": Undecodable("")} if {"id", "seed"} & self.columns.keys() else {}
+            rows += [
+                make_row(piece.row(place), each | unread, rules, reason)
+                for place, each in zip(places.tolist(), values, strict=True)
+            ]
+            nulls = pa.table([pa.nulls(len(places), field.type) for field in self.carried], schema=self.carried)
+            carried = pa.concat_tables([carried, nulls])
+        return rows, carried
+
+    def _own_places(
+        self, piece: _Piece, first: int, count: int, ours: pa.Table, rules: RowRules
+    ) -> npt.NDArray[np.int64]:
+        """The places in a piece of those rows that are the shard's own, among `count` of them from `first` on.
+
+        Args:
+            piece: the piece.
+            first: the first place.
+            count: how many.
+            ours: our columns of these rows; those of their shapes at least.
+            rules: what a row gets where it says nothing.
+        """
+        start = piece.start + first
+        own = np.array(_rows_between(piece.shard, start, start + count), np.int64) - start
+        shapes = ours.select([name for name in SHAPE_COLUMNS if name in ours.column_names])
+        codes, distinct = distinct_rows(shapes, count)
+        fits = np.array([rules.shape(values)[0] == piece.shard.bucket for values in distinct], np.bool_)
+        return own[fits[codes[own]]] + first
 
     def _decode_piece(self, piece: _Piece, task: ShardTask, announce: Callable[[Reading], None]) -> pa.Table:
         """The rows of a piece; of one that is read by row, those before the first that is not to be read."""
@@ -304,7 +325,7 @@ class PromptDataset:
         first = 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            if shard.start < first + group.num_rows and first < shard.stop:
+            if _rows_between(shard, first, first + group.num_rows):
                 for column in map(group.column, range(group.num_columns)):
                     begin = column.dictionary_page_offset or column.data_page_offset
                     end = begin + column.total_compressed_size
@@ -312,20 +333,20 @@ class PromptDataset:
                         storage.get_range(name, start, min(end, start + READ_BYTES))
             first += group.num_rows
 
-    def _read_shapes(self, piece: _Piece, reason: str) -> list[dict[str, Any]]:
-        """What the shape columns alone say of the rows of a group that can't be decoded: whose rows these are. They
-        could be read when the job was planned."""
+    def _read_shapes(self, piece: _Piece, first: int, reason: str) -> pa.Table:
+        """The shape columns alone of a piece's rows from a place on, in a group that can't be decoded: whose rows these
+        are. They could be read when the job was planned."""
         shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
         if not shapes:
-            return [{}] * piece.count
+            return pa.table({})
         try:
             table = self._open(piece.shard.file).read_row_group(piece.group, columns=shapes)
-            found = python_rows(self._ours(table.slice(piece.offset, piece.count)))
+            found = self._ours(table.slice(piece.offset + first, piece.count - first))
         except MemoryError:
             raise  # the card's
         except (pa.ArrowException, OSError, ValueError):
-            found = []
-        if len(found) != piece.count:
+            found = None
+        if found is None or (found.num_columns and len(found) != piece.count - first):
             raise PromptsChanged(f"prompts: {reason}")
         return found
 
@@ -666,6 +687,25 @@ def _version(info: Mapping[str, Any]) -> str:
     return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
+def _rows_between(shard: Shard, start: int, stop: int) -> Sequence[int]:
+    """The rows of a shard's range, or those that it makes again, from one row of its file to before another."""
+    if shard.only is None:
+        return range(max(shard.start, start), min(shard.stop, stop))
+    return shard.only[bisect_left(shard.only, start) : bisect_left(shard.only, stop)]
+
+
+def _take(table: pa.Table, places: npt.NDArray[np.int64]) -> pa.Table:
+    """Some rows of a table, in order. Of a view, from which Arrow may not be able to take, as what it is a view of."""
+    if len(places) == len(table):
+        return table
+    kinds = plain(table.schema).types
+    columns = [
+        (column if pa.types.is_dictionary(column.type) else column.cast(kind)).take(pa.array(places))
+        for column, kind in zip(table.columns, kinds, strict=True)
+    ]
+    return pa.table(columns, names=table.column_names)
+
+
 def python_rows(table: pa.Table) -> list[dict[str, Any]]:
     """The rows of a table as Python values; one that Python can't hold comes as `Undecodable`."""
     try:
@@ -692,11 +732,18 @@ def _text(item: pa.Scalar) -> str:
         return f"a {item.type} that can't be shown"
 
 
-def distinct_rows(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
+def distinct_rows(table: pa.Table, rows: int) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
     """The distinct rows of a table of few columns, so that Python looks at each once: for each row of the table the
-    place of its like among them, and them as Python values."""
-    codes = np.zeros(table.num_rows, dtype=np.int64)
-    for column in table.columns:
+    place of its like among them, and them as Python values.
+
+    A column's values are numbered and the numbers of all columns combined.
+
+    Args:
+        table: of columns that decide a shape.
+        rows: how many it has; a table without columns does not know.
+    """
+    codes = np.zeros(rows, dtype=np.int64)
+    for column in table.columns if rows else ():
         encoded = _plain_values(column).dictionary_encode(null_encoding="encode")
         codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
         codes = np.unique(codes, return_inverse=True)[1]

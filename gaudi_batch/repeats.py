@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gaudi_batch.columns import plain
+from gaudi_batch.rows import derived_seed
 
 MOST_IDS = 10_000_000
 """Ids that are compared, at 8 bytes each; those beyond are not looked at."""
@@ -51,12 +53,27 @@ class RepeatedIds:
         if self._waiting_ids >= _WAITING_IDS or self._waiting_bytes >= _WAITING_BYTES:
             self._sort_in()
 
+    def add_manifest(self, table: pa.Table, run_seed: int, may_have_seeds: bool) -> None:
+        """Takes in the rows of a manifest, those left out whose seeds are their own.
+
+        Args:
+            table: of a manifest; a row's images are in one.
+            run_seed: seed of the run.
+            may_have_seeds: whether the prompts have a column of seeds.
+        """
+        image = table.column("image_index")
+        table = table.filter(pc.or_kleene(pc.is_null(image), pc.equal(image, 0)))
+        ids = table.column("id")
+        if may_have_seeds:
+            seeds = table.column("seed").to_pylist()
+            pairs = zip(ids.to_pylist(), seeds, strict=True)
+            ids = ids.filter(pa.array([derived_seed(run_seed, its, 0) == seed for its, seed in pairs], pa.bool_()))
+        self.add(ids)
+
     def describe(self) -> str | None:
         """What there is to say in one line: how many rows share an id with another, one such id, and the way out;
         None where no id repeats."""
-        self._sort_in()
-        same = self._sorted[1:] == self._sorted[:-1]
-        rows = int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
+        rows = self.rows()
         if not rows:
             return None
         compared = f"; the first {self._taken} ids were compared" if self.seen > self._taken else ""
@@ -65,6 +82,12 @@ class RepeatedIds:
             " of one id get the same seeds; to give each its own, make the column id unique, name one that is"
             " (--columns id=NAME), add a column seed, or have no column id"
         )
+
+    def rows(self) -> int:
+        """How many of the rows that were compared share an id with another."""
+        self._sort_in()
+        same = self._sorted[1:] == self._sorted[:-1]
+        return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
 
     def _sort_in(self) -> None:
         ids = [value for array in self._waiting for value in array.to_pylist()]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.plan import Bucket
@@ -20,6 +20,45 @@ MAX_SEED = 2**63 - 1
 """Seeds are 0 .. 2^63 - 1, what a Parquet int64 column and a torch.Generator both hold."""
 
 
+USUAL_PIXELS = 2048 * 2048
+"""Pixels that any model may be asked for; the largest models of today are made for 1024 x 1024."""
+MAX_SIDE = 8192
+"""Pixels of a side: eight times those of the largest models of today."""
+MAX_STEPS = 1000
+"""Denoising steps: models are trained with as many time steps, and no scheduler of diffusers takes more."""
+MAX_GUIDANCE = 1000.0
+"""Usual scales are 1 to 30. A thousand times what a model predicts of noise is within float16, which ends at 65,504."""
+MAX_PROMPT = 65_536
+"""Characters of a prompt, 128 for each of the 512 tokens that the longest text encoders of diffusers read."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a row may ask for at most. More is a mistake, and would hold a card for hours or kill it."""
+
+    max_pixels: int
+    """Of an image: width times height."""
+    max_side: int
+    """Pixels."""
+    max_steps: int
+    max_guidance_scale: float
+    max_prompt: int
+    """Characters of the prompt, and of the negative prompt."""
+
+
+def bounds_for(width: int, height: int, max_pixels: int | None = None) -> Bounds:
+    """The bounds of a new run.
+
+    Args:
+        width: the model's own, in pixels.
+        height: the same.
+        max_pixels: what the job says, which then decides about sides, too; null is the larger of USUAL_PIXELS and four
+            times the model's own area, and no side over MAX_SIDE.
+    """
+    pixels = max_pixels or max(USUAL_PIXELS, 4 * width * height)
+    return Bounds(pixels, max_pixels or max(MAX_SIDE, width, height), MAX_STEPS, MAX_GUIDANCE, MAX_PROMPT)
+
+
 @dataclass(frozen=True)
 class RowRules:
     """What a row gets where it says nothing, and what it may ask for."""
@@ -31,21 +70,48 @@ class RowRules:
     multiple: int
     """Pixels of which a side must be a multiple."""
 
+    bounds: Bounds | None = None
+    """None in a run that a version without bounds began: it is finished as that would have finished it."""
+
     def shape(self, values: Mapping[str, Any]) -> tuple[Bucket, int, str | None]:
         """The bucket of a row, its number of images, and why it can't be run (None if it can).
 
         Args:
             values: the row's values of SHAPE_COLUMNS; a missing or null one is the job's.
         """
-        try:
-            width = _side(values, "width", self.bucket.width, self.multiple)
-            height = _side(values, "height", self.bucket.height, self.multiple)
-            steps = _count(values, "steps", self.bucket.steps)
-            images = _count(values, "num_images", self.num_images, MAX_IMAGES)
-            guidance = _guidance(values, self.bucket.guidance_scale)
-        except ValueError as error:
-            return self.bucket, 0, str(error)
-        return Bucket(width, height, steps, guidance), images, None
+        asked, errors = self._asked(values)
+        if errors:
+            return self.bucket, 0, errors[0]
+        images = asked.pop("num_images")
+        return Bucket(**asked), images, None
+
+    def asked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row asks for, of SHAPE_COLUMNS those that it may ask for."""
+        return self._asked(values)[0]
+
+    def _asked(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        job, bounds = self.bucket, self.bounds
+        most_side, most_steps = (bounds.max_side, bounds.max_steps) if bounds else (MAX_INT32, MAX_INT32)
+        most_guidance = bounds.max_guidance_scale if bounds else math.inf
+        found: dict[str, Any] = {}
+        errors: list[str] = []
+        for name, read in (
+            ("width", lambda: _side(values, "width", job.width, self.multiple, most_side)),
+            ("height", lambda: _side(values, "height", job.height, self.multiple, most_side)),
+            ("steps", lambda: _count(values, "steps", job.steps, most_steps)),
+            ("num_images", lambda: _count(values, "num_images", self.num_images, MAX_IMAGES)),
+            ("guidance_scale", lambda: _guidance(values, job.guidance_scale, most_guidance)),
+        ):
+            try:
+                found[name] = read()
+            except ValueError as error:
+                errors.append(str(error))
+        if bounds and (pixels := found.get("width", 0) * found.get("height", 0)) > bounds.max_pixels:
+            width, height = found.pop("width"), found.pop("height")
+            errors.append(
+                f"width x height is {width}x{height}, {pixels} pixels; it must be at most {bounds.max_pixels}{_RAISES}"
+            )
+        return found, errors
 
 
 @dataclass(frozen=True)
@@ -64,6 +130,10 @@ class PromptRow:
     """Why it can't be run, or None."""
     unreadable: bool = False
     """Whether that is because it could not be read."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """Of a row whose shape is against the rules: what of its shape is not, by the names of SHAPE_COLUMNS."""
+    has_seed: bool = True
+    """Whether the seeds of its images are known, though it can't be run."""
 
 
 def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
@@ -75,8 +145,16 @@ def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
     """
     if row.seed is not None:
         return (row.seed + image) & MAX_SEED
-    text = json.dumps([run_seed, row.id, image], separators=(",", ":"))
+    return derived_seed(run_seed, row.id, image)
+
+
+def derived_seed(run_seed: int, identity: str, image: int) -> int:
+    """The seed of an image of a row that has none of its own; see `image_seed`."""
+    text = json.dumps([run_seed, identity, image], separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
+
+
+_RAISES = ", unless the job's max_pixels says otherwise"
 
 
 class Undecodable(str):
@@ -101,6 +179,10 @@ def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str
     error = error or prompt_error or negative_error or id_error or shape_error or seed_error
     if error is None and (prompt is None or not prompt.strip()):
         error = "prompt is null" if prompt is None else "prompt is empty"
+    if rules.bounds is not None:
+        most = rules.bounds.max_prompt
+        error = error or _too_long("prompt", prompt, most) or _too_long("negative_prompt", negative, most)
+        prompt, negative = prompt and prompt[:most], negative and negative[:most]
     return PromptRow(
         row=number,
         id=str(number) if identity is None else identity,
@@ -111,7 +193,15 @@ def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str
         num_images=images,
         error=error,
         unreadable=unreadable,
+        asked=rules.asked(values) if shape_error and rules.bounds is not None else {},
+        has_seed=seed is not None or (rules.bounds is not None and seed_error is None and id_error is None),
     )
+
+
+def _too_long(name: str, text: str | None, most: int) -> str | None:
+    if text is None or len(text) <= most:
+        return None
+    return f"{name} has {len(text)} characters; it must have at most {most}, and no model reads as many"
 
 
 def _text(values: Mapping[str, Any], name: str) -> tuple[str | None, str | None]:
@@ -145,14 +235,16 @@ def _count(values: Mapping[str, Any], name: str, default: int, most: int = MAX_I
     return value
 
 
-def _side(values: Mapping[str, Any], name: str, default: int, multiple: int) -> int:
+def _side(values: Mapping[str, Any], name: str, default: int, multiple: int, most: int) -> int:
     value = _count(values, name, default)
+    if value > most:
+        raise ValueError(f"{name} is {value}; it must be at most {most}{_RAISES}")
     if value % multiple:
         raise ValueError(f"{name} is {value}; this model needs a multiple of {multiple}")
     return value
 
 
-def _guidance(values: Mapping[str, Any], default: float) -> float:
+def _guidance(values: Mapping[str, Any], default: float, most: float) -> float:
     value = values.get("guidance_scale")
     if value is None:
         return default
@@ -160,6 +252,8 @@ def _guidance(values: Mapping[str, Any], default: float) -> float:
         raise ValueError(f"guidance_scale is {_shown(value)}; it must be a number")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"guidance_scale is {value}; it must be finite and not negative")
+    if value > most:
+        raise ValueError(f"guidance_scale is {value}; it must be at most {most:g}")
     return float(value)
 
 

@@ -30,6 +30,7 @@ from gaudi_batch.manifest import finished_at
 from gaudi_batch.place import refuse_file
 from gaudi_batch.plan import Shard
 from gaudi_batch.reasons import FailedRows
+from gaudi_batch.repeats import RepeatedIds
 from gaudi_batch.spans import Stopwatch, card_hours, read_spans, wall_seconds
 from gaudi_batch.stopping import watched_for_stop
 from gaudi_batch.storage import Storage
@@ -40,6 +41,8 @@ from gaudi_batch.verify import Findings
 from gaudi_batch.verify import verify as look
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from gaudi_batch.cluster import CardResources
     from gaudi_batch.driver import Driver
 
@@ -94,7 +97,7 @@ def run(
         address: a Ray cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
         strict: read every row first, and refuse the job if one can't be run.
         overwrite: remove the run that is in the output first, once the cluster has given a card that loads the model.
-        retry_failed: run the rows that have failed again.
+        retry_failed: run the rows that have failed again, but for those whose own data is against the rules.
         verify: read every image back at the end and compare it with its manifest.
         repair: do so at the start, and make the rows again whose images are missing or torn.
         grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
@@ -113,7 +116,7 @@ def run(
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)
-    job = resolve(config, record.threads if record else None)
+    job = resolve(config, record)
     if record:
         _refuse_another_job(ledger, record, job)
     if strict:
@@ -254,7 +257,7 @@ def _repair(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], C
     _say(findings)
     if not findings.broken:
         return shards
-    added = plan_again(findings.broken, findings.images_of, shards, job.dataset, job.rules, job.config.shard_size)
+    added = plan_again(findings.broken, findings.images_of, shards, job.dataset, job.config.shard_size)
     log.info("%d rows with missing or torn images are made again, in %d new shards", len(findings.broken), len(added))
     cards()
     ledger.put_plan([*shards, *added])
@@ -280,14 +283,20 @@ def _verify(ledger: Ledger, made_again: Mapping[int, int]) -> None:
 
 def _add_failed(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], CardResources]) -> list[Shard]:
     """The plan with shards for the rows that have failed and are in no shard that is still to be made."""
-    failed = failed_rows(ledger.commits())
+    all_failed = failed_rows(ledger.commits())
+    if all_failed.hopeless:
+        log.info(
+            "%d failed rows can't be run whatever is tried, as what they ask for is against the rules; `error` in"
+            " manifest.parquet says why",
+            all_failed.hopeless,
+        )
     committed = set(ledger.committed_shards())
     waiting = rows_made_again([shard for shard in shards if shard.number not in committed], job.dataset)
-    failed = {row: shard for row, shard in failed.items() if row not in waiting}
+    failed = {row: shard for row, shard in all_failed.worth_a_try.items() if row not in waiting}
     if not failed:
         log.info("no failed row is left to run again")
         return shards
-    added = plan_again(failed, {}, shards, job.dataset, job.rules, job.config.shard_size)
+    added = plan_again(failed, {}, shards, job.dataset, job.config.shard_size)
     log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
     cards()
     ledger.put_plan([*shards, *added])
@@ -515,7 +524,16 @@ def _write_summary(
         )
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:
-        totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts)
+        repeated = RepeatedIds()
+
+        def look_at_ids(table: pa.Table) -> None:
+            if "id" in job.dataset.columns:
+                repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
+
+        totals["images"], totals["failed_rows"] = ledger.join_manifests(made_again, tally.attempts, look_at_ids)
+        totals["rows_that_share_an_id"] = repeated.rows()
+        if said := repeated.describe():
+            log.warning("%s", said)
     spans = [span for span in read_spans(ledger) if span.driver != lease.driver]
     spans += [ended.watch.span(ended.card_s)] if ended.watch else []
     drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()}

@@ -103,15 +103,15 @@ def _suspects(table: pa.Table, rules: RowRules) -> Mask:
     found = np.zeros(table.num_rows, np.bool_)
     shapes = [name for name in table.column_names if name in SHAPE_COLUMNS]
     if shapes:
-        codes, distinct = distinct_rows(table.select(shapes))
+        codes, distinct = distinct_rows(table.select(shapes), table.num_rows)
         found |= np.array([rules.shape(values)[2] is not None for values in distinct], np.bool_)[codes]
     for name in table.column_names:
         if name not in SHAPE_COLUMNS:
-            found |= _suspect_values(name, _decoded(table.column(name)))
+            found |= _suspect_values(name, _decoded(table.column(name)), rules)
     return found
 
 
-def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
+def _suspect_values(name: str, column: pa.ChunkedArray, rules: RowRules) -> Mask:
     there = _mask(pc.is_valid(column))
     if name == "seed":
         return _suspect_seeds(column, there)
@@ -121,9 +121,12 @@ def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
         column.validate(full=True)
     except pa.ArrowInvalid:  # some text in it is not UTF-8
         return np.ones(len(column), np.bool_)
-    if name != "prompt":
-        return np.zeros(len(column), np.bool_)
-    return ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
+    found = np.zeros(len(column), np.bool_)
+    if name in ("prompt", "negative_prompt") and rules.bounds is not None:
+        found |= _mask(pc.fill_null(pc.greater(pc.utf8_length(column), rules.bounds.max_prompt), False))
+    if name == "prompt":
+        found |= ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
+    return found
 
 
 def _suspect_seeds(column: pa.ChunkedArray, there: Mask) -> Mask:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 from collections.abc import Callable
 from decimal import Decimal
@@ -108,8 +107,7 @@ def test_columns_of_every_type_come_back_as_they_were(
     assert set(table.column("error").to_pylist()) == {None}
     found = values(table.select(files[0].column_names))
     assert [name for name in expected if found[name] != expected[name]] == []
-    if importlib.util.find_spec("pandas"):
-        assert table.to_pandas()["dictionary"].tolist() == expected["dictionary"]
+    assert table.to_pandas()["dictionary"].tolist() == expected["dictionary"]
 
 
 def as_older_code_wrote_it(manifest: Path) -> None:
@@ -141,7 +139,7 @@ def test_a_run_is_complete_only_when_its_joined_manifest_can_be_read(
     (output / "summary.json").unlink()
     for path in (output / "manifest").iterdir():
         as_older_code_wrote_it(path)
-    monkeypatch.setattr("gaudi_batch.ledger.plain", lambda schema: schema, raising=False)
+    monkeypatch.setattr("gaudi_batch.joined.plain", lambda schema: schema)
     with pytest.raises(StorageError, match="can't be read back"):
         make(prompts, output, cluster)
     assert not (output / "summary.json").exists()
@@ -150,7 +148,7 @@ def test_a_run_is_complete_only_when_its_joined_manifest_can_be_read(
 def test_large_columns_are_joined_a_part_at_a_time(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gaudi_batch.ledger.JOINED_BYTES", 1 << 20, raising=False)
+    monkeypatch.setattr("gaudi_batch.joined.GROUP_BYTES", 1 << 20)
     prompts = write_prompts({"prompt": ["p"] * ROWS, "large": [str(number) * 20_000 for number in range(ROWS)]})
     make(prompts, tmp_path / "out", cluster, shard_size=8)
     with pq.ParquetFile(tmp_path / "out/manifest.parquet") as file:

@@ -1,0 +1,125 @@
+"""manifest.parquet: in order of row, with every column as it was, and read by pandas without losing a digit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_columns import ALIKE, ROWS, values
+
+from gaudi_batch import manifest
+from gaudi_batch.joined import JoinedManifest
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.manifest import CommitFacts, ImageFacts, StoredImage
+from gaudi_batch.plan import Bucket
+from gaudi_batch.repeats import RepeatedIds
+from gaudi_batch.rows import MAX_SEED, PromptRow, RowRules, bounds_for, derived_seed, make_row
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import Sums
+
+RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8, bounds_for(64, 64))
+README = Path(__file__).parents[1] / "README.md"
+
+
+def commit(ledger: Ledger, shard: int, rows: Sequence[PromptRow], again: bool = False) -> str:
+    """Commits rows as a card records them; those with an error fail."""
+    stored = StoredImage("images/x.png", "0" * 64, datetime.now(timezone.utc), 0.0, 0.0)
+    images = {
+        (row.row, image): ImageFacts(stored, None, False)
+        for row in rows
+        if row.error is None
+        for image in range(row.num_images)
+    }
+    failures = {row.row: row.error for row in rows if row.error is not None}
+    facts = CommitFacts(shard, "aaaaa0", "c", "n", None, len(rows), len(failures), len(images), Sums(), again=again)
+    carried = pa.table({"topic": pa.array([f"topic {row.row}" for row in rows])})
+    assert ledger.commit(facts, manifest.build(rows, carried, images, failures, 0, facts))
+    return facts.attempt
+
+
+def rows_of(numbers: Sequence[int], **columns: Sequence[Any]) -> list[PromptRow]:
+    return [
+        make_row(number, {"prompt": "p", **{name: column[place] for name, column in columns.items()}}, RULES)
+        for place, number in enumerate(numbers)
+    ]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(Storage(str(tmp_path / "out")))
+
+
+def test_the_joined_manifest_is_in_order_of_row_and_image(ledger: Ledger, tmp_path: Path) -> None:
+    committed = {
+        0: commit(ledger, 0, rows_of([0, 2, 4], num_images=[2, 1, 1])),
+        1: commit(ledger, 1, rows_of([1, 3, 5], seed=[None, -1, None])),
+        2: commit(ledger, 2, rows_of([2]), again=True),
+    }
+    assert ledger.join_manifests({2: 2}, committed) == (6, 1)
+    table = pq.read_table(tmp_path / "out/manifest.parquet")
+    assert table.column("row").to_pylist() == [0, 0, 1, 2, 3, 4, 5]
+    assert table.column("image_index").to_pylist() == [0, 1, 0, 0, None, 0, 0]
+    assert table.column("topic").to_pylist() == [f"topic {row}" for row in table.column("row").to_pylist()]
+
+
+def test_one_that_is_too_large_for_memory_is_in_order_of_shard(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaudi_batch.joined.SORTED_BYTES", 600)
+    committed = {shard: commit(ledger, shard, rows_of([shard, shard + 10])) for shard in range(5)}
+    assert ledger.join_manifests({}, committed) == (10, 0)
+    table = pq.read_table(tmp_path / "out/manifest.parquet")
+    assert table.column("row").to_pylist() == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
+
+
+def test_columns_of_every_type_are_as_they_were_after_sorting(tmp_path: Path) -> None:
+    columns = {name: column(0) for name, column in ALIKE.items()}
+    table = pa.table({"row": range(ROWS), "image_index": [0] * ROWS, **columns})
+    odd = list(range(1, ROWS, 2))
+    with JoinedManifest(tmp_path / "manifest.parquet") as file:
+        for places in (odd, [place - 1 for place in odd]):
+            file.add(pa.concat_tables(table.slice(place, 1) for place in places))
+    assert values(pq.read_table(tmp_path / "manifest.parquet")) == values(table)
+
+
+def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_path: Path) -> None:
+    seeds = [MAX_SEED, 4600196908893600043, None, 2**63]
+    rows = rows_of(range(4), seed=seeds, width=[64, 64, 65, 64], prompt=["p", "", "p", "p"])
+    ledger.join_manifests({}, {0: commit(ledger, 0, rows)})
+    lines = re.findall(r"^images = (pandas.*)$", README.read_text(), re.MULTILINE)
+    assert len(lines) == 1
+    path = str(tmp_path / "out/manifest.parquet")
+    images = eval(lines[0].replace('"manifest.parquet"', repr(path)), {"pandas": pandas})
+    expected = pq.read_table(path).select(["seed", "width", "height", "steps", "image_index"]).to_pydict()
+    assert expected["seed"] == [MAX_SEED, 4600196908893600043, derived_seed(0, "2", 0), None]
+    assert expected["width"] == [64, 64, None, 64]
+    assert expected["steps"] == [20] * 4
+    for name, column in expected.items():
+        found = [None if pandas.isna(value) else value for value in images[name]]
+        assert found == column
+        assert {type(value) for value in found} <= {int, type(None)}
+
+
+def test_ids_that_repeat_are_found_where_manifests_are_joined(ledger: Ledger) -> None:
+    ids = ["a", "b", "a", "a", "c", "c"]
+    rows = rows_of(range(6), id=ids, seed=[None, None, None, 7, None, None], num_images=[2] * 6)
+    committed = {0: commit(ledger, 0, rows[:3]), 1: commit(ledger, 1, rows[3:])}
+    for may_have_seeds, said in ((True, "4 of 5 rows share an id"), (False, "5 of 6 rows share an id")):
+        repeated = RepeatedIds()
+        ledger.join_manifests({}, committed, lambda table, r=repeated, m=may_have_seeds: r.add_manifest(table, 0, m))
+        assert (repeated.describe() or "").startswith(said)
+
+
+def test_a_failed_row_of_a_run_that_began_without_bounds_has_no_more_than_its_other_failed_rows() -> None:
+    old = dataclasses.replace(RULES, bounds=None)
+    row = make_row(1, {"prompt": None, "width": 65}, old)
+    assert (row.has_seed, row.asked) == (False, {})
+    assert make_row(1, {"prompt": None, "seed": 5}, old).has_seed
