@@ -43,7 +43,7 @@ def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    output, count = tmp_path / "out", 200
+    output, count = tmp_path / "out", 100
     prompts = write_prompts({"prompt": [None if row in (1, 3) else f"prompt {row}" for row in range(count)]})
     flags = ("--device", "simulated", "--cards", "1", "--shard-size", "4", "--batch-size", "4")
     job = ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, *flags)
