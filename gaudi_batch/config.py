@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gaudi_batch.errors import InputError
-from gaudi_batch.redaction import redacted_options
+from gaudi_batch.redaction import redact, redacted_options
 from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
 from gaudi_batch.text import load_yaml, name, shown
 
@@ -180,7 +180,7 @@ class JobConfig(_Section):
     Its `repr` and `str` have `***` in place of what is secret; its fields and `model_dump` are as they were given.
 
     Raises:
-        pydantic.ValidationError: a value breaks its rule. `JobConfig.load` turns it into an `InputError`.
+        InputError: a value breaks its rule; the message names each field, its value and the rule.
     """
 
     prompts: str
@@ -282,6 +282,16 @@ class JobConfig(_Section):
 
     simulated: SimulatedConfig = Field(default_factory=SimulatedConfig)
     """Settings of device simulated."""
+
+    if not TYPE_CHECKING:  # which knows the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                # Values that are quoted may be secrets of the same job, which is known to nobody yet.
+                options = {name: fields.get(name) for name in ("storage_options", "prompts_storage_options")}
+                raise InputError(redact(explain(error), options)) from None
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for field, value in super().__repr_args__():

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -161,3 +162,11 @@ def look_for_credentials_again(filesystem: Any) -> None:
         filesystem.connect(refresh=True)
     elif _is_anonymous_for_want(filesystem):
         filesystem.credentials.connect()
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` filled in; as it is where nobody knows whose home that is, as without HOME in a container."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

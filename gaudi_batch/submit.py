@@ -14,7 +14,6 @@ import re
 import secrets
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,10 @@ import yaml
 from gaudi_batch.config import JobConfig
 from gaudi_batch.console import OutputLost, look_for_reader, say
 from gaudi_batch.errors import InputError, RunStopped
+from gaudi_batch.filesystem import expanded
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
+from gaudi_batch.scratch import scratch_directory
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
@@ -36,7 +37,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 JOB_FILE = "job.yaml"
 START_FILE = "start.py"
-TOKEN_FILE = Path("~/.ray/auth_token")
+TOKEN_FILE = "~/.ray/auth_token"
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_SECONDS = 15
 """What a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
@@ -129,7 +130,7 @@ class Cluster:
     """
 
     def __init__(self, address: str | None) -> None:
-        if TOKEN_FILE.expanduser().exists() or any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        if expanded(TOKEN_FILE).exists() or any(os.environ.get(name) for name in TOKEN_VARIABLES):
             # As `ray.init` does; the client of the Jobs API leaves the token where it is.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
@@ -146,7 +147,7 @@ class Cluster:
 
     def submit(self, submission: Submission) -> str:
         """Sends a job; returns its id. Raises InputError."""
-        with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
+        with scratch_directory("pack the job") as directory:
             Path(directory, JOB_FILE).write_text(submission.job_file, encoding="utf-8")
             shutil.copy(Path(__file__).with_name(START_FILE), directory)
             environment: dict[str, Any] = {
