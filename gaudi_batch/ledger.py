@@ -59,6 +59,7 @@ class RunRecord:
     """The job's config, secrets taken out."""
     fingerprint: dict[str, Any]
     versions: dict[str, str]
+    """Of the packages of the machine that began the run, which makes no image."""
     created_at: str
     rows: int
     images: int
