@@ -124,7 +124,7 @@ class Job:
         return redacted_options(self.config.model_dump(mode="json"))
 
     def versions(self) -> dict[str, str]:
-        """Versions of packages that shape images, as the driver's machine has them; those of the cards are in `stacks`."""
+        """Versions of packages that shape images, as this machine has them; those of cards are in `stacks`."""
         return versions(SHAPING_PACKAGES)
 
 

@@ -1,4 +1,4 @@
-"""One root on a file system or in a store: the only place that writes objects, and the only one that tries storage again.
+"""One root in a store or on a disk: the only place that writes objects, and the only one that tries storage again.
 
 Everything else speaks in paths relative to a root. A put is atomic on all that `open_filesystem` takes: a reader sees
 the whole object or none. An object store does so by itself; on a disk an object is written under another name and
@@ -66,7 +66,7 @@ REMOVE_THREADS = 16
 
 
 class Storage:
-    """A directory of a file system or of a store that `open_filesystem` takes, addressed by relative paths with forward slashes.
+    """A directory of a store or a disk that `open_filesystem` takes, addressed by relative paths with forward slashes.
 
     Args:
         url: root; a plain path is a local directory.
