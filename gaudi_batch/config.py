@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redact, redacted_options
 from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
 from gaudi_batch.text import load_yaml, name, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -283,16 +294,6 @@ class JobConfig(_Section):
     simulated: SimulatedConfig = Field(default_factory=SimulatedConfig)
     """Settings of device simulated."""
 
-    if not TYPE_CHECKING:  # which knows the fields
-
-        def __init__(self, **fields: Any) -> None:
-            try:
-                super().__init__(**fields)
-            except ValidationError as error:
-                # Values that are quoted may be secrets of the same job, which is known to nobody yet.
-                options = {name: fields.get(name) for name in ("storage_options", "prompts_storage_options")}
-                raise InputError(redact(explain(error), options)) from None
-
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for field, value in super().__repr_args__():
             yield field, redacted_options({"": value})[""]
@@ -341,6 +342,18 @@ class JobConfig(_Section):
             raise ValueError("model: is missing; name a hub id, a directory or builtin:shapes")
         return self
 
+    # The last of its kind, so that it is around the others.
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refused_in_our_words(cls, fields: Any, validated: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validated(fields)
+        except ValidationError as error:
+            # A value that is quoted may be a secret of the same job, which nobody has been told of.
+            names = ("storage_options", "prompts_storage_options")
+            options = {name: fields.get(name) for name in names} if isinstance(fields, Mapping) else {}
+            raise InputError(redact(explain(error), options)) from None
+
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> JobConfig:
         """Reads a job from a YAML file, from overrides, or from both; overrides win.
@@ -369,8 +382,6 @@ class JobConfig(_Section):
             fields = loaded
         try:
             return cls.model_validate(merge(fields, overrides or {}))
-        except ValidationError as error:
-            raise InputError(explain(error)) from None
         except RecursionError:
             raise InputError(f"job file {str(path)!r} is nested too deeply") from None
 

@@ -154,6 +154,8 @@ def run(
         _refuse_another_job(ledger, record, job)
     else:
         refuse_without_stack(config, address)
+        if address:
+            _knock(address)
     if strict:
         refuse_bad_rows(job)
     ended = _Ended(None)

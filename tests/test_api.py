@@ -51,6 +51,13 @@ def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, object], said
         assert str(refused.value).startswith(said)
 
 
+@pytest.mark.parametrize("job", ["1: 2", "self: 2", "cls: 2", "[1]", "fields: 3"])
+def test_a_job_file_with_odd_names_is_refused_with_a_line(job: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(job)
+    with pytest.raises(InputError):
+        JobConfig.load(tmp_path / "job.yaml")
+
+
 def test_a_result_knows_its_manifest_and_failed_rows(tmp_path: Path, moto: StoreServer, cluster: str) -> None:
     job = small(tmp_path / "prompts", moto.url("api"), storage_options=moto.options)
     result = run(job, address=cluster)

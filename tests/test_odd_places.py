@@ -49,6 +49,16 @@ def test_an_address_of_ipv6_is_knocked_at_and_given_to_ray_as_it_is(ipv6: int) -
         _knock(f"[::1]:{free_port()}")
 
 
+def test_a_cluster_that_does_not_answer_costs_no_beginning_of_an_output(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    address, output = f"[::1]:{free_port()}", tmp_path / "out"
+    flags = ["--device=simulated", f"--prompts={tmp_path}", f"--output={output}"]
+    refused = command_line("run", "--address", address, *flags)
+    assert refused.returncode == 2
+    assert f"no Ray cluster answers at '{address}'" in refused.stderr
+    assert not output.exists()
+
+
 def test_an_address_of_ipv6_without_brackets_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"'::1:6379'.* as in \[::1\]:6379"):
         address_of("::1:6379")
