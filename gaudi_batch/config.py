@@ -9,15 +9,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gaudi_batch.errors import InputError
-from gaudi_batch.redaction import redacted_options
+from gaudi_batch.redaction import redact, redacted_options
 from gaudi_batch.rows import MAX_IMAGES, MAX_SEED
 from gaudi_batch.text import load_yaml, name, nearest, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -197,7 +208,7 @@ class JobConfig(_Section):
     Its `repr` and `str` have `***` in place of what is secret; its fields and `model_dump` are as they were given.
 
     Raises:
-        pydantic.ValidationError: a value breaks its rule. `JobConfig.load` turns it into an `InputError`.
+        InputError: a value breaks its rule; the message names each field, its value and the rule.
     """
 
     prompts: str
@@ -365,6 +376,18 @@ class JobConfig(_Section):
             raise ValueError("model: is missing; name a hub id, a directory or builtin:shapes")
         return self
 
+    # The last of its kind, so that it is around the others.
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refused_in_our_words(cls, fields: Any, validated: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validated(fields)
+        except ValidationError as error:
+            # A value that is quoted may be a secret of the same job, which nobody has been told of.
+            names = ("storage_options", "prompts_storage_options")
+            options = {name: fields.get(name) for name in names} if isinstance(fields, Mapping) else {}
+            raise InputError(redact(explain(error), options)) from None
+
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> JobConfig:
         """Reads a job from a YAML file, from overrides, or from both; overrides win.
@@ -393,8 +416,6 @@ class JobConfig(_Section):
             fields = loaded
         try:
             return cls.model_validate(merge(_in_full(fields), _in_full(overrides or {})))
-        except ValidationError as error:
-            raise InputError(explain(error)) from None
         except RecursionError:
             raise InputError(f"job file {str(path)!r} is nested too deeply") from None
 

@@ -29,7 +29,8 @@ MARGIN = 8
 
 
 def demo(output: str, prompts: int) -> RunResult:
-    """Runs the demo job, afresh each time, and puts `contact_sheet.png` beside its images.
+    """Runs the demo job, afresh each time, and puts `contact_sheet.png` beside its images. It stays on this machine,
+    whatever RAY_ADDRESS says, unless this process is connected to a Ray already.
 
     Args:
         output: where to; a path, or a URL of a store.
@@ -54,7 +55,7 @@ def demo(output: str, prompts: int) -> RunResult:
         },
     )
     _refuse_another_run(Ledger(storage), config)
-    result = run(config, overwrite=True)
+    result = run(config, address="local", overwrite=True)
     make_contact_sheet(storage)
     return result
 

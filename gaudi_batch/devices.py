@@ -11,6 +11,7 @@ import time
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.errors import InputError
+from gaudi_batch.pipelines.gaudi import require_stack
 from gaudi_batch.redaction import redact
 from gaudi_batch.text import one_line
 
@@ -57,6 +58,16 @@ def this_machine_has_cards() -> bool:
     return asked.returncode == 0 and answer not in ([], ["0"])
 
 
+def refuse_without_stack(config: JobConfig, address: str | None) -> None:
+    """Raises InputError where cards are to be used that a Ray of this machine will have, and this Python can't use
+    them."""
+    if config.device == "hpu" and not _is_cluster(address):
+        try:
+            require_stack()
+        except RuntimeError as error:
+            raise InputError(f"device hpu: {error}") from None
+
+
 def _is_cluster(address: str | None) -> bool:
     ray = sys.modules.get("ray")
     return address not in (None, "local") or (ray is not None and ray.is_initialized())
@@ -101,7 +112,7 @@ def address_of(address: str | None) -> str | None:
     """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine.
 
     Raises:
-        InputError: it is named by a URL, as the Jobs API and Ray's client are.
+        InputError: it is named by a URL, as the Jobs API and Ray's client are, or by IPv6 without brackets.
     """
     name, meant = ("--address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"))
     if meant and "://" in meant:
@@ -109,4 +120,6 @@ def address_of(address: str | None) -> str | None:
             f"{name} {redact(meant)!r}: a run begins on the cluster, at its head's own address, as in head:6379; from"
             " elsewhere use gaudi-batch submit --address http://head:8265"
         )
+    if meant and meant.count(":") > 1 and not meant.startswith("["):
+        raise InputError(f"{name} {meant!r}: an address of IPv6 is written in brackets, as in [::1]:6379")
     return meant or None

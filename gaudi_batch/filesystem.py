@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -148,3 +149,11 @@ def look_for_credentials_again(filesystem: Any) -> None:
         filesystem.connect(refresh=True)
     elif _is_anonymous_for_want(filesystem):
         filesystem.credentials.connect()
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` filled in; as it is where nobody knows whose home that is, as without HOME in a container."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -138,7 +138,7 @@ class Job:
         return redacted_options(self.config.model_dump(mode="json"))
 
     def versions(self) -> dict[str, str]:
-        """Versions of everything that shapes an image, as far as this machine has it."""
+        """Versions of packages that shape images, as this machine has them; those of cards are in `stacks`."""
         return versions(SHAPING_PACKAGES)
 
 

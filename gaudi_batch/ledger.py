@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.names import manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.rows import Bounds
+from gaudi_batch.scratch import scratch_directory
 from gaudi_batch.storage import Storage
 from gaudi_batch.text import one_line
 
@@ -77,6 +77,7 @@ class RunRecord:
     """The job's config, secrets taken out."""
     fingerprint: dict[str, Any]
     versions: dict[str, str]
+    """Of the packages of the machine that began the run, which makes no image."""
     created_at: str
     rows: int
     images: int
@@ -373,7 +374,7 @@ class Ledger:
         Raises:
             StorageError: the manifests that are there now are others, or what was written is not what is there.
         """
-        with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
+        with scratch_directory("join the manifests") as directory:
             path = Path(directory) / "manifest.parquet"
             try:
                 rows, failed = self._join_into(path, made_again, committed, seen)

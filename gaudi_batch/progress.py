@@ -106,8 +106,14 @@ class BarView:
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._console = console
+        self._handlers: list[logging.Handler] = []
 
     def __enter__(self) -> BarView:
+        self._handlers = list(log.handlers)
+        others = [handler for handler in self._handlers if not _writes_to_terminal(handler)]
+        if len(others) < len(self._handlers):
+            log.handlers[:] = [*others, _beside_bar(self._console)]
         self._live.start()
         return self
 
@@ -115,6 +121,7 @@ class BarView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+        log.handlers[:] = self._handlers
 
     def show(self, progress: Progress) -> None:
         """Redraws the bar."""
@@ -127,21 +134,29 @@ class BarView:
 
 
 def open_view() -> View:
-    """The view that suits this process's standard error. Log lines of the program go through it."""
-    if sys.stderr.isatty():
-        # A terminal may go while the run goes on.
-        console = Console(file=cast(TextIO, LossyStream(sys.stderr)))
-        if log.handlers:
-            handler = RichHandler(
-                console=console,
-                show_path=False,
-                show_level=False,
-                markup=False,
-                highlighter=NullHighlighter(),
-                omit_repeated_times=False,
-                log_time_format="%H:%M:%S",
-            )
-            handler.setFormatter(OneLineFormatter("%(message)s"))
-            log.handlers[:] = [handler]
+    """The view that suits this process's standard error. While a bar is there, log lines of the program that would go
+    to the terminal go above it; handlers that write elsewhere are left as they are."""
+    # A terminal may go while the run goes on.
+    console = Console(file=cast(TextIO, LossyStream(sys.stderr)))
+    if sys.stderr.isatty() and not console.is_dumb_terminal:
         return BarView(console)
     return LineView()
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    stream = getattr(handler, "stream", None)
+    return bool(stream is not None and stream.isatty())
+
+
+def _beside_bar(console: Console) -> logging.Handler:
+    handler = RichHandler(
+        console=console,
+        show_path=False,
+        show_level=False,
+        markup=False,
+        highlighter=NullHighlighter(),
+        omit_repeated_times=False,
+        log_time_format="%H:%M:%S",
+    )
+    handler.setFormatter(OneLineFormatter("%(message)s"))
+    return handler

@@ -12,7 +12,7 @@ import socket
 import string
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.again import failed_rows, plan_again, rows_made_again
 from gaudi_batch.config import JobConfig
-from gaudi_batch.devices import address_of, with_device
+from gaudi_batch.devices import address_of, refuse_without_stack, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.growth import grow, why_not_resumed
 from gaudi_batch.job import Job, resolve
@@ -42,6 +42,7 @@ from gaudi_batch.verify import verify as look
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     from gaudi_batch.cluster import CardResources
     from gaudi_batch.driver import Driver
@@ -72,11 +73,51 @@ class RunResult:
     it."""
     summary: dict[str, Any]
     """What summary.json says."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """fsspec options of the output's storage, as the job has them."""
 
     @property
     def exit_code(self) -> int:
         """0: every image is made; 3: done, and some rows failed."""
         return 3 if self.summary["failed_rows"] else 0
+
+    @property
+    def manifest_path(self) -> str:
+        """Where `manifest.parquet` is: a path, or a URL with what `output` has in it."""
+        return f"{self.output}/manifest.parquet"
+
+    def manifest(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The joined manifest: a row for each image and each failed row. All of it is in memory at once.
+
+        Args:
+            columns: which columns; None is all.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        with self._opened() as file:
+            return file.read(columns=None if columns is None else list(columns))
+
+    def failed_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the manifest that have failed, each a dictionary with its `error`. One row group of the manifest
+        is in memory at a time.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        import pyarrow.compute as pc
+
+        with self._opened() as file:
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                yield from group.filter(pc.equal(group.column("status"), "failed")).to_pylist()
+
+    def _opened(self) -> pq.ParquetFile:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        storage = Storage(self.output, self.storage_options, read_only=True)
+        return pq.ParquetFile(pa.PythonFile(storage.open("manifest.parquet"), mode="r"))
 
 
 def run(
@@ -119,6 +160,10 @@ def run(
     job = resolve(config, record)
     if record:
         _refuse_another_job(ledger, record, job)
+    else:
+        refuse_without_stack(config, address)
+        if address:
+            _knock(address)
     if strict:
         refuse_bad_rows(job.dataset, job.rules, job.config.limit)
     ended = _Ended(None)
@@ -388,7 +433,7 @@ def _knock(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "//" not in host:
         try:
-            socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
         except OSError as error:
             raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
 
@@ -485,7 +530,7 @@ def _sum_up(
         raise Interrupted(f"interrupted with {rows} of {record.rows} rows done; the same command resumes")
     if reason is not None:
         raise RunStopped(f"stopped: {reason} ({rows} of {record.rows} rows are done; the same command resumes)")
-    return RunResult(ledger.storage.place, summary)
+    return RunResult(ledger.storage.place, summary, ledger.storage.options)
 
 
 def _write_summary(

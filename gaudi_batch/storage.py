@@ -1,7 +1,8 @@
-"""One root on any fsspec URL: the only place that writes objects, and the only one that tries storage again.
+"""One root in a store or on a disk: the only place that writes objects, and the only one that tries storage again.
 
-Everything else speaks in paths relative to a root. A put is atomic: a reader sees the whole object or none. An object
-store does so by itself; on a disk an object is written under another name and renamed. What a store itself calls
+Everything else speaks in paths relative to a root. A put is atomic on all that `open_filesystem` takes: a reader sees
+the whole object or none. An object store does so by itself; on a disk an object is written under another name and
+renamed, so a shared file system must rename at once for all who look. What a store itself calls
 impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong is tried again with
 backoff and jitter, for as long as the job's patience lasts. So is a bucket that is not there, or credentials that are
 not, once they have been. A try that does not come back is given up and counts as one that failed, so nothing waits for
@@ -67,7 +68,7 @@ REMOVE_THREADS = 16
 
 
 class Storage:
-    """A directory on any fsspec URL, addressed by relative paths with forward slashes.
+    """A directory of a store or a disk that `open_filesystem` takes, addressed by relative paths with forward slashes.
 
     Args:
         url: root; a plain path is a local directory.

@@ -15,7 +15,6 @@ import re
 import secrets
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from gaudi_batch.console import OutputLost, look_for_reader, say
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.retry import in_time
+from gaudi_batch.scratch import scratch_directory
 from gaudi_batch.stopping import SUBMISSION_VARIABLE, Submitted
 from gaudi_batch.text import one_line
 from gaudi_batch.tokens import what_token_lacks, where_token_is
@@ -150,7 +150,7 @@ class Cluster:
 
     def submit(self, submission: Submission) -> str:
         """Sends a job; returns its id. Raises InputError."""
-        with tempfile.TemporaryDirectory(prefix="gaudi-batch-") as directory:
+        with scratch_directory("pack the job") as directory:
             Path(directory, JOB_FILE).write_text(submission.job_file, encoding="utf-8")
             shutil.copy(Path(__file__).with_name(START_FILE), directory)
             environment: dict[str, Any] = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-FILE = Path("~/.ray/auth_token")
+from gaudi_batch.filesystem import expanded
+
+FILE = "~/.ray/auth_token"
 MODE, TOKEN, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -15,7 +17,7 @@ def where_token_is() -> str | None:
         return TOKEN
     if path := os.environ.get(PATH):
         return f"{PATH}={path}" if Path(path).is_file() else None
-    return str(FILE) if FILE.expanduser().is_file() else None
+    return FILE if expanded(FILE).is_file() else None
 
 
 def what_token_lacks() -> str:

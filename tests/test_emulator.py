@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import command_line
 
@@ -173,3 +175,46 @@ def test_ray_finds_the_cards_and_each_actor_holds_its_own(tmp_path: Path) -> Non
     counted = [json.loads(path.read_text()) for path in (tmp_path / "counters").glob("*.json")]
     expected = {card["pid"]: int(card["visible"]) for card in [*all_held, facts["replacement"]]}
     assert {record["pid"]: record["module"] for record in counted} == expected  # no driver, no raylet
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null/state"])
+def test_a_state_that_can_not_be_written_is_refused_with_a_sentence(place: str) -> None:
+    refused = command_line("emulate", "--state", place, "--", "true")
+    assert "Traceback" not in refused.stderr
+    assert refused.returncode == 2
+    assert place in refused.stderr
+    assert "choose another directory with --state" in refused.stderr
+
+
+NO_OPTIMUM = """
+import importlib.metadata, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "optimum" or name.startswith("optimum."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+found = importlib.metadata.version
+
+def version(name):
+    if name == "optimum-habana":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+importlib.metadata.version = version
+"""
+
+
+def test_a_run_without_optimum_habana_is_refused_before_it_begins_an_output(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(NO_OPTIMUM)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "prompts.parquet")
+    job = [f"--prompts={tmp_path}/prompts.parquet", f"--output={tmp_path}/out", "--model=builtin:shapes"]
+    command = [sys.executable, "-m", "gaudi_batch", "run", *job, "--device=hpu"]
+    refused = command_line(
+        "emulate", "--state", tmp_path / "state", "--", *command, PYTHONPATH=f"{tmp_path}/site:{TESTS.parent}"
+    )
+    assert refused.returncode == 2
+    assert "optimum-habana is not installed here" in refused.stderr
+    assert not (tmp_path / "out").exists()

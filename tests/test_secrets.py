@@ -15,10 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import command_line
-from pydantic import ValidationError
 
 from gaudi_batch import JobConfig, run
-from gaudi_batch.config import explain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.storage import Storage
@@ -177,12 +175,11 @@ def test_a_config_that_is_shown_or_refused_keeps_its_secrets() -> None:
         assert "storage_options={'secret': '***'" in told
     assert config.storage_options == pickle.loads(pickle.dumps(config)).storage_options == options
     for wrong in ({"device": "gpu"}, {"storage_options": SECRET}, {"encoding": SECRET}, {"device": "cpu"}):
-        with pytest.raises(ValidationError) as refused:
+        with pytest.raises(InputError) as refused:
             JobConfig.model_validate(secret | wrong)
         assert SECRET not in str(refused.value) + repr(refused.value)
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(InputError, match="seed: -1: "):
         JobConfig.model_validate(SMALL | {"seed": -1, "prompts": 1})
-    assert "seed: -1: " in explain(refused.value)
 
 
 def test_no_error_and_no_log_line_has_a_secret_whoever_writes_it() -> None:

@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -72,9 +72,23 @@ class Machine:
         }
 
     def prepare(self) -> dict[str, str]:
-        """Puts `hl-smi` in place and lets every fault happen anew; returns the environment."""
+        """Puts `hl-smi` in place and lets every fault happen anew; returns the environment.
+
+        Raises:
+            InputError: as `environment` does, or the state can't be written.
+        """
         environment = self.environment()
         state = Path(environment["GAUDI_EMULATOR_STATE"])
+        try:
+            self._fill(state, environment)
+        except OSError as error:
+            raise InputError(
+                f"emulate: {error.filename or state} can't be written: {error.strerror}; choose another directory with"
+                " --state"
+            ) from None
+        return environment
+
+    def _fill(self, state: Path, environment: Mapping[str, str]) -> None:
         shutil.rmtree(state / "faults", ignore_errors=True)
         folder = state / "bin"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,7 +105,6 @@ class Machine:
         script.write_text(f'#!/bin/sh\n{described} exec {command} "$@"\n')
         script.chmod(0o755)
         script.replace(folder / "hl-smi")
-        return environment
 
     def _module_ids(self) -> str | None:
         if self.modules is None:

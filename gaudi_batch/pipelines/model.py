@@ -13,6 +13,7 @@ from typing import Any
 
 from gaudi_batch.config import GAUDI_FIELDS, JobConfig, check_gaudi_fields
 from gaudi_batch.errors import HubUnreachable, InputError
+from gaudi_batch.filesystem import expanded
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.rows import MAX_INT32
 from gaudi_batch.text import one_line, shown
@@ -109,7 +110,7 @@ def describe_model(config: JobConfig) -> ModelFacts:
             known = ", ".join(f"builtin:{path.parent.name}" for path in BUILTIN_MODELS.glob("*/model_index.json"))
             raise InputError(f"model {name!r} is not built in; built in: {known or 'none'}")
         return _describe(config, directory, None)
-    directory = Path(name).expanduser()
+    directory = expanded(name)
     if directory.is_dir():
         if config.revision is not None:
             raise InputError(f"revision {config.revision!r}: model {name!r} is a directory; only hub models have one")
@@ -291,7 +292,7 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
     """
     if not isinstance(source, str):
         return dict(source)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         path = path / GAUDI_CONFIG_FILE
     elif not path.exists():

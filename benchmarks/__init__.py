@@ -1,0 +1,1 @@
+"""What the product costs, measured: scripts, and what tests share with them."""
