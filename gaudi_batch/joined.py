@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from gaudi_batch.columns import cast, plain
 
 SORTED_BYTES = 512 << 20
-"""Of manifests in memory up to which they are sorted; some one or two million images. It takes twice as much."""
+"""Of manifests in memory up to which they are sorted, about two million images; sorting takes as much again."""
 GROUP_BYTES = 64 << 20
 """Of manifests in memory that make one row group."""
 _ORDER = [("row", "ascending"), ("image_index", "ascending")]
@@ -63,9 +63,10 @@ class JoinedManifest:
         self._write_waiting()
 
     def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
         self._writer = self._writer or pq.ParquetWriter(self._path, self._schema, compression="zstd")
-        whole = pa.concat_tables(self._waiting) if self._waiting else None
+        whole = pa.concat_tables(self._waiting)
+        self._writer.write_table(whole, row_group_size=max(1, len(whole) * GROUP_BYTES // max(1, self._bytes)))
         self._waiting.clear()
-        if whole is not None:
-            self._writer.write_table(whole, row_group_size=max(1, len(whole) * GROUP_BYTES // max(1, self._bytes)))
         self._bytes = 0
