@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
 from gaudi_batch.cards import CardState
+from gaudi_batch.doing import DOING_FIELDS, Doing, card_lines, describe_doings
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.progress import Progress
 from gaudi_batch.reasons import FailedRows
@@ -75,8 +76,16 @@ class Account:
         shard = self._schedule.shards[facts.shard]
         self._missing += (0 if shard.again else shard.images) - facts.images + facts.images_before
 
-    def progress(self, slots: Collection[Slot]) -> Progress:
-        """How far the run is."""
+    def progress(
+        self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None
+    ) -> Progress:
+        """How far the run is.
+
+        Args:
+            slots: its cards.
+            cards: what each of them is at, by its label.
+            waits_for: what the run as a whole waits for, if it does.
+        """
         images = self._tally.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
         now = time.monotonic()
         if images > self._tally.images or self._rates:
@@ -87,16 +96,21 @@ class Account:
         rate = (images - before) / (now - since) if now - since > 2 and images > before else None
         states = [self._schedule.state(slot.number) for slot in slots]
         ready, there = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
-        return Progress(images, self._images_total, self._schedule.failed_rows, ready, there, rate)
+        failed, lines = self._schedule.failed_rows, card_lines(cards)
+        return Progress(images, self._images_total, failed, ready, there, rate, waits_for, tuple(lines))
 
-    def describe(self, slots: Collection[Slot], state: str) -> dict[str, Any]:
+    def describe(
+        self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
+    ) -> dict[str, Any]:
         """The run as progress.json has it.
 
         Args:
             slots: its cards.
+            cards: what each of them is at, by its label.
+            waits_for: what the run as a whole waits for, if it does.
             state: `running` or `over`.
         """
-        progress = self.progress(slots)
+        progress = self.progress(slots, cards, waits_for)
         now = time.monotonic()
         self.card_s = sum(slot.card_s(now) for slot in slots)
         return {
@@ -112,18 +126,20 @@ class Account:
             "shards_pending": self._schedule.pending(),
             "retries": self._schedule.retries,
             "drivers": [asdict(span) for span in self._drivers(self.card_s)],
-            "cards": {slot.label: self._describe_card(slot) for slot in slots},
+            "waits_for": waits_for,
+            "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
             "faults": list(self._recent_faults),
         }
 
-    def _describe_card(self, slot: Slot) -> dict[str, Any]:
+    def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> dict[str, Any]:
         tallied = self._tally.cards.get(slot.name)
         return {
             "node": slot.ready.node if slot.ready else None,
             "module": slot.ready.module if slot.ready else None,
             "pid": slot.ready.pid if slot.ready and slot.actor else None,
             "state": self._schedule.state(slot.number).value,
-            "phase": slot.status.phase if slot.status and slot.actor else None,
+            **(at[0].describe() if at else dict.fromkeys(DOING_FIELDS)),
+            "doing": describe_doings(at) or None,
             "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
             "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,
             "faults": self.faults[slot.label],

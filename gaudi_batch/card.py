@@ -37,7 +37,7 @@ from gaudi_batch.outputs.encoding import encode
 from gaudi_batch.outputs.files import FilesOutput
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
-from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.plan import Bucket, GraphKey, Shard
 from gaudi_batch.prompts import GroupUndecoded
 from gaudi_batch.rows import PromptRow
 from gaudi_batch.throughput import BatchLine, Sums
@@ -111,7 +111,7 @@ class Card:
             task = self._inbox.get()
             self._mailbox.emit(Begun(task.attempt, generating=False))
             try:
-                with self._mailbox.reading():
+                with self._mailbox.reading(task.shard.number):
                     rows, carried = self._read(task)
             except Exception as error:
                 self._mailbox.emit(Failed(task.attempt, _failure(error)))
@@ -174,7 +174,7 @@ class Card:
 
         def call(items: list[Item]) -> Generated:
             nonlocal last_call
-            generated, last_call = self._call(bucket, items)
+            generated, last_call = self._call(task.shard, items)
             return generated
 
         maker = ShardMaker(
@@ -219,7 +219,8 @@ class Card:
             except Exception as error:
                 maker.failures[image.item.row] = _encode_error(image.item, error)
 
-    def _call(self, bucket: Bucket, items: list[Item]) -> tuple[Generated, _Call]:
+    def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, _Call]:
+        bucket = shard.bucket
         key = bucket.graph_key
         self._warmups[key] = self._warmups.pop(key, 0)  # the most recently used is the last
         while len(self._warmups) > self._setup.config.gaudi.max_graphs:
@@ -229,7 +230,8 @@ class Card:
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started = time.monotonic()
         wait_s = started - self._idle_since
-        self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind)
+        rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a control may be of none
+        self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind, shard.number, rows)
         try:
             generated = self._pipeline.generate(bucket, items)
         finally:
@@ -249,6 +251,7 @@ class Card:
 
         def finished(_: Future[StoredImage]) -> None:
             nonlocal left
+            self._mailbox.store(-1)
             with lock:
                 left -= 1
                 if left == 0:
@@ -256,6 +259,7 @@ class Card:
                     self._mailbox.stored(batch.attempt, count)
                     self._store_slots.release()
 
+        self._mailbox.store(count)
         for image in made:
             future = self._store.submit(output.add, image.item.row, image.item.image, image.pixels)
             # The pixels are not kept: a shard's images together may be larger than memory.

@@ -33,6 +33,8 @@ INTERRUPTED = 130
 NOT_FOLLOWED = 141
 """As of a command that SIGPIPE ends."""
 STATUS_PATIENCE_SECONDS = 10.0
+STATUS_WATCH_SECONDS = 15.0
+"""How long `status` watches for a driver elsewhere to count up, which it does every 10 s, where it may be dead."""
 JOB_COMMANDS = ("run", "submit", "check", "bench")
 """The commands that take a job."""
 COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
@@ -196,7 +198,7 @@ def _status(parsed: argparse.Namespace) -> int:
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     storage = Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)
     refuse_file(storage)
-    status = read_status(Ledger(storage))
+    status = read_status(Ledger(storage), STATUS_WATCH_SECONDS)
     say(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 

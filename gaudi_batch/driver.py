@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from gaudi_batch.decisions import (
     Replace,
     ShardTask,
 )
+from gaudi_batch.doing import Doing, Watch, doings, waits_for
 from gaudi_batch.errors import StorageError
 from gaudi_batch.lease import LeaseLost
 from gaudi_batch.ledger import Ledger
@@ -70,6 +71,8 @@ NEWS_SECONDS = 1.0
 CARDS_PER_NEWS_SECOND = 100
 LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 5.0
+SAY_SECONDS = 10.0
+"""How often the cards are looked at for what takes longer than is usual."""
 CLUSTER_SECONDS = 2.0
 PLACE_SECONDS = 0.2
 PLACE_SHARE = 0.1
@@ -134,6 +137,7 @@ class Driver:
         self._over: asyncio.Future[str | None]
         self._notes: set[str] = set()
         self._vote = StackVote(ledger.stack)
+        self._watch = Watch()
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -448,6 +452,7 @@ class Driver:
 
     def _admit(self, slot: Slot, ready: Ready) -> None:
         self._account.introduce(slot)
+        self._batch_times.loaded(ready.load_s)
         threads = "" if ready.threads is None else f", with {ready.threads} threads"
         log.info("%s is ready after %.1f s%s", slot.where, ready.load_s, threads)
         for note in ready.notes:
@@ -598,8 +603,8 @@ class Driver:
     # -- clocks -------------------------------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        """Kills cards that have passed a limit, ends the waiting of those that differ, and shows progress."""
-        looked = time.monotonic()
+        """Kills cards that have passed a limit, ends the waiting of those that differ, and says how it goes."""
+        looked = said = time.monotonic()
         while True:
             late = time.monotonic() - looked - LOOK_SECONDS
             looked += LOOK_SECONDS + late
@@ -615,7 +620,12 @@ class Driver:
                 if slot.passed:
                     self._tell_ray(self._places.kill, slot)
             self._settle_stack()
-            self._view.show(self._account.progress(self._slots.values()))
+            cards = self._doings()
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                for line in self._watch.due(cards):
+                    log.warning("%s", line)
+            self._view.show(self._account.progress(self._slots.values(), cards, self._waits_for(cards)))
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _report(self) -> None:
@@ -625,4 +635,18 @@ class Driver:
             await asyncio.sleep(PROGRESS_SECONDS)
 
     def _describe(self, state: str) -> dict[str, Any]:
-        return self._account.describe(self._slots.values(), state)
+        cards = self._doings() if state == "running" else {}
+        waits_for = self._waits_for(cards) if state == "running" else None
+        return self._account.describe(self._slots.values(), cards, waits_for, state)
+
+    def _doings(self) -> dict[str, list[Doing]]:
+        """What each card is at, by its label."""
+        now, config = time.monotonic(), self._setup.config
+        return {
+            slot.label: doings(slot, self._state(slot), now, self._news_s, self._need, config, self._batch_times)
+            for slot in self._slots.values()
+        }
+
+    def _waits_for(self, cards: Mapping[str, Sequence[Doing]]) -> str | None:
+        storage_s = self._ledger.storage.longest_running_s()
+        return waits_for(cards.values(), len(self._slots_in(CardState.READY)), storage_s, self._need)

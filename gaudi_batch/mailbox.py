@@ -32,6 +32,11 @@ class Mailbox:
         self._images: Counter[str] = Counter()
         self._kind: BatchKind | None = None
         self._reading_since: float | None = None
+        self._shard: int | None = None
+        self._rows: tuple[int, ...] = ()
+        self._reading_shard: int | None = None
+        self._storing = 0
+        self._storing_since = 0.0
         self._batch_s: dict[BatchKind, float] = {}
         self._warmup_s: dict[BatchKind, float] = {}
 
@@ -62,6 +67,11 @@ class Mailbox:
                 reading_s=0.0 if self._reading_since is None else now - self._reading_since,
                 batch_s=dict(self._batch_s),
                 warmup_s=dict(self._warmup_s),
+                shard=self._shard,
+                rows=self._rows,
+                reading_shard=self._reading_shard,
+                storing=self._storing,
+                storing_s=now - self._storing_since if self._storing else 0.0,
             )
             return News(tuple(self._events), status)
 
@@ -86,10 +96,13 @@ class Mailbox:
             self._recalled.add(attempt)
             return True
 
-    def enter(self, phase: str, kind: BatchKind | None = None) -> None:
-        """The device begins something else; `kind` is that of a batch."""
+    def enter(
+        self, phase: str, kind: BatchKind | None = None, shard: int | None = None, rows: tuple[int, ...] = ()
+    ) -> None:
+        """The device begins something else; a batch has a kind, a shard and rows."""
         with self._changed:
             self._phase, self._phase_since, self._kind = phase, time.monotonic(), kind
+            self._shard, self._rows = shard, rows
 
     def batch_took(self, kind: BatchKind, seconds: float, warmup: bool) -> None:
         """A batch has been made; `warmup` says whether it was one of the first of its graph key."""
@@ -100,15 +113,21 @@ class Mailbox:
                 self._batch_s[kind] = max(seconds, self._batch_s.get(kind, 0.0))
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, shard: int) -> Iterator[None]:
         """The rows of a shard are being read meanwhile."""
         with self._changed:
-            self._reading_since = time.monotonic()
+            self._reading_since, self._reading_shard = time.monotonic(), shard
         try:
             yield
         finally:
             with self._changed:
-                self._reading_since = None
+                self._reading_since = self._reading_shard = None
+
+    def store(self, images: int) -> None:
+        """So many more images wait to be stored; fewer, if negative."""
+        with self._changed:
+            self._storing += images
+            self._storing_since = time.monotonic()
 
     def stored(self, attempt: str, images: int) -> None:
         """So many more images of an attempt are in storage."""

@@ -142,6 +142,16 @@ class Status:
     """The longest batch so far of each kind, the first batches of its graph key left out."""
     warmup_s: Mapping[BatchKind, float] = field(default_factory=dict)
     """The shortest of these first batches."""
+    shard: int | None = None
+    """That of the batch."""
+    rows: tuple[int, ...] = ()
+    """Of the batch, over all files."""
+    reading_shard: int | None = None
+    """Whose rows it is reading."""
+    storing: int = 0
+    """Images that are made and not yet in storage."""
+    storing_s: float = 0.0
+    """Seconds since one of these was made or stored last."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.highlighter import NullHighlighter
 from rich.live import Live
 from rich.logging import RichHandler
@@ -22,6 +22,8 @@ from gaudi_batch.text import OneLineFormatter, duration
 
 LINE_SECONDS = 10.0
 """How often a plain line says how far the run is."""
+CARDS_SECONDS = 60.0
+"""How often plain lines say what the cards are doing."""
 
 log = logging.getLogger("gaudi_batch")
 
@@ -37,6 +39,10 @@ class Progress:
     cards: int
     images_per_s: float | None
     """Over the last minute; None until something can be said."""
+    waits_for: str | None = None
+    """What the run as a whole waits for, if it does."""
+    cards_doing: tuple[str, ...] = ()
+    """Lines that say what cards are at; few, however many there are."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -48,9 +54,10 @@ class Progress:
     def line(self) -> str:
         """All of it in words."""
         rate = "-" if self.images_per_s is None else f"{self.images_per_s:.2f}"
+        waits = "" if self.waits_for is None else f"; waits for {self.waits_for}"
         return (
             f"{self.images}/{self.images_total} images, {rate} images/s, {self.cards_ready}/{self.cards} cards,"
-            f" {self.failed_rows} failed rows, {duration(self.seconds_left)} left"
+            f" {self.failed_rows} failed rows, {duration(self.seconds_left)} left{waits}"
         )
 
 
@@ -72,6 +79,7 @@ class LineView:
 
     def __init__(self) -> None:
         self._last = 0.0
+        self._cards_last = time.monotonic()
 
     def __enter__(self) -> LineView:
         return self
@@ -82,14 +90,19 @@ class LineView:
         return None
 
     def show(self, progress: Progress) -> None:
-        """Logs a line every `LINE_SECONDS`."""
-        if time.monotonic() - self._last >= LINE_SECONDS:
-            self._last = time.monotonic()
+        """Logs a line every `LINE_SECONDS`, and what the cards are doing every `CARDS_SECONDS`."""
+        now = time.monotonic()
+        if now - self._last >= LINE_SECONDS:
+            self._last = now
             log.info("%s", progress.line())
+        if now - self._cards_last >= CARDS_SECONDS:
+            self._cards_last = now
+            for line in progress.cards_doing:
+                log.info("%s", line)
 
 
 class BarView:
-    """A bar at the foot of a terminal, with log lines above it."""
+    """A bar at the foot of a terminal and what the cards are doing, with log lines above."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, refresh_per_second=4, transient=True)
@@ -110,7 +123,7 @@ class BarView:
             ProgressBar(total=max(1, progress.images_total), completed=progress.images, width=30),
             Text(progress.line()),
         )
-        self._live.update(grid)
+        self._live.update(Group(grid, *map(Text, progress.cards_doing)))
 
 
 def open_view() -> View:

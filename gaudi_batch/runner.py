@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.again import failed_rows, plan_again, rows_made_again
@@ -265,7 +266,8 @@ def _say(findings: Findings) -> None:
 
 def _verify(ledger: Ledger, made_again: Mapping[int, int]) -> None:
     findings = look(ledger, made_again)
-    ledger.put_json("verify.json", findings.describe())
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    ledger.put_json("verify.json", findings.describe() | {"time": now, "shards": len(ledger.committed_shards())})
     _say(findings)
     if findings.broken:
         raise RunStopped(

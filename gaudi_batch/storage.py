@@ -58,6 +58,8 @@ TRY_SECONDS = 60.0
 MANY_SECONDS = 600.0
 """The same of what takes many requests, such as a listing."""
 SLOWEST_BYTES_PER_S = 1e6
+WORD_SECONDS = 10.0
+"""How long something is tried in silence; the next word comes when it has been tried for twice as long."""
 PRECONDITION_FAILED = 412
 LAST_SECONDS = 10.0
 """How long a run that stops tries to write down how it ended; storage may be why it stops."""
@@ -419,7 +421,7 @@ class Storage:
         Raises:
             StorageError: with the storage's own words, secrets taken out.
         """
-        started = time.monotonic()
+        started, next_word = time.monotonic(), WORD_SECONDS
         without_credentials = False
         this = object()
         with self._lock:
@@ -446,7 +448,12 @@ class Storage:
                         raise StorageError(
                             f"{self.url}: can't {what}, tried for {waited:.0f} s{limit}: {said}"
                         ) from None
-                    log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, said)
+                    if waited < next_word:
+                        log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, said)
+                    else:
+                        next_word = 2 * waited
+                        so_far = f"tried for {waited:.0f} s of {patience:.0f} s{limit}"
+                        log.warning("%s: can't %s, %s: %s", self.url, what, so_far, said)
                     time.sleep(delay)
         finally:
             with self._lock:

@@ -190,7 +190,7 @@ def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"  and {len(summary['cards']) - CARDS_SHOWN} more cards, in summary.json")
     lines += failure_lines(summary["failures"])
     where = printable(redact(output))
-    return lines + [f"{f'{name}:':<11} {where}/{path}" for name, path in summary["files"].items()]
+    return lines + [f"{f'{name}:':<9} {where}/{path}" for name, path in summary["files"].items()]
 
 
 def failure_lines(failures: list[dict[str, Any]]) -> list[str]:

@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from helpers import command_line, read_manifest
+
+from gaudi_batch import manifest, runner
+from gaudi_batch.errors import RunStopped
+from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.ledger import Ledger, RunRecord
+from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.rows import PromptRow
+from gaudi_batch.slot import Slot
+from gaudi_batch.storage import Storage
+from gaudi_batch.summary import Tally
+from gaudi_batch.throughput import Sums
+
+BUCKET = Bucket(64, 64, 20, 7.5)
+
+
+def failed_manifest(shard: int, rows: dict[int, str]) -> bytes:
+    facts = CommitFacts(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, Sums())
+    facts = replace(facts, again=shard > 0, failed_before=len(rows) if shard else 0)
+    found = [PromptRow(row, f"r{row}", "p", "", None, BUCKET, 1, error) for row, error in rows.items()]
+    return manifest.build(found, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, facts)
+
+
+def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    storage = Storage(str(tmp_path))
+    storage.put("manifest/000000.parquet", failed_manifest(0, dict.fromkeys(range(4), "boom")))
+    storage.put("manifest/000001.parquet", failed_manifest(1, {2: "bang", 3: "bang"}))
+    plan = [
+        Shard(0, 0, 0, 4, BUCKET, 4, 4),
+        Shard(1, 0, 2, 4, BUCKET, 2, 2, only=(2, 3), failed_before=2),
+        Shard(2, 0, 0, 1, BUCKET, 1, 1, only=(0,), failed_before=1),
+    ]
+    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)]))
+    lease = LeaseKeeper(storage, "aaaaa")
+    ledger, record = Ledger(storage), RunRecord({}, {}, {}, "now", rows=4, images=4)
+    with pytest.raises(RunStopped, match="too many"):
+        runner._sum_up(ledger, record, plan, job, Tally(), lease, runner._Ended("too many failed"))
+    summary = ledger.get_json("summary.json") or {}
+    assert summary["failures"] == [
+        {"reason": "boom", "rows": 2, "first_ids": ["r0", "r1"]},
+        {"reason": "bang", "rows": 2, "first_ids": ["r2", "r3"]},
+    ], "the third shard, which makes a row again, is not committed"
+    assert summary["failed_rows"] == 4
+    assert "failed: 2 rows: boom (id r0, r1)" in caplog.messages
+
+
+def test_a_card_is_held_from_when_the_cluster_gives_it_until_it_is_given_back() -> None:
+    assert Slot(0, since=10.0).card_s(100.0) == 0.0
+    assert Slot(0, since=10.0, placed=20.0).card_s(100.0) == 80.0
+    assert Slot(0, since=10.0, placed=20.0, given_back=50.0).card_s(100.0) == 30.0
 
 
 def flags(prompts: Path, output: Path, cluster: str, *more: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from gaudi_batch.cards import CardState
 from gaudi_batch.decisions import Assign, Decision, ShardTask
 from gaudi_batch.driver import Driver
+from gaudi_batch.limits import BatchTimes
 from gaudi_batch.messages import Ready
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.schedule import Schedule
@@ -27,6 +28,7 @@ class Introducing(Driver):
         self._setup: Any = SimpleNamespace(model=SimpleNamespace(revision="", name=""), min_cpus=1)
         self._ledger: Any = SimpleNamespace(use_stack=lambda stack: stack)
         self._vote = StackVote(before)
+        self._batch_times = BatchTimes()
         self._notes: set[str] = set()
         self._slots = {number: Slot(number) for number in range(cards)}
         self.sent: list[str] = []

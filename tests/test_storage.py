@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import logging
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fsspec.registry import _registry
@@ -96,6 +100,23 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_can_not_pass_is_raised_at_once(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(StorageError, match="can't write x"):
         Storage(str(tmp_path), patience=3600).attempt("write x", failing(1, error))
+
+
+def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr("gaudi_batch.storage.time", clock)
+    with pytest.raises(StorageError, match="tried for"):
+        Storage(str(tmp_path), patience=3600).attempt("read x", failing(10**6, OSError("503")))
+    words = r"can't read x, tried for (\d+) s of 3600 s \(storage_patience\): OSError: 503"
+    seconds = [int(number) for line in caplog.messages for number in re.findall(words, line)]
+    assert len(seconds) == len(caplog.messages)
+    assert 10 <= seconds[0] <= 30
+    assert 4 <= len(seconds) <= 8
+    assert all(later >= 2 * before - 1 for before, later in itertools.pairwise(seconds))
 
 
 def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -563,7 +563,7 @@ def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
         lease = read_lease(output)
         assert lease is None or lease.released
         if output.get("run.json") is not None:
-            assert read_status(Ledger(output))["state"] == "stopped"
+            assert read_status(Ledger(output), watch_s=0.0)["state"] == "stopped"
     proxy.clear()
     assert run(dataset, url, storage_options=ours) == 3
     assert proxy.asked("PUT .*/images/") == 0, "made again"

@@ -1,0 +1,175 @@
+"""What each card is doing can be read in the log, in progress.json and by `status`; what takes long is said unasked."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import command_line
+
+from gaudi_batch import cli
+from gaudi_batch.card import Card, _Call, _StoredBatch
+from gaudi_batch.cards import CardState
+from gaudi_batch.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
+from gaudi_batch.generation import MadeImage
+from gaudi_batch.limits import BatchTimes
+from gaudi_batch.mailbox import Mailbox
+from gaudi_batch.messages import Status
+from gaudi_batch.pipelines.base import Item
+from gaudi_batch.plan import BatchKind
+from gaudi_batch.slot import Slot
+
+LARGE = BatchKind(1024, 1024, 20, True)
+LIMITS = SimpleNamespace(loading=1800.0, first_batch=1800.0, batch=60.0, answer=60.0)
+CONFIG: Any = SimpleNamespace(limits=LIMITS, storage_patience=600.0)
+
+
+def at(status: Status, since_heard: float = 0.0, times: BatchTimes | None = None) -> list[str]:
+    return [str(doing) for doing in doings_of(status, since_heard, 1.0, CONFIG, times or BatchTimes())]
+
+
+def test_every_phase_is_said_with_its_shard_its_rows_and_its_limit() -> None:
+    times = BatchTimes()
+    times.learn(Status("idle", 0.0, 0.0, 0, batch_s={LARGE: 20.0}))
+    first = Status("first batch", 590.0, 0.0, 0, LARGE, shard=3, rows=(41,))
+    assert at(first, since_heard=10.0) == ["first batch of 1024x1024, row 41, 600 s of 1800 s"]
+    batch = Status("batch", 5.0, 0.0, 0, LARGE, shard=3, rows=(40, 41, 44))
+    assert at(batch, times=times) == ["batch of 1024x1024, rows 40 to 44, 5 s of 200 s"]
+    assert at(Status("loading", 7.0, 0.0, 0)) == ["loading, 7 s of 1800 s"]
+    assert at(Status("idle", 7.0, 0.0, 0, reading_s=5.0, reading_shard=8)) == ["reading, shard 8, 5 s of 2400 s"]
+    assert at(Status("idle", 7.0, 2.0, 0, storing=12)) == ["storing, 12 images, 2 s of 660 s"]
+    assert at(Status("idle", 7.0, 0.0, 0, storing=12, storing_s=3.0)) == ["encoding, 12 images, 3 s"]
+    assert at(Status("idle", 7.0, 2.0, 0)) == ["asking storage, 2 s of 660 s"], "as for the record of a shard"
+    assert at(Status("idle", 7.0, 0.0, 0)) == ["idle, 7 s"]
+    assert at(Status("idle", 7.0, 0.0, 0), since_heard=40.0) == ["silent, 40 s of 61 s"]
+
+
+def test_a_card_that_is_not_up_says_what_it_waits_for() -> None:
+    slot = Slot(3, since=100.0, heard=100.0)
+
+    def said(state: CardState) -> list[str]:
+        return [str(doing) for doing in doings(slot, state, 145.0, 1.0, "1 HPU", CONFIG, BatchTimes())]
+
+    assert said(CardState.WAITING) == ["waiting, no 1 HPU is free, 45 s"]
+    assert said(CardState.STARTING) == ["starting, 45 s"]
+    slot.actor = object()
+    assert said(CardState.STARTING) == ["loading, 45 s of 1800 s"]
+    assert said(CardState.QUARANTINED) == []
+
+
+def test_a_run_without_a_card_says_what_it_waits_for() -> None:
+    waiting, loading = [Doing("waiting", 45.0)], [Doing("loading", 5.0)]
+    assert waits_for([waiting, waiting, loading], 0, 0.0, "1 HPU") == "a card: 2 waiting, 1 loading, no 1 HPU is free"
+    assert waits_for([], 0, 0.0, "1 HPU") == "a card"
+    assert waits_for([loading], 1, 0.0, "1 HPU") is None
+    said = waits_for([loading], 1, 45.0, "1 HPU")
+    assert said == "storage, which the driver has asked for 45 s"
+
+
+def test_what_takes_long_is_said_once_and_again_when_it_has_taken_twice_as_long() -> None:
+    watch, said = Watch(), []
+    for seconds in range(0, 7200, 10):
+        said += watch.due({"a": [Doing("first batch", float(seconds), limit=7200.0, shard=1)]})
+    assert [re.findall(r"(\d+) s of", line) for line in said] == [["3600"]]
+    said.clear()
+    for seconds in range(0, 600, 10):
+        said += watch.due({"a": [Doing("batch", float(seconds), limit=7200.0, usual=20.0, shard=2)]})
+    assert [re.findall(r"(\d+) s of", line) for line in said] == [["60"], ["120"], ["240"], ["480"]]
+    assert watch.due({"a": [Doing("batch", 40.0, limit=7200.0, usual=20.0, shard=3)]}) == [], "another shard"
+
+
+def test_a_thousand_cards_are_few_lines() -> None:
+    cards = {str(number): [Doing("first batch", 1000.0 + number, limit=1800.0, shard=1)] for number in range(1000)}
+    lines = Watch().due(cards)
+    assert len(lines) == WAITS_SAID + 1
+    assert lines[0].startswith("card 999: first batch, shard 1, 1999 s of 1800 s")
+    assert lines[-1] == f"{1000 - WAITS_SAID} more cards take longer than is usual"
+    assert card_lines(cards)[-1] == f"{1000 - CARDS_SHOWN} more cards: {1000 - CARDS_SHOWN} first batch"
+    assert len(card_lines(cards)) == CARDS_SHOWN + 1
+
+
+def test_a_card_tells_what_it_reads_and_what_waits_to_be_stored() -> None:
+    mailbox = Mailbox(lambda: 0.0)
+    mailbox.store(3)
+    mailbox.store(-1)
+    with mailbox.reading(8):
+        status = mailbox.news(0, 0.0).status
+        assert (status.storing, status.reading_shard) == (2, 8)
+    mailbox.store(-2)
+    status = mailbox.news(0, 0.0).status
+    assert (status.storing, status.storing_s, status.reading_shard) == (0, 0.0, None)
+
+
+def test_a_card_counts_images_until_they_are_stored() -> None:
+    card, stored, goes_on = Card.__new__(Card), threading.Semaphore(0), threading.Semaphore(0)
+    card._mailbox, card._store, card._store_slots = Mailbox(lambda: 0.0), ThreadPoolExecutor(1), threading.Semaphore(1)
+
+    class Output:
+        def add(self, *_: Any) -> None:
+            goes_on.acquire()
+
+    def waiting() -> int:
+        return card._mailbox.news(0, 0.0).status.storing
+
+    output: Any = Output()
+    made = [MadeImage(Item(0, image, "p", "", 1), np.zeros((8, 8, 3), np.uint8), None, False) for image in range(2)]
+    batch = card._store_batch(output, _StoredBatch("aaaaa0", _Call("steady", 1.0, 0.0), 0), made)
+    assert waiting() == 2
+    batch.futures[0].add_done_callback(lambda _: stored.release())
+    batch.futures[1].add_done_callback(lambda _: stored.release())
+    for left in (1, 0):
+        goes_on.release()
+        stored.acquire()
+        assert waiting() == left
+
+
+def test_log_and_status_say_what_a_card_does_that_takes_long(
+    write_prompts: Callable[..., Path],
+    tmp_path: Path,
+    cluster: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    prompts = write_prompts({"prompt": ["small", "large"], "width": [64, 128], "height": [64, 128]})
+    told: list[str] = []
+
+    def ask() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            with_phase = (output / "progress.json").read_text() if (output / "progress.json").exists() else "{}"
+            cards = json.loads(with_phase or "{}").get("cards", {}).values()
+            if any(card.get("bucket") == "128x128" for card in cards):
+                told.append(command_line("status", output).stdout)
+                told.append(command_line("status", output, "--json").stdout)
+                return
+
+    for name, seconds in (("SAY_SECONDS", 0.2), ("PROGRESS_SECONDS", 0.2), ("NEWS_SECONDS", 0.2)):
+        monkeypatch.setattr(f"gaudi_batch.driver.{name}", seconds)
+    monkeypatch.setattr("gaudi_batch.progress.CARDS_SECONDS", 1.0)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    job = ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, "--device", "simulated")
+    slow = ("--simulated.batch-seconds", "7", "--limits.first-batch", "10", "--cards", "2", "--batch-size", "1")
+    assert cli.main([*job, *slow]) == 0
+    asking.join()
+    log = capsys.readouterr().err
+    assert re.search(r"0/2 images, .*; waits for a card", log), log
+    line = r"card \S+: first batch of 128x128, row 1, \d s of 10 s"
+    assert re.search(rf"{line}\n", log), log
+    assert re.search(rf"{line}; that is longer than is usual\n", log), log
+    assert len(re.findall(r"128x128.*longer than is usual", log)) == 1
+    assert re.search(r"card     \S+: ready, first batch of 128x128, row 1, \d s of 10 s; 0 images", told[0]), told[0]
+    (card,) = [card for card in json.loads(told[1])["cards"].values() if card["bucket"] == "128x128"]
+    assert (card["phase"], card["rows"], card["limit_s"]) == ("first batch", "1", 10.0)
+    assert 0 <= card["phase_s"] <= 10
