@@ -679,8 +679,8 @@ def distinct_rows(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[dict[str
         encoded = _plain_values(column).dictionary_encode(null_encoding="encode")
         codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
         codes = np.unique(codes, return_inverse=True)[1]
-    firsts = np.unique(codes, return_index=True)[1].tolist()
-    return codes, [{name: _value(table.column(name)[first]) for name in table.column_names} for first in firsts]
+    firsts = np.unique(codes, return_index=True)[1]
+    return codes, python_rows(table.take(pa.array(firsts)))
 
 
 def _plain_values(column: pa.ChunkedArray) -> pa.Array:
