@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gaudi_batch.config import JobConfig
+from gaudi_batch.devices import with_device
 from gaudi_batch.growth import why_not_resumed
-from gaudi_batch.job import DEFAULT_CARDS, Job
-from gaudi_batch.ledger import Ledger
+from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
+from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.place import refuse_file, require_writable
 from gaudi_batch.plan import Bucket, PlanSummary, summarize
 from gaudi_batch.reasons import reason_lines
@@ -50,21 +52,27 @@ class _Place:
     summary: Mapping[str, Any] | None = None
 
 
-def check(job: Job, strict: bool = False) -> Checked:
-    """Looks at a resolved job: reads all its rows, and tries whether its output can be written; starts nothing and
-    leaves nothing behind.
+def check(config: JobConfig, strict: bool = False) -> Checked:
+    """Looks at a job: reads all its rows, and tries whether its output can be written; starts nothing and leaves
+    nothing behind.
 
     Args:
-        job: the job.
+        config: the job.
         strict: whether a single row that can't be run refuses it; carried columns are read then, too, as `run
             --strict` does.
 
     Raises:
-        InputError: its shape columns can't be read, or its output can't be where it is to be.
+        InputError: it can't be run as it is, its shape columns can't be read, or its output can't be where it is to be.
         StorageError: storage failed.
     """
+    storage = Storage(config.output, config.storage_options, min(PATIENCE_SECONDS, config.storage_patience))
+    refuse_file(storage)
+    require_writable(storage)
+    ledger = Ledger(storage)
+    record = ledger.run()
+    job = resolve(with_device(config, None, record.job["device"] if record else None), record, offline=True)
     config, model = job.config, job.model
-    place = _look_at(job)
+    place = _look_at(ledger, record, job)
     rows = survey(job.dataset, job.rules, config.limit, every_column=strict)
     buckets = summarize(job.plan(), config.batch_size)
     plans = buckets.values()
@@ -109,24 +117,19 @@ def check(job: Job, strict: bool = False) -> Checked:
     return Checked("\n".join(map(printable, lines)), refused)
 
 
-def _look_at(job: Job) -> _Place:
-    """What is in the output, and whether it can be written."""
-    config = job.config
-    storage = Storage(config.output, config.storage_options, min(PATIENCE_SECONDS, config.storage_patience))
-    refuse_file(storage)
-    require_writable(storage)
-    ledger = Ledger(storage)
-    record = ledger.run()
+def _look_at(ledger: Ledger, record: RunRecord | None, job: Job) -> _Place:
+    """What is in the output, which can be written."""
+    url = ledger.storage.url
     if record is None:
         if ledger.committed_shards():
-            return _Place([], f"{storage.url} has manifests of a run and no run.json; bring it back, or name another")
+            return _Place([], f"{url} has manifests of a run and no run.json; bring it back, or name another")
         return _Place(["place    can be written; no run is there"])
-    status, summary = read_status(ledger), ledger.get_json("summary.json")
+    status, summary = read_status(ledger, 0.0), ledger.get_json("summary.json")
     made = f"{status['images_committed']} of {status['images_planned']} images are made"
     rate = (summary or {}).get("images_per_s") or status["images_per_s"]
     speed = f", at {rate:.2f} images/s of generation" if rate else ""
     lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
-    if refusal := why_not_resumed(storage.url, record, job):
+    if refusal := why_not_resumed(url, record, job):
         return _Place(lines, refusal)
     left = status["shards"] - status["shards_committed"]
     if job.total_rows > record.rows:

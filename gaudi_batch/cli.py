@@ -155,19 +155,9 @@ def _stop(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.check import check
-    from gaudi_batch.devices import with_device
     from gaudi_batch.flags import job_from
-    from gaudi_batch.job import resolve
-    from gaudi_batch.ledger import Ledger
-    from gaudi_batch.place import refuse_file
-    from gaudi_batch.storage import Storage
 
-    config = job_from(parsed)
-    storage = Storage(config.output, config.storage_options, config.storage_patience)
-    refuse_file(storage)
-    record = Ledger(storage).run()
-    config = with_device(config, None, record.job["device"] if record else None)
-    found = check(resolve(config, record, offline=True), parsed.strict)
+    found = check(job_from(parsed), parsed.strict)
     say(found.text)
     if found.refused is not None:
         raise InputError(found.refused)

@@ -56,7 +56,8 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
             # Without concurrency a read is one request, and not one for the size before it.
             config = {**S3_CONFIG, **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
-        with told_if_slow(lambda: f"{redact(url)}: still looking for credentials"):
+        waits_for = "connecting" if protocol in READ_ONLY else "looking for credentials"
+        with told_if_slow(lambda: f"{redact(url)}: still {waits_for}"):
             filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
     except InputError:
         raise

@@ -747,8 +747,8 @@ def distinct_rows(table: pa.Table, rows: int) -> tuple[npt.NDArray[np.int64], li
         encoded = _plain_values(column).dictionary_encode(null_encoding="encode")
         codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
         codes = np.unique(codes, return_inverse=True)[1]
-    firsts = np.unique(codes, return_index=True)[1].tolist()
-    return codes, [{name: _value(table.column(name)[first]) for name in table.column_names} for first in firsts]
+    firsts = np.unique(codes, return_index=True)[1]
+    return codes, python_rows(table.take(pa.array(firsts)))
 
 
 def _plain_values(column: pa.ChunkedArray) -> pa.Array:

@@ -126,7 +126,7 @@ class Submitted:
         """How long a card takes for a shard: at the rate of the cards, else at the job's own; None if neither says."""
         try:
             ledger = Ledger(self._storage())
-            record, status = ledger.run(), read_status(ledger)
+            record, status = ledger.run(), read_status(ledger, 0.0)
             job = record.job if record else {}
             rates = [card["images_per_s"] for card in status["cards"].values() if card["images_per_s"]]
             if not rates and job["device"] == "simulated" and job["simulated"]["batch_seconds"]:

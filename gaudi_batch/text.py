@@ -31,6 +31,8 @@ def duration(seconds: float | None) -> str:
 
 def printable(text: str) -> str:
     """Text from elsewhere with nothing in it that could steer a terminal, turn the line around or forge another."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 

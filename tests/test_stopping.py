@@ -1,0 +1,86 @@
+"""What `stop` says will happen, and what a driver makes of a request in its output."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gaudi_batch import stopping
+from gaudi_batch.config import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.job import resolve
+from gaudi_batch.ledger import Ledger
+from gaudi_batch.stopping import Submitted, watched_for_stop
+from gaudi_batch.storage import Storage
+
+
+@pytest.fixture
+def output(write_prompts: Callable[..., Path], tmp_path: Path) -> Path:
+    """Of a run that has just begun: 32 batches of 8 a shard, at 0.885 s a batch."""
+    config = JobConfig(
+        prompts=str(write_prompts({"prompt": ["a"] * 512})), output=f"{tmp_path}/out", device="simulated"
+    )
+    Ledger(Storage(config.output)).create(resolve(config))
+    return tmp_path / "out"
+
+
+def submitted(output: Path | str, grace: float = 30.0) -> Submitted:
+    """As the cluster has kept it."""
+    kept = Submitted.read(Submitted("mark", str(output), {}, grace).metadata())
+    assert kept is not None
+    return kept
+
+
+def test_a_stop_says_what_will_happen_by_the_job_s_own_rate(output: Path) -> None:
+    assert submitted(output).outlook(30) == (
+        "what has begun is committed first, for up to 30 s; a shard takes 28 s, so all of it will be"
+    )
+    assert submitted(output).outlook(5) == (
+        "what has begun is committed first, for up to 5 s; a shard takes 28 s; what is not done by then is made again"
+        " when the job is resumed; with `stop --grace 29` nothing is"
+    )
+
+
+def test_a_stop_says_what_will_happen_by_the_rate_of_the_cards(output: Path) -> None:
+    cards = {f"vm-{n}": {"state": "ready", "images": 9, "images_per_s": 0.9, "faults": 0} for n in range(2)}
+    (output / "progress.json").write_text(json.dumps({"cards": cards, "images_per_s": 1.8}))
+    assert "a shard takes 4 min 44 s; " in submitted(output).outlook(30)
+    assert "with `stop --grace 285` nothing is" in submitted(output).outlook(30)
+
+
+def test_a_stop_that_can_t_see_the_output_says_so(tmp_path: Path) -> None:
+    elsewhere = submitted(tmp_path / "elsewhere")
+    assert "how long a shard takes is not known from here" in elsewhere.outlook(30)
+    with pytest.raises(InputError, match=r"--grace goes by the job's output.*the job's own grace of 30 s holds"):
+        elsewhere.ask_to_stop(60)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"gaudi_batch": "mark"}, {"storage_options": "no json"}])
+def test_a_job_of_an_older_version_is_known_for_one(metadata: dict[str, str] | None) -> None:
+    assert Submitted.read(metadata) is None
+
+
+def test_a_request_stops_its_own_submission_alone_and_is_removed(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "LOOK_SECONDS", 0.05)
+    monkeypatch.setenv(stopping.SUBMISSION_VARIABLE, "mark")
+    asked, graces = threading.Event(), list[float]()
+
+    def stop(grace: float) -> None:
+        graces.append(grace)
+        asked.set()
+
+    request = output / "stop.json"
+    with watched_for_stop(Storage(str(output)), stop):
+        for other in ('{"submission": "other", "grace": 1}', "[]", '{"submission": "mark", "grace": -1}', "torn"):
+            request.write_text(other)
+            assert not asked.wait(0.2)
+        submitted(output).ask_to_stop(7.0)
+        assert asked.wait(20)
+        while request.exists():
+            asked.wait(0.01)
+    assert graces == [7.0]
