@@ -182,6 +182,13 @@ def test_the_join_says_that_there_is_no_temporary_directory(state: str, finished
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1"])
+def test_emulate_says_that_there_is_no_place_for_its_state(finished: Path) -> None:
+    said = without_temporary_files("read-only", finished, "emulate", "--", "true")
+    assert "Traceback" not in said.stderr
+    assert said.returncode == 2
+    assert said.stderr.rstrip().endswith("name a directory with --state")
+
+
 def test_submit_works_for_a_user_without_a_home(address: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "RAY_AUTH_TOKEN")}
     said = subprocess.run(
