@@ -13,7 +13,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -174,7 +173,7 @@ def _bench(parsed: argparse.Namespace) -> int:
     if parsed.calls < 1:
         raise InputError(f"--calls is {parsed.calls}; it must be 1 or more")
     address = address_of(parsed.address)
-    config = job_from(parsed, {"prompts": str(PROMPTS), "output": tempfile.gettempdir()})
+    config = job_from(parsed, {"prompts": str(PROMPTS), "output": os.curdir})
     measured = bench(resolve(with_device(config, address)), address, parsed.calls)
     say(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
     return 0

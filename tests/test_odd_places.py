@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pty
+import select
 import socket
 import subprocess
 import sys
@@ -101,11 +102,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch, term: str = "xterm") -> Iterator[i
     os.close(reader)
 
 
-def shown(reader: int) -> str:
-    os.set_blocking(reader, False)
-    with contextlib.suppress(BlockingIOError):
-        return os.read(reader, 1 << 20).decode()
-    return ""
+def appears(text: str, reader: int) -> bool:
+    """Whether a text comes to the terminal, which takes the system a moment."""
+    seen = ""
+    while text not in seen and select.select([reader], [], [], 10)[0]:
+        seen += os.read(reader, 4096).decode(errors="replace")
+    return text in seen
 
 
 def test_an_application_keeps_its_log_handlers_on_a_terminal(
@@ -120,7 +122,7 @@ def test_an_application_keeps_its_log_handlers_on_a_terminal(
             assert on_terminal not in log.handlers
         log.info("afterwards")
         assert log.handlers == [kept, on_terminal]
-        assert "while it runs" in shown(reader)
+        assert appears("while it runs", reader)
     kept.close()
     assert (tmp_path / "log").read_text() == "while it runs\nafterwards\n"
 
@@ -133,7 +135,7 @@ def test_a_terminal_that_can_not_redraw_gets_lines(
         monkeypatch.setattr(log, "handlers", [logging.StreamHandler(sys.stderr)])
         with open_view() as view:
             view.show(HALF)
-        assert "5/10 images" in shown(reader)
+        assert appears("5/10 images", reader)
 
 
 # -- places that can't be written ----------------------------------------------------------------------------------
@@ -181,11 +183,17 @@ def test_the_join_says_that_there_is_no_temporary_directory(state: str, finished
     assert said.stderr.rstrip().endswith(NO_PLACE)
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1"])
-def test_submit_works_for_a_user_without_a_home(address: str) -> None:
+def test_emulate_says_that_there_is_no_place_for_its_state(finished: Path) -> None:
+    said = without_temporary_files("read-only", finished, "emulate", "--", "true")
+    assert "Traceback" not in said.stderr
+    assert said.returncode == 2
+    assert said.stderr.rstrip().endswith("name a directory with --state")
+
+
+def test_a_user_without_a_home_reaches_the_jobs_api() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "RAY_AUTH_TOKEN")}
     said = subprocess.run(
-        [sys.executable, "-m", "gaudi_batch", "follow", "a-job", "--address", address],
+        [sys.executable, "-m", "gaudi_batch", "follow", "a-job", "--address", "http://127.0.0.1:1"],
         capture_output=True,
         text=True,
         timeout=60,

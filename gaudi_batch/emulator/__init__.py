@@ -47,7 +47,10 @@ class Machine:
             from habana_frameworks._emulation.settings import Settings, default_state
         finally:
             sys.path.remove(str(SITE))
-        state = Path(self.state or os.environ.get("GAUDI_EMULATOR_STATE") or default_state()).absolute()
+        try:
+            state = Path(self.state or os.environ.get("GAUDI_EMULATOR_STATE") or default_state()).absolute()
+        except (OSError, KeyError):  # no temporary directory, or a user without a name
+            raise InputError("emulate: there is no place for its state; name a directory with --state") from None
         wished = {
             "GAUDI_EMULATOR_MODULES": self._module_ids(),
             "GAUDI_EMULATOR_CAPTURE_SECONDS": self.capture_seconds,
