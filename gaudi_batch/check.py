@@ -124,7 +124,7 @@ def _look_at(ledger: Ledger, record: RunRecord | None, job: Job) -> _Place:
         if ledger.committed_shards():
             return _Place([], f"{url} has manifests of a run and no run.json; bring it back, or name another")
         return _Place(["place    can be written; no run is there"])
-    status, summary = read_status(ledger, 0.0), ledger.get_json("summary.json")
+    status, summary = read_status(ledger), ledger.get_json("summary.json")
     made = f"{status['images_committed']} of {status['images_planned']} images are made"
     rate = (summary or {}).get("images_per_s") or status["images_per_s"]
     speed = f", at {rate:.2f} images/s of generation" if rate else ""

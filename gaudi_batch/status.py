@@ -30,11 +30,13 @@ MOST_SHOWN = 32
 REASONS_SHOWN = 10
 
 
-def read_status(ledger: Ledger) -> dict[str, Any]:
+def read_status(ledger: Ledger, watch_s: float | None = None) -> dict[str, Any]:
     """The state of the run in an output.
 
     Args:
         ledger: of the run.
+        watch_s: how many seconds to watch the lease of a driver of which it is not known whether it lives; by default
+            WATCH_SECONDS.
 
     Returns:
         `state` (`complete`, `complete with failed rows`, `stopped`, `running` or `silent`), the counts of shards and
@@ -61,7 +63,7 @@ def read_status(ledger: Ledger) -> dict[str, Any]:
         lease = read_lease(ledger.storage)
         state = _state_of(lease)
         if lease is not None and state == "in doubt":
-            state, silent_s = _watch(ledger, lease, progress["time"])
+            state, silent_s = _watch(ledger, lease, progress["time"], WATCH_SECONDS if watch_s is None else watch_s)
         if lease is not None and state == "stopped" and not lease.released:
             reason = f"its driver, {lease.holder}, is gone"
         elif lease is not None and silent_s is not None:
@@ -99,22 +101,22 @@ def _state_of(lease: Lease | None) -> str:
     return "in doubt" if alive is None else "running" if alive else "stopped"
 
 
-def _watch(ledger: Ledger, lease: Lease, written: Any) -> tuple[str, float | None]:
+def _watch(ledger: Ledger, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
     """Whether a driver on another machine lives: the state, and for how many seconds it has been silent if it is."""
     age = _age(written)
     if age is not None and abs(age) < FRESH_SECONDS:
         return "running", None
-    log.info("looking for up to %.0f s whether its driver, %s, lives", WATCH_SECONDS, lease.holder)
+    log.info("looking for up to %.0f s whether its driver, %s, lives", watch_s, lease.holder)
     since = time.monotonic()
     while True:
-        time.sleep(min(LOOK_SECONDS, WATCH_SECONDS))
+        time.sleep(min(LOOK_SECONDS, watch_s))
         now = read_lease(ledger.storage)
         if now is None or now.released:
             return "stopped", None
         if (now.driver, now.beat) != (lease.driver, lease.beat):
             return "running", None
         watched = time.monotonic() - since
-        if watched >= WATCH_SECONDS:
+        if watched >= watch_s:
             return "silent", max(watched, age or 0.0)
 
 

@@ -500,9 +500,7 @@ def test_status_says_what_it_can_of_any_records(ledger: Ledger, lease: bytes, pr
     for name, data in (("lease.json", lease), ("progress.json", progress), ("summary.json", summary)):
         ledger.storage.put(name, data)
     read_lease(ledger.storage)
-    with pytest.MonkeyPatch.context() as at_once:
-        at_once.setattr("gaudi_batch.status.WATCH_SECONDS", 0.0)
-        status = read_status(ledger)
+    status = read_status(ledger, watch_s=0.0)
     json.dumps(status)
     assert all(line.isprintable() for line in describe_status(status).splitlines())
     assert len(describe_status(status).split("\n")) < 60
