@@ -695,8 +695,8 @@ def _rows_between(shard: Shard, start: int, stop: int) -> Sequence[int]:
 
 
 def _take(table: pa.Table, places: npt.NDArray[np.int64]) -> pa.Table:
-    """Some rows of a table, in order. Of a view, from which Arrow may not be able to take, as what it is a view of."""
-    if len(places) == len(table):
+    """Some rows of a table. Of a view, from which Arrow may not be able to take, as what it is a view of."""
+    if np.array_equal(places, np.arange(len(table))):
         return table
     kinds = plain(table.schema).types
     columns = [
@@ -748,7 +748,7 @@ def distinct_rows(table: pa.Table, rows: int) -> tuple[npt.NDArray[np.int64], li
         codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
         codes = np.unique(codes, return_inverse=True)[1]
     firsts = np.unique(codes, return_index=True)[1]
-    return codes, python_rows(table.take(pa.array(firsts)))
+    return codes, python_rows(_take(table, firsts)) if table.num_columns else [{}] * len(firsts)
 
 
 def _plain_values(column: pa.ChunkedArray) -> pa.Array:
