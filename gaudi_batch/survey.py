@@ -26,6 +26,8 @@ Mask = npt.NDArray[np.bool_]
 FIRST_ROWS = 5
 VISIBLE = r"[\pL\pN]"
 """A text with a letter or a digit is not empty. One without is looked at by `make_row`."""
+LONG_TEXT = 4096
+"""Characters; a longer text is looked at by `make_row`, too."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,10 @@ def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
         column.validate(full=True)
     except pa.ArrowInvalid:  # some text in it is not UTF-8
         return np.ones(len(column), np.bool_)
+    long = _mask(pc.fill_null(pc.greater(pc.utf8_length(column), LONG_TEXT), False))
     if name != "prompt":
-        return np.zeros(len(column), np.bool_)
-    return ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
+        return long
+    return long | ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
 
 
 def _suspect_seeds(column: pa.ChunkedArray, there: Mask) -> Mask:
