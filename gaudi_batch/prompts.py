@@ -748,7 +748,15 @@ def distinct_rows(table: pa.Table, rows: int) -> tuple[npt.NDArray[np.int64], li
         codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
         codes = np.unique(codes, return_inverse=True)[1]
     firsts = np.unique(codes, return_index=True)[1]
-    return codes, python_rows(_take(table, firsts)) if table.num_columns else [{}] * len(firsts)
+    return codes, rows_at(table, firsts) if table.num_columns else [{}] * len(firsts)
+
+
+def rows_at(table: pa.Table, places: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Some rows of a table as Python values; one that Python can't hold comes as `Undecodable`."""
+    try:
+        return python_rows(table.cast(plain(table.schema)).take(pa.array(places)))
+    except pa.ArrowException:  # not every value of a type can be cast
+        return [{name: _value(table.column(name)[place]) for name in table.column_names} for place in places.tolist()]
 
 
 def _plain_values(column: pa.ChunkedArray) -> pa.Array:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gaudi_batch.columns import plain
 from gaudi_batch.errors import InputError
-from gaudi_batch.prompts import PromptDataset, distinct_rows, is_text, python_rows
+from gaudi_batch.prompts import PromptDataset, distinct_rows, is_text, rows_at
 from gaudi_batch.reasons import Reasons
 from gaudi_batch.repeats import RepeatedIds
 from gaudi_batch.rows import MAX_SEED, SHAPE_COLUMNS, RowRules, make_row
@@ -25,6 +26,8 @@ Mask = npt.NDArray[np.bool_]
 FIRST_ROWS = 5
 VISIBLE = r"[\pL\pN]"
 """A text with a letter or a digit is not empty. One without is looked at by `make_row`."""
+LONG_TEXT = 4096
+"""Characters; a longer text is looked at by `make_row`, too."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def survey(dataset: PromptDataset, rules: RowRules, limit: int | None, every_col
                 add(number, str(number), read.error)
             continue
         suspect = np.flatnonzero(_suspects(read.table, rules))
-        for place, values in zip(suspect.tolist(), python_rows(read.table.take(pa.array(suspect))), strict=True):
+        for place, values in zip(suspect.tolist(), rows_at(read.table, suspect), strict=True):
             row = make_row(read.rows[place], values, rules)
             if row.error is not None:
                 add(row.row, row.id, row.error)
@@ -107,11 +110,15 @@ def _suspects(table: pa.Table, rules: RowRules) -> Mask:
         found |= np.array([rules.shape(values)[2] is not None for values in distinct], np.bool_)[codes]
     for name in table.column_names:
         if name not in SHAPE_COLUMNS:
-            found |= _suspect_values(name, _decoded(table.column(name)), rules)
+            found |= _suspect_values(name, table.column(name))
     return found
 
 
-def _suspect_values(name: str, column: pa.ChunkedArray, rules: RowRules) -> Mask:
+def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
+    try:
+        column = column.cast(plain(pa.schema([(name, column.type)])).field(0).type)
+    except pa.ArrowException:
+        return np.ones(len(column), np.bool_)
     there = _mask(pc.is_valid(column))
     if name == "seed":
         return _suspect_seeds(column, there)
@@ -121,12 +128,10 @@ def _suspect_values(name: str, column: pa.ChunkedArray, rules: RowRules) -> Mask
         column.validate(full=True)
     except pa.ArrowInvalid:  # some text in it is not UTF-8
         return np.ones(len(column), np.bool_)
-    found = np.zeros(len(column), np.bool_)
-    if name in ("prompt", "negative_prompt") and rules.bounds is not None:
-        found |= _mask(pc.fill_null(pc.greater(pc.utf8_length(column), rules.bounds.max_prompt), False))
-    if name == "prompt":
-        found |= ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
-    return found
+    long = _mask(pc.fill_null(pc.greater(pc.utf8_length(column), LONG_TEXT), False))
+    if name != "prompt":
+        return long
+    return long | ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
 
 
 def _suspect_seeds(column: pa.ChunkedArray, there: Mask) -> Mask:
@@ -141,10 +146,6 @@ def _suspect_seeds(column: pa.ChunkedArray, there: Mask) -> Mask:
     if pa.types.is_unsigned_integer(kind):
         return _mask(pc.fill_null(pc.greater(column.cast(pa.uint64()), pa.scalar(MAX_SEED, pa.uint64())), False))
     return _mask(pc.fill_null(pc.less(column, pa.scalar(0, kind)), False))
-
-
-def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _mask(column: pa.ChunkedArray) -> Mask:

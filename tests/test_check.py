@@ -105,8 +105,9 @@ def test_arrow_passes_over_no_row_that_a_card_would_not_run(tmp_path: Path, data
     wild = WILD | {"seed": SEEDS[kinds["seed"]]}
     values = {name: data.draw(st.lists(wild[name], min_size=count, max_size=count)) for name in names}
     table = pa.table({name: pa.array(column, kinds.get(name)) for name, column in values.items()})
-    if data.draw(st.booleans()):
-        table = table.set_column(0, "prompt", table.column("prompt").dictionary_encode())
+    kind = data.draw(st.sampled_from([pa.string(), pa.large_string(), pa.string_view(), "dictionary"]))
+    prompts = table.column("prompt")
+    table = table.set_column(0, "prompt", prompts.dictionary_encode() if kind == "dictionary" else prompts.cast(kind))
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=5)
     config = JobConfig(prompts=str(tmp_path / "p.parquet"), output=str(tmp_path / "out"), device="simulated")
     job = resolve(config)

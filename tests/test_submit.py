@@ -201,6 +201,18 @@ def test_a_job_that_ray_does_not_know_is_named(nodes: RayCluster) -> None:
     assert "has no job 'no-such-job'; `ray job list --address http" in line
 
 
+def test_an_output_that_is_a_file_ends_a_submitted_job_with_its_line(
+    nodes: RayCluster, dataset: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    result = command_line("submit", "--address", nodes.jobs_address, *job(dataset, tmp_path / "out"))
+    assert result.returncode == 2
+    assert (
+        f"output '{tmp_path}/out': '{tmp_path}/out' is a file; an output is a directory, name another" in result.stdout
+    )
+    assert "lease" not in result.stdout
+
+
 def test_a_shell_that_keeps_its_token_back_is_told_so(nodes: RayCluster) -> None:
     result = command_line("stop", "any", "--address", nodes.jobs_address, RAY_AUTH_MODE="disabled")
     assert result.returncode == 2
