@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -97,15 +100,30 @@ def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_pat
     lines = re.findall(r"^images = (pandas.*)$", README.read_text(), re.MULTILINE)
     assert len(lines) == 1
     path = str(tmp_path / "out/manifest.parquet")
-    images = eval(lines[0].replace('"manifest.parquet"', repr(path)), {"pandas": pandas})
     expected = pq.read_table(path).select(["seed", "width", "height", "steps", "image_index"]).to_pydict()
     assert expected["seed"] == [MAX_SEED, 4600196908893600043, derived_seed(0, "2", 0), None]
     assert expected["width"] == [64, 64, None, 64]
     assert expected["steps"] == [20] * 4
-    for name, column in expected.items():
-        found = [None if pandas.isna(value) else value for value in images[name]]
-        assert found == column
-        assert {type(value) for value in found} <= {int, type(None)}
+    read = lines[0].replace('"manifest.parquet"', repr(path))
+    assert read != lines[0]
+    found = subprocess.run(
+        [sys.executable, "-c", READ_WITH_PANDAS.format(read=read, names=list(expected))],
+        env=os.environ | {"PYTHONPATH": str(Path(sys.executable).parents[1] / "pandas")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == expected
+
+
+READ_WITH_PANDAS = """
+import json, pandas
+images = {read}
+values = {{name: [None if pandas.isna(value) else value for value in images[name]] for name in {names}}}
+assert {{type(value) for column in values.values() for value in column}} <= {{int, type(None)}}
+print(json.dumps(values))
+"""
 
 
 def test_ids_that_repeat_are_found_where_manifests_are_joined(ledger: Ledger) -> None:

@@ -158,3 +158,11 @@ def test_nothing_in_the_package_turns_tokens_off() -> None:
     said = {path.name: path.read_text() for path in package.rglob("*.py") if "AUTH" in path.read_text()}
     assert said.keys() == {"submit.py"}
     assert re.findall(r'"RAY_AUTH_MODE", "(\w+)"', said["submit.py"]) == ["token"]
+
+
+def test_the_lowest_ray_that_is_taken_asks_for_a_token_by_itself() -> None:
+    """In 2.60 `ray.init` turns tokens on for a cluster that it starts (`enable_token_auth_by_default`); 2.52 did not."""
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    lowest = re.search(r'"ray\[default\]>=(\d+)\.(\d+)', project)
+    assert lowest
+    assert (int(lowest[1]), int(lowest[2])) >= (2, 60)
