@@ -161,7 +161,7 @@ def test_nothing_in_the_package_turns_tokens_off() -> None:
 
 
 def test_the_lowest_ray_that_is_taken_asks_for_a_token_by_itself() -> None:
-    """In 2.60 `ray.init` turns tokens on for a cluster that it starts (`enable_token_auth_by_default`); 2.52 did not."""
+    """In 2.60 `ray.init` turns tokens on for a cluster that it starts; in 2.52 it did not."""
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     lowest = re.search(r'"ray\[default\]>=(\d+)\.(\d+)', project)
     assert lowest
