@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.cpus import usable_cpus
+from gaudi_batch.discovery import open_prompts
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.filesystem import open_filesystem
 from gaudi_batch.pipelines.gaudi import gaudi_mapping
 from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.plan import Bucket, Shard, plan_shards
-from gaudi_batch.prompts import PromptDataset, open_prompts
+from gaudi_batch.prompts import PromptDataset
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.rows import Bounds, RowRules, bounds_for, make_row
 from gaudi_batch.stack import versions

@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 
 from gaudi_batch.columns import plain
 from gaudi_batch.errors import InputError
-from gaudi_batch.prompts import PromptDataset, distinct_rows, is_text, rows_at
+from gaudi_batch.prompts import PromptDataset
 from gaudi_batch.reasons import Reasons
 from gaudi_batch.repeats import RepeatedIds
 from gaudi_batch.rows import MAX_SEED, SHAPE_COLUMNS, RowRules, make_row
+from gaudi_batch.values import distinct_rows, is_text, rows_at
 
 Mask = npt.NDArray[np.bool_]
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gaudi_batch import InputError, JobConfig, RunResult, StorageError, run
-from gaudi_batch.prompts import open_prompts
+from gaudi_batch.discovery import open_prompts
 from gaudi_batch.storage import Storage
 
 ROWS = 100

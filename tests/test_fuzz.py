@@ -21,13 +21,13 @@ from gaudi_batch import manifest
 from gaudi_batch.check import check
 from gaudi_batch.cli import _parse
 from gaudi_batch.config import JobConfig
+from gaudi_batch.discovery import open_prompts
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.flags import job_from
 from gaudi_batch.lease import read_lease
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.plan import Bucket, Shard, plan_shards
-from gaudi_batch.prompts import open_prompts
 from gaudi_batch.rows import PromptRow, RowRules, make_row
 from gaudi_batch.status import describe_status, read_status
 from gaudi_batch.storage import Storage

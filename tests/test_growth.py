@@ -18,11 +18,11 @@ import pytest
 from helpers import StoreServer, command_line, read_manifest
 
 from gaudi_batch import InputError, JobConfig, RunResult, run
+from gaudi_batch.discovery import open_prompts
 from gaudi_batch.growth import differences
 from gaudi_batch.job import resolve
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.pipelines.model import builtin_directory
-from gaudi_batch.prompts import open_prompts
 from gaudi_batch.storage import Storage
 
 FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 2}
