@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ class RunRecord:
     have another than those before, so that one may be there twice; {} for what an older version made, which did not ask
     them, and None as long as it is alone."""
 
-    grown: Sequence[Mapping[str, Any]] = ()
+    grown: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """Each time that the run got more rows: `time`, `rows` and `images` that it had until then, and the `files` that
     were new to it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -48,6 +49,21 @@ def leases_end_with_their_test() -> Iterator[None]:
         yield
         for keeper in taken:
             keeper.forget()
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_as_an_application_finds_it() -> Iterator[None]:
+    """Whatever the command line has made of it in the same process, in another test or a fixture of many."""
+
+    def reset() -> None:
+        log = logging.getLogger("gaudi_batch")
+        log.handlers.clear()
+        log.propagate = True
+        log.setLevel(logging.NOTSET)
+
+    reset()
+    yield
+    reset()
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_dir_lists_what_the_package_offers() -> None:
         ({"stepz": 3}, "stepz: is not a field of a job"),
         ({"encoding": {"quality": 101}}, "encoding.quality: 101: input should be less than or equal to 100"),
         ({"model": None, "device": "cpu"}, "model: is missing; name a hub id, a directory or builtin:shapes"),
-        ({"storage_options": {"key": "hidden-value"}, "encoding": "hidden-value"}, "encoding: '***': "),
+        ({"storage_options": {"key": "hidden-value"}, "encoding": "hidden-value"}, "encoding.type: '***': "),
     ],
 )
 def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, object], said: str) -> None:

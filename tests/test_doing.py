@@ -122,7 +122,7 @@ def test_a_card_counts_images_until_they_are_stored() -> None:
 
     output: Any = Output()
     made = [MadeImage(Item(0, image, "p", "", 1), np.zeros((8, 8, 3), np.uint8), None, False) for image in range(2)]
-    batch = card._store_batch(output, _StoredBatch("aaaaa0", _Call("steady", 1.0, 0.0), 0), made)
+    batch = card._store_batch(output, _StoredBatch("aaaaa0", _Call("steady", 1.0, 0.0), 0), made, threading.Event())
     assert waiting() == 2
     batch.futures[0].add_done_callback(lambda _: stored.release())
     batch.futures[1].add_done_callback(lambda _: stored.release())

@@ -455,7 +455,8 @@ def test_an_image_that_no_card_can_encode_fails_its_row_and_is_asked_of_two(
     table = pa.table({"prompt": [f"prompt {row}" for row in range(40)], "width": widths, "height": [8] * 40})
     pq.write_table(table, tmp_path / "prompts.parquet")
     output = tmp_path / "out"
-    make(tmp_path / "prompts.parquet", output, cluster, {"batch_seconds": 0.2}, encoding={"type": "webp"}, batch_size=2)
+    fields = {"encoding": {"type": "webp"}, "batch_size": 2, "max_pixels": 2**22}
+    make(tmp_path / "prompts.parquet", output, cluster, {"batch_seconds": 0.2}, **fields)
     made, failed = outcome(output)
     assert made == [row for row in range(40) if row != 21]
     assert "can't be encoded" in failed[21]

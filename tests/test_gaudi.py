@@ -167,7 +167,7 @@ def test_a_gaudi_config_is_read_once_and_shapes_the_environment(
     job = resolve(job.model_copy(update={"prompts": str(prompts), "output": str(tmp_path / "out")}))
     assert job.config.gaudi.config == {"use_torch_autocast": True, **lists}
     assert job.fingerprint()["gaudi"]["config"] == job.config.gaudi.config
-    assert "device   hpu, autocast to bfloat16" in check(job)
+    assert "device   hpu, autocast to bfloat16" in check(job.config).text
 
     found = environment(job.config)
     assert found["PT_HPU_LAZY_MODE"] == "1"

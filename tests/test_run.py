@@ -89,7 +89,7 @@ def test_an_image_that_can_not_be_encoded_fails_its_row_alone(
     directory = write_prompts(
         {"prompt": ["p"] * 9, "width": [64] * 4 + [widest_webp + 9] + [64] * 4, "height": [8] * 9}
     )
-    result = make(directory, tmp_path / "out", cluster, encoding={"type": "webp"}, batch_size=2)
+    result = make(directory, tmp_path / "out", cluster, encoding={"type": "webp"}, batch_size=2, max_pixels=2**22)
     failed = {row["row"]: row["error"] for row in read_manifest(tmp_path / "out") if row["status"] == "failed"}
     assert result.exit_code == 3
     assert list(failed) == [4]

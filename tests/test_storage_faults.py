@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import os
 import pickle
 import signal
@@ -71,12 +70,9 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
 @pytest.fixture(autouse=True)
 def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
-    log = logging.getLogger("gaudi_batch")
-    handlers, propagate = log.handlers[:], log.propagate
     proxy.clear()
     yield
     proxy.clear()
-    log.handlers[:], log.propagate = handlers, propagate
 
 
 def options(s3: S3Server, proxy: FaultProxy) -> dict[str, Any]:

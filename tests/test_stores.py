@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 import threading
@@ -64,12 +63,9 @@ def output(url: str, server: StoreServer) -> Storage:
 @pytest.fixture(autouse=True)
 def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
-    log = logging.getLogger("gaudi_batch")
-    handlers, propagate = log.handlers[:], log.propagate
     proxy.clear()
     yield
     proxy.clear()
-    log.handlers[:], log.propagate = handlers, propagate
 
 
 def test_a_killed_driver_s_run_is_finished(
