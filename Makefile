@@ -39,7 +39,7 @@ demo: $(VENV)/.base
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 # Without torch, whose lowest version is a download of gigabytes.
 floors: $(VENV)/.base
