@@ -77,11 +77,9 @@ def test_run_json_has_no_secret_of_the_places_of_prompts_and_output() -> None:
 def test_the_title_of_the_process_has_no_storage_options(monkeypatch: pytest.MonkeyPatch) -> None:
     titles: list[str] = []
     monkeypatch.setattr("setproctitle.setproctitle", titles.append)
-    options = ["--storage-options={note: something-private}", "--prompts-storage-options", "{note: also-private}"]
-    monkeypatch.setattr(
-        sys, "orig_argv", ["gaudi-batch", "run", *options, "--prompts-storage-options.note=third-private"]
-    )
+    options = ["--storage-options={note: private}", "--prompts-storage-options", "{note: private}"]
+    options.append("--prompts-storage-options.note=private")
+    monkeypatch.setattr(sys, "orig_argv", ["gaudi-batch", "run", *options])
     cli._hide_secrets()
-    assert titles == [
-        "gaudi-batch run '--storage-options=***' --prompts-storage-options '***' '--prompts-storage-options.note=***'"
-    ]
+    hidden = "'--storage-options=***' --prompts-storage-options '***' '--prompts-storage-options.note=***'"
+    assert titles == [f"gaudi-batch run {hidden}"]
