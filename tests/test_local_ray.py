@@ -128,6 +128,7 @@ def test_nothing_of_it_listens_to_the_network(local_run: LocalRun) -> None:
 def test_it_has_no_dashboard(local_run: LocalRun) -> None:
     assert 8265 not in local_run.ports
     dashboards = [command for command in local_run.commands.values() if "/dashboard.py " in command]
+    assert dashboards, "what stands in its place is one, too"
     assert all("--minimal" in command or "--modules-to-load=UsageStatsHead" in command for command in dashboards)
 
 

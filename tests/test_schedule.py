@@ -17,7 +17,7 @@ from world import World, let_it_end, shards, start
 
 from benchmarks.schedule import Simulation
 from gaudi_batch.cards import QUEUE, CardState
-from gaudi_batch.decisions import Assign, Decision, Release, ShardTask
+from gaudi_batch.decisions import Decision, Release
 from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, Schedule
 
@@ -420,35 +420,10 @@ def test_stop_finishes_what_has_begun_and_takes_back_the_rest() -> None:
     assert len(world.committed) == 2
 
 
-def test_ten_thousand_cards_are_scheduled_in_seconds() -> None:
-    count, cards = 60_000, 10_000
-    world = World(Schedule(shards(count), "a", 4 * count))
-    start_of = {}
-    schedule = world.schedule
-    for card in range(cards):
-        schedule.starting(card)
-    waiting: list[ShardTask] = []
-    for card in range(cards):
-        waiting += [d.task for d in schedule.ready(card) if isinstance(d, Assign)]
-    done = 0
-    rng = random.Random(0)
-    while waiting:
-        place = rng.randrange(len(waiting))
-        waiting[place], waiting[-1] = waiting[-1], waiting[place]
-        task = waiting.pop()
-        start_of[task.shard.number] = task
-        decisions = schedule.done(task.attempt, ShardOutcome(4, 0, 0))
-        decisions += schedule.committed(task.shard.number)
-        done += 1
-        waiting += [d.task for d in decisions if isinstance(d, Assign)]
-    assert done == count
-    assert schedule.finished
-
-
 def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -> None:
     """Counted in calls of functions: six shapes and sixteen, slow cards and deaths, to the end."""
 
-    def calls_an_event(cards: int, keys: int, lost_nodes: int = 0) -> float:
+    def calls_an_event(cards: int, keys: int, lost_nodes: int = 0, shards: int = 6) -> float:
         calls = 0
 
         def count(frame: object, event: str, argument: object) -> None:
@@ -462,7 +437,7 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
             finally:
                 sys.setprofile(None)
 
-        simulation = Simulation(cards, keys, 6, lost_nodes=lost_nodes, watch=watch)
+        simulation = Simulation(cards, keys, shards, lost_nodes=lost_nodes, watch=watch)
         simulation.run()
         assert simulation.reason is None
         return calls / simulation.events
@@ -471,5 +446,6 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
         few, many = calls_an_event(100, keys), calls_an_event(1000, keys)
         assert many < 2 * few
         assert many < 250
+    assert calls_an_event(10_000, 6, shards=1) < 250
     # Shards that were lost with two nodes wait for nodes of their own.
     assert calls_an_event(1000, 6, lost_nodes=40) < 500

@@ -1,0 +1,116 @@
+"""Figures that decide who gets what and what a plan comes to, against sums made by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from world import shards
+
+from gaudi_batch.affinity import Affinity
+from gaudi_batch.cards import Card, Cards, CardState
+from gaudi_batch.events import SlowBatch
+from gaudi_batch.pending import Pending
+from gaudi_batch.plan import BatchKind, Bucket, GraphKey, PlanSummary, Run, Shard, plan_shards, summarize
+from gaudi_batch.verdicts import SlowKinds, _at_least
+
+SMALL, LARGE = Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)
+KEY, OTHER = SMALL.graph_key, LARGE.graph_key
+
+
+def test_what_a_plan_comes_to_is_the_sum_of_its_shards() -> None:
+    plan = [
+        Shard(0, 0, 0, 4, SMALL, rows=4, images=8),
+        Shard(1, 0, 0, 9, LARGE, rows=5, images=5),
+        Shard(2, 0, 4, 9, SMALL, rows=3, images=3),
+        Shard(3, 0, 9, 12, LARGE, rows=3, images=9),
+    ]
+    found = summarize(plan, batch_size=4)
+    assert list(found) == [SMALL, LARGE]
+    assert found[SMALL] == PlanSummary(shards=2, rows=7, images=11, batches=3, padding=1)
+    assert found[LARGE] == PlanSummary(shards=2, rows=8, images=14, batches=5, padding=6)
+    assert found[LARGE].padding_share == 0.3
+
+
+def test_guidance_doubles_the_work_only_above_one() -> None:
+    for scale, guided in ((0.0, False), (0.5, False), (1.0, False), (1.1, True)):
+        bucket = Bucket(64, 64, 20, scale)
+        assert bucket.batch_kind == BatchKind(64, 64, 20, guided)
+        assert bucket.graph_key == GraphKey(64, 64, guided)
+
+
+def test_the_last_tenth_of_a_plan_is_in_shards_of_a_quarter() -> None:
+    sizes = [shard.rows for shard in plan_shards([Run(0, 0, 1000, SMALL, 1)], 1000, 50, batch_size=2)]
+    assert sizes == [50] * 18 + [12] * 8 + [4]
+    sizes = [shard.rows for shard in plan_shards([Run(0, 0, 100, SMALL, 1)], 100, 10, batch_size=1)]
+    assert sizes == [10] * 9 + [2] * 5, "a quarter of ten is two"
+
+
+def test_what_a_capture_costs_is_the_time_beyond_that_of_the_images() -> None:
+    affinity = Affinity(4)
+    affinity.use(0, KEY)
+    affinity.took(30.0, 10, captured=True)
+    affinity.took(10.0, 10, captured=False)
+    # One second an image, so the capture took 20 s: as long as two shards of 10 images.
+    assert affinity.is_worth_it(KEY, pending=3, images=10)
+    assert not affinity.is_worth_it(KEY, pending=2, images=10)
+    assert affinity.is_worth_it(OTHER, pending=1, images=10), "nobody has captured it"
+
+
+def test_a_card_goes_on_with_the_key_of_which_most_shards_wait_for_each_holder() -> None:
+    affinity = Affinity(4)
+    assert affinity.choose(0, {KEY: (5, 1), OTHER: (4, 9)}) == KEY
+    affinity.use(1, KEY)
+    assert affinity.choose(0, {KEY: (5, 1), OTHER: (4, 9)}) == OTHER
+    assert affinity.choose(0, {KEY: (9, 1), OTHER: (4, 9)}) == KEY
+
+
+def test_what_waits_is_counted_wherever_it_waits() -> None:
+    pending = Pending({shard.number: shard for shard in shards(3)})
+    assert len(pending) == 3
+    pending.suspects[7] = pending.node_suspects[8] = pending.parked[9] = None
+    assert len(pending) == 6
+    assert pending.plain == 3
+
+
+def ready(*nodes: str) -> tuple[Cards, list[Card]]:
+    cards = Cards(Affinity(4))
+    found = []
+    for number, node in enumerate(nodes):
+        card = Card(number, node)
+        card.state, card.has_made = CardState.READY, True
+        cards.add(card)
+        cards.file(card)
+        found.append(card)
+    return cards, found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cut", "aside"),
+    [
+        (("a", "b", "c"), (0,), False),
+        (("a", "b", "c"), (0, 1), True),
+        (("a", "a", "b"), (0, 1), False),
+        (("a", "a", "a"), (0, 1), True),
+        (("a",), (0,), False),
+        (("a",), (0, 0), True),
+    ],
+)
+def test_a_kind_of_batch_is_set_aside_when_cards_of_two_nodes_were_killed_at_it(
+    nodes: tuple[str, ...], cut: tuple[int, ...], aside: bool
+) -> None:
+    """Where all cards are on one node, two cards; where there is one, twice."""
+    usable, cards = ready(*nodes)
+    slow = SlowKinds()
+    found = [
+        slow.cut(cards[number], SlowBatch(SMALL.batch_kind, "600 s (limits.first_batch)"), usable) for number in cut
+    ]
+    assert found == [False] * (len(cut) - 1) + [aside]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 2.0), (2, 2.0), (3, 2.0), (8, 2.0), (1, 0.1), (40, 10.0)])
+def test_the_chance_of_so_many_failures_is_that_of_poisson(count: int, expected: float) -> None:
+    below = sum(math.exp(-expected) * expected**k / math.factorial(k) for k in range(count))
+    chance: Any = _at_least(count, expected)
+    assert chance == (1.0 if count <= expected else pytest.approx(1 - below, abs=1e-12))

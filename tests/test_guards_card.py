@@ -1,0 +1,203 @@
+"""What a card owes its run when something in it breaks, and what it keeps of a row that failed."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gaudi_batch import driver as driver_module
+from gaudi_batch.card import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
+from gaudi_batch.config import EncodingConfig
+from gaudi_batch.decisions import ShardTask
+from gaudi_batch.driver import Driver
+from gaudi_batch.errors import StorageError
+from gaudi_batch.generation import Item
+from gaudi_batch.manifest import StoredImage, read
+from gaudi_batch.outputs.encoding import encode
+from gaudi_batch.outputs.files import FilesOutput
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.rows import PromptRow
+from gaudi_batch.storage import Storage
+from gaudi_batch.throughput import BatchLine, Sums
+
+BUCKET = Bucket(64, 64, 20, 7.5)
+
+
+def test_a_thread_of_a_card_that_dies_ends_its_process() -> None:
+    """Else the card would look alive and do nothing."""
+    code = "from gaudi_batch.card import Card; Card.__new__(Card)._guarded(lambda: 1 / 0)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 70
+    assert "ZeroDivisionError" in ended.stderr
+
+
+def test_the_images_of_a_row_that_failed_after_all_are_removed(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    output = FilesOutput(storage, EncodingConfig(), 3, "aaaaa1")
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    items = [Item(0, 0, "p", "", 1), Item(1, 0, "p", "", 1)]
+    futures: list[Future[StoredImage]] = []
+    for item in items:
+        futures.append(Future())
+        futures[-1].set_result(output.add(item.row, item.image, pixels))
+    batch = _StoredBatch("aaaaa1", _Call("steady", 1.0, 0.0), 0, [(item, None, False) for item in items], futures)
+    card: Any = Card.__new__(Card)
+    card._storage, card._name, card._node, card._module = storage, "vm-0", "vm", 0
+    card._pipeline = SimpleNamespace(device="simulated")
+    card._setup = SimpleNamespace(run_id="run", config=SimpleNamespace(seed=0, batch_size=2))
+    card._clock = SimpleNamespace(convert=lambda seconds: seconds)
+    rows = [PromptRow(row, str(row), "p", "", None, BUCKET, 1, None) for row in range(2)]
+    work = _Work(ShardTask(Shard(3, 0, 0, 2, BUCKET, 2, 2), "aaaaa1"), rows, pa.table({"topic": ["t", "t"]}))
+    maker: Any = SimpleNamespace(failures={1: "boom"}, doubted={}, raised={1}, transient_failures=0)
+    done = card._record(work, output, maker, [batch])
+    named = [path for path in read(done.manifest)[0].column("path").to_pylist() if path]
+    stored = [str(path.relative_to(tmp_path)) for path in (tmp_path / "images").rglob("*.png")]
+    assert named == stored == ["images/000003-aaaaa1/00000000-00.png"]
+
+
+def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pixels may be larger than memory."""
+    made: list[int] = []
+
+    class Maker:
+        control = None
+
+        def __init__(self, *, call: Any, **_: Any) -> None:
+            self._call = call
+
+        def batches(self) -> Iterator[list[Any]]:
+            for number in range(20):
+                self._call([])
+                made.append(number)
+                yield []
+
+    monkeypatch.setattr("gaudi_batch.card.ShardMaker", Maker)
+    card: Any = Card.__new__(Card)
+    card._store_slots, card._storage, card._controls = threading.Semaphore(BATCHES_IN_STORE), None, {}
+    card._setup = SimpleNamespace(config=SimpleNamespace(encoding=None, batch_size=1, seed=0))
+    card._call = lambda shard, items: (None, _Call("steady", 1.0, 0.0))
+    card._store_batch = lambda output, batch, *_: batch  # and none of them ever ends
+    work = _Work(ShardTask(Shard(0, 0, 0, 20, BUCKET, 20, 20), "aaaaa1"), [], pa.table({}))
+    threading.Thread(target=card._make, args=(work,), daemon=True).start()
+    for waits_with in (BATCHES_IN_STORE + 1, BATCHES_IN_STORE + 2):
+        until = time.monotonic() + 30
+        while len(made) < waits_with and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(made) == waits_with
+        card._store_slots.release()
+
+
+def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup: Any = SimpleNamespace(
+        dataset=SimpleNamespace(storage=Storage(str(tmp_path / "prompts")), files=[SimpleNamespace(name="p.parquet")]),
+        storage=Storage(str(tmp_path / "out")),
+        run_id="run",
+    )
+    monkeypatch.setattr("gaudi_batch.card.Ledger.run", lambda ledger: SimpleNamespace(run_id="run"))
+    with pytest.raises(RuntimeError, match=r"does not see the prompts in .*must be on a file system that all nodes"):
+        require_shared(setup)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/p.parquet").touch()
+    require_shared(setup)
+
+
+def test_the_quality_of_a_job_decides_about_the_bytes() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for kind in ("jpeg", "webp"):
+        sizes = [len(encode(pixels, EncodingConfig(type=kind, quality=quality))) for quality in (20, 60, 95)]
+        assert sizes == sorted(set(sizes)), kind
+
+
+def test_first_batches_are_no_part_of_the_rate() -> None:
+    def line(phase: str, images: int, seconds: float) -> BatchLine:
+        now = datetime.now(timezone.utc).isoformat()
+        return BatchLine(now, "c", "n", 0, "simulated", 0, 0, {}, phase, images, 0, seconds, 1.0, 0.0, 0.0, 0.0)
+
+    sums = Sums.of([line("warmup", 8, 100.0), line("steady", 8, 2.0), line("steady", 4, 2.0)])
+    assert (sums.images_per_s, sums.warmup_s, sums.steady_s) == (3.0, 100.0, 4.0)
+    assert Sums.of([line("warmup", 8, 100.0)]).images_per_s is None
+
+
+def a_driver(**parts: Any) -> Any:
+    driver: Any = Driver.__new__(Driver)
+    vars(driver).update(parts)
+    return driver
+
+
+def test_a_driver_that_is_stopped_ends_when_its_grace_is_over() -> None:
+    abandoned: list[str] = []
+
+    async def stopped() -> None:
+        driver = a_driver(
+            schedule=SimpleNamespace(stop=lambda reason: []),
+            _carry_out=lambda decisions: None,
+            loop=asyncio.get_running_loop(),
+            abandon=abandoned.append,
+        )
+        driver.stop("interrupted", 0.05)
+        assert abandoned == []
+        while not abandoned:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(stopped(), 30))
+    assert abandoned == ["interrupted"]
+
+
+def test_a_driver_that_stood_still_does_not_take_its_cards_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that was stopped by a signal, or whose machine slept."""
+    monkeypatch.setattr(driver_module, "LOOK_SECONDS", 0.1)
+    silent: list[float] = []
+
+    def limit(status: Any, since_heard: float, *_: Any) -> None:
+        silent.append(since_heard)
+
+    monkeypatch.setattr(driver_module, "passed_limit", limit)
+
+    async def stood_still() -> None:
+        slot = SimpleNamespace(heard=time.monotonic(), actor=object(), passed=None, status=None, number=0)
+        driver = a_driver(
+            _slots={0: slot},
+            _news_s=1.0,
+            _setup=SimpleNamespace(config=None),
+            _batch_times=None,
+            _settle_stack=lambda: None,
+            _doings=dict,
+            _watch=SimpleNamespace(due=lambda cards: []),
+            _view=SimpleNamespace(show=lambda progress: None),
+            _account=SimpleNamespace(progress=lambda *_: None),
+            _waits_for=lambda cards: None,
+        )
+        look = asyncio.create_task(driver._look())
+        await asyncio.sleep(0.05)
+        time.sleep(2.0)
+        before = len(silent)
+        while len(silent) == before:
+            await asyncio.sleep(0.01)
+        look.cancel()
+
+    asyncio.run(asyncio.wait_for(stood_still(), 30))
+    assert max(silent) < 1.5
+
+
+def test_an_image_that_can_t_be_stored_is_no_row_s_fault(tmp_path: Path) -> None:
+    failed: Future[StoredImage] = Future()
+    failed.set_exception(StorageError("no space"))
+    batch = _StoredBatch("aaaaa1", _Call("steady", 1.0, 0.0), 0, [(Item(0, 0, "p", "", 1), None, False)], [failed])
+    maker: Any = SimpleNamespace(failures={}, doubted={}, raised=set())
+    with pytest.raises(StorageError, match="no space"):
+        Card.__new__(Card)._record(SimpleNamespace(), SimpleNamespace(), maker, [batch])  # type: ignore[arg-type]
+    assert maker.failures == {}

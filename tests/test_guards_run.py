@@ -1,0 +1,85 @@
+"""What a driver says and refuses at the start and the end of a run, and what it writes nowhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_end_of_run import failed_manifest
+
+from gaudi_batch import JobConfig, cli, runner
+from gaudi_batch.errors import RunStopped
+from gaudi_batch.job import Job
+from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.ledger import Ledger, RunRecord
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.storage import Storage
+from gaudi_batch.summary import Tally
+
+BUCKET = Bucket(64, 64, 20, 7.5)
+
+
+def test_another_version_than_the_run_began_with_is_said_where_no_card_was_asked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record = RunRecord({"shard_size": 4}, {}, {"torch": "2.1", "numpy": "1.0"}, "now", rows=4, images=4, stacks=None)
+    ledger: Any = SimpleNamespace(run=lambda: record, plan=lambda rows: [], storage=SimpleNamespace(url="out"))
+    job: Any = SimpleNamespace(
+        versions=lambda: {"torch": "2.2", "numpy": "1.0"},
+        fingerprint=dict,
+        total_rows=4,
+        config=SimpleNamespace(shard_size=4, limit=None),
+    )
+    with caplog.at_level(logging.WARNING, "gaudi_batch"):
+        assert runner._open_run(ledger, job, lambda: pytest.fail("no card is needed"), False) == (record, [])
+    assert caplog.messages == ["torch is 2.2 here and was 2.1 when the run began; images may differ"]
+
+
+def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.put("manifest/000000.parquet", failed_manifest(0, dict.fromkeys(range(4), "boom")))
+    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
+    ledger, lease = Ledger(storage), LeaseKeeper(storage, "aaaaa")
+    for rows in (3, 5):
+        with pytest.raises(RunStopped, match=f"the manifests have 4 rows, and the plan {rows}"):
+            runner._sum_up(
+                ledger,
+                RunRecord({}, {}, {}, "now", rows=rows, images=rows),
+                [Shard(0, 0, 0, 4, BUCKET, 4, 4)],
+                job,
+                Tally(),
+                lease,
+                runner._Ended(None),
+            )
+        assert (ledger.get_json("summary.json") or {})["state"] == "stopped"
+    assert not (tmp_path / "manifest.parquet").exists()
+
+
+def test_run_json_has_no_secret_of_the_places_of_prompts_and_output() -> None:
+    job = JobConfig(
+        prompts="https://user:a-password@host/p.parquet?sig=a-signature",
+        output="s3://a-user:b-password@bucket/out",
+        storage_options={"key": "an-access-key", "client_kwargs": {"aws_secret_access_key": "a-secret-key"}},
+        device="simulated",
+    )
+    described = json.dumps(Job(job, *[None] * 4).describe())  # type: ignore[arg-type]
+    for secret in ("a-password", "a-signature", "b-password", "an-access-key", "a-secret-key"):
+        assert secret not in described
+    assert "host/p.parquet" in described
+    assert "bucket/out" in described
+
+
+def test_the_title_of_the_process_has_no_storage_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("setproctitle.setproctitle", titles.append)
+    options = ["--storage-options={note: private}", "--prompts-storage-options", "{note: private}"]
+    options.append("--prompts-storage-options.note=private")
+    monkeypatch.setattr(sys, "orig_argv", ["gaudi-batch", "run", *options])
+    cli._hide_secrets()
+    hidden = "'--storage-options=***' --prompts-storage-options '***' '--prompts-storage-options.note=***'"
+    assert titles == [f"gaudi-batch run {hidden}"]
