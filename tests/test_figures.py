@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from world import shards
 
 from gaudi_batch.affinity import Affinity
 from gaudi_batch.cards import Card, Cards, CardState
+from gaudi_batch.dispatch import NODES_PER_EXCLUSIVE, Dispatch
 from gaudi_batch.events import SlowBatch
 from gaudi_batch.pending import Pending
 from gaudi_batch.plan import BatchKind, Bucket, GraphKey, PlanSummary, Run, Shard, plan_shards, summarize
@@ -45,6 +47,8 @@ def test_the_last_tenth_of_a_plan_is_in_shards_of_a_quarter() -> None:
     assert sizes == [50] * 18 + [12] * 8 + [4]
     sizes = [shard.rows for shard in plan_shards([Run(0, 0, 100, SMALL, 1)], 100, 10, batch_size=1)]
     assert sizes == [10] * 9 + [2] * 5, "a quarter of ten is two"
+    sizes = [shard.rows for shard in plan_shards([Run(0, 0, 110, SMALL, 1)], 110, 11, batch_size=1)]
+    assert sizes == [11] * 9 + [2] * 5 + [1], "and of eleven, too"
 
 
 def test_what_a_capture_costs_is_the_time_beyond_that_of_the_images() -> None:
@@ -114,3 +118,25 @@ def test_the_chance_of_so_many_failures_is_that_of_poisson(count: int, expected:
     below = sum(math.exp(-expected) * expected**k / math.factorial(k) for k in range(count))
     chance: Any = _at_least(count, expected)
     assert chance == (1.0 if count <= expected else pytest.approx(1 - below, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("kept", "nodes", "other_work", "may"),
+    [
+        (0, 1, 5, True),
+        (1, 1, 5, False),
+        (1, 1, 0, True),
+        (1, 4, 5, False),
+        (1, 7, 5, False),
+        (1, 8, 5, True),
+        (2, 8, 5, False),
+    ],
+)
+def test_one_node_in_four_is_kept_for_suspect_shards_while_other_work_waits(
+    kept: int, nodes: int, other_work: int, may: bool
+) -> None:
+    work: Any = Dispatch.__new__(Dispatch)
+    work.cards = SimpleNamespace(exclusive=dict.fromkeys(range(kept)), usable_on=dict.fromkeys(range(nodes), 1))
+    work.pending = SimpleNamespace(plain=other_work)
+    assert NODES_PER_EXCLUSIVE == 4
+    assert work._may_keep_node() is may
