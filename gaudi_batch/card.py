@@ -323,7 +323,9 @@ class Card:
             failed_before=shard.failed_before,
             images_before=shard.images_before,
             finished_at=self._clock.convert(last.timestamp()),
-            bad_rows=tuple(row.row for row in work.rows if row.error is not None and not row.unreadable),
+            bad_rows=tuple(row.row for row in work.rows if row.error is not None and not row.unreadable)[
+                : manifest.MAX_BAD_ROWS
+            ],
         )
         data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
         outcome = ShardOutcome(

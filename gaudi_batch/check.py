@@ -129,7 +129,7 @@ def _look_at(ledger: Ledger, record: RunRecord | None, job: Job) -> _Place:
     rate = (summary or {}).get("images_per_s") or status["images_per_s"]
     speed = f", at {rate:.2f} images/s of generation" if rate else ""
     lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
-    if refusal := why_not_resumed(url, record, job):
+    if refusal := why_not_resumed(ledger, record, job):
         return _Place(lines, refusal)
     left = status["shards"] - status["shards_committed"]
     if job.total_rows > record.rows:

@@ -121,19 +121,28 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     query = mark + asked
     output = _real(str(filesystem._strip_protocol(config.output)), whole)
 
+    of_other_runs: set[str] = set()
+
     @functools.cache
     def holds_run(place: str) -> bool:
-        return bool(filesystem.exists(f"{place}/run.json"))
+        try:
+            return b'"fingerprint"' in filesystem.cat_file(f"{place}/run.json")
+        except FileNotFoundError:
+            return False
 
     def is_of_any_run(name: str) -> bool:
         real = _real(name, whole)
         if f"{real}/".startswith(f"{output}/") and is_of_run(real[len(output) + 1 :]):
             return True
         place, _, last = name.rpartition("/")
-        if last in OWN_FILES:
-            return holds_run(place)
         above, _, below = place.rpartition("/")
-        return below == "manifest" and parse_manifest(last) is not None and holds_run(above)
+        if last in OWN_FILES:
+            found = holds_run(place)
+        else:
+            found = below == "manifest" and parse_manifest(last) is not None and holds_run(above)
+        if found and last.endswith(".parquet"):
+            of_other_runs.add(name)
+        return found
 
     def prompts(names: Iterable[str], files: Any) -> list[str]:
         """The names without links in a circle, and without what runs have written."""
@@ -183,7 +192,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         if "FileNotFoundError" in str(error):
             raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
         raise
-    _say_what_is_passed_over(whole, found)
+    _say_what_is_passed_over(whole, found, of_other_runs)
     if not found.taken:
         way_out = how_to_convert(found.others)
         there = f", and {_some(found.others, found.base)} is" if found.others else ""
@@ -214,13 +223,16 @@ def _real(name: str, storage: Storage) -> str:
     return os.path.realpath(name) if storage.local else name.rstrip("/")
 
 
-def _say_what_is_passed_over(storage: Storage, found: _Found) -> None:
+def _say_what_is_passed_over(storage: Storage, found: _Found, of_other_runs: Collection[str]) -> None:
     """Says what is not taken, so that no rows are missing in silence, and what is taken twice.
 
     Raises:
         InputError: a file is a link that leads nowhere.
     """
-    said = {"left out, as " + found.rule: found.left}
+    said = {
+        "left out, as " + found.rule: found.left,
+        "left out, as a run that lies there has written it": of_other_runs,
+    }
     if isinstance(found.filesystem, LinkedFileSystem):
         broken = found.filesystem.broken
         if missing := broken.intersection(found.taken):

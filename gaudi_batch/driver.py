@@ -61,6 +61,7 @@ from gaudi_batch.progress import View
 from gaudi_batch.schedule import Schedule
 from gaudi_batch.slot import Slot, node_is_gone, why_died
 from gaudi_batch.stack import StackVote, differences, why_unfit
+from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
 
@@ -129,6 +130,7 @@ class Driver:
         # Not the event loop's own, whose end would wait for what never comes back.
         self._threads = ThreadPoolExecutor(OTHER_THREADS, "driver")
         self._ray = ThreadPoolExecutor(1, "ray")
+        self._asking: float | None = None  # since when Ray is being asked for something
         self._places = Places(setup, resources, schedule.prefix)
         self._batch_times = BatchTimes()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -205,7 +207,15 @@ class Driver:
 
     def _ask_ray(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """Has Ray asked for something, after all that it was to be asked before."""
-        return self.loop.run_in_executor(self._ray, function, *arguments)
+
+        def asked() -> T:
+            self._asking = time.monotonic()
+            try:
+                return function(*arguments)
+            finally:
+                self._asking = None
+
+        return self.loop.run_in_executor(self._ray, asked)
 
     def _tell_ray(self, function: Callable[..., None], slot: Slot) -> None:
         async def told() -> None:
@@ -221,6 +231,8 @@ class Driver:
             self.abandon(str(error))
         except LeaseLost as error:
             self.abandon(str(error), at_once=True)
+        except RayError as error:
+            self.abandon(f"Ray can't be asked any more: {one_line(error, 300)}")
         except Exception as error:
             # A task that is gone could leave the run waiting for ever.
             if not self._over.done():
@@ -332,7 +344,12 @@ class Driver:
         slot.starting = self._spawn(self._begin(slot))
 
     async def _begin(self, slot: Slot) -> None:
-        slot.actor = await self._ask_ray(self._places.start, slot.number)
+        try:
+            slot.actor = await self._ask_ray(self._places.start, slot.number)
+        except RayError as error:
+            slot.starting = None
+            await self._lost(slot, error)
+            return
         slot.starting, slot.heard = None, time.monotonic()
         await self._listen(slot, slot.actor)
 
@@ -620,6 +637,9 @@ class Driver:
                 if slot.passed:
                     self._tell_ray(self._places.kill, slot)
             self._settle_stack()
+            patience = self._setup.config.limits.cluster
+            if self._asking is not None and time.monotonic() - self._asking > patience:
+                self.abandon(f"Ray has not answered for {patience:g} s (limits.cluster)")
             cards = self._doings()
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()

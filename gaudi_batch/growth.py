@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from gaudi_batch import manifest
 from gaudi_batch.columns import plain
-from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
 from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.plan import Shard
@@ -47,43 +46,60 @@ def differences(run: RunRecord, job: Job) -> list[str]:
     return lines
 
 
-def why_not_resumed(url: str, run: RunRecord, job: Job) -> str | None:
+def why_not_resumed(ledger: Ledger, run: RunRecord, job: Job) -> str | None:
     """Why a job can't go on with the run in an output, a sentence with the ways out; None if it can."""
     different = differences(run, job)
     if not different:
-        return None
+        return _other_columns(ledger, job) if _added_files(run, job) else None
     return (
-        f"{url} belongs to another job; what differs: {'; '.join(different)}. Give the job what the run began with,"
-        " name another output, or start this one afresh with --overwrite"
+        f"{ledger.storage.url} belongs to another job; what differs: {'; '.join(different)}. Give the job what the run"
+        " began with, name another output, or start this one afresh with --overwrite"
     )
 
 
-def grow(ledger: Ledger, record: RunRecord, job: Job) -> tuple[RunRecord, list[Shard]]:
-    """Adds the rows of a job that its run has not yet to the run, as shards at the end of its plan.
+def adds_to(run: RunRecord, job: Job) -> bool:
+    """Whether a job that may go on with a run has rows, or files, that the run has not yet."""
+    return job.total_rows > run.rows or bool(_added_files(run, job))
 
-    Raises:
-        InputError: their carried columns are not those of the manifests that are there.
-    """
-    _require_same_columns(ledger, job)
+
+def planned_rows(plan: Sequence[Shard]) -> int:
+    """Rows of all shards of a plan, those that are made again counted once."""
+    return sum(shard.rows for shard in plan if not shard.again)
+
+
+def grow(ledger: Ledger, record: RunRecord, job: Job) -> tuple[RunRecord, list[Shard]]:
+    """Adds the rows of a job that its run has not yet to the run, as shards at the end of its plan."""
     plan = ledger.plan(record.rows)
-    added = list(job.plan(record.rows, max((shard.number for shard in plan), default=-1) + 1))
-    had, fingerprint = _files(record.fingerprint), job.fingerprint()
+    added = plan_rest(plan, record, job)
+    fingerprint = job.fingerprint()
     growth = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": record.rows,
         "images": record.images,
-        "files": [name for name, _ in _files(fingerprint)[len(had) :]],
+        "files": _added_files(record, job),
     }
     grown = replace(
         record,
         job=record.job | {"limit": job.config.limit},
         fingerprint=record.fingerprint | {"limit": fingerprint["limit"], "files": fingerprint["files"]},
         rows=job.total_rows,
-        images=record.images + sum(shard.images for shard in added),
+        images=sum(shard.images for shard in (*plan, *added) if not shard.again),
         grown=[*record.grown, growth],
     )
     ledger.grow(grown, [*plan, *added])
     return grown, [*plan, *added]
+
+
+def plan_rest(plan: Sequence[Shard], record: RunRecord, job: Job) -> list[Shard]:
+    """Shards for the rows of a job that a run's plan has not, of the size that the run began with."""
+    size = record.job.get("shard_size")
+    if isinstance(size, int) and size > 0:
+        job = replace(job, config=job.config.model_copy(update={"shard_size": size}))
+    return list(job.plan(planned_rows(plan), max((shard.number for shard in plan), default=-1) + 1))
+
+
+def _added_files(run: RunRecord, job: Job) -> list[str]:
+    return [name for name, _ in _files(job.fingerprint())[len(_files(run.fingerprint)) :]]
 
 
 def _files(fingerprint: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -121,20 +137,22 @@ def _model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     ]
 
 
-def _require_same_columns(ledger: Ledger, job: Job) -> None:
-    """Every manifest of a run has the same columns, or they could not become one."""
+def _other_columns(ledger: Ledger, job: Job) -> str | None:
+    """What differs if a job's manifests would have other columns than those that are there, so that they could not
+    become one; None if nothing does, or none is there."""
     commit = next(ledger.commits(), None)
     if commit is None:
-        return
+        return None
     had = plain(commit[1].schema.remove_metadata())
     have = plain(manifest.schema(job.dataset.carried).remove_metadata())
     for name in [*have.names, *had.names]:
         was, is_now = _type(had, name), _type(have, name)
         if was != is_now:
-            raise InputError(
+            return (
                 f"prompts: with the files that are new, column {name!r} is {is_now}, and in the manifests of this run"
                 f" it is {was}; give the new files the columns of the others, or name another output"
             )
+    return None
 
 
 def _type(schema: pa.Schema, name: str) -> str:

@@ -211,7 +211,7 @@ class Ledger:
         """Writes down a plan that holds more rows, then a run.json that says so. What is killed in between leaves
         shards in the plan that `plan` passes over."""
         self.put_plan(shards)
-        self.put_json("run.json", record.__dict__)
+        self.storage.put("run.json", _json(record.__dict__), self.hold, self._holds, COMMIT_SECONDS)
         self._record = record
 
     def put_plan(self, shards: Sequence[Shard]) -> None:
@@ -235,7 +235,8 @@ class Ledger:
         )
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        self.storage.put("plan.parquet", buffer.getvalue(), self.hold, self._holds)
+        # Like a manifest, it must not land when another driver has taken over.
+        self.storage.put("plan.parquet", buffer.getvalue(), self.hold, self._holds, COMMIT_SECONDS)
 
     def plan(self, rows: int) -> list[Shard]:
         """The stored plan of a run of so many rows. What is planned beyond them was to be added to the run by a driver

@@ -43,6 +43,8 @@ COLUMNS = pa.schema(
     ]
 )
 _METADATA_KEY = b"gaudi_batch"
+MAX_BAD_ROWS = 10_000
+"""Rows that a shard's commit names; a footer that names millions can't be read. Others are tried again in vain."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class CommitFacts:
     """When its last image was stored, in seconds since the epoch by the driver's clock; None where an older version
     made it, which has that by the clock of the card's node alone."""
     bad_rows: tuple[int, ...] = ()
-    """Rows that can't be run whoever tries, since what they ask for is against the rules; an older version names
-    none."""
+    """Rows that can't be run whoever tries, since what they ask for is against the rules: the first MAX_BAD_ROWS; an
+    older version names none."""
 
 
 _FACTS = TypeAdapter(CommitFacts)

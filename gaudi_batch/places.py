@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -83,5 +84,5 @@ class Places:
     def close(self) -> None:
         """Gives all places back."""
         for number in list(self._groups):
-            with contextlib.suppress(ValueError):  # it has just gone
+            with contextlib.suppress(ValueError, RayError):  # it has just gone; or Ray can't be asked any more
                 self.remove(number)

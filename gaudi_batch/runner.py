@@ -12,6 +12,7 @@ import socket
 import string
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from gaudi_batch.again import failed_rows, plan_again, rows_made_again
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import address_of, refuse_without_stack, with_device
 from gaudi_batch.errors import InputError, RunStopped, StorageError
-from gaudi_batch.growth import grow, why_not_resumed
+from gaudi_batch.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
 from gaudi_batch.job import Job, resolve
 from gaudi_batch.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.ledger import Ledger, RunRecord
@@ -219,7 +220,7 @@ class _Ended:
 
 
 def _refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
-    if refusal := why_not_resumed(ledger.storage.url, record, job):
+    if refusal := why_not_resumed(ledger, record, job):
         raise InputError(refusal)
 
 
@@ -288,12 +289,20 @@ def _open_run(
             before = record.versions.get(package)
             if before not in (None, version):
                 log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
-    if job.total_rows == record.rows:
-        return record, ledger.plan(record.rows)
-    cards()
-    grown, shards = grow(ledger, record, job)
-    log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
-    return grown, shards
+    shards = ledger.plan(record.rows)
+    if adds_to(record, job):
+        if job.total_rows > record.rows:
+            cards()
+        grown, shards = grow(ledger, record, job)
+        if grown.rows > record.rows:
+            log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
+        return grown, shards
+    if planned_rows(shards) < record.rows:
+        # Another driver's plan took the place of one with more rows, after run.json had said so.
+        shards = [*shards, *plan_rest(shards, record, job)]
+        log.warning("the plan had fewer rows than run.json says; the others are planned again")
+        ledger.put_plan(shards)
+    return record, shards
 
 
 def _repair(ledger: Ledger, job: Job, shards: list[Shard], cards: Callable[[], CardResources]) -> list[Shard]:
@@ -420,10 +429,11 @@ def _drive(
 def _condemned(missing: list[Shard], made_again: Mapping[int, int], job: Job) -> dict[int, dict[int, str]]:
     """Rows of shards whose manifests were lost, on which a later shard has the last word."""
     found: dict[int, dict[int, str]] = {}
+    again = sorted(made_again)
     for shard in missing:
         first = job.dataset.files[shard.file].first_row
-        for row in range(first + shard.start, first + shard.stop) if made_again else ():
-            if made_again.get(row, 0) > shard.number:
+        for row in again[bisect_left(again, first + shard.start) : bisect_left(again, first + shard.stop)]:
+            if made_again[row] > shard.number:
                 found.setdefault(shard.number, {})[row] = f"it failed, and is run again in shard {made_again[row]}"
     return found
 

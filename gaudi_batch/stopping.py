@@ -44,7 +44,7 @@ def watched_for_stop(storage: Storage, stop: Callable[[float], None]) -> Iterato
 
     def look() -> None:
         while not over.wait(LOOK_SECONDS):
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, RuntimeError):  # the latter of a loop that has just ended
                 grace = _grace(storage.once().get(STOP_FILE), submission)
                 if grace is not None:
                     stop(grace)
@@ -59,7 +59,7 @@ def watched_for_stop(storage: Storage, stop: Callable[[float], None]) -> Iterato
 
 
 def _grace(data: bytes | None, submission: str | None) -> float | None:
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
+    with contextlib.suppress(Exception):  # whatever somebody has put there
         found = json.loads(data or b"null")
         if found.get("submission") == submission and 0 <= float(found["grace"]) < math.inf:
             return float(found["grace"])

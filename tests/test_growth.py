@@ -149,13 +149,13 @@ def test_a_driver_that_is_killed_while_a_run_grows_leaves_it_as_it_was(
 KILLED = """
 import os, signal, sys
 from gaudi_batch import JobConfig, run
-from gaudi_batch.ledger import Ledger
-put = Ledger.put_json
-def dies(self, name, value):
-    if name == "run.json":
+from gaudi_batch.storage import Storage
+put = Storage.put
+def dies(self, path, *rest, **options):
+    if path == "run.json":
         os.kill(os.getpid(), signal.SIGKILL)
-    put(self, name, value)
-Ledger.put_json = dies
+    put(self, path, *rest, **options)
+Storage.put = dies
 run(JobConfig.model_validate_json(sys.argv[1]), address=sys.argv[2])
 """
 
@@ -225,6 +225,45 @@ def test_prompts_of_other_content_are_refused(prompts: Path, tmp_path: Path, clu
         make(prompts, output, cluster)
 
 
+def test_a_file_that_is_added_to_a_run_that_is_half_done_may_not_bring_columns(
+    prompts: Path, tmp_path: Path, cluster: str
+) -> None:
+    """Though none of its rows are asked for yet: the shards that are left would get them, too."""
+    output = tmp_path / "out"
+    make(prompts, output, cluster, limit=50)
+    (output / "manifest" / "000001.parquet").unlink()
+    added = prompts / "part-3.parquet"
+    pq.write_table(pa.table({"prompt": ["p"], "topic": ["t"], "source": ["s"]}), added)
+    limited = ("--limit", "50", "--batch-size", "4")
+    refused = command(prompts, output, cluster, *limited)
+    assert (refused.returncode, "column 'source' is string, and in the manifests" in refused.stderr) == (2, True)
+    checked = command_line("check", "--prompts", prompts, "--output", output, "--device", "simulated", *limited)
+    assert (checked.returncode, "column 'source' is string" in checked.stderr) == (2, True), checked.stdout
+    pq.write_table(pa.table({"prompt": ["p"], "topic": ["t"]}), added)
+    assert make(prompts, output, cluster, limit=50).exit_code == 0
+    added.unlink()
+    with pytest.raises(InputError, match=r"'part-3.parquet': was .*, is not there"):
+        make(prompts, output, cluster, limit=50)
+
+
+def test_a_plan_that_has_fewer_rows_than_its_run_is_made_whole(prompts: Path, tmp_path: Path, cluster: str) -> None:
+    """As when another driver's plan lands after that of the one that made the run grow."""
+    output = tmp_path / "out"
+    make(prompts, output, cluster, limit=40)
+    short = (output / "plan.parquet").read_bytes()
+    make(prompts, output, cluster, shard_size=4)
+    record = load(output / "run.json")
+    sizes = pq.read_table(output / "plan.parquet").column("rows").to_pylist()
+    assert max(sizes[-5:]) <= 8, "the size that the run began with"
+    for path in (output / "manifest").iterdir():
+        if int(path.stem) >= 6:
+            path.unlink()
+    (output / "plan.parquet").write_bytes(short)
+    assert make(prompts, output, cluster).exit_code == 0
+    assert images(output) == images(Path(make(prompts, tmp_path / "at-once", cluster).output))
+    assert load(output / "run.json")["images"] == record["images"] == 100
+
+
 def test_a_model_in_a_directory_is_known_by_what_it_holds(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +302,21 @@ WHERE = {
     "another run's output": ("data", "new"),
     "a glob over another run's": ("data/**/*.parquet", "new"),
 }
+
+
+def test_a_users_own_files_beside_a_run_json_of_something_else_are_prompts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, made: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "manifest", "plan"):
+        pq.write_table(pa.table({"prompt": [name]}), data / f"{name}.parquet")
+    (data / "run.json").write_text('{"tool": "an exporter"}')
+    assert open_prompts(job(data, tmp_path / "out")).rows == 3
+    shutil.copytree(made, data / "earlier")
+    assert open_prompts(job(data, tmp_path / "out")).rows == 3
+    assert "'earlier/manifest.parquet'" in caplog.text
+    assert "left out, as a run that lies there has written it" in caplog.text
 
 
 @pytest.mark.parametrize("where", WHERE)

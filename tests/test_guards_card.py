@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.exceptions import RaySystemError
 
 from gaudi_batch import driver as driver_module
 from gaudi_batch.card import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
@@ -172,7 +173,8 @@ def test_a_driver_that_stood_still_does_not_take_its_cards_for_silent(monkeypatc
         driver = a_driver(
             _slots={0: slot},
             _news_s=1.0,
-            _setup=SimpleNamespace(config=None),
+            _setup=SimpleNamespace(config=SimpleNamespace(limits=SimpleNamespace(cluster=60.0))),
+            _asking=None,
             _batch_times=None,
             _settle_stack=lambda: None,
             _doings=dict,
@@ -201,3 +203,53 @@ def test_an_image_that_can_t_be_stored_is_no_row_s_fault(tmp_path: Path) -> None
     with pytest.raises(StorageError, match="no space"):
         Card.__new__(Card)._record(SimpleNamespace(), SimpleNamespace(), maker, [batch])  # type: ignore[arg-type]
     assert maker.failures == {}
+
+
+def test_a_start_that_ray_fails_is_that_card_s_failure() -> None:
+    lost: list[str] = []
+
+    async def begun() -> None:
+        async def asked(*_: Any) -> None:
+            raise RaySystemError("no such service")
+
+        async def was_lost(slot: Any, error: Exception) -> None:
+            lost.append(str(error))
+
+        slot: Any = SimpleNamespace(number=0, starting=object())
+        await a_driver(_ask_ray=asked, _lost=was_lost, _places=SimpleNamespace(start=None))._begin(slot)
+        assert slot.starting is None
+
+    asyncio.run(begun())
+    assert lost == ["System error: no such service"]
+
+
+def test_a_ray_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_module, "LOOK_SECONDS", 0.01)
+    abandoned: list[str] = []
+    held = threading.Event()
+
+    async def asked() -> None:
+        driver = a_driver(
+            loop=asyncio.get_running_loop(),
+            _ray=ThreadPoolExecutor(1),
+            _asking=None,
+            _slots={},
+            _setup=SimpleNamespace(config=SimpleNamespace(limits=SimpleNamespace(cluster=0.2))),
+            _settle_stack=lambda: None,
+            _doings=dict,
+            _watch=SimpleNamespace(due=lambda cards: []),
+            _view=SimpleNamespace(show=lambda progress: None),
+            _account=SimpleNamespace(progress=lambda *_: None),
+            _waits_for=lambda cards: None,
+            abandon=abandoned.append,
+        )
+        answer = driver._ask_ray(held.wait)
+        look = asyncio.create_task(driver._look())
+        while not abandoned:
+            await asyncio.sleep(0.01)
+        held.set()
+        await answer
+        look.cancel()
+
+    asyncio.run(asyncio.wait_for(asked(), 30))
+    assert abandoned[0] == "Ray has not answered for 0.2 s (limits.cluster)"

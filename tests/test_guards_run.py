@@ -28,7 +28,8 @@ def test_another_version_than_the_run_began_with_is_said_where_no_card_was_asked
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     record = RunRecord({"shard_size": 4}, {}, {"torch": "2.1", "numpy": "1.0"}, "now", rows=4, images=4, stacks=None)
-    ledger: Any = SimpleNamespace(run=lambda: record, plan=lambda rows: [], storage=SimpleNamespace(url="out"))
+    plan = [Shard(0, 0, 0, 4, BUCKET, 4, 4)]
+    ledger: Any = SimpleNamespace(run=lambda: record, plan=lambda rows: plan, storage=SimpleNamespace(url="out"))
     job: Any = SimpleNamespace(
         versions=lambda: {"torch": "2.2", "numpy": "1.0"},
         fingerprint=dict,
@@ -36,7 +37,7 @@ def test_another_version_than_the_run_began_with_is_said_where_no_card_was_asked
         config=SimpleNamespace(shard_size=4, limit=None),
     )
     with caplog.at_level(logging.WARNING, "gaudi_batch"):
-        assert runner._open_run(ledger, job, lambda: pytest.fail("no card is needed"), False) == (record, [])
+        assert runner._open_run(ledger, job, lambda: pytest.fail("no card is needed"), False) == (record, plan)
     assert caplog.messages == ["torch is 2.2 here and was 2.1 when the run began; images may differ"]
 
 
