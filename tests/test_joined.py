@@ -141,3 +141,33 @@ def test_a_failed_row_of_a_run_that_began_without_bounds_has_no_more_than_its_ot
     row = make_row(1, {"prompt": None, "width": 65}, old)
     assert (row.has_seed, row.asked) == (False, {})
     assert make_row(1, {"prompt": None, "seed": 5}, old).has_seed
+
+
+def test_when_the_last_image_was_stored_is_known_to_the_microsecond(ledger: Ledger) -> None:
+    """By the driver's clock where the manifest has it, else by that of the card's node."""
+    commit(ledger, 0, rows_of(range(3)))
+    ((_, table),) = ledger.commits()
+    moments = [moment.timestamp() for moment in table.column("finished_at").to_pylist()]
+    assert manifest.finished_at(table, CommitFacts(0, "a", "c", "n", None, 3, 0, 3, Sums())) == max(moments)
+    own = CommitFacts(0, "a", "c", "n", None, 3, 0, 3, Sums(), finished_at=12.5)
+    assert manifest.finished_at(table, own) == 12.5
+    assert manifest.finished_at(table.slice(0, 0), dataclasses.replace(own, finished_at=None)) is None
+
+
+def test_a_manifest_with_a_number_that_can_t_be_is_none() -> None:
+    for facts, whole in (
+        (CommitFacts(3, "a", "c", "n", None, MAX_SEED, 0, 0, Sums()), True),
+        (CommitFacts(3, "a", "c", "n", None, 2**63, 0, 0, Sums()), False),
+        (CommitFacts(3, "a", "c", "n", None, 0, 0, 0, Sums(), finished_at=-1.0), False),
+    ):
+        data = manifest.build([], pa.table({}), {}, {}, 0, facts)
+        if whole:
+            assert manifest.read(data)[1] == facts
+        else:
+            with pytest.raises(ValueError, match="a number of its attempt can't be"):
+                manifest.read(data)
+
+
+def test_a_carried_column_that_is_named_like_one_of_ours_gets_a_name_of_its_own() -> None:
+    carried = pa.schema([("seed", pa.int64()), ("input_seed", pa.string()), ("topic", pa.string())])
+    assert manifest.schema(carried).names[len(manifest.COLUMNS) :] == ["input_input_seed", "input_seed", "topic"]

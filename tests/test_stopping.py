@@ -95,8 +95,9 @@ def test_a_request_stops_its_own_submission_alone_and_is_removed(output: Path, m
         b'{"submission": "a"}',
         b'{"submission": "a", "grace": 1e999}',
         b'{"submission": "a", "grace": -1}',
-    ]
-    + [b'{"submission": "a", "grace": 1' + b"0" * 400 + b"}", b"[" * 100_000],
+        b'{"submission": "a", "grace": 1' + b"0" * 400 + b"}",
+        b"[" * 100_000,
+    ],
 )
 def test_a_request_that_is_none_stops_nobody(data: bytes) -> None:
     assert stopping._grace(data, "a") is None
