@@ -93,3 +93,13 @@ def test_a_file_that_gives_other_rows_than_were_planned_is_noticed(
     dataset = open_prompts(JobConfig(prompts=str(directory), output=str(tmp_path / "out"), device="simulated"))
     with pytest.raises(PromptsChanged):
         dataset.read(Shard(0, 0, 0, 3, BUCKET, 4, 4), RowRules(BUCKET, 1, None, 8))
+
+
+def test_what_is_hidden_by_its_name_is_no_prompt(tmp_path: Path) -> None:
+    """A dot or an underscore says so, of a file or of a directory above it, as Spark has it."""
+    for name in ("a.parquet", "_b.parquet", ".c.parquet", "_temporary/d.parquet", ".e/f/g.parquet", "h_/i.parquet"):
+        path = tmp_path / "prompts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"prompt": [name]}), path)
+    job = JobConfig(prompts=str(tmp_path / "prompts"), output=str(tmp_path / "out"), device="simulated")
+    assert [file.name for file in open_prompts(job).files] == ["a.parquet", "h_/i.parquet"]

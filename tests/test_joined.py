@@ -171,3 +171,11 @@ def test_a_manifest_with_a_number_that_can_t_be_is_none() -> None:
 def test_a_carried_column_that_is_named_like_one_of_ours_gets_a_name_of_its_own() -> None:
     carried = pa.schema([("seed", pa.int64()), ("input_seed", pa.string()), ("topic", pa.string())])
     assert manifest.schema(carried).names[len(manifest.COLUMNS) :] == ["input_input_seed", "input_seed", "topic"]
+
+
+def test_a_file_with_more_or_fewer_rows_than_were_written_is_not_what_was_written(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"row": range(5)}), tmp_path / "p.parquet")
+    manifest.require_readable(tmp_path / "p.parquet", 5)
+    for rows in (4, 6):
+        with pytest.raises(ValueError, match=f"has 5 rows, and {rows} were to be"):
+            manifest.require_readable(tmp_path / "p.parquet", rows)
