@@ -170,8 +170,8 @@ class LeaseKeeper:
         if self._over.is_set():
             return
         self.forget()
-        if not settled():
-            return
+        if self._beating.ident is None or not settled():
+            return  # it was not taken, or something that it guards is on its way
         if self._beating.is_alive():
             self._beating.join()  # a beat after this would take back what it says
         try:

@@ -24,9 +24,14 @@ _VALUES = re.compile(r"""(?<!\w)'[^']*(?:'|$)|"[^"]*(?:"|$)|[-+]?\d+(?:[.,]\d+)*
 
 @dataclass
 class _Rows:
-    reason: str
+    first: str
     rows: int = 0
     first_ids: list[str] = field(default_factory=list)
+    alike: bool = True
+
+    @property
+    def reason(self) -> str:
+        return self.first if self.alike else f"{self.first} (others differ in the values)"
 
     def add(self, row_id: str) -> None:
         self.rows += 1
@@ -36,7 +41,7 @@ class _Rows:
 
 class Reasons:
     """Counts rows by the reason for which they failed. Errors that differ in numbers or in quoted values alone have one
-    reason, which the first of them stands for."""
+    reason, which the first of them stands for; if others do differ, it says so."""
 
     def __init__(self) -> None:
         self._groups: dict[str, _Rows] = {}
@@ -56,6 +61,7 @@ class Reasons:
             group = self._others
             if len(self._groups) < MOST_REASONS:
                 group = self._groups[key] = _Rows(error)
+        group.alike &= error == group.first or group is self._others
         group.add(id)
 
     def describe(self) -> list[dict[str, Any]]:

@@ -424,7 +424,10 @@ class Schedule:
     def _limit_failures(self) -> None:
         limit = self.max_failed
         if limit is not None and self.failed_rows > (limit if isinstance(limit, int) else limit * self.total_rows):
-            self.stop_reason = self.stop_reason or f"{self.failed_rows} rows failed, more than max_failed ({limit})"
+            self.stop_reason = (
+                self.stop_reason
+                or f"{self.failed_rows} rows failed, more than max_failed ({limit}); a larger one goes on"
+            )
         elif self._raised_rows >= ALL_FAILED_ROWS and self.failed_rows == self.done_rows:
             self.stop_reason = self.stop_reason or f"the first {self._raised_rows} rows that were tried all failed"
 

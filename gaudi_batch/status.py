@@ -87,7 +87,7 @@ def read_status(ledger: Ledger, watch_s: float | None = None) -> dict[str, Any]:
         "seconds_left": progress["seconds_left"] if state == "running" else None,
         "waits_for": progress["waits_for"] if state == "running" else None,
         "progress_time": progress["time"],
-        "cards": progress["cards"],
+        "cards": progress["cards"] if state in ("running", "silent") else _over(progress["cards"]),
         "faults": progress["faults"],
         "verify": _sane_verify(ledger.get_json("verify.json")),
         "summary": current,
@@ -131,6 +131,7 @@ def _age(written: Any) -> float | None:
 
 _NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left")
 CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
+DOING = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows", "doing")
 CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
 
 
@@ -153,6 +154,12 @@ def _sane(found: dict[str, Any]) -> dict[str, Any]:
             if isinstance(fault, dict)
         ],
     }
+
+
+def _over(cards: dict[str, Any]) -> dict[str, Any]:
+    """What is said of cards whose driver is over: they do nothing any more."""
+    now = dict.fromkeys(DOING)
+    return {name: card | now for name, card in cards.items()}
 
 
 def _sane_failures(found: Any) -> list[dict[str, Any]] | None:
@@ -222,7 +229,7 @@ def describe_status(status: dict[str, Any]) -> str:
     if status["state"] == "running":
         left = duration(status["seconds_left"])
         lines.append(f"speed    {_rate(status)} images/s, {left} left, as of {status['progress_time']}")
-    elif status["state"] == "silent":
+    elif status["state"] in ("silent", "stopped") and status["cards"]:
         lines.append(f"as of    {status['progress_time']}:")
     if status["waits_for"]:
         lines.append(f"waits    for {status['waits_for']}")

@@ -47,7 +47,9 @@ def test_a_job_none_of_whose_rows_can_be_run_is_refused(
     code, printed = check(capsys, prompts, tmp_path / "out")
     assert code == 2
     assert "rows     0 can be run, 2 can't" in printed
-    assert "bad      2 rows: width is '512'; it must be a whole number (id 0, 1)" in printed
+    assert (
+        "bad      2 rows: width is '512'; it must be a whole number (others differ in the values) (id 0, 1)" in printed
+    )
     assert re.search(r"no row can be run: row 0: width is '512'; it must be a whole number; row 1: ", printed)
     assert not (tmp_path / "out").exists()
 

@@ -128,9 +128,9 @@ def test_three_nodes_of_four_cards_of_which_one_is_killed_and_another_joins(
     nodes.wait_for(4)
     output = tmp_path / "out"
     driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "4", "--batch-size", "4")
-    wait_until(lambda: commits(output) >= 10)
-    add_cards(nodes, 4)
+    wait_until(lambda: commits(output) >= 4)
     first.kill()
+    add_cards(nodes, 4)
     log = end(driver)
     assert content(output) == undisturbed
     assert log.count("left with its node") == 4, log

@@ -128,6 +128,8 @@ def test_hl_smi_tells_what_each_module_does(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--modules", "4,4", "--", "true"], "a number of modules or their ids"),
+        (["--modules", "x", "--", "true"], "a number of modules or their ids"),
+        (["--modules", "0-3", "--", "true"], "a number of modules or their ids"),
         (["--fault", "fire", "--", "true"], "'fire' is no fault"),
         (["--", "no-such-command"], "no-such-command: No such file"),
         ([], "no command"),

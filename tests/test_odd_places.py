@@ -164,6 +164,8 @@ NO_PLACE = "no temporary directory can be written; set TMPDIR to one that can"
 
 
 def without_temporary_files(state: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    if Path(sys.prefix).is_relative_to("/tmp"):
+        pytest.skip("Python lies in /tmp, which would not be there")
     namespaces = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
     return subprocess.run(
         [*namespaces, "sh", "-c", MOUNTS, "sh", str(home), state, sys.executable, "-m", "gaudi_batch", *arguments],

@@ -14,15 +14,19 @@ def test_errors_that_differ_in_their_values_alone_are_one_reason() -> None:
     reasons.add("guidance_scale is -1.5e3", "c")
     assert reasons.describe() == [
         {
-            "reason": "width 100000 is too large; at most 8,192",
+            "reason": "width 100000 is too large; at most 8,192 (others differ in the values)",
             "rows": 7,
             "first_ids": [f"row-{number}" for number in range(FIRST_IDS)],
         },
-        {"reason": "the prompt can't be 'empty'", "rows": 2, "first_ids": ["a", "b"]},
+        {
+            "reason": "the prompt can't be 'empty' (others differ in the values)",
+            "rows": 2,
+            "first_ids": ["a", "b"],
+        },
         {"reason": "guidance_scale is -1.5e3", "rows": 1, "first_ids": ["c"]},
     ]
     assert reason_lines(reasons.describe())[1:] == [
-        "2 rows: the prompt can't be 'empty' (id a, b)",
+        "2 rows: the prompt can't be 'empty' (others differ in the values) (id a, b)",
         "1 row: guidance_scale is -1.5e3 (id c)",
     ]
 

@@ -92,6 +92,9 @@ def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     assert time.monotonic() - began < 30, "what has just been written needs no second look"
 
     change(output / "lease.json", released=True)
+    over = json.loads(asked(output, capsys, "--json"))
+    assert over["state"] == "stopped"
+    assert {(card["phase"], card["doing"], card["rows"]) for card in over["cards"].values()} == {(None, None, None)}
     assert command_line(*job, "--simulated.batch-seconds", "0").returncode == 3
     lost = next(row["path"] for row in read_manifest(output) if row["path"])
     (output / lost).unlink()

@@ -117,7 +117,7 @@ class Machine:
         except ValueError:
             numbers = []
         if "," not in self.modules:
-            numbers = list(range(*numbers))
+            numbers = list(range(*numbers)) if numbers else []
         if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
             raise InputError(f"--modules {self.modules}: a number of modules or their ids, as 8 or 4,5,6,7")
         return ",".join(map(str, numbers))
