@@ -54,7 +54,8 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
                 f" behind {protocol}:// on every node and give its path"
             )
         if protocol in ("s3", "s3a"):
-            # A copy, as botocore changes it. Without concurrency a read is one request, and not one for the size before it.
+            # A copy, as botocore changes it. Without concurrency a read is one request, and not one for the size
+            # before it.
             config = {**copy.deepcopy(dict(S3_CONFIG)), **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
         waits_for = "connecting" if protocol in READ_ONLY else "looking for credentials"
