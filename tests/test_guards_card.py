@@ -223,8 +223,9 @@ def test_an_image_that_can_t_be_stored_is_no_row_s_fault(tmp_path: Path) -> None
     failed.set_exception(StorageError("no space"))
     batch = _StoredBatch("aaaaa1", _Call("steady", 1.0, 0.0), 0, [(Item(0, 0, "p", "", 1), None, False)], [failed])
     maker: Any = SimpleNamespace(failures={}, doubted={}, raised=set())
+    card: Any = Card.__new__(Card)
     with pytest.raises(StorageError, match="no space"):
-        Card.__new__(Card)._record(SimpleNamespace(), SimpleNamespace(), maker, [batch])  # type: ignore[arg-type]
+        card._record(None, None, maker, [batch])
     assert maker.failures == {}
 
 

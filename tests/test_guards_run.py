@@ -68,7 +68,8 @@ def test_run_json_has_no_secret_of_the_places_of_prompts_and_output() -> None:
         storage_options={"key": "an-access-key", "client_kwargs": {"aws_secret_access_key": "a-secret-key"}},
         device="simulated",
     )
-    described = json.dumps(Job(job, *[None] * 4).describe())  # type: ignore[arg-type]
+    unknown: Any = None
+    described = json.dumps(Job(job, unknown, unknown, None, None).describe())
     for secret in ("a-password", "a-signature", "b-password", "an-access-key", "a-secret-key"):
         assert secret not in described
     assert "host/p.parquet" in described
