@@ -8,16 +8,16 @@ from typing import Any
 
 from gaudi_batch.config import JobConfig
 from gaudi_batch.devices import with_device
-from gaudi_batch.growth import why_not_resumed
+from gaudi_batch.growth import adds_to, plan_rest, why_not_resumed
 from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
 from gaudi_batch.ledger import Ledger, RunRecord
 from gaudi_batch.place import refuse_file, require_writable
-from gaudi_batch.plan import Bucket, PlanSummary, summarize
+from gaudi_batch.plan import Bucket, PlanSummary, Shard, summarize
 from gaudi_batch.reasons import reason_lines
-from gaudi_batch.status import read_status
+from gaudi_batch.status import describe_verify, read_status
 from gaudi_batch.storage import Storage
 from gaudi_batch.survey import survey
-from gaudi_batch.text import duration, name, printable
+from gaudi_batch.text import counted, duration, name, printable
 
 BUCKETS_SHOWN = 20
 REASONS_SHOWN = 10
@@ -45,8 +45,9 @@ class _Place:
     refused: str | None = None
     images: int = 0
     """Images that are made already."""
-    run: bool = False
-    """Whether a run is there that the job would resume."""
+    plan: list[Shard] | None = None
+    """The shards of the run that is there and that the job would resume, with those that it adds; None if there is
+    none."""
     complete: bool = False
     """Whether nothing is left of it to make."""
     summary: Mapping[str, Any] | None = None
@@ -74,7 +75,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     config, model = job.config, job.model
     place = _look_at(ledger, record, job)
     rows = survey(job.dataset, job.rules, config.limit, every_column=strict)
-    buckets = summarize(job.plan(), config.batch_size)
+    buckets = summarize(job.plan() if place.plan is None else place.plan, config.batch_size)
     plans = buckets.values()
     images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
     batches, shards = sum(plan.batches for plan in plans), sum(plan.shards for plan in plans)
@@ -83,7 +84,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
         f"; carried: {', '.join(name(each) for each in job.dataset.carried.names)}" if job.dataset.carried.names else ""
     )
     lines = [
-        f"prompts  {job.total_rows} rows of {job.dataset.rows} in {len(job.dataset.files)} files",
+        f"prompts  {job.total_rows} rows of {job.dataset.rows} in {counted(len(job.dataset.files), 'file')}",
         f"columns  {', '.join(columns)}{carried}",
         f"rows     {rows.rows - rows.bad} can be run, {rows.bad} can't",
     ]
@@ -96,12 +97,15 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
         + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
         f"output   {config.format}, {config.encoding.type}",
         *place.lines,
-        f"plan     {images} images in {shards} shards and {batches} batches of"
-        f" {config.batch_size}, padding {padding / max(1, padding + images):.2%}",
+        f"plan     {counted(images, 'image')} in {counted(shards, 'shard')} and"
+        f" {counted(batches, 'batch', 'batches')} of {config.batch_size},"
+        f" padding {padding / max(1, padding + images):.2%}"
+        + (f"; those of {counted(rows.bad, 'row')} that can't be run are counted, too" if rows.bad else ""),
     ]
     for bucket, plan in list(buckets.items())[:BUCKETS_SHOWN]:
         lines.append(
-            f"bucket   {bucket}: {plan.rows} rows, {plan.images} images, {plan.shards} shards,"
+            f"bucket   {bucket}: {counted(plan.rows, 'row')}, {counted(plan.images, 'image')},"
+            f" {counted(plan.shards, 'shard')},"
             f" padding {plan.padding_share:.2%}"
         )
     if len(buckets) > BUCKETS_SHOWN:
@@ -129,17 +133,23 @@ def _look_at(ledger: Ledger, record: RunRecord | None, job: Job) -> _Place:
     rate = (summary or {}).get("images_per_s") or status["images_per_s"]
     speed = f", at {rate:.2f} images/s of generation" if rate else ""
     lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
+    if status["verify"]:
+        lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")
     if refusal := why_not_resumed(ledger, record, job):
         return _Place(lines, refusal)
     left = status["shards"] - status["shards_committed"]
     if job.total_rows > record.rows:
-        lines.append(f"resume   this job resumes it and adds {job.total_rows - record.rows} rows")
+        lines.append(f"resume   this job resumes it and adds {counted(job.total_rows - record.rows, 'row')}")
         left += 1
     elif left:
-        lines.append(f"resume   this job makes the other {left} shards")
+        lines.append(f"resume   this job makes the other {counted(left, 'shard')}")
     else:
         lines.append("resume   this job finds nothing left to make")
-    return _Place(lines, None, max(0, status["images_committed"]), True, left == 0, summary)
+    stored = ledger.plan(record.rows)
+    plan = [*stored, *plan_rest(stored, record, job)] if adds_to(record, job) else stored
+    # Shards that make rows again hold none that are not counted already.
+    plan = [shard for shard in plan if not shard.again]
+    return _Place(lines, None, max(0, status["images_committed"]), plan, left == 0, summary)
 
 
 def _cards(job: Job, place: _Place) -> int | None:
@@ -155,11 +165,11 @@ def _cards(job: Job, place: _Place) -> int | None:
 
 def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _Place) -> list[str]:
     """A warning if not every card will have something to do."""
-    if cards is None or place.run or shards >= cards or not shards:
+    if cards is None or place.plan is not None or shards >= cards or not batches:
         return []
-    idle = f"cards    {cards - shards} of {cards} cards will be idle: there are {shards} shards"
+    idle = f"cards    {cards - shards} of {cards} cards will be idle: the plan has {counted(shards, 'shard')}"
     if batches < cards:
-        return [f"{idle} of {batches} batches in all; fewer --cards will do"]
+        return [f"{idle} of {counted(batches, 'batch', 'batches')} in all; fewer --cards will do"]
     size = max(-(-job.config.batch_size // job.config.num_images), job.total_rows // (SHARDS_A_CARD * cards))
     return [f"{idle}; --shard-size {size} gives every card work"]
 
@@ -173,7 +183,7 @@ def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None
     if config.device != "simulated":
         return (
             "not known before a first run: run the job with --limit and look again, which makes nothing twice"
-            if not place.run
+            if place.plan is None
             else "not known yet"
         )
     batches = sum(plan.batches for plan in buckets.values())

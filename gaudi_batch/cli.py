@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the background of a shell, which has Ctrl-C ignored.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     _set_up_log()
+    parsed: argparse.Namespace | None = None
     try:
         try:
             parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.error("interrupted; the same command resumes")
+        # What else there is makes nothing that could be resumed.
+        resumes = parsed is not None and parsed.command in (_run, _demo)
+        log.error("interrupted; the same command resumes" if resumes else "interrupted")
         return INTERRUPTED
     except BaseException:  # a library may leave by sys.exit
         _complain("\n".join(map(printable, redact(traceback.format_exc()).splitlines())))

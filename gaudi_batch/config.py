@@ -7,6 +7,8 @@ line makes its flags and their help from these declarations.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -330,6 +332,16 @@ class JobConfig(_Section):
             raise ValueError("must name a path or URL")
         return value
 
+    @field_validator("prompts", "output", "model", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, Path) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_in_short(cls, value: Any) -> Any:
+        return (pairs(value) or value) if isinstance(value, str) else value
+
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
@@ -431,6 +443,8 @@ def _read(path: str | Path) -> str:
 def _in_full(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a job with mappings in place of short forms, so that they can be merged."""
     full = dict(fields)
+    if isinstance(full.get("columns"), str) and (columns := pairs(full["columns"])) is not None:
+        full["columns"] = columns
     for path, section in _sections().items():
         if isinstance(full.get(path), str) and hasattr(section, "short_for"):
             full[path] = {section.short_for: full[path]}
@@ -441,6 +455,23 @@ def _sections() -> dict[str, Any]:
     """The fields of a job that have fields of their own."""
     kinds = {path: field.annotation for path, field in JobConfig.model_fields.items()}
     return {path: kind for path, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+_PAIR = re.compile(r"\s*[\w.-]+\s*=")
+_PAIR_ENDS = re.compile(rf",(?={_PAIR.pattern})")
+
+
+def pairs(text: str, several: bool = True) -> dict[str, str] | None:
+    """`prompt=caption,id=key` as a mapping; None if the text is something else.
+
+    Args:
+        text: what was given.
+        several: whether a comma ends a pair where a name and = follow it; a secret may have such a comma.
+    """
+    found = _PAIR_ENDS.split(text) if several else [text]
+    if not all(_PAIR.match(pair) for pair in found):
+        return None
+    return {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in found)}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gaudi_batch.config import JobConfig, merge
+from gaudi_batch.config import JobConfig, merge, pairs
 from gaudi_batch.errors import InputError
 from gaudi_batch.text import read_yaml
 
@@ -139,10 +138,6 @@ def _kinds(annotation: Any) -> set[Any]:
     return {typing.get_origin(annotation) or annotation}
 
 
-_PAIR = re.compile(r"\s*[\w.-]+\s*=")
-_PAIR_ENDS = re.compile(rf",(?={_PAIR.pattern})")
-
-
 def _entry(flag: str, key: str, value: str) -> dict[str, Any]:
     """One entry of a mapping. Names of columns and secrets are text, whatever YAML would make of them."""
     return _nested(key, value if flag == "--columns" else {"true": True, "false": False}.get(value, value))
@@ -176,13 +171,11 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
                 rest += [name, value]
                 continue
             # A value, a secret among them, may have a comma in it; the names of columns are told apart by theirs.
-            pairs = _PAIR_ENDS.split(value) if name == "--columns" else [value]
-            if all(_PAIR.match(pair) for pair in pairs):
-                for pair in pairs:
-                    key, _, value = pair.strip().partition("=")
-                    joined[name] = merge(joined.get(name, {}), _entry(name, key.rstrip(), value.lstrip()))
-            else:
+            found = pairs(value, several=name == "--columns")
+            if found is None:
                 joined[name] = merge(joined.get(name, {}), read_yaml(value, dict, flag))
+            for key, text in (found or {}).items():
+                joined[name] = merge(joined.get(name, {}), _entry(name, key, text))
         else:
             rest.append(argument)
     for name, mapping in joined.items():

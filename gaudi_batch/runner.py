@@ -35,7 +35,7 @@ from gaudi_batch.repeats import RepeatedIds
 from gaudi_batch.spans import Stopwatch, card_hours, read_spans, wall_seconds
 from gaudi_batch.stopping import watched_for_stop
 from gaudi_batch.storage import Storage
-from gaudi_batch.summary import FILES, Tally, failure_lines
+from gaudi_batch.summary import FILES, Tally, stop_lines
 from gaudi_batch.survey import refuse_bad_rows
 from gaudi_batch.throughput import rounded
 from gaudi_batch.verify import Findings
@@ -149,6 +149,8 @@ def run(
         RunStopped: the run ended before every image was made; the same call resumes it.
         StorageError: storage refused or failed for longer than `storage_patience`.
     """
+    if not isinstance(config, JobConfig):
+        raise InputError(f"run takes a JobConfig and not a {type(config).__name__}; JobConfig(**fields) makes one")
     storage = Storage(config.output, config.storage_options, config.storage_patience)
     refuse_file(storage)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
@@ -534,7 +536,7 @@ def _sum_up(
         # Why the run stopped is worth more than that its end can't be written down either.
         log.warning("summary.json is not up to date: %s", error)
     else:
-        for line in failure_lines(summary["failures"]) if reason is not None else ():
+        for line in stop_lines(summary) if reason is not None else ():
             log.info("%s", line)
     if reason == INTERRUPTED:
         raise Interrupted(f"interrupted with {rows} of {record.rows} rows done; the same command resumes")

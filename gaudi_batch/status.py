@@ -225,7 +225,7 @@ def describe_status(status: dict[str, Any]) -> str:
     if len(failures) > REASONS_SHOWN:
         lines.append(f"failed   and for {len(failures) - REASONS_SHOWN} more reasons")
     if status["verify"]:
-        lines.append(f"verified {_describe_verify(status['verify'], status['shards_committed'])}")
+        lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")
     if status["state"] == "running":
         left = duration(status["seconds_left"])
         lines.append(f"speed    {_rate(status)} images/s, {left} left, as of {status['progress_time']}")
@@ -243,7 +243,13 @@ def describe_status(status: dict[str, Any]) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def _describe_verify(found: dict[str, Any], committed: int) -> str:
+def describe_verify(found: dict[str, Any], committed: int) -> str:
+    """What `--verify` found, as `status` and `check` say it.
+
+    Args:
+        found: `verify` of the status.
+        committed: shards that are committed now.
+    """
     counts = f"{found['missing']} missing, {found['torn']} torn, {found['foreign']} foreign"
     paths = f" ({', '.join(found['first_paths'])}; run --repair makes them again)" if found["first_paths"] else ""
     later = committed - found["shards"] if found["shards"] is not None else 0

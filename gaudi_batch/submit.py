@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -140,6 +141,10 @@ class Cluster:
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         if not self.address.startswith(("http://", "https://")):
             raise InputError(f"--address {self.address!r}: jobs are submitted to a dashboard, as in {DEFAULT_ADDRESS}")
+        if "[" not in self.address and urlsplit(self.address).netloc.rpartition("@")[2].count(":") > 1:
+            raise InputError(
+                f"--address {redact(self.address)!r}: an address of IPv6 is written in brackets, as in http://[::1]:8265"
+            )
         try:
             self._client = in_time(lambda: JobSubmissionClient(self.address), ANSWER_SECONDS)
         except Exception as error:
@@ -298,13 +303,21 @@ class Cluster:
         if info.driver_exit_code is not None:
             return int(info.driver_exit_code)
         if str(info.status) == "STOPPED":
-            return STOPPED_EXIT_CODE
+            # Ray forgets the code of a driver that it has stopped, also of one that was done within its grace.
+            submitted = Submitted.read(info.metadata)
+            code = submitted.exit_code_if_complete() if submitted else None
+            return STOPPED_EXIT_CODE if code is None else code
         raise RunStopped(f"job {job} has failed before its driver could say why: {one_line(info.message)}")
 
 
 def _ended(info: Any) -> str:
     """How a job has ended. One that was asked to stop by its output ends by itself, which Ray calls failed."""
-    return "STOPPED" if info.driver_exit_code == STOPPED_EXIT_CODE else str(info.status)
+    if info.driver_exit_code == STOPPED_EXIT_CODE:
+        return "STOPPED"
+    submitted = Submitted.read(info.metadata) if str(info.status) == "STOPPED" else None
+    if submitted and submitted.exit_code_if_complete() is not None:
+        return "STOPPED, and its run is complete"
+    return str(info.status)
 
 
 class _Log:

@@ -12,7 +12,7 @@ from gaudi_batch.manifest import CommitFacts
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.reasons import reason_lines
 from gaudi_batch.redaction import redact
-from gaudi_batch.text import duration, printable
+from gaudi_batch.text import counted, duration, printable
 from gaudi_batch.throughput import Sums, rounded
 
 FILES = {
@@ -167,20 +167,11 @@ def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
         output: where it lies.
         summary: what summary.json says.
     """
-    rate = ""
-    if summary["images_per_s"]:
-        rate = f", {summary['images_per_s']:.2f} images/s of generation"
-    elif summary["images_per_s_with_warmup"]:
-        rate = f", {summary['images_per_s_with_warmup']:.2g} images/s of generation, first batches alone, which compile"
-    lines = [
-        f"{summary['state']}: {summary['images']} images, {summary['failed_rows']} failed rows,"
-        f" {len(summary['cards'])} cards{rate}"
-    ]
+    lines = [_totals(summary)]
     if summary["images_per_s_wall"] is not None:
         drivers = f", in {len(summary['drivers'])} drivers" if len(summary["drivers"]) > 1 else ""
         lines.append(f"took {duration(summary['wall_s'])}{drivers}: {summary['images_per_s_wall']:.2f} images/s")
-    hours = "" if summary["card_hours"] is None else f", {summary['card_hours']:.2f} card-hours"
-    lines.append(f"from {summary['started_at']} to {summary['ended_at']}{hours}")
+    lines.append(f"from {summary['started_at']} to {summary['ended_at']}")
     for name, card in list(summary["cards"].items())[:CARDS_SHOWN]:
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
         busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
@@ -191,6 +182,24 @@ def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
     lines += failure_lines(summary["failures"])
     where = printable(redact(output))
     return lines + [f"{f'{name}:':<9} {where}/{path}" for name, path in summary["files"].items()]
+
+
+def _totals(summary: Mapping[str, Any]) -> str:
+    rate = ""
+    if summary["images_per_s"]:
+        rate = f", {summary['images_per_s']:.2f} images/s of generation"
+    elif summary["images_per_s_with_warmup"]:
+        rate = f", {summary['images_per_s_with_warmup']:.2g} images/s of generation, first batches alone, which compile"
+    hours = "" if summary["card_hours"] is None else f", {summary['card_hours']:.2f} card-hours"
+    return (
+        f"{summary['state']}: {summary['images']} images, {counted(summary['failed_rows'], 'failed row')},"
+        f" {counted(len(summary['cards']), 'card')}{rate}{hours}"
+    )
+
+
+def stop_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a run that stopped has come to so far, for its log."""
+    return [_totals(summary), *failure_lines(summary["failures"])]
 
 
 def failure_lines(failures: list[dict[str, Any]]) -> list[str]:

@@ -29,6 +29,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, as `1 shard` or `2 shards`; the plural is the noun with an s if none is given."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def printable(text: str) -> str:
     """Text from elsewhere with nothing in it that could steer a terminal, turn the line around or forge another."""
     if text.isprintable():

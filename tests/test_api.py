@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -49,6 +50,18 @@ def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, object], said
             make()
         assert type(refused.value) is InputError
         assert str(refused.value).startswith(said)
+
+
+def test_paths_are_taken_as_they_are(tmp_path: Path) -> None:
+    places: dict[str, Any] = {"prompts": tmp_path / "p", "output": tmp_path / "o", "model": tmp_path / "m"}
+    job = JobConfig(**places)
+    assert (job.prompts, job.output, job.model) == (str(tmp_path / "p"), str(tmp_path / "o"), str(tmp_path / "m"))
+
+
+def test_a_job_that_is_no_job_config_is_refused_with_the_way_out() -> None:
+    job: Any = {"prompts": "p", "output": "o"}
+    with pytest.raises(InputError, match=r"takes a JobConfig and not a dict; JobConfig\(\*\*fields\) makes one"):
+        run(job)
 
 
 @pytest.mark.parametrize("job", ["1: 2", "self: 2", "cls: 2", "[1]", "fields: 3"])

@@ -236,6 +236,15 @@ def test_a_run_that_is_there_is_described_and_another_job_refused(
     assert f"{summary['images']} of 20 images are made, at {summary['images_per_s']:.2f} images/s" in printed
     assert "resume   this job finds nothing left to make" in printed
     assert "time     none: all is made" in printed
+    assert "plan     20 images in 3 shards and 5 batches of 4, padding 0.00%" in printed
+    _, printed = check(capsys, prompts, output, "--shard-size", "2", "--batch-size", "4", "--limit", "20")
+    assert "plan     20 images in 3 shards and 5 batches of 4" in printed, "that of the run, which stays"
+    next(output.glob("images/*/*.png")).unlink()
+    assert cli.main([*job, "--address", cluster, "--limit", "20", "--verify"]) == 1
+    capsys.readouterr()
+    before = [path for path in tree(output) if path.name != "manifest.parquet"]
+    _, printed = check(capsys, prompts, output, *made, "--limit", "20")
+    assert re.search(r"verified \d+ images at .*: 1 missing, 0 torn, 0 foreign \(images/", printed)
     shutil.rmtree(output / "manifest")
     (output / "manifest").mkdir()
     code, printed = check(capsys, prompts, output, *made, "--limit", "20")
@@ -246,13 +255,14 @@ def test_a_run_that_is_there_is_described_and_another_job_refused(
     code, printed = check(capsys, prompts, output, *made, "--limit", "20", "--seed", "7")
     assert code == 2
     assert "belongs to another job; what differs: seed: was 0, is 7." in printed
-    assert [path for path in before if "manifest/" not in str(path)] == tree(output)
+    left = [path for path in tree(output) if path.name != "manifest.parquet"]
+    assert [path for path in before if "manifest/" not in str(path)] == left
 
 
 def test_cards_that_would_be_idle_are_said(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "8")
-    assert "cards    5 of 8 cards will be idle: there are 3 shards; --shard-size 8 gives every card work" in printed
+    assert "cards    5 of 8 cards will be idle: the plan has 3 shards; --shard-size 8 gives every card work" in printed
     _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "8", "--shard-size", "3", "--batch-size", "1")
     assert "idle" not in printed
     _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "99")
-    assert "idle: there are 3 shards of 13 batches in all; fewer --cards will do" in printed
+    assert "idle: the plan has 3 shards of 13 batches in all; fewer --cards will do" in printed

@@ -130,6 +130,8 @@ def test_hl_smi_tells_what_each_module_does(tmp_path: Path) -> None:
         (["--modules", "4,4", "--", "true"], "a number of modules or their ids"),
         (["--modules", "x", "--", "true"], "a number of modules or their ids"),
         (["--modules", "0-3", "--", "true"], "a number of modules or their ids"),
+        (["--memory-gib", "-5", "--", "true"], "--memory-gib is -5; a card has more than 0"),
+        (["--capture-seconds", "-1", "--", "true"], "--capture-seconds is -1; it must be 0 or more"),
         (["--fault", "fire", "--", "true"], "'fire' is no fault"),
         (["--", "no-such-command"], "no-such-command: No such file"),
         ([], "no command"),

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +145,45 @@ def test_a_manifest_that_is_refused_is_not_in_doubt(
     with pytest.raises(StorageError, match="No space left"):
         records.commit(*a_manifest(3, "aaaaa1"))
     assert not records.unsettled
+
+
+@pytest.mark.parametrize(("last", "tried"), [(errno.EIO, 1), (errno.ENOSPC, 2)])
+def test_a_manifest_whose_first_try_may_have_landed_stays_in_doubt(
+    last: int, tried: int, output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the store says of the last one: a try that has failed may still land, and one that is refused can't."""
+    tries: list[int] = []
+
+    def failing(path: Path) -> None:
+        tries.append(1)
+        raise OSError(last if len(tries) == tried else errno.EIO, "no")
+
+    output.patience = 0.0 if tried == 1 else 30.0
+    monkeypatch.setattr(storage, "_sync", failing)
+    records = Ledger(output, first.hold)
+    with pytest.raises(StorageError):
+        records.commit(*a_manifest(3, "aaaaa1"))
+    assert len(tries) == tried
+    assert records.unsettled == {"aaaaa1"}
+
+
+def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
+    """Else all manifests of a run would be in memory at once."""
+    read: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        found = ledger._ahead(pool, lambda number: read.append(number) or number, range(1000))
+        assert [next(found) for _ in range(3)] == [0, 1, 2]
+        pool.submit(int).result()
+        assert len(read) == 4 * ledger.READ_THREADS + 2
+        assert list(found) == list(range(3, 1000))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
+def test_a_record_with_threads_that_can_t_be_is_refused(threads: object, output: Storage) -> None:
+    record = RunRecord({"device": "cpu"}, {"threads": threads}, {}, "now", rows=1, images=1)
+    output.put("run.json", json.dumps(record.__dict__).encode())
+    with pytest.raises(InputError, match="its threads are no count"):
+        Ledger(output).run()
 
 
 @pytest.mark.parametrize("run", ["", "another run"])

@@ -6,6 +6,7 @@ import ast
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,6 +125,18 @@ def test_columns_are_named_in_pairs(
     code, printed = check(capsys, "--prompts", prompts, "--output", tmp_path / "out", *JOB, *flags)
     assert code == 0, printed
     assert "columns  prompt=text, id=key" in printed
+
+
+@pytest.mark.parametrize("columns", ["prompt=text,id=key", "prompt=text, id=key"])
+def test_columns_are_named_in_pairs_in_a_file_and_in_python_too(columns: str, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"prompts: p\noutput: o\ndevice: simulated\ncolumns: '{columns}'\n")
+    named = {"prompt": "text", "id": "key"}
+    assert JobConfig.load(job).columns == named
+    fields: dict[str, Any] = {"columns": columns}
+    assert JobConfig(prompts="p", output="o", device="simulated", **fields).columns == named
+    with pytest.raises(InputError, match="columns: 'prompt': "):
+        JobConfig(prompts="p", output="o", device="simulated", **{"columns": "prompt"})
 
 
 def test_other_mappings_and_lists_take_what_is_short_too() -> None:

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import RaySystemError
 
 from gaudi_batch import driver as driver_module
 from gaudi_batch.card import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
-from gaudi_batch.config import EncodingConfig
+from gaudi_batch.config import EncodingConfig, JobConfig
 from gaudi_batch.decisions import ShardTask
+from gaudi_batch.discovery import open_prompts
 from gaudi_batch.driver import Driver
 from gaudi_batch.errors import StorageError
 from gaudi_batch.generation import Item
@@ -134,11 +136,62 @@ def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeyp
     require_shared(setup)
 
 
+def test_a_card_looks_whether_its_node_sees_what_the_others_see_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(setup: object) -> None:
+        raise RuntimeError("not on a file system that all nodes share")
+
+    monkeypatch.setattr("gaudi_batch.card.require_shared", refused)
+    monkeypatch.setattr("gaudi_batch.card.load_pipeline", lambda *_: pytest.fail("it loads"))
+    said: list[Any] = []
+    card: Any = Card.__new__(Card)
+    card._setup, card._mailbox = None, SimpleNamespace(emit=said.append)
+    card._generate()
+    (broken,) = said
+    assert "not on a file system that all nodes share" in broken.error
+
+
+def test_prompts_that_were_replaced_end_the_run_when_a_card_says_that_storage_fails(tmp_path: Path) -> None:
+    """The card's failure may be theirs, and no image of others may be made."""
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "p.parquet")
+    dataset = open_prompts(JobConfig(prompts=str(tmp_path / "p.parquet"), output=str(tmp_path), device="simulated"))
+    output = Storage(str(tmp_path / "out"))
+    output.put("run.json", b"{}")
+    told: list[tuple[int, Any, Any]] = []
+
+    def carried(*said: Any) -> None:
+        told.append(said)
+
+    async def checked() -> None:
+        driver = a_driver(
+            _setup=SimpleNamespace(dataset=dataset),
+            _ledger=SimpleNamespace(storage=output),
+            schedule=SimpleNamespace(prefix="aaaaa", storage_checked=carried),
+            _carry_out=lambda decisions: None,
+            _threads=ThreadPoolExecutor(1),
+            loop=asyncio.get_running_loop(),
+        )
+        await driver._check_storage(Shard(0, 0, 0, 2, BUCKET, 2, 2))
+
+    asyncio.run(checked())
+    assert told == [(0, None, None)]
+    pq.write_table(pa.table({"prompt": ["a", "b", "another"]}), tmp_path / "p.parquet")
+    asyncio.run(checked())
+    assert "'p.parquet' is not what it was when it was planned" in told[1][1]
+
+
 def test_the_quality_of_a_job_decides_about_the_bytes() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     for kind in ("jpeg", "webp"):
         sizes = [len(encode(pixels, EncodingConfig(type=kind, quality=quality))) for quality in (20, 60, 95)]
         assert sizes == sorted(set(sizes)), kind
+
+
+def test_a_job_that_says_nothing_gets_png_and_else_a_quality_of_95() -> None:
+    assert (EncodingConfig().type, EncodingConfig(type="jpeg").quality) == ("png", 95)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    assert encode(pixels, EncodingConfig(type="jpeg")) == encode(pixels, EncodingConfig(type="jpeg", quality=95))
 
 
 def test_first_batches_are_no_part_of_the_rate() -> None:

@@ -65,6 +65,12 @@ def test_an_address_of_ipv6_without_brackets_is_refused_by_name() -> None:
         address_of("::1:6379")
 
 
+def test_an_address_of_the_jobs_api_needs_brackets_too() -> None:
+    refused = command_line("stop", "job", "--address", "http://::1:8265")
+    assert refused.returncode == 2
+    assert "'http://::1:8265': an address of IPv6 is written in brackets, as in http://[::1]:8265" in refused.stderr
+
+
 def test_the_jobs_api_is_found_at_an_address_of_ipv6() -> None:
     asked: list[str] = []
 

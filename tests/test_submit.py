@@ -77,7 +77,7 @@ def test_a_job_is_followed_to_its_end_and_its_exit_code_comes_back(
     result = command_line("submit", file, *flags, AWS_SECRET_ACCESS_KEY=SECRET)
     assert result.returncode == 3, result.stdout + result.stderr
     assert re.match(r"job: \S+\n", result.stdout)
-    assert "complete with failed rows: 63 images, 1 failed rows, " in result.stdout
+    assert "complete with failed rows: 63 images, 1 failed row, " in result.stdout
     assert SECRET not in result.stdout + result.stderr
     rows = read_manifest(tmp_path / "out")
     assert [row["row"] for row in rows if row["status"] == "failed"] == [13]

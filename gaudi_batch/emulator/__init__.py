@@ -42,6 +42,10 @@ class Machine:
         Raises:
             InputError: modules, faults or memory make no sense.
         """
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise InputError(f"emulate: --memory-gib is {self.memory_gib:g}; a card has more than 0")
+        if self.capture_seconds is not None and not self.capture_seconds >= 0:
+            raise InputError(f"emulate: --capture-seconds is {self.capture_seconds:g}; it must be 0 or more")
         sys.path.insert(0, str(SITE))
         try:
             from habana_frameworks._emulation.settings import Settings, default_state
