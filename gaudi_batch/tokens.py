@@ -30,4 +30,6 @@ def what_token_lacks() -> str:
         return f"the token that is here ({where}) may not be the cluster's"
     missing = f"{PATH} names {path}, which is no file" if path and not os.environ.get(TOKEN) else "no token is here"
     mode_too = f", and set {MODE}=token, which is {mode} here" if kept_back else ""
+    if mode and not kept_back:
+        mode_too = f"; unset {MODE} if that cluster asks for none"
     return f"{missing}: put the cluster's into {FILE}, or into {TOKEN}{mode_too}"

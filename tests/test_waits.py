@@ -91,6 +91,7 @@ def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
             True,
             "a token is here (RAY_AUTH_TOKEN), and RAY_AUTH_MODE=disabled keeps it back: set RAY_AUTH_MODE=token",
         ),
+        ({"RAY_AUTH_MODE": "token"}, False, "no token is here: put the cluster's into ~/.ray/auth_token, or into RAY"),
         ({}, True, "the token that is here (~/.ray/auth_token) may not be the cluster's"),
         ({"RAY_AUTH_TOKEN_PATH": "/no/where"}, True, "RAY_AUTH_TOKEN_PATH names /no/where, which is no file: put"),
     ],
@@ -108,4 +109,7 @@ def test_a_shell_is_told_what_it_lacks_of_a_token(
         (tmp_path / ".ray/auth_token").write_text("a" * 32)
     lacks = what_token_lacks()
     assert lacks.startswith(said)
+    assert lacks.endswith("; unset RAY_AUTH_MODE if that cluster asks for none") is (
+        environment == {"RAY_AUTH_MODE": "token"}
+    )
     assert "xyzzy" not in lacks
