@@ -94,7 +94,7 @@ def test_check_prints_the_plan_and_starts_nothing(write_prompts: Callable[..., P
     result = command_line("check", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
     assert result.returncode == 0
     assert "30 images in 2 shards and 5 batches of 8, padding 25.00%" in result.stdout
-    assert "bucket   128x64, 50 steps, guidance 7.5: 10 rows, 10 images, 1 shards" in result.stdout
+    assert "bucket   128x64, 50 steps, guidance 7.5: 10 rows, 10 images, 1 shard," in result.stdout
     assert "carried: mood" in result.stdout
     assert not (tmp_path / "out").exists()
     strict = command_line("check", "--strict", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
@@ -108,7 +108,7 @@ def test_a_job_file_runs_on_a_ray_that_is_started_for_it_and_status_tells(prompt
     job.write_text(f"prompts: {prompts}/*.parquet\noutput: {output}\ndevice: simulated\ncards: 3\nshard_size: 8\n")
     result = command_line("run", job, "--simulated.batch-seconds", "0.5", "--simulated.raise-rows", "[3]")
     assert result.returncode == 3, result.stderr
-    assert "complete with failed rows: 99 images, 1 failed rows" in result.stdout
+    assert "complete with failed rows: 99 images, 1 failed row," in result.stdout
     assert f"images:   {output}/images" in result.stdout
     assert len(read_manifest(output)) == 100
     status = command_line("status", output)
