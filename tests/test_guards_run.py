@@ -41,7 +41,10 @@ def test_another_version_than_the_run_began_with_is_said_where_no_card_was_asked
     assert caplog.messages == ["torch is 2.2 here and was 2.1 when the run began; images may differ"]
 
 
-def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(tmp_path: Path) -> None:
+def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gaudi_batch")
     storage = Storage(str(tmp_path))
     storage.put("manifest/000000.parquet", failed_manifest(0, dict.fromkeys(range(4), "boom")))
     job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
@@ -58,6 +61,9 @@ def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(tmp_path: Path
                 runner._Ended(None),
             )
         assert (ledger.get_json("summary.json") or {})["state"] == "stopped"
+        figures, failed = caplog.messages[-2:]
+        assert figures.startswith("stopped: 0 images, 4 failed rows, ")
+        assert failed.startswith("failed: 4 rows: boom")
     assert not (tmp_path / "manifest.parquet").exists()
 
 
