@@ -490,6 +490,8 @@ def explain(error: ValidationError) -> str:
     for problem in error.errors():
         where = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
         where = [part for part in where if part not in ("int", "float", "str", "dict")]
+        if problem["type"] == "extra_forbidden":
+            where = [str(part) for part in problem["loc"]]  # a name of the user's may be one of these
         field = name(".".join(where))[:200] or "job"
         if problem["type"] == "extra_forbidden":
             said = "is not a field of a job"

@@ -38,6 +38,8 @@ def test_dir_lists_what_the_package_offers() -> None:
     [
         ({"steps": 0}, "steps: 0: input should be greater than or equal to 1"),
         ({"stepz": 3}, "stepz: is not a field of a job"),
+        ({"str": {}}, "str: is not a field of a job"),
+        ({"encoding": {"int": 1}}, "encoding.int: is not a field of a job"),
         ({"encoding": {"quality": 101}}, "encoding.quality: 101: input should be less than or equal to 100"),
         ({"model": None, "device": "cpu"}, "model: is missing; name a hub id, a directory or builtin:shapes"),
         ({"storage_options": {"key": "hidden-value"}, "encoding": "hidden-value"}, "encoding.type: '***': "),
