@@ -105,8 +105,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     for bucket, plan in list(buckets.items())[:BUCKETS_SHOWN]:
         lines.append(
             f"bucket   {bucket}: {counted(plan.rows, 'row')}, {counted(plan.images, 'image')},"
-            f" {counted(plan.shards, 'shard')},"
-            f" padding {plan.padding_share:.2%}"
+            f" {counted(plan.shards, 'shard')}, padding {plan.padding_share:.2%}"
         )
     if len(buckets) > BUCKETS_SHOWN:
         lines.append(f"bucket   and {len(buckets) - BUCKETS_SHOWN} more")

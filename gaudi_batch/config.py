@@ -468,10 +468,10 @@ def pairs(text: str, several: bool = True) -> dict[str, str] | None:
         text: what was given.
         several: whether a comma ends a pair where a name and = follow it; a secret may have such a comma.
     """
-    found = _PAIR_ENDS.split(text) if several else [text]
-    if not all(_PAIR.match(pair) for pair in found):
+    parts = _PAIR_ENDS.split(text) if several else [text]
+    if not all(_PAIR.match(part) for part in parts):
         return None
-    return {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in found)}
+    return {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,10 +171,10 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
                 rest += [name, value]
                 continue
             # A value, a secret among them, may have a comma in it; the names of columns are told apart by theirs.
-            found = pairs(value, several=name == "--columns")
-            if found is None:
+            entries = pairs(value, several=name == "--columns")
+            if entries is None:
                 joined[name] = merge(joined.get(name, {}), read_yaml(value, dict, flag))
-            for key, text in (found or {}).items():
+            for key, text in (entries or {}).items():
                 joined[name] = merge(joined.get(name, {}), _entry(name, key, text))
         else:
             rest.append(argument)

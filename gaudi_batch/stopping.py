@@ -122,14 +122,6 @@ class Submitted:
             f"{said}; a shard takes {duration(seconds)}; {again}; with `stop --grace {math.ceil(seconds)}` nothing is"
         )
 
-    def exit_code_if_complete(self) -> int | None:
-        """What its run is worth, 0 or 3 with failed rows; None if it is not complete, or can't be seen from here."""
-        try:
-            state = read_status(Ledger(self._storage()), 0.0)["state"]
-        except GaudiBatchError:
-            return None
-        return {"complete": 0, "complete with failed rows": 3}.get(state)
-
     def _shard_seconds(self) -> float | None:
         """How long a card takes for a shard: at the rate of the cards, else at the job's own; None if neither says."""
         try:

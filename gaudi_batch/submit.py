@@ -303,21 +303,13 @@ class Cluster:
         if info.driver_exit_code is not None:
             return int(info.driver_exit_code)
         if str(info.status) == "STOPPED":
-            # Ray forgets the code of a driver that it has stopped, also of one that was done within its grace.
-            submitted = Submitted.read(info.metadata)
-            code = submitted.exit_code_if_complete() if submitted else None
-            return STOPPED_EXIT_CODE if code is None else code
+            return STOPPED_EXIT_CODE
         raise RunStopped(f"job {job} has failed before its driver could say why: {one_line(info.message)}")
 
 
 def _ended(info: Any) -> str:
     """How a job has ended. One that was asked to stop by its output ends by itself, which Ray calls failed."""
-    if info.driver_exit_code == STOPPED_EXIT_CODE:
-        return "STOPPED"
-    submitted = Submitted.read(info.metadata) if str(info.status) == "STOPPED" else None
-    if submitted and submitted.exit_code_if_complete() is not None:
-        return "STOPPED, and its run is complete"
-    return str(info.status)
+    return "STOPPED" if info.driver_exit_code == STOPPED_EXIT_CODE else str(info.status)
 
 
 class _Log:

@@ -139,6 +139,25 @@ def test_columns_are_named_in_pairs_in_a_file_and_in_python_too(columns: str, tm
         JobConfig(prompts="p", output="o", device="simulated", **{"columns": "prompt"})
 
 
+@pytest.mark.parametrize(("command", "module", "resumes"), [("check", "check", False), ("run", "runner", True)])
+def test_what_is_interrupted_is_told_to_be_given_again_where_that_resumes(
+    command: str,
+    module: str,
+    resumes: bool,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gaudi_batch.{module}.{command}", interrupted)
+    assert cli.main([command, "--prompts", str(prompts), "--output", str(tmp_path / "out"), *JOB]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("interrupted; the same command resumes" if resumes else "interrupted")
+
+
 def test_other_mappings_and_lists_take_what_is_short_too() -> None:
     from gaudi_batch.flags import job_from
 

@@ -6,8 +6,6 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -18,7 +16,6 @@ from gaudi_batch.job import resolve
 from gaudi_batch.ledger import Ledger
 from gaudi_batch.stopping import Submitted, watched_for_stop
 from gaudi_batch.storage import Storage
-from gaudi_batch.submit import Cluster, _ended
 
 
 @pytest.fixture
@@ -87,24 +84,6 @@ def test_a_request_stops_its_own_submission_alone_and_is_removed(output: Path, m
         while request.exists():
             asked.wait(0.01)
     assert graces == [7.0]
-
-
-@pytest.mark.parametrize(("state", "code"), [("complete", 0), ("complete with failed rows", 3), ("stopped", None)])
-def test_a_job_that_was_done_within_its_grace_has_the_code_of_its_run(
-    state: str, code: int | None, output: Path, tmp_path: Path
-) -> None:
-    """Ray says of it that it was stopped, and no more."""
-    (output / "summary.json").write_text(json.dumps({"state": state, "failures": []}))
-    kept = submitted(output)
-    assert kept.exit_code_if_complete() is None, "its shards are not made"
-    for shard in Ledger(Storage(str(output))).plan(10**9):
-        (output / "manifest").mkdir(exist_ok=True)
-        (output / f"manifest/{shard.number:06}.parquet").touch()
-    assert kept.exit_code_if_complete() == code
-    info: Any = SimpleNamespace(status="STOPPED", driver_exit_code=None, metadata=kept.metadata())
-    assert Cluster._exit_code(Cluster.__new__(Cluster), "job", info) == (130 if code is None else code)
-    assert _ended(info) == ("STOPPED" if code is None else "STOPPED, and its run is complete")
-    assert submitted(tmp_path / "elsewhere").exit_code_if_complete() is None
 
 
 @pytest.mark.parametrize(
