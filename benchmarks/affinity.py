@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from gaudi_batch import JobConfig, dispatch, run
+from gaudi_batch import JobConfig, run
+from gaudi_batch.scheduling import dispatch
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 

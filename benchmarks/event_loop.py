@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 
 from gaudi_batch import JobConfig, run
-from gaudi_batch.driver import Driver
+from gaudi_batch.driver.loop import Driver
 from gaudi_batch.errors import RunStopped
 
 TICK_SECONDS = 0.01

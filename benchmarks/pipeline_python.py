@@ -12,7 +12,7 @@ import time
 
 from torch.profiler import ProfilerActivity, profile
 
-from gaudi_batch.config import JobConfig
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.pipelines.cpu import CpuPipeline
 from gaudi_batch.pipelines.model import describe_model

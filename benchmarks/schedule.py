@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace, ShardTask
-from gaudi_batch.events import ShardOutcome
 from gaudi_batch.plan import Bucket, GraphKey, Shard
-from gaudi_batch.schedule import Schedule
+from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace, ShardTask
+from gaudi_batch.scheduling.events import ShardOutcome
+from gaudi_batch.scheduling.schedule import Schedule
 
 CASES = [(256, 1, 10, 0), (256, 6, 10, 0), (1000, 16, 20, 0), (1000, 6, 10, 40), (10_000, 1, 10, 0), (10_000, 6, 10, 0)]
 """Cards, graph keys, shards a card, and nodes that are lost twice."""

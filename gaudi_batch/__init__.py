@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gaudi_batch.config import JobConfig
+    from gaudi_batch.config.schema import JobConfig
+    from gaudi_batch.driver.runner import Interrupted, RunResult, run
     from gaudi_batch.errors import GaudiBatchError, InputError, RunStopped, StorageError
-    from gaudi_batch.runner import Interrupted, RunResult, run
 
 __all__ = [
     "GaudiBatchError",
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _PLACES = {
-    "JobConfig": "config",
+    "JobConfig": "config.schema",
     "GaudiBatchError": "errors",
     "InputError": "errors",
     "RunStopped": "errors",
     "StorageError": "errors",
-    "Interrupted": "runner",
-    "RunResult": "runner",
-    "run": "runner",
+    "Interrupted": "driver.runner",
+    "RunResult": "driver.runner",
+    "run": "driver.runner",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m gaudi_batch` is `gaudi-batch`."""
 
-from gaudi_batch.cli import entry
+from gaudi_batch.cli.main import entry
 
 entry()

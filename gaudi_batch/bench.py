@@ -11,11 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from gaudi_batch.card import where_am_i
-from gaudi_batch.cluster import card_options, card_resources, connected, look_at_cluster
-from gaudi_batch.config import JobConfig
+from gaudi_batch.card.actor import where_am_i
+from gaudi_batch.card.shard_runner import describe_error
+from gaudi_batch.cluster.connection import card_options, card_resources, connected, look_at_cluster
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
-from gaudi_batch.generation import describe_error
 from gaudi_batch.job import Job
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import Item, Pipeline

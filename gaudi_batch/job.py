@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from gaudi_batch.config import JobConfig
-from gaudi_batch.cpus import usable_cpus
-from gaudi_batch.discovery import open_prompts
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.rows import Bounds, RowRules, bounds_for, make_row
 from gaudi_batch.errors import HubUnreachable, InputError
-from gaudi_batch.filesystem import open_filesystem
+from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi import gaudi_mapping
 from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
+from gaudi_batch.pipelines.stack import versions
 from gaudi_batch.plan import Bucket, Shard, plan_shards
-from gaudi_batch.prompts import PromptDataset
 from gaudi_batch.redaction import redacted_options
-from gaudi_batch.rows import Bounds, RowRules, bounds_for, make_row
-from gaudi_batch.stack import versions
+from gaudi_batch.storage.filesystem import open_filesystem
 
 if TYPE_CHECKING:
-    from gaudi_batch.ledger import RunRecord
+    from gaudi_batch.output.ledger import RunRecord
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""

@@ -8,8 +8,8 @@ EXIT_CODE = 2
 
 if __name__ == "__main__":
     try:
-        import gaudi_batch.runner  # noqa: F401  what it needs is missed here and not later
-        from gaudi_batch.cli import entry
+        import gaudi_batch.driver.runner  # noqa: F401  what it needs is missed here and not later
+        from gaudi_batch.cli.main import entry
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == "gaudi_batch":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gaudi_batch.cli import entry
+from gaudi_batch.cli.main import entry
 
 
 def main() -> None:

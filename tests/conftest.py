@@ -16,8 +16,8 @@ import pytest
 from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, free_port
 from hypothesis import HealthCheck, settings
 
-from gaudi_batch import lease
-from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch.output import lease
+from gaudi_batch.output.lease import LeaseKeeper
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
 settings.register_profile(

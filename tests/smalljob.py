@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gaudi_batch import cli
-from gaudi_batch.storage import Storage
+from gaudi_batch.cli import main as cli
+from gaudi_batch.storage.store import Storage
 
 ROWS = 48
 SHARDS = 7

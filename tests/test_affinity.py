@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from gaudi_batch.affinity import Affinity
-from gaudi_batch.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
-from gaudi_batch.events import ShardOutcome
 from gaudi_batch.plan import Bucket, GraphKey, Run, Shard, plan_shards
-from gaudi_batch.schedule import Schedule
+from gaudi_batch.scheduling.affinity import Affinity
+from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
+from gaudi_batch.scheduling.events import ShardOutcome
+from gaudi_batch.scheduling.schedule import Schedule
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 BATCH = 8

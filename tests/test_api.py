@@ -86,7 +86,7 @@ def test_a_result_knows_its_manifest_and_failed_rows(tmp_path: Path, moto: Store
 
 
 def test_failed_rows_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gaudi_batch import manifest
+    from gaudi_batch.output import manifest
 
     table = manifest.COLUMNS.empty_table()
     columns = {name: [None] * 30_000 for name in table.column_names}

@@ -22,7 +22,7 @@ from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import S3Server, read_manifest
 from raynodes import RayCluster, RayNode, wait_for_card
 
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.store import Storage
 
 
 @pytest.fixture(scope="module")

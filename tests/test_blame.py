@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from world import World, let_it_end, shards, start
 
-from gaudi_batch.cards import Card
-from gaudi_batch.decisions import CheckStorage, Quarantine, ShardTask
-from gaudi_batch.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import MAX_STRIKES, Schedule
-from gaudi_batch.verdicts import MAX_FRUITLESS_NODES, TransientFailures
+from gaudi_batch.scheduling.cards import Card
+from gaudi_batch.scheduling.decisions import CheckStorage, Quarantine, ShardTask
+from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
+from gaudi_batch.scheduling.schedule import MAX_STRIKES, Schedule
+from gaudi_batch.scheduling.verdicts import MAX_FRUITLESS_NODES, TransientFailures
 
 REFUSED = ShardFailure("StorageError: read-only file system", healthy=False, storage=True)
 

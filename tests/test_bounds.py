@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from helpers import read_manifest
 
-from gaudi_batch import JobConfig, cli
+from gaudi_batch import JobConfig
+from gaudi_batch.cli import main as cli
+from gaudi_batch.dataset.rows import MAX_PROMPT, RowRules, bounds_for, make_row
 from gaudi_batch.job import resolve
-from gaudi_batch.ledger import Ledger
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.plan import Bucket
-from gaudi_batch.rows import MAX_PROMPT, RowRules, bounds_for, make_row
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.store import Storage
 
 RULES = RowRules(Bucket(512, 512, 50, 7.5), 1, None, 8, bounds_for(512, 512))
 ROWS: dict[str, Any] = {

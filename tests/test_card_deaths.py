@@ -19,10 +19,10 @@ from helpers import S3Server
 
 from benchmarks.chaos import card_processes
 from gaudi_batch import JobConfig, run
-from gaudi_batch.cluster import attached
+from gaudi_batch.cluster.connection import attached
 from gaudi_batch.errors import GaudiBatchError
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.storage import Storage
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.storage.store import Storage
 
 HELD = {
     "fetch": ("GET", "prompts.*parquet"),

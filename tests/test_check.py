@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smalljob import write_dataset
 
-from gaudi_batch import cli
-from gaudi_batch.config import JobConfig
+from gaudi_batch.cli import main as cli
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.dataset.survey import survey
 from gaudi_batch.job import resolve
-from gaudi_batch.survey import survey
 
 JOB = ("--device", "simulated", "--cards", "2", "--simulated.batch-seconds", "0.02")
 

@@ -54,7 +54,7 @@ def test_an_address_of_another_kind_says_what_to_use(address: str, prompts: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", ["gaudi_batch.cli", "gaudi_batch.status", "gaudi_batch.flags"])
+@pytest.mark.parametrize("module", ["gaudi_batch.cli.main", "gaudi_batch.reporting.status", "gaudi_batch.cli.flags"])
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
     code = (
         f"import sys, {module}; print([m for m in ('ray', 'torch', 'diffusers', 'transformers') if m in sys.modules])"

@@ -22,8 +22,9 @@ import pytest
 from helpers import read_manifest
 from raynodes import RAY, RayCluster, descendants
 
-from gaudi_batch import JobConfig, devices
-from gaudi_batch.devices import with_device
+from gaudi_batch import JobConfig
+from gaudi_batch.cluster import devices
+from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.errors import InputError
 
 ROWS = 240

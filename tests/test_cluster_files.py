@@ -20,8 +20,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resource
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
 
-from gaudi_batch.config import JobConfig
-from gaudi_batch.submit import STOP_MARGIN_SECONDS
+from gaudi_batch.cluster.jobs_client import STOP_MARGIN_SECONDS
+from gaudi_batch.config.schema import JobConfig
 
 REPOSITORY = Path(__file__).parent.parent
 LOCAL, AWS = REPOSITORY / "cluster.yaml", REPOSITORY / "jobs/clusters/aws-dl1.yaml"

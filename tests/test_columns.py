@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gaudi_batch import InputError, JobConfig, RunResult, StorageError, run
-from gaudi_batch.discovery import open_prompts
-from gaudi_batch.storage import Storage
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.storage.store import Storage
 
 ROWS = 100
 """Of a file. Two files have more values than an int8 has numbers."""
@@ -138,7 +138,7 @@ def test_a_run_is_complete_only_when_its_joined_manifest_can_be_read(
     (output / "summary.json").unlink()
     for path in (output / "manifest").iterdir():
         as_older_code_wrote_it(path)
-    monkeypatch.setattr("gaudi_batch.joined.plain", lambda schema: schema)
+    monkeypatch.setattr("gaudi_batch.output.joined.plain", lambda schema: schema)
     with pytest.raises(StorageError, match="can't be read back"):
         make(prompts, output, cluster)
     assert not (output / "summary.json").exists()
@@ -147,7 +147,7 @@ def test_a_run_is_complete_only_when_its_joined_manifest_can_be_read(
 def test_large_columns_are_joined_a_part_at_a_time(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gaudi_batch.joined.GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr("gaudi_batch.output.joined.GROUP_BYTES", 1 << 20)
     prompts = write_prompts({"prompt": ["p"] * ROWS, "large": [str(number) * 20_000 for number in range(ROWS)]})
     make(prompts, tmp_path / "out", cluster, shard_size=8)
     with pq.ParquetFile(tmp_path / "out/manifest.parquet") as file:

@@ -13,14 +13,15 @@ import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import StoreServer
 
-from gaudi_batch import lease, ledger, manifest, retry
 from gaudi_batch.errors import StorageError
-from gaudi_batch.lease import LeaseKeeper, LeaseLost, read_lease
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.names import manifest_path
-from gaudi_batch.storage import Storage
-from gaudi_batch.throughput import Sums
+from gaudi_batch.layout import manifest_path
+from gaudi_batch.output import lease, ledger, manifest
+from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.throughput import Sums
+from gaudi_batch.storage import retry
+from gaudi_batch.storage.store import Storage
 
 CREATING = ["moto", "gcs", "azure"]
 """Servers that create conditionally; JuiceFS's S3 does not."""

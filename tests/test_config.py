@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaudi_batch.config import JobConfig
+from gaudi_batch.cli.flags import add_job_flags, job_from, join_mapping_flags
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
-from gaudi_batch.flags import add_job_flags, job_from, join_mapping_flags
 from gaudi_batch.redaction import redact, redacted_options
 
 SMALL = {"prompts": "p.parquet", "output": "out", "device": "simulated"}

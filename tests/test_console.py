@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
 
-from gaudi_batch.console import OutputLost, look_for_reader
+from gaudi_batch.reporting.console import OutputLost, look_for_reader
 
 COMMAND = (sys.executable, "-m", "gaudi_batch")
 PATIENCE_SECONDS = 60
@@ -131,7 +131,7 @@ def test_a_run_goes_on_when_its_terminal_is_gone(cluster: str, tmp_path: Path) -
 
 UNFORESEEN = """
 import os, sys, threading
-from gaudi_batch import cli
+from gaudi_batch.cli import main as cli
 
 def broken(parsed):
     hangs = threading.Thread(target=open, args=(sys.argv[-1],))

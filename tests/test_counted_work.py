@@ -16,17 +16,19 @@ import pyarrow as pa
 import pytest
 from helpers import read_manifest
 
-from gaudi_batch import JobConfig, cli, prompts
-from gaudi_batch.again import plan_again
-from gaudi_batch.card import Card, _Call, _Work
-from gaudi_batch.decisions import ShardTask
-from gaudi_batch.discovery import open_prompts
-from gaudi_batch.events import Reading
-from gaudi_batch.mailbox import Mailbox
+from gaudi_batch import JobConfig
+from gaudi_batch.card.actor import Card, _Call, _Work
+from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.cli import main as cli
+from gaudi_batch.dataset import reader as prompts
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.rows import PromptRow, RowRules, bounds_for
+from gaudi_batch.driver.rerun import plan_again
 from gaudi_batch.pipelines.base import Generated
 from gaudi_batch.plan import Bucket, Shard, plan_shards
-from gaudi_batch.prompts import PromptDataset
-from gaudi_batch.rows import PromptRow, RowRules, bounds_for
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.events import Reading
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8, bounds_for(64, 64))
 ROWS = 4000

@@ -9,8 +9,8 @@ import pytest
 from helpers import read_manifest
 from PIL import Image
 
-from gaudi_batch.cluster import attached
-from gaudi_batch.demo import COLUMNS, PROMPTS, demo
+from gaudi_batch.cli.demo import COLUMNS, PROMPTS, demo
+from gaudi_batch.cluster.connection import attached
 from tools.shapes.judge import NoVerdict, judge, judge_colours
 from tools.shapes.pictures import Scene
 

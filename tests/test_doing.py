@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from helpers import command_line
 
-from gaudi_batch import cli
-from gaudi_batch.card import Card, _Call, _StoredBatch
-from gaudi_batch.cards import CardState
-from gaudi_batch.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
-from gaudi_batch.generation import MadeImage
-from gaudi_batch.limits import BatchTimes
-from gaudi_batch.mailbox import Mailbox
-from gaudi_batch.messages import Status
+from gaudi_batch.card.actor import Card, _Call, _StoredBatch
+from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.card.messages import Status
+from gaudi_batch.card.shard_runner import MadeImage
+from gaudi_batch.cli import main as cli
+from gaudi_batch.driver.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.driver.watchdog import BatchTimes
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import BatchKind
-from gaudi_batch.slot import Slot
+from gaudi_batch.scheduling.cards import CardState
 
 LARGE = BatchKind(1024, 1024, 20, True)
 LIMITS = SimpleNamespace(loading=1800.0, first_batch=1800.0, batch=60.0, answer=60.0)
@@ -155,8 +155,8 @@ def test_log_and_status_say_what_a_card_does_that_takes_long(
                 return
 
     for name, seconds in (("SAY_SECONDS", 0.2), ("PROGRESS_SECONDS", 0.2), ("NEWS_SECONDS", 0.2)):
-        monkeypatch.setattr(f"gaudi_batch.driver.{name}", seconds)
-    monkeypatch.setattr("gaudi_batch.progress.CARDS_SECONDS", 1.0)
+        monkeypatch.setattr(f"gaudi_batch.driver.loop.{name}", seconds)
+    monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_SECONDS", 1.0)
     asking = threading.Thread(target=ask)
     asking.start()
     job = ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, "--device", "simulated")

@@ -16,17 +16,18 @@ import pyarrow as pa
 import pytest
 from helpers import command_line, read_manifest
 
-from gaudi_batch import manifest, runner
+from gaudi_batch.dataset.rows import PromptRow
+from gaudi_batch.driver import runner
+from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import RunStopped
-from gaudi_batch.lease import LeaseKeeper
-from gaudi_batch.ledger import Ledger, RunRecord
-from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.output import manifest
+from gaudi_batch.output.lease import LeaseKeeper
+from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.tally import Tally
+from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.rows import PromptRow
-from gaudi_batch.slot import Slot
-from gaudi_batch.storage import Storage
-from gaudi_batch.summary import Tally
-from gaudi_batch.throughput import Sums
+from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
 

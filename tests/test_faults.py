@@ -22,8 +22,8 @@ from helpers import command_line, read_manifest
 from ray.util import placement_group_table, remove_placement_group
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.manifest import CommitFacts
 
 FAST = {"batch_seconds": 0.02}
 
@@ -72,7 +72,7 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(
         held.append(sum(group["state"] == "CREATED" for group in placement_group_table().values()))
         remove_placement_group(group)
 
-    monkeypatch.setattr("gaudi_batch.places.remove_placement_group", removed)
+    monkeypatch.setattr("gaudi_batch.driver.places.remove_placement_group", removed)
     broken = {"broken_modules": [1], "batch_seconds": 1.0}
     result = make(prompts, tmp_path / "out", cluster, broken, cards=3, shard_size=4)
     assert result.exit_code == 0
@@ -136,7 +136,7 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
 ) -> None:
     output = tmp_path / "out"
     forced = (
-        "import sys; from gaudi_batch import lease; from gaudi_batch.cli import main;"
+        "import sys; from gaudi_batch import lease; from gaudi_batch.cli.main import main;"
         "lease.is_alive = lambda held: False; sys.exit(main(sys.argv[1:]))"
     )
     command = (
@@ -384,7 +384,7 @@ def test_a_run_that_is_abandoned_while_commits_are_under_way_keeps_their_images(
         return commit(self, shard, data)
 
     monkeypatch.setattr(Ledger, "commit", slow_then_broken)
-    monkeypatch.setattr("gaudi_batch.driver.COMMIT_SECONDS", 0.1)
+    monkeypatch.setattr("gaudi_batch.driver.loop.COMMIT_SECONDS", 0.1)
     with pytest.raises(RunStopped, match="the store is gone"):
         make(prompts, tmp_path / "out", cluster, {}, shard_size=8)
     time.sleep(2)  # commits that were under way come through now

@@ -17,20 +17,23 @@ import pyarrow as pa
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from gaudi_batch import JobConfig, lease, ledger, manifest, runner, storage
-from gaudi_batch.decisions import ShardTask
-from gaudi_batch.driver import Driver
+from gaudi_batch import JobConfig
+from gaudi_batch.driver import runner
+from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
-from gaudi_batch.lease import LeaseKeeper, LeaseLost, read_lease
-from gaudi_batch.ledger import Ledger, RunRecord
-from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.names import manifest_path
+from gaudi_batch.layout import manifest_path
+from gaudi_batch.output import lease, ledger, manifest
+from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
+from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.tally import Tally
+from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.slot import Slot
-from gaudi_batch.storage import Storage
-from gaudi_batch.summary import Tally
-from gaudi_batch.throughput import Sums
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.storage import store as storage
+from gaudi_batch.storage.store import Storage
 
 
 @pytest.fixture
@@ -442,7 +445,7 @@ def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, mo
 
 
 def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaudi_batch.driver.NEWS_SECONDS", 0.0)
+    monkeypatch.setattr("gaudi_batch.driver.loop.NEWS_SECONDS", 0.0)
     asked, told = [], []
 
     class Actor:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from world import shards
 
-from gaudi_batch.affinity import Affinity
-from gaudi_batch.cards import Card, Cards, CardState
-from gaudi_batch.dispatch import NODES_PER_EXCLUSIVE, Dispatch
-from gaudi_batch.events import SlowBatch
-from gaudi_batch.pending import Pending
 from gaudi_batch.plan import BatchKind, Bucket, GraphKey, PlanSummary, Run, Shard, plan_shards, summarize
-from gaudi_batch.verdicts import SlowKinds, _at_least
+from gaudi_batch.scheduling.affinity import Affinity
+from gaudi_batch.scheduling.cards import Card, Cards, CardState
+from gaudi_batch.scheduling.dispatch import NODES_PER_EXCLUSIVE, Dispatch
+from gaudi_batch.scheduling.events import SlowBatch
+from gaudi_batch.scheduling.pending import Pending
+from gaudi_batch.scheduling.verdicts import SlowKinds, _at_least
 
 SMALL, LARGE = Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)
 KEY, OTHER = SMALL.graph_key, LARGE.graph_key

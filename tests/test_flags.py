@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gaudi_batch import cli
-from gaudi_batch.config import JobConfig
+from gaudi_batch.cli import main as cli
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 
 JOB = ("--device", "simulated", "--cards", "2")
@@ -96,7 +96,7 @@ def test_an_encoding_may_be_its_type_alone(
 ) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"prompts: {prompts}\noutput: {tmp_path / 'out'}\ndevice: simulated\nencoding: {file}\n")
-    from gaudi_batch.flags import job_from
+    from gaudi_batch.cli.flags import job_from
 
     config = job_from(cli._parse(["run", str(job), *flags]))
     assert (config.encoding.type, config.encoding.quality) == (kind, quality)
@@ -159,7 +159,7 @@ def test_what_is_interrupted_is_told_to_be_given_again_where_that_resumes(
 
 
 def test_other_mappings_and_lists_take_what_is_short_too() -> None:
-    from gaudi_batch.flags import job_from
+    from gaudi_batch.cli.flags import job_from
 
     given = ("--prompts", "p", "--output", "o", *JOB, "--storage-options", "anon=true")
     config = job_from(cli._parse(["run", *given, "--simulated.raise-rows", "1, 2", "--simulated.kill-rows", "3"]))

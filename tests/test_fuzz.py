@@ -17,22 +17,22 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaudi_batch import manifest
-from gaudi_batch.check import check
-from gaudi_batch.cli import _parse
-from gaudi_batch.config import JobConfig
-from gaudi_batch.discovery import open_prompts
+from gaudi_batch.cli.check import check
+from gaudi_batch.cli.flags import job_from
+from gaudi_batch.cli.main import _parse
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.dataset.rows import PromptRow, RowRules, make_row
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.flags import job_from
-from gaudi_batch.lease import read_lease
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.manifest import CommitFacts
+from gaudi_batch.output import manifest
+from gaudi_batch.output.lease import read_lease
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard, plan_shards
-from gaudi_batch.rows import PromptRow, RowRules, make_row
-from gaudi_batch.status import describe_status, read_status
-from gaudi_batch.storage import Storage
+from gaudi_batch.reporting.status import describe_status, read_status
+from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import load_yaml
-from gaudi_batch.throughput import Sums
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8)
 
@@ -507,7 +507,7 @@ def test_status_says_what_it_can_of_any_records(ledger: Ledger, lease: bytes, pr
 
 
 def test_what_argparse_quotes_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
-    from gaudi_batch.cli import main
+    from gaudi_batch.cli.main import main
 
     assert main(["run", "--\x1b[31m\nforged:\u202e"]) == 2
     said = capsys.readouterr().err

@@ -16,7 +16,7 @@ import pytest
 from helpers import command_line, put_into_hub_cache, read_manifest
 
 from gaudi_batch import InputError, JobConfig, run
-from gaudi_batch.check import check
+from gaudi_batch.cli.check import check
 from gaudi_batch.job import resolve
 from gaudi_batch.pipelines.gaudi import environment, prepare
 from gaudi_batch.pipelines.model import BUILTIN_MODELS, describe_model

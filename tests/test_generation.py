@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gaudi_batch.decisions import ShardTask
-from gaudi_batch.generation import CardFault, ShardMaker
+from gaudi_batch.card.shard_runner import CardFault, ShardMaker
+from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.rows import PromptRow
+from gaudi_batch.scheduling.decisions import ShardTask
 
 BUCKET = Bucket(8, 8, 1, 1.0)
 

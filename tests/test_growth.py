@@ -18,12 +18,12 @@ import pytest
 from helpers import StoreServer, command_line, read_manifest
 
 from gaudi_batch import InputError, JobConfig, RunResult, run
-from gaudi_batch.discovery import open_prompts
-from gaudi_batch.growth import differences
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.driver.growth import differences
 from gaudi_batch.job import resolve
-from gaudi_batch.ledger import Ledger
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.pipelines.model import builtin_directory
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.store import Storage
 
 FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 2}
 SIMULATED: dict[str, Any] = {"batch_seconds": 0.0}
@@ -149,7 +149,7 @@ def test_a_driver_that_is_killed_while_a_run_grows_leaves_it_as_it_was(
 KILLED = """
 import os, signal, sys
 from gaudi_batch import JobConfig, run
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.store import Storage
 put = Storage.put
 def dies(self, path, *rest, **options):
     if path == "run.json":

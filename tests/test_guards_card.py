@@ -20,21 +20,21 @@ import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import RaySystemError
 
-from gaudi_batch import driver as driver_module
-from gaudi_batch.card import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
-from gaudi_batch.config import EncodingConfig, JobConfig
-from gaudi_batch.decisions import ShardTask
-from gaudi_batch.discovery import open_prompts
-from gaudi_batch.driver import Driver
+from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
+from gaudi_batch.card.shard_runner import Item
+from gaudi_batch.config.schema import EncodingConfig, JobConfig
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.dataset.rows import PromptRow
+from gaudi_batch.driver import loop as driver_module
+from gaudi_batch.driver.loop import Driver
 from gaudi_batch.errors import StorageError
-from gaudi_batch.generation import Item
-from gaudi_batch.manifest import StoredImage, read
-from gaudi_batch.outputs.encoding import encode
-from gaudi_batch.outputs.files import FilesOutput
+from gaudi_batch.output.formats.encoding import encode
+from gaudi_batch.output.formats.files import FilesOutput
+from gaudi_batch.output.manifest import StoredImage, read
+from gaudi_batch.output.throughput import BatchLine, Sums
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.rows import PromptRow
-from gaudi_batch.storage import Storage
-from gaudi_batch.throughput import BatchLine, Sums
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
 
@@ -42,7 +42,7 @@ BUCKET = Bucket(64, 64, 20, 7.5)
 DYING = """
 import time
 from types import SimpleNamespace
-from gaudi_batch import card
+from gaudi_batch.card import actor as card
 card.where_am_i = lambda device: ("n", "vm", 0)
 def dies(self):
     raise ZeroDivisionError
@@ -105,7 +105,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
                 made.append(number)
                 yield []
 
-    monkeypatch.setattr("gaudi_batch.card.ShardMaker", Maker)
+    monkeypatch.setattr("gaudi_batch.card.actor.ShardMaker", Maker)
     card: Any = Card.__new__(Card)
     card._store_slots, card._storage, card._controls = threading.Semaphore(BATCHES_IN_STORE), None, {}
     card._setup = SimpleNamespace(config=SimpleNamespace(encoding=None, batch_size=1, seed=0))
@@ -128,7 +128,7 @@ def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeyp
         storage=Storage(str(tmp_path / "out")),
         run_id="run",
     )
-    monkeypatch.setattr("gaudi_batch.card.Ledger.run", lambda ledger: SimpleNamespace(run_id="run"))
+    monkeypatch.setattr("gaudi_batch.card.actor.Ledger.run", lambda ledger: SimpleNamespace(run_id="run"))
     with pytest.raises(RuntimeError, match=r"does not see the prompts in .*must be on a file system that all nodes"):
         require_shared(setup)
     (tmp_path / "prompts").mkdir()
@@ -142,8 +142,8 @@ def test_a_card_looks_whether_its_node_sees_what_the_others_see_before_it_loads(
     def refused(setup: object) -> None:
         raise RuntimeError("not on a file system that all nodes share")
 
-    monkeypatch.setattr("gaudi_batch.card.require_shared", refused)
-    monkeypatch.setattr("gaudi_batch.card.load_pipeline", lambda *_: pytest.fail("it loads"))
+    monkeypatch.setattr("gaudi_batch.card.actor.require_shared", refused)
+    monkeypatch.setattr("gaudi_batch.card.actor.load_pipeline", lambda *_: pytest.fail("it loads"))
     said: list[Any] = []
     card: Any = Card.__new__(Card)
     card._setup, card._mailbox = None, SimpleNamespace(emit=said.append)

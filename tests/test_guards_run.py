@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 from test_end_of_run import failed_manifest
 
-from gaudi_batch import JobConfig, cli, runner
+from gaudi_batch import JobConfig
+from gaudi_batch.cli import main as cli
+from gaudi_batch.driver import runner
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
-from gaudi_batch.lease import LeaseKeeper
-from gaudi_batch.ledger import Ledger, RunRecord
+from gaudi_batch.output.lease import LeaseKeeper
+from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.tally import Tally
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.storage import Storage
-from gaudi_batch.summary import Tally
+from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
 

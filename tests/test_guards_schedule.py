@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from world import World, shards, start
 
-from gaudi_batch.blame import DEATHS_READING_A_ROW, DEATHS_TO_CONDEMN, MAX_TRIES, Trouble
-from gaudi_batch.cards import CardState
-from gaudi_batch.events import Reading, ShardFailure
-from gaudi_batch.schedule import MAX_STRIKES, MAX_VINDICATIONS, Schedule
+from gaudi_batch.scheduling.cards import CardState
+from gaudi_batch.scheduling.events import Reading, ShardFailure
+from gaudi_batch.scheduling.failures import DEATHS_READING_A_ROW, DEATHS_TO_CONDEMN, MAX_TRIES, Trouble
+from gaudi_batch.scheduling.schedule import MAX_STRIKES, MAX_VINDICATIONS, Schedule
 
 
 def settle(world: World) -> None:

@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
 
-from gaudi_batch import JobConfig, lease
-from gaudi_batch.discovery import open_prompts
-from gaudi_batch.filesystem import open_filesystem
-from gaudi_batch.lease import LeaseKeeper
+from gaudi_batch import JobConfig
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.dataset.reader import PromptsChanged
+from gaudi_batch.dataset.rows import RowRules
+from gaudi_batch.output import lease
+from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.prompts import PromptsChanged
-from gaudi_batch.retry import is_permanent
-from gaudi_batch.rows import RowRules
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.filesystem import open_filesystem
+from gaudi_batch.storage.retry import is_permanent
+from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
 

@@ -14,7 +14,7 @@ from helpers import command_line, read_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaudi_batch.generation import describe_error
+from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import Bucket
 from gaudi_batch.text import one_line, shown

@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 from test_columns import ALIKE, ROWS, values
 
-from gaudi_batch import manifest
-from gaudi_batch.joined import JoinedManifest
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.manifest import CommitFacts, ImageFacts, StoredImage
+from gaudi_batch.dataset.repeats import RepeatedIds
+from gaudi_batch.dataset.rows import MAX_SEED, PromptRow, RowRules, bounds_for, derived_seed, make_row
+from gaudi_batch.output import manifest
+from gaudi_batch.output.joined import JoinedManifest
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.manifest import CommitFacts, ImageFacts, StoredImage
+from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket
-from gaudi_batch.repeats import RepeatedIds
-from gaudi_batch.rows import MAX_SEED, PromptRow, RowRules, bounds_for, derived_seed, make_row
-from gaudi_batch.storage import Storage
-from gaudi_batch.throughput import Sums
+from gaudi_batch.storage.store import Storage
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8, bounds_for(64, 64))
 README = Path(__file__).parents[1] / "README.md"
@@ -76,7 +76,7 @@ def test_the_joined_manifest_is_in_order_of_row_and_image(ledger: Ledger, tmp_pa
 def test_one_that_is_too_large_for_memory_is_in_order_of_shard(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gaudi_batch.joined.SORTED_BYTES", 600)
+    monkeypatch.setattr("gaudi_batch.output.joined.SORTED_BYTES", 600)
     committed = {shard: commit(ledger, shard, rows_of([shard, shard + 10])) for shard in range(5)}
     assert ledger.join_manifests({}, committed) == (10, 0)
     table = pq.read_table(tmp_path / "out/manifest.parquet")

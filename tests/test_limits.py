@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gaudi_batch.config import JobConfig, LimitsConfig
-from gaudi_batch.events import SlowBatch, SlowReading, StorageStalled
-from gaudi_batch.limits import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, passed_limit
-from gaudi_batch.messages import Status
+from gaudi_batch.card.messages import Status
+from gaudi_batch.config.schema import JobConfig, LimitsConfig
+from gaudi_batch.driver.watchdog import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, passed_limit
 from gaudi_batch.plan import BatchKind
+from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled
 
 CONFIG = JobConfig(
     prompts="prompts",

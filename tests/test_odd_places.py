@@ -22,9 +22,9 @@ from helpers import command_line, free_port
 from smalljob import a_job, write_dataset
 
 from gaudi_batch import InputError, JobConfig
-from gaudi_batch.devices import address_of
-from gaudi_batch.progress import Progress, open_view
-from gaudi_batch.runner import _knock, run
+from gaudi_batch.cluster.devices import address_of
+from gaudi_batch.driver.runner import _knock, run
+from gaudi_batch.reporting.terminal import Progress, open_view
 
 log = logging.getLogger("gaudi_batch")
 HALF = Progress(5, 10, 0, 1, 1, 2.0)

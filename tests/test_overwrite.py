@@ -18,12 +18,12 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import remove_placement_group
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
-from gaudi_batch.cluster import CardResources, attached
-from gaudi_batch.demo import PROMPTS, demo
-from gaudi_batch.lease import LeaseKeeper
-from gaudi_batch.slot import node_of
-from gaudi_batch.storage import Storage
-from gaudi_batch.trial import _hold
+from gaudi_batch.cli.demo import PROMPTS, demo
+from gaudi_batch.cluster.connection import CardResources, attached
+from gaudi_batch.driver.slot import node_of
+from gaudi_batch.driver.trial import _hold
+from gaudi_batch.output.lease import LeaseKeeper
+from gaudi_batch.storage.store import Storage
 
 NO_CARD: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 4096}, "model": "builtin:shapes"}
 """A job for which no machine has a card."""

@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaudi_batch.config import JobConfig
-from gaudi_batch.decisions import ShardTask
-from gaudi_batch.discovery import open_prompts
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.dataset.discovery import open_prompts
+from gaudi_batch.dataset.reader import GroupUndecoded, PromptDataset
+from gaudi_batch.dataset.rows import MAX_SEED, PromptRow, RowRules, image_seed, make_row
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.events import Reading
 from gaudi_batch.plan import Bucket, Shard, plan_shards
-from gaudi_batch.prompts import GroupUndecoded, PromptDataset
-from gaudi_batch.rows import MAX_SEED, PromptRow, RowRules, image_seed, make_row
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.events import Reading
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gaudi_batch.reasons import FIRST_IDS, MOST_ID, MOST_REASON, MOST_REASONS, OTHERS, Reasons, reason_lines
+from gaudi_batch.dataset.reasons import FIRST_IDS, MOST_ID, MOST_REASON, MOST_REASONS, OTHERS, Reasons, reason_lines
 
 
 def test_errors_that_differ_in_their_values_alone_are_one_reason() -> None:

@@ -3,7 +3,7 @@ from datetime import datetime
 import pyarrow as pa
 import pytest
 
-from gaudi_batch.repeats import RepeatedIds
+from gaudi_batch.dataset.repeats import RepeatedIds
 
 
 def test_rows_that_share_an_id_are_counted_and_one_is_named():
@@ -49,7 +49,7 @@ def test_ids_of_all_types_are_compared(ids, rows):
 
 
 def test_many_ids_take_little_memory_and_an_example_is_found_across_blocks(monkeypatch):
-    monkeypatch.setattr("gaudi_batch.repeats._WAITING_IDS", 1000)
+    monkeypatch.setattr("gaudi_batch.dataset.repeats._WAITING_IDS", 1000)
     repeated = RepeatedIds()
     for start in range(0, 5000, 100):
         repeated.add(pa.array([str(number % 4999) for number in range(start, start + 100)]))

@@ -16,7 +16,7 @@ from helpers import read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
-from gaudi_batch.rows import Bucket, PromptRow, image_seed
+from gaudi_batch.dataset.rows import Bucket, PromptRow, image_seed
 
 FAST = {"batch_seconds": 0.01}
 

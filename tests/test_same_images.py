@@ -20,14 +20,14 @@ import pytest
 from helpers import command_line, read_manifest
 from raynodes import RayCluster, follow, start_job, wait_for_card
 
-from gaudi_batch import manifest
-from gaudi_batch.ledger import Ledger, RunRecord
-from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.messages import Ready
+from gaudi_batch.card.messages import Ready
+from gaudi_batch.output import manifest
+from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.throughput import Sums
 from gaudi_batch.pipelines.model import BUILTIN_MODELS
-from gaudi_batch.stack import STACK_VOTE_TIMEOUT_S, StackVote, why_unfit
-from gaudi_batch.storage import Storage
-from gaudi_batch.throughput import Sums
+from gaudi_batch.pipelines.stack import STACK_VOTE_TIMEOUT_S, StackVote, why_unfit
+from gaudi_batch.storage.store import Storage
 
 OTHER = "0.0.9"
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from world import World, let_it_end, shards, start
 
 from benchmarks.schedule import Simulation
-from gaudi_batch.cards import QUEUE, CardState
-from gaudi_batch.decisions import Decision, Release
-from gaudi_batch.events import Reading, ShardFailure, ShardOutcome
-from gaudi_batch.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, Schedule
+from gaudi_batch.scheduling.cards import QUEUE, CardState
+from gaudi_batch.scheduling.decisions import Decision, Release
+from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
+from gaudi_batch.scheduling.schedule import MAX_START_FAILURES, MAX_VINDICATIONS, Schedule
 
 
 def something_joins(world: World, card: int) -> bool:

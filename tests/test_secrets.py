@@ -19,7 +19,7 @@ from helpers import command_line
 from gaudi_batch import JobConfig, run
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.redaction import has_secret, redact, redacted_options
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import OneLineFormatter, one_line
 
 SECRET = "xyzzy-of-somebody"

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from gaudi_batch.cards import CardState
-from gaudi_batch.decisions import Assign, Decision, ShardTask
-from gaudi_batch.driver import Driver
-from gaudi_batch.limits import BatchTimes
-from gaudi_batch.messages import Ready
+from gaudi_batch.card.messages import Ready
+from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.driver.watchdog import BatchTimes
+from gaudi_batch.pipelines.stack import StackVote
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import Schedule
-from gaudi_batch.slot import Slot
-from gaudi_batch.stack import StackVote
+from gaudi_batch.scheduling.cards import CardState
+from gaudi_batch.scheduling.decisions import Assign, Decision, ShardTask
+from gaudi_batch.scheduling.schedule import Schedule
 
 
 class Introducing(Driver):

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from helpers import command_line, read_manifest
 
-from gaudi_batch import cli, status
+from gaudi_batch.cli import main as cli
+from gaudi_batch.reporting import status
 
 ELSEWHERE = {"host": "driver-pod-7", "machine": "another boot", "pid": 12}
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gaudi_batch import stopping
-from gaudi_batch.config import JobConfig
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import resolve
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.stopping import Submitted, watched_for_stop
-from gaudi_batch.storage import Storage
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.reporting import stopping
+from gaudi_batch.reporting.stopping import Submitted, watched_for_stop
+from gaudi_batch.storage.store import Storage
 
 
 @pytest.fixture

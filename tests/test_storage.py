@@ -16,9 +16,9 @@ import pytest
 from fsspec.registry import _registry
 from helpers import S3Server, StoreServer
 
-from gaudi_batch import retry
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage import retry
+from gaudi_batch.storage.store import Storage
 
 
 @pytest.fixture(params=["local", "s3", "gcs", "azure"])
@@ -108,7 +108,7 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
     monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr("gaudi_batch.storage.time", clock)
+    monkeypatch.setattr("gaudi_batch.storage.store.time", clock)
     with pytest.raises(StorageError, match="tried for"):
         Storage(str(tmp_path), patience=3600).attempt("read x", failing(10**6, OSError("503")))
     words = r"can't read x, tried for (\d+) s of 3600 s \(storage_patience\): OSError: 503"

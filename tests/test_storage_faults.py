@@ -29,14 +29,14 @@ from helpers import S3Server, StoreServer
 from s3fs import S3FileSystem
 from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
-from gaudi_batch import retry, waits
-from gaudi_batch import storage as storage_module
-from gaudi_batch.cluster import attached
+from gaudi_batch.cluster.connection import attached
 from gaudi_batch.errors import StorageError
-from gaudi_batch.lease import read_lease
-from gaudi_batch.ledger import Ledger
-from gaudi_batch.status import read_status
-from gaudi_batch.storage import Storage
+from gaudi_batch.output.lease import read_lease
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.reporting.status import read_status
+from gaudi_batch.storage import retry, waits
+from gaudi_batch.storage import store as storage_module
+from gaudi_batch.storage.store import Storage
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +432,9 @@ def test_a_manifest_that_was_written_in_part_is_no_commit(dataset: Path, tmp_pat
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    script = "import sys; from gaudi_batch.storage import Storage; Storage(sys.argv[1]).put('x/i.png', bytes(2**27))"
+    script = (
+        "import sys; from gaudi_batch.storage.store import Storage as S; S(sys.argv[1]).put('x/i.png', bytes(2**27))"
+    )
     storage, until = Storage(str(tmp_path)), time.monotonic() + 120
     while not list(tmp_path.glob("x/*.part-*")):
         assert time.monotonic() < until, "no writer was caught amid its work"

@@ -15,10 +15,10 @@ from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import StoreServer
 from smalljob import Content, a_job, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
-from gaudi_batch import retry
-from gaudi_batch.cluster import attached
+from gaudi_batch.cluster.connection import attached
 from gaudi_batch.errors import StorageError
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage import retry
+from gaudi_batch.storage.store import Storage
 
 
 @pytest.fixture(scope="module")

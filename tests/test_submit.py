@@ -20,10 +20,10 @@ import pytest
 from helpers import command_line, read_manifest
 from raynodes import RAY, RayCluster
 
-from gaudi_batch import submit
-from gaudi_batch.config import JobConfig
+from gaudi_batch.cluster import jobs_client as submit
+from gaudi_batch.cluster.jobs_client import refuse_what_stays_here
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
-from gaudi_batch.submit import refuse_what_stays_here
 
 REPOSITORY = Path(__file__).parent.parent
 SECRET = "a-secret-of-whoever-submits"

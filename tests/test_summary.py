@@ -19,11 +19,12 @@ from helpers import command_line, read_manifest
 from ray.cluster_utils import Cluster
 from raynodes import RayCluster
 
-from gaudi_batch import JobConfig, manifest, run
-from gaudi_batch.clock import DriverClock
-from gaudi_batch.manifest import CommitFacts
-from gaudi_batch.summary import Tally
-from gaudi_batch.throughput import Sums
+from gaudi_batch import JobConfig, run
+from gaudi_batch.card.clock import DriverClock
+from gaudi_batch.output import manifest
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.tally import Tally
+from gaudi_batch.output.throughput import Sums
 
 
 def rate(*commits: tuple[str, float, float, int]) -> float | None:

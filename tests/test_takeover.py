@@ -17,13 +17,15 @@ import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import S3Server
 
-from gaudi_batch.storage import Storage
+from gaudi_batch.storage.store import Storage
 
 QUICK = {"STALE_SECONDS": 8, "CERTAIN_SECONDS": 4, "COMMIT_SECONDS": 2, "BEAT_SECONDS": 1, "LOOK_SECONDS": 0.5}
 """The lease's times, their order kept."""
 START = f"""
 import sys
-from gaudi_batch import cli, lease, ledger
+from gaudi_batch.cli import main as cli
+from gaudi_batch.output import lease
+from gaudi_batch.output import ledger
 vars(lease).update({QUICK!r})
 ledger.COMMIT_SECONDS = lease.COMMIT_SECONDS
 sys.exit(cli.main(sys.argv[1:]))

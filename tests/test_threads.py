@@ -17,10 +17,10 @@ import ray
 from helpers import command_line, read_manifest
 from raynodes import RayCluster, follow, start_job
 
-from gaudi_batch.cpus import share_of_node, usable_cpus
+from gaudi_batch.pipelines.cpus import share_of_node, usable_cpus
 
 HALF_DONE = Path(__file__).parent / "data/half_done/cpu"
-COUNT = "from gaudi_batch.cpus import usable_cpus; print(usable_cpus())"
+COUNT = "from gaudi_batch.pipelines.cpus import usable_cpus; print(usable_cpus())"
 BUILT_IN = ("--model", "builtin:shapes", "--steps", "2")
 several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has one CPU")
 

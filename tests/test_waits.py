@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from helpers import command_line, free_port
 
-from gaudi_batch import cli, storage, waits
-from gaudi_batch.tokens import what_token_lacks
+from gaudi_batch.cli import main as cli
+from gaudi_batch.cluster.tokens import what_token_lacks
+from gaudi_batch.storage import store as storage
+from gaudi_batch.storage import waits
 
 JOB = ("--device", "simulated")
 

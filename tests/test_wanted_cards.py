@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from gaudi_batch.cards import CardState
-from gaudi_batch.cluster import Capacity
-from gaudi_batch.decisions import Finish
-from gaudi_batch.driver import Driver
+from gaudi_batch.cluster.connection import Capacity
+from gaudi_batch.driver.loop import Driver
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import MAX_START_FAILURES, Schedule
+from gaudi_batch.scheduling.cards import CardState
+from gaudi_batch.scheduling.decisions import Finish
+from gaudi_batch.scheduling.schedule import MAX_START_FAILURES, Schedule
 
 BUCKET = Bucket(64, 64, 20, 2.0)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gaudi_batch.cards import QUEUE
-from gaudi_batch.decisions import (
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.scheduling.cards import QUEUE
+from gaudi_batch.scheduling.decisions import (
     Assign,
     CheckStorage,
     Commit,
@@ -19,9 +20,8 @@ from gaudi_batch.decisions import (
     Replace,
     ShardTask,
 )
-from gaudi_batch.events import ShardFailure, ShardOutcome
-from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.schedule import Schedule
+from gaudi_batch.scheduling.events import ShardFailure, ShardOutcome
+from gaudi_batch.scheduling.schedule import Schedule
 
 BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
 

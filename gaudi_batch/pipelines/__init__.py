@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gaudi_batch.config import JobConfig
-from gaudi_batch.cpus import share_of_node
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import Pipeline
+from gaudi_batch.pipelines.cpus import share_of_node
 from gaudi_batch.pipelines.model import ModelFacts
 
 

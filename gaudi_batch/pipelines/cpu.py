@@ -19,8 +19,8 @@ import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.model import BUILTIN, ModelFacts, builtin_directory, digest, refuse_code
+from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey
-from gaudi_batch.stack import TORCH_PACKAGES, versions
 
 
 class CpuPipeline:

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.config import JobConfig
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.pipelines.model import SUPPORTED, ModelFacts
+from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey
-from gaudi_batch.stack import HPU_PACKAGES, versions
 
 WARMUP_BATCHES = 3
 """First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput

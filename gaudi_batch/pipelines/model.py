@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.config import GAUDI_FIELDS, JobConfig, check_gaudi_fields
+from gaudi_batch.config.schema import GAUDI_FIELDS, JobConfig, check_gaudi_fields
+from gaudi_batch.dataset.rows import MAX_INT32
 from gaudi_batch.errors import HubUnreachable, InputError
-from gaudi_batch.filesystem import expanded
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
-from gaudi_batch.rows import MAX_INT32
+from gaudi_batch.storage.filesystem import expanded
+from gaudi_batch.storage.waits import told_if_slow
 from gaudi_batch.text import one_line, shown
-from gaudi_batch.waits import told_if_slow
 
 BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gaudi_batch.config import SimulatedConfig
+from gaudi_batch.config.schema import SimulatedConfig
 from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.stack import PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey
-from gaudi_batch.stack import PACKAGES, versions
 
 DEFAULT_SIDE = 64
 """Pixels; simulated images are small unless the job asks for a size."""

@@ -13,7 +13,7 @@ import torch
 from habana_frameworks._emulation import faults
 from habana_frameworks._emulation.counters import counters
 
-from gaudi_batch.config import JobConfig
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Item
 from gaudi_batch.pipelines.cpu import CpuPipeline
 from gaudi_batch.pipelines.gaudi import GaudiPipeline

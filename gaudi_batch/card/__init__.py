@@ -1,0 +1,1 @@
+"""The process beside a device."""

@@ -1,0 +1,135 @@
+"""What a card's threads and the driver's calls share: events that wait to be acknowledged, and the present state."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from gaudi_batch.card.messages import Done, Event, Failed, News, Status
+from gaudi_batch.plan import BatchKind
+
+
+class Mailbox:
+    """What happened on a card and what it is doing. Threads of the card write, calls from the driver read.
+
+    Args:
+        storage_s: tells for how many seconds the oldest operation on storage has been going on.
+    """
+
+    def __init__(self, storage_s: Callable[[], float]) -> None:
+        self._storage_s = storage_s
+        self._changed = threading.Condition()
+        self._events: list[tuple[int, Event]] = []
+        self._last_event = 0
+        self._acknowledged = 0
+        self._begun: set[str] = set()
+        self._recalled: set[str] = set()
+        self._phase = "loading"
+        self._phase_since = time.monotonic()
+        self._images: Counter[str] = Counter()
+        self._kind: BatchKind | None = None
+        self._reading_since: float | None = None
+        self._shard: int | None = None
+        self._rows: tuple[int, ...] = ()
+        self._reading_shard: int | None = None
+        self._storing = 0
+        self._storing_since = 0.0
+        self._batch_s: dict[BatchKind, float] = {}
+        self._warmup_s: dict[BatchKind, float] = {}
+
+    def emit(self, event: Event) -> int:
+        """Adds an event for the driver and returns its number."""
+        with self._changed:
+            self._last_event += 1
+            self._events.append((self._last_event, event))
+            if isinstance(event, (Done, Failed)):
+                self._images.pop(event.attempt, None)
+            self._changed.notify_all()
+            return self._last_event
+
+    def news(self, acknowledged: int, patience: float) -> News:
+        """Drops what is acknowledged and waits up to `patience` seconds for there to be more."""
+        with self._changed:
+            self._acknowledged = acknowledged
+            self._events = [(number, event) for number, event in self._events if number > acknowledged]
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: bool(self._events), patience)
+            now = time.monotonic()
+            status = Status(
+                phase=self._phase,
+                phase_s=now - self._phase_since,
+                storage_s=self._storage_s(),
+                images=sum(self._images.values()),
+                kind=self._kind,
+                reading_s=0.0 if self._reading_since is None else now - self._reading_since,
+                batch_s=dict(self._batch_s),
+                warmup_s=dict(self._warmup_s),
+                shard=self._shard,
+                rows=self._rows,
+                reading_shard=self._reading_shard,
+                storing=self._storing,
+                storing_s=now - self._storing_since if self._storing else 0.0,
+            )
+            return News(tuple(self._events), status)
+
+    def wait_for_acknowledgement(self, number: int) -> None:
+        """Waits until the driver has said that it knows of an event."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._acknowledged >= number)
+
+    def begin(self, attempt: str) -> bool:
+        """Begins an attempt, unless it was given back."""
+        with self._changed:
+            if attempt in self._recalled:
+                return False
+            self._begun.add(attempt)
+            return True
+
+    def recall(self, attempt: str) -> bool:
+        """Gives an attempt back, unless it has begun."""
+        with self._changed:
+            if attempt in self._begun:
+                return False
+            self._recalled.add(attempt)
+            return True
+
+    def enter(
+        self, phase: str, kind: BatchKind | None = None, shard: int | None = None, rows: tuple[int, ...] = ()
+    ) -> None:
+        """The device begins something else; a batch has a kind, a shard and rows."""
+        with self._changed:
+            self._phase, self._phase_since, self._kind = phase, time.monotonic(), kind
+            self._shard, self._rows = shard, rows
+
+    def batch_took(self, kind: BatchKind, seconds: float, warmup: bool) -> None:
+        """A batch has been made; `warmup` says whether it was one of the first of its graph key."""
+        with self._changed:
+            if warmup:
+                self._warmup_s[kind] = min(seconds, self._warmup_s.get(kind, seconds))
+            else:
+                self._batch_s[kind] = max(seconds, self._batch_s.get(kind, 0.0))
+
+    @contextlib.contextmanager
+    def reading(self, shard: int) -> Iterator[None]:
+        """The rows of a shard are being read meanwhile."""
+        with self._changed:
+            self._reading_since, self._reading_shard = time.monotonic(), shard
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reading_since = self._reading_shard = None
+
+    def store(self, images: int) -> None:
+        """So many more images wait to be stored; fewer, if negative."""
+        with self._changed:
+            self._storing += images
+            self._storing_since = time.monotonic()
+
+    def stored(self, attempt: str, images: int) -> None:
+        """So many more images of an attempt are in storage."""
+        with self._changed:
+            self._images[attempt] += images

@@ -1,0 +1,162 @@
+"""What the driver and a card say to each other: plain data that Ray carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.rows import RowRules
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.pipelines.model import ModelFacts
+from gaudi_batch.plan import BatchKind
+from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
+from gaudi_batch.storage.store import Storage
+
+
+@dataclass(frozen=True)
+class CardSetup:
+    """All that a card needs to know of a job."""
+
+    config: JobConfig
+    """With its device resolved."""
+    storage: Storage
+    """The output, as the driver has opened it."""
+    run_id: str
+    """That of its run.json, by which a card knows that it sees the same output."""
+    model: ModelFacts
+    dataset: PromptDataset
+    rules: RowRules
+    threads: int | None
+    """Of one card; None on hpu is its share of its own node."""
+    min_cpus: int = 0
+    """CPUs that a card's process must be able to use."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The pipeline is loaded."""
+
+    node_id: str
+    node: str
+    """The node's host name."""
+    module: int | None
+    """The module that Ray pinned; None where the device has none."""
+    pid: int
+    load_s: float
+    stack: Mapping[str, str]
+    """What shapes its images, by name; see stack.py."""
+    model: str
+    """The model that it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
+    threads: int | None
+    """Of torch in its process; None where there is no torch."""
+    cpus: int
+    """How many its process may use."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of its device and versions."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The pipeline could not be loaded, or the device has failed: this process is to be replaced."""
+
+    error: str
+    storage: bool = False
+    """Whether it was storage that went on failing, which says nothing of the card."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The card has begun to read a shard, or to make it."""
+
+    attempt: str
+    generating: bool
+
+
+@dataclass(frozen=True)
+class Begins:
+    """The card is about to decode these rows of a suspect shard, and waits for this to be acknowledged."""
+
+    attempt: str
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Announced:
+    """The card is about to call the pipeline for these rows, and waits for this to be acknowledged."""
+
+    attempt: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard is made."""
+
+    attempt: str
+    manifest: bytes
+    """Ready to be put in place as it is."""
+    facts: CommitFacts
+    outcome: ShardOutcome
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The doubted rows of a shard have been made alone."""
+
+    attempt: str
+    failures: Mapping[int, str]
+    """Those that failed here, too."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A shard could not be made."""
+
+    attempt: str
+    failure: ShardFailure
+
+
+Event: TypeAlias = Ready | Broken | Begun | Begins | Announced | Done | Confirmed | Failed
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a card is doing."""
+
+    phase: str
+    """loading, idle, first batch, or batch."""
+    phase_s: float
+    """Seconds since that began."""
+    storage_s: float
+    """Seconds for which its oldest operation on storage has been going on."""
+    images: int
+    """Images in storage of shards that are not done yet."""
+    kind: BatchKind | None = None
+    """The kind of the batch that it is at."""
+    reading_s: float = 0.0
+    """Seconds for which it has been reading the rows of a shard."""
+    batch_s: Mapping[BatchKind, float] = field(default_factory=dict)
+    """The longest batch so far of each kind, the first batches of its graph key left out."""
+    warmup_s: Mapping[BatchKind, float] = field(default_factory=dict)
+    """The shortest of these first batches."""
+    shard: int | None = None
+    """That of the batch."""
+    rows: tuple[int, ...] = ()
+    """Of the batch, over all files."""
+    reading_shard: int | None = None
+    """Whose rows it is reading."""
+    storing: int = 0
+    """Images that are made and not yet in storage."""
+    storing_s: float = 0.0
+    """Seconds since one of these was made or stored last."""
+
+
+@dataclass(frozen=True)
+class News:
+    """A card's answer: what has happened since what was acknowledged, numbered, and what it is doing."""
+
+    events: tuple[tuple[int, Event], ...]
+    status: Status

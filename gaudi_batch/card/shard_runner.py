@@ -1,0 +1,236 @@
+"""The rows of a shard, batch by batch, through a pipeline; and which row is at fault when a call raises.
+
+Every call has the same number of images: a short batch is filled by repeating its last item. A batch that raises is
+run again row by row. A row that raises alone is at fault only if the card makes another row of the same bucket
+afterwards; where none is left to make, one that worked before is made once more as a control. An image that can't be
+right is made once more alone. If it is right then, that counts against the card; if not, its row is doubted, and
+another card has the last word.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from gaudi_batch.dataset.rows import PromptRow, image_seed
+from gaudi_batch.output.formats.encoding import to_pixels
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item
+from gaudi_batch.redaction import redact
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.text import one_line
+
+NEUTRAL = Item(-1, 0, "", "", 0)
+"""The control of a card that has made nothing yet: an empty prompt, of no row."""
+
+
+class CardFault(Exception):
+    """The card, or all that is left of the shard, fails; `accused` are the rows that may be to blame."""
+
+    def __init__(self, error: str, accused: Mapping[int, str]) -> None:
+        super().__init__(error)
+        self.accused = dict(accused)
+
+
+@dataclass(frozen=True)
+class MadeImage:
+    """One image that was generated and looks right."""
+
+    item: Item
+    pixels: npt.NDArray[np.uint8]
+    """Shape (height, width, 3)."""
+    nsfw: bool | None
+    truncated: bool
+
+
+@dataclass
+class ShardMaker:
+    """Makes the images of one shard.
+
+    Args:
+        task: the shard, and what is known of its rows.
+        rows: the shard's rows.
+        batch_size: images of each call.
+        run_seed: seed of the run.
+        call: generates a whole batch.
+        announce: called with the rows of a batch before its call; may wait.
+        control: an item of the bucket that this card has made before, if there is one. A suspect shard begins with it,
+            announced as no row at all: what the card does to that is no row's fault.
+    """
+
+    task: ShardTask
+    rows: Sequence[PromptRow]
+    batch_size: int
+    run_seed: int
+    call: Callable[[list[Item]], Generated]
+    announce: Callable[[tuple[int, ...]], None] = lambda rows: None
+    control: Item | None = None
+    failures: dict[int, str] = field(default_factory=dict)
+    """Rows that failed, with their errors; complete when `batches` has ended."""
+    raised: set[int] = field(default_factory=set)
+    """Those among them that were tried."""
+    doubted: dict[int, str] = field(default_factory=dict)
+    """Those among them on which another card has the last word."""
+    transient_failures: int = 0
+    """Images that were wrong, and calls that raised, and that worked when they were made again."""
+    _unproven: dict[int, str] = field(default_factory=dict)
+
+    def batches(self) -> Iterator[list[MadeImage]]:
+        """Generates the shard; each list holds what one pipeline call made.
+
+        Raises:
+            CardFault: rows failed and nothing shows that it was not the card.
+        """
+        runnable = []
+        for row in self.rows:
+            if self.task.confirm and row.row not in self.task.confirm:
+                continue
+            if row.error is not None:
+                self.failures[row.row] = row.error
+            elif row.row in self.task.condemned:
+                self.failures[row.row] = self.task.condemned[row.row]
+                self.raised.add(row.row)
+            else:
+                runnable.append(row)
+        if self.task.announce and runnable:
+            self.announce(())
+            self._make_control()
+        apart = self.task.alone | self.task.accused.keys() | self.task.confirm
+        together = (item for row in runnable if row.row not in apart for item in self._items(row))
+        for group in _chunks(together, self.batch_size):
+            yield from self._make(group)
+        for row in runnable:
+            if row.row in apart:
+                for group in _chunks(self._items(row), self.batch_size):
+                    yield from self._make(group)
+        if self._unproven:
+            self._prove_by_control()
+        if self.doubted and self.control is None:
+            raise CardFault(next(iter(self.doubted.values())), self.doubted)
+        if self.task.confirm and self.raised:
+            self._make_control()  # or its word is worth nothing
+        self.failures.update(self.doubted)
+        self.raised.update(self.doubted)
+
+    def _items(self, row: PromptRow) -> Iterator[Item]:
+        for image in range(row.num_images):
+            yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self.run_seed, row, image))
+
+    def _is_lost(self, row: int) -> bool:
+        return row in self.failures or row in self._unproven or row in self.doubted
+
+    def _make(self, group: list[Item]) -> Iterator[list[MadeImage]]:
+        group = [item for item in group if not self._is_lost(item.row)]
+        if not group:
+            return
+        rows = tuple(dict.fromkeys(item.row for item in group))
+        self.announce(rows)
+        try:
+            made, wrong = self._generate(group)
+        except DeviceError:
+            raise
+        except Exception as error:
+            if len(rows) == 1:
+                self._blame(rows[0], describe_error(error))
+                return
+            for row in rows:
+                yield from self._make([item for item in group if item.row == row])
+            self.transient_failures += not any(map(self._is_lost, rows))
+            if len(self._unproven) >= self.batch_size and self.control is not None:
+                self._prove_by_control()
+            return
+        if made:
+            self._has_made(made[0].item)
+            yield made
+        for item in wrong:
+            if not self._is_lost(item.row):
+                yield from self._make_again(item)
+        if not made and self.control is not None and all(map(self._is_lost, rows)):
+            self._make_control()
+
+    def _make_again(self, item: Item) -> Iterator[list[MadeImage]]:
+        """Makes an image alone that was wrong in its batch."""
+        self.announce((item.row,))
+        try:
+            made, wrong = self._generate([item])
+        except DeviceError:
+            raise
+        except Exception as error:
+            self._blame(item.row, describe_error(error))
+            return
+        if made:
+            self.transient_failures += 1
+            self._has_made(item)
+            yield made
+        elif self._is_second_word(item.row):
+            self._fail(item.row, wrong[item])
+        else:
+            self.doubted[item.row] = wrong[item]
+
+    def _generate(self, group: list[Item]) -> tuple[list[MadeImage], dict[Item, str]]:
+        """One call; what is right of it, and what is wrong with the rest."""
+        filled = group + [group[-1]] * (self.batch_size - len(group))
+        generated = self.call(filled)
+        made, wrong = [], {}
+        for place, item in enumerate(group):
+            try:
+                pixels = to_pixels(generated.images[place])
+                if not pixels.any() and not generated.nsfw[place]:
+                    raise ValueError("the image is black, and not by the safety checker")
+            except ValueError as error:
+                wrong[item] = f"image {item.image}: {error}"
+            else:
+                made.append(MadeImage(item, pixels, generated.nsfw[place], generated.truncated[place]))
+        return made, wrong
+
+    def _is_second_word(self, row: int) -> bool:
+        return row in self.task.accused or row in self.task.confirm
+
+    def _blame(self, row: int, error: str) -> None:
+        if self._is_second_word(row):
+            self._fail(row, error)
+        else:
+            self._unproven.setdefault(row, error)
+
+    def _fail(self, row: int, error: str) -> None:
+        self.failures[row] = error
+        self.raised.add(row)
+
+    def _has_made(self, item: Item) -> None:
+        self._prove()
+        self.control = item
+
+    def _prove(self) -> None:
+        for row, error in self._unproven.items():
+            self._fail(row, error)
+        self._unproven.clear()
+
+    def _prove_by_control(self) -> None:
+        if self.control is None:
+            raise CardFault(next(iter(self._unproven.values())), self._unproven | self.doubted)
+        self._make_control()
+        self._prove()
+
+    def _make_control(self) -> None:
+        self.control = self.control or NEUTRAL
+        try:
+            made, wrong = self._generate([self.control])
+        except DeviceError:
+            raise
+        except Exception as error:
+            raise CardFault(f"the card can't make its control: {describe_error(error)}", {}) from None
+        if not made:
+            raise CardFault(f"the card can't make its control: {next(iter(wrong.values()))}", {})
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one printable line of at most 500 characters."""
+    return one_line(redact(f"{type(error).__name__}: {error}"))
+
+
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk

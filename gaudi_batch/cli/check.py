@@ -1,0 +1,215 @@
+"""What `check` prints: a job's rows and plan, what is in its output, and a guess at how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.cluster.devices import with_device
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.dataset.reasons import reason_lines
+from gaudi_batch.dataset.survey import survey
+from gaudi_batch.driver.growth import adds_to, plan_rest, why_not_resumed
+from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
+from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.place import refuse_file, require_writable
+from gaudi_batch.plan import Bucket, PlanSummary, Shard, summarize
+from gaudi_batch.reporting.status import describe_verify, read_status
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import counted, duration, name, printable
+
+BUCKETS_SHOWN = 20
+REASONS_SHOWN = 10
+PATIENCE_SECONDS = 10.0
+"""For which an output that fails is tried again."""
+SHARDS_A_CARD = 4
+"""Where a smaller shard_size is recommended, so that cards finish together."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check has found."""
+
+    text: str
+    """All of it, several lines."""
+    refused: str | None
+    """Why the job would not run; None if it would."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is in an output."""
+
+    lines: list[str]
+    refused: str | None = None
+    images: int = 0
+    """Images that are made already."""
+    plan: list[Shard] | None = None
+    """The shards of the run that is there and that the job would resume, with those that it adds; None if there is
+    none."""
+    complete: bool = False
+    """Whether nothing is left of it to make."""
+    summary: Mapping[str, Any] | None = None
+
+
+def check(config: JobConfig, strict: bool = False) -> Checked:
+    """Looks at a job: reads all its rows, and tries whether its output can be written; starts nothing and leaves
+    nothing behind.
+
+    Args:
+        config: the job.
+        strict: whether a single row that can't be run refuses it; carried columns are read then, too, as `run
+            --strict` does.
+
+    Raises:
+        InputError: it can't be run as it is, its shape columns can't be read, or its output can't be where it is to be.
+        StorageError: storage failed.
+    """
+    storage = Storage(config.output, config.storage_options, min(PATIENCE_SECONDS, config.storage_patience))
+    refuse_file(storage)
+    require_writable(storage)
+    ledger = Ledger(storage)
+    record = ledger.run()
+    job = resolve(with_device(config, None, record.job["device"] if record else None), record, offline=True)
+    config, model = job.config, job.model
+    place = _look_at(ledger, record, job)
+    rows = survey(job.dataset, job.rules, config.limit, every_column=strict)
+    buckets = summarize(job.plan() if place.plan is None else place.plan, config.batch_size)
+    plans = buckets.values()
+    images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
+    batches, shards = sum(plan.batches for plan in plans), sum(plan.shards for plan in plans)
+    columns = [ours if ours == theirs else f"{ours}={name(theirs)}" for ours, theirs in job.dataset.columns.items()]
+    carried = (
+        f"; carried: {', '.join(name(each) for each in job.dataset.carried.names)}" if job.dataset.carried.names else ""
+    )
+    lines = [
+        f"prompts  {job.total_rows} rows of {job.dataset.rows} in {counted(len(job.dataset.files), 'file')}",
+        f"columns  {', '.join(columns)}{carried}",
+        f"rows     {rows.rows - rows.bad} can be run, {rows.bad} can't",
+    ]
+    lines += [f"bad      {line}" for line in reason_lines(rows.reasons[:REASONS_SHOWN])]
+    lines += [f"bad      first of them: {rows.examples}"] if rows.bad else []
+    lines += [f"ids      {rows.repeated}"] if rows.repeated else []
+    lines += [
+        f"model    {name(model.name)}: {model.pipeline_class}" + (f", {model.scheduler}" if model.scheduler else ""),
+        f"device   {config.device}, {job.dtype}"
+        + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
+        f"output   {config.format}, {config.encoding.type}",
+        *place.lines,
+        f"plan     {counted(images, 'image')} in {counted(shards, 'shard')} and"
+        f" {counted(batches, 'batch', 'batches')} of {config.batch_size},"
+        f" padding {padding / max(1, padding + images):.2%}"
+        + (f"; those of {counted(rows.bad, 'row')} that can't be run are counted, too" if rows.bad else ""),
+    ]
+    for bucket, plan in list(buckets.items())[:BUCKETS_SHOWN]:
+        lines.append(
+            f"bucket   {bucket}: {counted(plan.rows, 'row')}, {counted(plan.images, 'image')},"
+            f" {counted(plan.shards, 'shard')}, padding {plan.padding_share:.2%}"
+        )
+    if len(buckets) > BUCKETS_SHOWN:
+        lines.append(f"bucket   and {len(buckets) - BUCKETS_SHOWN} more")
+    cards = _cards(job, place)
+    lines += _idle_cards(job, cards, shards, batches, place)
+    lines.append(f"time     {_estimate(job, buckets, cards, place)}")
+    refused = place.refused
+    if rows.bad == rows.rows:
+        refused = refused or f"no row can be run: {rows.examples}"
+    elif strict and rows.bad:
+        refused = refused or rows.refusal
+    return Checked("\n".join(map(printable, lines)), refused)
+
+
+def _look_at(ledger: Ledger, record: RunRecord | None, job: Job) -> _Place:
+    """What is in the output, which can be written."""
+    url = ledger.storage.url
+    if record is None:
+        if ledger.committed_shards():
+            return _Place([], f"{url} has manifests of a run and no run.json; bring it back, or name another")
+        return _Place(["place    can be written; no run is there"])
+    status, summary = read_status(ledger), ledger.get_json("summary.json")
+    made = f"{status['images_committed']} of {status['images_planned']} images are made"
+    rate = (summary or {}).get("images_per_s") or status["images_per_s"]
+    speed = f", at {rate:.2f} images/s of generation" if rate else ""
+    lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
+    if status["verify"]:
+        lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")
+    if refusal := why_not_resumed(ledger, record, job):
+        return _Place(lines, refusal)
+    left = status["shards"] - status["shards_committed"]
+    if job.total_rows > record.rows:
+        lines.append(f"resume   this job resumes it and adds {counted(job.total_rows - record.rows, 'row')}")
+        left += 1
+    elif left:
+        lines.append(f"resume   this job makes the other {counted(left, 'shard')}")
+    else:
+        lines.append("resume   this job finds nothing left to make")
+    stored = ledger.plan(record.rows)
+    plan = [*stored, *plan_rest(stored, record, job)] if adds_to(record, job) else stored
+    # Shards that make rows again hold none that are not counted already.
+    plan = [shard for shard in plan if not shard.again]
+    return _Place(lines, None, max(0, status["images_committed"]), plan, left == 0, summary)
+
+
+def _cards(job: Job, place: _Place) -> int | None:
+    """How many cards the job will have, as far as that is known before it begins."""
+    config = job.config
+    if config.cards != "all":
+        return config.cards
+    used = len((place.summary or {}).get("cards") or {})
+    if used:
+        return used
+    return DEFAULT_CARDS if config.device in ("cpu", "simulated") else config.min_cards or None
+
+
+def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _Place) -> list[str]:
+    """A warning if not every card will have something to do."""
+    if cards is None or place.plan is not None or shards >= cards or not batches:
+        return []
+    idle = f"cards    {cards - shards} of {cards} cards will be idle: the plan has {counted(shards, 'shard')}"
+    if batches < cards:
+        return [f"{idle} of {counted(batches, 'batch', 'batches')} in all; fewer --cards will do"]
+    size = max(-(-job.config.batch_size // job.config.num_images), job.total_rows // (SHARDS_A_CARD * cards))
+    return [f"{idle}; --shard-size {size} gives every card work"]
+
+
+def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None, place: _Place) -> str:
+    config = job.config
+    if place.complete:
+        return "none: all is made"
+    if place.summary is not None and cards and (found := _from_summary(buckets, cards, place)):
+        return found
+    if config.device != "simulated":
+        return (
+            "not known before a first run: run the job with --limit and look again, which makes nothing twice"
+            if place.plan is None
+            else "not known yet"
+        )
+    batches = sum(plan.batches for plan in buckets.values())
+    seconds = -(-batches // (cards or DEFAULT_CARDS)) * config.simulated.batch_seconds
+    return f"about {duration(seconds)} on {cards} cards, warm-up left out"
+
+
+def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Place) -> str | None:
+    """The time that is left by what the run's cards have shown, kind by kind; None if they have shown nothing."""
+    shown: dict[tuple[Any, ...], tuple[float, bool]] = {}
+    for kind in (place.summary or {}).get("buckets") or ():
+        rate, steady = kind.get("card_images_per_s"), True
+        if not rate:
+            rate, steady = kind.get("card_images_per_s_with_warmup"), False
+        if rate:
+            shown[kind.get("width"), kind.get("height"), kind.get("steps"), kind.get("guided")] = (rate, steady)
+    seconds, known, steady_all = 0.0, 0, True
+    images = sum(plan.images for plan in buckets.values())
+    for bucket, plan in buckets.items():
+        if found := shown.get(tuple(bucket.batch_kind)):
+            seconds += plan.images / found[0]
+            known += plan.images
+            steady_all = steady_all and found[1]
+    if not known:
+        return None
+    left = max(0, images - place.images)
+    # Sizes that no card has made yet are taken to be as slow as the others.
+    total = seconds * (left / known) / cards
+    how = "by its first batches, which compile: it will be less" if not steady_all else "as fast as it went"
+    return f"about {duration(total)} for {left} images on {cards} cards, {how}"

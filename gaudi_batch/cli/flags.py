@@ -1,0 +1,183 @@
+"""The flags of a job, made from the fields of `JobConfig`: a field's name with dashes, nested fields dotted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from gaudi_batch.config.schema import JobConfig, merge, pairs
+from gaudi_batch.errors import InputError
+from gaudi_batch.text import read_yaml
+
+
+def add_job_flags(command: argparse.ArgumentParser) -> None:
+    """Adds a flag for every field of a job."""
+    command.add_argument(
+        "job",
+        nargs="?",
+        help="YAML file of the job; flags win over it, and its paths are relative to the working directory, as theirs",
+    )
+    group = command.add_argument_group("fields of the job")
+    for path, field in _fields(JobConfig):
+        default = field.get_default(call_default_factory=True)
+        default = str(default).lower() if isinstance(default, bool) else default
+        shown = "" if field.is_required() or default in (None, {}, ()) else f" (default: {default})"
+        flag = f"--{path.replace('_', '-')}"
+        if path in _short_forms():
+            shown, description = "", f"Short for --{_short_forms()[path]}."
+        else:
+            description = str(field.description)
+        group.add_argument(
+            flag,
+            dest=f"field:{path}",
+            metavar=_metavar(field.annotation),
+            default=argparse.SUPPRESS,
+            help=f"{description}{shown}".replace("%", "%%"),
+        )
+        if _kinds(field.annotation) <= {dict, type(None)}:
+            # Never parsed: `join_mapping_flags` has taken them.
+            group.add_argument(
+                f"{flag}.NAME",
+                dest=f"entry:{path}",
+                metavar="VALUE",
+                default=argparse.SUPPRESS,
+                help="One entry of it.",
+            )
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
+    """Every field of a job under its dotted name."""
+    found: list[tuple[str, FieldInfo]] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if short := getattr(field.annotation, "short_for", None):
+                found.append((f"{prefix}{name}", field.annotation.model_fields[short]))
+            found += _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", field))
+    return found
+
+
+def _short_forms() -> dict[str, str]:
+    """Flags of a section that stand for one of its fields, {section: path of the field}."""
+    sections = {name: field.annotation for name, field in JobConfig.model_fields.items()}
+    shorts = {name: getattr(kind, "short_for", None) for name, kind in sections.items()}
+    return {name: f"{name}.{short}" for name, short in shorts.items() if short}
+
+
+def _metavar(annotation: Any) -> str:
+    """What a flag's help shows in the place of its value: the values that there are, as far as they can be listed."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is Literal:
+        return f"{{{','.join(map(str, typing.get_args(annotation)))}}}"
+    if annotation is bool:
+        return "{true,false}"
+    if annotation in (int, float):
+        return "NUMBER"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = [part for part in typing.get_args(annotation) if part is not type(None)]
+        parts = list(dict.fromkeys(_metavar(part).strip("{}") for part in kinds))
+        listed = any(typing.get_origin(part) is Literal or part is bool for part in kinds)
+        parts += ["null"] if listed and len(kinds) < len(typing.get_args(annotation)) else []
+        return "VALUE" if "VALUE" in parts else parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}"
+    return "VALUE"
+
+
+def job_from(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None) -> JobConfig:
+    """The job that the job file and the flags describe. Raises InputError.
+
+    Args:
+        parsed: the command line.
+        given: fields that neither has to name; they win over the file and lose to flags.
+    """
+    overrides: dict[str, Any] = dict(given or {})
+    fields = dict(_fields(JobConfig))
+    for flag, text in vars(parsed).items():
+        if flag.startswith("field:"):
+            path = flag.removeprefix("field:")
+            if path in _short_forms() and text.lstrip().startswith("{"):
+                value: Any = read_yaml(text, dict, f"--{path}")
+            else:
+                value = _flag_value(path, text, fields[path])
+                path = _short_forms().get(path, path)
+            overrides = merge(overrides, _nested(path, value))
+    return JobConfig.load(parsed.job, overrides)
+
+
+def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
+    """A flag's text as the config takes it: null is null, mappings and lists are YAML, the rest is as it is."""
+    kinds = _kinds(field.annotation)
+    if type(None) in kinds and text in ("null", "none", ""):
+        return None
+    flag = f"--{path.replace('_', '-')}"
+    if dict in kinds and not (str in kinds and not text.lstrip().startswith("{")):
+        return read_yaml(text, dict, flag)
+    if tuple in kinds:
+        return read_yaml(text if text.lstrip().startswith("[") else f"[{text}]", list, flag)
+    return text
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and 1 as {"a": {"b": 1}}."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return set().union(*(_kinds(part) for part in typing.get_args(annotation)))
+    return {typing.get_origin(annotation) or annotation}
+
+
+def _entry(flag: str, key: str, value: str) -> dict[str, Any]:
+    """One entry of a mapping. Names of columns and secrets are text, whatever YAML would make of them."""
+    return _nested(key, value if flag == "--columns" else {"true": True, "false": False}.get(value, value))
+
+
+def join_mapping_flags(arguments: list[str]) -> list[str]:
+    """Turns `--storage-options.anon true` and `--storage-options anon=true`, which are for one entry, into
+    `--storage-options '{"anon": true}'`."""
+    mappings = {
+        f"--{path.replace('_', '-')}": path for path, field in _fields(JobConfig) if dict in _kinds(field.annotation)
+    }
+    fields = dict(_fields(JobConfig))
+    also_text = {flag for flag, path in mappings.items() if str in _kinds(fields[path].annotation)}
+    joined: dict[str, dict[str, Any]] = {}
+    rest: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        flag, equals, value = argument.partition("=")
+        name, dot, key = flag.partition(".")
+        if name in mappings and dot:
+            if not equals:
+                if not waiting:
+                    raise InputError(f"{flag} needs a value")
+                value = waiting.pop(0)
+            joined[name] = merge(joined.get(name, {}), _entry(name, key, value))
+        elif name in mappings:
+            if not equals:
+                value = waiting.pop(0) if waiting else ""
+            if name in also_text and not value.lstrip().startswith("{"):
+                rest += [name, value]
+                continue
+            # A value, a secret among them, may have a comma in it; the names of columns are told apart by theirs.
+            entries = pairs(value, several=name == "--columns")
+            if entries is None:
+                joined[name] = merge(joined.get(name, {}), read_yaml(value, dict, flag))
+            for key, text in (entries or {}).items():
+                joined[name] = merge(joined.get(name, {}), _entry(name, key, text))
+        else:
+            rest.append(argument)
+    for name, mapping in joined.items():
+        rest += [name, json.dumps(mapping)]
+    return rest

@@ -1,0 +1,1 @@
+"""What Ray has, and how to reach it."""

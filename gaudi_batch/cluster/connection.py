@@ -1,0 +1,238 @@
+"""The Ray cluster: found or started, and how many cards it has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._private.state import state
+
+from gaudi_batch.cluster.devices import refuse_without_stack
+from gaudi_batch.cluster.tokens import what_token_lacks
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.job import DEFAULT_CARDS, Job
+from gaudi_batch.pipelines.cpus import usable_cpus
+from gaudi_batch.pipelines.gaudi import environment
+from gaudi_batch.text import one_line
+
+OBJECT_STORE_BYTES = 200 * 1024**2
+"""Of a Ray that is started here. Images never pass through it."""
+VISIBLE_MODULES = "HABANA_VISIBLE_MODULES"
+HL_SMI_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class CardResources:
+    """What one card takes of a cluster."""
+
+    name: str
+    """Ray's name of the resource."""
+    amount: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The one bundle of a card's placement group."""
+        return {self.name: self.amount}
+
+    def on(self, node: dict[str, Any]) -> int:
+        """How many cards a node that is up, as `ray.nodes()` lists it, has in all."""
+        return int(node["Resources"].get(self.name, 0) // self.amount)
+
+
+def card_resources(job: Job) -> CardResources:
+    """What a card of a job takes: an HPU, or cores for the device cpu."""
+    if job.config.device != "cpu":
+        return CardResources("HPU", 1)
+    assert job.threads is not None
+    return CardResources("CPU", job.threads)
+
+
+def card_options(config: JobConfig, resources: CardResources) -> dict[str, Any]:
+    """Ray's options of the actor that is a card: what it takes, and what must be in its environment from the start."""
+    amount = {resources.name: resources.amount}
+    return {
+        "num_cpus": amount.pop("CPU", 0),
+        "resources": amount,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": environment(config)} if config.device == "hpu" else None,
+    }
+
+
+@contextlib.contextmanager
+def connected(job: Job, address: str | None) -> Iterator[None]:
+    """Connects to the cluster at `address`, or starts Ray on this machine for as long as it takes; a Ray that this
+    process has connected to already is used as it is.
+
+    Raises:
+        InputError: there is no cluster at the address, this machine can't have the job's cards, or another thread's run
+            has connected this process.
+    """
+    if address not in (None, "local"):
+        with attached(address):
+            yield
+        return
+    with _the_connection() as ours:
+        if ours:
+            with _started(job):
+                yield
+        else:
+            yield
+
+
+@contextlib.contextmanager
+def attached(address: str | None) -> Iterator[None]:
+    """Connects to the cluster at `address`, unless this process is connected already.
+
+    Raises:
+        InputError: there is none, or another thread's run has connected this process.
+    """
+    with _the_connection() as ours:
+        if not ours:
+            yield
+            return
+        _quieten()
+        try:
+            ray.init(address=address, **_QUIET)
+        except Exception as error:
+            raise InputError(
+                f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
+                f" {what_token_lacks()}"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+_guard = threading.Lock()
+_connects: int | None = None
+"""The thread whose run has connected this process, or is about to; None if the application has, or nobody."""
+
+
+@contextlib.contextmanager
+def _the_connection() -> Iterator[bool]:
+    """Yields whether the caller is to connect; not where this process is connected. A process has one connection, so a
+    run of another thread would find it gone when the run that has made it ends."""
+    global _connects
+    me = threading.get_ident()
+    with _guard:
+        if _connects not in (None, me):
+            raise InputError(
+                "another run of this process has connected it to Ray, and ends that when it is over; wait for it, use a"
+                " process for each run, or call ray.init before the first, for all of them"
+            )
+        ours = _connects is None and not ray.is_initialized()
+        if ours:
+            _connects = me
+    try:
+        yield ours
+    finally:
+        if ours:
+            _connects = None
+
+
+@contextlib.contextmanager
+def _started(job: Job) -> Iterator[None]:
+    resources = card_resources(job)
+    cards = DEFAULT_CARDS if job.config.cards == "all" else job.config.cards
+    own: dict[str, float] | None = {} if resources.name == "CPU" else {resources.name: cards}
+    if job.config.device == "hpu":
+        refuse_without_stack(job.config, None)
+        _name_modules()
+        own = None  # Ray finds the cards
+    _quieten()
+    with _on_loopback():
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(usable_cpus(), cards * resources.amount if resources.name == "CPU" else 1),
+                resources=own,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **_QUIET,
+            )
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"Ray can't be started on this machine: {one_line(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "gaudi-batch"}
+
+
+def _quieten() -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray would warn of a coming change of this default at each start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _name_modules() -> None:
+    """Tells a Ray that is started here which modules this machine has: it would count from 0, and a share of a node may
+    have 4 to 7."""
+    if VISIBLE_MODULES in os.environ or shutil.which("hl-smi") is None:
+        return
+    query = ["hl-smi", "-Q", "module_id", "-f", "csv,noheader"]
+    asked = subprocess.run(query, capture_output=True, text=True, timeout=HL_SMI_SECONDS, check=False)
+    modules = [line.strip() for line in asked.stdout.splitlines() if line.strip().isdigit()]
+    if asked.returncode == 0 and modules:
+        os.environ[VISIBLE_MODULES] = ",".join(sorted(modules, key=int))
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Has a Ray that is started meanwhile listen where this machine alone hears it.
+
+    Ray asks for a token, but on Linux it opens its ports to the network, also for a cluster of one machine, and makes
+    the network's address of a `_node_ip_address` of 127.0.0.1. On macOS and Windows it stays on the loopback address;
+    this is its own switch for that. Its processes read it from the environment, this one has read it already.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has for a job."""
+
+    cards: int
+    """Cards that the job may have of it, held by others or not."""
+    there: int
+    """All that it has, so also those that may take the place of failed ones."""
+    nodes: frozenset[str]
+    """Ids of the nodes that are up."""
+    leaving: frozenset[str]
+    """Ids of those that have announced their end."""
+
+
+def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:
+    """What the cluster has for a job now."""
+    leaving = frozenset(state.get_draining_nodes())
+    nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]}
+    there = cards = sum(on_node for node, on_node in nodes.items() if node not in leaving)
+    if config.cards != "all":
+        cards = min(config.cards, there)
+    elif resources.name == "CPU":
+        cards = min(DEFAULT_CARDS, there)
+    return Capacity(cards, there, frozenset(nodes), leaving)

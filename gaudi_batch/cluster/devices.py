@@ -1,0 +1,125 @@
+"""Which device `auto` means: hpu where there are Gaudi cards with Intel's stack beside them, else cpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import time
+
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.errors import InputError
+from gaudi_batch.pipelines.gaudi import require_stack
+from gaudi_batch.redaction import redact
+from gaudi_batch.text import one_line
+
+log = logging.getLogger("gaudi_batch")
+
+COUNT_SECONDS = 120.0
+NODES_SECONDS = 60.0
+"""How long the nodes of a cluster may take to say what cards they have; a process must start on one for that."""
+MOST_NODES = 8
+"""Nodes that are asked; one that has what hpu needs is enough."""
+_COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
+
+
+def with_device(config: JobConfig, address: str | None, recorded: str | None = None) -> JobConfig:
+    """The job with a device other than auto.
+
+    Args:
+        config: the job.
+        address: the Ray cluster that it is for; None or "local" is this machine.
+        recorded: the device as the run's first driver found it, if there was one.
+
+    Raises:
+        InputError: there is no cluster at the address, or the cards that it will have can't be seen yet.
+    """
+    if config.device != "auto":
+        return config
+    if recorded is not None:
+        return config.model_copy(update={"device": recorded})
+    device = "hpu" if (_cluster_has_cards(address) if _is_cluster(address) else this_machine_has_cards()) else "cpu"
+    if device == "cpu" and config.asks_for_cards:
+        raise InputError("device auto: the cluster has no card yet that could tell; name the device, hpu or cpu")
+    log.debug("device auto is %s here", device)
+    return config.model_copy(update={"device": device})
+
+
+def this_machine_has_cards() -> bool:
+    """Whether Intel's stack is here and finds a card; asked in a process of its own, as this one needs no device."""
+    if importlib.util.find_spec("habana_frameworks") is None:
+        return False
+    asked = subprocess.run(
+        [sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
+    )
+    answer = asked.stdout.split()[-1:]
+    return asked.returncode == 0 and answer not in ([], ["0"])
+
+
+def refuse_without_stack(config: JobConfig, address: str | None) -> None:
+    """Raises InputError where cards are to be used that a Ray of this machine will have, and this Python can't use
+    them."""
+    if config.device == "hpu" and not _is_cluster(address):
+        try:
+            require_stack()
+        except RuntimeError as error:
+            raise InputError(f"device hpu: {error}") from None
+
+
+def _is_cluster(address: str | None) -> bool:
+    ray = sys.modules.get("ray")
+    return address not in (None, "local") or (ray is not None and ray.is_initialized())
+
+
+def _cluster_has_cards(address: str | None) -> bool:
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from gaudi_batch.cluster.connection import attached
+
+    with attached(address):
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("HPU")]
+        asked = [
+            ray.remote(_has_stack)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote()
+            for node in nodes[:MOST_NODES]
+        ]
+        said, until = "", time.monotonic() + NODES_SECONDS
+        while asked:
+            answered, asked = ray.wait(asked, timeout=max(0.0, until - time.monotonic()))
+            if not answered:
+                said = said or f"no answer for {NODES_SECONDS:.0f} s"
+                break
+            try:
+                if ray.get(answered[0]):
+                    return True
+            except RayError as error:
+                said = one_line(str(error).strip().rpartition("\n")[2])
+    if said:
+        raise InputError(f"device auto: not every node with cards says what they are ({said}); name the device")
+    return False
+
+
+def _has_stack() -> bool:
+    return importlib.util.find_spec("habana_frameworks") is not None
+
+
+def address_of(address: str | None) -> str | None:
+    """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine.
+
+    Raises:
+        InputError: it is named by a URL, as the Jobs API and Ray's client are, or by IPv6 without brackets.
+    """
+    name, meant = ("--address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"))
+    if meant and "://" in meant:
+        raise InputError(
+            f"{name} {redact(meant)!r}: a run begins on the cluster, at its head's own address, as in head:6379; from"
+            " elsewhere use gaudi-batch submit --address http://head:8265"
+        )
+    if meant and meant.count(":") > 1 and not meant.startswith("["):
+        raise InputError(f"{name} {meant!r}: an address of IPv6 is written in brackets, as in [::1]:6379")
+    return meant or None

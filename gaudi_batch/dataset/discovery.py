@@ -1,0 +1,289 @@
+"""Finding a job's prompts: its files, their footers and the columns that mean something. No row is read."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gaudi_batch.config.schema import PROMPT_COLUMNS, JobConfig
+from gaudi_batch.dataset.arrow import is_text
+from gaudi_batch.dataset.columns import can_cast, plain
+from gaudi_batch.dataset.convert import how_to_convert
+from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
+from gaudi_batch.dataset.reader import PromptDataset, PromptFile, identity_of
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.layout import parse_manifest
+from gaudi_batch.output.ledger import OWN_FILES, is_of_run
+from gaudi_batch.storage.store import MANY_SECONDS, Storage
+from gaudi_batch.storage.waits import out_of_reach, told_if_slow
+from gaudi_batch.text import one_line
+
+log = logging.getLogger("gaudi_batch")
+
+
+FOOTER_THREADS = 16
+_PARQUET = re.compile(r"\.(parquet|parq|pq)(?=[./]|$)", re.IGNORECASE)
+"""In the path of a file that somebody may have meant, be it `x.parquet/part-0` or `y.parquet.gz`."""
+_PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
+DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
+MOST_ROWS = 2**31 - 1
+"""Of a job. A footer can claim any number, and the plan grows with it."""
+_GLOB = re.compile(r"[*?\[{]")
+
+
+def open_prompts(config: JobConfig) -> PromptDataset:
+    """Finds a job's prompt files and checks their columns; reads footers alone.
+
+    Raises:
+        InputError: no file, no rows, a file that is not Parquet, a missing or mistyped column, files that disagree.
+        StorageError: the store failed for longer than the job's patience.
+    """
+    storage, found = _find_files(config)
+    slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(found)} footers{storage.trouble}")
+    with slow, ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda name: _footer(storage, name), sorted(found)))
+    files: list[PromptFile] = []
+    first_row = 0
+    for name, (metadata, _, identity) in zip(sorted(found), footers, strict=True):
+        files.append(PromptFile(name, metadata.num_rows, first_row, identity))
+        first_row += metadata.num_rows
+    if first_row == 0:
+        raise InputError(f"prompts {storage.url!r}: the files hold no rows")
+    if first_row > MOST_ROWS:
+        raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MOST_ROWS}")
+    try:
+        # A file without rows, such as an empty data frame's, often has no types worth the name.
+        schemas = [plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
+    for file, (_, its, _) in zip(files, footers, strict=True):
+        for field in its if file.rows else ():
+            shared = schema.field(field.name).type
+            if not can_cast(field.type, shared):
+                raise InputError(
+                    f"prompts file {file.name!r}: column {field.name!r} is {one_line(field.type, 100)}, which can't"
+                    f" become {one_line(shared, 100)}, in which the manifest has that of all files; give it that type"
+                )
+    return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
+
+
+def _map_columns(
+    config: JobConfig, schema: pa.Schema, schemas: list[pa.Schema], files: list[PromptFile]
+) -> dict[str, str]:
+    columns = {}
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise InputError(f"prompts: column {name!r} occurs more than once; rename one")
+    for ours in PROMPT_COLUMNS:
+        theirs = config.columns.get(ours, ours)
+        if theirs in schema.names:
+            columns[ours] = theirs
+        elif ours in config.columns:
+            raise InputError(f"columns.{ours}: the prompts have no column {theirs!r}; they have {_named(schema)}")
+    if "prompt" not in columns:
+        raise InputError(
+            f"the prompts have no column 'prompt'; they have {_named(schema)}: name the right one with --columns.prompt"
+        )
+    for file, its in zip(files, schemas, strict=True):
+        if file.rows and columns["prompt"] not in its.names:
+            raise InputError(f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(its)}")
+    kind = schema.field(columns["prompt"]).type
+    if not (is_text(kind) or pa.types.is_null(kind)):
+        raise InputError(
+            f"prompts: column {columns['prompt']!r} is of type {one_line(kind, 100)}; a prompt must be a string"
+        )
+    return columns
+
+
+def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
+    """The prompts' storage and the names of their files in it."""
+    url = config.prompts
+    options = config.prompts_storage_options
+    if options is None:
+        same = url.split("://")[0] == config.output.split("://")[0] and "://" in url
+        options = config.storage_options if same else {}
+    whole = Storage(url, options, config.storage_patience, read_only=True)
+    filesystem, path = whole.filesystem, whole.root
+    # What stays a URL is http's, and its query often is a signature: a secret, and no part of any name.
+    plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")
+    query = mark + asked
+    output = _real(str(filesystem._strip_protocol(config.output)), whole)
+
+    of_other_runs: set[str] = set()
+
+    @functools.cache
+    def holds_run(place: str) -> bool:
+        try:
+            return b'"fingerprint"' in filesystem.cat_file(f"{place}/run.json")
+        except FileNotFoundError:
+            return False
+
+    def is_of_any_run(name: str) -> bool:
+        real = _real(name, whole)
+        if f"{real}/".startswith(f"{output}/") and is_of_run(real[len(output) + 1 :]):
+            return True
+        place, _, last = name.rpartition("/")
+        above, _, below = place.rpartition("/")
+        if last in OWN_FILES:
+            found = holds_run(place)
+        else:
+            found = below == "manifest" and parse_manifest(last) is not None and holds_run(above)
+        if found and last.endswith(".parquet"):
+            of_other_runs.add(name)
+        return found
+
+    def prompts(names: Iterable[str], files: Any) -> list[str]:
+        """The names without links in a circle, and without what runs have written."""
+        loops = files.loops if isinstance(files, LinkedFileSystem) else ()
+        return [name for name in names if not (name in loops or is_of_any_run(name))]
+
+    # Without it, aiohttp would wait for minutes where nothing comes, and http call that no file.
+    limit = {"timeout": whole.try_seconds} if filesystem.async_impl else {}
+
+    def look() -> _Found:
+        if _GLOB.search(plain) and not filesystem.exists(path):
+            base = _GLOB.split(path)[0].rpartition("/")[0]
+            files = LinkedFileSystem(base) if whole.local else filesystem
+            found = files.glob(path, detail=True)
+            matches = prompts(found, files)
+            taken = [name for name in matches if found[name]["type"] != "directory"]
+            above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
+            return _Found(base, files, taken, set(matches) - above.union(taken), "a glob takes files and no directory")
+        try:
+            info = filesystem.info(path, **limit)
+        except FileNotFoundError:  # also what http makes of a host that it can't find
+            if why := out_of_reach(url):
+                raise ConnectionError(why) from None
+            raise
+        if info["type"] == "file":
+            return _Found(plain.rpartition("/")[0], filesystem, [plain])
+        files = LinkedFileSystem(path) if whole.local else filesystem
+        names = prompts(files.find(path), files)
+        below = {name: name[len(path) :] for name in names}
+        meant = [
+            name
+            for name, its in below.items()
+            if _PARQUET_SUFFIX.search(its) or (_PARQUET.search(its) and not is_hidden(its))
+        ]
+        taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(below[name])]
+        others = {name for name, its in below.items() if not is_hidden(its)} - set(meant)
+        return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE, others)
+
+    try:
+        with told_if_slow(lambda: f"prompts {whole.url}: still looking for them{whole.trouble}"):
+            found = whole.attempt("find the prompts", look, MANY_SECONDS)
+    except StorageError as error:
+        if not error.refused and (why := out_of_reach(url)):
+            raise StorageError(
+                f"prompts {whole.url!r} can't be found, tried for {config.storage_patience:g} s: {why}"
+            ) from None
+        if "FileNotFoundError" in str(error):
+            raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
+        raise
+    _say_what_is_passed_over(whole, found, of_other_runs)
+    if not found.taken:
+        way_out = how_to_convert(found.others)
+        there = f", and {_some(found.others, found.base)} is" if found.others else ""
+        raise InputError(
+            f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{there}" + (f"; {way_out}" if way_out else "")
+        )
+    return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search for prompts has found."""
+
+    base: str
+    """The directory that names of files begin from."""
+    filesystem: Any
+    taken: list[str]
+    left: Collection[str] = ()
+    """What somebody may have meant and is not taken."""
+    rule: str = ""
+    """Why not."""
+    others: Collection[str] = ()
+    """What is no Parquet by its name."""
+
+
+def _real(name: str, storage: Storage) -> str:
+    """A name without links in it, where there are links; without a slash at its end."""
+    return os.path.realpath(name) if storage.local else name.rstrip("/")
+
+
+def _say_what_is_passed_over(storage: Storage, found: _Found, of_other_runs: Collection[str]) -> None:
+    """Says what is not taken, so that no rows are missing in silence, and what is taken twice.
+
+    Raises:
+        InputError: a file is a link that leads nowhere.
+    """
+    said = {
+        "left out, as " + found.rule: found.left,
+        "left out, as a run that lies there has written it": of_other_runs,
+    }
+    if isinstance(found.filesystem, LinkedFileSystem):
+        broken = found.filesystem.broken
+        if missing := broken.intersection(found.taken):
+            raise InputError(
+                f"prompts {storage.url!r}: {_some(missing, found.base)} leads nowhere; mend or remove the link"
+            )
+        said["left out, as it is a link that leads nowhere"] = {
+            name for name in broken if not is_hidden(name[len(found.base) :])
+        }
+        said["not followed, as it is a link to a directory that it is in"] = found.filesystem.loops
+        real = {name: _real(name, storage) for name in found.taken}
+        times = Counter(real.values())
+        said["taken under each of these names, which are links to the same; its rows are made more than once"] = {
+            name for name in found.taken if times[real[name]] > 1
+        }
+    for what, passed_over in said.items():
+        if passed_over:
+            log.warning("prompts %s: %s: %s", storage.url, _some(passed_over, found.base), what)
+
+
+def _some(names: Collection[str], base: str, shown: int = 3) -> str:
+    first = ", ".join(repr(name[len(base) :].lstrip("/")) for name in sorted(names)[:shown])
+    return first + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
+    info = storage.info(name)  # stores tell more here than in a listing, and other marks of a version
+    size = int(info["size"] or 0)
+    if size == 0 and info.get("size") is not None:
+        raise InputError(f"prompts file {name!r} is empty (0 bytes); write it again, or take it out of the prompts")
+    try:
+        tail = storage.get_range(name, max(0, size - 65536), size)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if tail[-4:] != b"PAR1" or length > size:
+            raise pa.ArrowInvalid("it does not end as a Parquet file does")
+        if length > len(tail):
+            tail = storage.get_range(name, size - length, size)
+        # The footer alone is a readable Parquet file as long as no column is asked for.
+        opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
+        metadata, schema = opened.metadata, opened.schema_arrow
+        str(schema)  # raises where a name in it is not UTF-8
+        groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+            raise pa.ArrowInvalid("its numbers of rows disagree")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        way_out = how_to_convert([name])
+        raise InputError(
+            f"prompts file {name!r} is not a readable Parquet file: {way_out or one_line(error, 300)}"
+        ) from None
+    return metadata, schema, identity_of(info, tail[-length:])
+
+
+def _named(schema: pa.Schema) -> str:
+    return ", ".join(repr(name) for name in schema.names)[:400]

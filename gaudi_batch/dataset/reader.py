@@ -1,0 +1,445 @@
+"""The prompt dataset: its files and columns, and the rows of one shard.
+
+Planning reads the shape columns alone, where there are any, a record batch at a
+time. A card reads the row groups that its shard touches, and keeps the last one decoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gaudi_batch.dataset.arrow import distinct_rows, python_rows, take
+from gaudi_batch.dataset.columns import cast
+from gaudi_batch.dataset.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.plan import Run, Shard
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.events import Reading
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import one_line
+
+READ_BYTES = 1 << 24
+"""Of one request that only finds out whether a file can be read."""
+MAX_READINGS = 256
+"""Pieces at most into which the rows of a shard are cut that are read a few at a time."""
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
+
+
+class PromptsChanged(StorageError):
+    """The prompts are no longer those that were planned."""
+
+
+class GroupUndecoded(Exception):
+    """A row group could not be decoded here; whether it can elsewhere is not known yet."""
+
+    def __init__(self, group: int, reason: str) -> None:
+        super().__init__(reason)
+        self.group = group
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """One Parquet file of the dataset."""
+
+    name: str
+    """Path below the dataset's base directory."""
+    rows: int
+    first_row: int
+    """Its first row's number over all files in sorted order."""
+    identity: str
+    """Changes when the file does: its size, its footer's SHA-256, and the store's own mark of its version (an ETag,
+    or the time of the last change), which also changes when the file is copied or touched."""
+
+
+def content(identity: str) -> str:
+    """What an identity says of a file's content: its size and its footer's SHA-256."""
+    return ", ".join(identity.split(", ")[:2])
+
+
+class PromptDataset:
+    """The files of a job's prompts, in sorted order, under one schema.
+
+    Args:
+        storage: the base directory.
+        files: as `open_prompts` found them.
+        schema: the unified schema of all files.
+        columns: names of our columns in the files, {ours: theirs}.
+    """
+
+    def __init__(self, storage: Storage, files: list[PromptFile], schema: pa.Schema, columns: dict[str, str]) -> None:
+        self.storage = storage
+        self.files = files
+        self.columns = columns
+        theirs = set(columns.values())
+        self.carried = pa.schema([field for field in schema if field.name not in theirs])
+        self._opened: tuple[int, pq.ParquetFile] | None = None
+        self._group: tuple[tuple[int, int], pa.Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_opened": None, "_group": None}
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+    def runs(self, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[Run]:
+        """The dataset as runs for the planner; reads the shape columns, where there are any, and nothing else.
+
+        Args:
+            rules: what a row gets where it says nothing.
+            limit: the row before which to end, over all files; None ends after the last.
+            since: the first row.
+
+        Raises:
+            InputError: the shape columns can't be decoded.
+        """
+        shapes = [name for name in SHAPE_COLUMNS if name in self.columns]
+        for index, file in enumerate(self.files):
+            count = file.rows if limit is None else min(file.rows, limit - file.first_row)
+            skipped = max(0, since - file.first_row)
+            if count <= skipped:
+                continue
+            present = [self.columns[name] for name in shapes]
+            try:
+                present = [name for name in present if name in self._open(index).schema_arrow.names] if shapes else []
+                if not present:
+                    yield Run(index, skipped, count - skipped, rules.bucket, rules.num_images)
+                    continue
+                start = 0
+                for batch in self._open(index).iter_batches(columns=present):
+                    batch = batch.slice(0, count - start)
+                    unplanned = batch.slice(max(0, skipped - start))
+                    yield from self._batch_runs(index, start + len(batch) - len(unplanned), unplanned, rules)
+                    start += batch.num_rows
+                    if start == count:
+                        break
+                if start != count:
+                    raise pa.ArrowInvalid("it holds fewer rows than its footer says")
+            except StorageError:
+                raise
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
+
+    def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
+        codes, distinct = distinct_rows(self._ours(pa.Table.from_batches([batch])), len(batch))
+        shapes = [rules.shape(values)[:2] for values in distinct]
+        edges = np.flatnonzero(np.diff(codes)) + 1
+        for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
+            if end > begin:
+                bucket, images = shapes[codes[begin]]
+                yield Run(file, start + begin, end - begin, bucket, images)
+
+    def batches(self, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:
+        """The columns of ours of all rows, or of the first so many, a record batch at a time. What follows in a row
+        group after what can't be decoded comes with the reason.
+
+        Args:
+            limit: how many rows; None for all.
+            every_column: whether the carried columns are decoded, too.
+
+        Raises:
+            PromptsChanged: a file can't be read any more.
+            StorageError: the store failed for longer than the patience.
+        """
+        for index, file in enumerate(self.files):
+            last = file.first_row + file.rows if limit is None else min(file.first_row + file.rows, limit)
+            begin = file.first_row
+            for group, count in enumerate(self._group_sizes(index)):
+                stop = min(begin + count, last)
+                if begin < stop:
+                    yield from self._group_batches(index, group, begin, stop, every_column)
+                begin += count
+
+    def _group_batches(self, file: int, group: int, begin: int, stop: int, every_column: bool) -> Iterator[RowsRead]:
+        ours = set(self.columns.values())
+        try:
+            there = self._open(file).schema_arrow.names
+            columns = None if every_column else [name for name in there if name in ours]
+            for batch in self._open(file).iter_batches(row_groups=[group], columns=columns):
+                batch = batch.slice(0, stop - begin)
+                yield RowsRead(range(begin, begin + len(batch)), self._ours(pa.Table.from_batches([batch])))
+                begin += len(batch)
+                if begin == stop:
+                    return
+            raise pa.ArrowInvalid("it holds fewer rows than its footer says")
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = f"row group {group} of {self.files[file].name!r} can't be decoded: {one_line(error, 300)}"
+            yield RowsRead(range(begin, stop), error=reason)
+
+    def read(
+        self,
+        shard: Shard,
+        rules: RowRules,
+        task: ShardTask | None = None,
+        announce: Callable[[Reading], None] = lambda reading: None,
+    ) -> tuple[list[PromptRow], pa.Table]:
+        """The rows of one shard in order, and the carried columns of the same rows.
+
+        A row group that can't be decoded costs its own rows only: they come back with the reason as their error.
+
+        Args:
+            shard: the shard.
+            rules: what a row gets where it says nothing.
+            task: what is known from earlier attempts; None asks for no second reader where a row group can't be
+                decoded.
+            announce: called before each piece is decoded; may wait.
+
+        Raises:
+            StorageError: the store failed for longer than the patience, or the rows are not those that were planned.
+            GroupUndecoded: a row group can't be decoded, and no other card has said so yet.
+        """
+        rows: list[PromptRow] = []
+        carried: list[pa.Table] = []
+        first = 0
+        for group, count in enumerate(self._group_sizes(shard.file)):
+            own = _rows_between(shard, first, first + count)
+            if own:
+                span, first_row = range(first, first + count), self.files[shard.file].first_row
+                piece = _Piece(shard, group, span, first_row, own[0], own[-1] + 1)
+                found, table = self._read_piece(piece, rules, task or ShardTask(shard, ""), task is None, announce)
+                rows += found
+                carried.append(table)
+            first += count
+        self.require_unchanged(shard.file, len(rows) == shard.rows)
+        return rows, pa.concat_tables(carried) if carried else self.carried.empty_table()
+
+    def _read_piece(
+        self, piece: _Piece, rules: RowRules, task: ShardTask, believed: bool, announce: Callable[[Reading], None]
+    ) -> tuple[list[PromptRow], pa.Table]:
+        try:
+            table = self._decode_piece(piece, task, announce)
+            places = self._own_places(piece, 0, len(table), self._ours(table), rules)
+            own = take(table, places)
+            values, carried = python_rows(self._ours(own)), self._carried(own)
+            read = len(table)
+            reason = task.unreadable[piece.group][1] if read < piece.count else ""
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            name = self.files[piece.shard.file].name
+            reason = f"row group {piece.group} of {name!r} can't be decoded: {one_line(error, 300)}"
+            if not believed and piece.group not in task.undecoded:
+                raise GroupUndecoded(piece.group, reason) from None
+            places, values, carried, read = np.empty(0, np.int64), [], self.carried.empty_table(), 0
+        rows = [make_row(piece.row(place), each, rules) for place, each in zip(places.tolist(), values, strict=True)]
+        if read < piece.count:
+            shapes = self._read_shapes(piece, read, reason)
+            places = self._own_places(piece, read, piece.count - read, shapes, rules)
+            values = python_rows(take(shapes, places - read)) if shapes.num_columns else [{}] * len(places)
+            # Without these two, the seed follows from the row's number.
+            unread = {"seed": Undecodable("")} if {"id", "seed"} & self.columns.keys() else {}
+            rows += [
+                make_row(piece.row(place), each | unread, rules, reason)
+                for place, each in zip(places.tolist(), values, strict=True)
+            ]
+            nulls = pa.table([pa.nulls(len(places), field.type) for field in self.carried], schema=self.carried)
+            carried = pa.concat_tables([carried, nulls])
+        return rows, carried
+
+    def _own_places(
+        self, piece: _Piece, first: int, count: int, ours: pa.Table, rules: RowRules
+    ) -> npt.NDArray[np.int64]:
+        """The places in a piece of those rows that are the shard's own, among `count` of them from `first` on.
+
+        Args:
+            piece: the piece.
+            first: the first place.
+            count: how many.
+            ours: our columns of these rows; those of their shapes at least.
+            rules: what a row gets where it says nothing.
+        """
+        start = piece.start + first
+        own = np.array(_rows_between(piece.shard, start, start + count), np.int64) - start
+        shapes = ours.select([name for name in SHAPE_COLUMNS if name in ours.column_names])
+        codes, distinct = distinct_rows(shapes, count)
+        fits = np.array([rules.shape(values)[0] == piece.shard.bucket for values in distinct], np.bool_)
+        return own[fits[codes[own]]] + first
+
+    def _decode_piece(self, piece: _Piece, task: ShardTask, announce: Callable[[Reading], None]) -> pa.Table:
+        """The rows of a piece; of one that is read by row, those before the first that is not to be read."""
+        if piece.group not in task.by_row:
+            announce(Reading(piece.group, piece.span, piece.rows(0), by_row=False))
+            return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
+        step = -(-piece.count // MAX_READINGS)
+        batches = self._open(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
+        found: list[pa.RecordBatch] = []
+        stop, decoded = piece.offset + piece.count, 0
+        unreadable = task.unreadable.get(piece.group, (piece.row(piece.count), ""))[0]
+        while decoded < stop:
+            place = max(0, decoded - piece.offset)
+            if piece.row(place) >= unreadable:
+                break
+            if decoded == 0 or decoded >= piece.offset:  # all before the shard's own rows is one step
+                announce(Reading(piece.group, piece.span, piece.rows(place), by_row=True))
+            batch = next(batches, None)
+            if batch is None:
+                raise pa.ArrowInvalid("it holds fewer rows than its footer says")
+            before = min(len(batch), max(0, piece.offset - decoded))
+            found.append(batch.slice(before, stop - decoded - before))
+            decoded += len(batch)
+        schema = self._open(piece.shard.file).schema_arrow
+        return pa.Table.from_batches(found) if found else schema.empty_table()
+
+    def read_bytes(self, shard: Shard) -> None:
+        """Reads all that is stored of a shard's row groups, once, and decodes nothing. Raises StorageError."""
+        storage, name = self.storage.once(), self.files[shard.file].name
+        try:
+            metadata = pq.ParquetFile(storage.open(name)).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise PromptsChanged(f"prompts file {name!r} can't be read any more: {one_line(error, 300)}") from None
+        first = 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            if _rows_between(shard, first, first + group.num_rows):
+                for column in map(group.column, range(group.num_columns)):
+                    begin = column.dictionary_page_offset or column.data_page_offset
+                    end = begin + column.total_compressed_size
+                    for start in range(begin, end, READ_BYTES):
+                        storage.get_range(name, start, min(end, start + READ_BYTES))
+            first += group.num_rows
+
+    def _read_shapes(self, piece: _Piece, first: int, reason: str) -> pa.Table:
+        """The shape columns alone of a piece's rows from a place on, in a group that can't be decoded: whose rows these
+        are. They could be read when the job was planned."""
+        shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
+        if not shapes:
+            return pa.table({})
+        try:
+            table = self._open(piece.shard.file).read_row_group(piece.group, columns=shapes)
+            found = self._ours(table.slice(piece.offset + first, piece.count - first))
+        except MemoryError:
+            raise  # the card's
+        except (pa.ArrowException, OSError, ValueError):
+            found = None
+        if found is None or (found.num_columns and len(found) != piece.count - first):
+            raise PromptsChanged(f"prompts: {reason}")
+        return found
+
+    def _decode(self, file: int, group: int) -> pa.Table:
+        if self._group is None or self._group[0] != (file, group):
+            self._group = None
+            table = self._open(file).read_row_group(group)
+            if len(table) != self._group_sizes(file)[group]:
+                raise pa.ArrowInvalid(f"it holds {len(table)} rows and not as many as its footer says")
+            self._group = ((file, group), table)
+        return self._group[1]
+
+    def require_unchanged(self, file: int, fits: bool = True, storage: Storage | None = None) -> None:
+        """Makes sure that a file still is what its identity says, as far as the store tells without its being read.
+
+        Args:
+            file: which one.
+            fits: whether what was read of it fits the plan.
+            storage: how to get at it, if not as usual.
+
+        Raises:
+            PromptsChanged: it is not.
+            StorageError: the store failed.
+        """
+        identity, name = self.files[file].identity, self.files[file].name
+        info = (storage or self.storage).info(name)
+        if not (fits and identity.startswith(_size(info)) and identity.endswith(_version(info))):
+            raise PromptsChanged(f"prompts file {name!r} is not what it was when it was planned")
+
+    def _group_sizes(self, file: int) -> list[int]:
+        try:
+            metadata = self._open(file).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise PromptsChanged(
+                f"prompts file {self.files[file].name!r} can't be read any more: {one_line(error, 300)}"
+            ) from None
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        if self._opened is None or self._opened[0] != file:
+            self._opened = (file, pq.ParquetFile(self.storage.open(self.files[file].name), pre_buffer=True))
+        return self._opened[1]
+
+    def _ours(self, table: pa.Table) -> pa.Table:
+        present = {ours: theirs for ours, theirs in self.columns.items() if theirs in table.column_names}
+        return table.select(list(present.values())).rename_columns(list(present))
+
+    def _carried(self, table: pa.Table) -> pa.Table:
+        columns = [
+            cast(table.column(field.name), field.type)
+            if field.name in table.column_names
+            else pa.nulls(len(table), field.type)
+            for field in self.carried
+        ]
+        return pa.table(columns, schema=self.carried)
+
+
+@dataclass(frozen=True)
+class RowsRead:
+    """Consecutive rows of a dataset."""
+
+    rows: range
+    """Their numbers over all files."""
+    table: pa.Table = dataclasses.field(default_factory=lambda: pa.table({}))
+    """Their values under our names of the columns."""
+    error: str | None = None
+    """Why they can't be read."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one row group holds of a shard."""
+
+    shard: Shard
+    group: int
+    span: range  # rows of the group, counted in its file
+    first_row: int  # of the file, over all files
+    start: int  # of the piece, counted in its file
+    stop: int
+
+    @property
+    def offset(self) -> int:
+        """Rows of the group before the piece."""
+        return self.start - self.span.start
+
+    @property
+    def count(self) -> int:
+        """Rows of the piece."""
+        return self.stop - self.start
+
+    def row(self, place: int) -> int:
+        """The number over all files of a row of the piece."""
+        return self.first_row + self.start + place
+
+    def rows(self, place: int) -> range:
+        """The same of all rows from one on."""
+        return range(self.row(place), self.row(self.count))
+
+
+def identity_of(info: Mapping[str, Any], footer: bytes) -> str:
+    """A file's identity, from what its store says of it and its footer; see `PromptFile`."""
+    return f"{_size(info)}, footer {hashlib.sha256(footer).hexdigest()[:16]}, {_version(info)}"
+
+
+def _size(info: Mapping[str, Any]) -> str:
+    return f"{int(info['size'] or 0)} bytes"
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """The store's own mark of a file's version, empty where it has none."""
+    return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
+
+
+def _rows_between(shard: Shard, start: int, stop: int) -> Sequence[int]:
+    """The rows of a shard's range, or those that it makes again, from one row of its file to before another."""
+    if shard.only is None:
+        return range(max(shard.start, start), min(shard.stop, stop))
+    return shard.only[bisect_left(shard.only, start) : bisect_left(shard.only, stop)]

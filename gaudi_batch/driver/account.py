@@ -1,0 +1,150 @@
+"""What a run tells of itself while it goes on: how far it is, at what rate, and what each card does and did."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from gaudi_batch.dataset.reasons import FailedRows
+from gaudi_batch.driver.doing import DOING_FIELDS, Doing, card_lines, describe_doings
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.spans import Span
+from gaudi_batch.output.tally import Tally
+from gaudi_batch.reporting.terminal import Progress
+from gaudi_batch.scheduling.cards import CardState
+from gaudi_batch.scheduling.schedule import Schedule
+
+FAULTS_KEPT = 100
+RATE_SECONDS = 60.0
+
+
+class Account:
+    """The commits, the faults and the rate of a run.
+
+    Args:
+        schedule: the state of the run.
+        tally: the commits so far; goes on being added to.
+        failed: the failed rows so far; goes on being added to.
+        images_total: images that the whole plan asks for.
+        images_missing: images that committed shards were to have and have not, since rows failed.
+        drivers: the times of the run's drivers so far, given the seconds for which this one has held cards.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        tally: Tally,
+        failed: FailedRows,
+        images_total: int,
+        images_missing: int,
+        drivers: Callable[[float], list[Span]],
+    ) -> None:
+        self.faults: Counter[str] = Counter()
+        self.card_s = 0.0
+        """Seconds for which this driver had held cards when the run was last described."""
+        self._schedule = schedule
+        self._tally = tally
+        self._failed = failed
+        self._images_total = images_total
+        self._missing = images_missing
+        self._drivers = drivers
+        self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
+        self._rates: collections.deque[tuple[float, int]] = collections.deque()
+
+    def introduce(self, slot: Slot) -> None:
+        """A card is up; it counts from now on, whatever it makes."""
+        assert slot.ready is not None
+        self._tally.card(slot.name, slot.ready.node, slot.ready.module)
+
+    def fault(self, slot: Slot, what: str) -> None:
+        """A card failed."""
+        self.faults[slot.label] += 1
+        self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
+
+    def committed(self, facts: CommitFacts, table: pa.Table | None) -> None:
+        """A shard's manifest is in place; `table` is that, if rows of it failed."""
+        self._tally.add(facts)
+        if table is not None:
+            self._failed.add(facts.shard, table)
+        shard = self._schedule.shards[facts.shard]
+        self._missing += (0 if shard.again else shard.images) - facts.images + facts.images_before
+
+    def progress(
+        self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None
+    ) -> Progress:
+        """How far the run is.
+
+        Args:
+            slots: its cards.
+            cards: what each of them is at, by its label.
+            waits_for: what the run as a whole waits for, if it does.
+        """
+        images = self._tally.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
+        now = time.monotonic()
+        if images > self._tally.images or self._rates:
+            self._rates.append((now, images))
+        while self._rates and now - self._rates[0][0] > RATE_SECONDS:
+            self._rates.popleft()
+        since, before = self._rates[0] if self._rates else (now, images)
+        rate = (images - before) / (now - since) if now - since > 2 and images > before else None
+        states = [self._schedule.state(slot.number) for slot in slots]
+        ready, there = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
+        failed, lines = self._schedule.failed_rows, card_lines(cards)
+        return Progress(images, self._images_total, failed, ready, there, rate, waits_for, tuple(lines))
+
+    def describe(
+        self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
+    ) -> dict[str, Any]:
+        """The run as progress.json has it.
+
+        Args:
+            slots: its cards.
+            cards: what each of them is at, by its label.
+            waits_for: what the run as a whole waits for, if it does.
+            state: `running` or `over`.
+        """
+        progress = self.progress(slots, cards, waits_for)
+        now = time.monotonic()
+        self.card_s = sum(slot.card_s(now) for slot in slots)
+        return {
+            "time": _now(),
+            "state": state,
+            "images": progress.images,
+            "images_total": progress.images_total,
+            "images_missing": self._missing,
+            "failed_rows": progress.failed_rows,
+            "failures": self._failed.describe(),
+            "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
+            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
+            "shards_pending": self._schedule.pending(),
+            "retries": self._schedule.retries,
+            "drivers": [asdict(span) for span in self._drivers(self.card_s)],
+            "waits_for": waits_for,
+            "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
+            "faults": list(self._recent_faults),
+        }
+
+    def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> dict[str, Any]:
+        tallied = self._tally.cards.get(slot.name)
+        return {
+            "node": slot.ready.node if slot.ready else None,
+            "module": slot.ready.module if slot.ready else None,
+            "pid": slot.ready.pid if slot.ready and slot.actor else None,
+            "state": self._schedule.state(slot.number).value,
+            **(at[0].describe() if at else dict.fromkeys(DOING_FIELDS)),
+            "doing": describe_doings(at) or None,
+            "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
+            "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,
+            "faults": self.faults[slot.label],
+        }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

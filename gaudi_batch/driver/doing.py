@@ -1,0 +1,210 @@
+"""What each card is doing, for how long it has, and what takes longer than is usual."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.card.messages import Status
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.driver.watchdog import BatchTimes, phase_limit, reading_limit, storage_limit
+from gaudi_batch.scheduling.cards import CardState
+
+USUAL_SECONDS = 20.0
+"""What reading the rows of a shard, or one operation on storage, takes at most where all is well."""
+USUAL_FACTOR = 3.0
+"""How many times as long as is usual something takes before that is said."""
+SOON_SECONDS = 30.0
+"""What has taken less than this is not worth a word."""
+LIMIT_SHARE = 0.5
+"""The share of a limit that has passed before that is said, however long it usually takes."""
+CARDS_SHOWN = 8
+DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
+"""What progress.json has of the first thing that a card is at."""
+WAITS_SAID = 5
+"""Lines about what takes longer than is usual, at one look."""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """One thing that a card is at."""
+
+    phase: str
+    """`waiting`, `starting`, `loading`, `idle`, `reading`, `first batch`, `batch`, `encoding`, `storing`,
+    `asking storage` or `silent`."""
+    seconds: float
+    """For how long."""
+    limit: float | None = None
+    """Seconds after which the card is killed for it; None where there is no such limit."""
+    usual: float | None = None
+    """Seconds that it usually takes at most; None where nobody knows."""
+    shard: int | None = None
+    bucket: str | None = None
+    """Size of the batch's images, as 512x512."""
+    rows: tuple[int, ...] = ()
+    """Of the batch; none where the card makes an image again to see whether it still can."""
+    note: str = ""
+
+    @property
+    def unusual(self) -> bool:
+        """Whether it takes longer than is usual."""
+        return self.seconds >= self.threshold
+
+    @property
+    def threshold(self) -> float:
+        """Seconds after which it has taken longer than is usual."""
+        half = float("inf") if self.limit is None else LIMIT_SHARE * self.limit
+        several = float("inf") if self.usual is None else max(SOON_SECONDS, USUAL_FACTOR * self.usual)
+        return min(half, several)
+
+    def describe(self) -> dict[str, Any]:
+        """As progress.json has it."""
+        rows = _numbers(self.rows) or None
+        values = (self.phase, round(self.seconds, 1), self.limit, self.shard, self.bucket, rows)
+        return dict(zip(DOING_FIELDS, values, strict=True))
+
+    def __str__(self) -> str:
+        what = self.phase if self.bucket is None else f"{self.phase} of {self.bucket}"
+        if self.rows:
+            what += f", row{'s' if len(self.rows) > 1 else ''} {_numbers(self.rows)}"
+        elif self.shard is not None:
+            what += f", shard {self.shard}"
+        of = "" if self.limit is None else f" of {self.limit:.0f} s"
+        return f"{what}{f', {self.note}' if self.note else ''}, {self.seconds:.0f} s{of}"
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    if not rows:
+        return ""
+    return f"{rows[0]}" if len(rows) == 1 else f"{min(rows)} to {max(rows)}"
+
+
+def doings_of(status: Status, since_heard: float, news_s: float, config: JobConfig, times: BatchTimes) -> list[Doing]:
+    """What a card is at, by its last answer: what its device does, or waits for, comes first.
+
+    Args:
+        status: the answer.
+        since_heard: seconds since then.
+        news_s: seconds after which a card that has nothing to say answers.
+        config: the job.
+        times: how long things take.
+    """
+    beside = []
+    if status.storing and not status.storage_s:
+        beside.append(Doing("encoding", status.storing_s + since_heard, note=f"{status.storing} images"))
+    elif status.storage_s and (status.storing or not status.reading_s):
+        phase, note = ("storing", f"{status.storing} images") if status.storing else ("asking storage", "")
+        seconds = status.storage_s + since_heard
+        beside.append(Doing(phase, seconds, storage_limit(config), USUAL_SECONDS, note=note))
+    if status.reading_s > 0:
+        seconds = status.reading_s + since_heard
+        beside.append(Doing("reading", seconds, reading_limit(config), USUAL_SECONDS, status.reading_shard))
+    if status.phase != "idle":
+        kind = status.kind
+        name, limit = phase_limit(status, config, times)
+        bucket = f"{kind.width}x{kind.height}" if kind is not None else None
+        usual = times.loading if name == "loading" else times.usual(status.phase, kind)
+        seconds = status.phase_s + since_heard
+        return [Doing(status.phase, seconds, limit, usual, status.shard, bucket, status.rows), *beside]
+    if since_heard > news_s + SOON_SECONDS / 2:
+        return [Doing("silent", since_heard, news_s + config.limits.answer)]
+    return beside or [Doing("idle", status.phase_s + since_heard)]
+
+
+def doings(
+    slot: Slot, state: CardState, now: float, news_s: float, need: str, config: JobConfig, times: BatchTimes
+) -> list[Doing]:
+    """What the card of a slot is at; empty where it has no part in the run.
+
+    Args:
+        slot: the slot.
+        state: where its card is in its life.
+        now: monotonic.
+        news_s: seconds after which a card that has nothing to say answers.
+        need: what a card takes of the cluster.
+        config: the job.
+        times: how long things take.
+    """
+    if state is CardState.WAITING:
+        return [Doing("waiting", now - slot.since, note=f"no {need} is free")]
+    if state in (CardState.GONE, CardState.QUARANTINED):
+        return []
+    if slot.actor is None:
+        return [Doing("starting", now - slot.heard, usual=USUAL_SECONDS)]
+    if slot.status is None:
+        return [Doing("loading", now - slot.heard, config.limits.loading, times.loading)]
+    found = doings_of(slot.status, now - slot.heard, news_s, config, times)
+    if slot.up and state is CardState.STARTING:
+        return [Doing("idle", found[0].seconds, note="waiting for what the other cards have")]
+    return found
+
+
+def card_lines(cards: Mapping[str, Sequence[Doing]]) -> list[str]:
+    """What the cards are at, by their names: a line for each of `CARDS_SHOWN` at most, those nearest to their limits
+    where there are more, and one for all others."""
+    busy = {name: found for name, found in cards.items() if found}
+    names = list(busy)
+    if len(names) > CARDS_SHOWN:
+        names.sort(key=lambda name: -busy[name][0].seconds / (busy[name][0].limit or float("inf")))
+    lines = [f"card {name}: {describe_doings(busy[name])}" for name in names[:CARDS_SHOWN]]
+    phases = Counter(busy[name][0].phase for name in names[CARDS_SHOWN:])
+    if phases:
+        lines.append(f"{phases.total()} more cards: {', '.join(f'{n} {phase}' for phase, n in phases.most_common())}")
+    return lines
+
+
+def describe_doings(found: Sequence[Doing]) -> str:
+    """What a card is at: the first thing, and others that take longer than is usual."""
+    return "; ".join(str(doing) for place, doing in enumerate(found) if place == 0 or doing.unusual)
+
+
+def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, need: str) -> str | None:
+    """What the run as a whole waits for; None while it goes on.
+
+    Args:
+        cards: what each card is at.
+        ready: how many cards work.
+        storage_s: seconds for which the driver's oldest operation on storage has been going on.
+        need: what a card takes of the cluster.
+    """
+    if storage_s > USUAL_SECONDS:
+        return f"storage, which the driver has asked for {storage_s:.0f} s"
+    if ready:
+        return None
+    phases = Counter(found[0].phase for found in cards if found)
+    said = [f"{count} {phase}" for phase, count in phases.most_common()]
+    if "waiting" in phases:
+        said.append(f"no {need} is free")
+    return f"a card: {', '.join(said)}" if said else "a card"
+
+
+class Watch:
+    """Says unasked what takes longer than is usual: once, and again when it has taken twice as long."""
+
+    def __init__(self) -> None:
+        self._next: dict[tuple[Any, ...], float] = {}
+
+    def due(self, cards: Mapping[str, Sequence[Doing]]) -> list[str]:
+        """Lines of what is to be said now, `WAITS_SAID` and one at most, of what takes longest first.
+
+        Args:
+            cards: what each card is at, by its name.
+        """
+        before, self._next = self._next, {}
+        found: list[tuple[str, Doing]] = []
+        for name, at in cards.items():
+            for doing in at:
+                if doing.phase == "waiting":
+                    continue  # said of all of them together
+                key = (name, doing.phase, doing.shard, doing.rows)
+                self._next[key] = before.get(key, doing.threshold)
+                if doing.seconds >= self._next[key]:
+                    self._next[key] = 2 * doing.seconds
+                    found.append((name, doing))
+        found.sort(key=lambda item: -item[1].seconds)
+        lines = [f"card {name}: {doing}; that is longer than is usual" for name, doing in found[:WAITS_SAID]]
+        more = len(found) - WAITS_SAID
+        return [*lines, f"{more} more cards take longer than is usual"] if more > 0 else lines

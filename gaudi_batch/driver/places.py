@@ -1,0 +1,88 @@
+"""What Ray is asked to do for the slots of a run: their placement groups, and the actors in these.
+
+Each of these calls may wait for Ray's control service, so the event loop makes none of them: the driver has them made
+in a thread of their own, one after the other, in the order in which it decided on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gaudi_batch.card.actor import Card
+from gaudi_batch.card.messages import CardSetup
+from gaudi_batch.cluster.connection import CardResources, card_options
+from gaudi_batch.driver.slot import group_name
+
+CARD_CALLS = 4
+"""Calls that a card takes at the same time: for news, shards, and shards to be given back."""
+
+
+class Places:
+    """The places of a run's cards in the cluster, by the numbers of their slots. For one thread.
+
+    Args:
+        setup: the job, as the cards get it.
+        resources: what one card takes of the cluster.
+        driver: prefix of this driver's attempts, after which the groups are called.
+    """
+
+    def __init__(self, setup: CardSetup, resources: CardResources, driver: str) -> None:
+        self._setup = setup
+        self._resources = resources
+        self._driver = driver
+        self._options = card_options(setup.config, resources)
+        self._setup_ref: Any = None
+        self._card: Any = None  # exported to the cluster once, not at each start
+        self._groups: dict[int, PlacementGroup] = {}
+        self._actors: dict[int, Any] = {}
+
+    def create(self, numbers: Iterable[int]) -> None:
+        """Asks the cluster for a place for each of these slots."""
+        for number in numbers:
+            name = group_name(self._driver, number)
+            self._groups[number] = placement_group([self._resources.bundle], strategy="PACK", name=name)
+
+    def placed(self, numbers: Collection[int]) -> dict[int, str]:
+        """Those of these slots that have their place, each with the id of its node. One question for all."""
+        table = placement_group_table()
+        found = {number: table.get(self._groups[number].id.hex(), {}) for number in numbers if number in self._groups}
+        return {
+            number: str(group["bundles_to_node_id"].get(0, ""))
+            for number, group in found.items()
+            if group.get("state") == "CREATED"
+        }
+
+    def start(self, number: int) -> Any:
+        """Starts a process in a slot's place; returns the Ray actor."""
+        if self._card is None:
+            self._card, self._setup_ref = ray.remote(Card), ray.put(self._setup)
+        strategy = PlacementGroupSchedulingStrategy(self._groups[number], 0)
+        options = {**self._options, "scheduling_strategy": strategy, "max_concurrency": CARD_CALLS}
+        self._actors[number] = self._card.options(**options).remote(self._setup_ref)
+        return self._actors[number]
+
+    def kill(self, number: int) -> None:
+        """Kills a slot's process, if one has been started, and keeps its place."""
+        actor = self._actors.pop(number, None)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def remove(self, number: int) -> None:
+        """Gives a slot's place back, without its process."""
+        self.kill(number)
+        group = self._groups.pop(number, None)
+        if group is not None:
+            remove_placement_group(group)
+
+    def close(self) -> None:
+        """Gives all places back."""
+        for number in list(self._groups):
+            with contextlib.suppress(ValueError, RayError):  # it has just gone; or Ray can't be asked any more
+                self.remove(number)

@@ -1,0 +1,105 @@
+"""Rows made again, since they failed or their images are lost: new shards at the plan's end that hold just these rows.
+
+A row may then be in several manifests. The one of the highest shard counts, so nothing that is committed is touched.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.plan import Bucket, Shard
+
+
+@dataclass(frozen=True)
+class RowsToRetry:
+    """The rows of a run that have failed, by whether another try may help."""
+
+    worth_a_try: dict[int, int]
+    """Those that may be made in another try, each with the shard whose word counts."""
+    hopeless: int
+    """How many others there are: what they ask for is against the rules, whoever tries. A shard that an older version
+    committed does not say which of its rows these are; they are tried once more."""
+
+
+def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> RowsToRetry:
+    """The rows that have failed.
+
+    Args:
+        commits: every commit in order of its shard.
+    """
+    failed: dict[int, int] = {}
+    hopeless: set[int] = set()
+    for facts, table in commits:
+        if facts.again:
+            for row in table.column("row").to_pylist():
+                failed.pop(row, None)
+        if facts.failed_rows:
+            said = table.filter(pc.equal(table.column("status"), "failed"))
+            failed.update(dict.fromkeys(said.column("row").to_pylist(), facts.shard))
+            hopeless.update(facts.bad_rows)
+    for row in hopeless:
+        failed.pop(row, None)
+    return RowsToRetry(failed, len(hopeless))
+
+
+def plan_again(
+    wanted: Mapping[int, int],
+    images: Mapping[int, int],
+    plan: Sequence[Shard],
+    dataset: PromptDataset,
+    shard_size: int,
+) -> list[Shard]:
+    """Shards that hold the wanted rows and no others, numbered from the plan's end. The prompts are not read: a row
+    whose images no manifest names asks for about as many as the others of its shard.
+
+    Args:
+        wanted: rows, each with the shard whose word on it counts so far.
+        images: how many images that word names of each row; one that is not in it had failed.
+        plan: the plan so far, in order.
+        dataset: the prompts.
+        shard_size: rows of a shard at most.
+    """
+    shards = {shard.number: shard for shard in plan}
+    groups: dict[tuple[int, Bucket], list[int]] = {}
+    for row, number in sorted(wanted.items()):
+        shard = shards[number]
+        groups.setdefault((shard.file, shard.bucket), []).append(row - dataset.files[shard.file].first_row)
+    found: list[Shard] = []
+    number = max(shards, default=-1) + 1
+    for (file, bucket), rows in groups.items():
+        waiting = iter(rows)
+        while part := tuple(itertools.islice(waiting, shard_size)):
+            first = dataset.files[file].first_row
+            named = [images[first + row] for row in part if first + row in images]
+            unnamed = [shards[wanted[first + row]] for row in part if first + row not in images]
+            found.append(
+                Shard(
+                    number + len(found),
+                    file,
+                    part[0],
+                    part[-1] + 1,
+                    bucket,
+                    len(part),
+                    images=sum(named) + sum(max(1, round(shard.images / max(1, shard.rows))) for shard in unnamed),
+                    only=part,
+                    failed_before=len(unnamed),
+                    images_before=sum(named),
+                )
+            )
+    return found
+
+
+def rows_made_again(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:
+    """The rows of shards that were planned again, each with the highest of these shards."""
+    return {
+        dataset.files[shard.file].first_row + row: shard.number
+        for shard in sorted(plan, key=lambda shard: shard.number)
+        for row in shard.only or ()
+    }

@@ -1,0 +1,113 @@
+"""One card's place in the cluster: where it is, and what became of its process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from gaudi_batch.card.messages import Ready, Status
+from gaudi_batch.card.shard_runner import describe_error
+from gaudi_batch.driver.watchdog import PassedLimit
+
+
+@dataclass
+class Slot:
+    """One card's place in the cluster, for the life of the job."""
+
+    number: int
+    node_id: str = ""
+    """The Ray node on which the cluster has placed it; empty before."""
+    name: str = ""
+    ready: Ready | None = None
+    """What the last process that loaded said of itself."""
+    up: bool = False
+    """Whether that is the present process, and it lives; it works, or waits for what the others say."""
+    actor: Any = None
+    """The Ray actor of the present process; None between two."""
+    status: Status | None = None
+    heard: float = 0.0
+    """When it last answered, monotonic."""
+    passed: PassedLimit | None = None
+    """The limit for which its process is being killed."""
+    assigning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Has shards reach the process in the order in which they were sent: its threads take calls side by side."""
+    starting: asyncio.Task[None] | None = None
+    """What has its process started, while Ray does that."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was asked for, monotonic."""
+    placed: float | None = None
+    """When the cluster gave it its card, monotonic."""
+    given_back: float | None = None
+    """When that was given back, or was lost with its node."""
+
+    def card_s(self, now: float) -> float:
+        """Seconds for which it has held a card, by `now`, monotonic."""
+        until = now if self.given_back is None else self.given_back
+        return 0.0 if self.placed is None else until - self.placed
+
+    @property
+    def label(self) -> str:
+        """What the card is called in the records; a number until it is up."""
+        return self.name or str(self.number)
+
+    @property
+    def where(self) -> str:
+        """The card as a person finds it."""
+        if self.ready is None:
+            return f"card {self.number}"
+        module = "" if self.ready.module is None else f", module {self.ready.module}"
+        return f"card {self.name} (node {self.ready.node}{module})"
+
+
+def why_died(error: Exception) -> str:
+    """What Ray says of a dead actor, without its guesses."""
+    said = describe_error(error)
+    said = said.partition(" Some common causes")[0]
+    for mark in (
+        "Worker exit detail: ",
+        "The actor died because of an error raised in its creation task, ",
+        "System error: ",
+    ):
+        if mark in said:
+            return said.partition(mark)[2]
+    return said
+
+
+def group_name(driver: str, number: int | str = "") -> str:
+    """What the placement group of a driver's card is called; without a number, how all of that driver's begin."""
+    return f"gaudi-batch-{driver}-{number}"
+
+
+def remove_groups_of(drivers: Collection[str]) -> None:
+    """Takes their cards from drivers that are over: one that stands still, or is cut off from storage alone, would keep
+    them, and they would write images that nobody counts."""
+    theirs = tuple(map(group_name, drivers))
+    for group in placement_group_table().values():
+        if theirs and group["name"].startswith(theirs) and group["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):  # it has just gone
+                remove_placement_group(get_placement_group(group["name"]))
+
+
+def node_of(group: PlacementGroup) -> str:
+    """The node on which a group of one bundle has been placed; empty if it no longer is."""
+    return str(placement_group_table(group)["bundles_to_node_id"].get(0, ""))
+
+
+def node_is_gone(node_id: str, error: Exception) -> bool:
+    """Whether an actor died because its node did."""
+    if "node" in str(error) and "died" in str(error) and "its node" in str(error):
+        return True
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return bool(node_id) and node_id not in alive

@@ -1,0 +1,106 @@
+"""When a card has taken too long at what it does, so that nothing hangs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gaudi_batch.card.messages import Status
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.plan import BatchKind
+from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled
+
+BATCH_LIMIT_FACTOR = 10
+STORAGE_GRACE_SECONDS = 60.0
+"""How much longer than the job's patience one operation on storage may take."""
+
+
+@dataclass(frozen=True)
+class PassedLimit:
+    """A card has been at the same thing for too long."""
+
+    reason: str
+    slow: SlowBatch | SlowReading | StorageStalled | None = None
+    """Storage, a reading, or the batch that it was at, if no card has made one of that kind yet."""
+
+
+@dataclass
+class BatchTimes:
+    """How long batches take, by their kind, as the cards of a run have reported it."""
+
+    _longest: dict[BatchKind, float] = field(default_factory=dict)
+    _warmup: dict[BatchKind, float] = field(default_factory=dict)
+    loading: float | None = None
+    """The longest that a card has loaded, in seconds; None before one has."""
+
+    def loaded(self, seconds: float) -> None:
+        """A card has loaded in so many seconds."""
+        self.loading = max(seconds, self.loading or 0.0)
+
+    def learn(self, status: Status) -> None:
+        """Takes in what a card reports."""
+        for kind, seconds in status.batch_s.items():
+            self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
+        for kind, seconds in status.warmup_s.items():
+            self._warmup[kind] = min(seconds, self._warmup.get(kind, seconds))
+
+    def of(self, kind: BatchKind | None) -> float | None:
+        """The longest batch of a kind in seconds; before there is one, the shortest that compiled; None before any."""
+        return self._longest.get(kind, self._warmup.get(kind)) if kind is not None else None
+
+    def usual(self, phase: str, kind: BatchKind | None) -> float | None:
+        """What a batch of a kind has taken, the first ones and later ones each by themselves; None before any."""
+        known = self._warmup if phase == "first batch" else self._longest
+        return known.get(kind) if kind is not None else None
+
+
+def phase_limit(status: Status | None, config: JobConfig, times: BatchTimes) -> tuple[str, float]:
+    """The limit of what a card's device does, by its name in `limits`, and in seconds."""
+    limits = config.limits
+    phase = status.phase if status else "loading"
+    seen = times.of(status.kind if status else None)
+    if phase == "loading":
+        return "loading", limits.loading
+    if phase == "batch" and seen is not None:
+        return "batch", max(limits.batch, BATCH_LIMIT_FACTOR * seen)
+    return "first_batch", limits.first_batch
+
+
+def storage_limit(config: JobConfig) -> float:
+    """Seconds that one operation on storage may take on a card."""
+    return config.storage_patience + STORAGE_GRACE_SECONDS
+
+
+def reading_limit(config: JobConfig) -> float:
+    """Seconds that reading the rows of a shard may take."""
+    return config.limits.loading + config.storage_patience
+
+
+def passed_limit(
+    status: Status | None, since_heard: float, news_s: float, config: JobConfig, times: BatchTimes
+) -> PassedLimit | None:
+    """Why a card has been at the same thing for too long, or None.
+
+    Args:
+        status: its last answer; None before the first, which comes when it has loaded.
+        since_heard: seconds since then.
+        news_s: seconds after which a card that has nothing to say answers.
+        config: the job.
+        times: how long batches take.
+    """
+    limits = config.limits
+    phase, seconds = (status.phase, status.phase_s + since_heard) if status else ("loading", since_heard)
+    if status and status.storage_s > storage_limit(config):
+        return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s", StorageStalled())
+    if status and status.reading_s > reading_limit(config):
+        said = f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)"
+        return PassedLimit(said, SlowReading())
+    if phase == "idle":
+        silent = since_heard > news_s + limits.answer
+        return PassedLimit(f"it has not answered for {since_heard:.0f} s (limits.answer)") if silent else None
+    kind = status.kind if status else None
+    seen = times.of(kind)
+    name, limit = phase_limit(status, config, times)
+    if seconds <= limit:
+        return None
+    slow = SlowBatch(kind, f"{limit:g} s (limits.{name})") if kind is not None and seen is None else None
+    return PassedLimit(f"its {phase} took longer than {limit:g} s (limits.{name})", slow)

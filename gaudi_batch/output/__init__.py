@@ -1,0 +1,1 @@
+"""What lies in an output, a file a kind of record."""

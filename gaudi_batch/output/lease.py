@@ -1,0 +1,348 @@
+"""Who drives a run. One driver at a time puts manifests, so nothing that is committed is ever written over.
+
+lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
+that does not count for `STALE_SECONDS` on the observer's own clock is anybody's; so is, at once, one whose process on
+this machine is gone. A holder that could not count up for `CERTAIN_SECONDS` commits nothing until it has, and one that
+finds another's name in its place is done. All that a driver writes or removes it does right after such a look, and what
+takes longer goes on no longer than the holder is certain. What no look can stop, a write that lands when it has been
+given up, does no harm: where the store creates conditionally a manifest takes no other's place, one of another run is
+no commit, and a driver that does not know what became of a manifest keeps the lease.
+
+A store may answer with what lease.json said a while ago. So a name that the holder knows to be over is passed over, and
+one that it has not seen before is looked at twice; so is a holder that is over, before its run is taken.
+
+What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose leavings may be
+removed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from gaudi_batch.errors import InputError, RunStopped, StorageError
+from gaudi_batch.storage.store import Storage
+
+log = logging.getLogger("gaudi_batch")
+
+STALE_SECONDS = 60.0
+BEAT_SECONDS = 10.0
+"""How often the holder counts up."""
+LOOK_SECONDS = 2.0
+SETTLE_SECONDS = 1.0
+"""Between writing and reading back."""
+CERTAIN_SECONDS = 30.0
+"""How long a holder that has counted up may commit. A write that has begun, however large, is given up within
+`KEEP_INTERVAL_S` of that; what is left of `STALE_SECONDS` is for what the network still has of it."""
+COMMIT_SECONDS = 15.0
+"""Of one try at putting a manifest, beside what its size needs."""
+TRY_SECONDS = 10.0
+"""Of one look at the lease, or one try at writing it. It is not tried for long: what comes late would be a lie."""
+
+
+class LeaseLost(RunStopped):
+    """Another driver has taken over."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What lease.json says."""
+
+    driver: str
+    """The prefix of the holder's attempts."""
+    host: str
+    machine: str
+    """The machine's boot, so that a process number means something."""
+    pid: int
+    started: str
+    """When the process started, in the machine's own ticks."""
+    beat: int
+    dead: tuple[str, ...]
+    """Drivers of this run before this one. They are over, so what they left and no manifest names may be removed."""
+    released: bool = False
+    """Whether the holder has let go."""
+
+    @property
+    def holder(self) -> str:
+        """The holder as a person finds it."""
+        return f"process {self.pid} on {self.host}"
+
+
+_LEASE = TypeAdapter(Lease)
+
+
+class LeaseKeeper:
+    """This driver's side of the lease.
+
+    Args:
+        storage: the output.
+        driver: prefix of this driver's attempts.
+    """
+
+    def __init__(self, storage: Storage, driver: str) -> None:
+        self._storage = storage
+        self._over = threading.Event()
+        self._kept_up = -math.inf
+        self._silent: Lease | None = None  # whose silence alone says that it is over
+        self._lost = ""
+        self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
+        pid = os.getpid()
+        self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
+
+    @property
+    def driver(self) -> str:
+        """Prefix of this driver's attempts."""
+        return self._lease.driver
+
+    @property
+    def dead(self) -> frozenset[str]:
+        """Drivers of this run that are over."""
+        return frozenset(self._lease.dead)
+
+    def take(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Takes the lease once nobody else holds it, and keeps counting up until `release`.
+
+        Raises:
+            InputError: another driver is alive, or takes the lease at the same time.
+            LeaseLost: another driver has taken the lease since.
+            StorageError: storage failed.
+        """
+        held = self._wait_until_over(say)
+        if held is not None:
+            self._lease = replace(self._lease, dead=(*held.dead, held.driver))
+        since = time.monotonic()
+        self._write(self._storage)
+        time.sleep(SETTLE_SECONDS)
+        other = self._other_holder(self._storage)
+        if other is not None:
+            raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
+        self._kept_up = since
+        self._beating.start()  # what follows may take as long as the job's patience
+        try:
+            self._storage.find_out_create("lease.json", self._data(), self.hold, self.holds)
+        except (StorageError, LeaseLost):
+            self.forget()
+            raise
+
+    def hold(self) -> None:
+        """Returns when this driver may commit: it drives the run, and will for longer than a commit takes.
+
+        Raises:
+            LeaseLost: another drives it.
+            StorageError: that could not be found out for as long as the job's patience lasts.
+        """
+        since = time.monotonic()
+        while True:
+            if self._over.is_set():
+                raise LeaseLost("this driver is over")
+            failed = StorageError(f"{self._storage.url}: the lease can't be kept up")
+            try:
+                self._look()
+                if time.monotonic() - self._kept_up < CERTAIN_SECONDS:
+                    return
+            except StorageError as error:
+                failed = error
+            if failed.refused or time.monotonic() - since > self._storage.patience:
+                raise failed
+            self._over.wait(LOOK_SECONDS / 4)
+
+    def holds(self) -> bool:
+        """Whether what `hold` has let begin may go on."""
+        certain = time.monotonic() - self._kept_up < CERTAIN_SECONDS
+        return certain and not self._lost and not self._over.is_set()
+
+    def release(self, settled: Callable[[], bool] = lambda: True) -> None:
+        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
+
+        Args:
+            settled: asked when `hold` lets nothing more through; if False, the lease is left to grow stale, too.
+        """
+        if self._over.is_set():
+            return
+        self.forget()
+        if self._beating.ident is None or not settled():
+            return  # it was not taken, or something that it guards is on its way
+        if self._beating.is_alive():
+            self._beating.join()  # a beat after this would take back what it says
+        try:
+            self._look()
+            self._lease = replace(self._lease, released=True)
+            self._write(self._quick)
+        except LeaseLost:
+            return
+        except StorageError as error:
+            log.warning("the lease can't be given back: %s", error)
+
+    def forget(self) -> None:
+        """Ends this driver's hold without a word in storage: its process is about to end."""
+        self._over.set()
+        _ended.add(self._lease.driver)
+
+    def _beat(self) -> None:
+        pause = BEAT_SECONDS
+        while not self._over.wait(pause):
+            since = time.monotonic()
+            try:
+                self._look()
+                self._write(self._quick)
+                self._kept_up, pause = since, BEAT_SECONDS
+            except LeaseLost:
+                return
+            except StorageError as error:
+                pause = LOOK_SECONDS
+                log.warning("the lease can't be kept up: %s", error)
+
+    def _look(self) -> None:
+        """Raises LeaseLost if another has taken the lease; StorageError if that can't be seen."""
+        other = None if self._lost else self._other_holder(self._quick)
+        if other is not None:
+            self._lost = f"{other.holder} drives this run now, and one output has one driver"
+        if self._lost:
+            raise LeaseLost(self._lost)
+
+    def _other_holder(self, storage: Storage) -> Lease | None:
+        """Who has taken the lease since this driver has, if anybody: who is seen twice, a moment apart."""
+        held = read_lease(storage)
+        if held is None or self._is_old(held):
+            return None
+        time.sleep(SETTLE_SECONDS)
+        held = read_lease(storage)
+        return None if held is None or self._is_old(held) else held
+
+    def _is_old(self, held: Lease) -> bool:
+        """Whether this is what was there before: this driver's own, or that of one that is over. One that was taken for
+        over and has counted up since is not."""
+        if self._silent is not None and held.driver == self._silent.driver:
+            return held.beat <= self._silent.beat or held.released
+        return held.driver in (self._lease.driver, *self._lease.dead)
+
+    def _write(self, storage: Storage) -> None:
+        self._lease = replace(self._lease, beat=self._lease.beat + 1)
+        storage.put("lease.json", self._data())
+
+    def _data(self) -> bytes:
+        return json.dumps(asdict(self._lease)).encode()
+
+    def _read_whole(self, say: Callable[[str], None]) -> Lease | None:
+        """The lease. One that can't be read is waited for as long as for one that does not count: its holder, if it has
+        one, writes it anew."""
+        since, first = time.monotonic(), True
+        while (held := self._read()) is None and self._storage.get("lease.json") is not None:
+            if first:
+                say(f"lease.json can't be read; waiting up to {STALE_SECONDS:.0f} s to see whether a driver writes it")
+            if time.monotonic() - since > STALE_SECONDS:
+                break
+            first = False
+            time.sleep(LOOK_SECONDS)
+        return held
+
+    def _wait_until_over(self, say: Callable[[str], None]) -> Lease | None:
+        """The last lease of another driver, once that is over; None if there is none. What says so is looked at twice,
+        as it may be what was there a while ago. Raises InputError."""
+        held = self._read_whole(say)
+        while held is not None and held.driver != self._lease.driver:
+            alive = False if held.released else is_alive(held)
+            if alive:
+                raise self._refusal(held)
+            if alive is None:
+                say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
+                last = self._wait_until_stale(held)
+                if not last.released:
+                    self._silent = last
+                    return last
+                held = last
+            time.sleep(SETTLE_SECONDS)
+            now = self._read()
+            if now is None or _is_before(now, held):
+                return held
+            held = now
+        return None
+
+    def _wait_until_stale(self, held: Lease) -> Lease:
+        """Waits for a holder to count up, or to let go; returns the last one there was. Raises InputError."""
+        seen = time.monotonic()
+        while True:
+            time.sleep(LOOK_SECONDS)
+            looked = time.monotonic()
+            now = self._read()
+            if now is None:
+                return held
+            if not _is_before(now, held):
+                if now.released:
+                    return now
+                raise self._refusal(now)
+            if looked - seen > STALE_SECONDS:
+                return held
+
+    @property
+    def _quick(self) -> Storage:
+        """The output as it is known by now, for what is not tried for long."""
+        quick = self._storage.at(self._storage.root)
+        quick.patience = quick.try_seconds = TRY_SECONDS
+        return quick
+
+    def _refusal(self, held: Lease) -> InputError:
+        return InputError(
+            f"{self._storage.url}: {held.holder} drives this run; one output has one driver, so wait for it or stop it"
+            " there"
+        )
+
+    def _read(self) -> Lease | None:
+        return read_lease(self._storage)
+
+
+_ended: set[str] = set()
+"""Drivers of this process that are over, whether or not storage let them say so."""
+
+
+def read_lease(storage: Storage) -> Lease | None:
+    """Who drives the run in an output, as far as is written down."""
+    data = storage.get("lease.json")
+    if data is None:
+        return None
+    try:
+        return _LEASE.validate_json(data, strict=True)
+    except ValueError:
+        return None
+
+
+def _is_before(lease: Lease, other: Lease) -> bool:
+    """Whether a lease was there before another, or is it."""
+    return lease.beat <= other.beat if lease.driver == other.driver else lease.driver in other.dead
+
+
+def is_alive(lease: Lease) -> bool | None:
+    """Whether the holder lives, which only its own machine can tell; None on another."""
+    if lease.driver in _ended:
+        return False
+    if lease.machine != _machine():
+        return None
+    return lease.started == _process_started(lease.pid)
+
+
+def _machine() -> str:
+    # The boot id alone would be the same in two containers, whose process numbers mean different processes.
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()}"
+
+
+def _process_started(pid: int) -> str:
+    """When a process started; empty if there is none, or if it is dead and waits to be collected."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]

@@ -1,0 +1,222 @@
+"""The manifest: one row per image or failed row; that of a shard is its commit."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter
+
+from gaudi_batch.dataset.rows import MAX_SEED, PromptRow, image_seed
+from gaudi_batch.output.throughput import Sums
+from gaudi_batch.text import one_line
+
+COLUMNS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("image_index", pa.int32()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("seed", pa.int64()),
+        ("prompt", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("nsfw", pa.bool_()),
+        ("truncated", pa.bool_()),
+        ("shard", pa.int64()),
+        ("card", pa.string()),
+        ("finished_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+_METADATA_KEY = b"gaudi_batch"
+MAX_BAD_ROWS = 10_000
+"""Rows that a shard's commit names; a footer that names millions can't be read. Others are tried again in vain."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that is in storage."""
+
+    path: str
+    """Relative to the output."""
+    sha256: str
+    finished_at: datetime
+    encode_s: float
+    upload_s: float
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a manifest says of one image that was made."""
+
+    stored: StoredImage
+    nsfw: bool | None
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class CommitFacts:
+    """What a shard's manifest says of its attempt, in the Parquet file's metadata."""
+
+    shard: int
+    attempt: str
+    card: str
+    node: str
+    module: int | None
+    rows: int
+    failed_rows: int
+    images: int
+    sums: Sums
+    run: str = ""
+    """Id of the run; a manifest of another is no commit of this one."""
+    again: bool = False
+    """Whether its rows are in shards before it, whose word on them no longer counts."""
+    failed_before: int = 0
+    """Failed rows of that word."""
+    images_before: int = 0
+    """Images of that word."""
+    finished_at: float | None = None
+    """When its last image was stored, in seconds since the epoch by the driver's clock; None where an older version
+    made it, which has that by the clock of the card's node alone."""
+    bad_rows: tuple[int, ...] = ()
+    """Rows that can't be run whoever tries, since what they ask for is against the rules: the first MAX_BAD_ROWS; an
+    older version names none."""
+
+
+_FACTS = TypeAdapter(CommitFacts)
+
+
+def schema(carried: pa.Schema) -> pa.Schema:
+    """The columns of a job's manifest. A carried column that is named like one of ours gets `input_` before it."""
+    names = set(COLUMNS.names) | set(carried.names)
+    fields = list(COLUMNS)
+    for field in carried:
+        name = field.name
+        if name in COLUMNS.names:
+            while name in names:
+                name = f"input_{name}"
+            names.add(name)
+        fields.append(field.with_name(name))
+    return pa.schema(fields)
+
+
+def build(
+    rows: Sequence[PromptRow],
+    carried: pa.Table,
+    images: Mapping[tuple[int, int], ImageFacts],
+    failures: Mapping[int, str],
+    run_seed: int,
+    commit: CommitFacts,
+) -> bytes:
+    """The manifest of one shard as a Parquet file.
+
+    Args:
+        rows: the shard's rows.
+        carried: their carried columns, in the same order.
+        images: what was made, by (row, image number); whole rows only.
+        failures: the other rows' errors.
+        run_seed: seed of the run.
+        commit: facts of the attempt.
+    """
+    found: list[dict[str, Any]] = []
+    take: list[int] = []
+    for place, row in enumerate(rows):
+        common = {
+            "id": row.id,
+            "row": row.row,
+            "prompt": row.prompt,
+            "negative_prompt": row.negative_prompt,
+            "shard": commit.shard,
+            "card": commit.card,
+        }
+        common |= row.bucket._asdict() if row.num_images else row.asked
+        if row.row in failures:
+            found.append(
+                common
+                | {"status": "failed", "error": failures[row.row], "finished_at": datetime.now(timezone.utc)}
+                | ({"seed": image_seed(run_seed, row, 0)} if row.has_seed else {})
+            )
+            take.append(place)
+            continue
+        for number in range(row.num_images):
+            image = images[row.row, number]
+            found.append(
+                common
+                | {
+                    "image_index": number,
+                    "status": "ok",
+                    "path": image.stored.path,
+                    "sha256": image.stored.sha256,
+                    "seed": image_seed(run_seed, row, number),
+                    "nsfw": image.nsfw,
+                    "truncated": image.truncated,
+                    "finished_at": image.stored.finished_at,
+                }
+            )
+            take.append(place)
+    table = pa.Table.from_pylist(found, COLUMNS)
+    extra = carried.take(pa.array(take, pa.int64()))
+    whole = schema(carried.schema).with_metadata({_METADATA_KEY: json.dumps(asdict(commit)).encode()})
+    buffer = io.BytesIO()
+    pq.write_table(pa.table([*table.columns, *extra.columns], schema=whole), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
+    """A shard's manifest and what it says of its attempt.
+
+    Raises:
+        ValueError: the bytes are not a whole manifest.
+    """
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        facts = _FACTS.validate_json((table.schema.metadata or {})[_METADATA_KEY], strict=True)
+        numbers = [facts.shard, facts.rows, facts.failed_rows, facts.images, *asdict(facts.sums).values()]
+        numbers.append(facts.finished_at or 0)
+        if not all(0 <= number <= MAX_SEED for number in numbers):
+            raise ValueError("a number of its attempt can't be")
+        return table, facts
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"not a whole manifest: {one_line(error)}") from None
+
+
+def finished_at(table: pa.Table, facts: CommitFacts) -> float | None:
+    """When the last image of a manifest was stored, in seconds since the epoch, by the driver's clock if the manifest
+    has that, else by that of the card's node; None where it has neither that nor a row."""
+    if facts.finished_at is not None:
+        return facts.finished_at
+    last = pc.max(table.column("finished_at")).cast(pa.timestamp("us", tz="UTC")).value
+    return None if last is None else last / 1e6
+
+
+def require_readable(path: Path, rows: int) -> None:
+    """Reads a file of manifests whole, a part at a time.
+
+    Args:
+        path: of the local file.
+        rows: how many it must have.
+
+    Raises:
+        ValueError: it can't be read, or has another number of rows.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            found = sum(batch.num_rows for batch in file.iter_batches())
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"what was written can't be read back: {one_line(error)}") from None
+    if found != rows:
+        raise ValueError(f"what was written has {found} rows, and {rows} were to be")

@@ -1,0 +1,75 @@
+"""The place of an output, before anything of a run is there: no file in its way, and can it be written?"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.storage.waits import told_if_slow
+
+PREFIX = ".gaudi-batch-check-"
+
+
+def refuse_file(storage: Storage) -> None:
+    """Refuses an output in whose place, or above it, is a file.
+
+    Raises:
+        InputError: one is.
+        StorageError: the store failed for longer than the patience.
+    """
+    with told_if_slow(lambda: f"output {storage.url}: still looking at it{storage.trouble}"):
+        if storage.local:
+            found = storage.attempt("look at the output", lambda: _file_in_path(Path(storage.root)))
+        else:
+            found = storage.url if _is_object(storage) else None
+    if found is not None:
+        raise InputError(f"output {storage.url!r}: {found!r} is a file; an output is a directory, name another")
+
+
+def _file_in_path(path: Path) -> str | None:
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    return None if there.is_dir() else str(there)
+
+
+def _is_object(storage: Storage) -> bool:
+    if "/" not in storage.root:
+        return False  # a bucket
+    try:
+        return bool(storage.info("")["type"] == "file")
+    except StorageError as error:
+        if error.refused:  # it is not there, or who may only use objects may not ask
+            return False
+        raise
+
+
+def require_writable(storage: Storage) -> None:
+    """Writes an object of its own into an output and removes it. A directory that is not there yet is not made: the
+    nearest above it is written to.
+
+    Raises:
+        InputError: the store refuses.
+        StorageError: the store failed for longer than the patience, or refuses to remove the object.
+    """
+    try:
+        if storage.local:
+            storage.attempt("write there", lambda: _write_file(Path(storage.root)))
+            return
+        name = PREFIX + secrets.token_hex(8)
+        storage.put(name, b"gaudi-batch check removes this")
+    except StorageError as error:
+        if not error.refused:
+            raise
+        raise InputError(f"output {storage.url!r} can't be written: {error}") from None
+    storage.remove(name)
+
+
+def _write_file(path: Path) -> None:
+    there = next(place for place in (path, *path.parents) if place.is_dir())
+    with tempfile.NamedTemporaryFile(dir=there, prefix=PREFIX) as file:
+        file.write(b"gaudi-batch check removes this")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,97 @@
+"""How long each driver of a run was at it: a list in progress.json, which goes on in the next driver's, and in
+summary.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from gaudi_batch.output.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Span:
+    """One driver's time with a run."""
+
+    driver: str
+    """Prefix of its attempts."""
+    started_at: str
+    """When its command began, ISO 8601, UTC."""
+    ended_at: str
+    """When it last wrote this down. A driver that was killed may have gone on for the time between two writes of
+    progress.json, which is 5 s where storage is well."""
+    wall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Seconds between the two, by a clock that nobody sets."""
+    card_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Seconds for which it held cards, each counted by itself: from when the cluster gave it one until it gave that
+    back or last wrote this down. Loading counts, and so does a quarantined card, which is held so that nothing lands on
+    it. None in what older code wrote."""
+
+
+_SPANS = TypeAdapter(list[Span])
+
+
+class Stopwatch:
+    """The span of a driver that goes on.
+
+    Args:
+        driver: prefix of its attempts.
+    """
+
+    def __init__(self, driver: str) -> None:
+        self._driver = driver
+        self._started_at = _now()
+        self._since = time.monotonic()
+
+    def span(self, card_s: float) -> Span:
+        """Its span so far, in which it held cards for so many seconds."""
+        wall_s = round(time.monotonic() - self._since, 3)
+        return Span(self._driver, self._started_at, _now(), wall_s, round(card_s, 3))
+
+
+def read_spans(ledger: Ledger) -> list[Span]:
+    """The spans of a run's drivers, as far as they are written down; drivers of older code wrote none."""
+    spans: dict[str, Span] = {}
+    for name in ("progress.json", "summary.json"):
+        try:
+            found = _SPANS.validate_python((ledger.get_json(name) or {}).get("drivers", []))
+        except ValueError:
+            continue
+        for span in found:
+            if span.driver not in spans or span.wall_s > spans[span.driver].wall_s:
+                spans[span.driver] = span
+    return sorted(spans.values(), key=lambda span: span.started_at)
+
+
+def wall_seconds(spans: Collection[Span], drivers: Collection[str]) -> float | None:
+    """The sum of all spans; None where one of the drivers that committed something has none.
+
+    Args:
+        spans: those that are known.
+        drivers: who committed something.
+    """
+    if not spans or not set(drivers) <= {span.driver for span in spans}:
+        return None
+    return round(sum(span.wall_s for span in spans), 3)
+
+
+def card_hours(spans: Collection[Span], drivers: Collection[str]) -> float | None:
+    """Hours for which all drivers held cards, each card counted by itself; None where that of one that committed
+    something is not known.
+
+    Args:
+        spans: those that are known.
+        drivers: who committed something.
+    """
+    seconds = [span.card_s for span in spans if span.card_s is not None]
+    known = len(seconds) == len(spans) and wall_seconds(spans, drivers) is not None
+    return round(sum(seconds) / 3600, 4) if known else None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

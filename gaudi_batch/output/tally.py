@@ -1,0 +1,219 @@
+"""What a run has come to: commits added up card by card, and summary.json."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gaudi_batch.dataset.reasons import reason_lines
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.throughput import Sums, rounded
+from gaudi_batch.plan import BatchKind
+from gaudi_batch.redaction import redact
+from gaudi_batch.text import counted, duration, printable
+
+FILES = {
+    "images": "images",
+    "manifest": "manifest.parquet",
+    "throughput": "throughput",
+    "summary": "summary.json",
+}
+"""Where everything lies, relative to the output."""
+MOST_KINDS = 100
+"""Kinds of batches that summary.json tells apart, those of the most images."""
+CARDS_SHOWN = 16
+REASONS_SHOWN = 10
+
+
+@dataclass
+class CardTally:
+    """One card's commits."""
+
+    node: str
+    module: int | None
+    shards: int = 0
+    failed_rows: int = 0
+    sums: Sums = field(default_factory=Sums)
+    at_work: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when it was at each of them, waiting included, in seconds since the epoch by the driver's clock."""
+
+
+class Tally:
+    """The commits of a run, added up. Built from the manifests alone, so it agrees with them."""
+
+    def __init__(self) -> None:
+        self.attempts: dict[int, str] = {}
+        """The committed attempt of each shard."""
+        self.rows = 0
+        self.failed_rows = 0
+        self._images_again = 0
+        self.cards: dict[str, CardTally] = {}
+        self._kinds: dict[BatchKind, Sums] = {}
+
+    def emptied(self) -> Tally:
+        """A tally of no commits that knows of the same cards."""
+        other = Tally()
+        for name, card in self.cards.items():
+            other.card(name, card.node, card.module)
+        return other
+
+    def add(self, facts: CommitFacts, finished_at: float | None = None, kind: BatchKind | None = None) -> None:
+        """Adds one commit; the same shard again changes nothing.
+
+        Args:
+            facts: of the commit.
+            finished_at: when its last image was stored, in seconds since the epoch. Without it the commit counts in all
+                but the rate of all cards.
+            kind: of its batches. Without it the commit counts in all but the rates of these.
+        """
+        if facts.shard in self.attempts:
+            return
+        self.attempts[facts.shard] = facts.attempt
+        self.failed_rows += facts.failed_rows - facts.failed_before
+        self._images_again += facts.images_before
+        if not facts.again:
+            self.rows += facts.rows
+        card = self.card(facts.card, facts.node, facts.module)
+        card.shards += 1
+        card.failed_rows += facts.failed_rows
+        card.sums += facts.sums
+        if kind is not None:
+            self._kinds[kind] = self._kinds.get(kind, Sums()) + facts.sums
+        if finished_at is not None:
+            spent = facts.sums.steady_s + facts.sums.warmup_s + facts.sums.wait_s
+            card.at_work.append((finished_at - spent, finished_at))
+
+    def card(self, name: str, node: str, module: int | None) -> CardTally:
+        """A card's own tally; one that has committed nothing counts, too."""
+        return self.cards.setdefault(name, CardTally(node, module))
+
+    @property
+    def images(self) -> int:
+        """Images of all commits, those that had to be made again counted once."""
+        return sum(card.sums.images for card in self.cards.values()) - self._images_again
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images a second of generation, warm-up and waiting left out, of the cards that were at work at one time: the
+        sum of their own rates, averaged over the time in which any was at work. Five cards of 1 image/s make 5 beside
+        each other and 1 after each other. None before the first steady batch."""
+        return self._rate_together(lambda sums: sums.images_per_s)
+
+    @property
+    def images_per_s_with_warmup(self) -> float | None:
+        """The same with the first batches, which compile; a trial may have no others."""
+        return self._rate_together(lambda sums: sums.images_per_s_with_warmup)
+
+    def _rate_together(self, rate_of: Callable[[Sums], float | None]) -> float | None:
+        rated = [(rate_of(card.sums), card.at_work) for card in self.cards.values()]
+        known = [(rate, at_work) for rate, at_work in rated if rate is not None]
+        together = _length([stretch for _, at_work in known for stretch in at_work])
+        return sum(rate * _length(at_work) for rate, at_work in known) / together if together > 0 else None
+
+    def describe(self, faults: Mapping[str, int], retries: int) -> dict[str, Any]:
+        """Totals and cards as summary.json has them.
+
+        Args:
+            faults: failures of each card that this driver saw.
+            retries: shards that this driver had tried again.
+        """
+        faults = Counter(faults)
+        cards = {
+            name: {
+                "node": card.node,
+                "module": card.module,
+                "shards": card.shards,
+                "failed_rows": card.failed_rows,
+                "faults": faults[name],
+                **card.sums.describe(),
+            }
+            for name, card in sorted(self.cards.items())
+        }
+        total = sum((card.sums for card in self.cards.values()), Sums())
+        return {
+            "rows": self.rows,
+            "failed_rows": self.failed_rows,
+            "shards": len(self.attempts),
+            "retries": retries,
+            **(
+                total.describe()
+                | {
+                    "images": self.images,
+                    "images_per_s": rounded(self.images_per_s),
+                    "images_per_s_with_warmup": rounded(self.images_per_s_with_warmup),
+                }
+            ),
+            "buckets": [
+                {
+                    **kind._asdict(),
+                    "images": sums.images,
+                    "card_images_per_s": rounded(sums.images_per_s),
+                    "card_images_per_s_with_warmup": rounded(sums.images_per_s_with_warmup),
+                    "warmup_s": rounded(sums.warmup_s),
+                }
+                for kind, sums in sorted(self._kinds.items(), key=lambda item: -item[1].images)[:MOST_KINDS]
+            ],
+            "cards": cards,
+        }
+
+
+def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
+    """How a run came out, for a person.
+
+    Args:
+        output: where it lies.
+        summary: what summary.json says.
+    """
+    lines = [_totals(summary)]
+    if summary["images_per_s_wall"] is not None:
+        drivers = f", in {len(summary['drivers'])} drivers" if len(summary["drivers"]) > 1 else ""
+        lines.append(f"took {duration(summary['wall_s'])}{drivers}: {summary['images_per_s_wall']:.2f} images/s")
+    lines.append(f"from {summary['started_at']} to {summary['ended_at']}")
+    for name, card in list(summary["cards"].items())[:CARDS_SHOWN]:
+        speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
+        busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
+        spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s"
+        lines.append(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
+    if len(summary["cards"]) > CARDS_SHOWN:
+        lines.append(f"  and {len(summary['cards']) - CARDS_SHOWN} more cards, in summary.json")
+    lines += failure_lines(summary["failures"])
+    where = printable(redact(output))
+    return lines + [f"{f'{name}:':<9} {where}/{path}" for name, path in summary["files"].items()]
+
+
+def _totals(summary: Mapping[str, Any]) -> str:
+    rate = ""
+    if summary["images_per_s"]:
+        rate = f", {summary['images_per_s']:.2f} images/s of generation"
+    elif summary["images_per_s_with_warmup"]:
+        rate = f", {summary['images_per_s_with_warmup']:.2g} images/s of generation, first batches alone, which compile"
+    hours = "" if summary["card_hours"] is None else f", {summary['card_hours']:.2f} card-hours"
+    return (
+        f"{summary['state']}: {summary['images']} images, {counted(summary['failed_rows'], 'failed row')},"
+        f" {counted(len(summary['cards']), 'card')}{rate}{hours}"
+    )
+
+
+def stop_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a run that stopped has come to so far, for its log."""
+    return [_totals(summary), *failure_lines(summary["failures"])]
+
+
+def failure_lines(failures: list[dict[str, Any]]) -> list[str]:
+    """Why rows failed, a line for each of the most frequent reasons."""
+    lines = [f"failed: {line}" for line in reason_lines(failures[:REASONS_SHOWN])]
+    more = failures[REASONS_SHOWN:]
+    rest = sum(group["rows"] for group in more)
+    return [*lines, f"failed: {rest} rows for {len(more)} more reasons, in summary.json"] if more else lines
+
+
+def _length(stretches: Iterable[tuple[float, float]]) -> float:
+    """Seconds that are in at least one stretch."""
+    length, until = 0.0, -math.inf
+    for start, stop in sorted(stretches):
+        length += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return length

@@ -1,0 +1,90 @@
+"""Every image of a run read back and compared with its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gaudi_batch.layout import attempt_name
+from gaudi_batch.output.ledger import Ledger
+
+READ_THREADS = 16
+SHOWN = 10
+
+
+@dataclass
+class Findings:
+    """What a look at every image has shown; paths are relative to the output."""
+
+    images: int = 0
+    """How many are named by manifests."""
+    missing: list[str] = field(default_factory=list)
+    """Named and not there."""
+    torn: list[str] = field(default_factory=list)
+    """There, with other bytes than the manifest's SHA-256 says: cut short or changed."""
+    foreign: list[str] = field(default_factory=list)
+    """There, and named by no manifest."""
+    broken: dict[int, int] = field(default_factory=dict)
+    """The rows with missing or torn images, each with its shard."""
+    images_of: dict[int, int] = field(default_factory=dict)
+    """How many images of each of these rows are named."""
+
+    def describe(self) -> dict[str, Any]:
+        """What verify.json says."""
+        said = asdict(self) | {"broken": sorted(self.broken)}
+        del said["images_of"]
+        return said
+
+    def lines(self) -> list[str]:
+        """A few lines for a person."""
+        lines = [
+            f"verified {self.images} images: {len(self.missing)} missing, {len(self.torn)} torn,"
+            f" {len(self.foreign)} foreign"
+        ]
+        for kind in ("missing", "torn", "foreign"):
+            paths = getattr(self, kind)
+            lines += [f"  {kind}: {path}" for path in paths[:SHOWN]]
+            if len(paths) > SHOWN:
+                lines.append(f"  {kind}: and {len(paths) - SHOWN} more, in verify.json")
+        return lines
+
+
+def verify(ledger: Ledger, made_again: Mapping[int, int]) -> Findings:
+    """Reads every image that a manifest names, and lists what else lies among them.
+
+    Args:
+        ledger: of the run.
+        made_again: rows of several shards, with the highest of these, which alone counts.
+
+    Raises:
+        StorageError: storage failed for longer than the patience.
+    """
+    findings = Findings()
+    attempts: set[str] = set()
+    storage = ledger.storage
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for facts, table in ledger.commits():
+            directory = attempt_name(facts.shard, facts.attempt)
+            attempts.add(directory)
+            named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
+            counts = [path for path, row in named.items() if made_again.get(row["row"], 0) <= facts.shard]
+            findings.images += len(counts)
+            images_of = Counter(named[path]["row"] for path in counts)
+            for path, data in zip(counts, pool.map(storage.get, counts), strict=True):
+                if data is None:
+                    findings.missing.append(path)
+                elif hashlib.sha256(data).hexdigest() != named[path]["sha256"]:
+                    findings.torn.append(path)
+                else:
+                    continue
+                row = named[path]["row"]
+                findings.broken[row] = facts.shard
+                findings.images_of[row] = images_of[row]
+            there = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
+            findings.foreign += [path for path in there if path not in named]
+    findings.foreign += [f"images/{name}" for name in storage.names("images") if name not in attempts]
+    return findings

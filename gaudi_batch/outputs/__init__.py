@@ -1,1 +1,0 @@
-"""How images are kept: one module a format."""

@@ -1,0 +1,262 @@
+"""What an output says of its run: read from storage alone, from anywhere, while the job runs or after.
+
+Whether a driver on another machine lives only its lease can tell, by counting up: clocks of machines differ. So where
+what it wrote last does not look new, the lease is watched for a while; one that does not count is silent.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from gaudi_batch.dataset.reasons import FIRST_IDS, reason_lines
+from gaudi_batch.errors import InputError
+from gaudi_batch.output.lease import Lease, is_alive, read_lease
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.text import duration, one_line, printable
+
+log = logging.getLogger("gaudi_batch")
+
+WATCH_SECONDS = 15.0
+"""How long a driver elsewhere, which may be dead, is watched for counting up, which it does every 10 s."""
+FRESH_SECONDS = 60.0
+"""Progress that was written within so long of now, by this machine's clock, is that of a driver that lives."""
+LOOK_SECONDS = 1.0
+MOST_SHOWN = 32
+"""Cards that are shown to a person."""
+REASONS_SHOWN = 10
+
+
+def read_status(ledger: Ledger, watch_s: float | None = None) -> dict[str, Any]:
+    """The state of the run in an output.
+
+    Args:
+        ledger: of the run.
+        watch_s: how many seconds to watch the lease of a driver of which it is not known whether it lives; by default
+            WATCH_SECONDS.
+
+    Returns:
+        `state` (`complete`, `complete with failed rows`, `stopped`, `running` or `silent`), the counts of shards and
+        images, and what progress.json, summary.json and verify.json add. `silent` is a run whose driver has let
+        nothing be heard of it, for `silent_s` seconds.
+
+    Raises:
+        InputError: there is no run in the output.
+    """
+    record = ledger.run()
+    if record is None:
+        raise InputError(f"{ledger.storage.url}: there is no run here (no run.json)")
+    plan = ledger.plan(record.rows)
+    committed = set(ledger.committed_shards())
+    summary = ledger.get_json("summary.json")
+    progress = _sane(ledger.get_json("progress.json") or {})
+    planned = sum(shard.images for shard in plan if shard.number in committed and not shard.again)
+    images = planned - (progress.get("images_missing") or 0)
+    reason, silent_s = summary.get("reason") if summary else None, None
+    complete = len(committed) == len(plan)
+    if complete and summary is not None and summary.get("state") != "stopped":
+        state = str(summary.get("state"))
+    else:
+        lease = read_lease(ledger.storage)
+        state = _state_of(lease)
+        if lease is not None and state == "in doubt":
+            state, silent_s = _watch(ledger, lease, progress["time"], WATCH_SECONDS if watch_s is None else watch_s)
+        if lease is not None and state == "stopped" and not lease.released:
+            reason = f"its driver, {lease.holder}, is gone"
+        elif lease is not None and silent_s is not None:
+            gone = f"its driver, {lease.holder}, may be dead; the same command resumes"
+            reason = f"silent for {duration(silent_s)}; {gone}"
+    current = summary if summary is not None and state.startswith("complete") else None
+    return {
+        "output": ledger.storage.url,
+        "state": state,
+        "reason": reason if state in ("stopped", "silent") else None,
+        "silent_s": None if silent_s is None else round(silent_s),
+        "created_at": record.created_at,
+        "rows": record.rows,
+        "images_planned": record.images,
+        "images_committed": images,
+        "shards": len(plan),
+        "shards_committed": len(committed),
+        "failed_rows": progress["failed_rows"],
+        "failures": progress["failures"] if current is None else _sane_failures(current.get("failures")),
+        "images_per_s": progress["images_per_s"],
+        "seconds_left": progress["seconds_left"] if state == "running" else None,
+        "waits_for": progress["waits_for"] if state == "running" else None,
+        "progress_time": progress["time"],
+        "cards": progress["cards"] if state in ("running", "silent") else _over(progress["cards"]),
+        "faults": progress["faults"],
+        "verify": _sane_verify(ledger.get_json("verify.json")),
+        "summary": current,
+    }
+
+
+def _state_of(lease: Lease | None) -> str:
+    if lease is None or lease.released:
+        return "stopped"
+    alive = is_alive(lease)
+    return "in doubt" if alive is None else "running" if alive else "stopped"
+
+
+def _watch(ledger: Ledger, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
+    """Whether a driver on another machine lives: the state, and for how many seconds it has been silent if it is."""
+    age = _age(written)
+    if age is not None and abs(age) < FRESH_SECONDS:
+        return "running", None
+    log.info("looking for up to %.0f s whether its driver, %s, lives", watch_s, lease.holder)
+    since = time.monotonic()
+    while True:
+        time.sleep(min(LOOK_SECONDS, watch_s))
+        now = read_lease(ledger.storage)
+        if now is None or now.released:
+            return "stopped", None
+        if (now.driver, now.beat) != (lease.driver, lease.beat):
+            return "running", None
+        watched = time.monotonic() - since
+        if watched >= watch_s:
+            return "silent", max(watched, age or 0.0)
+
+
+def _age(written: Any) -> float | None:
+    """How many seconds ago progress was written, by this machine's clock; None if it does not say."""
+    try:
+        moment = datetime.fromisoformat(str(written).replace("Z", "+00:00"))
+        return (datetime.now(timezone.utc) - moment).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left")
+CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
+DOING = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows", "doing")
+CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
+
+
+def _sane(found: dict[str, Any]) -> dict[str, Any]:
+    """What a progress.json says, null where it says nothing sensible: it lies where others may write."""
+    cards, faults = found.get("cards"), found.get("faults")
+    return {
+        **_sane_values(found),
+        "time": found.get("time"),
+        "waits_for": _sane_text(found.get("waits_for")),
+        "failures": _sane_failures(found.get("failures")),
+        "cards": {
+            name: _sane_values(card, CARD_NUMBERS) | {name: _sane_text(card.get(name)) for name in CARD_TEXTS}
+            for name, card in (cards.items() if isinstance(cards, dict) else ())
+            if isinstance(card, dict)
+        },
+        "faults": [
+            {name: fault.get(name) for name in ("time", "card", "what")}
+            for fault in (faults if isinstance(faults, list) else ())
+            if isinstance(fault, dict)
+        ],
+    }
+
+
+def _over(cards: dict[str, Any]) -> dict[str, Any]:
+    """What is said of cards whose driver is over: they do nothing any more."""
+    now = dict.fromkeys(DOING)
+    return {name: card | now for name, card in cards.items()}
+
+
+def _sane_failures(found: Any) -> list[dict[str, Any]] | None:
+    """Failed rows by reason, as `Reasons.describe` has them; None where nothing sensible is said."""
+    if not isinstance(found, list):
+        return None
+    return [
+        {
+            "reason": one_line(group.get("reason")),
+            "rows": group["rows"],
+            "first_ids": [one_line(row_id) for row_id in ids[:FIRST_IDS]],
+        }
+        for group in found
+        if isinstance(group, dict)
+        and isinstance(group.get("rows"), int)
+        and isinstance(ids := group.get("first_ids"), list)
+    ]
+
+
+def _sane_verify(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What verify.json says, lists of paths as their lengths; None where nothing sensible is said."""
+    if found is None or not isinstance(found.get("images"), int):
+        return None
+    lists = {name: found.get(name) for name in ("missing", "torn", "foreign")}
+    if not all(isinstance(paths, list) for paths in lists.values()):
+        return None
+    named = [one_line(path) for kind in ("missing", "torn") for path in lists[kind] or ()]
+    counts = {name: len(paths or ()) for name, paths in lists.items()}
+    shards = found.get("shards")
+    return {
+        "time": _sane_text(found.get("time")),
+        "shards": shards if isinstance(shards, int) else None,
+        "images": found["images"],
+        **counts,
+        "first_paths": named[:FIRST_IDS],
+    }
+
+
+def _sane_text(found: Any) -> str | None:
+    return one_line(found) if isinstance(found, str) else None
+
+
+def _sane_values(found: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
+    values = {name: found.get(name) for name in names}
+    return {
+        name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
+        for name, value in values.items()
+    }
+
+
+def describe_status(status: dict[str, Any]) -> str:
+    """The status for a person, several lines."""
+    reason = status["reason"]
+    state = reason if status["state"] == "silent" else f"{status['state']} ({reason})" if reason else status["state"]
+    lines = [
+        f"{status['output']}: {state}",
+        f"images   {status['images_committed']} of {status['images_planned']} committed",
+        f"shards   {status['shards_committed']} of {status['shards']}",
+        f"rows     {status['rows']}, failed {status['failed_rows'] if status['failed_rows'] is not None else '-'}",
+    ]
+    failures = status["failures"] or []
+    lines += [f"failed   {line}" for line in reason_lines(failures[:REASONS_SHOWN])]
+    if len(failures) > REASONS_SHOWN:
+        lines.append(f"failed   and for {len(failures) - REASONS_SHOWN} more reasons")
+    if status["verify"]:
+        lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")
+    if status["state"] == "running":
+        left = duration(status["seconds_left"])
+        lines.append(f"speed    {_rate(status)} images/s, {left} left, as of {status['progress_time']}")
+    elif status["state"] in ("silent", "stopped") and status["cards"]:
+        lines.append(f"as of    {status['progress_time']}:")
+    if status["waits_for"]:
+        lines.append(f"waits    for {status['waits_for']}")
+    for name, card in list(status["cards"].items())[:MOST_SHOWN]:
+        done = f"{card['images']} images, {_rate(card)} images/s, {card['faults']} faults"
+        doing = f", {card['doing']}" if card["doing"] else ""
+        lines.append(f"card     {name}: {card['state']}{doing}; {done}")
+    if len(status["cards"]) > MOST_SHOWN:
+        lines.append(f"card     and {len(status['cards']) - MOST_SHOWN} more; --json has all")
+    lines += [f"fault    {fault['time']} {fault['card']} {fault['what']}" for fault in status["faults"][-10:]]
+    return "\n".join(printable(line) for line in lines)
+
+
+def describe_verify(found: dict[str, Any], committed: int) -> str:
+    """What `--verify` found, as `status` and `check` say it.
+
+    Args:
+        found: `verify` of the status.
+        committed: shards that are committed now.
+    """
+    counts = f"{found['missing']} missing, {found['torn']} torn, {found['foreign']} foreign"
+    paths = f" ({', '.join(found['first_paths'])}; run --repair makes them again)" if found["first_paths"] else ""
+    later = committed - found["shards"] if found["shards"] is not None else 0
+    since = f", before the last {later} shards were committed" if later > 0 else ""
+    return f"{found['images']} images at {found['time']}{since}: {counts}{paths}"
+
+
+def _rate(record: dict[str, Any]) -> str:
+    rate = record["images_per_s"]
+    return "-" if rate is None else f"{rate:.2f}"

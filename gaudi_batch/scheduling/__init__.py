@@ -1,0 +1,1 @@
+"""The decisions of a run. Pure: neither Ray nor storage nor a clock."""

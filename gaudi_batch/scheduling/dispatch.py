@@ -1,0 +1,354 @@
+"""Who has which shard, and who gets which next. Pure, a part of the schedule.
+
+* A card holds at most `QUEUE` shards, so that it never waits for the next one; it gets the second only while there are
+  more shards than cards without one. A queued shard that has not begun is recalled as soon as a card that may have it
+  has nothing to do.
+* A shard that a card has failed goes elsewhere if any other card is left; after two cards it no longer waits for one
+  that starts.
+* A suspect shard gets a card that holds nothing else; one that may take nodes down gets a node on which nothing else is
+  in flight.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from gaudi_batch.plan import BatchKind, GraphKey, Shard
+from gaudi_batch.scheduling.affinity import Affinity
+from gaudi_batch.scheduling.cards import Card, Cards
+from gaudi_batch.scheduling.decisions import Assign, Decision, Recall
+from gaudi_batch.scheduling.events import Reading
+from gaudi_batch.scheduling.failures import Trouble
+from gaudi_batch.scheduling.pending import Pending
+from gaudi_batch.scheduling.rowgroups import RowGroups
+
+ENOUGH_CARDS = 2
+"""Cards that must have failed a shard before it is tried on one of them again while others start."""
+MAX_LOOKED_AT = 16
+"""Suspect shards for which an event looks for a card."""
+MAX_COMPARED = 64
+"""Cards among which one is chosen by its node."""
+NODES_PER_EXCLUSIVE = 4
+"""While other work waits, one node in so many at most is kept for a single suspect shard."""
+
+
+@dataclass
+class Attempt:
+    """A shard in a card's hand."""
+
+    shard: int
+    card: Card
+    captures: bool  # whether its graph key is new to the card
+    at: Reading | frozenset[int] | None = None  # what it has announced last
+    recallable: bool = True
+    begun: bool = False  # its card has begun to read it
+    generating: bool = False  # its card has begun to make it
+
+
+class Dispatch:
+    """The shards of a run that are not made yet, on the cards or waiting for one.
+
+    Args:
+        shards: what is to be made, by number.
+        prefix: what makes this driver's attempts unique over all drivers.
+        max_graphs: graph keys whose graphs a card keeps.
+    """
+
+    def __init__(self, shards: Mapping[int, Shard], prefix: str, max_graphs: int) -> None:
+        self.affinity = Affinity(max_graphs)
+        self.cards = Cards(self.affinity)
+        self.pending = Pending(shards)
+        self.attempts: dict[str, Attempt] = {}
+        self.troubles: dict[int, Trouble] = {}
+        """What is known of shards that have failed."""
+        self.row_groups = RowGroups()
+        self._shards = shards
+        self._prefix = prefix
+        self._sent = 0
+        self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # behind another in a hand, and not asked back yet
+        self._asked_back: set[str] = set()  # asked back and not answered
+        self._reserved: dict[int, Card] = {}  # the cards that are kept for suspect shards
+        self._due: set[int] = set()  # suspect shards whose card or node may have become free
+
+    def waiting(self) -> int:
+        """How many shards no card has."""
+        return len(self.pending) + len(self._reserved)
+
+    def useful(self) -> int:
+        """Cards that would have something to do: those that are usable, and one for each shard that is left over when
+        those of them without work have taken one."""
+        return self.cards.usable() + max(0, len(self.pending) - self.cards.without_work())
+
+    def next(self) -> list[Decision]:
+        """Gives out what can be given out now, and asks back what another card could begin."""
+        decisions = [*self._assign_suspects(), *self._assign()]
+        # Of fresh shards, some may have turned out to be suspect.
+        return [*decisions, *self._assign_suspects(), *self._recall_for_idle()]
+
+    def recall_all(self) -> list[Recall]:
+        """Asks back all that is queued."""
+        return [self._recall(attempt) for queued in list(self._queued.values()) for attempt in list(queued)]
+
+    def recall_queued_of(self, card: Card) -> list[Recall]:
+        """Asks back what is queued in one card's hand."""
+        key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.hand}
+        return [self._recall(attempt) for attempt, key in key_of.items() if attempt in self._queued.get(key, ())]
+
+    def answered(self, attempt: str) -> None:
+        """A card has answered a recall."""
+        self._asked_back.discard(attempt)
+
+    def put_back(self, shard: int) -> None:
+        """A shard waits again, before those that have not been tried."""
+        trouble = self.troubles.get(shard)
+        if trouble is not None and trouble.alone_on_node:
+            self.pending.node_suspects[shard] = None
+        elif (trouble is not None and trouble.announce) or self.row_groups.doubt(self._shards[shard]):
+            self.pending.suspects[shard] = None
+        else:
+            self.pending.again.appendleft(shard)
+
+    def settle(self, shard: int) -> None:
+        """A shard has been read, or given up: what it was to find out about row groups is known, as far as can be."""
+        if self.row_groups.settle(shard):
+            parked, self.pending.parked = self.pending.parked, {}
+            # The first of a group first: what kills may lie before the rows of all that come after it.
+            for number in sorted(parked):
+                self.put_back(number)
+
+    def reconsider(self) -> None:
+        """A row group has killed: of what has come back, its shards are suspect now."""
+        doubted = {shard for shard in self.pending.again if self.row_groups.doubt(self._shards[shard])}
+        if doubted:
+            self.pending.again = deque(shard for shard in self.pending.again if shard not in doubted)
+            self.pending.suspects |= dict.fromkeys(sorted(doubted))
+
+    def take_kind(self, kind: BatchKind) -> list[int]:
+        """Takes out all shards of one kind of batch that no card has."""
+        for shard, card in list(self._reserved.items()):
+            if self._shards[shard].bucket.batch_kind == kind:
+                self.drop_reservation(card)
+                self.cards.file(card)
+        return self.pending.take_kind(kind)
+
+    def take(self, shard: int) -> bool:
+        """Takes out one shard; returns whether no card has it and it waits."""
+        if shard in self._reserved:
+            self.drop_reservation(card := self._reserved[shard])
+            self.cards.file(card)
+        return self.pending.take(shard)
+
+    def keep_off(self, node: str) -> None:
+        """A node went without notice, and with it all its other cards, which get nothing more."""
+        self.cards.lost.add(node)
+        for card in self.cards.on(node):
+            self.drop_reservation(card)
+            self.cards.file(card)
+
+    def release(self, attempt: str) -> Attempt:
+        """An attempt is over; its shard is in nobody's hand."""
+        live = self.attempts.pop(attempt)
+        card = live.card
+        self._asked_back.discard(attempt)
+        self._unqueue(attempt, live)
+        del card.hand[attempt]
+        for first in card.hand:
+            self._unqueue(first, self.attempts[first])  # it is no longer behind another
+            break
+        self.cards.in_flight[card.node] -= 1
+        card.suspect = False
+        self._free_node(live.shard, card.node)
+        self.cards.file(card)
+        if card.reserved_for is not None:
+            self._due.add(card.reserved_for)
+        if card.node in self.cards.exclusive:
+            self._due.add(self.cards.exclusive[card.node])
+        return live
+
+    def _unqueue(self, attempt: str, live: Attempt) -> None:
+        self._queued.get(self._shards[live.shard].bucket.graph_key, {}).pop(attempt, None)
+
+    def _assign(self) -> list[Decision]:
+        decisions: list[Decision] = []
+        for level, cards in enumerate(self.cards.open):
+            # Whoever has nothing comes first, a card that is still starting too.
+            while cards and self.pending.plain > (self.cards.without_work() if level else 0):
+                match = self._match(level)
+                if match is None:
+                    break
+                decisions.append(self._send(*match))
+        return decisions
+
+    def _match(self, level: int) -> tuple[Card, int] | None:
+        """A card with so many shards in its hand, and the shard that it gets next."""
+        cards = self.cards.open[level]
+        for place, shard in enumerate(self.pending.again):
+            # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
+            holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
+            for card in itertools.chain(holders.values(), cards.values()):
+                if self._may_have(card, shard):
+                    del self.pending.again[place]
+                    return card, shard
+        while cards and self.pending.waiting:
+            card = next(iter(cards.values()))
+            key = self._choose_key(card)
+            if key is None:
+                # No key is worth a capture, whoever asks; those that have captured one may go on with it.
+                found = map(self.cards.open_by_key[level].get, self.pending.waiting)
+                card = next((next(iter(holders.values())) for holders in found if holders), card)
+                key = self._choose_key(card)
+            if key is None:
+                return None
+            shard = self.pending.take_fresh(key)
+            if not self.row_groups.doubt(self._shards[shard]):
+                return card, shard
+            self.put_back(shard)
+        return None
+
+    def _choose_key(self, card: Card) -> GraphKey | None:
+        return self.affinity.choose(card.number, self.pending.waiting)
+
+    def _may_have(self, card: Card, shard: int) -> bool:
+        trouble = self.troubles.get(shard)
+        if trouble is None or card.number not in trouble.failed_on:
+            return True
+        # The word of one card is little, so a second is waited for even while it starts; after two nobody is.
+        failed_on = set(trouble.failed_on)
+        return not self.cards.others(failed_on, starting=len(failed_on) < ENOUGH_CARDS)
+
+    def _assign_suspects(self) -> list[Decision]:
+        """Keeps a card for each suspect shard, and sends it when the card has nothing else in hand."""
+        decisions: list[Decision] = []
+        for waiting in (self.pending.suspects, self.pending.node_suspects):
+            # A few at a time: an event must not cost more where many wait for the same cards.
+            for shard in list(itertools.islice(waiting, MAX_LOOKED_AT)):
+                if not (self.cards.full or any(self.cards.open)):
+                    break
+                if self.row_groups.block(self._shards[shard]):
+                    del waiting[shard]
+                    self.pending.parked[shard] = None
+                    continue
+                if waiting is self.pending.node_suspects and not self._may_keep_node():
+                    break
+                decisions += self._reserve(shard)
+        while self._due:
+            shard = self._due.pop()
+            card = self._reserved.get(shard)
+            if card is None or card.hand:
+                continue
+            holder = self.cards.exclusive.get(card.node, shard)
+            if holder != shard or (self._is_alone_on_node(shard) and self.cards.in_flight[card.node]):
+                continue
+            del self._reserved[shard]
+            card.reserved_for = None
+            decisions.append(self._send(card, shard))
+        return decisions
+
+    def _may_keep_node(self) -> bool:
+        kept = len(self.cards.exclusive)
+        return not kept or not self.pending.plain or kept < len(self.cards.usable_on) // NODES_PER_EXCLUSIVE
+
+    def _reserve(self, shard: int) -> list[Decision]:
+        free = (card for cards in (*self.cards.open, self.cards.full) for card in cards.values())
+        able: Iterator[Card] = (card for card in free if self._may_have(card, shard))
+        trouble = self.troubles.get(shard)
+        if trouble is not None and trouble.died_on:
+            # Rather on another node: one bad node has several cards.
+            nodes = {self.cards.by_number[number].node for number in trouble.died_on}
+            able = iter(sorted(itertools.islice(able, MAX_COMPARED), key=lambda card: card.node in nodes))
+        if self._is_alone_on_node(shard):
+            chosen = min(able, key=lambda card: self.cards.in_flight[card.node], default=None)
+        else:
+            chosen = next(able, None)
+        if chosen is None:
+            return []
+        self.pending.suspects.pop(shard, None)
+        self.pending.node_suspects.pop(shard, None)
+        self._reserved[shard] = chosen
+        chosen.reserved_for = shard
+        cards = [chosen]
+        if self._is_alone_on_node(shard):
+            cards = self.cards.on(chosen.node)
+            for card in cards:
+                if card is not chosen:
+                    self.drop_reservation(card)
+            self.cards.exclusive[chosen.node] = shard
+        for card in cards:
+            self.cards.file(card)
+        self._due.add(shard)
+        return [recall for card in cards for recall in self.recall_queued_of(card)]
+
+    def drop_reservation(self, card: Card) -> None:
+        """Another card is to be kept for what this one was kept for."""
+        shard, card.reserved_for = card.reserved_for, None
+        if shard is None:
+            return
+        del self._reserved[shard]
+        self.put_back(shard)
+        self._free_node(shard, card.node)
+
+    def _free_node(self, shard: int, node: str) -> None:
+        """A node is no longer kept for a shard, if it was."""
+        if self.cards.exclusive.get(node) == shard:
+            del self.cards.exclusive[node]
+            for card in self.cards.on(node):
+                self.cards.file(card)
+
+    def _is_alone_on_node(self, shard: int) -> bool:
+        return shard in self.troubles and self.troubles[shard].alone_on_node
+
+    def _send(self, card: Card, shard: int) -> Assign:
+        self._sent += 1
+        attempt = f"{self._prefix}{self._sent}"
+        task = self.troubles.get(shard, Trouble()).task(self._shards[shard], attempt, self.row_groups)
+        key = task.shard.bucket.graph_key
+        live = self.attempts[attempt] = Attempt(shard, card, self.affinity.use(card.number, key))
+        if card.hand:
+            self._queued.setdefault(key, {})[attempt] = live
+        card.hand[attempt] = None
+        card.suspect = task.announce
+        self.cards.in_flight[card.node] += 1
+        self.cards.file(card)
+        return Assign(card.number, task)
+
+    def _recall_for_idle(self) -> list[Decision]:
+        """Asks back a queued shard for each card that has nothing to do, if it is one that the card may have."""
+        decisions: list[Decision] = []
+        idle = self.cards.open[0]
+        served: set[int] = set()
+        if len(self._asked_back) >= len(idle):
+            return decisions
+        for key in self._queued:
+            for card, attempt in self._idle_and_queued(key, served):
+                if len(self._asked_back) >= len(idle):
+                    return decisions
+                served.add(card.number)
+                decisions.append(self._recall(attempt))
+        return decisions
+
+    def _idle_and_queued(self, key: GraphKey, served: set[int]) -> Iterable[tuple[Card, str]]:
+        """Cards that have nothing to do, each with a queued attempt of this key that suits it."""
+        idle, queued = self.cards.open[0], self._queued[key]
+        if not idle or not queued:
+            return
+        images = self._shards[next(iter(queued.values())).shard].images
+        # A list, as what is recalled leaves the queue meanwhile.
+        suited = idle if self.affinity.is_worth_it(key, 1, images) else self.cards.open_by_key[0].get(key, {})
+        for card in suited.values():
+            if card.number in served:
+                continue
+            attempt = next((name for name, live in queued.items() if self._may_have(card, live.shard)), None)
+            if attempt is not None:
+                yield card, attempt
+            if not queued:
+                return
+
+    def _recall(self, attempt: str) -> Recall:
+        live = self.attempts[attempt]
+        self._unqueue(attempt, live)
+        live.recallable = False
+        self._asked_back.add(attempt)
+        return Recall(live.card.number, attempt)

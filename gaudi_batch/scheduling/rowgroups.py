@@ -1,0 +1,86 @@
+"""Row groups of the prompts whose reading has killed a card. Pure, a part of the schedule.
+
+A row group often holds many shards, and what one of them finds out holds for all. So one shard, the first that died at
+it, finds out from which row on a group can't be read; the others that touch the group wait meanwhile, and then read it
+no further. Where it has found nothing, since all of its own rows can be read, the others are suspect, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gaudi_batch.plan import Shard
+from gaudi_batch.scheduling.events import Reading
+
+
+@dataclass
+class _Group:
+    span: range  # its rows, counted in its file
+    finder: int | None  # the shard that finds out what of it can be read; None once that is known
+    unreadable: tuple[int, str] | None = None  # the first row that can't be, over all files, and why
+
+
+@dataclass
+class RowGroups:
+    """What is known of them, by file and group."""
+
+    known: int = 0
+    """How many there are."""
+    unsettled: int = 0
+    """How many are being found out about."""
+    _groups: dict[int, dict[int, _Group]] = field(default_factory=dict)
+
+    def killed(self, shard: Shard, reading: Reading) -> bool:
+        """A process died decoding rows of a group for a shard, which finds out about it if no other does; returns
+        whether the group was not known."""
+        groups = self._groups.setdefault(shard.file, {})
+        known = reading.group in groups
+        self.known += not known
+        group = groups.setdefault(reading.group, _Group(reading.span, None))
+        if group.finder is None:
+            group.finder = shard.number
+            self.unsettled += 1
+        return not known
+
+    def condemn(self, shard: Shard, reading: Reading, reason: str) -> None:
+        """From the first row of this reading on, the group can't be read."""
+        group = self._groups[shard.file][reading.group]
+        if group.unreadable is None or reading.rows.start < group.unreadable[0]:
+            group.unreadable = reading.rows.start, reason
+
+    def settle(self, shard: int) -> bool:
+        """A shard has been read, or given up; returns whether others may have waited for that."""
+        if not self.unsettled:
+            return False
+        mine = [group for groups in self._groups.values() for group in groups.values() if group.finder == shard]
+        for group in mine:
+            group.finder = None
+        self.unsettled -= len(mine)
+        return bool(mine)
+
+    def block(self, shard: Shard) -> bool:
+        """Whether a shard has to wait for what another finds out."""
+        if not self.unsettled:
+            return False
+        finders = {group.finder for _, group in self._touched(shard)} - {None}
+        return bool(finders) and shard.number not in finders  # or two that find out would wait for each other
+
+    def doubt(self, shard: Shard) -> bool:
+        """Whether a shard touches a group that has killed, and of which nobody knows yet what can't be read."""
+        return bool(self.known) and any(group.unreadable is None for _, group in self._touched(shard))
+
+    def by_row(self, shard: Shard) -> frozenset[int]:
+        """The groups that a shard is to read a few rows at a time."""
+        return frozenset(number for number, _ in self._touched(shard))
+
+    def unreadable(self, shard: Shard) -> dict[int, tuple[int, str]]:
+        """For such groups, the first row that can't be read, with the reason."""
+        return {number: group.unreadable for number, group in self._touched(shard) if group.unreadable is not None}
+
+    def _touched(self, shard: Shard) -> list[tuple[int, _Group]]:
+        groups = self._groups.get(shard.file, {})
+        return [
+            (number, group)
+            for number, group in groups.items()
+            if group.span.start < shard.stop and shard.start < group.span.stop
+        ]

@@ -1,0 +1,150 @@
+"""What several failures together say of storage, of a time limit, of a card, of nodes. Pure, a part of the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+from gaudi_batch.plan import BatchKind
+from gaudi_batch.scheduling.cards import Card, Cards
+from gaudi_batch.scheduling.events import SlowBatch
+
+MIN_STORAGE_NODES = 2
+"""Nodes for which storage must fail before it is taken for gone on their word."""
+MAX_CUTS = 2
+"""Times that batches of a kind pass their limit, and nobody has made one, before they are set aside."""
+MAX_FRUITLESS_NODES = 8
+"""Nodes lost one after the other, with nothing made between, before nothing more is expected of others."""
+CHANCE = 1e-6
+"""Of one card of a run to have so many more transient failures than the others by chance, below which it is bad."""
+
+
+@dataclass
+class StorageFailures:
+    """For which nodes storage has failed since any card last stored a shard.
+
+    It is gone when it fails for the driver, too, or for every node that has cards, if these are at least two: what one
+    node can't do, another may.
+    """
+
+    being_checked: bool = False
+    """Whether the driver is looking itself."""
+    _nodes: set[str] = field(default_factory=set)
+
+    def failed(self, node: str, usable: Set[str]) -> bool:
+        """It failed for a card of a node; returns whether it is gone.
+
+        Args:
+            node: the node.
+            usable: the nodes of all cards that are ready or starting.
+        """
+        self._nodes.add(node)
+        return len(self._nodes) >= MIN_STORAGE_NODES and usable <= self._nodes
+
+    def works(self) -> None:
+        """A card has stored a shard."""
+        self._nodes.clear()
+
+
+@dataclass
+class SlowKinds:
+    """Kinds of batches that no card makes in time. That is the job's mistake, and no row's or card's.
+
+    Cards of two nodes must have been killed at one, of which one makes other batches, as some hang at whatever they are
+    given; or all cards that there are, twice. Where all are on one node, two of its cards are enough.
+    """
+
+    set_aside: dict[BatchKind, str] = field(default_factory=dict)
+    """Those that are not tried any more, with the reason."""
+    _cut: dict[BatchKind, list[Card]] = field(default_factory=dict)
+
+    def cut(self, card: Card, slow: SlowBatch, usable: Cards) -> bool:
+        """A card was killed at a batch of a kind that nobody has made; returns whether that kind is now set aside.
+
+        Args:
+            card: the card.
+            slow: what it was at.
+            usable: all cards.
+        """
+        cards = self._cut.setdefault(slow.kind, [])
+        cards.append(card)
+        numbers = {card.number for card in cards}
+        nodes = {card.node for card in cards}
+        places = numbers if usable.usable_on.keys() <= nodes else nodes
+        several = len(places) >= MAX_CUTS and any(card.has_made for card in cards)
+        if not several and (len(cards) < MAX_CUTS or usable.others(numbers)):
+            return False
+        self.set_aside[slow.kind] = f"batches of {slow.kind} take longer than {slow.limit}"
+        return True
+
+
+@dataclass
+class TransientFailures:
+    """Images and calls that failed and worked when they were made again on the same card. All cards may have some, if
+    the model is like that; one that has far more than the others is bad."""
+
+    _images: int = 0
+    _failures: int = 0
+
+    def add(self, card: Card, images: int, failures: int) -> None:
+        """A card has made so many images, with so many failures among them."""
+        card.images += images
+        card.transient_failures += failures
+        self._images += images
+        self._failures += failures
+
+    def verdict(self, card: Card, cards: int) -> str | None:
+        """Why a card is bad, or None.
+
+        Args:
+            card: the card.
+            cards: how many there are; among many one has more than the others by chance.
+        """
+        other_images, other_failures = self._images - card.images, self._failures - card.transient_failures
+        if not other_images or not card.images:
+            return None
+        expected = (other_failures + 1) / other_images * card.images
+        if _at_least(card.transient_failures, expected) >= CHANCE / cards:
+            return None
+        failures = f"{card.transient_failures} times in {card.images} images it failed at what worked when made again"
+        return f"{failures}; the others did {other_failures} times in {other_images}"
+
+
+def _at_least(count: int, expected: float) -> float:
+    """The chance of so many events or more, where so many are expected: the tail of a Poisson distribution."""
+    if count <= expected:
+        return 1.0
+    term = math.exp(count * math.log(expected) - expected - math.lgamma(count + 1))
+    total, number = 0.0, count
+    while term > total * 1e-12:
+        total += term
+        number += 1
+        term *= expected / number
+    return total
+
+
+@dataclass
+class NodeLosses:
+    """Nodes that were lost one after the other before a card of theirs had made anything: loading takes them down, or
+    they do not live long enough."""
+
+    fruitless: int = 0
+
+    def started(self, card: Card) -> None:
+        """A card is being started."""
+        card.fruitless_nodes = self.fruitless
+
+    def lost(self, card: Card) -> None:
+        """A card's node went without notice. Nodes that go at the same time count once."""
+        if not card.has_made and card.fruitless_nodes == self.fruitless:
+            self.fruitless += 1
+
+    def made(self) -> None:
+        """A card has made something."""
+        self.fruitless = 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing is to be expected of more nodes."""
+        return self.fruitless >= MAX_FRUITLESS_NODES
