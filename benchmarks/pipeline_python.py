@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.pipelines.cpu import CpuPipeline
-from gaudi_batch.pipelines.model import describe_model
+from gaudi_batch.pipelines.sources import describe_model
 from gaudi_batch.plan import Bucket
 
 

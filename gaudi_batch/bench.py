@@ -19,7 +19,7 @@ from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import Item, Pipeline
-from gaudi_batch.pipelines.model import ModelFacts
+from gaudi_batch.pipelines.sources import ModelFacts
 from gaudi_batch.plan import Bucket
 
 PROMPT = "An astronaut riding a horse on the moon, oil painting"

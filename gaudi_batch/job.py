@@ -7,29 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gaudi_batch.config.bounds import Bounds, bounds_for
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.dataset.rows import Bounds, RowRules, bounds_for, make_row
+from gaudi_batch.dataset.rows import RowRules, make_row
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.cpus import usable_cpus
-from gaudi_batch.pipelines.gaudi import gaudi_mapping
-from gaudi_batch.pipelines.model import ModelFacts, describe_model, read_gaudi_config, unseen_model
+from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
+from gaudi_batch.pipelines.sources import ModelFacts, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.pipelines.stack import versions
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.storage.filesystem import open_filesystem
-
-if TYPE_CHECKING:
-    from gaudi_batch.output.ledger import RunRecord
 
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
 
 SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
 """Those of the driver are recorded, for a person to look at; what the cards have, which counts, is in stack.py."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What the first driver of a run has fixed for all that come after it."""
+
+    threads: int | None
+    """Threads of one card; None where images do not depend on them."""
+    bounds: Bounds | None
+    """What a row may ask for; None in a run that a version without bounds began."""
+    max_pixels: int | None
+    """What the job said, from which the bounds come."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +153,12 @@ class Job:
         return versions(SHAPING_PACKAGES)
 
 
-def resolve(config: JobConfig, record: RunRecord | None = None, *, offline: bool = False) -> Job:
+def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = False) -> Job:
     """Finds a job's prompts and model, and checks that they go together.
 
     Args:
         config: the job, with a device other than auto.
-        record: of the run in its output, if there is one: what its first driver fixed (threads, bounds) is kept.
+        fixed: of the run in its output, if there is one; it is kept.
         offline: do with what the job itself says of a hub model that can't be reached; it can be checked, not run.
 
     Raises:
@@ -171,11 +181,11 @@ def resolve(config: JobConfig, record: RunRecord | None = None, *, offline: bool
         side = getattr(config, name)
         if side is not None and side % model.multiple:
             raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {model.multiple}")
-    threads = config.cpu.threads or (record.threads if record else None)
+    threads = config.cpu.threads or (fixed.threads if fixed else None)
     if config.device == "cpu" and threads is None:
         threads = max(1, usable_cpus() // (DEFAULT_CARDS if config.cards == "all" else config.cards))
-    if record and record.job.get("max_pixels") == config.max_pixels:
-        bounds = record.bounds
+    if fixed and fixed.max_pixels == config.max_pixels:
+        bounds = fixed.bounds
     else:
         bounds = bounds_for(*own, config.max_pixels)
     job = Job(config, open_prompts(config), model, threads, bounds)

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import re
 
+STOP_FILE = "stop.json"
+"""Asks a submitted job's driver to stop; stopping.py."""
+OWN_FILES = (
+    "plan.parquet",
+    "progress.json",
+    "summary.json",
+    "verify.json",
+    "manifest.parquet",
+    "run.json",
+    "stop.json",
+)
+"""What a run has once; beside these it has manifests, and what is named after attempts."""
+
 _ATTEMPT = re.compile(r"(\d{6,})-([0-9a-z]+)(\.\w+)?")
 _MANIFEST = re.compile(r"(\d{6,})\.parquet")
 
@@ -38,3 +51,15 @@ def parse_manifest(name: str) -> int | None:
     """The shard that a manifest belongs to."""
     match = _MANIFEST.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def is_of_run(path: str) -> bool:
+    """Whether a path in an output, or the output itself (""), is of those that a run writes."""
+    place, _, rest = path.partition("/")
+    if place == "images":
+        return not rest or parse_attempt(rest.partition("/")[0]) is not None
+    if place == "manifest":
+        return not rest or parse_manifest(rest) is not None
+    if place == "throughput":
+        return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
+    return path in ("", "lease.json", *OWN_FILES)

@@ -80,6 +80,12 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     return plain[found[0]] if found else None
 
 
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'? ` if a known name is near, else nothing."""
+    near = nearest(given, known)
+    return f"did you mean {near!r}? " if near else ""
+
+
 def load_yaml(text: str) -> Any:
     """What a YAML text says, in plain Python values.
 

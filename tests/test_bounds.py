@@ -13,7 +13,8 @@ from helpers import read_manifest
 
 from gaudi_batch import JobConfig
 from gaudi_batch.cli import main as cli
-from gaudi_batch.dataset.rows import MAX_PROMPT, RowRules, bounds_for, make_row
+from gaudi_batch.config.bounds import MAX_PROMPT, bounds_for
+from gaudi_batch.dataset.rows import RowRules, make_row
 from gaudi_batch.job import resolve
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.plan import Bucket

@@ -20,10 +20,11 @@ from gaudi_batch import JobConfig
 from gaudi_batch.card.actor import Card, _Call, _Work
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.cli import main as cli
+from gaudi_batch.config.bounds import bounds_for
 from gaudi_batch.dataset import reader as prompts
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.dataset.rows import PromptRow, RowRules, bounds_for
+from gaudi_batch.dataset.rows import PromptRow, RowRules
 from gaudi_batch.driver.rerun import plan_again
 from gaudi_batch.pipelines.base import Generated
 from gaudi_batch.plan import Bucket, Shard, plan_shards

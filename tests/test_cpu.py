@@ -15,7 +15,7 @@ from helpers import command_line, put_into_hub_cache, read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, run
-from gaudi_batch.pipelines.model import BUILTIN_MODELS, ModelFacts, describe_model
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelFacts, describe_model
 
 pytestmark = pytest.mark.torch
 

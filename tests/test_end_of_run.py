@@ -22,8 +22,9 @@ from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import LeaseKeeper
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard

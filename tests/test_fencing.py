@@ -26,8 +26,9 @@ from gaudi_batch.job import resolve
 from gaudi_batch.layout import manifest_path
 from gaudi_batch.output import lease, ledger, manifest
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard

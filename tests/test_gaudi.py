@@ -18,8 +18,8 @@ from helpers import command_line, put_into_hub_cache, read_manifest
 from gaudi_batch import InputError, JobConfig, run
 from gaudi_batch.cli.check import check
 from gaudi_batch.job import resolve
-from gaudi_batch.pipelines.gaudi import environment, prepare
-from gaudi_batch.pipelines.model import BUILTIN_MODELS, describe_model
+from gaudi_batch.pipelines.gaudi_environment import environment, prepare
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 
 CONFIGS = Path(__file__).parent.parent / "jobs/configs"
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -184,7 +184,7 @@ def test_a_gaudi_config_is_read_once_and_shapes_the_environment(
 
 
 def test_float32_turns_autocast_off() -> None:
-    from gaudi_batch.pipelines.gaudi import gaudi_mapping
+    from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
 
     assert gaudi_mapping(hpu_job()) == {"use_torch_autocast": True}
     assert gaudi_mapping(hpu_job(dtype="float32")) == {"use_torch_autocast": False}

@@ -22,7 +22,7 @@ from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.driver.growth import differences
 from gaudi_batch.job import resolve
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.pipelines.model import builtin_directory
+from gaudi_batch.pipelines.sources import builtin_directory
 from gaudi_batch.storage.store import Storage
 
 FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 2}

@@ -22,7 +22,8 @@ from ray.exceptions import RaySystemError
 
 from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
 from gaudi_batch.card.shard_runner import Item
-from gaudi_batch.config.schema import EncodingConfig, JobConfig
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.config.sections import EncodingConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.driver import loop as driver_module

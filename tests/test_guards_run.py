@@ -18,7 +18,8 @@ from gaudi_batch.driver import runner
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.output.lease import LeaseKeeper
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.store import Storage

@@ -106,7 +106,7 @@ def test_hostile_rows_stay_rows(hostile: Path, tmp_path: Path, cluster: str) -> 
 def test_hostile_prompts_are_only_text_to_a_pipeline() -> None:
     from gaudi_batch import JobConfig
     from gaudi_batch.pipelines.cpu import CpuPipeline
-    from gaudi_batch.pipelines.model import describe_model
+    from gaudi_batch.pipelines.sources import describe_model
 
     model = describe_model(JobConfig(prompts="p", output="o", model="builtin:shapes", device="cpu"))
     items = [Item(row, 0, text, text[::-1], row) for row, text in enumerate(TEXTS)]

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_columns import ALIKE, ROWS, values
 
+from gaudi_batch.config.bounds import MAX_SEED, bounds_for
 from gaudi_batch.dataset.repeats import RepeatedIds
-from gaudi_batch.dataset.rows import MAX_SEED, PromptRow, RowRules, bounds_for, derived_seed, make_row
+from gaudi_batch.dataset.rows import PromptRow, RowRules, derived_seed, make_row
 from gaudi_batch.output import manifest
 from gaudi_batch.output.joined import JoinedManifest
 from gaudi_batch.output.ledger import Ledger

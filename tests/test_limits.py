@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gaudi_batch.card.messages import Status
-from gaudi_batch.config.schema import JobConfig, LimitsConfig
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.config.sections import LimitsConfig
 from gaudi_batch.driver.watchdog import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, passed_limit
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled

@@ -15,7 +15,7 @@ from helpers import put_into_hub_cache
 
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.job import resolve
-from gaudi_batch.pipelines.model import BUILTIN_MODELS, ModelFacts, describe_model
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelFacts, describe_model
 
 pytestmark = pytest.mark.torch
 

@@ -22,7 +22,7 @@ from helpers import command_line, free_port
 from smalljob import a_job, write_dataset
 
 from gaudi_batch import InputError, JobConfig
-from gaudi_batch.cluster.devices import address_of
+from gaudi_batch.cluster.address import address_of
 from gaudi_batch.driver.runner import _knock, run
 from gaudi_batch.reporting.terminal import Progress, open_view
 

@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gaudi_batch.config.bounds import MAX_SEED
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import GroupUndecoded, PromptDataset
-from gaudi_batch.dataset.rows import MAX_SEED, PromptRow, RowRules, image_seed, make_row
+from gaudi_batch.dataset.rows import PromptRow, RowRules, image_seed, make_row
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask

@@ -21,12 +21,14 @@ from helpers import command_line, read_manifest
 from raynodes import RayCluster, follow, start_job, wait_for_card
 
 from gaudi_batch.card.messages import Ready
+from gaudi_batch.driver.admission import why_unfit
 from gaudi_batch.output import manifest
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.output.throughput import Sums
-from gaudi_batch.pipelines.model import BUILTIN_MODELS
-from gaudi_batch.pipelines.stack import STACK_VOTE_TIMEOUT_S, StackVote, why_unfit
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS
+from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S, StackVote
 from gaudi_batch.storage.store import Storage
 
 OTHER = "0.0.9"

@@ -11,11 +11,11 @@ from gaudi_batch.card.messages import Ready
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.driver.watchdog import BatchTimes
-from gaudi_batch.pipelines.stack import StackVote
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.decisions import Assign, Decision, ShardTask
 from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.stack_vote import StackVote
 
 
 class Introducing(Driver):

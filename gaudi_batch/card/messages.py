@@ -10,7 +10,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import RowRules
 from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.pipelines.model import ModelFacts
+from gaudi_batch.pipelines.sources import ModelFacts
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.storage.store import Storage

@@ -12,8 +12,9 @@ from gaudi_batch.dataset.reasons import reason_lines
 from gaudi_batch.dataset.survey import survey
 from gaudi_batch.driver.growth import adds_to, plan_rest, why_not_resumed
 from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.place import refuse_file, require_writable
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.plan import Bucket, PlanSummary, Shard, summarize
 from gaudi_batch.reporting.status import describe_verify, read_status
 from gaudi_batch.storage.store import Storage
@@ -71,7 +72,11 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     require_writable(storage)
     ledger = Ledger(storage)
     record = ledger.run()
-    job = resolve(with_device(config, None, record.job["device"] if record else None), record, offline=True)
+    job = resolve(
+        with_device(config, None, record.job["device"] if record else None),
+        record.fixed if record else None,
+        offline=True,
+    )
     config, model = job.config, job.model
     place = _look_at(ledger, record, job)
     rows = survey(job.dataset, job.rules, config.limit, every_column=strict)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gaudi_batch.config.schema import JobConfig, merge, pairs
+from gaudi_batch.config.load import merge, pairs
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.text import read_yaml
 

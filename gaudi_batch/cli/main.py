@@ -170,7 +170,8 @@ def _bench(parsed: argparse.Namespace) -> int:
     from gaudi_batch.bench import bench
     from gaudi_batch.cli.demo import PROMPTS
     from gaudi_batch.cli.flags import job_from
-    from gaudi_batch.cluster.devices import address_of, with_device
+    from gaudi_batch.cluster.address import address_of
+    from gaudi_batch.cluster.devices import with_device
     from gaudi_batch.job import resolve
 
     if parsed.calls < 1:

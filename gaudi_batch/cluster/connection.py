@@ -16,13 +16,13 @@ import ray
 from ray._private import ray_constants
 from ray._private.state import state
 
-from gaudi_batch.cluster.devices import refuse_without_stack
+from gaudi_batch.cluster.address import refuse_without_stack
 from gaudi_batch.cluster.tokens import what_token_lacks
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.cpus import usable_cpus
-from gaudi_batch.pipelines.gaudi import environment
+from gaudi_batch.pipelines.gaudi_environment import environment
 from gaudi_batch.text import one_line
 
 OBJECT_STORE_BYTES = 200 * 1024**2

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import subprocess
 import sys
 import time
 
+from gaudi_batch.cluster.address import is_cluster
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
-from gaudi_batch.pipelines.gaudi import require_stack
-from gaudi_batch.redaction import redact
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
@@ -40,7 +38,7 @@ def with_device(config: JobConfig, address: str | None, recorded: str | None = N
         return config
     if recorded is not None:
         return config.model_copy(update={"device": recorded})
-    device = "hpu" if (_cluster_has_cards(address) if _is_cluster(address) else this_machine_has_cards()) else "cpu"
+    device = "hpu" if (_cluster_has_cards(address) if is_cluster(address) else this_machine_has_cards()) else "cpu"
     if device == "cpu" and config.asks_for_cards:
         raise InputError("device auto: the cluster has no card yet that could tell; name the device, hpu or cpu")
     log.debug("device auto is %s here", device)
@@ -56,21 +54,6 @@ def this_machine_has_cards() -> bool:
     )
     answer = asked.stdout.split()[-1:]
     return asked.returncode == 0 and answer not in ([], ["0"])
-
-
-def refuse_without_stack(config: JobConfig, address: str | None) -> None:
-    """Raises InputError where cards are to be used that a Ray of this machine will have, and this Python can't use
-    them."""
-    if config.device == "hpu" and not _is_cluster(address):
-        try:
-            require_stack()
-        except RuntimeError as error:
-            raise InputError(f"device hpu: {error}") from None
-
-
-def _is_cluster(address: str | None) -> bool:
-    ray = sys.modules.get("ray")
-    return address not in (None, "local") or (ray is not None and ray.is_initialized())
 
 
 def _cluster_has_cards(address: str | None) -> bool:
@@ -106,20 +89,3 @@ def _cluster_has_cards(address: str | None) -> bool:
 
 def _has_stack() -> bool:
     return importlib.util.find_spec("habana_frameworks") is not None
-
-
-def address_of(address: str | None) -> str | None:
-    """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine.
-
-    Raises:
-        InputError: it is named by a URL, as the Jobs API and Ray's client are, or by IPv6 without brackets.
-    """
-    name, meant = ("--address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"))
-    if meant and "://" in meant:
-        raise InputError(
-            f"{name} {redact(meant)!r}: a run begins on the cluster, at its head's own address, as in head:6379; from"
-            " elsewhere use gaudi-batch submit --address http://head:8265"
-        )
-    if meant and meant.count(":") > 1 and not meant.startswith("["):
-        raise InputError(f"{name} {meant!r}: an address of IPv6 is written in brackets, as in [::1]:6379")
-    return meant or None

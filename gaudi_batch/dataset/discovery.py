@@ -23,8 +23,7 @@ from gaudi_batch.dataset.convert import how_to_convert
 from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
 from gaudi_batch.dataset.reader import PromptDataset, PromptFile, identity_of
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.layout import parse_manifest
-from gaudi_batch.output.ledger import OWN_FILES, is_of_run
+from gaudi_batch.layout import OWN_FILES, is_of_run, parse_manifest
 from gaudi_batch.storage.store import MANY_SECONDS, Storage
 from gaudi_batch.storage.waits import out_of_reach, told_if_slow
 from gaudi_batch.text import one_line

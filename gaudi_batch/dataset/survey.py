@@ -14,12 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gaudi_batch.config.bounds import MAX_SEED
 from gaudi_batch.dataset.arrow import distinct_rows, is_text, rows_at
 from gaudi_batch.dataset.columns import plain
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.reasons import Reasons
 from gaudi_batch.dataset.repeats import RepeatedIds
-from gaudi_batch.dataset.rows import MAX_SEED, SHAPE_COLUMNS, RowRules, make_row
+from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules, make_row
 from gaudi_batch.errors import InputError
 
 Mask = npt.NDArray[np.bool_]

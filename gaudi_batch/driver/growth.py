@@ -18,7 +18,8 @@ from gaudi_batch.dataset.columns import plain
 from gaudi_batch.dataset.reader import content
 from gaudi_batch.job import Job
 from gaudi_batch.output import manifest
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.plan import Shard
 from gaudi_batch.text import one_line, shown
 

@@ -34,6 +34,7 @@ from gaudi_batch.card.messages import (
 )
 from gaudi_batch.cluster.connection import Capacity, CardResources
 from gaudi_batch.driver.account import Account
+from gaudi_batch.driver.admission import why_unfit
 from gaudi_batch.driver.doing import Doing, Watch, doings, waits_for
 from gaudi_batch.driver.places import Places
 from gaudi_batch.driver.slot import Slot, node_is_gone, why_died
@@ -43,7 +44,7 @@ from gaudi_batch.layout import attempt_name
 from gaudi_batch.output.lease import LeaseLost
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import read as read_manifest
-from gaudi_batch.pipelines.stack import StackVote, differences, why_unfit
+from gaudi_batch.pipelines.stack import differences
 from gaudi_batch.plan import Shard
 from gaudi_batch.reporting.terminal import View
 from gaudi_batch.scheduling.cards import CardState
@@ -61,6 +62,7 @@ from gaudi_batch.scheduling.decisions import (
     ShardTask,
 )
 from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.stack_vote import StackVote
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from gaudi_batch.cluster.devices import address_of, refuse_without_stack, with_device
+from gaudi_batch.cluster.address import address_of, refuse_without_stack
+from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.dataset.repeats import RepeatedIds
@@ -29,9 +30,10 @@ from gaudi_batch.driver.rerun import failed_rows, plan_again, rows_made_again
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import Job, resolve
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost
-from gaudi_batch.output.ledger import Ledger, RunRecord
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import finished_at
 from gaudi_batch.output.place import refuse_file
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.output.spans import Stopwatch, card_hours, read_spans, wall_seconds
 from gaudi_batch.output.tally import FILES, Tally, stop_lines
 from gaudi_batch.output.throughput import rounded
@@ -160,7 +162,7 @@ def run(
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)
-    job = resolve(config, record)
+    job = resolve(config, record.fixed if record else None)
     if record:
         _refuse_another_job(ledger, record, job)
     else:

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
 
-from gaudi_batch.dataset.rows import Bounds
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.layout import manifest_path, parse_attempt, parse_manifest
+from gaudi_batch.layout import OWN_FILES, manifest_path, parse_attempt, parse_manifest
 from gaudi_batch.output import manifest
 from gaudi_batch.output.joined import JoinedManifest
 from gaudi_batch.output.lease import COMMIT_SECONDS
 from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.run_info import RunRecord
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.scratch import scratch_directory
 from gaudi_batch.storage.store import Storage
@@ -41,72 +40,6 @@ if TYPE_CHECKING:
     from gaudi_batch.job import Job
 
 READ_THREADS = 16
-STOP_FILE = "stop.json"
-"""Asks a submitted job's driver to stop; stopping.py."""
-OWN_FILES = (
-    "plan.parquet",
-    "progress.json",
-    "summary.json",
-    "verify.json",
-    "manifest.parquet",
-    "run.json",
-    "stop.json",
-)
-"""What a run has once; beside these it has manifests, and what is named after attempts."""
-
-_BOUNDS = TypeAdapter(Bounds)
-
-
-def is_of_run(path: str) -> bool:
-    """Whether a path in an output, or the output itself (""), is of those that a run writes."""
-    place, _, rest = path.partition("/")
-    if place == "images":
-        return not rest or parse_attempt(rest.partition("/")[0]) is not None
-    if place == "manifest":
-        return not rest or parse_manifest(rest) is not None
-    if place == "throughput":
-        return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
-    return path in ("", "lease.json", *OWN_FILES)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What run.json says."""
-
-    job: dict[str, Any]
-    """The job's config, secrets taken out."""
-    fingerprint: dict[str, Any]
-    versions: dict[str, str]
-    """Of the packages of the machine that began the run, which makes no image."""
-    created_at: str
-    rows: int
-    images: int
-    """Images that the plan asks for; rows that can't be run are found later."""
-    run_id: str = ""
-    """Chosen at random; each manifest of the run has it."""
-    stacks: Sequence[Mapping[str, str]] | None = None
-    """What has shaped its images, by the word of its cards (stack.py), in order: one more where the cards of a driver
-    have another than those before, so that one may be there twice; {} for what an older version made, which did not ask
-    them, and None as long as it is alone."""
-
-    grown: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    """Each time that the run got more rows: `time`, `rows` and `images` that it had until then, and the `files` that
-    were new to it."""
-
-    @property
-    def threads(self) -> int | None:
-        """Threads of a card, as the first driver fixed them."""
-        return self.fingerprint.get("threads")
-
-    @property
-    def bounds(self) -> Bounds | None:
-        """What a row may ask for at most; None where a version without bounds began the run."""
-        return _BOUNDS.validate_python(self.fingerprint) if "max_pixels" in self.fingerprint else None
-
-    @property
-    def asked_no_card(self) -> bool:
-        """Whether a version began the run that did not ask the cards; its threads may be more than any node's CPUs."""
-        return self.stacks is None or {} in self.stacks
 
 
 class Ledger:

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from gaudi_batch.dataset.rows import MAX_SEED, PromptRow, image_seed
+from gaudi_batch.config.bounds import MAX_SEED
+from gaudi_batch.dataset.rows import PromptRow, image_seed
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.text import one_line
 

@@ -18,8 +18,9 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
-from gaudi_batch.pipelines.model import BUILTIN, ModelFacts, builtin_directory, digest, refuse_code
+from gaudi_batch.pipelines.sources import BUILTIN, ModelFacts, builtin_directory, digest
 from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
+from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.plan import Bucket, GraphKey
 
 

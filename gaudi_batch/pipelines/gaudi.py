@@ -7,7 +7,6 @@ import, is there before: Ray sets it for the card's process (`environment`), whi
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,82 +14,25 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
-from gaudi_batch.pipelines.model import SUPPORTED, ModelFacts
+from gaudi_batch.pipelines.families import SUPPORTED
+from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
+from gaudi_batch.pipelines.sources import ModelFacts
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey
 
 WARMUP_BATCHES = 3
 """First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
 (`throughput_warmup_steps` in its pipelines)."""
-
 ACQUIRE_SECONDS = 30.0
 """For how long a card that is not free is tried again."""
-
 OUT_OF_MEMORY = ("PT_DEVMEM", "Allocation failed for size", "out of memory")
 """What Intel's bridge says when device memory is gone."""
 DEVICE_FAILURES = ("synStatus", "FATAL ERROR :: MODULE:", "Graph compile failed", "Device acquire failed")
 """What it says when the driver, the device or the graph compiler has failed."""
-
-_OP_LISTS = {
-    "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST": "autocast_bf16_ops",
-    "PT_HPU_AUTOCAST_FP32_OPS_LIST": "autocast_fp32_ops",
-}
-"""Variables of the bridge that name files of operations, and the fields of a Gaudi config that these hold."""
-
-
-def environment(config: JobConfig) -> dict[str, str]:
-    """What a card's process needs in its environment before it imports `habana_frameworks`.
-
-    Args:
-        config: the job, its Gaudi config resolved to a mapping.
-
-    Returns:
-        Variables for Ray's runtime environment, which puts the node's own HOME in.
-    """
-    # HPU graphs need lazy mode. Intel calls it a legacy; this is the one place that knows of it.
-    found = {"PT_HPU_LAZY_MODE": "1"}
-    gaudi = config.gaudi
-    if gaudi.recipe_cache is not None:
-        # https://docs.habana.ai/en/latest/PyTorch/Reference/Runtime_Flags.html: path, clear it first, size in MB
-        found["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
-    ops = _op_lists(config)
-    for name in ops:
-        # Optimum-habana would write to two fixed files in /tmp, which all cards and users of a node share.
-        digest = hashlib.sha256("\n".join(ops[name]).encode()).hexdigest()[:16]
-        found[name] = f"${{HOME}}/.cache/gaudi-batch/{_OP_LISTS[name]}-{digest}.txt"
-    return found
-
-
-def prepare(config: JobConfig) -> None:
-    """Makes the files and directories that the environment names. The first that a card's process does."""
-    for name, ops in _op_lists(config).items():
-        path = Path(os.environ[name])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.{os.getpid()}")
-        fresh.write_text("".join(f"{op}\n" for op in ops))
-        fresh.replace(path)
-    recipe_cache = os.environ.get("PT_HPU_RECIPE_CACHE_CONFIG", "").rsplit(",", 2)[0]
-    if recipe_cache:
-        Path(recipe_cache).mkdir(parents=True, exist_ok=True)
-
-
-def _op_lists(config: JobConfig) -> dict[str, list[str]]:
-    """The operations for each variable; none unless the config has both lists, as optimum-habana wants it."""
-    mapping = gaudi_mapping(config)
-    lists = {name: mapping.get(field) for name, field in _OP_LISTS.items()}
-    return {} if any(ops is None for ops in lists.values()) else lists  # type: ignore[return-value]
-
-
-def gaudi_mapping(config: JobConfig) -> dict[str, Any]:
-    """A job's Gaudi config, which has been resolved, with what `dtype` changes in it."""
-    assert not isinstance(config.gaudi.config, str)
-    autocast = {} if config.dtype is None else {"use_torch_autocast": False}
-    return {**config.gaudi.config, **autocast}
 
 
 class GaudiPipeline:
@@ -246,21 +188,6 @@ def _acquire(hpu: Any) -> None:
 def _describe_device(hpu: Any) -> str:
     emulated = " (emulated)" if getattr(importlib.import_module("habana_frameworks"), "EMULATED", False) else ""
     return f"hpu {hpu.get_device_name()}{emulated}"
-
-
-def require_stack() -> None:
-    """Raises a RuntimeError that says what to do if this Python has not what a Gaudi card needs."""
-    if importlib.util.find_spec("habana_frameworks") is None:
-        raise RuntimeError(
-            "habana_frameworks is not installed here; it comes with Intel's Gaudi container and is on no public index."
-            " Run in that container, or choose --device cpu"
-        )
-    try:
-        importlib.metadata.version("optimum-habana")
-    except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError(
-            "optimum-habana is not installed here; install gaudi-batch[gaudi] with -c constraints-gaudi.txt"
-        ) from None
 
 
 def _without_op_lists(mapping: Mapping[str, Any]) -> dict[str, Any]:

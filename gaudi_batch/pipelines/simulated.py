@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gaudi_batch.config.schema import SimulatedConfig
+from gaudi_batch.config.sections import SimulatedConfig
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.stack import PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey

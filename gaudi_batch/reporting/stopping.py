@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import threading
@@ -18,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaudi_batch.errors import GaudiBatchError, InputError, StorageError
-from gaudi_batch.output.ledger import STOP_FILE, Ledger
+from gaudi_batch.layout import STOP_FILE
+from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import duration
-
-log = logging.getLogger("gaudi_batch")
 
 SUBMISSION_VARIABLE = "GAUDI_BATCH_SUBMISSION"
 """In the environment of a submitted job: what a request to stop it is marked with."""

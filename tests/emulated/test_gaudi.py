@@ -17,7 +17,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Item
 from gaudi_batch.pipelines.cpu import CpuPipeline
 from gaudi_batch.pipelines.gaudi import GaudiPipeline
-from gaudi_batch.pipelines.model import BUILTIN_MODELS, describe_model
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 from gaudi_batch.plan import Bucket
 
 SQUARE, WIDE, PLAIN = Bucket(64, 64, 3, 7.5), Bucket(96, 64, 3, 7.5), Bucket(64, 64, 3, 1.0)

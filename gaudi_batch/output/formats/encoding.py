@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gaudi_batch.config.schema import EncodingConfig
+from gaudi_batch.config.sections import EncodingConfig
 
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 """File name endings by type."""

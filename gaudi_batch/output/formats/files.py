@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 import numpy as np
 import numpy.typing as npt
 
-from gaudi_batch.config.schema import EncodingConfig
+from gaudi_batch.config.sections import EncodingConfig
 from gaudi_batch.layout import image_path
 from gaudi_batch.output.formats.encoding import SUFFIXES, encode
 from gaudi_batch.output.manifest import StoredImage

@@ -4,69 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.config.schema import GAUDI_FIELDS, JobConfig, check_gaudi_fields
-from gaudi_batch.dataset.rows import MAX_INT32
+from gaudi_batch.config.bounds import MAX_INT32
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.config.sections import GAUDI_FIELDS, check_gaudi_fields
 from gaudi_batch.errors import HubUnreachable, InputError
+from gaudi_batch.pipelines.families import (
+    NOISY_GAUDI_SCHEDULERS,
+    NOISY_SCHEDULERS,
+    SCHEDULERS,
+    SUPPORTED,
+    PipelineClass,
+)
+from gaudi_batch.pipelines.model_files import read_json
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
+from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.storage.filesystem import expanded
 from gaudi_batch.storage.waits import told_if_slow
 from gaudi_batch.text import one_line, shown
 
 BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
-
-
-@dataclass(frozen=True)
-class PipelineClass:
-    """What the product knows of a pipeline class of diffusers."""
-
-    gaudi_class: str
-    """Its counterpart in optimum-habana."""
-    multiple: int
-    """Pixels of which a side must be a multiple."""
-    scheduler: str
-    """Scheduler, by name, of a job that names none."""
-    gaudi_schedulers: Mapping[str, str]
-    """The schedulers of optimum-habana for it, by name, that take one generator for each image."""
-
-
-SUPPORTED = {
-    "StableDiffusionPipeline": PipelineClass("GaudiStableDiffusionPipeline", 8, "ddim", {"ddim": "GaudiDDIMScheduler"}),
-}
-"""The pipeline classes that are supported, by the name in a model's model_index.json."""
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-"""Schedulers of diffusers by name, for the cpu. None of them draws noise while it steps."""
-
-NOISY_SCHEDULERS = {"ddpm", "euler_ancestral", "euler-ancestral", "lcm", "dpm++_sde", "k_dpm_2_ancestral", "tcd"}
-NOISY_GAUDI_SCHEDULERS = NOISY_SCHEDULERS | {"euler"}
-"""Those of optimum-habana draw noise from a single generator; its Euler does so at every step, needed or not."""
-
 NOT_LOOKED_AT = "not looked at, as the hub can't be reached from here"
 GAUDI_CONFIG_FILE = "gaudi_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 PICKLED = ".bin"
 """Weights that a job without `use_safetensors` takes as well, where there are no safetensors."""
-CODE_PLACES = ("None.py", "*/*.py")
-"""Where diffusers 0.35.1 runs what it finds in a model's directory, whatever `trust_remote_code` says: a component's
-`<library>.py`, and `None.py` as that of a custom pipeline that nobody asked for."""
 MOST_BLOCKS = 10
 """Of a VAE, each of which halves the sides; no model has as many."""
-SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
-"""The one component that has its home among diffusers' pipelines."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -156,7 +126,7 @@ def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
 
 def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFacts:
     name = config.model or ""
-    index = _json(f"model {name!r}", directory, "model_index.json")
+    index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str) or pipeline_class not in SUPPORTED:
         found = one_line(pipeline_class, 100)
@@ -180,8 +150,8 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFa
 
 def _native_size(name: str, directory: Path) -> tuple[int, int]:
     """Width and height in pixels that a model was made for."""
-    blocks = _json(f"model {name!r}", directory, "vae/config.json").get("block_out_channels") or [1, 1, 1, 1]
-    sample = _json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
+    blocks = read_json(f"model {name!r}", directory, "vae/config.json").get("block_out_channels") or [1, 1, 1, 1]
+    sample = read_json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
     height, width = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
     if not isinstance(blocks, list) or len(blocks) > MOST_BLOCKS:
         raise InputError(f"model {name!r}: block_out_channels of its vae is {shown(blocks)}; it must be a short list")
@@ -204,53 +174,6 @@ def _scheduler(config: JobConfig, pipeline_class: PipelineClass) -> str:
             f" depend on its neighbours; {choose}"
         )
     raise InputError(f"scheduler {name!r} is not known for device {config.device}; {choose}")
-
-
-def refuse_code(name: str, directory: Path) -> None:
-    """Refuses a model whose loading would run code of its own: diffusers imports whatever library model_index.json
-    names for a component, and runs Python files that lie beside the weights.
-
-    Raises:
-        InputError: it would.
-    """
-    index = _json(f"model {name!r}", directory, "model_index.json")
-    pipeline_class = index.get("_class_name")
-    if not isinstance(pipeline_class, str):
-        raise InputError(f"model {name!r} is a {shown(pipeline_class)}, which is code of its own; none is run")
-    for component, value in index.items():
-        if not isinstance(value, list) or component.startswith("_"):
-            continue
-        if not (component.isidentifier() and len(value) == 2 and (value == [None, None] or _is_plain(*value))):
-            raise InputError(
-                f"model {name!r}: its {shown(component)} is {shown(value)}; components of diffusers and"
-                " transformers are loaded, and no others"
-            )
-        config = directory / component / "config.json"
-        if config.is_file() and _names_kernel(_json(f"model {name!r}", directory, f"{component}/config.json")):
-            raise InputError(f"model {name!r}: its {component} wants attention from a hub, which is code; none is run")
-    for pattern in CODE_PLACES:
-        for path in directory.glob(pattern):
-            where = path.relative_to(directory).as_posix()
-            raise InputError(f"model {name!r} brings code ({shown(where)}), and loading it would run that; none is run")
-
-
-def _is_plain(library: Any, name: Any) -> bool:
-    """Whether a component is a model, a tokenizer, a scheduler or the like of the two libraries. A pipeline is not: it
-    would be loaded by a model_index.json of its own."""
-    if not isinstance(name, str) or not name.isidentifier() or "Pipeline" in name:
-        return False
-    return library in ("diffusers", "transformers") or (library, name) == SAFETY_CHECKER
-
-
-def _names_kernel(config: Any) -> bool:
-    """Whether a config of transformers names an attention that it would fetch from the hub and import."""
-    waiting = [config]
-    while waiting:
-        value = waiting.pop()
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if isinstance(value, dict) and any("attn_implementation" in key and "/" in str(value[key]) for key in value):
-            return True
-    return False
 
 
 def _require_weights(config: JobConfig, directory: Path, commit: str | None, index: Mapping[str, Any]) -> None:
@@ -299,7 +222,7 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
         if not _HUB_ID.fullmatch(source):
             raise InputError(f"gaudi.config {source!r}: there is no such file, and it is not a hub id as 'owner/name'")
         path = _from_hub("gaudi.config", source, None, GAUDI_CONFIG_FILE) / GAUDI_CONFIG_FILE
-    found = _json(f"gaudi.config {source!r}", path.parent, path.name)
+    found = read_json(f"gaudi.config {source!r}", path.parent, path.name)
     # Configs on the hub have fields of older releases, too, which optimum-habana passes over.
     known = {name: value for name, value in found.items() if name in GAUDI_FIELDS}
     try:
@@ -307,18 +230,6 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"gaudi.config {source!r}: {error}") from None
     return known
-
-
-def _json(owner: str, directory: Path, path: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads((directory / path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{owner} has no {path}, so it is not what it should be") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{owner}: {path} can't be read: {error}") from None
-    if not isinstance(loaded, dict):
-        raise InputError(f"{owner}: {path} is not a JSON object")
-    return loaded
 
 
 def digest(directory: Path, use_safetensors: bool) -> str:

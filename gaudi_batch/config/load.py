@@ -1,0 +1,133 @@
+"""Reading the fields of a job, merging them, and explaining what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.text import load_yaml, name, nearest, shown
+
+MAX_JOB_FILE = 1 << 20
+"""Bytes of a job file; a larger one is something else."""
+
+
+def read_job_file(path: str | Path) -> dict[str, Any]:
+    """The fields of a job file as its YAML has them.
+
+    Raises:
+        InputError: it can't be read, or is no mapping.
+    """
+    try:
+        loaded = load_yaml(_read_text(path))
+    except (OSError, UnicodeEncodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"job file {str(path)!r} can't be read: {said}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        # The error's own words quote the file, in which there may be a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"job file {str(path)!r} is not YAML{where}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"job file {str(path)!r} must hold a mapping of fields, such as 'seed: 0'")
+    return loaded
+
+
+def _read_text(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        data = file.read(MAX_JOB_FILE + 1)
+    if len(data) > MAX_JOB_FILE:
+        raise ValueError("too large")
+    return data.decode()
+
+
+def in_full(fields: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a job with mappings in place of short forms, so that they can be merged.
+
+    Args:
+        fields: by name.
+        model: declares the fields of a job.
+    """
+    full = dict(fields)
+    if isinstance(full.get("columns"), str) and (columns := pairs(full["columns"])) is not None:
+        full["columns"] = columns
+    for path, section in _sections(model).items():
+        if isinstance(full.get(path), str) and hasattr(section, "short_for"):
+            full[path] = {section.short_for: full[path]}
+    return full
+
+
+def _sections(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a job that have fields of their own."""
+    kinds = {path: field.annotation for path, field in model.model_fields.items()}
+    return {path: kind for path, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+_PAIR = re.compile(r"\s*[\w.-]+\s*=")
+_PAIR_ENDS = re.compile(rf",(?={_PAIR.pattern})")
+
+
+def pairs(text: str, several: bool = True) -> dict[str, str] | None:
+    """`prompt=caption,id=key` as a mapping; None if the text is something else.
+
+    Args:
+        text: what was given.
+        several: whether a comma ends a pair where a name and = follow it; a secret may have such a comma.
+    """
+    parts = _PAIR_ENDS.split(text) if several else [text]
+    if not all(_PAIR.match(part) for part in parts):
+        return None
+    return {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges nested mappings; where both hold a value, `above` wins."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = merge(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for all that is wrong with a job: each field, its value and its rule. Values of storage options,
+    which may be secrets, are not shown.
+
+    Args:
+        error: what the validation found.
+        model: declares the fields of a job.
+    """
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
+        where = [part for part in where if part not in ("int", "float", "str", "dict")]
+        if problem["type"] == "extra_forbidden":
+            where = [str(part) for part in problem["loc"]]  # a name of the user's may be one of these
+        field = name(".".join(where))[:200] or "job"
+        if problem["type"] == "extra_forbidden":
+            said = "is not a field of a job"
+            above = [str(part) for part in problem["loc"][:-1]]
+            near = nearest(where[-1], (_sections(model)[above[0]] if above else model).model_fields)
+            said += f"; did you mean {'.'.join([*above, near])}?" if near else ""
+        elif problem["type"] == "missing":
+            said = "is missing"
+        else:
+            said = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "model_type" and where:
+                said = f"must be a mapping of {', '.join(_sections(model)[where[0]].model_fields)}"
+            said = said[0].lower() + said[1:]
+            if not where:
+                lines.setdefault(said.split(":")[0], said)
+                continue
+            if "storage_options" not in field:
+                said = f"{shown(problem['input'])}: {said}"
+        lines[field] = f"{field}: {said}" if field not in lines else f"{lines[field]}, or {said.split(': ', 1)[-1]}"
+    return "; ".join(lines.values())
