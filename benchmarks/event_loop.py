@@ -21,6 +21,7 @@ import ray
 from gaudi_batch import JobConfig, run
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.errors import RunStopped
+from gaudi_batch.scheduling.events import StopForced
 
 TICK_SECONDS = 0.01
 
@@ -40,8 +41,8 @@ def main() -> None:
             now = time.monotonic()
             late.append(now - last - TICK_SECONDS)
             last = now
-            if sum(slot.up for slot in driver._slots.values()) == cards:
-                driver.abandon("all cards have loaded")
+            if sum(slot.up for slot in driver.fleet.slots.values()) == cards:
+                driver.tell(StopForced("all cards have loaded"))
 
     async def drive_and_tick(driver: Driver) -> str | None:
         ticking = asyncio.create_task(tick(driver))

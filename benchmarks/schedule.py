@@ -19,10 +19,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gaudi_batch.scheduling.state import RowCounts
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gaudi_batch.plan import Bucket, GraphKey, Shard
 from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace, ShardTask
-from gaudi_batch.scheduling.events import ShardOutcome
+from gaudi_batch.scheduling.events import (
+    CardDied,
+    CardGone,
+    CardLoaded,
+    CardPlaced,
+    Event,
+    LoadedCard,
+    RecallAnswered,
+    ShardBegun,
+    ShardCommitted,
+    ShardMade,
+    ShardOutcome,
+)
 from gaudi_batch.scheduling.schedule import Schedule
 
 CASES = [(256, 1, 10, 0), (256, 6, 10, 0), (1000, 16, 20, 0), (1000, 6, 10, 40), (10_000, 1, 10, 0), (10_000, 6, 10, 0)]
@@ -46,6 +60,10 @@ class _Card:
     graphs: set[GraphKey] = field(default_factory=set)
     working: bool = False
     gone: bool = False
+
+    @property
+    def node(self) -> str:
+        return f"node {self.number // CARDS_OF_A_NODE}"
 
 
 class Simulation:
@@ -76,7 +94,7 @@ class Simulation:
         order = [buckets[number % keys] for number in range(cards * shards)]
         self.rng.shuffle(order)
         plan = [Shard(number, 0, 8 * number, 8 * number + 8, bucket, 8, 8) for number, bucket in enumerate(order)]
-        self.schedule = Schedule(plan, "a", 8 * len(plan))
+        self.schedule = Schedule(plan, "a", RowCounts(8 * len(plan)))
         self.cards = [_Card(number, self.rng.random() < SLOW_SHARE) for number in range(cards)]
         self.deaths = deaths
         self.lost_nodes = lost_nodes
@@ -99,7 +117,7 @@ class Simulation:
     def run(self) -> float:
         """Plays it to its end; returns its simulated seconds."""
         for card in self.cards:
-            self._do(self.schedule.starting, card.number, f"node {card.number // CARDS_OF_A_NODE}")
+            self._do(CardPlaced(card.number, card.node))
             self._later(START_SECONDS * self.rng.uniform(0.5, 1.5), self._ready, card, card.process)
         if self.deaths:
             self._later(self._next_death(), self._die)
@@ -116,9 +134,9 @@ class Simulation:
     def _later(self, seconds: float, happen: Callable[..., Any], *arguments: Any) -> None:
         heapq.heappush(self._queue, (self._now + seconds, next(self._tie), happen, arguments))
 
-    def _do(self, event: Callable[..., list[Decision]], *arguments: Any) -> None:
+    def _do(self, event: Event) -> None:
         self.events += 1
-        for decision in self._watch(lambda: event(*arguments)):
+        for decision in self._watch(lambda: self.schedule.handle(event)):
             if isinstance(decision, Assign):
                 card = self.cards[decision.card]
                 card.hand.append(decision.task)
@@ -126,7 +144,7 @@ class Simulation:
             elif isinstance(decision, Recall):
                 self._later(RECALL_SECONDS, self._answer, decision)
             elif isinstance(decision, Commit):
-                self._later(COMMIT_SECONDS, self._do, self.schedule.committed, decision.shard)
+                self._later(COMMIT_SECONDS, self._do, ShardCommitted(decision.shard))
             elif isinstance(decision, Replace):
                 self._restart(self.cards[decision.card])
             elif isinstance(decision, Finish):
@@ -137,7 +155,8 @@ class Simulation:
 
     def _ready(self, card: _Card, process: int) -> None:
         if card.process == process:
-            self._do(self.schedule.ready, card.number)
+            loaded = LoadedCard(str(card.number), card.node, card.node, None, {}, "", 1)
+            self._do(CardLoaded(card.number, loaded, self._now))
 
     def _work(self, card: _Card) -> None:
         if card.working or not card.hand:
@@ -157,7 +176,7 @@ class Simulation:
         card.hand.remove(task)
         card.working = False
         self._work(card)
-        self._do(self.schedule.done, task.attempt, ShardOutcome(8, 0, 0, seconds=seconds))
+        self._do(ShardMade(task.attempt, ShardOutcome(8, 0, 0, seconds=seconds)))
 
     def _answer(self, recall: Recall) -> None:
         hand = self.cards[recall.card].hand
@@ -165,14 +184,14 @@ class Simulation:
         if any(task.attempt == recall.attempt for task in hand):
             for task in given:
                 hand.remove(task)
-            self._do(self.schedule.recalled, recall.attempt, bool(given))
+            self._do(RecallAnswered(recall.attempt, bool(given)))
 
     def _die(self) -> None:
         self._later(self._next_death(), self._die)
         card = self.rng.choice(self.cards)
         if card.hand and not card.gone:
             self.dead += 1
-            self._do(self.schedule.died, card.number, "killed")
+            self._do(CardDied(card.number, "killed"))
 
     def _lose_nodes(self) -> None:
         """As when a rack loses its power; nodes of other names take their place."""
@@ -180,15 +199,15 @@ class Simulation:
         gone = [card for card in self.cards if card.number // CARDS_OF_A_NODE in lost and not card.gone]
         for card in gone:
             for task in card.hand:
-                self._do(self.schedule.begun, task.attempt, False)
+                self._do(ShardBegun(task.attempt, False))
         for card in gone:
             card.gone = True
             self._stop(card)
-            self._do(self.schedule.gone, card.number)
+            self._do(CardGone(card.number))
         for card in gone:
             other = _Card(len(self.cards), card.slow)
             self.cards.append(other)
-            self._do(self.schedule.starting, other.number, f"node {other.number // CARDS_OF_A_NODE}")
+            self._do(CardPlaced(other.number, other.node))
             self._later(START_SECONDS, self._ready, other, other.process)
 
     def _restart(self, card: _Card) -> None:

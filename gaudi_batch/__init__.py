@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gaudi_batch.config.schema import JobConfig
-    from gaudi_batch.driver.runner import Interrupted, RunResult, run
-    from gaudi_batch.errors import GaudiBatchError, InputError, RunStopped, StorageError
+    from gaudi_batch.driver.result import RunResult
+    from gaudi_batch.driver.runner import run
+    from gaudi_batch.errors import GaudiBatchError, InputError, Interrupted, RunStopped, StorageError
 
 __all__ = [
     "GaudiBatchError",
@@ -35,8 +36,8 @@ _PLACES = {
     "InputError": "errors",
     "RunStopped": "errors",
     "StorageError": "errors",
-    "Interrupted": "driver.runner",
-    "RunResult": "driver.runner",
+    "Interrupted": "errors",
+    "RunResult": "driver.result",
     "run": "driver.runner",
 }
 

@@ -36,3 +36,13 @@ class StorageError(GaudiBatchError):
 
 class RunStopped(GaudiBatchError):
     """The run ended before every image was made; the same command resumes it."""
+
+
+class Interrupted(RunStopped):
+    """Ctrl-C or SIGTERM ended the run."""
+
+    exit_code = 130
+
+
+class ForcedInterrupt(Interrupted):
+    """A second one did, which waits for nothing."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 STOP_FILE = "stop.json"
-"""Asks a submitted job's driver to stop; stopping.py."""
+"""Asks a submitted job's driver to stop."""
+EVENTS_FILE = "events.bin"
+"""What the last driver that did not complete the run was told, and what it decided."""
 OWN_FILES = (
     "plan.parquet",
     "progress.json",
@@ -13,7 +15,8 @@ OWN_FILES = (
     "verify.json",
     "manifest.parquet",
     "run.json",
-    "stop.json",
+    STOP_FILE,
+    EVENTS_FILE,
 )
 """What a run has once; beside these it has manifests, and what is named after attempts."""
 

@@ -8,12 +8,14 @@ import random
 from typing import Any
 
 import pytest
+from world import loaded
 
 from gaudi_batch.plan import Bucket, GraphKey, Run, Shard, plan_shards
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
-from gaudi_batch.scheduling.events import ShardOutcome
+from gaudi_batch.scheduling.events import CardPlaced, RecallAnswered, ShardCommitted, ShardMade, ShardOutcome
 from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts, Rules
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 BATCH = 8
@@ -84,22 +86,22 @@ def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[in
                 end = now
 
     for card in range(cards):
-        do(schedule.starting(card))
+        do(schedule.handle(CardPlaced(card)))
         later(0.3 * card, "ready", card)
     while events:
         now, _, (kind, *facts) = heapq.heappop(events)
         if kind == "ready":
-            do(schedule.ready(facts[0]))
+            do(schedule.handle(loaded(facts[0])))
         elif kind == "recalled":
-            do(schedule.recalled(*facts))
+            do(schedule.handle(RecallAnswered(*facts)))
         elif kind == "committed":
-            do(schedule.committed(facts[0]))
+            do(schedule.handle(ShardCommitted(facts[0])))
         else:
             card, task, seconds = facts
             hands[card].remove(task)
             working.discard(card)
             work(card)
-            do(schedule.done(task.attempt, ShardOutcome(task.shard.rows, 0, 0, seconds=seconds)))
+            do(schedule.handle(ShardMade(task.attempt, ShardOutcome(task.shard.rows, 0, 0, seconds=seconds))))
     assert end
     return captures, end
 
@@ -110,8 +112,8 @@ def test_six_shapes_on_four_cards_are_captured_nine_times_at_most(
     rows: int, shard_size: int, capture_seconds: float
 ) -> None:
     plan = shuffled_plan(rows, shard_size)
-    captures, seconds = simulate(Schedule(plan, "a", rows), 4, capture_seconds)
-    others, longer = simulate(InPlanOrder(plan, "a", rows), 4, capture_seconds)
+    captures, seconds = simulate(Schedule(plan, "a", RowCounts(rows)), 4, capture_seconds)
+    others, longer = simulate(InPlanOrder(plan, "a", RowCounts(rows)), 4, capture_seconds)
     assert captures <= 9
     assert others > 1.7 * captures
     assert seconds < longer
@@ -119,16 +121,16 @@ def test_six_shapes_on_four_cards_are_captured_nine_times_at_most(
 
 def test_every_card_helps_with_one_shape_while_that_is_worth_a_capture() -> None:
     plan = shuffled_plan(1600, 16, shapes=1)
-    captures, seconds = simulate(Schedule(plan, "a", 1600), 8, 5.0)
+    captures, seconds = simulate(Schedule(plan, "a", RowCounts(1600)), 8, 5.0)
     assert captures == 8
     assert seconds < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 15
     # The same with a capture that takes as long as forty shards: the second half of the cards would come too late.
-    assert simulate(Schedule(plan, "a", 1600), 8, 100.0)[1] < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 130
+    assert simulate(Schedule(plan, "a", RowCounts(1600)), 8, 100.0)[1] < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 130
 
 
 def test_free_captures_leave_no_card_idle() -> None:
     plan = shuffled_plan(480, 16)
-    assert simulate(Schedule(plan, "a", 480), 8, 0.0)[1] < 480 / BATCH * BATCH_SECONDS * 1.3 / 8 + 6
+    assert simulate(Schedule(plan, "a", RowCounts(480)), 8, 0.0)[1] < 480 / BATCH * BATCH_SECONDS * 1.3 / 8 + 6
 
 
 def test_a_card_that_keeps_one_graph_counts_on_no_other() -> None:
@@ -139,4 +141,4 @@ def test_a_card_that_keeps_one_graph_counts_on_no_other() -> None:
     assert affinity.captured(0) == [second]
     assert affinity.use(0, first)
     plan = shuffled_plan(480, 16, shapes=2)
-    assert simulate(Schedule(plan, "a", 480, max_graphs=1), 1, 5.0)[0] == 2
+    assert simulate(Schedule(plan, "a", RowCounts(480), Rules(max_graphs=1)), 1, 5.0)[0] == 2

@@ -164,7 +164,7 @@ def test_a_retry_that_was_cut_short_goes_on_with_a_plain_resume(
     make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make([5, 99])
-    monkeypatch.setattr("gaudi_batch.driver.runner._drive", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("gaudi_batch.driver.runner._make_missing", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make([], retry_failed=True)
     monkeypatch.undo()

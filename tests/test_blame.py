@@ -7,13 +7,30 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from world import World, let_it_end, shards, start
+from world import World, let_it_end, loaded, shards, start
 
 from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.scheduling.card_events import MAX_STRIKES
 from gaudi_batch.scheduling.cards import Card
-from gaudi_batch.scheduling.decisions import CheckStorage, Quarantine, ShardTask
-from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
-from gaudi_batch.scheduling.schedule import MAX_STRIKES, Schedule
+from gaudi_batch.scheduling.decisions import Assign, CheckStorage, Quarantine, ShardTask
+from gaudi_batch.scheduling.events import (
+    BatchAnnounced,
+    CardBroken,
+    CardDied,
+    CardPlaced,
+    Reading,
+    ReadingAnnounced,
+    ShardBegun,
+    ShardFailed,
+    ShardFailure,
+    ShardMade,
+    ShardOutcome,
+    SlowBatch,
+    SlowReading,
+    StorageStalled,
+)
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts
 from gaudi_batch.scheduling.verdicts import MAX_FRUITLESS_NODES, TransientFailures
 
 REFUSED = ShardFailure("StorageError: read-only file system", healthy=False, storage=True)
@@ -36,14 +53,14 @@ def busy(world: World) -> list[int]:
 
 def refuse(world: World, card: int) -> None:
     task = world.hands[card].pop(0)
-    world.do(world.schedule.failed(task.attempt, REFUSED))
+    world.do(world.schedule.handle(ShardFailed(task.attempt, REFUSED)))
 
 
 # -- storage ----------------------------------------------------------------------------------------------------
 
 
 def test_storage_that_fails_every_card_of_one_node_costs_that_node_alone() -> None:
-    world = World(Schedule(shards(60), "a", 240))
+    world = World(Schedule(shards(60), "a", RowCounts(240)))
     start(world, 8, per_node=4)
     for _ in range(1000):
         settle(world)
@@ -60,7 +77,7 @@ def test_storage_that_fails_every_card_of_one_node_costs_that_node_alone() -> No
 
 
 def test_storage_that_fails_on_every_node_ends_the_run() -> None:
-    world = World(Schedule(shards(20), "a", 80))
+    world = World(Schedule(shards(20), "a", RowCounts(80)))
     start(world, 4, per_node=2)
     refuse(world, 0)
     refuse(world, 1)
@@ -70,7 +87,7 @@ def test_storage_that_fails_on_every_node_ends_the_run() -> None:
 
 
 def test_two_nodes_for_which_storage_fails_stop_no_third() -> None:
-    world = World(Schedule(shards(20), "a", 80))
+    world = World(Schedule(shards(20), "a", RowCounts(80)))
     start(world, 3, per_node=1)
     refuse(world, 0)
     refuse(world, 1)
@@ -81,7 +98,7 @@ def test_two_nodes_for_which_storage_fails_stop_no_third() -> None:
 
 
 def test_storage_that_fails_for_the_driver_too_ends_the_run_on_one_node() -> None:
-    world = World(Schedule(shards(20), "a", 80))
+    world = World(Schedule(shards(20), "a", RowCounts(80)))
     start(world, 2, per_node=2)
     refuse(world, 0)
     refuse(world, 1)
@@ -92,7 +109,7 @@ def test_storage_that_fails_for_the_driver_too_ends_the_run_on_one_node() -> Non
 
 @pytest.mark.parametrize(("cards", "per_node"), [(8, 8), (64, 64), (64, 8)])
 def test_rows_that_nobody_can_read_stop_their_shard_alone(cards: int, per_node: int) -> None:
-    world = World(Schedule(shards(300), "a", 1200))
+    world = World(Schedule(shards(300), "a", RowCounts(1200)))
     start(world, cards, per_node)
     failures = 0
     for _ in range(5000):
@@ -113,7 +130,7 @@ def test_rows_that_nobody_can_read_stop_their_shard_alone(cards: int, per_node: 
 
 
 def test_one_check_of_storage_is_enough_at_a_time() -> None:
-    schedule = Schedule(shards(20), "a", 80)
+    schedule = Schedule(shards(20), "a", RowCounts(80))
     world = World(schedule)
     start(world, 2, per_node=2)
     for card in (0, 1):
@@ -126,28 +143,28 @@ def test_one_check_of_storage_is_enough_at_a_time() -> None:
 
 
 def test_a_card_whose_storage_fails_while_it_loads_is_started_again_and_not_for_ever() -> None:
-    schedule = Schedule(shards(4), "a", 16)
+    schedule = Schedule(shards(4), "a", RowCounts(16))
     world = World(schedule)
     world.join(0)
     for _ in range(MAX_STRIKES):
         assert not world.quarantined
         world.starting.discard(0)
-        world.do(schedule.broken(0, "can't read run.json, tried for 600 s", storage=True))
+        world.do(schedule.handle(CardBroken(0, "can't read run.json, tried for 600 s", storage=True)))
         world.check_storage()
     assert world.quarantined == {0}
 
 
 def test_storage_that_fails_the_driver_and_a_card_that_loads_ends_the_run() -> None:
-    world = World(Schedule(shards(4), "a", 16))
+    world = World(Schedule(shards(4), "a", RowCounts(16)))
     world.join(0)
-    world.do(world.schedule.broken(0, "can't read run.json, tried for 600 s", storage=True))
+    world.do(world.schedule.handle(CardBroken(0, "can't read run.json, tried for 600 s", storage=True)))
     assert len(world.checks) == 1
     world.check_storage("can't write: no answer")
     assert world.finished == ["can't write: no answer"]
 
 
 def test_what_storage_did_says_nothing_of_a_shard() -> None:
-    schedule = Schedule(shards(1), "a", 4)
+    schedule = Schedule(shards(1), "a", RowCounts(4))
     world = World(schedule)
     world.join(8, "good")
     for number in range(8):
@@ -191,7 +208,7 @@ def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int]
         batches = [rest[i : i + 4] for i in range(0, len(rest), 4)] + [[row] for row in rows if row in task.alone]
         for batch in batches:
             if task.announce:
-                world.do(world.schedule.announced(task.attempt, batch))
+                world.do(world.schedule.handle(BatchAnnounced(task.attempt, batch)))
             if set(batch) & (deadly.keys() - task.condemned.keys()):
                 disasters += 1
                 act(world, card)
@@ -203,8 +220,8 @@ def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int]
 
 def test_a_row_that_takes_its_node_down_is_found_and_costs_four_nodes() -> None:
     work = shards(12, rows=16)
-    world = World(Schedule(work, "a", 192), rows=16)
-    world.do(world.schedule.expect(True))
+    world = World(Schedule(work, "a", RowCounts(192)), rows=16)
+    world.see(more=1)
     start(world, 4, per_node=4)
     lost = play_killer(world, {70: 4}, World.lose_node, new=4, size=4)
     assert world.finished == [None]
@@ -215,9 +232,9 @@ def test_a_row_that_takes_its_node_down_is_found_and_costs_four_nodes() -> None:
 
 def test_a_shard_that_was_lost_with_two_nodes_runs_where_nothing_else_is_in_flight() -> None:
     work = shards(40, rows=16)
-    schedule = Schedule(work, "a", 640)
+    schedule = Schedule(work, "a", RowCounts(640))
     world = World(schedule, rows=16)
-    world.do(schedule.expect(True))
+    world.see(more=1)
     start(world, 8, per_node=4)
     suspect = world.hands[0][0].shard.number
     for node in range(2, 4):
@@ -246,8 +263,8 @@ def test_a_shard_that_was_lost_with_two_nodes_runs_where_nothing_else_is_in_flig
 
 def test_shards_that_are_lost_with_nodes_that_others_took_down_are_made() -> None:
     work = shards(30, rows=16)
-    world = World(Schedule(work, "a", 480), rows=16)
-    world.do(world.schedule.expect(True))
+    world = World(Schedule(work, "a", RowCounts(480)), rows=16)
+    world.see(more=1)
     start(world, 8, per_node=8)
     lost = play_killer(world, {70: 4, 200: 12}, World.lose_node, new=8, size=8)
     assert world.finished == [None]
@@ -256,8 +273,8 @@ def test_shards_that_are_lost_with_nodes_that_others_took_down_are_made() -> Non
 
 
 def test_nodes_that_go_down_while_their_cards_load_end_the_run() -> None:
-    world = World(Schedule(shards(4), "a", 16))
-    world.do(world.schedule.expect(True))
+    world = World(Schedule(shards(4), "a", RowCounts(16)))
+    world.see(more=1)
     for node in range(100):
         if world.finished:
             break
@@ -265,7 +282,7 @@ def test_nodes_that_go_down_while_their_cards_load_end_the_run() -> None:
             world.join(card, f"node {node}")
         world.lose_node(2 * node)
         if not world.finished:
-            world.do(world.schedule.expect(True))
+            world.see(more=1)
     assert node <= MAX_FRUITLESS_NODES
     assert world.finished == [
         f"{MAX_FRUITLESS_NODES} nodes in a row were lost before a card of theirs had made anything"
@@ -273,8 +290,8 @@ def test_nodes_that_go_down_while_their_cards_load_end_the_run() -> None:
 
 
 def test_many_nodes_that_are_lost_at_once_are_one_loss() -> None:
-    world = World(Schedule(shards(4), "a", 16))
-    world.do(world.schedule.expect(True))
+    world = World(Schedule(shards(4), "a", RowCounts(16)))
+    world.see(more=1)
     start(world, 50, per_node=1)
     for card in range(50):
         world.leave(card)
@@ -293,7 +310,7 @@ def test_reading_that_kills_is_found_within_four_deaths_and_costs_no_other_row(c
     Shard 3 has rows 48 to 63; in row group 1, rows 56 to 63, nothing from row 60 on can be decoded.
     """
     work = shards(12, rows=16)
-    world = World(Schedule(work, "a", 192), rows=16)
+    world = World(Schedule(work, "a", RowCounts(192)), rows=16)
     start(world, cards)
     deaths = 0
     for _ in range(1000):
@@ -329,7 +346,7 @@ def read(world: World, task: ShardTask) -> bool:
                 break
             if task.announce:
                 reading = Reading(group, span, piece, group in task.by_row)
-                world.do(world.schedule.reading(task.attempt, reading))
+                world.do(world.schedule.handle(ReadingAnnounced(task.attempt, reading)))
             if group == 1 and (len(pieces) == 1 or piece.start >= 60):
                 return False
     return True
@@ -340,7 +357,7 @@ def test_what_one_shard_finds_out_of_a_row_group_costs_the_others_nothing(cards:
     """All shards lie in one row group, of which nothing from row 500 on can be decoded."""
     span, deadly = range(960), 500
     work = shards(60, rows=16)
-    world = World(Schedule(work, "a", 960), rows=16)
+    world = World(Schedule(work, "a", RowCounts(960)), rows=16)
     start(world, cards)
     deaths = 0
 
@@ -350,7 +367,9 @@ def test_what_one_shard_finds_out_of_a_row_group_costs_the_others_nothing(cards:
         pieces = [range(row, piece.stop) for row in piece if row < first] if 0 in task.by_row else [piece]
         for each in pieces:
             if task.announce:
-                world.do(world.schedule.reading(task.attempt, Reading(0, span, each, 0 in task.by_row)))
+                world.do(
+                    world.schedule.handle(ReadingAnnounced(task.attempt, Reading(0, span, each, 0 in task.by_row)))
+                )
             if 0 not in task.by_row or each.start >= deadly:
                 return False
         return True
@@ -376,14 +395,14 @@ def test_what_one_shard_finds_out_of_a_row_group_costs_the_others_nothing(cards:
 
 def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_it_still_stored() -> None:
     work = shards(3, rows=8)
-    schedule = Schedule(work, "a", 24)
+    schedule = Schedule(work, "a", RowCounts(24))
     world = World(schedule, rows=8)
     world.join(0)
     world.ready(0)
     stored, made = world.hands[0]
     for task in (stored, made):
-        world.do(schedule.begun(task.attempt, False))
-        world.do(schedule.begun(task.attempt, True))
+        world.do(schedule.handle(ShardBegun(task.attempt, False)))
+        world.do(schedule.handle(ShardBegun(task.attempt, True)))
     deaths = 1
     world.die(0)
     for _ in range(100):
@@ -396,8 +415,8 @@ def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_
             world.finish_first(card, failed=len(task.condemned))
             continue
         rows = [made.shard.start] if made.shard.start in task.alone else range(made.shard.start, made.shard.stop)
-        world.do(schedule.announced(task.attempt, []))
-        world.do(schedule.announced(task.attempt, rows))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, rows)))
         deaths += 1
         world.die(card)
     assert world.finished == [None]
@@ -406,7 +425,7 @@ def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_
 
 def test_a_reading_that_takes_too_long_condemns_no_row() -> None:
     work = shards(2, rows=8)
-    schedule = Schedule(work, "a", 16)
+    schedule = Schedule(work, "a", RowCounts(16))
     world = World(schedule, rows=8)
     start(world, 2)
     for _ in range(50):
@@ -420,10 +439,10 @@ def test_a_reading_that_takes_too_long_condemns_no_row() -> None:
             continue
         rows = range(task.shard.start, task.shard.stop)
         if task.announce:
-            world.do(schedule.reading(task.attempt, Reading(0, rows, rows, 0 in task.by_row)))
+            world.do(schedule.handle(ReadingAnnounced(task.attempt, Reading(0, rows, rows, 0 in task.by_row))))
         assert not task.by_row
         world.hands.pop(card)
-        world.do(schedule.died(card, "it has been reading for 2400 s (limits.loading)", SlowReading()))
+        world.do(schedule.handle(CardDied(card, "it has been reading for 2400 s (limits.loading)", SlowReading())))
     assert schedule.failed_rows == 0
     assert "it has been reading" in str(world.finished[0])
 
@@ -432,7 +451,7 @@ def test_two_shards_that_find_out_about_each_other_s_row_groups_do_not_wait_for_
     """As where rows of two sizes are mixed: both shards touch both groups."""
     buckets = [Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)]
     work = [Shard(number, 0, 0, 16, bucket, 8, 8) for number, bucket in enumerate(buckets)]
-    schedule = Schedule(work, "a", 16)
+    schedule = Schedule(work, "a", RowCounts(16))
     world = World(schedule, rows=8)
     start(world, 2)
     for card in (0, 1):
@@ -442,7 +461,7 @@ def test_two_shards_that_find_out_about_each_other_s_row_groups_do_not_wait_for_
     assert set(holders) == {0, 1}
     for shard, group in ((0, range(8)), (1, range(8, 16))):
         task = world.hands[holders[shard]][0]
-        world.do(schedule.reading(task.attempt, Reading(group.start, group, group, by_row=False)))
+        world.do(schedule.handle(ReadingAnnounced(task.attempt, Reading(group.start, group, group, by_row=False))))
     for card in holders.values():
         world.die(card)
     let_it_end(world, 9)
@@ -451,7 +470,7 @@ def test_two_shards_that_find_out_about_each_other_s_row_groups_do_not_wait_for_
 
 def test_storage_that_stalls_while_rows_are_read_condemns_none() -> None:
     work = shards(2, rows=8)
-    schedule = Schedule(work, "a", 16)
+    schedule = Schedule(work, "a", RowCounts(16))
     world = World(schedule, rows=8)
     start(world, 2)
     for _ in range(60):
@@ -463,16 +482,16 @@ def test_storage_that_stalls_while_rows_are_read_condemns_none() -> None:
         task = world.hands[card][0]
         if task.announce:
             rows = range(task.shard.start, task.shard.stop)
-            world.do(schedule.reading(task.attempt, Reading(0, rows, rows, 0 in task.by_row)))
+            world.do(schedule.handle(ReadingAnnounced(task.attempt, Reading(0, rows, rows, 0 in task.by_row))))
         assert not task.by_row
         world.hands.pop(card)
-        world.do(schedule.died(card, "an operation on storage has not ended for 661 s", StorageStalled()))
+        world.do(schedule.handle(CardDied(card, "an operation on storage has not ended for 661 s", StorageStalled())))
     assert schedule.failed_rows == 0
     assert world.finished
 
 
 def test_one_node_on_which_every_reading_dies_condemns_no_row() -> None:
-    world = World(Schedule(shards(50, rows=8), "a", 400), rows=8)
+    world = World(Schedule(shards(50, rows=8), "a", RowCounts(400)), rows=8)
     start(world, 16, per_node=8)
     span = range(400)
     for _ in range(5000):
@@ -483,13 +502,15 @@ def test_one_node_on_which_every_reading_dies_condemns_no_row() -> None:
         if card >= 8:
             for task in list(world.hands[card]):
                 if task.announce:
-                    world.do(world.schedule.announced(task.attempt, []))
+                    world.do(world.schedule.handle(BatchAnnounced(task.attempt, [])))
             world.finish_first(card)
             continue
         for task in world.hands[card]:
             if task.announce:
                 rows = range(task.shard.start, task.shard.stop)
-                world.do(world.schedule.reading(task.attempt, Reading(0, span, rows, 0 in task.by_row)))
+                world.do(
+                    world.schedule.handle(ReadingAnnounced(task.attempt, Reading(0, span, rows, 0 in task.by_row)))
+                )
         world.die(card)
     assert world.finished == [None]
     assert world.schedule.failed_rows == 0
@@ -497,7 +518,7 @@ def test_one_node_on_which_every_reading_dies_condemns_no_row() -> None:
 
 def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
     work = [Shard(0, 0, 0, 1, LARGE, 1, 1), *(replace(shard, number=shard.number + 1) for shard in shards(60))]
-    schedule = Schedule(work, "a", 241)
+    schedule = Schedule(work, "a", RowCounts(241))
     world = World(schedule)
     start(world, 16, per_node=8)
     slow = SlowBatch(LARGE.batch_kind, "60 s (limits.first_batch)")
@@ -511,10 +532,10 @@ def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
             world.finish_first(card)
             continue
         if task.announce:
-            world.do(schedule.announced(task.attempt, []))
-            world.do(schedule.announced(task.attempt, [0]))
+            world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
+            world.do(schedule.handle(BatchAnnounced(task.attempt, [0])))
         world.hands.pop(card)
-        world.do(schedule.died(card, "its batch took longer than 60 s (limits.first_batch)", slow))
+        world.do(schedule.handle(CardDied(card, "its batch took longer than 60 s (limits.first_batch)", slow)))
     assert schedule.failed_rows == 0
     assert "batches of 1024x1024, 50 steps take longer" in str(world.finished[0])
 
@@ -522,7 +543,7 @@ def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
 def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> None:
     """Its card died while another shard was ahead of it; the row that kills it is condemned at its own third death."""
     work = shards(3, rows=8)
-    schedule = Schedule(work, "a", 24)
+    schedule = Schedule(work, "a", RowCounts(24))
     world = World(schedule, rows=8)
     world.join(0)
     world.ready(0)
@@ -540,8 +561,8 @@ def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> Non
             continue
         assert task.announce
         rows = [queued.start] if queued.start in task.alone else range(queued.start, queued.stop)
-        world.do(schedule.announced(task.attempt, []))
-        world.do(schedule.announced(task.attempt, rows))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, rows)))
         deaths += 1
         world.die(card)
     assert world.finished == [None]
@@ -551,7 +572,7 @@ def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> Non
 def test_a_card_is_not_blamed_for_a_death_that_a_queued_shard_explains() -> None:
     """Shards whose reading kills are queued behind healthy ones, which are made elsewhere afterwards."""
     work = shards(120)
-    world = World(Schedule(work, "a", 480))
+    world = World(Schedule(work, "a", RowCounts(480)))
     start(world, 3)
     killers = {task.shard.number for hand in world.hands.values() for task in hand[1:]} | {20, 40, 60, 80, 100}
     for _ in range(2000):
@@ -564,7 +585,7 @@ def test_a_card_is_not_blamed_for_a_death_that_a_queued_shard_explains() -> None
             if deadly[0].announce:
                 rows = range(deadly[0].shard.start, deadly[0].shard.stop)
                 reading = Reading(rows.start, rows, rows, by_row=rows.start in deadly[0].by_row)
-                world.do(world.schedule.reading(deadly[0].attempt, reading))
+                world.do(world.schedule.handle(ReadingAnnounced(deadly[0].attempt, reading)))
             world.die(card)
         else:
             world.finish_first(card, undecoded=4 * len(world.hands[card][0].unreadable))
@@ -584,7 +605,7 @@ def test_a_kind_of_batch_that_no_card_makes_in_time_is_the_job_s_mistake() -> No
         Shard(number, 0, 4 * number, 4 * number + 4, LARGE if number % 5 == 4 else Bucket(64, 64, 20, 7.5), 4, 4)
         for number in range(40)
     ]
-    world = World(Schedule(work, "a", 160))
+    world = World(Schedule(work, "a", RowCounts(160)))
     start(world, 4)
     slow = SlowBatch(LARGE.batch_kind, "60 s (limits.first_batch)")
     kills = 0
@@ -600,10 +621,10 @@ def test_a_kind_of_batch_that_no_card_makes_in_time_is_the_job_s_mistake() -> No
         card = next(iter(ahead))
         task = world.hands[card][0]
         if task.announce:
-            world.do(world.schedule.announced(task.attempt, []))
+            world.do(world.schedule.handle(BatchAnnounced(task.attempt, [])))
         kills += 1
         world.hands.pop(card)
-        world.do(world.schedule.died(card, "its batch took longer than 60 s (limits.first_batch)", slow))
+        world.do(world.schedule.handle(CardDied(card, "its batch took longer than 60 s (limits.first_batch)", slow)))
     assert len(world.committed) == 32, "the others go on"
     assert world.schedule.failed_rows == 0
     assert not world.quarantined
@@ -616,17 +637,17 @@ def test_a_kind_of_batch_that_no_card_makes_in_time_is_the_job_s_mistake() -> No
 
 def test_two_cards_of_one_node_set_no_kind_of_batch_aside_while_there_are_others() -> None:
     work = shards(80)
-    schedule = Schedule(work, "a", 320)
+    schedule = Schedule(work, "a", RowCounts(320))
     world = World(schedule)
     start(world, 8, per_node=4)
     slow = SlowBatch(work[0].bucket.batch_kind, "60 s (limits.first_batch)")
     world.finish_first(0)
     for card in (0, 1, 2):
         world.hands.pop(card)
-        world.do(schedule.died(card, "hung", slow))
+        world.do(schedule.handle(CardDied(card, "hung", slow)))
     assert not schedule.stuck
     world.hands.pop(4)
-    world.do(schedule.died(4, "hung", slow))
+    world.do(schedule.handle(CardDied(4, "hung", slow)))
     assert schedule.stuck, "two nodes say so"
     world.finish_first(5)
     assert not schedule.stuck, "and a card has made one after all"
@@ -636,14 +657,14 @@ def test_two_cards_of_one_node_set_no_kind_of_batch_aside_while_there_are_others
 
 def test_one_card_that_hangs_says_nothing_of_a_kind_of_batch() -> None:
     work = shards(20)
-    schedule = Schedule(work, "a", 80)
+    schedule = Schedule(work, "a", RowCounts(80))
     world = World(schedule)
     start(world, 3)
     world.finish_first(0)
     kind = world.hands[0][0].shard.bucket.batch_kind
     for _ in range(2):
         world.hands.pop(0)
-        world.do(schedule.died(0, "hung", SlowBatch(kind, "60 s (limits.first_batch)")))
+        world.do(schedule.handle(CardDied(0, "hung", SlowBatch(kind, "60 s (limits.first_batch)"))))
         settle(world)
         while not world.hands[0]:
             world.finish_first(busy(world)[0])
@@ -652,13 +673,13 @@ def test_one_card_that_hangs_says_nothing_of_a_kind_of_batch() -> None:
 
 
 def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other() -> None:
-    world = World(Schedule(shards(6), "a", 24))
+    world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 3)
     slow = SlowBatch(world.hands[0][0].shard.bucket.batch_kind, "60 s (limits.first_batch)")
     for card in range(3):
         assert not world.finished
         world.hands.pop(card)
-        world.do(world.schedule.died(card, "its first batch took longer than 60 s", slow))
+        world.do(world.schedule.handle(CardDied(card, "its first batch took longer than 60 s", slow)))
     let_it_end(world, 9)
     said = "batches of 64x64, 20 steps take longer than 60 s (limits.first_batch); 6 shards are not made"
     assert world.finished == [said]
@@ -669,7 +690,7 @@ def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other
 
 
 def test_a_row_that_one_card_doubts_and_another_makes_is_made() -> None:
-    world = World(Schedule(shards(6), "a", 24))
+    world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 2)
     shard = world.hands[0][0].shard
     world.finish_first(0, failed=1, doubted={shard.start: "black"})
@@ -688,7 +709,7 @@ def test_a_row_that_one_card_doubts_and_another_makes_is_made() -> None:
 
 
 def test_a_row_that_two_cards_make_wrong_fails_and_its_shard_is_not_made_again() -> None:
-    world = World(Schedule(shards(6), "a", 24))
+    world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 2)
     shard = world.hands[0][0].shard
     attempt = world.hands[0][0].attempt
@@ -706,7 +727,7 @@ def test_a_row_that_two_cards_make_wrong_fails_and_its_shard_is_not_made_again()
 def test_a_row_is_confirmed_by_a_card_that_has_its_graph_if_there_is_one() -> None:
     buckets = [Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)]
     work = [Shard(number, 0, 4 * number, 4 * number + 4, buckets[number % 2], 4, 4) for number in range(12)]
-    world = World(Schedule(work, "a", 48))
+    world = World(Schedule(work, "a", RowCounts(48)))
     start(world, 4)
     first = next(card for card in range(4) if world.hands[card][0].shard.bucket == buckets[1])
     holders = {card for card in range(4) if world.hands[card][0].shard.bucket == buckets[1]} - {first}
@@ -722,7 +743,7 @@ def test_a_row_is_confirmed_by_a_card_that_has_its_graph_if_there_is_one() -> No
 
 
 def test_where_no_other_card_can_be_had_the_same_one_has_a_second_try() -> None:
-    world = World(Schedule(shards(1), "a", 4))
+    world = World(Schedule(shards(1), "a", RowCounts(4)))
     start(world, 1)
     start_row = world.hands[0][0].shard.start
     world.finish_first(0, failed=1, doubted={start_row: "black"})
@@ -738,7 +759,7 @@ def test_a_card_that_now_and_then_paints_wrong_is_quarantined_and_costs_no_row(s
     """2 % of its images are wrong, each time anew; the others make none wrong."""
     rng = random.Random(seed)
     work = shards(400, rows=16)
-    world = World(Schedule(work, "a", 6400), rows=16)
+    world = World(Schedule(work, "a", RowCounts(6400)), rows=16)
     start(world, 8)
     for _ in range(10_000):
         settle(world)
@@ -758,7 +779,7 @@ def test_a_card_that_now_and_then_paints_wrong_is_quarantined_and_costs_no_row(s
 
 
 def test_the_last_card_goes_on_though_it_paints_wrong_now_and_then() -> None:
-    world = World(Schedule(shards(100), "a", 400))
+    world = World(Schedule(shards(100), "a", RowCounts(400)))
     start(world, 2)
     for _ in range(20):
         world.finish_first(0)
@@ -777,7 +798,7 @@ def test_the_last_card_goes_on_though_it_paints_wrong_now_and_then() -> None:
 def test_cards_that_all_paint_wrong_as_often_are_not_quarantined(cards: int, share: float) -> None:
     """It is the model, then; and among many cards one is the unluckiest."""
     rng = random.Random(0)
-    world = World(Schedule(shards(10 * cards, rows=64), "a", 640 * cards), rows=64)
+    world = World(Schedule(shards(10 * cards, rows=64), "a", RowCounts(640 * cards)), rows=64)
     start(world, cards)
     while not world.finished:
         settle(world)
@@ -792,10 +813,14 @@ def test_cards_that_all_paint_wrong_as_often_are_not_quarantined(cards: int, sha
 
 
 def test_a_row_group_that_one_card_can_t_decode_is_tried_by_another() -> None:
-    world = World(Schedule(shards(6), "a", 24))
+    world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 2)
     task = world.hands[0].pop(0)
-    world.do(world.schedule.failed(task.attempt, ShardFailure("can't be decoded", undecoded={0: "malloc failed"})))
+    world.do(
+        world.schedule.handle(
+            ShardFailed(task.attempt, ShardFailure("can't be decoded", undecoded={0: "malloc failed"}))
+        )
+    )
     while world.hands[1][0].shard is not task.shard:
         world.finish_first(1)
         settle(world)
@@ -807,7 +832,7 @@ def test_a_row_group_that_one_card_can_t_decode_is_tried_by_another() -> None:
 
 @pytest.mark.parametrize(("undecoded", "blamed"), [(4, False), (0, True)])
 def test_a_card_is_blamed_for_what_it_can_t_decode_only_if_others_can(undecoded: int, blamed: bool) -> None:
-    world = World(Schedule(shards(60), "a", 240))
+    world = World(Schedule(shards(60), "a", RowCounts(240)))
     start(world, 3)
     for _ in range(1000):
         settle(world)
@@ -818,7 +843,7 @@ def test_a_card_is_blamed_for_what_it_can_t_decode_only_if_others_can(undecoded:
         if card == 0 and not task.undecoded and task.shard.number % 4 == 0:
             world.hands[card].pop(0)
             failure = ShardFailure("can't be decoded", undecoded={0: "corrupt"})
-            world.do(world.schedule.failed(task.attempt, failure))
+            world.do(world.schedule.handle(ShardFailed(task.attempt, failure)))
         else:
             world.finish_first(card, undecoded=undecoded if task.undecoded else 0)
     assert world.finished == [None]
@@ -827,36 +852,36 @@ def test_a_card_is_blamed_for_what_it_can_t_decode_only_if_others_can(undecoded:
 
 def test_rows_that_never_reach_a_pipeline_do_not_say_that_the_job_is_wrong() -> None:
     work = shards(40, rows=256)
-    world = World(Schedule(work, "a", 40 * 256), rows=256)
+    world = World(Schedule(work, "a", RowCounts(40 * 256)), rows=256)
     start(world, 2)
     first = world.hands[0].pop(0)
     world.held[first.attempt] = first.shard.number
-    world.do(world.schedule.done(first.attempt, ShardOutcome(256, failed_rows=256, raised_rows=0)))
+    world.do(world.schedule.handle(ShardMade(first.attempt, ShardOutcome(256, failed_rows=256, raised_rows=0))))
     let_it_end(world, 9)
     assert world.finished == [None]
 
 
 def test_a_card_that_is_moved_to_another_node_begins_with_a_clean_record() -> None:
-    schedule = Schedule(shards(4), "a", 16)
-    schedule.starting(0, "first")
-    schedule.broken(0, "no such module")
-    schedule.ready(0, "second")
-    decisions = schedule.broken(0, "out of memory")
+    schedule = Schedule(shards(4), "a", RowCounts(16))
+    schedule.handle(CardPlaced(0, "first"))
+    schedule.handle(CardBroken(0, "no such module"))
+    schedule.handle(loaded(0, "second"))
+    decisions = schedule.handle(CardBroken(0, "out of memory"))
     assert not any(isinstance(decision, Quarantine) for decision in decisions)
 
 
 def test_the_check_of_storage_names_the_shard() -> None:
-    schedule = Schedule(shards(4), "a", 16)
-    schedule.starting(0, "first")
-    (assign, *_) = schedule.ready(0)
-    decisions = schedule.failed(assign.task.attempt, REFUSED)
+    schedule = Schedule(shards(4), "a", RowCounts(16))
+    schedule.handle(CardPlaced(0, "first"))
+    assign = next(each for each in schedule.handle(loaded(0, "first")) if isinstance(each, Assign))
+    decisions = schedule.handle(ShardFailed(assign.task.attempt, REFUSED))
     assert [d for d in decisions if isinstance(d, CheckStorage)] == [CheckStorage(assign.task.shard)]
 
 
 def test_a_shard_that_its_card_had_not_begun_keeps_nothing_of_the_loss_of_a_node() -> None:
-    schedule = Schedule(shards(1), "a", 4)
+    schedule = Schedule(shards(1), "a", RowCounts(4))
     world = World(schedule)
-    world.do(schedule.expect(True))
+    world.see(more=1)
     for card in range(4):
         world.join(card)
         world.ready(card)

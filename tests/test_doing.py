@@ -23,7 +23,7 @@ from gaudi_batch.card.shard_runner import MadeImage
 from gaudi_batch.cli import main as cli
 from gaudi_batch.driver.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
 from gaudi_batch.driver.slot import Slot
-from gaudi_batch.driver.watchdog import BatchTimes
+from gaudi_batch.driver.watchdog import BatchTimes, PhaseRules
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.cards import CardState
@@ -33,15 +33,17 @@ LIMITS = SimpleNamespace(loading=1800.0, first_batch=1800.0, batch=60.0, answer=
 CONFIG: Any = SimpleNamespace(limits=LIMITS, storage_patience=600.0)
 
 
-def at(status: Status, since_heard: float = 0.0, times: BatchTimes | None = None) -> list[str]:
-    return [str(doing) for doing in doings_of(status, since_heard, 1.0, CONFIG, times or BatchTimes())]
+def at(status: Status, since_seen: float = 0.0, times: BatchTimes | None = None) -> list[str]:
+    return [
+        str(doing) for doing in doings_of(status, since_seen, PhaseRules(CONFIG, "1 HPU", 1.0, times or BatchTimes()))
+    ]
 
 
 def test_every_phase_is_said_with_its_shard_its_rows_and_its_limit() -> None:
     times = BatchTimes()
     times.learn(Status("idle", 0.0, 0.0, 0, batch_s={LARGE: 20.0}))
     first = Status("first batch", 590.0, 0.0, 0, LARGE, shard=3, rows=(41,))
-    assert at(first, since_heard=10.0) == ["first batch of 1024x1024, row 41, 600 s of 1800 s"]
+    assert at(first, since_seen=10.0) == ["first batch of 1024x1024, row 41, 600 s of 1800 s"]
     batch = Status("batch", 5.0, 0.0, 0, LARGE, shard=3, rows=(40, 41, 44))
     assert at(batch, times=times) == ["batch of 1024x1024, rows 40 to 44, 5 s of 200 s"]
     assert at(Status("loading", 7.0, 0.0, 0)) == ["loading, 7 s of 1800 s"]
@@ -50,14 +52,14 @@ def test_every_phase_is_said_with_its_shard_its_rows_and_its_limit() -> None:
     assert at(Status("idle", 7.0, 0.0, 0, storing=12, storing_s=3.0)) == ["encoding, 12 images, 3 s"]
     assert at(Status("idle", 7.0, 2.0, 0)) == ["asking storage, 2 s of 660 s"], "as for the record of a shard"
     assert at(Status("idle", 7.0, 0.0, 0)) == ["idle, 7 s"]
-    assert at(Status("idle", 7.0, 0.0, 0), since_heard=40.0) == ["silent, 40 s of 61 s"]
+    assert at(Status("idle", 7.0, 0.0, 0), since_seen=40.0) == ["silent, 40 s of 61 s"]
 
 
 def test_a_card_that_is_not_up_says_what_it_waits_for() -> None:
-    slot = Slot(3, since=100.0, heard=100.0)
+    slot = Slot(3, since=100.0, last_seen=100.0)
 
     def said(state: CardState) -> list[str]:
-        return [str(doing) for doing in doings(slot, state, 145.0, 1.0, "1 HPU", CONFIG, BatchTimes())]
+        return [str(doing) for doing in doings(slot, state, 145.0, PhaseRules(CONFIG, "1 HPU", 1.0))]
 
     assert said(CardState.WAITING) == ["waiting, no 1 HPU is free, 45 s"]
     assert said(CardState.STARTING) == ["starting, 45 s"]
@@ -154,8 +156,8 @@ def test_log_and_status_say_what_a_card_does_that_takes_long(
                 told.append(command_line("status", output, "--json").stdout)
                 return
 
-    for name, seconds in (("SAY_SECONDS", 0.2), ("PROGRESS_SECONDS", 0.2), ("NEWS_SECONDS", 0.2)):
-        monkeypatch.setattr(f"gaudi_batch.driver.loop.{name}", seconds)
+    for name in ("loop.UNUSUAL_INTERVAL_S", "loop.PROGRESS_INTERVAL_S", "fleet.POLL_INTERVAL_S"):
+        monkeypatch.setattr(f"gaudi_batch.driver.{name}", 0.2)
     monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_SECONDS", 1.0)
     asking = threading.Thread(target=ask)
     asking.start()

@@ -17,7 +17,8 @@ import pytest
 from helpers import command_line, read_manifest
 
 from gaudi_batch.dataset.rows import PromptRow
-from gaudi_batch.driver import runner
+from gaudi_batch.driver.finalize import sum_up
+from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.output import manifest
@@ -31,6 +32,10 @@ from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
+
+
+def no_cluster() -> Any:
+    pytest.fail("no card is needed")
 
 
 def failed_manifest(shard: int, rows: dict[int, str]) -> bytes:
@@ -57,7 +62,7 @@ def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
     lease = LeaseKeeper(storage, "aaaaa")
     ledger, record = Ledger(storage), RunRecord({}, {}, {}, "now", rows=4, images=4)
     with pytest.raises(RunStopped, match="too many"):
-        runner._sum_up(ledger, record, plan, job, Tally(), lease, runner._Ended("too many failed"))
+        sum_up(Run(job, ledger, lease, record, plan, no_cluster), Tally(), Ended("too many failed"))
     summary = ledger.get_json("summary.json") or {}
     assert summary["failures"] == [
         {"reason": "boom", "rows": 2, "first_ids": ["r0", "r1"]},

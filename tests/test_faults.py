@@ -136,7 +136,7 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
 ) -> None:
     output = tmp_path / "out"
     forced = (
-        "import sys; from gaudi_batch import lease; from gaudi_batch.cli.main import main;"
+        "import sys; from gaudi_batch.output import lease; from gaudi_batch.cli.main import main;"
         "lease.is_alive = lambda held: False; sys.exit(main(sys.argv[1:]))"
     )
     command = (
@@ -238,13 +238,14 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
     prompts: Path, tmp_path: Path, cluster: str
 ) -> None:
     output = tmp_path / "out"
-    slow = "from gaudi_batch import cli, runner; import sys, time; runner.look = lambda *_: time.sleep(100);"
+    slow = "from gaudi_batch.cli import main; from gaudi_batch.driver import finalize; import sys, time;"
+    slow += " finalize.verify = lambda *_: time.sleep(100);"
     command = (
         *job(prompts, output, cluster),
         *("--simulated.batch-seconds", "0.01", "--verify"),
     )
     driver = subprocess.Popen(
-        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", f"{slow} sys.exit(cli.main(sys.argv[1:]))"]
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", f"{slow} sys.exit(main.main(sys.argv[1:]))"]
         + [str(part) for part in command],
         stderr=subprocess.PIPE,
         text=True,
@@ -384,7 +385,7 @@ def test_a_run_that_is_abandoned_while_commits_are_under_way_keeps_their_images(
         return commit(self, shard, data)
 
     monkeypatch.setattr(Ledger, "commit", slow_then_broken)
-    monkeypatch.setattr("gaudi_batch.driver.loop.COMMIT_SECONDS", 0.1)
+    monkeypatch.setattr("gaudi_batch.driver.committer.COMMIT_TIMEOUT_S", 0.1)
     with pytest.raises(RunStopped, match="the store is gone"):
         make(prompts, tmp_path / "out", cluster, {}, shard_size=8)
     time.sleep(2)  # commits that were under way come through now

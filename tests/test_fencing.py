@@ -19,7 +19,9 @@ from ray.exceptions import ActorUnavailableError
 
 from gaudi_batch import JobConfig
 from gaudi_batch.driver import runner
-from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.finalize import write_summary
+from gaudi_batch.driver.fleet import Fleet
+from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
@@ -33,6 +35,7 @@ from gaudi_batch.output.tally import Tally
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.events import RecallAnswered
 from gaudi_batch.storage import store as storage
 from gaudi_batch.storage.store import Storage
 
@@ -132,7 +135,8 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     commit.start()
     record = RunRecord({}, {}, {}, "", rows=1, images=1)
     job: Any = SimpleNamespace(dataset=None)
-    runner._write_summary(records, record, [], job, Tally(), first, runner._Ended("max_failed"))
+    run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"))
+    write_summary(run, Tally(), Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
     assert output.names("images") == ["000003-aaaaa1"]
@@ -261,15 +265,15 @@ def test_what_a_driver_has_committed_it_never_removes(
     )  # fmt: skip
 
     def sum_up(*arguments: Any) -> Any:
-        for shown in ([], list(commits(arguments[0]))[1:]):
+        for shown in ([], list(commits(arguments[0].ledger))[1:]):
             monkeypatch.setattr(Ledger, "commits", lambda self, shown=shown: iter(shown))
             with pytest.raises(RunStopped, match="are gone or torn, the first of shard 0"):
                 product(*arguments)
         monkeypatch.setattr(Ledger, "commits", commits)
         return product(*arguments)
 
-    product = runner._sum_up
-    monkeypatch.setattr(runner, "_sum_up", sum_up)
+    product = runner.sum_up
+    monkeypatch.setattr(runner, "sum_up", sum_up)
     result = runner.run(job, address=cluster)
     assert result.summary["images"] == 100
     assert len(list((tmp_path / "out/images").glob("*/*.png"))) == 100
@@ -446,8 +450,9 @@ def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, mo
 
 
 def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaudi_batch.driver.loop.NEWS_SECONDS", 0.0)
-    asked, told = [], []
+    monkeypatch.setattr("gaudi_batch.driver.fleet.POLL_INTERVAL_S", 0.0)
+    asked: list[Any] = []
+    told: list[Any] = []
 
     class Actor:
         recall = assign = property(lambda self: self)
@@ -458,20 +463,16 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
                 raise ActorUnavailableError("its answer is lost", b"an id of 16 byte")
             return True
 
-    class Stub(Driver):
+    class Stub(Fleet):
         def __init__(self) -> None:
-            self.schedule = self
+            self._tell = told.append
 
-        def recalled(self, *answer: Any) -> list[Any]:  # the schedule's
-            told.append(answer)
-            return []
-
-    asyncio.run(Stub()._recall(Actor(), "aaaaa1"))
-    assert (asked, told) == (["aaaaa1"] * 3, [("aaaaa1", True)])
+    asyncio.run(Stub().ask_back(Actor(), "aaaaa1"))
+    assert (asked, told) == (["aaaaa1"] * 3, [RecallAnswered("aaaaa1", True)])
     asked.clear()
     shard = Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)
     task = ShardTask(shard, "aaaaa2")
-    asyncio.run(Stub()._assign(Slot(0), Actor(), task))
+    asyncio.run(Stub().send(Slot(0), Actor(), task))
     assert asked == [task] * 3
 
 

@@ -139,7 +139,9 @@ def test_columns_are_named_in_pairs_in_a_file_and_in_python_too(columns: str, tm
         JobConfig(prompts="p", output="o", device="simulated", **{"columns": "prompt"})
 
 
-@pytest.mark.parametrize(("command", "module", "resumes"), [("check", "check", False), ("run", "runner", True)])
+@pytest.mark.parametrize(
+    ("command", "module", "resumes"), [("check", "cli.check", False), ("run", "driver.runner", True)]
+)
 def test_what_is_interrupted_is_told_to_be_given_again_where_that_resumes(
     command: str,
     module: str,

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +22,16 @@ from ray.exceptions import RaySystemError
 
 from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
 from gaudi_batch.card.shard_runner import Item
+from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import EncodingConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.rows import PromptRow
-from gaudi_batch.driver import loop as driver_module
+from gaudi_batch.driver import fleet, loop
+from gaudi_batch.driver.committer import check_storage
+from gaudi_batch.driver.fleet import CardsOfRun
 from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
@@ -35,6 +39,9 @@ from gaudi_batch.output.manifest import StoredImage, read
 from gaudi_batch.output.throughput import BatchLine, Sums
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.events import CardDied, CardLoaded, CardPlaced, LoadedCard
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts
 from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
@@ -159,27 +166,12 @@ def test_prompts_that_were_replaced_end_the_run_when_a_card_says_that_storage_fa
     dataset = open_prompts(JobConfig(prompts=str(tmp_path / "p.parquet"), output=str(tmp_path), device="simulated"))
     output = Storage(str(tmp_path / "out"))
     output.put("run.json", b"{}")
-    told: list[tuple[int, Any, Any]] = []
-
-    def carried(*said: Any) -> None:
-        told.append(said)
-
-    async def checked() -> None:
-        driver = a_driver(
-            _setup=SimpleNamespace(dataset=dataset),
-            _ledger=SimpleNamespace(storage=output),
-            schedule=SimpleNamespace(prefix="aaaaa", storage_checked=carried),
-            _carry_out=lambda decisions: None,
-            _threads=ThreadPoolExecutor(1),
-            loop=asyncio.get_running_loop(),
-        )
-        await driver._check_storage(Shard(0, 0, 0, 2, BUCKET, 2, 2))
-
-    asyncio.run(checked())
-    assert told == [(0, None, None)]
+    ledger: Any = SimpleNamespace(storage=output)
+    shard = Shard(0, 0, 0, 2, BUCKET, 2, 2)
+    assert check_storage(ledger, dataset, shard, "aaaaa") is None
     pq.write_table(pa.table({"prompt": ["a", "b", "another"]}), tmp_path / "p.parquet")
-    asyncio.run(checked())
-    assert "'p.parquet' is not what it was when it was planned" in told[1][1]
+    with pytest.raises(StorageError, match=r"'p\.parquet' is not what it was when it was planned"):
+        check_storage(ledger, dataset, shard, "aaaaa")
 
 
 def test_the_quality_of_a_job_decides_about_the_bytes() -> None:
@@ -205,64 +197,56 @@ def test_first_batches_are_no_part_of_the_rate() -> None:
     assert Sums.of([line("warmup", 8, 100.0)]).images_per_s is None
 
 
-def a_driver(**parts: Any) -> Any:
-    driver: Any = Driver.__new__(Driver)
-    vars(driver).update(parts)
-    return driver
+class Recorder:
+    """Takes the place of what a driver speaks to, and keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.progress = self.show = self.due = lambda *_: []
+        self.storage = SimpleNamespace(longest_running_s=lambda: 0.0)
+
+
+async def a_driver(cluster_s: float = 60.0) -> Driver:
+    """A driver whose cluster never gives a card."""
+    config = JobConfig(prompts="p", output="o", device="simulated", limits={"cluster": cluster_s})
+    setup: Any = SimpleNamespace(config=config)
+    schedule = Schedule([Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4))
+    recorder: Any = Recorder()
+    return Driver(CardsOfRun(setup, CardResources("HPU", 1)), schedule, recorder, recorder, recorder)
 
 
 def test_a_driver_that_is_stopped_ends_when_its_grace_is_over() -> None:
-    abandoned: list[str] = []
-
     async def stopped() -> None:
-        driver = a_driver(
-            schedule=SimpleNamespace(stop=lambda reason: []),
-            _carry_out=lambda decisions: None,
-            loop=asyncio.get_running_loop(),
-            abandon=abandoned.append,
-        )
+        driver = await a_driver()
+        for event in (CardPlaced(0, "A"), CardLoaded(0, LoadedCard("card", "A", "host", None, {}, "", 1), 0.0)):
+            driver.events.handle(event)
         driver.stop("interrupted", 0.05)
-        assert abandoned == []
-        while not abandoned:
-            await asyncio.sleep(0.01)
+        assert not driver._over.done(), "a shard is in flight"
+        assert await driver._over == "interrupted"
 
     asyncio.run(asyncio.wait_for(stopped(), 30))
-    assert abandoned == ["interrupted"]
 
 
 def test_a_driver_that_stood_still_does_not_take_its_cards_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that was stopped by a signal, or whose machine slept."""
-    monkeypatch.setattr(driver_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(loop, "LIMITS_INTERVAL_S", 0.1)
     silent: list[float] = []
 
-    def limit(status: Any, since_heard: float, *_: Any) -> None:
-        silent.append(since_heard)
+    def limit(status: Any, since_seen: float, *_: Any) -> None:
+        silent.append(since_seen)
 
-    monkeypatch.setattr(driver_module, "passed_limit", limit)
+    monkeypatch.setattr(fleet, "passed_limit", limit)
 
     async def stood_still() -> None:
-        slot = SimpleNamespace(heard=time.monotonic(), actor=object(), passed=None, status=None, number=0)
-        driver = a_driver(
-            _slots={0: slot},
-            _news_s=1.0,
-            _setup=SimpleNamespace(config=SimpleNamespace(limits=SimpleNamespace(cluster=60.0))),
-            _asking=None,
-            _batch_times=None,
-            _settle_stack=lambda: None,
-            _doings=dict,
-            _watch=SimpleNamespace(due=lambda cards: []),
-            _view=SimpleNamespace(show=lambda progress: None),
-            _account=SimpleNamespace(progress=lambda *_: None),
-            _waits_for=lambda cards: None,
-        )
-        look = asyncio.create_task(driver._look())
+        driver = await a_driver()
+        slot = driver.fleet.slots[0] = Slot(0, actor=object(), last_seen=time.monotonic())
+        look = asyncio.create_task(driver._enforce_limits())
         await asyncio.sleep(0.05)
         time.sleep(2.0)
         before = len(silent)
         while len(silent) == before:
             await asyncio.sleep(0.01)
         assert max(silent) < 1.5
-        slot.heard -= 100.0
+        slot.last_seen -= 100.0
         before = len(silent)
         while len(silent) == before:
             await asyncio.sleep(0.01)
@@ -283,51 +267,37 @@ def test_an_image_that_can_t_be_stored_is_no_row_s_fault(tmp_path: Path) -> None
     assert maker.failures == {}
 
 
-def test_a_start_that_ray_fails_is_that_card_s_failure() -> None:
-    lost: list[str] = []
-
-    async def begun() -> None:
-        async def asked(*_: Any) -> None:
+def test_a_start_that_ray_fails_is_that_card_s_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def begun() -> list[Any]:
+        def fails(*_: Any) -> None:
             raise RaySystemError("no such service")
 
-        async def was_lost(slot: Any, error: Exception) -> None:
-            lost.append(str(error))
-
-        slot: Any = SimpleNamespace(number=0, starting=object())
-        await a_driver(_ask_ray=asked, _lost=was_lost, _places=SimpleNamespace(start=None))._begin(slot)
+        driver = await a_driver()
+        told: list[Any] = []
+        driver.fleet._tell = told.append
+        driver.fleet._account = SimpleNamespace(fault=lambda *_: None)  # type: ignore[assignment]
+        monkeypatch.setattr(driver.fleet._places, "start", fails)
+        monkeypatch.setattr(fleet, "node_is_gone", lambda *_: False)
+        monkeypatch.setattr(fleet, "DEPARTURE_TIMEOUT_S", 0.0)
+        slot = driver.fleet.slots[0] = Slot(0)
+        await driver.fleet.begin(slot)
         assert slot.starting is None
+        return told
 
-    asyncio.run(begun())
-    assert lost == ["System error: no such service"]
+    assert asyncio.run(begun()) == [CardDied(0, "no such service")]
 
 
 def test_a_ray_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver_module, "LOOK_SECONDS", 0.01)
-    abandoned: list[str] = []
+    monkeypatch.setattr(loop, "LIMITS_INTERVAL_S", 0.01)
     held = threading.Event()
 
     async def asked() -> None:
-        driver = a_driver(
-            loop=asyncio.get_running_loop(),
-            _ray=ThreadPoolExecutor(1),
-            _asking=None,
-            _slots={},
-            _setup=SimpleNamespace(config=SimpleNamespace(limits=SimpleNamespace(cluster=0.2))),
-            _settle_stack=lambda: None,
-            _doings=dict,
-            _watch=SimpleNamespace(due=lambda cards: []),
-            _view=SimpleNamespace(show=lambda progress: None),
-            _account=SimpleNamespace(progress=lambda *_: None),
-            _waits_for=lambda cards: None,
-            abandon=abandoned.append,
-        )
-        answer = driver._ask_ray(held.wait)
-        look = asyncio.create_task(driver._look())
-        while not abandoned:
-            await asyncio.sleep(0.01)
+        driver = await a_driver(cluster_s=0.2)
+        answer = driver._background.ask_ray(held.wait)
+        look = asyncio.create_task(driver._enforce_limits())
+        assert await driver._over == "Ray has not answered for 0.2 s (limits.cluster)"
         held.set()
         await answer
         look.cancel()
 
     asyncio.run(asyncio.wait_for(asked(), 30))
-    assert abandoned[0] == "Ray has not answered for 0.2 s (limits.cluster)"

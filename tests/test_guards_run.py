@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_end_of_run import failed_manifest
+from test_end_of_run import failed_manifest, no_cluster
 
 from gaudi_batch import JobConfig
 from gaudi_batch.cli import main as cli
-from gaudi_batch.driver import runner
+from gaudi_batch.driver.finalize import sum_up
+from gaudi_batch.driver.opening import open_run
+from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.output.lease import LeaseKeeper
@@ -40,7 +42,7 @@ def test_another_version_than_the_run_began_with_is_said_where_no_card_was_asked
         config=SimpleNamespace(shard_size=4, limit=None),
     )
     with caplog.at_level(logging.WARNING, "gaudi_batch"):
-        assert runner._open_run(ledger, job, lambda: pytest.fail("no card is needed"), False) == (record, plan)
+        assert open_run(ledger, job, lambda: pytest.fail("no card is needed"), False) == (record, plan)
     assert caplog.messages == ["torch is 2.2 here and was 2.1 when the run began; images may differ"]
 
 
@@ -53,16 +55,10 @@ def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(
     job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
     ledger, lease = Ledger(storage), LeaseKeeper(storage, "aaaaa")
     for rows in (3, 5):
+        record = RunRecord({}, {}, {}, "now", rows=rows, images=rows)
+        run = Run(job, ledger, lease, record, [Shard(0, 0, 0, 4, BUCKET, 4, 4)], no_cluster)
         with pytest.raises(RunStopped, match=f"the manifests have 4 rows, and the plan {rows}"):
-            runner._sum_up(
-                ledger,
-                RunRecord({}, {}, {}, "now", rows=rows, images=rows),
-                [Shard(0, 0, 0, 4, BUCKET, 4, 4)],
-                job,
-                Tally(),
-                lease,
-                runner._Ended(None),
-            )
+            sum_up(run, Tally(), Ended(None))
         assert (ledger.get_json("summary.json") or {})["state"] == "stopped"
         figures, failed = caplog.messages[-2:]
         assert figures.startswith("stopped: 0 images, 4 failed rows, ")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from world import World, shards, start
 
+from gaudi_batch.scheduling.card_events import MAX_STRIKES, MAX_VINDICATIONS
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.events import Reading, ShardFailure
 from gaudi_batch.scheduling.failures import DEATHS_READING_A_ROW, DEATHS_TO_CONDEMN, MAX_TRIES, Trouble
-from gaudi_batch.scheduling.schedule import MAX_STRIKES, MAX_VINDICATIONS, Schedule
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts
 
 
 def settle(world: World) -> None:
@@ -17,7 +19,7 @@ def settle(world: World) -> None:
 
 
 def test_a_shard_that_teaches_nothing_is_given_up_after_eight_tries() -> None:
-    world = World(Schedule(shards(1), "a", 4))
+    world = World(Schedule(shards(1), "a", RowCounts(4)))
     start(world, 12)
     tries = 0
     while not world.finished:
@@ -32,7 +34,7 @@ def test_a_shard_that_teaches_nothing_is_given_up_after_eight_tries() -> None:
 
 def test_a_card_that_dies_again_and_again_is_quarantined_after_six_times_in_a_row() -> None:
     """Each time at another shard, so that no shard is to blame; in between it makes nothing."""
-    world = World(Schedule(shards(40), "a", 160))
+    world = World(Schedule(shards(40), "a", RowCounts(160)))
     start(world, 2)
     deaths = 0
     while world.schedule.state(0) is not CardState.QUARANTINED:
@@ -51,7 +53,7 @@ def test_a_card_that_dies_again_and_again_is_quarantined_after_six_times_in_a_ro
 def test_what_a_card_makes_in_between_speaks_for_it() -> None:
     """A card whose failures others mend is quarantined after a few, but not if most of its shards succeed."""
     for between in (0, 2):
-        world = World(Schedule(shards(60), "a", 240))
+        world = World(Schedule(shards(60), "a", RowCounts(240)))
         start(world, 2)
         for _ in range(MAX_VINDICATIONS + 2):
             if 0 in world.quarantined:
@@ -97,7 +99,7 @@ def test_a_row_is_condemned_for_its_reading_on_the_word_of_two_cards_where_there
 
 def test_a_death_is_a_try_of_the_shard_that_was_made_and_of_no_other_in_flight() -> None:
     """Which of them it was is found out by having both announce what they do."""
-    world = World(Schedule(shards(6), "a", 24))
+    world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 1)
     begun, waiting = (task.shard.number for task in world.hands[0])
     world.begin(0)

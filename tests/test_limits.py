@@ -7,7 +7,7 @@ import pytest
 from gaudi_batch.card.messages import Status
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import LimitsConfig
-from gaudi_batch.driver.watchdog import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, passed_limit
+from gaudi_batch.driver.watchdog import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, PhaseRules, passed_limit
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled
 
@@ -56,8 +56,8 @@ def made(longest: dict[BatchKind, float], warmup: dict[BatchKind, float] | None 
 def test_each_phase_and_each_kind_of_batch_has_its_limit(
     phase: str, kind: BatchKind | None, seen: list[Status], limit: float, name: str
 ) -> None:
-    def after(phase_s: float, since_heard: float) -> PassedLimit | None:
-        return passed_limit(status(phase, phase_s, kind), since_heard, 1.0, CONFIG, times(*seen))
+    def after(phase_s: float, since_seen: float) -> PassedLimit | None:
+        return passed_limit(status(phase, phase_s, kind), since_seen, PhaseRules(CONFIG, "1 HPU", 1.0, times(*seen)))
 
     assert after(limit - 1, 0.5) is None
     passed = after(limit - 1, 2)
@@ -68,7 +68,9 @@ def test_each_phase_and_each_kind_of_batch_has_its_limit(
 
 def test_a_batch_of_a_kind_that_nobody_has_made_is_named() -> None:
     def at(kind: BatchKind) -> PassedLimit | None:
-        return passed_limit(status("batch", 1e6, kind), 0.0, 1.0, CONFIG, times(made({SMALL: 1.0}, {LONG: 9.0})))
+        return passed_limit(
+            status("batch", 1e6, kind), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times(made({SMALL: 1.0}, {LONG: 9.0})))
+        )
 
     found = {kind: at(kind) for kind in (SMALL, LARGE, LONG)}
     assert {kind: passed and passed.slow for kind, passed in found.items()} == {
@@ -79,26 +81,26 @@ def test_a_batch_of_a_kind_that_nobody_has_made_is_named() -> None:
 
 
 def test_a_card_that_has_never_answered_is_loading() -> None:
-    assert passed_limit(None, 99.0, 1.0, CONFIG, times()) is None
+    assert passed_limit(None, 99.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
     said = PassedLimit("its loading took longer than 100 s (limits.loading)")
-    assert passed_limit(None, 101.0, 1.0, CONFIG, times()) == said
+    assert passed_limit(None, 101.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) == said
 
 
 def test_a_card_that_has_nothing_to_do_must_only_answer() -> None:
     idle = status("idle", 1e9)
-    assert passed_limit(idle, 30.0, 1.0, CONFIG, times()) is None
+    assert passed_limit(idle, 30.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
     said = PassedLimit("it has not answered for 32 s (limits.answer)")
-    assert passed_limit(idle, 32.0, 1.0, CONFIG, times()) == said
+    assert passed_limit(idle, 32.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) == said
 
 
 @pytest.mark.parametrize("phase", ["idle", "batch"])
 def test_storage_has_the_job_s_patience_and_a_minute(phase: str) -> None:
-    assert passed_limit(status(phase, storage_s=79.0), 0.0, 1.0, CONFIG, times()) is None
-    said = passed_limit(status(phase, storage_s=81.0), 0.0, 1.0, CONFIG, times())
+    assert passed_limit(status(phase, storage_s=79.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
+    said = passed_limit(status(phase, storage_s=81.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times()))
     assert said == PassedLimit("an operation on storage has not ended for 81 s", StorageStalled())
 
 
 def test_a_card_does_not_read_for_ever() -> None:
-    assert passed_limit(status("idle", reading_s=119.0), 0.0, 1.0, CONFIG, times()) is None
-    said = passed_limit(status("idle", reading_s=121.0), 0.0, 1.0, CONFIG, times())
+    assert passed_limit(status("idle", reading_s=119.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
+    said = passed_limit(status("idle", reading_s=121.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times()))
     assert said == PassedLimit("it has been reading the rows of a shard for 121 s (limits.loading)", SlowReading())

@@ -23,7 +23,8 @@ from smalljob import a_job, write_dataset
 
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.cluster.address import address_of
-from gaudi_batch.driver.runner import _knock, run
+from gaudi_batch.driver.connecting import check_reachable
+from gaudi_batch.driver.runner import run
 from gaudi_batch.reporting.terminal import Progress, open_view
 
 log = logging.getLogger("gaudi_batch")
@@ -42,12 +43,12 @@ def ipv6() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-def test_an_address_of_ipv6_is_knocked_at_and_given_to_ray_as_it_is(ipv6: int) -> None:
+def test_an_address_of_ipv6_is_tried_and_given_to_ray_as_it_is(ipv6: int) -> None:
     address = address_of(f"[::1]:{ipv6}")
     assert address == f"[::1]:{ipv6}"
-    _knock(address)
+    check_reachable(address)
     with pytest.raises(InputError, match="Connection refused"):
-        _knock(f"[::1]:{free_port()}")
+        check_reachable(f"[::1]:{free_port()}")
 
 
 def test_a_cluster_that_does_not_answer_costs_no_beginning_of_an_output(tmp_path: Path) -> None:

@@ -4,60 +4,54 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
 
 from gaudi_batch.card.messages import Ready
-from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.fleet import Fleet
 from gaudi_batch.driver.slot import Slot
-from gaudi_batch.driver.watchdog import BatchTimes
 from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.scheduling.admission import Requirements
 from gaudi_batch.scheduling.cards import CardState
-from gaudi_batch.scheduling.decisions import Assign, Decision, ShardTask
+from gaudi_batch.scheduling.decisions import Assign, ShardTask
+from gaudi_batch.scheduling.events import CardDied, CardPlaced, Event, ShardMade, ShardOutcome
 from gaudi_batch.scheduling.schedule import Schedule
-from gaudi_batch.scheduling.stack_vote import StackVote
+from gaudi_batch.scheduling.state import RowCounts, Rules
 
 
-class Introducing(Driver):
-    """A driver that only hears of cards."""
+class Introducing(Fleet):
+    """The cards of a run that only says what they have loaded."""
 
     def __init__(self, before: Mapping[str, str] | None = None, cards: int = 2) -> None:
         plan = [Shard(number, 0, 4 * number, 4 * number + 4, Bucket(64, 64, 20, 2.0), 4, 4) for number in range(9)]
-        self.schedule = Schedule(plan, "a", 36)
-        self._account: Any = SimpleNamespace(introduce=lambda slot: None, fault=lambda slot, what: None)
-        self._setup: Any = SimpleNamespace(model=SimpleNamespace(revision="", name=""), min_cpus=1)
-        self._ledger: Any = SimpleNamespace(use_stack=lambda stack: stack)
-        self._vote = StackVote(before)
-        self._batch_times = BatchTimes()
-        self._notes: set[str] = set()
-        self._slots = {number: Slot(number) for number in range(cards)}
-        self.sent: list[str] = []
-        for number in self._slots:
-            self.schedule.starting(number, "first")
+        self.schedule = Schedule(plan, "a", RowCounts(36), Rules(requirements=Requirements(stack=before)))
+        self.slots = {number: Slot(number) for number in range(cards)}
+        self.sent: list[Assign] = []
+        for number in self.slots:
+            self.tell(CardPlaced(number, "first"))
+        self._tell = self.tell
+
+    def tell(self, event: Event) -> None:
+        self.sent += [each for each in self.schedule.handle(event) if isinstance(each, Assign)]
 
     def ready(self, number: int, node: str, module: int, torch: str = "2") -> str:
         stack = {"torch": torch}
         ready = Ready(f"{node}-id", node, module, pid=1, load_s=0.0, stack=stack, model="", threads=None, cpus=1)
-        self._introduce(self._slots[number], ready)
-        return self._slots[number].name
-
-    def _carry_out(self, decisions: list[Decision]) -> None:
-        self.sent += [self._slots[each.card].name for each in decisions if isinstance(each, Assign)]
+        self.introduce(self.slots[number], ready)
+        return self.slots[number].name
 
 
 def test_a_card_whose_place_was_moved_gets_the_name_of_where_it_is() -> None:
     driver = Introducing()
     assert driver.ready(0, "first", 3) == "first-3"
-    driver.schedule.died(0, "killed")
+    driver.tell(CardDied(0, "killed"))
     assert driver.ready(0, "first", 3) == "first-3", "a new process in the same place"
-    driver.schedule.died(0, "killed")
+    driver.tell(CardDied(0, "killed"))
     assert driver.ready(0, "second", 5) == "second-5"
-    assert driver._slots[0].node_id == "second-id"
+    assert driver.slots[0].node_id == "second-id"
     assert driver.ready(1, "first", 3) == "first-3", "another card may have come to its old place"
 
 
 def states(driver: Introducing) -> list[CardState]:
-    return [driver.schedule.state(number) for number in driver._slots]
+    return [driver.schedule.state(number) for number in driver.slots]
 
 
 READY, WAITS, REFUSED = CardState.READY, CardState.STARTING, CardState.QUARANTINED
@@ -80,11 +74,9 @@ def test_a_resumed_run_goes_on_with_what_most_cards_have_when_none_has_what_was(
     driver.ready(2, "second", 0, torch="3")
     assert states(driver) == [WAITS] * 4, "the last may have what made the images before"
     for _ in range(3):
-        driver.schedule.died(3, "killed")
-    driver._settle_stack()
+        driver.tell(CardDied(3, "killed"))
     assert states(driver) == [WAITS, READY, READY, REFUSED]
-    driver._vote.settled = True
-    driver._settle_stack()
+    driver.tell(ShardMade(driver.sent[0].task.attempt, ShardOutcome(4, 0, 0)))
     assert states(driver) == [REFUSED, READY, READY, REFUSED]
 
 
@@ -116,7 +108,7 @@ def test_shards_reach_a_card_in_the_order_in_which_they_were_sent() -> None:
     async def send() -> None:
         driver, slot = Introducing(), Slot(0)
         shard = driver.schedule.shards[0]
-        await asyncio.gather(*(driver._assign(slot, Actor(), ShardTask(shard, f"a{n}")) for n in range(3)))
+        await asyncio.gather(*(driver.send(slot, Actor(), ShardTask(shard, f"a{n}")) for n in range(3)))
 
     asyncio.run(send())
     assert asked == ["a0", "a1", "a2"]

@@ -1,72 +1,100 @@
-"""How many places a job takes in a cluster, when some of its cards do not work."""
+"""How many cards a run asks the cluster for, when some of its cards do not work, and when it stops waiting for one."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
+from world import loaded, shards
 
-from gaudi_batch.cluster.connection import Capacity
-from gaudi_batch.driver.loop import Driver
-from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.scheduling.cards import CardState
-from gaudi_batch.scheduling.decisions import Finish
-from gaudi_batch.scheduling.schedule import MAX_START_FAILURES, Schedule
+from gaudi_batch.scheduling.card_events import MAX_START_FAILURES
+from gaudi_batch.scheduling.decisions import (
+    AskForCards,
+    CheckStorage,
+    Decision,
+    DropCards,
+    Finish,
+    GiveBack,
+    NoteFault,
+    Replace,
+)
+from gaudi_batch.scheduling.events import (
+    Capacity,
+    CardBroken,
+    CardGone,
+    CardPlaced,
+    ClusterSeen,
+    RunFailed,
+    StopForced,
+    StorageChecked,
+)
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts, Rules
 
-BUCKET = Bucket(64, 64, 20, 2.0)
+NODES = frozenset("ABCDEFGHIJ")
 
 
-class Places(Driver):
-    """A driver's places alone, without Ray."""
+class Job:
+    """A run, and the cards that it has asked for."""
 
-    def __init__(self, shards: int, max_cards: int | None = None, min_cards: int = 0) -> None:
-        plan = [Shard(number, 0, 4 * number, 4 * number + 4, BUCKET, 4, 4) for number in range(shards)]
-        self.schedule = Schedule(plan, "a", 4 * shards)
-        self._setup: Any = SimpleNamespace(config=SimpleNamespace(max_cards=max_cards, min_cards=min_cards))
-        self._slots: Any = {}
+    def __init__(self, count: int, max_cards: int | None = None, min_cards: int = 0, timeout_s: float = 60.0) -> None:
+        rules = Rules(max_cards=max_cards, min_cards=min_cards, cluster_timeout_s=timeout_s)
+        self.schedule = Schedule(shards(count), "a", RowCounts(4 * count), rules)
+        self.waiting: list[int] = []
+        self.asked = 0
+        self.over: list[str | None] = []
 
-    def place(self, number: int, node: str) -> None:
-        """The cluster places a card, which begins to load."""
-        self._slots[number] = SimpleNamespace(number=number, node_id=node)
-        self.schedule.starting(number, node)
+    def see(self, cards: int, total: int, now: float = 0.0, nodes: frozenset[str] = NODES) -> list[Decision]:
+        """The driver looks at the cluster."""
+        decisions = self.schedule.handle(ClusterSeen(Capacity(cards, total, nodes, frozenset()), now))
+        for decision in decisions:
+            if isinstance(decision, AskForCards):
+                self.waiting += decision.cards
+                self.asked += len(decision.cards)
+            elif isinstance(decision, DropCards):
+                self.waiting = [card for card in self.waiting if card not in decision.cards]
+            elif isinstance(decision, Finish):
+                self.over.append(decision.reason)
+        return decisions
 
-    def fail(self, number: int) -> bool:
-        """It can't load; returns whether that ends the run."""
-        decisions = [decision for _ in range(MAX_START_FAILURES) for decision in self.schedule.broken(number, "no")]
-        return any(isinstance(decision, Finish) for decision in decisions)
+    def place(self, node: str) -> int:
+        """The cluster places the next card, which begins to load."""
+        card = self.waiting.pop(0)
+        self.schedule.handle(CardPlaced(card, node))
+        return card
 
-    def wanted(self, cards: int, there: int) -> int:
-        return self._wanted(Capacity(cards, there, frozenset("ABCDEFGHIJ"), frozenset()))
+    def fail(self, card: int) -> None:
+        """It can't load."""
+        for _ in range(MAX_START_FAILURES):
+            for decision in self.schedule.handle(CardBroken(card, "no")):
+                if isinstance(decision, Finish):
+                    self.over.append(decision.reason)
 
 
 def test_no_card_is_asked_for_that_would_have_nothing_to_do() -> None:
-    places = Places(3, max_cards=16)
-    assert places.wanted(0, 0) == 3
-    for number in range(3):
-        places.place(number, "A")
-        assert places.wanted(3, 3) == 3
-    for number in range(3):
-        places.schedule.ready(number)
-    assert places.wanted(3, 3) == 3
+    job = Job(3, max_cards=16)
+    job.see(0, 0)
+    assert job.asked == 3
+    cards = [job.place("A") for _ in range(3)]
+    job.see(3, 3)
+    for card in cards:
+        job.schedule.handle(loaded(card, "A"))
+    job.see(3, 3)
+    assert job.asked == 3
 
 
 @pytest.mark.parametrize(("per_node", "cards", "tried"), [(8, 1, 2), (64, 2, 4), (1, 1, 2)])
 def test_where_every_card_fails_as_many_again_are_tried(per_node: int, cards: int, tried: int) -> None:
-    places, over = Places(4), False
-    while not over:
-        here = places._slots_in(*set(CardState) - {CardState.GONE})
-        before = len(places._slots)
-        for number in range(before, before + places.wanted(cards, 64) - len(here)):
-            places.place(number, "ABCDEFGHIJ"[number // per_node])
-            over = places.fail(number) or over
-        if len(places._slots) == before:
-            over = any(isinstance(decision, Finish) for decision in places.schedule.expect(False))
-    assert len(places._slots) == tried
+    job = Job(4)
+    while not job.over:
+        before = job.asked
+        job.see(cards, 64)
+        while job.waiting:
+            job.fail(job.place("ABCDEFGHIJ"[(job.asked - len(job.waiting)) // per_node]))
+        assert job.asked > before or job.over, "nothing happens any more"
+    assert job.asked == tried
 
 
 @pytest.mark.parametrize(
-    ("bad", "there", "wanted"),
+    ("bad", "total", "wanted"),
     [
         (0, 8, 2),
         (1, 8, 3),  # the node has another
@@ -74,11 +102,78 @@ def test_where_every_card_fails_as_many_again_are_tried(per_node: int, cards: in
         (2, 2, 4),  # nothing of it works
     ],
 )
-def test_another_node_is_asked_for_when_nothing_of_one_works(bad: int, there: int, wanted: int) -> None:
+def test_another_node_is_asked_for_when_nothing_of_one_works(bad: int, total: int, wanted: int) -> None:
     for asked in ({"max_cards": 2}, {"min_cards": 2}):
-        places = Places(40, **asked)
-        for number in range(2):
-            places.place(number, "A")
-        for number in range(bad):
-            places.fail(number)
-        assert places.wanted(2, there) == wanted
+        job = Job(40, **asked)
+        job.see(2, 2)
+        cards = [job.place("A") for _ in range(2)]
+        for card in cards[:bad]:
+            job.fail(card)
+        job.see(2, total)
+        assert job.asked == wanted
+
+
+def test_a_card_that_nothing_would_be_left_for_is_not_waited_for() -> None:
+    job = Job(40)
+    job.see(4, 4)
+    first = job.waiting[0]
+    assert job.see(1, 1) == [DropCards((3, 2, 1))], "the newest go first"
+    assert job.waiting == [first]
+
+
+def test_a_cluster_without_a_card_that_works_is_given_up_after_its_limit_and_no_sooner() -> None:
+    job = Job(4)
+    job.see(1, 1, now=100.0)
+    card = job.place("A")
+    job.schedule.handle(loaded(card, "A"))
+    job.see(1, 1, now=5000.0)
+    job.schedule.handle(CardGone(card))
+    job.see(0, 0, now=5060.0, nodes=frozenset())
+    assert not job.over
+    job.see(0, 0, now=5060.5, nodes=frozenset())
+    assert job.over == ["the cluster has had no card that works for 60 s (limits.cluster)"]
+
+
+def test_a_card_that_others_hold_is_waited_for_as_long_as_it_takes() -> None:
+    job = Job(4)
+    for hour in range(10):
+        job.see(1, 1, now=3600.0 * hour)
+    assert not job.over
+
+
+def test_a_quarantined_card_whose_node_is_gone_gives_its_place_back() -> None:
+    job = Job(4)
+    job.see(1, 2)
+    card = job.place("A")
+    job.fail(card)
+    assert GiveBack(card) not in job.see(1, 2)
+    assert GiveBack(card) in job.see(1, 2, nodes=NODES - {"A"})
+
+
+def test_storage_that_fails_for_the_driver_too_ends_the_run_with_its_error() -> None:
+    job = Job(4)
+    job.see(1, 1)
+    card = job.place("A")
+    decisions = job.schedule.handle(CardBroken(card, "can't read run.json", storage=True))
+    assert any(isinstance(decision, CheckStorage) for decision in decisions)
+    assert job.schedule.handle(StorageChecked(0, "no space left")) == [Finish("no space left")]
+
+
+def test_what_the_run_can_not_go_on_without_ends_it_once() -> None:
+    for event in (RunFailed("storage has failed"), StopForced("interrupted")):
+        job = Job(4)
+        job.see(1, 1)
+        assert job.schedule.handle(event) == [Finish(event.reason)]
+        assert job.schedule.handle(RunFailed("again")) == []
+
+
+def test_a_module_that_ray_gives_to_a_second_card_keeps_its_first_one() -> None:
+    job = Job(4)
+    job.see(2, 2)
+    first, second = job.place("A"), job.place("A")
+    job.schedule.handle(loaded(first, "A", module=3))
+    decisions = job.schedule.handle(loaded(second, "A", module=3))
+    assert Replace(second) in decisions
+    (fault,) = [decision for decision in decisions if isinstance(decision, NoteFault)]
+    assert fault == NoteFault(second, f"Ray gave it module 3 of node host of A, which card card {first} holds")
+    assert Replace(second) not in job.schedule.handle(loaded(second, "A", module=4))

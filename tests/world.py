@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.scheduling.cards import QUEUE
+from gaudi_batch.scheduling.cards import QUEUE, CardState
 from gaudi_batch.scheduling.decisions import (
+    Admit,
+    AskForCards,
     Assign,
     CheckStorage,
     Commit,
     Decision,
     Discard,
+    DropCards,
     Finish,
+    HoldBack,
     Quarantine,
     Recall,
     Release,
     Replace,
     ShardTask,
 )
-from gaudi_batch.scheduling.events import ShardFailure, ShardOutcome
+from gaudi_batch.scheduling.events import (
+    Capacity,
+    CardBroken,
+    CardDied,
+    CardGone,
+    CardLeaving,
+    CardLoaded,
+    CardPlaced,
+    ClusterSeen,
+    DoubtsChecked,
+    Event,
+    LoadedCard,
+    RecallAnswered,
+    ShardBegun,
+    ShardCommitted,
+    ShardFailed,
+    ShardFailure,
+    ShardMade,
+    ShardOutcome,
+    StorageChecked,
+)
 from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S
+from gaudi_batch.scheduling.state import Rules
 
+CLUSTER_TIMEOUT_S = 1800.0
+RULES = Rules(cluster_timeout_s=CLUSTER_TIMEOUT_S)
 BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
+
+
+def loaded(card: int, node: str = "", *, module: int | None = None, torch: str = "2", now: float = 0.0) -> CardLoaded:
+    """A card of this node has loaded its pipeline."""
+    stack = {"torch": torch}
+    return CardLoaded(card, LoadedCard(f"card {card}", node, f"host of {node}", module, stack, "model", 1), now)
 
 
 def shards(count: int, rows: int = 4, buckets: int = 1) -> list[Shard]:
@@ -41,7 +76,10 @@ class World:
     rows: int = 4
     hands: dict[int, list[ShardTask]] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)
+    now: float = 0.0
+    waiting: list[int] = field(default_factory=list)
     starting: set[int] = field(default_factory=set)
+    held_back: set[int] = field(default_factory=set)
     quarantined: set[int] = field(default_factory=set)
     leaving: set[int] = field(default_factory=set)
     recalls: list[Recall] = field(default_factory=list)
@@ -54,10 +92,24 @@ class World:
     finished: list[str | None] = field(default_factory=list)
     captured: set[tuple[int, object]] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.handle: Callable[[Event], list[Decision]] = self.schedule.handle
+
     def do(self, decisions: list[Decision]) -> None:
+        self.schedule.validate()
         for decision in decisions:
             assert not self.finished, f"{decision} after the end"
-            if isinstance(decision, Assign):
+            if isinstance(decision, AskForCards):
+                self.waiting += decision.cards
+            elif isinstance(decision, DropCards):
+                self.waiting = [card for card in self.waiting if card not in decision.cards]
+            elif isinstance(decision, HoldBack):
+                self.held_back.add(decision.card)
+            elif isinstance(decision, Admit):
+                self.starting.remove(decision.card)
+                self.held_back.discard(decision.card)
+                self.hands[decision.card] = []
+            elif isinstance(decision, Assign):
                 task = decision.task
                 number = task.shard.number
                 assert number not in self.committed
@@ -81,9 +133,12 @@ class World:
                 self.checks.append(decision.shard.number)
             elif isinstance(decision, Replace):
                 self.old += self.hands.pop(decision.card, [])
+                self.held_back.discard(decision.card)
                 self.starting.add(decision.card)
             elif isinstance(decision, Quarantine):
                 self.old += self.hands.pop(decision.card, [])
+                self.starting.discard(decision.card)
+                self.held_back.discard(decision.card)
                 self.quarantined.add(decision.card)
             elif isinstance(decision, Release):
                 assert decision.card in self.leaving
@@ -92,44 +147,55 @@ class World:
             elif isinstance(decision, Finish):
                 self.finished.append(decision.reason)
 
+    def see(self, more: int = 0, later: float = 0.0) -> None:
+        """The driver looks at the cluster, which has so many cards more than the job has or waits for."""
+        self.now += later
+        states = {card: self.schedule.state(card) for card in self.nodes}
+        here = {card for card, state in states.items() if state not in (CardState.GONE, CardState.LEAVING)}
+        cards = len(here) + len(self.waiting) + more
+        nodes = frozenset(self.nodes[card] for card, state in states.items() if state is not CardState.GONE)
+        self.do(self.handle(ClusterSeen(Capacity(cards, cards, nodes, frozenset()), self.now)))
+
     def join(self, card: int, node: str = "") -> None:
+        self.waiting = [number for number in self.waiting if number != card]
         self.nodes[card] = node or f"node of {card}"
-        self.do(self.schedule.starting(card, self.nodes[card]))
+        self.do(self.handle(CardPlaced(card, self.nodes[card])))
         self.starting.add(card)
 
     def ready(self, card: int) -> None:
-        self.starting.discard(card)
-        self.hands[card] = []
-        self.do(self.schedule.ready(card))
+        self.do(self.handle(loaded(card, self.nodes[card], now=self.now)))
 
     def die(self, card: int, error: str = "killed") -> None:
         self.starting.discard(card)
+        self.held_back.discard(card)
         self.old += self.hands.pop(card, [])
-        self.do(self.schedule.died(card, error))
+        self.do(self.handle(CardDied(card, error)))
 
     def break_down(self, card: int, error: str = "out of device memory") -> None:
         self.starting.discard(card)
+        self.held_back.discard(card)
         self.old += self.hands.pop(card, [])
-        self.do(self.schedule.broken(card, error))
+        self.do(self.handle(CardBroken(card, error)))
 
     def refuse(self, card: int) -> None:
-        self.starting.discard(card)
-        self.do(self.schedule.refused(card, "another torch"))
+        """A card loads, and has another stack than those that work, which has been settled."""
+        self.do(self.handle(loaded(card, self.nodes[card], torch="1", now=self.now + STACK_VOTE_TIMEOUT_S)))
 
     def leave(self, card: int) -> None:
         self.starting.discard(card)
+        self.held_back.discard(card)
         self.old += self.hands.pop(card, [])
-        self.do(self.schedule.gone(card))
+        self.do(self.handle(CardGone(card)))
 
     def begin(self, card: int) -> None:
         """A card reads what it has in hand and makes the first of it."""
         for place, task in enumerate(self.hands.get(card, [])):
-            self.do(self.schedule.begun(task.attempt, place == 0))
+            self.do(self.handle(ShardBegun(task.attempt, place == 0)))
 
     def check_storage(self, error: str | None = None, of_shard: str | None = None) -> None:
         """The driver looks at storage itself, if it was asked to."""
         if self.checks:
-            self.do(self.schedule.storage_checked(self.checks.pop(0), error, of_shard))
+            self.do(self.handle(StorageChecked(self.checks.pop(0), error, of_shard)))
 
     def lose_node(self, card: int) -> None:
         """All cards of its node are gone at once, after they have begun what they had in hand."""
@@ -142,29 +208,31 @@ class World:
 
     def take_leave(self, card: int) -> None:
         self.leaving.add(card)
-        self.do(self.schedule.leaving(card))
+        self.do(self.handle(CardLeaving(card)))
 
     def finish_first(self, card: int, failed: int = 0, undecoded: int = 0, **outcome: Any) -> None:
         task = self.hands[card].pop(0)
         if task.confirm:
-            self.do(self.schedule.confirmed(task.attempt, dict.fromkeys(task.confirm, "wrong") if failed else {}))
+            self.do(self.handle(DoubtsChecked(task.attempt, dict.fromkeys(task.confirm, "wrong") if failed else {})))
             return
         graph = (card, task.shard.bucket.graph_key)
         seconds = 1.0 if graph in self.captured else 50.0
         self.captured.add(graph)
         self.held[task.attempt] = task.shard.number
         rows = failed + undecoded
-        self.do(self.schedule.done(task.attempt, ShardOutcome(self.rows, rows, failed, undecoded, seconds, **outcome)))
+        self.do(
+            self.handle(ShardMade(task.attempt, ShardOutcome(self.rows, rows, failed, undecoded, seconds, **outcome)))
+        )
 
     def fail_first(self, card: int, accused: bool, healthy: bool) -> None:
         task = self.hands[card].pop(0)
         rows = {task.shard.start: "boom"} if accused else {}
-        self.do(self.schedule.failed(task.attempt, ShardFailure("boom", rows, healthy=healthy)))
+        self.do(self.handle(ShardFailed(task.attempt, ShardFailure("boom", rows, healthy=healthy))))
 
     def commit_first(self) -> None:
         shard, _ = self.commits.pop(0)
         self.committed.add(shard)
-        self.do(self.schedule.committed(shard))
+        self.do(self.handle(ShardCommitted(shard)))
 
     def answer_recall(self, give_back: bool) -> None:
         recall = self.recalls.pop(0)
@@ -175,14 +243,14 @@ class World:
         if given:
             hand.remove(mine[0])
         if mine:
-            self.do(self.schedule.recalled(recall.attempt, given))
+            self.do(self.handle(RecallAnswered(recall.attempt, given)))
 
 
 def let_it_end(world: World, new_card: int) -> None:
     """From here on nothing goes wrong; the run has to end within a bounded number of events."""
     if not world.finished and not world.hands.keys() - world.leaving and not world.starting:
         world.join(new_card)
-    world.do(world.schedule.expect(False))
+    world.see()
     for _ in range(10_000):
         if world.finished:
             return
@@ -190,12 +258,17 @@ def let_it_end(world: World, new_card: int) -> None:
             world.commit_first()
         elif world.recalls:
             world.answer_recall(True)
-        elif world.starting:
-            world.ready(next(iter(world.starting)))
+        elif world.waiting:
+            world.join(world.waiting[0])
+        elif world.starting - world.held_back:
+            world.ready(next(iter(world.starting - world.held_back)))
         else:
             busy = [card for card, hand in world.hands.items() if hand]
+            if not busy and world.held_back:
+                world.see(later=STACK_VOTE_TIMEOUT_S)
+                continue
             if not busy:
-                world.do(world.schedule.expect(False))  # the driver looks at the cluster again and again
+                world.see(later=CLUSTER_TIMEOUT_S + 1)  # the driver looks at the cluster again and again
                 if world.finished:
                     return
             assert busy, "nothing happens any more and the run has not ended"

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.driver.runner import RunResult, run
+from gaudi_batch.driver.result import RunResult
+from gaudi_batch.driver.runner import run
 from gaudi_batch.errors import InputError
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.redaction import redacted_options

@@ -23,6 +23,7 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import environment
+from gaudi_batch.scheduling.events import Capacity
 from gaudi_batch.text import one_line
 
 OBJECT_STORE_BYTES = 200 * 1024**2
@@ -210,20 +211,6 @@ def _on_loopback() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before[0]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has for a job."""
-
-    cards: int
-    """Cards that the job may have of it, held by others or not."""
-    there: int
-    """All that it has, so also those that may take the place of failed ones."""
-    nodes: frozenset[str]
-    """Ids of the nodes that are up."""
-    leaving: frozenset[str]
-    """Ids of those that have announced their end."""
 
 
 def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:

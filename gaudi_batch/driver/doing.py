@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaudi_batch.card.messages import Status
-from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.driver.slot import Slot
-from gaudi_batch.driver.watchdog import BatchTimes, phase_limit, reading_limit, storage_limit
+from gaudi_batch.driver.watchdog import PhaseRules, phase_limit, reading_limit, storage_limit
 from gaudi_batch.scheduling.cards import CardState
 
 USUAL_SECONDS = 20.0
@@ -82,61 +81,55 @@ def _numbers(rows: Sequence[int]) -> str:
     return f"{rows[0]}" if len(rows) == 1 else f"{min(rows)} to {max(rows)}"
 
 
-def doings_of(status: Status, since_heard: float, news_s: float, config: JobConfig, times: BatchTimes) -> list[Doing]:
+def doings_of(status: Status, since_seen: float, rules: PhaseRules) -> list[Doing]:
     """What a card is at, by its last answer: what its device does, or waits for, comes first.
 
     Args:
         status: the answer.
-        since_heard: seconds since then.
-        news_s: seconds after which a card that has nothing to say answers.
-        config: the job.
-        times: how long things take.
+        since_seen: seconds since then.
+        rules: how long things may and do take.
     """
+    config, times = rules.config, rules.times
     beside = []
     if status.storing and not status.storage_s:
-        beside.append(Doing("encoding", status.storing_s + since_heard, note=f"{status.storing} images"))
+        beside.append(Doing("encoding", status.storing_s + since_seen, note=f"{status.storing} images"))
     elif status.storage_s and (status.storing or not status.reading_s):
         phase, note = ("storing", f"{status.storing} images") if status.storing else ("asking storage", "")
-        seconds = status.storage_s + since_heard
+        seconds = status.storage_s + since_seen
         beside.append(Doing(phase, seconds, storage_limit(config), USUAL_SECONDS, note=note))
     if status.reading_s > 0:
-        seconds = status.reading_s + since_heard
+        seconds = status.reading_s + since_seen
         beside.append(Doing("reading", seconds, reading_limit(config), USUAL_SECONDS, status.reading_shard))
     if status.phase != "idle":
         kind = status.kind
         name, limit = phase_limit(status, config, times)
         bucket = f"{kind.width}x{kind.height}" if kind is not None else None
         usual = times.loading if name == "loading" else times.usual(status.phase, kind)
-        seconds = status.phase_s + since_heard
+        seconds = status.phase_s + since_seen
         return [Doing(status.phase, seconds, limit, usual, status.shard, bucket, status.rows), *beside]
-    if since_heard > news_s + SOON_SECONDS / 2:
-        return [Doing("silent", since_heard, news_s + config.limits.answer)]
-    return beside or [Doing("idle", status.phase_s + since_heard)]
+    if since_seen > rules.poll_s + SOON_SECONDS / 2:
+        return [Doing("silent", since_seen, rules.poll_s + config.limits.answer)]
+    return beside or [Doing("idle", status.phase_s + since_seen)]
 
 
-def doings(
-    slot: Slot, state: CardState, now: float, news_s: float, need: str, config: JobConfig, times: BatchTimes
-) -> list[Doing]:
+def doings(slot: Slot, state: CardState, now: float, rules: PhaseRules) -> list[Doing]:
     """What the card of a slot is at; empty where it has no part in the run.
 
     Args:
         slot: the slot.
         state: where its card is in its life.
         now: monotonic.
-        news_s: seconds after which a card that has nothing to say answers.
-        need: what a card takes of the cluster.
-        config: the job.
-        times: how long things take.
+        rules: how long things may and do take.
     """
     if state is CardState.WAITING:
-        return [Doing("waiting", now - slot.since, note=f"no {need} is free")]
+        return [Doing("waiting", now - slot.since, note=f"no {rules.need} is free")]
     if state in (CardState.GONE, CardState.QUARANTINED):
         return []
     if slot.actor is None:
-        return [Doing("starting", now - slot.heard, usual=USUAL_SECONDS)]
+        return [Doing("starting", now - slot.last_seen, usual=USUAL_SECONDS)]
     if slot.status is None:
-        return [Doing("loading", now - slot.heard, config.limits.loading, times.loading)]
-    found = doings_of(slot.status, now - slot.heard, news_s, config, times)
+        return [Doing("loading", now - slot.last_seen, rules.config.limits.loading, rules.times.loading)]
+    found = doings_of(slot.status, now - slot.last_seen, rules)
     if slot.up and state is CardState.STARTING:
         return [Doing("idle", found[0].seconds, note="waiting for what the other cards have")]
     return found

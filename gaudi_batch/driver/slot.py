@@ -37,7 +37,7 @@ class Slot:
     actor: Any = None
     """The Ray actor of the present process; None between two."""
     status: Status | None = None
-    heard: float = 0.0
+    last_seen: float = 0.0
     """When it last answered, monotonic."""
     passed: PassedLimit | None = None
     """The limit for which its process is being killed."""

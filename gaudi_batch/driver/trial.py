@@ -53,7 +53,7 @@ def try_card(job: Job, resources: CardResources, driver: str) -> None:
     failures: Counter[str] = Counter()  # by node
     error = ""
     try:
-        while not error or len(groups) < look_at_cluster(job.config, resources).there:
+        while not error or len(groups) < look_at_cluster(job.config, resources).total_cards:
             groups.append(_hold(resources, group_name(driver, f"trial-{len(groups)}"), failures))
             if not groups[-1].wait(OTHER_CARD_TIMEOUT_S if error else limits.cluster):
                 break

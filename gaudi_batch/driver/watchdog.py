@@ -53,6 +53,19 @@ class BatchTimes:
         return known.get(kind) if kind is not None else None
 
 
+@dataclass
+class PhaseRules:
+    """By what it is judged how long a card is at something."""
+
+    config: JobConfig
+    need: str
+    """What a card takes of the cluster, as `1 HPU`."""
+    poll_s: float
+    """Seconds after which a card that has nothing to say answers."""
+    times: BatchTimes = field(default_factory=BatchTimes)
+    """How long things have taken so far."""
+
+
 def phase_limit(status: Status | None, config: JobConfig, times: BatchTimes) -> tuple[str, float]:
     """The limit of what a card's device does, by its name in `limits`, and in seconds."""
     limits = config.limits
@@ -75,28 +88,25 @@ def reading_limit(config: JobConfig) -> float:
     return config.limits.loading + config.storage_patience
 
 
-def passed_limit(
-    status: Status | None, since_heard: float, news_s: float, config: JobConfig, times: BatchTimes
-) -> PassedLimit | None:
+def passed_limit(status: Status | None, since_seen: float, rules: PhaseRules) -> PassedLimit | None:
     """Why a card has been at the same thing for too long, or None.
 
     Args:
         status: its last answer; None before the first, which comes when it has loaded.
-        since_heard: seconds since then.
-        news_s: seconds after which a card that has nothing to say answers.
-        config: the job.
-        times: how long batches take.
+        since_seen: seconds since then.
+        rules: the limits.
     """
+    config, times = rules.config, rules.times
     limits = config.limits
-    phase, seconds = (status.phase, status.phase_s + since_heard) if status else ("loading", since_heard)
+    phase, seconds = (status.phase, status.phase_s + since_seen) if status else ("loading", since_seen)
     if status and status.storage_s > storage_limit(config):
         return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s", StorageStalled())
     if status and status.reading_s > reading_limit(config):
         said = f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)"
         return PassedLimit(said, SlowReading())
     if phase == "idle":
-        silent = since_heard > news_s + limits.answer
-        return PassedLimit(f"it has not answered for {since_heard:.0f} s (limits.answer)") if silent else None
+        silent = since_seen > rules.poll_s + limits.answer
+        return PassedLimit(f"it has not answered for {since_seen:.0f} s (limits.answer)") if silent else None
     kind = status.kind if status else None
     seen = times.of(kind)
     name, limit = phase_limit(status, config, times)

@@ -393,7 +393,11 @@ class Ledger:
 
     def put_json(self, name: str, value: Any) -> None:
         """Writes a JSON object for people and programs to read."""
-        self.storage.put(name, _json(value), self.hold, self._holds)
+        self.put(name, _json(value))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes an object of the run's own."""
+        self.storage.put(name, data, self.hold, self._holds)
 
     def get_json(self, name: str) -> dict[str, Any] | None:
         """Reads one, None where there is none that is whole."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.scheduling.affinity import Affinity
+from gaudi_batch.scheduling.events import LoadedCard
 
 QUEUE = 2
 """Shards in one card's hand: the one that it works on and the one after."""
@@ -24,13 +26,54 @@ class CardState(Enum):
     GONE = "gone"
 
 
+class CardChange(Enum):
+    """What moves a card from one state to another."""
+
+    PLACED = "the cluster gives it a place"
+    ADMITTED = "it has loaded, and is admitted"
+    REPLACED = "its process failed, and another is started"
+    GIVEN_UP = "it failed too often, or would make other images"
+    NODE_LEAVES = "its node announces its end"
+    RELEASED = "it has finished what it had begun"
+    NODE_GONE = "its node is gone"
+
+
+TRANSITIONS: Mapping[tuple[CardState, CardChange], CardState] = {
+    (CardState.WAITING, CardChange.PLACED): CardState.STARTING,
+    (CardState.STARTING, CardChange.ADMITTED): CardState.READY,
+    (CardState.STARTING, CardChange.REPLACED): CardState.STARTING,
+    (CardState.READY, CardChange.REPLACED): CardState.STARTING,
+    (CardState.STARTING, CardChange.GIVEN_UP): CardState.QUARANTINED,
+    (CardState.READY, CardChange.GIVEN_UP): CardState.QUARANTINED,
+    (CardState.STARTING, CardChange.NODE_LEAVES): CardState.LEAVING,
+    (CardState.READY, CardChange.NODE_LEAVES): CardState.LEAVING,
+    (CardState.LEAVING, CardChange.RELEASED): CardState.GONE,
+    (CardState.STARTING, CardChange.NODE_GONE): CardState.GONE,
+    (CardState.READY, CardChange.NODE_GONE): CardState.GONE,
+    (CardState.LEAVING, CardChange.NODE_GONE): CardState.GONE,
+    (CardState.QUARANTINED, CardChange.NODE_GONE): CardState.GONE,
+}
+"""The life of a card: its state after each change; a change that is not here can't happen in that state."""
+
+LIVE_STATES = (CardState.STARTING, CardState.READY)
+"""A card is ready for work, or will be."""
+
+
+def state_diagram() -> str:
+    """The life of a card as Mermaid draws it, from `TRANSITIONS`."""
+    arrows = [f"    {before.name} --> {after.name}: {change.value}" for (before, change), after in TRANSITIONS.items()]
+    return "\n".join(["stateDiagram-v2", "    [*] --> WAITING", *arrows, "    GONE --> [*]"])
+
+
 @dataclass(eq=False)
 class Card:
     """One card and its record."""
 
     number: int
     node: str
-    state: CardState = CardState.GONE
+    state: CardState = CardState.WAITING
+    loaded: LoadedCard | None = None
+    """What its present process says of itself; None before that has loaded, and when it has ended."""
     hand: dict[str, None] = field(default_factory=dict)
     """Attempts, oldest first."""
     suspect: bool = False
@@ -56,6 +99,10 @@ class Card:
     _filed_keys: tuple[dict[int, Card], ...] = ()
     _counted_on: str | None = None
 
+    def may(self, change: CardChange) -> bool:
+        """Whether a change can happen in its state."""
+        return (self.state, change) in TRANSITIONS
+
 
 class Cards:
     """All cards, filed so that an event costs the same with ten cards or ten thousand.
@@ -66,6 +113,9 @@ class Cards:
 
     def __init__(self, affinity: Affinity) -> None:
         self.by_number: dict[int, Card] = {}
+        """Those that the cluster has placed."""
+        self.waiting: dict[int, None] = {}
+        """Those that it has been asked for and has not placed, oldest first."""
         self.starting: dict[int, Card] = {}
         self.open: list[dict[int, Card]] = [{} for _ in range(QUEUE)]
         """Ready and able to take a shard, by the number of shards in their hand."""
@@ -112,6 +162,15 @@ class Cards:
         card.node = node
         self._on.setdefault(node, {})[card.number] = card
         self.lost.discard(node)
+
+    def state(self, number: int) -> CardState:
+        """Where a card is in its life."""
+        card = self.by_number.get(number)
+        return CardState.WAITING if card is None else card.state
+
+    def in_states(self, *states: CardState) -> list[Card]:
+        """The cards in one of these states."""
+        return [card for card in self.by_number.values() if card.state in states]
 
     def on(self, node: str) -> list[Card]:
         """The cards of a node."""

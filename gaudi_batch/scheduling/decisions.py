@@ -34,6 +34,54 @@ class ShardTask:
 
 
 @dataclass(frozen=True)
+class AskForCards:
+    """Ask the cluster for a place for each of these new cards."""
+
+    cards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DropCards:
+    """Take back the request for the place of each of these cards, which the cluster has not given."""
+
+    cards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UseStack:
+    """From now on this stack makes the run's images: write it down before the next manifest."""
+
+    stack: Mapping[str, str]
+    node: str
+    """Host name of a node that has it."""
+
+
+@dataclass(frozen=True)
+class Admit:
+    """A card that has loaded begins to work."""
+
+    card: int
+
+
+@dataclass(frozen=True)
+class HoldBack:
+    """A card that has loaded waits, as it would make other images than the others."""
+
+    card: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class NoteFault:
+    """Count a fault of a card that the schedule itself has found."""
+
+    card: int
+    error: str
+    quiet: bool = False
+    """Whether another decision says the same in the log."""
+
+
+@dataclass(frozen=True)
 class Assign:
     """Send a shard to a card."""
 
@@ -87,6 +135,13 @@ class Release:
 
 
 @dataclass(frozen=True)
+class GiveBack:
+    """Give the place of a card back: its node is gone."""
+
+    card: int
+
+
+@dataclass(frozen=True)
 class CheckStorage:
     """Find out whether storage fails for the driver, too: write to the output, and read the file of this shard."""
 
@@ -100,4 +155,21 @@ class Finish:
     reason: str | None
 
 
-Decision: TypeAlias = Assign | Recall | Commit | Discard | Replace | Quarantine | Release | CheckStorage | Finish
+Decision: TypeAlias = (
+    AskForCards
+    | DropCards
+    | UseStack
+    | Admit
+    | HoldBack
+    | NoteFault
+    | Assign
+    | Recall
+    | Commit
+    | Discard
+    | Replace
+    | Quarantine
+    | Release
+    | GiveBack
+    | CheckStorage
+    | Finish
+)

@@ -77,6 +77,10 @@ class Dispatch:
         """How many shards no card has."""
         return len(self.pending) + len(self._reserved)
 
+    def unassigned(self) -> list[int]:
+        """The shards that no card has."""
+        return [*self.pending.numbers(), *self._reserved]
+
     def useful(self) -> int:
         """Cards that would have something to do: those that are usable, and one for each shard that is left over when
         those of them without work have taken one."""

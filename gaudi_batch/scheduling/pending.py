@@ -37,6 +37,11 @@ class Pending:
     def __len__(self) -> int:
         return self.plain + len(self.suspects) + len(self.node_suspects) + len(self.parked)
 
+    def numbers(self) -> list[int]:
+        """All that wait."""
+        fresh = [number for queue in self.fresh.values() for number in queue]
+        return [*fresh, *self.again, *self.suspects, *self.node_suspects, *self.parked]
+
     @property
     def plain(self) -> int:
         """How many any card may take."""

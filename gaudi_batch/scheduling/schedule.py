@@ -1,18 +1,20 @@
-"""Which card gets which shard next, what is tried again, and who is to blame.
+"""Which card gets which shard next, what is tried again, and which cards may work.
 
-All of the run's decisions are made in this file, and this file knows nothing of Ray, of storage or of the time: the
-driver tells it what happened, one method an event, and carries out the decisions that come back. Every corner can
-therefore be reached by a test, and a cluster of 10,000 cards be simulated in seconds.
+All of the run's decisions are made in this room, and it knows nothing of Ray, of storage or of a clock. The driver
+tells it what happened (`events.py`) and carries out what comes back (`decisions.py`). So every corner can be reached by
+a test, a cluster of 10,000 cards can be simulated in seconds, and the events of a real run can be replayed.
 
 The rules:
 
-* A shard is pending, in hand (one live attempt on one card), held, committing, committed, or stuck. Only a live attempt
-  can commit; news of any other attempt changes nothing. So no shard is committed twice, and none is lost.
+* A shard is pending, in flight (one live attempt on one card), held, committing, committed, or stuck. Only a live
+  attempt can commit; events of any other attempt change nothing. So no shard is committed twice, and none is lost.
 * Cards pull. Which card gets which shard next is worked out in `dispatch.py`, and which graph key a card goes on with
   in `affinity.py`.
+* The life of a card is a table, `cards.TRANSITIONS`. What moves it on is in `card_events.py`, which cards may work in
+  `admission.py`, how many are asked for in `capacity.py`.
 * Which row of a shard is to blame is worked out in `failures.py`. A suspect shard runs apart from others, so that what
   happens there is its doing.
-* A failure is the card's fault when others then make all that it had in hand without a failed row. `MAX_VINDICATIONS`
+* A failure is the card's fault when others then make all that it had in flight without a failed row. `MAX_VINDICATIONS`
   of those, `MAX_STRIKES` failures in a row, or `MAX_START_FAILURES` starts in a row quarantine the card.
 * What several failures say together, of storage, a time limit, a card that paints wrong now and then, or nodes that go
   one after the other, is worked out in `verdicts.py`.
@@ -20,328 +22,130 @@ The rules:
 * A card whose node has announced its end finishes the shard that it has begun and gets no other.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
   of the cluster, and when there is none the run is over. Another may take the place of one that left with its node or
-  is quarantined, and is expected until the driver says otherwise; not, though, when every card of two nodes has failed,
-  or when node after node was lost before a card of theirs had made anything.
+  is quarantined, and is expected until the cluster is seen to give none; not, though, when every card of two nodes has
+  failed, or when node after node was lost before a card of theirs had made anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from gaudi_batch.plan import BatchKind, Shard
+from gaudi_batch.plan import Shard
+from gaudi_batch.scheduling import events
+from gaudi_batch.scheduling.card_events import CardEvents
 from gaudi_batch.scheduling.cards import Card, CardState
-from gaudi_batch.scheduling.decisions import (
-    CheckStorage,
-    Commit,
-    Decision,
-    Discard,
-    Finish,
-    Quarantine,
-    Release,
-    Replace,
-)
-from gaudi_batch.scheduling.dispatch import Dispatch
-from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome, SlowBatch, SlowReading, StorageStalled
-from gaudi_batch.scheduling.failures import Held, Incident, Trouble
-from gaudi_batch.scheduling.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
-
-MAX_START_FAILURES = 2
-MAX_STRIKES = 6
-MAX_VINDICATIONS = 3
-ENOUGH_NODES = 2
-"""Nodes whose every card must have failed before nothing more is expected of others."""
-ALL_FAILED_ROWS = 200
-"""A run in which this many rows failed in the pipeline and none was made stops: the job is wrong, not the rows."""
+from gaudi_batch.scheduling.decisions import Decision, Finish
+from gaudi_batch.scheduling.shard_events import ShardEvents
+from gaudi_batch.scheduling.state import RowCounts, Rules, RunState
 
 
 class Schedule:
-    """The state of a run.
+    """The decisions of a run.
 
     Args:
         shards: what is still to be made.
         prefix: what makes this driver's attempts unique over all drivers.
-        total_rows: rows of the whole job, of which a share in `max_failed` is taken.
-        done_rows: rows that were committed before.
-        failed_rows: those among them that failed.
-        max_graphs: graph keys whose graphs a card keeps.
-        condemned: rows of a shard to record as failed without a try, with the reason.
-        max_failed: failed rows beyond which the run stops: a count (int), a share (float), or None.
+        rows: the rows of the run.
+        rules: what the job says.
+        failed_rows: rows of a shard to record as failed without a try, with the reason.
     """
 
     def __init__(
         self,
         shards: Iterable[Shard],
         prefix: str,
-        total_rows: int,
-        done_rows: int = 0,
-        failed_rows: int = 0,
-        max_failed: int | float | None = None,
-        max_graphs: int = 16,
-        condemned: Mapping[int, Mapping[int, str]] | None = None,
+        rows: RowCounts,
+        rules: Rules | None = None,
+        failed_rows: Mapping[int, Mapping[int, str]] | None = None,
     ) -> None:
-        self.shards = {shard.number: shard for shard in shards}
         self.prefix = prefix
-        self.total_rows = total_rows
-        self.done_rows = done_rows
-        self.failed_rows = failed_rows
-        self.max_failed = max_failed
-        self.retries = 0
-        self.stop_reason: str | None = None
-        self.finished = False
-        self.stuck: dict[int, str] = {}
-        self.last_error = ""
-        """Why a card failed last."""
-        self._open = len(self.shards)  # shards neither committed nor stuck
-        self._committing: dict[int, str] = {}
-        self._work = Dispatch(self.shards, prefix, max_graphs)
-        self._raised_rows = 0
-        self._storage_failures = StorageFailures()
-        self._slow_kinds = SlowKinds()
-        self._transient_failures = TransientFailures()
-        self._node_losses = NodeLosses()
-        self._more_to_come = False
-        for number, rows in (condemned or {}).items():
-            self._work.troubles[number] = Trouble(condemned=dict(rows))
+        self._state = RunState(shards, prefix, rows, rules or Rules(), failed_rows or {})
+        self._work = self._state.work
+        self._cards = CardEvents(self._state)
+        self._shards = ShardEvents(self._state, self._cards)
+        self._handlers = self._table()
 
-    # -- events: cards ------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_handlers"}
 
-    def starting(self, number: int, node: str = "") -> list[Decision]:
-        """A card's process is being started for the first time, on this node."""
-        card = Card(number, node)
-        self._work.cards.add(card)
-        self._node_losses.started(card)
-        self._set_state(card, CardState.STARTING)
-        return []
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._handlers = self._table()
 
-    def ready(self, number: int, node: str | None = None) -> list[Decision]:
-        """A card has loaded its pipeline.
+    def _table(self) -> Mapping[type, Callable[[Any], list[Decision] | None]]:
+        """What each event is handled by."""
+        return {
+            events.ClusterSeen: self._cards.seen,
+            events.CardPlaced: self._cards.placed,
+            events.CardLoaded: self._cards.loaded,
+            events.CardDied: self._cards.died,
+            events.CardBroken: self._cards.broken,
+            events.CardGone: self._cards.gone,
+            events.CardLeaving: self._cards.leaving,
+            events.ShardBegun: self._shards.begun,
+            events.ReadingAnnounced: self._shards.reading,
+            events.BatchAnnounced: self._shards.batch,
+            events.ShardMade: self._shards.made,
+            events.DoubtsChecked: self._shards.doubts_checked,
+            events.ShardFailed: self._shards.failed,
+            events.RecallAnswered: self._shards.recall_answered,
+            events.ShardCommitted: self._shards.committed,
+            events.StorageChecked: self._shards.storage_checked,
+            events.StopRequested: self._stop_requested,
+            events.StopForced: self._ended,
+            events.RunFailed: self._ended,
+        }
 
-        Args:
-            number: which card.
-            node: where it is now, if the cluster may have moved its place since it was started.
-        """
-        card = self._work.cards.by_number[number]
-        if card.state is not CardState.STARTING:
+    def handle(self, event: events.Event) -> list[Decision]:
+        """Takes in what happened; returns what is to be done. After `Finish` nothing is."""
+        if self._state.finished:
             return []
-        if node is not None and node != card.node:
-            self._work.cards.move(card, node)
-            card.strikes = card.start_failures = card.vindications = card.images = card.transient_failures = 0
-        self._set_state(card, CardState.READY)
-        return self._proceed()
-
-    def refused(self, number: int, error: str) -> list[Decision]:
-        """A card that has loaded may make nothing of this run, and no other process in its place may."""
-        card = self._work.cards.by_number[number]
-        if card.state not in (CardState.STARTING, CardState.READY):
-            return []
-        self.last_error = error
-        return self._quarantine(card, error) + self._proceed()
-
-    def died(
-        self, number: int, error: str, slow: SlowBatch | SlowReading | StorageStalled | None = None
-    ) -> list[Decision]:
-        """A card's process ended, or was killed for passing a limit, and its node is still there.
-
-        Args:
-            number: which card.
-            error: how it died.
-            slow: what it was killed for: storage that stalled, a reading that took too long, or a batch, if no card
-                has made one of its kind. That says nothing of a row.
-        """
-        card = self._work.cards.by_number[number]
-        stalled: list[int] = []
-        if card.state is CardState.STARTING:
-            card.start_failures += 1
-        elif card.state is CardState.READY:
-            card.strikes += 1
-            if isinstance(slow, SlowBatch) and self._slow_kinds.cut(card, slow, self._work.cards):
-                for shard in self._work.take_kind(slow.kind):
-                    self._put_back(shard)
-            if isinstance(slow, StorageStalled):
-                stalled = [self._work.attempts[attempt].shard for attempt in card.hand][:1] or [next(iter(self.shards))]
-            self._blame_death(card, error, slow is not None)
-        elif card.state is CardState.LEAVING:
-            return [Release(number), *self.gone(number)]
-        else:
-            return []
-        decisions = self._replace_or_quarantine(card, error)
-        for shard in stalled:
-            decisions += self._blame_storage(card, shard, error)
-        return decisions + self._proceed()
-
-    def broken(self, number: int, error: str, storage: bool = False) -> list[Decision]:
-        """A card's process says that it can't go on: it could not load its pipeline, or its device failed.
-
-        Args:
-            number: which card.
-            error: why.
-            storage: whether storage went on failing while it loaded, which says little of the card.
-        """
-        card = self._work.cards.by_number[number]
-        if storage and card.state is CardState.STARTING:
-            card.strikes += 1
-            decisions = self._replace_or_quarantine(card, error)
-            return decisions + self._blame_storage(card, next(iter(self.shards)), error) + self._proceed()
-        if card.state is CardState.READY and not card.proven:
-            card.start_failures += 1
-        return self.died(number, error)
-
-    def gone(self, number: int) -> list[Decision]:
-        """A card left with its node; that counts against no card. Where it was not announced, it counts for the shards
-        in its hand."""
-        card = self._work.cards.by_number[number]
-        if card.state in (CardState.STARTING, CardState.READY):
-            self._lose_node(card)
-        self._set_state(card, CardState.GONE)
-        return self._proceed()
-
-    def leaving(self, number: int) -> list[Decision]:
-        """A card's node has announced its end: the card finishes what it has begun and gets nothing more."""
-        card = self._work.cards.by_number[number]
-        if card.state not in (CardState.STARTING, CardState.READY):
-            return []
-        asked_back = self._work.recall_queued_of(card)
-        self._work.drop_reservation(card)
-        card.state = CardState.LEAVING
-        self._work.cards.file(card)
-        return [*asked_back, *self._proceed()]
-
-    def expect(self, more: bool) -> list[Decision]:
-        """Whether the cluster may yet give cards, by a look at it since one was lost. While it may, a run without cards
-        waits."""
-        self._more_to_come = more
-        return self._proceed()
-
-    # -- events: attempts ---------------------------------------------------------------------------------------
-
-    def begun(self, attempt: str, generating: bool) -> list[Decision]:
-        """A card has begun to read a shard, or to make it."""
-        live = self._work.attempts.get(attempt)
-        if live is not None:
-            live.begun = True
-            live.generating = live.generating or generating
-        return []
-
-    def reading(self, attempt: str, reading: Reading) -> list[Decision]:
-        """A card is about to decode rows of a suspect shard."""
-        live = self._work.attempts.get(attempt)
-        if live is not None:
-            live.at = reading
-        return []
-
-    def announced(self, attempt: str, rows: Iterable[int]) -> list[Decision]:
-        """A card is about to call the pipeline for these rows of a suspect shard."""
-        live = self._work.attempts.get(attempt)
-        if live is not None:
-            if isinstance(live.at, frozenset):
-                self._prove(live.card)  # it has made the batch before
-            live.at = frozenset(rows)
-            self._work.settle(live.shard)
-            return self._proceed()
-        return []
-
-    def done(self, attempt: str, outcome: ShardOutcome) -> list[Decision]:
-        """A card has made a shard and returned its record."""
-        if attempt not in self._work.attempts:
-            return []
-        live = self._work.release(attempt)
-        card, images = live.card, self.shards[live.shard].images
-        self._work.affinity.took(outcome.seconds, images, live.captures)
-        self._storage_failures.works()
-        self._prove(card)
-        card.vindications = max(0, card.vindications - 1)
-        self._work.settle(live.shard)
-        self._lift(self.shards[live.shard].bucket.batch_kind)
-        decisions = self._count_transient(card, images, outcome.transient_failures)
-        if outcome.doubted:
-            self._work.troubles.setdefault(live.shard, Trouble()).hold(Held(attempt, card.number, outcome))
-            self._put_back(live.shard)
-        else:
-            decisions += self._accept(live.shard, attempt, outcome, card)
-        return decisions + self._proceed()
-
-    def confirmed(self, attempt: str, failures: Mapping[int, str]) -> list[Decision]:
-        """A card has made the doubted rows of a held record alone; `failures` are those that failed on it, too."""
-        if attempt not in self._work.attempts:
-            return []
-        live = self._work.release(attempt)
-        trouble = self._work.troubles[live.shard]
-        held = trouble.held
-        assert held is not None
-        self._work.settle(live.shard)
-        refuted = held.outcome.doubted.keys() - failures.keys()
-        if not refuted:
-            return self._accept(live.shard, held.attempt, held.outcome, live.card) + self._proceed()
-        self._prove(live.card)
-        trouble.refute(failures)
-        self.retries += 1
-        self._put_back(live.shard)
-        first = self._work.cards.by_number[held.card]
-        return [Discard(held.attempt), *self._count_transient(first, 0, len(refuted)), *self._proceed()]
-
-    def failed(self, attempt: str, failure: ShardFailure) -> list[Decision]:
-        """A card could not make a shard, and its process lives."""
-        if attempt not in self._work.attempts:
-            return []
-        live = self._work.release(attempt)
-        card = live.card
-        trouble = self._work.troubles.setdefault(live.shard, Trouble())
-        trouble.raised(card.number, failure)
-        trouble.incidents.append(Incident(card.number, {live.shard}))
-        self._try_again(live.shard)
-        card.strikes += 1
-        decisions: list[Decision] = []
-        if not failure.healthy and card.state is CardState.READY:
-            decisions += self._replace_or_quarantine(card, failure.error)
-        if failure.storage:
-            decisions += self._blame_storage(card, live.shard, failure.error)
-        return decisions + self._proceed()
-
-    def recalled(self, attempt: str, given_back: bool) -> list[Decision]:
-        """A card has answered a recall: it had not begun the shard and gave it back, or it keeps it."""
-        if attempt not in self._work.attempts:
-            return []
-        self._work.answered(attempt)
-        if given_back:
-            self._put_back(self._work.release(attempt).shard)
-        return self._proceed()
-
-    def committed(self, shard: int) -> list[Decision]:
-        """The manifest of a shard is in place, from this driver or from another."""
-        if self._committing.pop(shard, None) is None:
-            return []
-        self._open -= 1
-        return self._proceed()
-
-    def storage_checked(self, shard: int, error: str | None, of_shard: str | None = None) -> list[Decision]:
-        """The driver has looked at storage itself, as `CheckStorage` asked.
-
-        Args:
-            shard: the shard whose rows it has read.
-            error: how storage failed for it, if it did.
-            of_shard: how these rows alone failed, if they did: no card can make the shard.
-        """
-        self._storage_failures.being_checked = False
-        if error is not None:
-            return self._end(error)
-        trouble = self._work.troubles.get(shard)
-        if of_shard is not None and trouble is not None:
-            trouble.hopeless, trouble.error = True, of_shard
-            if self._work.take(shard):
-                self._put_back(shard)
-        return self._proceed()
-
-    def stop(self, reason: str) -> list[Decision]:
-        """Take up no more work; what has begun is finished."""
-        self.stop_reason = self.stop_reason or reason
-        return self._proceed()
+        decisions = self._handlers[type(event)](event)
+        if decisions is None or self._state.finished:
+            return decisions or []
+        return decisions + self._cards.admit() + self._proceed()
 
     # -- what a reader may ask ----------------------------------------------------------------------------------
 
+    @property
+    def shards(self) -> Mapping[int, Shard]:
+        """What was to be made when this driver began, by number."""
+        return self._state.shards
+
+    @property
+    def stuck(self) -> Mapping[int, str]:
+        """Shards that are not tried any more, each with the reason."""
+        return self._state.stuck
+
+    @property
+    def done_rows(self) -> int:
+        """Rows that are made or were before, failed ones among them."""
+        return self._state.done_rows
+
+    @property
+    def failed_rows(self) -> int:
+        """Rows that failed, of those that are made or were before."""
+        return self._state.failed_rows
+
+    @property
+    def retries(self) -> int:
+        """Times that a shard was tried in vain."""
+        return self._state.retries
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over."""
+        return self._state.finished
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why no more work is taken up; None while it is."""
+        return self._state.stop_reason
+
     def state(self, number: int) -> CardState:
-        """Where a card is in its life; one that this schedule has not heard of waits for the cluster."""
-        card = self._work.cards.by_number.get(number)
-        return card.state if card is not None else CardState.WAITING
+        """Where a card is in its life; one that the cluster has not placed waits for it."""
+        return self._state.cards.state(number)
 
     def is_live(self, attempt: str) -> bool:
         """Whether an attempt may still commit."""
@@ -351,238 +155,72 @@ class Schedule:
         """Shards that no card has."""
         return self._work.waiting()
 
-    def usable(self) -> int:
-        """Cards that are ready or starting."""
-        return self._work.cards.usable()
+    # -- the run ------------------------------------------------------------------------------------------------
 
-    def useful(self) -> int:
-        """Cards that would have something to do, those that are usable among them."""
-        return self._work.useful()
+    def _stop_requested(self, event: events.StopRequested) -> list[Decision]:
+        self._state.stop(event.reason)
+        return []
 
-    # -- decisions ----------------------------------------------------------------------------------------------
+    def _ended(self, event: events.StopForced | events.RunFailed) -> list[Decision]:
+        self._state.finished = True
+        return [Finish(event.reason)]
 
     def _proceed(self) -> list[Decision]:
-        if self.finished:
-            return []
-        decisions = self._release_leaving()
-        if self.stop_reason is None:
+        """Gives out what can be given out now, and ends the run when there is nothing to wait for."""
+        state = self._state
+        decisions = self._cards.release_leaving()
+        if state.stop_reason is None:
             decisions += self._work.next()
         else:
             decisions += self._work.recall_all()
-        hopeless = not self.usable() and not (self._more_to_come and self._may_hope())
-        over = self._open == 0 or self.stop_reason is not None or hopeless
-        if over and not self._work.attempts and not self._committing:
-            self.finished = True
+        over = state.open == 0 or state.stop_reason is not None or self._cards.capacity.is_hopeless()
+        if over and not self._work.attempts and not state.committing:
+            state.finished = True
             decisions.append(Finish(self._why_it_ended()))
         return decisions
 
-    def _end(self, reason: str) -> list[Decision]:
-        """The run ends at once: what has begun can't come to a good end."""
-        if self.finished:
-            return []
-        self.stop_reason = self.stop_reason or reason
-        self.finished = True
-        return [Finish(self.stop_reason)]
-
-    def _may_hope(self) -> bool:
-        """Whether another card may do better: not if every one so far failed, and that on several nodes, nor if one
-        node after the other was lost."""
-        there = [card for card in self._work.cards.by_number.values() if card.state is not CardState.GONE]
-        failed = all(card.state is CardState.QUARANTINED for card in there)
-        return not self._node_losses.hopeless and (not failed or len({card.node for card in there}) < ENOUGH_NODES)
-
-    def _release_leaving(self) -> list[Decision]:
-        free = list(self._work.cards.leaving_idle.values())
-        for card in free:
-            self._set_state(card, CardState.GONE)
-        return [Release(card.number) for card in free]
-
     def _why_it_ended(self) -> str | None:
-        if self._open == 0 and not self.stuck:
+        state = self._state
+        if state.open == 0 and not state.stuck:
             return None
-        if self.stop_reason is not None:
-            return self.stop_reason
-        if self._node_losses.hopeless:
-            return f"{self._node_losses.fruitless} nodes in a row were lost before a card of theirs had made anything"
-        if self._open:
-            return f"no card is left; the last error of one: {self.last_error or 'none'}"
-        if self._slow_kinds.set_aside:
-            return f"{next(iter(self._slow_kinds.set_aside.values()))}; {len(self.stuck)} shards are not made"
-        shard, error = next(iter(self.stuck.items()))
-        return f"{len(self.stuck)} shards could not be made; shard {shard}: {error}"
+        if state.stop_reason is not None:
+            return state.stop_reason
+        if state.node_losses.hopeless:
+            return f"{state.node_losses.fruitless} nodes in a row were lost before a card of theirs had made anything"
+        if state.open:
+            return f"no card is left; the last error of one: {state.last_error or 'none'}"
+        if state.slow_kinds.set_aside:
+            return f"{next(iter(state.slow_kinds.set_aside.values()))}; {len(state.stuck)} shards are not made"
+        shard, error = next(iter(state.stuck.items()))
+        return f"{len(state.stuck)} shards could not be made; shard {shard}: {error}"
 
-    # -- records ------------------------------------------------------------------------------------------------
+    # -- invariants ---------------------------------------------------------------------------------------------
 
-    def _accept(self, shard: int, attempt: str, outcome: ShardOutcome, maker: Card) -> list[Decision]:
-        """A record is to be committed; `maker` is who had the last word on it."""
-        self._committing[shard] = attempt
-        self.done_rows += outcome.rows
-        self.failed_rows += outcome.failed_rows
-        self._raised_rows += outcome.raised_rows
-        decisions: list[Decision] = [Commit(shard, attempt)]
-        trouble = self._work.troubles.pop(shard, None)
-        at_fault: dict[int, None] = {}
-        for incident in trouble.incidents if trouble else ():
-            if incident.made(shard, bool(outcome.raised_rows or outcome.undecoded_rows)):
-                at_fault[incident.card] = None
-        for number in at_fault:
-            decisions += self._made_elsewhere(self._work.cards.by_number[number], maker)
-        self._limit_failures()
-        return decisions
+    def validate(self) -> None:
+        """Raises AssertionError if the parts of the state contradict each other. Its time grows with shards and cards;
+        tests call it after each event."""
+        state, work, cards = self._state, self._work, self._state.cards
+        in_flight = [live.shard for live in work.attempts.values()]
+        pending = work.unassigned()
+        everywhere = [*in_flight, *pending, *state.committing, *state.stuck]
+        assert len(everywhere) == len(set(everywhere)), "a shard is in two places"
+        assert set(everywhere) <= state.shards.keys(), "a shard is not of this run"
+        assert state.open == len(everywhere) - len(state.stuck), "shards are lost or counted twice"
+        held = [attempt for card in cards.by_number.values() for attempt in card.hand]
+        assert sorted(held) == sorted(work.attempts), "an attempt is on no card, or on two"
+        for attempt, live in work.attempts.items():
+            assert attempt in live.card.hand, "an attempt is on another card than it says"
+        for card in cards.by_number.values():
+            self._validate_card(card)
+        for number in cards.waiting:
+            assert number not in cards.by_number, "a card waits for the place that it has"
+        reserved = [card.reserved_for for card in cards.by_number.values() if card.reserved_for is not None]
+        assert len(reserved) == len(set(reserved)), "two cards are kept for one shard"
 
-    def _limit_failures(self) -> None:
-        limit = self.max_failed
-        if limit is not None and self.failed_rows > (limit if isinstance(limit, int) else limit * self.total_rows):
-            self.stop_reason = (
-                self.stop_reason
-                or f"{self.failed_rows} rows failed, more than max_failed ({limit}); a larger one goes on"
-            )
-        elif self._raised_rows >= ALL_FAILED_ROWS and self.failed_rows == self.done_rows:
-            self.stop_reason = self.stop_reason or f"the first {self._raised_rows} rows that were tried all failed"
-
-    # -- failures -----------------------------------------------------------------------------------------------
-
-    def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
-        """A card's process died; `no_row` says that this was no row's doing."""
-        hand = list(card.hand)
-        # It may still store one shard while it makes the next.
-        generating = [attempt for attempt in hand if self._work.attempts[attempt].generating]
-        at_work = (generating[-1:] or hand[:1] or [""])[0]
-        shards = {self._work.attempts[attempt].shard for attempt in hand}
-        explained = any(self._work.row_groups.by_row(self.shards[shard]) for shard in shards)
-        incident = Incident(card.number, set() if explained else shards)
-        for attempt in reversed(hand):
-            live = self._work.release(attempt)
-            trouble = self._work.troubles.setdefault(live.shard, Trouble())
-            trouble.incidents.append(incident)
-            if attempt == at_work:
-                others = self._work.cards.others({*trouble.died_on, card.number})
-                at = None if no_row else live.at
-                trouble.died(card.number, error, at, others)
-                if isinstance(at, Reading):
-                    self._blame_reading(trouble, self.shards[live.shard], at, others)
-                self._try_again(live.shard)
-            else:
-                # It may have been read or stored at that moment, or not have begun.
-                trouble.announce = True
-                self._put_back(live.shard)
-
-    def _blame_reading(self, trouble: Trouble, shard: Shard, at: Reading, others: bool) -> None:
-        """A process died decoding rows that it had announced."""
-        if self._work.row_groups.killed(shard, at):
-            trouble.learnt()
-            self._work.reconsider()
-            for number, other in self._work.troubles.items():
-                if self._work.row_groups.by_row(self.shards[number]):
-                    other.explain()  # it may have been this group that others died of
-        nodes = {self._work.cards.by_number[number].node for number in trouble.died_on}
-        other_nodes = bool(self._work.cards.usable_on.keys() - nodes)
-        if at.by_row and trouble.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
-            reason = "the card's process died reading this row, or one before it in row group"
-            self._work.row_groups.condemn(shard, at, f"{reason} {at.group}: {trouble.error}")
-            trouble.learnt()
-
-    def _lose_node(self, card: Card) -> None:
-        """A card's node went without notice, and with it all its other cards."""
-        self._work.keep_off(card.node)
-        self._node_losses.lost(card)
-        for attempt in reversed(list(card.hand)):
-            live = self._work.release(attempt)
-            if live.begun:
-                trouble = self._work.troubles.setdefault(live.shard, Trouble())
-                self.retries += trouble.alone_on_node
-                others = self._work.cards.others({*trouble.died_on, card.number})
-                alone = trouble.alone_on_node
-                trouble.lost_with_node(card.number, live.at, others)
-                if alone and isinstance(live.at, Reading):
-                    self._blame_reading(trouble, self.shards[live.shard], live.at, others)
-            self._put_back(live.shard)
-
-    def _try_again(self, shard: int) -> None:
-        self.retries += 1
-        self._put_back(shard)
-
-    def _put_back(self, shard: int) -> None:
-        """A shard waits again, before those that have not been tried, unless that has become useless."""
-        kind = self.shards[shard].bucket.batch_kind
-        trouble = self._work.troubles.get(shard)
-        if kind in self._slow_kinds.set_aside:
-            self._give_up(shard, self._slow_kinds.set_aside[kind])
-        elif trouble is not None and trouble.stuck:
-            self._give_up(shard, trouble.error)
-        else:
-            self._work.put_back(shard)
-
-    def _give_up(self, shard: int, reason: str) -> None:
-        self.stuck[shard] = reason
-        self._open -= 1
-        self._work.settle(shard)
-
-    def _lift(self, kind: BatchKind) -> None:
-        """A card has made a kind of batch after all that was set aside."""
-        reason = self._slow_kinds.set_aside.pop(kind, None)
-        if reason is not None:
-            for shard in [shard for shard, said in self.stuck.items() if said == reason]:
-                del self.stuck[shard]
-                self._open += 1
-                self._put_back(shard)
-
-    def _blame_storage(self, card: Card, shard: int, error: str) -> list[Decision]:
-        """Storage failed for a card, which may be its node's fault."""
-        failures = self._storage_failures
-        if failures.failed(card.node, self._work.cards.usable_on.keys()):
-            return self._end(error)
-        if failures.being_checked:
-            return []
-        failures.being_checked = True
-        return [CheckStorage(self.shards[shard])]
-
-    def _replace_or_quarantine(self, card: Card, error: str) -> list[Decision]:
-        self.last_error = error
-        if card.start_failures >= MAX_START_FAILURES:
-            return self._quarantine(card, f"it made nothing in {card.start_failures} starts: {error}")
-        if card.strikes >= MAX_STRIKES:
-            return self._quarantine(card, f"it failed {card.strikes} times in a row: {error}")
-        self._set_state(card, CardState.STARTING)
-        return [Replace(card.number)]
-
-    def _made_elsewhere(self, card: Card, maker: Card) -> list[Decision]:
-        if card is maker or card.state not in (CardState.STARTING, CardState.READY):
-            return []
-        card.vindications += 1
-        if card.vindications < MAX_VINDICATIONS:
-            return []
-        return self._quarantine(card, f"{card.vindications} shards that it failed were made by other cards")
-
-    def _count_transient(self, card: Card, images: int, failures: int) -> list[Decision]:
-        """A card has made images, of which some failed and worked when they were made again."""
-        self._transient_failures.add(card, images, failures)
-        reason = None
-        if failures and card.state is CardState.READY:
-            reason = self._transient_failures.verdict(card, self._work.cards.usable())
-        if reason is None or not self._work.cards.others({card.number}):
-            return []  # what is right the second time is better than nothing
-        return self._quarantine(card, reason)
-
-    def _quarantine(self, card: Card, reason: str) -> list[Decision]:
-        self._set_state(card, CardState.QUARANTINED)
-        return [Quarantine(card.number, reason)]
-
-    # -- bookkeeping --------------------------------------------------------------------------------------------
-
-    def _prove(self, card: Card) -> None:
-        card.proven = card.has_made = True
-        card.strikes = card.start_failures = 0
-        self._node_losses.made()
-
-    def _set_state(self, card: Card, state: CardState) -> None:
-        """Moves a card on. Only a ready card has work in hand and graphs captured."""
-        card.state = state
-        if state is not CardState.READY:
-            for attempt in reversed(list(card.hand)):
-                self._put_back(self._work.release(attempt).shard)
-            self._work.drop_reservation(card)
-            self._work.affinity.forget(card.number)
-            card.proven = False
-        self._more_to_come |= state in (CardState.GONE, CardState.QUARANTINED)
-        self._work.cards.file(card)
+    def _validate_card(self, card: Card) -> None:
+        if card.hand:
+            assert card.state in (CardState.READY, CardState.LEAVING), f"a card that is {card.state.value} has work"
+        if card.state is CardState.READY:
+            assert card.loaded is not None, "a card works that has not loaded"
+        if card.suspect:
+            assert len(card.hand) == 1, "a suspect shard is in flight beside another"

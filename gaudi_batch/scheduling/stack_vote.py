@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 STACK_VOTE_TIMEOUT_S = 60.0
 """How long the cards that differ may wait for the first record of one that works; a shard may take hours."""
+
+
+class Stack(Mapping[str, str]):
+    """What shapes the images of a card, by name; equal and hashed by what it holds."""
+
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        self._versions = dict(versions)
+        self._key = frozenset(self._versions.items())
+
+    def __getitem__(self, name: str) -> str:
+        return self._versions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._versions)
+
+    def __len__(self) -> int:
+        return len(self._versions)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stack) and self._key == other._key
+
+
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """What two stacks do not have in common: its name, what it is in ours, and in theirs."""
+    names = sorted(ours.keys() | theirs.keys())
+    pairs = [(name, ours.get(name, "missing"), theirs.get(name, "missing")) for name in names]
+    return [(name, here, there) for name, here, there in pairs if here != there]
 
 
 class StackVote:
@@ -21,36 +51,36 @@ class StackVote:
     """
 
     def __init__(self, before: Mapping[str, str] | None) -> None:
-        self.stack: Mapping[str, str] | None = None
+        self.stack: Stack | None = None
         """That of the cards that work; None as long as none does."""
         self.settled = False
         """Whether it stays that, so that who differs has nothing to wait for."""
-        self._before = before
+        self._before = None if before is None else Stack(before)
         self._since = 0.0
 
     @property
-    def expected(self) -> Mapping[str, str] | None:
+    def expected(self) -> Stack | None:
         """What a card is compared with now."""
         return self._before if self.stack is None else self.stack
 
-    def count(self, up: Sequence[Mapping[str, str]], coming: bool, now: float) -> None:
+    def count(self, stacks: Mapping[Stack, int], coming: bool, now: float) -> None:
         """Decides anew.
 
         Args:
-            up: the stack of each card that has loaded, of those that wait, too.
+            stacks: how many of the cards that have loaded have each stack, those that wait among them.
             coming: whether other cards are loading.
             now: seconds, monotonic.
         """
         if self.settled:
             return
-        if self._before is not None and self._before in up:
+        if self._before is not None and self._before in stacks:
             self.stack, self.settled = self._before, True
             return
         if self.stack is None:
-            if not up or (self._before is not None and coming):
+            if not stacks or (self._before is not None and coming):
                 return
-            self.stack, self._since = up[0], now
-        most = max(up, key=up.count, default=self.stack)
-        if up.count(most) > up.count(self.stack):
+            self.stack, self._since = next(iter(stacks)), now
+        most = max(stacks, key=lambda stack: stacks[stack], default=self.stack)
+        if stacks.get(most, 0) > stacks.get(self.stack, 0):
             self.stack = most
         self.settled = now - self._since >= STACK_VOTE_TIMEOUT_S

@@ -1,0 +1,74 @@
+"""The way to the cluster of a run: found out early whether there is one, and connected to when a card is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from gaudi_batch.driver.signals import handlers_kept
+from gaudi_batch.errors import InputError
+from gaudi_batch.job import Job
+from gaudi_batch.output.lease import LeaseKeeper
+
+if TYPE_CHECKING:
+    from gaudi_batch.cluster.connection import CardResources
+
+log = logging.getLogger("gaudi_batch")
+
+REACH_TIMEOUT_S = 10.0
+
+
+def check_reachable(address: str) -> None:
+    """Finds out at once what takes Ray minutes: that nobody listens. Raises InputError."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "//" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+        except OSError as error:
+            raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Callable[[], CardResources]]:
+    """Yields what connects to the cluster at its first call, or starts Ray, and says what a card takes of it. It is
+    called before anything is written or removed that needs a card to be made good.
+
+    Raises:
+        InputError: there is no cluster, or it has no card for the job.
+    """
+    with contextlib.ExitStack() as opened:
+
+        @functools.cache
+        def cards() -> CardResources:
+            # Ray is slow to import and nothing else here needs it. All that the run needs is imported before it
+            # connects: of a job of the Jobs API, Ray may remove the directory that these modules lie in.
+            import gaudi_batch.driver.drive
+            import gaudi_batch.driver.trial  # noqa: F401
+            from gaudi_batch.cluster.connection import card_resources, connected, look_at_cluster
+            from gaudi_batch.driver.slot import remove_groups_of
+
+            started = time.monotonic()
+            if address:
+                check_reachable(address)
+            restore = opened.enter_context(handlers_kept())
+            opened.enter_context(connected(job, address))
+            restore()
+            remove_groups_of(lease.dead)
+            resources = card_resources(job)
+            count, device = look_at_cluster(job.config, resources).cards, job.config.device
+            if count == 0 and not job.config.asks_for_cards:
+                needs = f"{resources.amount} {resources.name} a card"
+                fewer = "take fewer with --cpu.threads, " if resources.name == "CPU" else ""
+                raise InputError(
+                    f"the cluster has no card for this job, which needs {needs}; {fewer}add nodes that have, ask its"
+                    " autoscaler for them with --max-cards, or choose another device"
+                )
+            log.info("Ray is ready after %.1f s; %d cards, device %s", time.monotonic() - started, count, device)
+            return resources
+
+        yield cards

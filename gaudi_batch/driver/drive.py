@@ -1,0 +1,107 @@
+"""Has the missing shards of a run made: from what is committed to a schedule, its driver, and how that ended."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from gaudi_batch.card.messages import CardSetup
+from gaudi_batch.driver.account import Account
+from gaudi_batch.driver.fleet import CardsOfRun
+from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.run_context import Committed, Ended, Run
+from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
+from gaudi_batch.errors import ForcedInterrupt
+from gaudi_batch.output.lease import LeaseLost
+from gaudi_batch.output.spans import Stopwatch, read_spans
+from gaudi_batch.plan import Shard
+from gaudi_batch.reporting.terminal import open_view
+from gaudi_batch.scheduling.admission import Requirements
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts, Rules
+
+
+def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: Stopwatch, grace: float) -> Ended:
+    """Makes shards.
+
+    Args:
+        run: the run.
+        missing: its shards that are not committed.
+        committed: what is; goes on being added to.
+        watch: the time of this driver.
+        grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
+
+    Raises:
+        ForcedInterrupt: a second signal ended it.
+        LeaseLost: another driver has taken over.
+    """
+    setup = _card_setup(run)
+    cards = CardsOfRun(setup, run.connect())
+    schedule = _schedule(run, missing, committed, setup)
+    tally = committed.tally
+    planned = sum(shard.images for shard in run.plan if shard.number in tally.attempts and not shard.again)
+    earlier = read_spans(run.ledger)
+    account = Account(
+        schedule,
+        tally,
+        committed.failed,
+        run.info.images,
+        planned - tally.images,
+        lambda card_s: [*earlier, watch.span(card_s)],
+    )
+    with open_view() as view, handlers_kept():
+        loop = LoopRunner(lambda: Driver(cards, schedule, run.ledger, account, view), grace, run.ledger.storage)
+        driver, reason = loop.run()
+    if driver.at_once and reason == INTERRUPTED:
+        raise ForcedInterrupt("interrupted at once; what was committed stays, and the same command resumes")
+    if driver.at_once:
+        raise LeaseLost(f"stopped: {reason}")
+    return Ended(reason, account.faults, schedule.retries, watch, account.card_s)
+
+
+def _card_setup(run: Run) -> CardSetup:
+    job = run.job
+    return CardSetup(
+        config=job.config,
+        storage=run.ledger.storage,
+        run_id=run.info.run_id,
+        model=job.model,
+        dataset=job.dataset,
+        rules=job.rules,
+        threads=job.threads,
+        min_cpus=job.threads or 0 if job.config.device == "cpu" and not run.info.asked_no_card else 0,
+    )
+
+
+def _schedule(run: Run, missing: list[Shard], committed: Committed, setup: CardSetup) -> Schedule:
+    config, tally = run.job.config, committed.tally
+    # Rows that are about to be run again have neither been made nor failed.
+    undecided = [shard for shard in missing if shard.again]
+    rows = RowCounts(
+        run.info.rows,
+        tally.rows - sum(shard.rows for shard in undecided),
+        tally.failed_rows - sum(shard.failed_before for shard in undecided),
+    )
+    rules = Rules(
+        max_failed=config.max_failed,
+        max_graphs=config.gaudi.max_graphs,
+        min_cards=config.min_cards,
+        max_cards=config.max_cards,
+        cluster_timeout_s=config.limits.cluster,
+        requirements=Requirements(
+            setup.model.name, setup.model.revision, setup.threads, setup.min_cpus, run.ledger.stack
+        ),
+    )
+    return Schedule(missing, run.lease.driver, rows, rules, _failed_without_running(run, missing))
+
+
+def _failed_without_running(run: Run, missing: list[Shard]) -> dict[int, dict[int, str]]:
+    """Rows of shards whose manifests were lost, on which a later shard has the last word."""
+    failed: dict[int, dict[int, str]] = {}
+    made_again = run.made_again
+    rows = sorted(made_again)
+    for shard in missing:
+        first = run.job.dataset.files[shard.file].first_row
+        for row in rows[bisect_left(rows, first + shard.start) : bisect_left(rows, first + shard.stop)]:
+            if made_again[row] > shard.number:
+                failed.setdefault(shard.number, {})[row] = f"it failed, and is run again in shard {made_again[row]}"
+    return failed

@@ -1,0 +1,169 @@
+"""The end of a run: what is committed is counted, what is left over is removed, and summary.json says how it went."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+import pyarrow as pa
+
+from gaudi_batch.dataset.reasons import FailedRows
+from gaudi_batch.dataset.repeats import RepeatedIds
+from gaudi_batch.driver.rerun import rows_made_again
+from gaudi_batch.driver.result import RunResult
+from gaudi_batch.driver.run_context import Committed, Ended, Run
+from gaudi_batch.driver.signals import INTERRUPTED
+from gaudi_batch.errors import Interrupted, RunStopped, StorageError
+from gaudi_batch.output.manifest import finished_at
+from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
+from gaudi_batch.output.tally import FILES, Tally, stop_lines
+from gaudi_batch.output.throughput import rounded
+from gaudi_batch.output.verify import verify
+
+log = logging.getLogger("gaudi_batch")
+
+DRIVER_NAME_LENGTH = 5
+"""Letters that a driver is named by; each of its attempts begins with them."""
+
+
+def sum_up(run: Run, tally: Tally, ended: Ended) -> RunResult:
+    """Writes the summary of a run, whose making of images has ended.
+
+    Args:
+        run: the run.
+        tally: what this driver knows to be committed.
+        ended: how the making of images ended.
+
+    Raises:
+        Interrupted: a signal stopped it.
+        RunStopped: something else did, or manifests are gone.
+        StorageError: the summary of a run that is complete can't be written.
+    """
+    reason, rows = ended.reason, tally.rows
+    try:
+        summary = write_summary(run, tally, ended)
+        rows, reason = summary["rows"], summary["reason"]
+    except StorageError as error:
+        if reason is None:
+            raise
+        # Why the run stopped is worth more than that its end can't be written down either.
+        log.warning("summary.json is not up to date: %s", error)
+    else:
+        for line in stop_lines(summary) if reason is not None else ():
+            log.info("%s", line)
+    total = run.info.rows
+    if reason == INTERRUPTED:
+        raise Interrupted(f"interrupted with {rows} of {total} rows done; the same command resumes")
+    if reason is not None:
+        raise RunStopped(f"stopped: {reason} ({rows} of {total} rows are done; the same command resumes)")
+    return RunResult(run.ledger.storage.place, summary, run.ledger.storage.options)
+
+
+def verify_images(run: Run) -> None:
+    """Reads every image back and writes verify.json. Raises RunStopped if images are missing or torn."""
+    report = verify(run.ledger, run.made_again)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    run.ledger.put_json("verify.json", report.describe() | {"time": now, "shards": len(run.ledger.committed_shards())})
+    for line in report.lines():
+        log.info("%s", line)
+    if report.broken:
+        raise RunStopped(
+            f"{len(report.missing)} images are missing and {len(report.torn)} are torn; the same command with"
+            " --repair makes them again"
+        )
+
+
+def write_summary(run: Run, tally: Tally, ended: Ended) -> dict[str, Any]:
+    """Counts what storage has of a run, removes what nobody needs, joins the manifests of a run that is complete, and
+    writes summary.json; returns what that says.
+
+    Args:
+        run: the run.
+        tally: what this driver knows to be committed.
+        ended: how the making of images ended.
+    """
+    ledger = run.ledger
+    ledger.hold()
+    # A manifest may land while the others are read; what was in doubt before that stays in doubt.
+    in_doubt = frozenset(ledger.unsettled)
+    # What is committed is what storage says: another driver may have committed, too.
+    committed = _count(run, tally.emptied())
+    lost = sorted(tally.attempts.keys() - committed.tally.attempts.keys())
+    tally = committed.tally
+    reason = ended.reason or _why_incomplete(run, tally, lost)
+    if not lost:
+        # What a driver that is taken for dead left is safe to remove only when nothing is left to commit.
+        removable = {run.lease.driver} if reason else run.lease.dead | {run.lease.driver}
+        ledger.remove_orphans(
+            tally.attempts,
+            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in in_doubt,
+        )
+    totals = tally.describe(ended.faults, ended.retries)
+    if reason is None:
+        totals |= _join(run, tally.attempts)
+    summary = {
+        "state": "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete",
+        "reason": reason,
+        "output": ledger.storage.url,
+        "files": FILES,
+        "images_planned": run.info.images,
+        "rows_planned": run.info.rows,
+        **_times(run, tally, ended, totals["images"]),
+        "failures": committed.failed.describe(),
+        **totals,
+    }
+    ledger.put_json("summary.json", summary)
+    return summary
+
+
+def _count(run: Run, tally: Tally) -> Committed:
+    """Reads all manifests again."""
+    in_place = set(run.ledger.committed_shards())
+    made_again = rows_made_again([shard for shard in run.plan if shard.number in in_place], run.job.dataset)
+    failed = FailedRows(made_again)
+    kinds = {shard.number: shard.bucket.batch_kind for shard in run.plan}
+    for facts, table in run.ledger.commits():
+        tally.add(facts, finished_at(table, facts), kinds.get(facts.shard))
+        failed.add(facts.shard, table)
+    return Committed(tally, failed)
+
+
+def _why_incomplete(run: Run, tally: Tally, lost: list[int]) -> str | None:
+    if lost:
+        return f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
+    if tally.rows != run.info.rows:
+        return f"the manifests have {tally.rows} rows, and the plan {run.info.rows}"
+    return None
+
+
+def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
+    """Joins the manifests of a run that is complete; returns what the whole has in place of the sum of its parts."""
+    job, repeated = run.job, RepeatedIds()
+
+    def look_at_ids(table: pa.Table) -> None:
+        if "id" in job.dataset.columns:
+            repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
+
+    images, failed_rows = run.ledger.join_manifests(run.made_again, attempts, look_at_ids)
+    if warning := repeated.describe():
+        log.warning("%s", warning)
+    return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}
+
+
+def _times(run: Run, tally: Tally, ended: Ended, images: int) -> dict[str, Any]:
+    """The times of a run, by those of its drivers."""
+    spans = [span for span in read_spans(run.ledger) if span.driver != run.lease.driver]
+    spans += [ended.watch.span(ended.card_s)] if ended.watch else []
+    drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()}
+    wall_s = wall_seconds(spans, drivers)
+    return {
+        "started_at": run.info.created_at if wall_s is None else spans[0].started_at,
+        "ended_at": max((span.ended_at for span in spans), default=None),
+        "wall_s": wall_s,
+        "images_per_s_wall": rounded(images / wall_s) if wall_s else None,
+        "card_hours": card_hours(spans, drivers),
+        "drivers": [asdict(span) for span in spans],
+    }

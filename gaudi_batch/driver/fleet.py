@@ -1,0 +1,393 @@
+"""The cards of a run in the cluster: their places, their processes, and what these say.
+
+Each card process has a task that polls it for what has happened; that becomes events of the schedule. Whatever Ray's
+control service is asked for leaves the event loop for a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+
+from gaudi_batch.card import messages
+from gaudi_batch.card.messages import CardSetup, Done, News, Ready
+from gaudi_batch.cluster.connection import CardResources, look_at_cluster
+from gaudi_batch.driver.account import Account
+from gaudi_batch.driver.background import Background
+from gaudi_batch.driver.doing import Doing, doings
+from gaudi_batch.driver.places import Places
+from gaudi_batch.driver.slot import Slot, node_is_gone, why_died
+from gaudi_batch.driver.watchdog import PhaseRules, passed_limit
+from gaudi_batch.redaction import redact
+from gaudi_batch.scheduling import decisions, events
+from gaudi_batch.scheduling.cards import CardState
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.schedule import Schedule
+
+log = logging.getLogger("gaudi_batch")
+
+POLL_INTERVAL_S = 1.0
+"""How long a card waits for something to happen before it answers; grows with the number of cards."""
+CARDS_PER_POLL_SECOND = 100
+CLUSTER_INTERVAL_S = 2.0
+"""How often the cluster is asked what it has."""
+MIN_PLACE_INTERVAL_S = 0.2
+"""How often it is asked at most for the places that it has given."""
+PLACE_SHARE = 0.1
+"""How much longer the last new slot may wait before it is known that it has its place, as a share of its waiting."""
+FIRST_WAIT_LINE_S = 30.0
+"""When it is said first that cards wait for the cluster; each time after that, when they have waited twice as long."""
+DEPARTURE_TIMEOUT_S = 3.0
+"""How much later than a card the cluster may notice the end of its node."""
+NODE_INTERVAL_S = 0.5
+"""How often it is asked for that meanwhile."""
+CLOSE_TIMEOUT_S = 30.0
+"""How long the end of a run waits for Ray to take the places of its cards back."""
+
+
+@dataclass(frozen=True)
+class CardsOfRun:
+    """What the cards of a run are, before there is one."""
+
+    setup: CardSetup
+    """The job, as each card gets it."""
+    resources: CardResources
+    """What one takes of the cluster."""
+
+
+class Fleet:
+    """The cards of a run.
+
+    Args:
+        cards: what the cards are.
+        schedule: the state of the run, to look at.
+        account: hears of cards that work, and of faults.
+        background: tasks and threads.
+        tell: tells the schedule what happened, and carries out what it decides.
+        keep: keeps the record of a shard that is made.
+    """
+
+    def __init__(
+        self,
+        cards: CardsOfRun,
+        schedule: Schedule,
+        account: Account,
+        background: Background,
+        tell: Callable[[events.Event], None],
+        keep: Callable[[Done], None],
+    ) -> None:
+        self.slots: dict[int, Slot] = {}
+        setup, resources = cards.setup, cards.resources
+        self.rules = PhaseRules(setup.config, f"{resources.amount} {resources.name}", POLL_INTERVAL_S)
+        self._schedule = schedule
+        self._account = account
+        self._background = background
+        self._tell = tell
+        self._keep = keep
+        self._places = Places(setup, resources, schedule.prefix)
+        self._look_at_cluster = functools.partial(look_at_cluster, setup.config, resources)
+        self._notes: set[str] = set()
+
+    # -- the cluster --------------------------------------------------------------------------------------------
+
+    async def follow_cluster(self) -> None:
+        """Says again and again what the cluster has."""
+        while True:
+            capacity = await self._background.in_thread(self._look_at_cluster)
+            self._tell(events.ClusterSeen(capacity, time.monotonic()))
+            await asyncio.sleep(CLUSTER_INTERVAL_S)
+
+    async def place(self) -> None:
+        """Starts the first process of each slot that the cluster has placed, and says how long others wait."""
+        next_line = FIRST_WAIT_LINE_S
+        while True:
+            waiting = self._in_states(CardState.WAITING)
+            if waiting:
+                placed = await self._background.ask_ray(self._places.placed, [slot.number for slot in waiting])
+                for slot in self._in_states(CardState.WAITING):
+                    if slot.number in placed:
+                        slot.node_id, slot.placed = placed[slot.number], time.monotonic()
+                        self._tell(events.CardPlaced(slot.number, slot.node_id))
+                        self._start(slot)
+                waiting = self._in_states(CardState.WAITING)
+            waits = [time.monotonic() - slot.since for slot in waiting]
+            if not waits:
+                next_line = FIRST_WAIT_LINE_S
+            elif max(waits) > next_line:
+                next_line *= 2
+                who = f"{waiting[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
+                log.info("%s waited %.0f s for the cluster: no %s is free", who, max(waits), self.rules.need)
+            pause = max(MIN_PLACE_INTERVAL_S, PLACE_SHARE * min(waits, default=0.0))
+            await asyncio.sleep(min(pause, CLUSTER_INTERVAL_S))
+
+    async def close(self) -> None:
+        """Gives all places back, with the processes in them."""
+        for slot in self.slots.values():
+            slot.actor = None
+        await self._background.close_ray(self._places.close, CLOSE_TIMEOUT_S)
+
+    # -- what the schedule decides ------------------------------------------------------------------------------
+
+    def ask_for(self, decision: decisions.AskForCards) -> None:
+        """Asks the cluster for places."""
+        self.slots.update({number: Slot(number) for number in decision.cards})
+        self._count_slots()
+        self._background.tell_ray(self._places.create, decision.cards)
+
+    def drop(self, decision: decisions.DropCards) -> None:
+        """Takes that back."""
+        for number in decision.cards:
+            self._background.tell_ray(self._places.remove, number)
+            del self.slots[number]
+        self._count_slots()
+
+    def admit(self, decision: decisions.Admit) -> None:
+        """A card works from now on."""
+        slot = self.slots[decision.card]
+        assert slot.ready is not None
+        self._account.introduce(slot)
+        self.rules.times.loaded(slot.ready.load_s)
+        threads = "" if slot.ready.threads is None else f", with {slot.ready.threads} threads"
+        log.info("%s is ready after %.1f s%s", slot.where, slot.ready.load_s, threads)
+        for note in slot.ready.notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                log.warning("%s: %s", slot.where, note)
+
+    def hold_back(self, decision: decisions.HoldBack) -> None:
+        """A card waits for the others."""
+        where = self.slots[decision.card].where
+        log.warning("%s waits for what the other cards have: %s", where, decision.reason)
+
+    def replace(self, decision: decisions.Replace) -> None:
+        """Starts another process in a card's place."""
+        slot = self.slots[decision.card]
+        self._kill(slot)
+        self._start(slot)
+
+    def quarantine(self, decision: decisions.Quarantine) -> None:
+        """Holds a card's place, with no process in it."""
+        slot = self.slots[decision.card]
+        log.error("%s is quarantined: %s", slot.where, decision.reason)
+        self._kill(slot)
+
+    def release(self, decision: decisions.Release) -> None:
+        """Gives the place of a card back whose node leaves."""
+        slot = self.slots[decision.card]
+        log.info("%s is released, as its node leaves", slot.where)
+        self._kill(slot)
+        self._give_back(slot)
+
+    def give_back(self, decision: decisions.GiveBack) -> None:
+        """Gives the place of a card back whose node has gone."""
+        slot = self.slots[decision.card]
+        log.warning("%s left with its node", slot.where)
+        self._give_back(slot)
+
+    def assign(self, decision: decisions.Assign) -> None:
+        """Sends a shard to a card."""
+        slot = self.slots[decision.card]
+        self._background.spawn(self.send(slot, slot.actor, decision.task))
+
+    def recall(self, decision: decisions.Recall) -> None:
+        """Asks a card for a shard back."""
+        self._background.spawn(self.ask_back(self.slots[decision.card].actor, decision.attempt))
+
+    async def send(self, slot: Slot, actor: Any, task: ShardTask) -> None:
+        """Sends a shard, after those that were sent before."""
+        async with slot.assigning:
+            while True:
+                try:
+                    return await actor.assign.remote(slot.name, task)  # type: ignore[no-any-return]
+                except ActorUnavailableError:
+                    # It may have arrived or not; a card takes the same attempt once.
+                    await asyncio.sleep(POLL_INTERVAL_S)
+                except RayError:
+                    return None
+
+    async def ask_back(self, actor: Any, attempt: str) -> None:
+        """Asks for a shard back until there is an answer."""
+        while True:
+            try:
+                given_back = await actor.recall.remote(attempt)
+                break
+            except ActorUnavailableError:
+                await asyncio.sleep(POLL_INTERVAL_S)  # a card answers the same again
+            except RayError:
+                return
+        self._tell(events.RecallAnswered(attempt, given_back))
+
+    def fault(self, number: int, error: str, *, quiet: bool = False) -> None:
+        """A card failed.
+
+        Args:
+            number: which.
+            error: what happened.
+            quiet: whether the log says it elsewhere.
+        """
+        slot = self.slots[number]
+        if not quiet:
+            log.warning("%s %s", slot.where, error)
+        self._account.fault(slot, error)
+
+    # -- processes ----------------------------------------------------------------------------------------------
+
+    def _start(self, slot: Slot) -> None:
+        slot.status = None
+        slot.passed = None
+        slot.up = False
+        slot.last_seen = time.monotonic()
+        slot.starting = self._background.spawn(self.begin(slot))
+
+    async def begin(self, slot: Slot) -> None:
+        """Has a process started, and listens to it."""
+        try:
+            slot.actor = await self._background.ask_ray(self._places.start, slot.number)
+        except RayError as error:
+            slot.starting = None
+            await self._lost(slot, error)
+            return
+        slot.starting, slot.last_seen = None, time.monotonic()
+        await self._listen(slot, slot.actor)
+
+    async def _listen(self, slot: Slot, actor: Any) -> None:
+        """Polls one card process until it dies or is replaced."""
+        acknowledged = 0
+        while slot.actor is actor:
+            try:
+                news: News = await actor.news.remote(acknowledged, self.rules.poll_s, time.time())
+            except ActorUnavailableError:
+                await asyncio.sleep(POLL_INTERVAL_S)
+                continue
+            except (RayActorError, RayError) as error:
+                if slot.actor is actor:
+                    await self._lost(slot, error)
+                return
+            if slot.actor is not actor:
+                return
+            slot.status, slot.last_seen = news.status, time.monotonic()
+            self.rules.times.learn(news.status)
+            for number, message in news.events:
+                acknowledged = number
+                if slot.actor is actor:  # an event may have it replaced
+                    self._take(slot, message)
+
+    def _take(self, slot: Slot, message: messages.Event) -> None:
+        if isinstance(message, Ready):
+            self.introduce(slot, message)
+        elif isinstance(message, messages.Broken):
+            self.fault(slot.number, message.error)
+            self._tell(events.CardBroken(slot.number, redact(message.error), message.storage))
+        elif isinstance(message, messages.Begun):
+            self._tell(events.ShardBegun(message.attempt, message.generating))
+        elif isinstance(message, messages.Begins):
+            self._tell(events.ReadingAnnounced(message.attempt, message.reading))
+        elif isinstance(message, messages.Announced):
+            self._tell(events.BatchAnnounced(message.attempt, message.rows))
+        elif isinstance(message, messages.Failed):
+            self.fault(slot.number, f"failed at {message.attempt}: {message.failure.error}")
+            failure = replace(message.failure, error=redact(message.failure.error))
+            self._tell(events.ShardFailed(message.attempt, failure))
+        elif isinstance(message, messages.Confirmed):
+            self._tell(events.DoubtsChecked(message.attempt, message.failures))
+        elif self._schedule.is_live(message.attempt):
+            self._keep(message)
+            failures = message.outcome.transient_failures
+            if failures:
+                self.fault(slot.number, f"made wrong what was right when made again, {failures} times")
+            self._tell(events.ShardMade(message.attempt, message.outcome))
+
+    def introduce(self, slot: Slot, ready: Ready) -> None:
+        """A card's process has loaded."""
+        before = slot.ready
+        if before is None or (before.node_id, before.module) != (ready.node_id, ready.module):
+            # Ray may have moved its place to another node meanwhile.
+            slot.name = self._card_name(slot, ready)
+        slot.ready, slot.node_id, slot.up = ready, ready.node_id, True
+        loaded = events.LoadedCard(
+            slot.name, ready.node_id, ready.node, ready.module, dict(ready.stack), ready.model, ready.cpus
+        )
+        self._tell(events.CardLoaded(slot.number, loaded, time.monotonic()))
+
+    def _card_name(self, slot: Slot, ready: Ready) -> str:
+        """A card is called after its place, so that its records mean the same card in the next run, too."""
+        name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
+        if any(other.name == name for other in self.slots.values() if other is not slot):
+            # Two Ray nodes of one host, or a node that came back under its name.
+            name = f"{name}-{ready.node_id[-6:]}"
+        return name
+
+    async def _lost(self, slot: Slot, error: Exception) -> None:
+        slot.up = False
+        reason = slot.passed.reason if slot.passed else why_died(error)
+        slow = slot.passed.slow if slot.passed else None
+        gone = not slot.passed and await self._node_went(slot, error)
+        slot.actor = None
+        if gone or self._state(slot) is CardState.LEAVING:
+            self.give_back(decisions.GiveBack(slot.number))
+            self._tell(events.CardGone(slot.number))
+            return
+        self.fault(slot.number, f"died: {reason}")
+        self._tell(events.CardDied(slot.number, redact(reason), slow))
+
+    async def _node_went(self, slot: Slot, error: Exception) -> bool:
+        """Whether a card died with its node, whose end may be noticed after that of its processes."""
+        until = time.monotonic() + DEPARTURE_TIMEOUT_S
+        while not await self._background.in_thread(node_is_gone, slot.node_id, error):
+            if time.monotonic() > until or self._state(slot) is CardState.LEAVING:
+                return False
+            await asyncio.sleep(NODE_INTERVAL_S)
+        return True
+
+    def _kill(self, slot: Slot) -> None:
+        if slot.starting is not None:
+            slot.starting.cancel()
+            slot.starting = None
+        slot.actor = None
+        slot.up = False
+        self._background.tell_ray(self._places.kill, slot.number)
+
+    def _give_back(self, slot: Slot) -> None:
+        slot.given_back = time.monotonic()
+        self._background.tell_ray(self._places.remove, slot.number)
+
+    # -- what they are at ---------------------------------------------------------------------------------------
+
+    def enforce_limits(self, late_s: float) -> None:
+        """Kills the processes that have passed a limit.
+
+        Args:
+            late_s: seconds for which this process stood still, and heard nobody.
+        """
+        for slot in self.slots.values():
+            slot.last_seen += late_s
+            if slot.actor is None or slot.passed:
+                continue
+            slot.passed = passed_limit(slot.status, time.monotonic() - slot.last_seen, self.rules)
+            if slot.passed:
+                self._background.tell_ray(self._places.kill, slot.number)
+
+    def doings(self) -> dict[str, list[Doing]]:
+        """What each card is at, by its label."""
+        now = time.monotonic()
+        return {slot.label: doings(slot, self._state(slot), now, self.rules) for slot in self.slots.values()}
+
+    def count_ready(self) -> int:
+        """How many cards work."""
+        return len(self._in_states(CardState.READY))
+
+    def _count_slots(self) -> None:
+        self.rules.poll_s = max(POLL_INTERVAL_S, len(self.slots) / CARDS_PER_POLL_SECOND)
+
+    def _state(self, slot: Slot) -> CardState:
+        return self._schedule.state(slot.number)
+
+    def _in_states(self, *states: CardState) -> list[Slot]:
+        return [slot for slot in self.slots.values() if self._state(slot) in states]

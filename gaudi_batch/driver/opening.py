@@ -1,0 +1,105 @@
+"""The run in an output: begun, resumed, grown, and given shards for rows that are to be made again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
+from gaudi_batch.driver.rerun import failed_rows, plan_again, rows_made_again
+from gaudi_batch.driver.run_context import Run
+from gaudi_batch.errors import InputError
+from gaudi_batch.job import Job
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.verify import verify
+from gaudi_batch.plan import Shard
+
+if TYPE_CHECKING:
+    from gaudi_batch.cluster.connection import CardResources
+
+log = logging.getLogger("gaudi_batch")
+
+
+def refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
+    """Raises InputError if a job can't go on with the run that is there."""
+    if refusal := why_not_resumed(ledger, record, job):
+        raise InputError(refusal)
+
+
+def open_run(
+    ledger: Ledger, job: Job, connect: Callable[[], CardResources], overwrite: bool
+) -> tuple[RunRecord, list[Shard]]:
+    """Begins a run, or goes on with the one that is there; returns what run.json says, and the plan.
+
+    Args:
+        ledger: the output's records.
+        job: the job.
+        connect: connects to the cluster, before anything is written that needs cards to be made good.
+        overwrite: whether a run that is there is removed, once the job is planned.
+
+    Raises:
+        InputError: the run that is there is another job's, or there is no cluster.
+    """
+    # Read again, now that the lease is ours: another driver may have begun the run in the meantime.
+    record = None if overwrite else ledger.run()
+    if record is None:
+        connect()
+        return ledger.create(job, afresh=overwrite)
+    refuse_another_job(ledger, record, job)
+    if record.job.get("shard_size") != job.config.shard_size:
+        log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
+    if record.stacks is None:  # else the cards' own count, when they are ready
+        for package, version in job.versions().items():
+            before = record.versions.get(package)
+            if before not in (None, version):
+                log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
+    shards = ledger.plan(record.rows)
+    if adds_to(record, job):
+        if job.total_rows > record.rows:
+            connect()
+        grown, shards = grow(ledger, record, job)
+        if grown.rows > record.rows:
+            log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
+        return grown, shards
+    if planned_rows(shards) < record.rows:
+        # Another driver's plan took the place of one with more rows, after run.json had said so.
+        shards = [*shards, *plan_rest(shards, record, job)]
+        log.warning("the plan had fewer rows than run.json says; the others are planned again")
+        ledger.put_plan(shards)
+    return record, shards
+
+
+def repair(run: Run) -> None:
+    """Adds shards for the rows that have missing or torn images."""
+    report = verify(run.ledger, run.made_again)
+    for line in report.lines():
+        log.info("%s", line)
+    if report.broken:
+        job = run.job
+        added = plan_again(report.broken, report.images_of, run.plan, job.dataset, job.config.shard_size)
+        count = len(report.broken)
+        log.info("%d rows with missing or torn images are made again, in %d new shards", count, len(added))
+        run.add(added)
+
+
+def retry_failed_rows(run: Run) -> None:
+    """Adds shards for the rows that have failed and are in no shard that is still to be made."""
+    job = run.job
+    all_failed = failed_rows(run.ledger.commits())
+    if all_failed.hopeless:
+        log.info(
+            "%d failed rows can't be run whatever is tried, as what they ask for is against the rules; `error` in"
+            " manifest.parquet says why",
+            all_failed.hopeless,
+        )
+    committed = set(run.ledger.committed_shards())
+    pending = rows_made_again([shard for shard in run.plan if shard.number not in committed], job.dataset)
+    failed = {row: shard for row, shard in all_failed.worth_a_try.items() if row not in pending}
+    if not failed:
+        log.info("no failed row is left to run again")
+        return
+    added = plan_again(failed, {}, run.plan, job.dataset, job.config.shard_size)
+    log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
+    run.add(added)

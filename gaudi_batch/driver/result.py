@@ -1,0 +1,69 @@
+"""What a run gives to whoever called it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gaudi_batch.storage.store import Storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run came out."""
+
+    output: str = field(repr=False)
+    """Where its records are: the absolute path of a local directory, else the job's own URL, also if it has a secret in
+    it."""
+    summary: dict[str, Any]
+    """What summary.json says."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """fsspec options of the output's storage, as the job has them."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: every image is made; 3: done, and some rows failed."""
+        return 3 if self.summary["failed_rows"] else 0
+
+    @property
+    def manifest_path(self) -> str:
+        """Where `manifest.parquet` is: a path, or a URL with what `output` has in it."""
+        return f"{self.output}/manifest.parquet"
+
+    def manifest(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The joined manifest: a row for each image and each failed row. All of it is in memory at once.
+
+        Args:
+            columns: which columns; None is all.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        with self._opened() as file:
+            return file.read(columns=None if columns is None else list(columns))
+
+    def failed_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the manifest that have failed, each a dictionary with its `error`. One row group of the manifest
+        is in memory at a time.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        import pyarrow.compute as pc
+
+        with self._opened() as file:
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                yield from group.filter(pc.equal(group.column("status"), "failed")).to_pylist()
+
+    def _opened(self) -> pq.ParquetFile:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        storage = Storage(self.output, self.storage_options, read_only=True)
+        return pq.ParquetFile(pa.PythonFile(storage.open("manifest.parquet"), mode="r"))

@@ -1,0 +1,80 @@
+"""A run, as one object that its driver's parts hand to each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gaudi_batch.dataset.reasons import FailedRows
+from gaudi_batch.driver.rerun import rows_made_again
+from gaudi_batch.job import Job
+from gaudi_batch.output.lease import LeaseKeeper
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.spans import Stopwatch
+from gaudi_batch.output.tally import Tally
+from gaudi_batch.plan import Shard
+
+if TYPE_CHECKING:
+    from gaudi_batch.cluster.connection import CardResources
+
+
+@dataclass
+class Run:
+    """A run that this process drives."""
+
+    job: Job
+    ledger: Ledger
+    lease: LeaseKeeper
+    info: RunRecord
+    """What run.json says."""
+    plan: list[Shard]
+    """All shards, also those that make rows again."""
+    connect: Callable[[], CardResources]
+    """Connects to the cluster at its first call; returns what a card takes of it. Raises InputError."""
+
+    @functools.cached_property
+    def made_again(self) -> Mapping[int, int]:
+        """Rows that are in several shards, each with the highest of these."""
+        return rows_made_again(self.plan, self.job.dataset)
+
+    def add(self, shards: list[Shard]) -> None:
+        """Adds shards to the plan, once there is a cluster that may make them."""
+        self.connect()
+        self.ledger.put_plan([*self.plan, *shards])
+        self.plan = [*self.plan, *shards]
+        self.__dict__.pop("made_again", None)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What is committed of a run."""
+
+    tally: Tally
+    failed: FailedRows
+
+    @classmethod
+    def read(cls, run: Run) -> Committed:
+        """Reads all manifests."""
+        committed = cls(Tally(), FailedRows(run.made_again))
+        for facts, table in run.ledger.commits():
+            committed.tally.add(facts)
+            committed.failed.add(facts.shard, table)
+        return committed
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the making of images ended."""
+
+    reason: str | None
+    """Why it stopped; None if every shard is committed."""
+    faults: Mapping[str, int] = field(default_factory=dict)
+    """Of the cards, by label."""
+    retries: int = 0
+    watch: Stopwatch | None = None
+    """This driver's; None if it had nothing to make, so that its time is not the run's."""
+    card_s: float = 0.0
+    """For how long it held cards, each counted by itself."""

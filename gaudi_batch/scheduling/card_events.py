@@ -1,0 +1,297 @@
+"""What follows from what happens to cards. Pure, a part of the schedule.
+
+Each handler changes the state of the run and returns what is to be done at once, or None if the event changes nothing.
+"""
+
+from __future__ import annotations
+
+from gaudi_batch.plan import Shard
+from gaudi_batch.scheduling.admission import Admission
+from gaudi_batch.scheduling.capacity import CapacityPlan
+from gaudi_batch.scheduling.cards import TRANSITIONS, Card, CardChange, CardState
+from gaudi_batch.scheduling.decisions import Admit, Decision, GiveBack, NoteFault, Quarantine, Release, Replace
+from gaudi_batch.scheduling.events import (
+    CardBroken,
+    CardDied,
+    CardGone,
+    CardLeaving,
+    CardLoaded,
+    CardPlaced,
+    ClusterSeen,
+    Reading,
+    SlowBatch,
+    StorageStalled,
+)
+from gaudi_batch.scheduling.failures import Incident, Trouble
+from gaudi_batch.scheduling.state import RunState
+
+MAX_START_FAILURES = 2
+MAX_STRIKES = 6
+MAX_VINDICATIONS = 3
+
+
+class CardEvents:
+    """The lives of the cards of a run.
+
+    Args:
+        state: the run.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._work = state.work
+        self._cards = state.cards
+        self._admission = Admission(state.rules.requirements)
+        self._newcomers: list[Card] = []
+        self._now = 0.0
+        self.capacity = CapacityPlan(state)
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def seen(self, event: ClusterSeen) -> list[Decision]:
+        """Gives every card that the job should have a place, now and later, and takes leave of those that go."""
+        self._now = event.now
+        capacity = event.capacity
+        decisions: list[Decision] = []
+        for card in list(self._cards.by_number.values()):
+            if card.state is CardState.QUARANTINED:
+                if card.node in capacity.leaving or card.node not in capacity.nodes:
+                    # Its place would move on to a card of another node.
+                    self.change(card, CardChange.NODE_GONE)
+                    decisions.append(GiveBack(card.number))
+            elif card.node in capacity.leaving:
+                decisions += self.leaving(CardLeaving(card.number)) or []
+        decisions += self.capacity.adjust(capacity)
+        self.capacity.give_up(capacity, event.now)
+        return decisions
+
+    def placed(self, event: CardPlaced) -> None:
+        """The first process of a card is being started."""
+        self.capacity.placed(event.card)
+        card = Card(event.card, event.node)
+        self._cards.add(card)
+        self._state.node_losses.started(card)
+        self.change(card, CardChange.PLACED)
+
+    def loaded(self, event: CardLoaded) -> list[Decision] | None:
+        """A card works from now on, waits for the others, or is refused."""
+        self._now = event.now
+        card, loaded = self._cards.by_number[event.card], event.loaded
+        if card.state is not CardState.STARTING or card.loaded is not None:
+            return None
+        holder = self._admission.holder_of(loaded)
+        if holder is not None and holder is not card:
+            holder_name = holder.loaded.name if holder.loaded else holder.number
+            error = f"Ray gave it module {loaded.module} of node {loaded.node}, which card {holder_name} holds"
+            return [NoteFault(card.number, error), *(self.died(CardDied(card.number, error)) or [])]
+        if loaded.node_id != card.node:
+            self._cards.move(card, loaded.node_id)
+            card.strikes = card.start_failures = card.vindications = card.images = card.transient_failures = 0
+            self._cards.file(card)
+        if refusal := self._admission.why_unfit(loaded):
+            return self._refuse(card, refusal)
+        self._admission.add(card, loaded)
+        self._newcomers.append(card)
+        return []
+
+    def died(self, event: CardDied) -> list[Decision] | None:
+        """A card is replaced or quarantined, and what it had in hand waits again."""
+        card = self._cards.by_number[event.card]
+        if card.state is CardState.LEAVING:
+            self.change(card, CardChange.RELEASED)
+            return [Release(card.number)]
+        if not card.may(CardChange.REPLACED):
+            return None
+        stalled: list[int] = []
+        if card.state is CardState.STARTING:
+            card.start_failures += 1
+        else:
+            card.strikes += 1
+            slow = event.slow
+            if isinstance(slow, SlowBatch) and self._state.slow_kinds.cut(card, slow, self._cards):
+                for shard in self._work.take_kind(slow.kind):
+                    self._state.put_back(shard)
+            if isinstance(slow, StorageStalled):
+                held = [self._work.attempts[attempt].shard for attempt in card.hand]
+                stalled = held[:1] or [next(iter(self._state.shards))]
+            self._blame_death(card, event.error, slow is not None)
+        decisions = self.replace_or_quarantine(card, event.error)
+        for shard in stalled:
+            decisions += self._state.storage_failed(card.node, shard, event.error)
+        return decisions
+
+    def broken(self, event: CardBroken) -> list[Decision] | None:
+        """The same of a card that says itself that it can't go on."""
+        card = self._cards.by_number[event.card]
+        if event.storage and card.state is CardState.STARTING:
+            card.strikes += 1
+            decisions = self.replace_or_quarantine(card, event.error)
+            return decisions + self._state.storage_failed(card.node, next(iter(self._state.shards)), event.error)
+        if card.state is CardState.READY and not card.proven:
+            card.start_failures += 1
+        return self.died(CardDied(event.card, event.error))
+
+    def gone(self, event: CardGone) -> list[Decision] | None:
+        """That counts against no card. Where it was not announced, it counts for the shards in the card's hand."""
+        card = self._cards.by_number[event.card]
+        if not card.may(CardChange.NODE_GONE):
+            return None
+        if card.state in (CardState.STARTING, CardState.READY):
+            self._lose_node(card)
+        self.change(card, CardChange.NODE_GONE)
+        return []
+
+    def leaving(self, event: CardLeaving) -> list[Decision] | None:
+        """The card finishes what it has begun and gets nothing more."""
+        card = self._cards.by_number[event.card]
+        if not card.may(CardChange.NODE_LEAVES):
+            return None
+        asked_back: list[Decision] = [*self._work.recall_queued_of(card)]
+        self._work.drop_reservation(card)
+        self.change(card, CardChange.NODE_LEAVES)
+        return asked_back
+
+    # -- what follows from other events -------------------------------------------------------------------------
+
+    def admit(self) -> list[Decision]:
+        """Has cards that have loaded work, wait or be refused, as the others have it."""
+        newcomers, self._newcomers = self._newcomers, []
+        decisions, verdicts = self._admission.verdicts(newcomers, len(self._cards.starting), self._now)
+        for verdict in verdicts:
+            if verdict.refusal:
+                decisions += self._refuse(verdict.card, verdict.refusal)
+            else:
+                self.change(verdict.card, CardChange.ADMITTED)
+                decisions.append(Admit(verdict.card.number))
+        return decisions
+
+    def made(self) -> None:
+        """A card has made a shard: what shapes this run's images is settled."""
+        self._admission.settle()
+
+    def release_leaving(self) -> list[Decision]:
+        """Releases the cards that go and have nothing in hand any more."""
+        free = list(self._cards.leaving_idle.values())
+        for card in free:
+            self.change(card, CardChange.RELEASED)
+        return [Release(card.number) for card in free]
+
+    def record_success(self, card: Card) -> None:
+        """A card has made something."""
+        card.proven = card.has_made = True
+        card.strikes = card.start_failures = 0
+        self._state.node_losses.made()
+
+    def replace_or_quarantine(self, card: Card, error: str) -> list[Decision]:
+        """A card's process is at its end, or makes nothing."""
+        self._state.last_error = error
+        if card.start_failures >= MAX_START_FAILURES:
+            return self._quarantine(card, f"it made nothing in {card.start_failures} starts: {error}")
+        if card.strikes >= MAX_STRIKES:
+            return self._quarantine(card, f"it failed {card.strikes} times in a row: {error}")
+        self.change(card, CardChange.REPLACED)
+        return [Replace(card.number)]
+
+    def made_elsewhere(self, card: Card, maker: Card) -> list[Decision]:
+        """Another card made all that this one had in hand when it failed."""
+        if card is maker or not card.may(CardChange.GIVEN_UP):
+            return []
+        card.vindications += 1
+        if card.vindications < MAX_VINDICATIONS:
+            return []
+        return self._quarantine(card, f"{card.vindications} shards that it failed were made by other cards")
+
+    def count_transient(self, card: Card, images: int, failures: int) -> list[Decision]:
+        """A card has made images, of which some failed and worked when they were made again."""
+        self._state.transient_failures.add(card, images, failures)
+        reason = None
+        if failures and card.state is CardState.READY:
+            reason = self._state.transient_failures.verdict(card, self._cards.usable())
+        if reason is None or not self._cards.others({card.number}):
+            return []  # what is right the second time is better than nothing
+        return self._quarantine(card, reason)
+
+    def change(self, card: Card, change: CardChange) -> None:
+        """Moves a card on. Only a ready card has graphs captured, and only that or a leaving one has work in hand."""
+        card.state = state = TRANSITIONS[card.state, change]
+        if change is CardChange.ADMITTED:
+            self._admission.admitted(card)
+        else:
+            self._admission.remove(card)
+        if state not in (CardState.READY, CardState.LEAVING):
+            for attempt in reversed(list(card.hand)):
+                self._state.put_back(self._work.release(attempt).shard)
+        if state is not CardState.READY:
+            self._work.drop_reservation(card)
+        if state not in (CardState.READY, CardState.LEAVING):
+            self._work.affinity.forget(card.number)
+            card.proven = False
+        self._state.capacity_expected |= state in (CardState.GONE, CardState.QUARANTINED)
+        self._cards.file(card)
+
+    def _refuse(self, card: Card, reason: str) -> list[Decision]:
+        """A card that has loaded may make nothing of this run, and no other process in its place may."""
+        self._state.last_error = reason
+        return [NoteFault(card.number, reason, quiet=True), *self._quarantine(card, reason)]
+
+    def _quarantine(self, card: Card, reason: str) -> list[Decision]:
+        self.change(card, CardChange.GIVEN_UP)
+        return [Quarantine(card.number, reason)]
+
+    # -- who is to blame ----------------------------------------------------------------------------------------
+
+    def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
+        """A card's process died; `no_row` says that this was no row's doing."""
+        hand = list(card.hand)
+        # It may still store one shard while it makes the next.
+        generating = [attempt for attempt in hand if self._work.attempts[attempt].generating]
+        at_work = (generating[-1:] or hand[:1] or [""])[0]
+        shards = {self._work.attempts[attempt].shard for attempt in hand}
+        explained = any(self._work.row_groups.by_row(self._state.shards[shard]) for shard in shards)
+        incident = Incident(card.number, set() if explained else shards)
+        for attempt in reversed(hand):
+            live = self._work.release(attempt)
+            trouble = self._work.troubles.setdefault(live.shard, Trouble())
+            trouble.incidents.append(incident)
+            if attempt == at_work:
+                others = self._cards.others({*trouble.died_on, card.number})
+                at = None if no_row else live.at
+                trouble.died(card.number, error, at, others)
+                if isinstance(at, Reading):
+                    self._blame_reading(trouble, self._state.shards[live.shard], at, others)
+                self._state.try_again(live.shard)
+            else:
+                # It may have been read or stored at that moment, or not have begun.
+                trouble.announce = True
+                self._state.put_back(live.shard)
+
+    def _blame_reading(self, trouble: Trouble, shard: Shard, at: Reading, others: bool) -> None:
+        """A process died decoding rows that it had announced."""
+        if self._work.row_groups.killed(shard, at):
+            trouble.learnt()
+            self._work.reconsider()
+            for number, other in self._work.troubles.items():
+                if self._work.row_groups.by_row(self._state.shards[number]):
+                    other.explain()  # it may have been this group that others died of
+        nodes = {self._cards.by_number[number].node for number in trouble.died_on}
+        other_nodes = bool(self._cards.usable_on.keys() - nodes)
+        if at.by_row and trouble.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
+            reason = "the card's process died reading this row, or one before it in row group"
+            self._work.row_groups.condemn(shard, at, f"{reason} {at.group}: {trouble.error}")
+            trouble.learnt()
+
+    def _lose_node(self, card: Card) -> None:
+        """A card's node went without notice, and with it all its other cards."""
+        self._work.keep_off(card.node)
+        self._state.node_losses.lost(card)
+        for attempt in reversed(list(card.hand)):
+            live = self._work.release(attempt)
+            if live.begun:
+                trouble = self._work.troubles.setdefault(live.shard, Trouble())
+                self._state.retries += trouble.alone_on_node
+                others = self._cards.others({*trouble.died_on, card.number})
+                alone = trouble.alone_on_node
+                trouble.lost_with_node(card.number, live.at, others)
+                if alone and isinstance(live.at, Reading):
+                    self._blame_reading(trouble, self._state.shards[live.shard], live.at, others)
+            self._state.put_back(live.shard)

@@ -1,0 +1,174 @@
+"""What a schedule was told and what it decided, so that the decisions of a real run can be made again elsewhere. Pure.
+
+    python -m gaudi_batch.scheduling.event_log events.bin
+
+replays a log and says where this version decides otherwise.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gaudi_batch.plan import Shard
+from gaudi_batch.scheduling.decisions import Decision
+from gaudi_batch.scheduling.events import Event
+from gaudi_batch.scheduling.schedule import Schedule
+
+MAX_EVENTS = 10_000
+"""Events after which a new snapshot is taken. A log holds as many at least, if there were as many, and twice as many at
+most."""
+VERSION = 1
+"""Of what `EventLog.dump` writes."""
+PACKAGES = ("gaudi_batch.scheduling.", "gaudi_batch.plan")
+"""Where the classes of a log come from; a log is data, and nothing else in it is loaded."""
+BUILTINS = {
+    ("builtins", "frozenset"),
+    ("builtins", "range"),
+    ("builtins", "set"),
+    ("collections", "Counter"),
+    ("collections", "deque"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An event, and what was decided on it."""
+
+    event: Event
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a schedule does not decide as the log says."""
+
+    number: int
+    """Of the event, counted from the snapshot."""
+    event: Event
+    logged: tuple[Decision, ...]
+    decided: tuple[Decision, ...]
+
+
+class EventLog:
+    """A schedule whose events are written down, in memory: a snapshot of it, and what came since.
+
+    Args:
+        schedule: tells it everything through this log alone.
+        max_events: events after which a new snapshot is taken.
+    """
+
+    def __init__(self, schedule: Schedule, max_events: int = MAX_EVENTS) -> None:
+        self.schedule = schedule
+        self._max_events = max_events
+        self._parts: deque[tuple[bytes, list[Entry]]] = deque(maxlen=2)
+        self._begin_part()
+
+    def handle(self, event: Event) -> list[Decision]:
+        """See `Schedule.handle`."""
+        if len(self._entries) >= self._max_events:
+            self._begin_part()
+        decisions = self.schedule.handle(event)
+        self._entries.append(Entry(event, tuple(decisions)))
+        return decisions
+
+    def dump(self) -> bytes:
+        """The oldest snapshot that is kept and all that came since, as `load` takes it."""
+        entries = [entry for _, part in self._parts for entry in part]
+        content = (VERSION, list(self.schedule.shards.values()), self._parts[0][0], entries)
+        return zlib.compress(pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def _begin_part(self) -> None:
+        self._entries: list[Entry] = []
+        self._parts.append((_snapshot(self.schedule), self._entries))
+
+
+def load(data: bytes) -> tuple[Schedule, list[Entry]]:
+    """A log that `EventLog.dump` wrote: the schedule as it was, and what came since.
+
+    Raises:
+        ValueError: it is no such log, or holds anything but data of this package.
+    """
+    try:
+        version, shards, snapshot, entries = _DataOnly(io.BytesIO(zlib.decompress(data))).load()
+        if version != VERSION:
+            raise ValueError(f"its version is {version!r:.20}, and this one reads {VERSION}")
+        schedule = _DataOnly(io.BytesIO(snapshot), {shard.number: shard for shard in shards}).load()
+    except (zlib.error, pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f"no event log of a schedule: {error}") from None
+    return schedule, entries
+
+
+def replay(data: bytes) -> tuple[int, list[Difference]]:
+    """Tells a schedule, as a log has it, what the log says; returns how many events that were, and where the first
+    decision differs, if one does. What comes after that says nothing.
+
+    Raises:
+        ValueError: see `load`.
+    """
+    schedule, entries = load(data)
+    for number, entry in enumerate(entries):
+        decided = tuple(schedule.handle(entry.event))
+        if decided != entry.decisions:
+            return len(entries), [Difference(number, entry.event, entry.decisions, decided)]
+    return len(entries), []
+
+
+class _Snapshots(pickle.Pickler):
+    """Writes a schedule without its shards, of which there may be a million and which never change."""
+
+    def __init__(self, file: io.BytesIO, shards: object) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._shards = shards
+
+    def persistent_id(self, obj: Any) -> Any:
+        if obj is self._shards:
+            return "shards"
+        return obj.number if type(obj) is Shard else None
+
+
+class _DataOnly(pickle.Unpickler):
+    """Reads data of this package, and runs no code that comes with it."""
+
+    def __init__(self, file: io.BytesIO, shards: dict[int, Shard] | None = None) -> None:
+        super().__init__(file)
+        self._shards = shards or {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._shards if pid == "shards" else self._shards[pid]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in BUILTINS and not module.startswith(PACKAGES):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a schedule")
+        found = super().find_class(module, name)
+        if not isinstance(found, type):
+            raise pickle.UnpicklingError(f"{module}.{name} is no class")
+        return found
+
+
+def _snapshot(schedule: Schedule) -> bytes:
+    file = io.BytesIO()
+    _Snapshots(file, schedule.shards).dump(schedule)
+    return file.getvalue()
+
+
+def main(arguments: list[str]) -> int:
+    """Replays the log of a file; returns 0 if all decisions are the same, else 1."""
+    count, differences = replay(Path(arguments[0]).read_bytes())
+    for difference in differences:
+        print(f"event {difference.number} of {count}: {difference.event}")
+        print(f"  logged:  {list(difference.logged)}")
+        print(f"  decided: {list(difference.decided)}")
+    if not differences:
+        print(f"{count} events, all decisions the same")
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""What follows from what happens to attempts at shards. Pure, a part of the schedule.
+
+Each handler changes the state of the run and returns what is to be done at once, or None if the event changes nothing,
+as it is of an attempt that is not live.
+"""
+
+from __future__ import annotations
+
+from gaudi_batch.scheduling.card_events import CardEvents
+from gaudi_batch.scheduling.cards import Card, CardState
+from gaudi_batch.scheduling.decisions import Commit, Decision, Discard
+from gaudi_batch.scheduling.events import (
+    BatchAnnounced,
+    DoubtsChecked,
+    ReadingAnnounced,
+    RecallAnswered,
+    ShardBegun,
+    ShardCommitted,
+    ShardFailed,
+    ShardMade,
+    ShardOutcome,
+    StorageChecked,
+)
+from gaudi_batch.scheduling.failures import Held, Incident, Trouble
+from gaudi_batch.scheduling.state import RunState
+
+
+class ShardEvents:
+    """What becomes of the shards of a run.
+
+    Args:
+        state: the run.
+        cards: the lives of its cards.
+    """
+
+    def __init__(self, state: RunState, cards: CardEvents) -> None:
+        self._state = state
+        self._work = state.work
+        self._cards = cards
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def begun(self, event: ShardBegun) -> None:
+        """It is known what a card is at when it dies."""
+        live = self._work.attempts.get(event.attempt)
+        if live is not None:
+            live.begun = True
+            live.generating = live.generating or event.generating
+
+    def reading(self, event: ReadingAnnounced) -> None:
+        """The same of a suspect shard, to its row groups."""
+        live = self._work.attempts.get(event.attempt)
+        if live is not None:
+            live.at = event.reading
+
+    def batch(self, event: BatchAnnounced) -> list[Decision] | None:
+        """The same to its rows; what was announced before has gone well."""
+        live = self._work.attempts.get(event.attempt)
+        if live is None:
+            return None
+        if isinstance(live.at, frozenset):
+            self._cards.record_success(live.card)  # it has made the batch before
+        live.at = frozenset(event.rows)
+        self._work.settle(live.shard)
+        return []
+
+    def made(self, event: ShardMade) -> list[Decision] | None:
+        """The shard is committed, or held until another card has made the rows that are doubted."""
+        if event.attempt not in self._work.attempts:
+            return None
+        live, outcome = self._work.release(event.attempt), event.outcome
+        card, shard = live.card, self._state.shards[live.shard]
+        self._cards.made()
+        self._work.affinity.took(outcome.seconds, shard.images, live.captures)
+        self._state.storage_failures.works()
+        self._cards.record_success(card)
+        card.vindications = max(0, card.vindications - 1)
+        self._work.settle(live.shard)
+        self._state.lift(shard.bucket.batch_kind)
+        decisions = self._cards.count_transient(card, shard.images, outcome.transient_failures)
+        if outcome.doubted:
+            trouble = self._work.troubles.setdefault(live.shard, Trouble())
+            trouble.hold(Held(event.attempt, card.number, outcome))
+            self._state.put_back(live.shard)
+            return decisions
+        return decisions + self._accept(live.shard, event.attempt, outcome, card)
+
+    def doubts_checked(self, event: DoubtsChecked) -> list[Decision] | None:
+        """The held record is committed if the doubted rows failed here, too; else the shard is made again."""
+        if event.attempt not in self._work.attempts:
+            return None
+        live = self._work.release(event.attempt)
+        trouble = self._work.troubles[live.shard]
+        held = trouble.held
+        assert held is not None
+        self._work.settle(live.shard)
+        refuted = held.outcome.doubted.keys() - event.failures.keys()
+        if not refuted:
+            return self._accept(live.shard, held.attempt, held.outcome, live.card)
+        self._cards.record_success(live.card)
+        trouble.refute(event.failures)
+        self._state.try_again(live.shard)
+        first = self._state.cards.by_number[held.card]
+        return [Discard(held.attempt), *self._cards.count_transient(first, 0, len(refuted))]
+
+    def failed(self, event: ShardFailed) -> list[Decision] | None:
+        """The shard is tried again, and its card replaced if it has not made anything since."""
+        if event.attempt not in self._work.attempts:
+            return None
+        live, failure = self._work.release(event.attempt), event.failure
+        card = live.card
+        trouble = self._work.troubles.setdefault(live.shard, Trouble())
+        trouble.raised(card.number, failure)
+        trouble.incidents.append(Incident(card.number, {live.shard}))
+        self._state.try_again(live.shard)
+        card.strikes += 1
+        decisions: list[Decision] = []
+        if not failure.healthy and card.state is CardState.READY:
+            decisions += self._cards.replace_or_quarantine(card, failure.error)
+        if failure.storage:
+            decisions += self._state.storage_failed(card.node, live.shard, failure.error)
+        return decisions
+
+    def recall_answered(self, event: RecallAnswered) -> list[Decision] | None:
+        """What was given back goes to another card."""
+        if event.attempt not in self._work.attempts:
+            return None
+        self._work.answered(event.attempt)
+        if event.given_back:
+            self._state.put_back(self._work.release(event.attempt).shard)
+        return []
+
+    def committed(self, event: ShardCommitted) -> list[Decision] | None:
+        """The shard is done."""
+        if self._state.committing.pop(event.shard, None) is None:
+            return None
+        self._state.open -= 1
+        return []
+
+    def storage_checked(self, event: StorageChecked) -> list[Decision]:
+        """The run ends if storage fails for the driver, too; what can't be read at all is given up."""
+        self._state.storage_failures.being_checked = False
+        if event.error is not None:
+            return self._state.end(event.error)
+        trouble = self._work.troubles.get(event.shard)
+        if event.of_shard is not None and trouble is not None:
+            trouble.hopeless, trouble.error = True, event.of_shard
+            if self._work.take(event.shard):
+                self._state.put_back(event.shard)
+        return []
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def _accept(self, shard: int, attempt: str, outcome: ShardOutcome, maker: Card) -> list[Decision]:
+        """A record is to be committed; `maker` is who had the last word on it."""
+        state = self._state
+        state.committing[shard] = attempt
+        state.done_rows += outcome.rows
+        state.failed_rows += outcome.failed_rows
+        state.raised_rows += outcome.raised_rows
+        decisions: list[Decision] = [Commit(shard, attempt)]
+        trouble = self._work.troubles.pop(shard, None)
+        at_fault: dict[int, None] = {}
+        for incident in trouble.incidents if trouble else ():
+            if incident.made(shard, bool(outcome.raised_rows or outcome.undecoded_rows)):
+                at_fault[incident.card] = None
+        for number in at_fault:
+            decisions += self._cards.made_elsewhere(state.cards.by_number[number], maker)
+        state.limit_failed_rows()
+        return decisions

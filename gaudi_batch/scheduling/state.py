@@ -1,0 +1,166 @@
+"""What all parts of the schedule share: the shards of a run, and what is known of failures. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gaudi_batch.plan import BatchKind, Shard
+from gaudi_batch.scheduling.admission import Requirements
+from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
+from gaudi_batch.scheduling.dispatch import Dispatch
+from gaudi_batch.scheduling.failures import Trouble
+from gaudi_batch.scheduling.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
+
+ALL_FAILED_ROWS = 200
+"""A run in which this many rows failed in the pipeline and none was made stops: the job is wrong, not the rows."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows of a run."""
+
+    total: int
+    """Of the whole job, of which a share in `max_failed` is taken."""
+    done: int = 0
+    """Those that were committed before this driver began."""
+    failed: int = 0
+    """Those among them that failed."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a job says that the schedule goes by."""
+
+    max_failed: int | float | None = None
+    """Failed rows beyond which the run stops: a count (int), a share (float), or None."""
+    max_graphs: int = 16
+    """Graph keys whose graphs a card keeps."""
+    min_cards: int = 0
+    """Cards to ask the cluster for, whatever it has."""
+    max_cards: int | None = None
+    """Cards to ask the cluster for as long as there is work for them; None takes what it has."""
+    cluster_timeout_s: float = math.inf
+    """Seconds that the run waits for a card that works (`limits.cluster`)."""
+    requirements: Requirements = field(default_factory=Requirements)
+    """What a card must have to make images of this run."""
+
+
+class RunState:
+    """The state of a run.
+
+    Args:
+        shards: what is still to be made.
+        prefix: what makes this driver's attempts unique over all drivers.
+        rows: the rows of the run.
+        rules: what the job says.
+        failed_rows: rows of a shard to record as failed without a try, with the reason.
+    """
+
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        prefix: str,
+        rows: RowCounts,
+        rules: Rules,
+        failed_rows: Mapping[int, Mapping[int, str]],
+    ) -> None:
+        self.shards = {shard.number: shard for shard in shards}
+        self.rules = rules
+        self.total_rows = rows.total
+        self.done_rows = rows.done
+        self.failed_rows = rows.failed
+        self.raised_rows = 0
+        """Rows that failed in the pipeline, of those that this driver has had made."""
+        self.retries = 0
+        self.stop_reason: str | None = None
+        self.finished = False
+        self.stuck: dict[int, str] = {}
+        """Shards that are not tried any more, each with the reason."""
+        self.last_error = ""
+        """Why a card failed last."""
+        self.open = len(self.shards)
+        """Shards that are neither committed nor stuck."""
+        self.committing: dict[int, str] = {}
+        """Shards that are made and whose commit is under way, each with its attempt."""
+        self.work = Dispatch(self.shards, prefix, rules.max_graphs)
+        self.cards = self.work.cards
+        self.storage_failures = StorageFailures()
+        self.slow_kinds = SlowKinds()
+        self.transient_failures = TransientFailures()
+        self.node_losses = NodeLosses()
+        self.capacity_expected = False
+        """Whether the cluster may yet give cards in place of those that are gone."""
+        for number, reasons in failed_rows.items():
+            self.work.troubles[number] = Trouble(condemned=dict(reasons))
+
+    def stop(self, reason: str) -> None:
+        """No more work is taken up; the first reason is the one that counts."""
+        self.stop_reason = self.stop_reason or reason
+
+    def end(self, reason: str) -> list[Decision]:
+        """The run ends at once: what has begun can't come to a good end."""
+        if self.finished:
+            return []
+        self.stop(reason)
+        self.finished = True
+        return [Finish(self.stop_reason)]
+
+    # -- shards -------------------------------------------------------------------------------------------------
+
+    def try_again(self, shard: int) -> None:
+        """A shard was tried in vain."""
+        self.retries += 1
+        self.put_back(shard)
+
+    def put_back(self, shard: int) -> None:
+        """A shard waits again, before those that have not been tried, unless trying it has become useless."""
+        kind = self.shards[shard].bucket.batch_kind
+        trouble = self.work.troubles.get(shard)
+        if kind in self.slow_kinds.set_aside:
+            self._give_up(shard, self.slow_kinds.set_aside[kind])
+        elif trouble is not None and trouble.stuck:
+            self._give_up(shard, trouble.error)
+        else:
+            self.work.put_back(shard)
+
+    def _give_up(self, shard: int, reason: str) -> None:
+        self.stuck[shard] = reason
+        self.open -= 1
+        self.work.settle(shard)
+
+    def lift(self, kind: BatchKind) -> None:
+        """A card has made a kind of batch, which may have been set aside."""
+        reason = self.slow_kinds.set_aside.pop(kind, None)
+        if reason is not None:
+            for shard in [number for number, why in self.stuck.items() if why == reason]:
+                del self.stuck[shard]
+                self.open += 1
+                self.put_back(shard)
+
+    # -- limits of failures -------------------------------------------------------------------------------------
+
+    def limit_failed_rows(self) -> None:
+        """Stops the run if too many rows have failed."""
+        limit = self.rules.max_failed
+        if limit is not None and self.failed_rows > (limit if isinstance(limit, int) else limit * self.total_rows):
+            self.stop(f"{self.failed_rows} rows failed, more than max_failed ({limit}); a larger one goes on")
+        elif self.raised_rows >= ALL_FAILED_ROWS and self.failed_rows == self.done_rows:
+            self.stop(f"the first {self.raised_rows} rows that were tried all failed")
+
+    def storage_failed(self, node: str, shard: int, error: str) -> list[Decision]:
+        """Storage failed for a card of a node, which may be the node's fault.
+
+        Args:
+            node: the node.
+            shard: the shard that the card was at.
+            error: how it failed.
+        """
+        failures = self.storage_failures
+        if failures.failed(node, self.cards.usable_on.keys()):
+            return self.end(error)
+        if failures.being_checked:
+            return []
+        failures.being_checked = True
+        return [CheckStorage(self.shards[shard])]

@@ -1,0 +1,91 @@
+"""What a schedule decided can be decided again, from a snapshot of it and the events since."""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from pathlib import Path
+from random import Random
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_schedule import anything_happens
+from world import RULES, World, let_it_end, shards
+
+from gaudi_batch.scheduling import events
+from gaudi_batch.scheduling.decisions import Finish
+from gaudi_batch.scheduling.event_log import Entry, EventLog, load, main, replay
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts
+
+
+def play(seed: int, count: int, max_events: int) -> EventLog:
+    """A run in which anything happens, to its end."""
+    schedule = Schedule(shards(count, buckets=2), "a", RowCounts(4 * count), RULES)
+    log = EventLog(schedule, max_events)
+    world = World(schedule)
+    world.handle = log.handle
+    rng = Random(seed)
+    for card in range(3):
+        world.join(card, f"node {card % 2}")
+    for _ in range(80):
+        if not world.finished:
+            anything_happens(world, rng)
+    let_it_end(world, 99)
+    return log
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from([3, 20, 10_000]))
+@settings(max_examples=100)
+def test_a_schedule_decides_the_same_when_it_is_told_the_same(seed: int, count: int, max_events: int) -> None:
+    log = play(seed, count, max_events)
+    events_told, differences = replay(log.dump())
+    assert differences == []
+    assert 0 < events_told <= 2 * max_events
+
+
+def test_another_decision_than_the_logged_one_is_found() -> None:
+    version, kept, snapshot, entries = pickle.loads(zlib.decompress(play(1, 8, 10_000).dump()))
+    number = next(number for number, entry in enumerate(entries) if entry.decisions)
+    entries[number] = Entry(entries[number].event, (*entries[number].decisions, Finish("never decided")))
+    data = zlib.compress(pickle.dumps((version, kept, snapshot, entries)))
+    _, (difference,) = replay(data)
+    assert (difference.number, difference.logged[-1]) == (number, Finish("never decided"))
+
+
+def test_the_command_says_whether_all_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.bin").write_bytes(play(2, 6, 10_000).dump())
+    assert main([str(tmp_path / "events.bin")]) == 0
+    assert "all decisions the same" in capsys.readouterr().out
+
+
+def test_a_log_takes_room_for_so_many_events_however_long_the_run_is() -> None:
+    log = play(3, 12, 5)
+    assert len(load(log.dump())[1]) <= 10
+
+
+@pytest.mark.parametrize("code", [print, eval, Path, zlib.compress])
+def test_a_log_that_somebody_else_made_runs_no_code(code: object) -> None:
+    data = zlib.compress(pickle.dumps((1, [], pickle.dumps(code), [])))
+    with pytest.raises(ValueError, match="no part of a schedule"):
+        load(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", zlib.compress(b""), zlib.compress(pickle.dumps((2, [], b"", [])))])
+def test_what_is_no_log_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"no event log|version"):
+        load(data)
+
+
+def test_every_event_has_a_handler() -> None:
+    schedule = Schedule(shards(1), "a", RowCounts(4))
+    assert set(schedule._handlers) == set(get_args(events.Event))
+
+
+def test_a_log_of_a_million_shards_has_a_small_snapshot() -> None:
+    """Shards never change, so a snapshot leaves them out."""
+    few, many = (EventLog(Schedule(shards(count), "a", RowCounts(4 * count))) for count in (1000, 2000))
+    sizes = [len(log._parts[0][0]) for log in (few, many)]
+    assert (sizes[1] - sizes[0]) / 1000 < 8, "bytes for each further shard"
