@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import read_manifest
+from helpers import Unfenced, read_manifest
 
 from gaudi_batch import JobConfig
 from gaudi_batch.cli import main as cli
 from gaudi_batch.config.bounds import MAX_PROMPT, bounds_for
 from gaudi_batch.dataset.rows import RowRules, make_row
+from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.job import resolve
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.plan import Bucket
@@ -104,7 +105,7 @@ def test_a_run_that_began_without_bounds_is_finished_without_them(
 ) -> None:
     small = {name: values[:3] for name, values in ROWS.items()}
     job = a_job(write_prompts(small), tmp_path / "out")
-    Ledger(Storage(job["output"])).create(replace(resolve(JobConfig(**job)), bounds=None))
+    begin_run(Ledger(Storage(job["output"]), Unfenced()), replace(resolve(JobConfig(**job)), bounds=None))
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert not [name for name in record["fingerprint"] if name.startswith("max_")]
     assert gaudi_batch("run", job | {"max_pixels": 1_000_000}) == 2

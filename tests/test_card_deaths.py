@@ -21,7 +21,7 @@ from benchmarks.chaos import card_processes
 from gaudi_batch import JobConfig, run
 from gaudi_batch.cluster.connection import attached
 from gaudi_batch.errors import GaudiBatchError
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.storage.store import Storage
 
 HELD = {
@@ -54,7 +54,7 @@ def test_a_card_that_is_killed_costs_its_shards_in_hand_and_nothing_else(
         shard_size=8,
         cards=2,
     )
-    output = Ledger(here.at(f"{here.root}/out"))
+    output = OutputReader(here.at(f"{here.root}/out"))
     killed: list[int] = []
 
     def kill() -> None:

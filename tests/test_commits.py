@@ -16,6 +16,7 @@ from helpers import StoreServer
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import manifest_path
 from gaudi_batch.output import lease, ledger, manifest
+from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
@@ -71,14 +72,14 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     fault = proxy.add(Fault("late", "PUT|POST", count=1))
     driver._storage.patience = 0.0
     with pytest.raises(StorageError, match="can't write manifest/000003"):
-        Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa1"))
+        Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1"))
     other, data = a_manifest(3, "bbbbb1")
     output.put(manifest_path(3), data)
     proxy.clear()
     assert fault.over.wait(60)
     assert output.get(manifest_path(3)) == data
-    assert Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa2")) is False
-    assert Ledger(driver._storage, driver.hold).commit(other, data) is True
+    assert Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa2")) is False
+    assert Ledger(driver._storage, driver).commit(other, data) is True
 
 
 @pytest.mark.parametrize("server", [*CREATING, "s3"], indirect=True)
@@ -91,7 +92,7 @@ def test_a_manifest_whose_answer_was_lost_is_committed(
         storage.creates = driver._storage.creates
         fault = proxy.add(Fault("lost answer", "PUT|POST", count=1))
         facts, data = a_manifest(shard, f"aaaaa{shard}")
-        assert Ledger(storage, driver.hold).commit(facts, data) is True
+        assert Ledger(storage, driver).commit(facts, data) is True
         assert fault.hits == 1
         assert output.get(manifest_path(shard)) == data
 
@@ -100,7 +101,7 @@ def test_a_manifest_whose_answer_was_lost_is_committed(
 def test_a_torn_manifest_in_object_storage_is_no_commit(output: Storage, driver: LeaseKeeper) -> None:
     facts, data = a_manifest(3, "aaaaa1")
     output.put(manifest_path(3), data[:100])
-    assert Ledger(driver._storage, driver.hold).commit(facts, data) is True
+    assert Ledger(driver._storage, driver).commit(facts, data) is True
     assert output.get(manifest_path(3)) == data
 
 
@@ -117,7 +118,7 @@ def test_a_torn_manifest_that_another_has_replaced_is_not_removed(
         return True
 
     fault = proxy.add(Fault("503", "DELETE", "/manifest/", count=1, when=replaced))
-    assert Ledger(driver._storage, driver.hold).commit(*a_manifest(3, "aaaaa1")) is False
+    assert Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1")) is False
     assert fault.hits == 1
     assert output.get(manifest_path(3)) == data
 
@@ -135,7 +136,7 @@ def test_nothing_is_removed_once_another_drives(proxy: FaultProxy, output: Stora
 
     fault = proxy.add(Fault("503", "DELETE", "/manifest/", count=1, when=taken_over))
     with pytest.raises(LeaseLost):
-        Ledger(driver._storage, driver.hold).start_afresh()
+        clear(Ledger(driver._storage, driver))
     assert fault.hits == 1
     assert output.get(manifest_path(3)) == data
 
@@ -179,7 +180,7 @@ def test_a_store_that_knows_no_conditions_is_used_without(
     keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), patience=10.0), "bbbbb")
     keeper.take()
     assert fault.hits == 1
-    assert Ledger(keeper._storage, keeper.hold).commit(*a_manifest(3, "bbbbb1")) is True
+    assert Ledger(keeper._storage, keeper).commit(*a_manifest(3, "bbbbb1")) is True
     assert keeper._storage.creates is False
     said = [record.message for record in caplog.records if "the lease alone guards" in record.message]
     assert ["Made by the proxy." in line for line in said] == [True]
@@ -194,7 +195,7 @@ def test_a_bucket_that_seems_gone_for_a_moment_ends_no_hold(proxy: FaultProxy, d
 
 def held(driver: LeaseKeeper) -> bool:
     try:
-        driver.hold()
+        driver.ensure_held()
     except StorageError:
         return False
     return True
@@ -208,7 +209,7 @@ def test_a_manifest_that_takes_long_to_write_is_committed(
     storage = Storage(output.url, server.options_at(proxy.port), patience=0.0)
     fault = proxy.add(Fault("slow", "PUT", "/manifest/"))
     facts, data = a_manifest(3, "aaaaa1", size=3_000_000)
-    assert committed(lambda: Ledger(storage, driver.hold).commit(facts, data))
+    assert committed(lambda: Ledger(storage, driver).commit(facts, data))
     assert fault.hits == 1
     assert output.get(manifest_path(3)) == data
 
@@ -230,7 +231,7 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
 
     def commit() -> None:
         with pytest.raises(StorageError, match="the lease can't be kept up"):
-            Ledger(driver._storage, driver.hold, driver.holds).commit(*a_manifest(3, "aaaaa1"))
+            Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1"))
         given_up.set()
 
     driver._storage.patience = 0.5

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from helpers import command_line, read_manifest
+from helpers import Unfenced, command_line, read_manifest
 
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.driver.finalize import sum_up
@@ -25,7 +25,7 @@ from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard
@@ -60,7 +60,7 @@ def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
     ]
     job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)]))
     lease = LeaseKeeper(storage, "aaaaa")
-    ledger, record = Ledger(storage), RunRecord({}, {}, {}, "now", rows=4, images=4)
+    ledger, record = Ledger(storage, Unfenced()), RunInfo({}, {}, {}, "now", rows=4, images=4)
     with pytest.raises(RunStopped, match="too many"):
         sum_up(Run(job, ledger, lease, record, plan, no_cluster), Tally(), Ended("too many failed"))
     summary = ledger.get_json("summary.json") or {}

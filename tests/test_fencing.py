@@ -21,16 +21,20 @@ from gaudi_batch import JobConfig
 from gaudi_batch.driver import runner
 from gaudi_batch.driver.finalize import write_summary
 from gaudi_batch.driver.fleet import Fleet
+from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
 from gaudi_batch.layout import manifest_path
 from gaudi_batch.output import lease, ledger, manifest
+from gaudi_batch.output.cleanup import clear, remove_orphans
+from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard
@@ -75,11 +79,11 @@ def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, m
         return found
 
     monkeypatch.setattr(Ledger, "_read_commit", slow)
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     with pytest.raises(LeaseLost):
         records.commit(*a_manifest(3, "aaaaa1"))
     assert output.names("manifest") == []
-    assert not records.unsettled, "nothing was sent"
+    assert not records.in_doubt, "nothing was sent"
 
 
 def test_a_manifest_that_arrives_late_takes_no_other_s_place(
@@ -95,18 +99,18 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
 
     monkeypatch.setattr(storage, "_sync", slow)
     monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     with pytest.raises(StorageError, match="no answer"):
         records.commit(*a_manifest(3, "aaaaa1"))
-    assert records.unsettled == {"aaaaa1"}
+    assert records.in_doubt == {"aaaaa1"}
     other, data = a_manifest(3, "bbbbb1")
     path = Path(output.full(manifest_path(3)))
     path.write_bytes(data)
     arrives.set()
     time.sleep(1)
     assert path.read_bytes() == data
-    assert Ledger(output, first.hold).commit(*a_manifest(3, "aaaaa2")) is False
-    assert Ledger(output, first.hold).commit(other, data) is True
+    assert Ledger(output, first).commit(*a_manifest(3, "aaaaa2")) is False
+    assert Ledger(output, first).commit(other, data) is True
 
 
 def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
@@ -114,7 +118,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
 ) -> None:
     """Its commit was on its way when the run ended, and the other manifests had been listed without it."""
     arrives, sync, names = threading.Event(), storage._sync, Storage.names
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     output.put("images/000003-aaaaa1/00000000-00.png", b"image")
 
     def slow(path: Path) -> None:
@@ -130,10 +134,10 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
 
     monkeypatch.setattr(storage, "_sync", slow)
     monkeypatch.setattr(Storage, "names", listing)
-    records.unsettled.add("aaaaa1")
+    records.in_doubt.add("aaaaa1")
     commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
     commit.start()
-    record = RunRecord({}, {}, {}, "", rows=1, images=1)
+    record = RunInfo({}, {}, {}, "", rows=1, images=1)
     job: Any = SimpleNamespace(dataset=None)
     run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"))
     write_summary(run, Tally(), Ended("max_failed"))
@@ -148,11 +152,11 @@ def test_a_manifest_that_is_refused_is_not_in_doubt(
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     monkeypatch.setattr(storage, "_sync", full)
     with pytest.raises(StorageError, match="No space left"):
         records.commit(*a_manifest(3, "aaaaa1"))
-    assert not records.unsettled
+    assert not records.in_doubt
 
 
 @pytest.mark.parametrize(("last", "tried"), [(errno.EIO, 1), (errno.ENOSPC, 2)])
@@ -168,11 +172,11 @@ def test_a_manifest_whose_first_try_may_have_landed_stays_in_doubt(
 
     output.patience = 0.0 if tried == 1 else 30.0
     monkeypatch.setattr(storage, "_sync", failing)
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     with pytest.raises(StorageError):
         records.commit(*a_manifest(3, "aaaaa1"))
     assert len(tries) == tried
-    assert records.unsettled == {"aaaaa1"}
+    assert records.in_doubt == {"aaaaa1"}
 
 
 def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
@@ -188,16 +192,16 @@ def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
 def test_a_record_with_threads_that_can_t_be_is_refused(threads: object, output: Storage) -> None:
-    record = RunRecord({"device": "cpu"}, {"threads": threads}, {}, "now", rows=1, images=1)
+    record = RunInfo({"device": "cpu"}, {"threads": threads}, {}, "now", rows=1, images=1)
     output.put("run.json", json.dumps(record.__dict__).encode())
     with pytest.raises(InputError, match="its threads are no count"):
-        Ledger(output).run()
+        OutputReader(output).run()
 
 
 @pytest.mark.parametrize("run", ["", "another run"])
 def test_a_torn_manifest_and_that_of_another_run_are_no_commit(run: str, output: Storage, first: LeaseKeeper) -> None:
-    records = Ledger(output, first.hold)
-    records._run_id = "this run"
+    records = Ledger(output, first)
+    records._info = RunInfo({}, {}, {}, "", 4, 4, run_id="this run")
     facts, data = a_manifest(3, "aaaaa1", run)
     output.put(manifest_path(3), data if run else data[:100])
     assert list(records.commits()) == []
@@ -210,20 +214,20 @@ def test_nobody_writes_or_removes_once_another_drives(
     output: Storage, first: LeaseKeeper, prompts: Path, tmp_path: Path
 ) -> None:
     config = JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated")
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     job = resolve(config)
-    _, shards = records.create(job)
-    output.put(manifest_path(3), a_manifest(3, "aaaaa1", records._run_id or "")[1])
+    info, shards = begin_run(records, job)
+    output.put(manifest_path(3), a_manifest(3, "aaaaa1", info.run_id)[1])
     output.put("images/000004-aaaaa2/00000001-00.png", b"image")
     take_over(output)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     actions: list[Callable[[], object]] = [
         lambda: records.put_plan(shards[:1]),
         lambda: records.put_json("summary.json", {}),
-        lambda: records.join_manifests({}, {3: "aaaaa1"}),
-        lambda: records.remove_orphans({}, lambda attempt: True),
+        lambda: join_manifests(records, {}, {3: "aaaaa1"}),
+        lambda: remove_orphans(records, {}, lambda attempt: True),
         lambda: records.commit(*a_manifest(5, "aaaaa3")),
-        records.start_afresh,
+        lambda: clear(records),
     ]
     for action in actions:
         with pytest.raises(LeaseLost):
@@ -235,22 +239,22 @@ def test_a_run_whose_run_json_is_gone_is_not_planned_anew(
     output: Storage, first: LeaseKeeper, prompts: Path, tmp_path: Path
 ) -> None:
     job = resolve(JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated"))
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     output.put(manifest_path(3), a_manifest(3, "aaaaa1")[1])
     with pytest.raises(InputError, match=r"has manifests of a run and no run\.json"):
-        records.create(job)
-    records.start_afresh()
-    assert records.create(job)[0].run_id
+        begin_run(records, job)
+    clear(records)
+    assert begin_run(records, job)[0].run_id
 
 
 def test_manifests_that_change_while_they_are_joined_end_the_run(output: Storage, first: LeaseKeeper) -> None:
-    records = Ledger(output, first.hold)
+    records = Ledger(output, first)
     for shard in (0, 1):
         records.commit(*a_manifest(shard, f"aaaaa{shard}"))
     with pytest.raises(StorageError, match="the manifest of shard 2 is not what it just was"):
-        records.join_manifests({}, {0: "aaaaa0", 1: "aaaaa1", 2: "aaaaa2"})
+        join_manifests(records, {}, {0: "aaaaa0", 1: "aaaaa1", 2: "aaaaa2"})
     assert output.get("manifest.parquet") is None
-    records.join_manifests({}, {0: "aaaaa0", 1: "aaaaa1"})
+    join_manifests(records, {}, {0: "aaaaa0", 1: "aaaaa1"})
     assert output.get("manifest.parquet") is not None
 
 
@@ -282,11 +286,11 @@ def test_what_a_driver_has_committed_it_never_removes(
 def test_a_driver_that_has_not_counted_up_for_a_while_commits_nothing(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first.hold()
+    first.ensure_held()
     monkeypatch.setattr(lease, "CERTAIN_SECONDS", 0.1)
     time.sleep(0.2)
     with pytest.raises(StorageError, match="the lease can't be kept up"):
-        first.hold()
+        first.ensure_held()
 
 
 def test_who_writes_the_lease_last_has_it(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +339,7 @@ def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
     output.put("lease.json", old)
     assert not lost(second)
-    assert Ledger(output, second.hold).commit(*a_manifest(3, "ccccc1")) is True
+    assert Ledger(output, second).commit(*a_manifest(3, "ccccc1")) is True
 
 
 def elsewhere(output: Storage) -> None:
@@ -358,7 +362,7 @@ def answering_with(output: Storage, data: bytes, monkeypatch: pytest.MonkeyPatch
 
 def lost(keeper: LeaseKeeper) -> bool:
     try:
-        keeper.hold()
+        keeper.ensure_held()
     except LeaseLost:
         return True
     return False
@@ -428,7 +432,7 @@ def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, mo
     assert held is not None
     assert held.released
     with pytest.raises(LeaseLost):
-        first.hold()
+        first.ensure_held()
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
     began, put = threading.Event(), Storage.put
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from helpers import Unfenced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -411,7 +412,7 @@ PROGRESS = {
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """A run of three shards."""
-    found = Ledger(Storage(str(tmp_path / "out"), patience=0.1))
+    found = Ledger(Storage(str(tmp_path / "out"), patience=0.1), Unfenced())
     found.put_plan([Shard(number, 0, number, number + 1, RULES.bucket, 1, 1) for number in range(3)])
     found.storage.put("run.json", json.dumps(RECORD).encode())
     return found
@@ -443,7 +444,7 @@ def _plan() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
-        written = Ledger(Storage(directory))
+        written = Ledger(Storage(directory), Unfenced())
         written.put_plan([Shard(number, 0, number, number + 1, RULES.bucket, 1, 1) for number in range(3)])
         return written.storage.get("plan.parquet") or b""
 

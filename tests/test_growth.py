@@ -15,11 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import StoreServer, command_line, read_manifest
+from helpers import StoreServer, Unfenced, command_line, read_manifest
 
 from gaudi_batch import InputError, JobConfig, RunResult, run
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.driver.growth import differences
+from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.job import resolve
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.pipelines.sources import builtin_directory
@@ -271,7 +272,7 @@ def test_a_model_in_a_directory_is_known_by_what_it_holds(
     shutil.copytree(builtin_directory("builtin:shapes"), tmp_path / "model")
     fields: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 1}}
     begun = resolve(job(prompts, "out", model="model", **fields))
-    record, _ = Ledger(Storage(str(tmp_path / "out"))).create(begun)
+    record, _ = begin_run(Ledger(Storage(str(tmp_path / "out")), Unfenced()), begun)
     shutil.copytree(tmp_path / "model", tmp_path / "copied")
     (tmp_path / "link").symlink_to("model")
     for spelt in ("./model/", str(tmp_path / "model"), "copied", "link", "builtin:shapes"):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import Unfenced
 from test_end_of_run import failed_manifest, no_cluster
 
 from gaudi_batch import JobConfig
@@ -21,7 +22,7 @@ from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.store import Storage
@@ -32,7 +33,7 @@ BUCKET = Bucket(64, 64, 20, 7.5)
 def test_another_version_than_the_run_began_with_is_said_where_no_card_was_asked(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    record = RunRecord({"shard_size": 4}, {}, {"torch": "2.1", "numpy": "1.0"}, "now", rows=4, images=4, stacks=None)
+    record = RunInfo({"shard_size": 4}, {}, {"torch": "2.1", "numpy": "1.0"}, "now", rows=4, images=4, stacks=None)
     plan = [Shard(0, 0, 0, 4, BUCKET, 4, 4)]
     ledger: Any = SimpleNamespace(run=lambda: record, plan=lambda rows: plan, storage=SimpleNamespace(url="out"))
     job: Any = SimpleNamespace(
@@ -53,9 +54,10 @@ def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(
     storage = Storage(str(tmp_path))
     storage.put("manifest/000000.parquet", failed_manifest(0, dict.fromkeys(range(4), "boom")))
     job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
-    ledger, lease = Ledger(storage), LeaseKeeper(storage, "aaaaa")
+    lease = LeaseKeeper(storage, "aaaaa")
+    ledger = Ledger(storage, Unfenced())
     for rows in (3, 5):
-        record = RunRecord({}, {}, {}, "now", rows=rows, images=rows)
+        record = RunInfo({}, {}, {}, "now", rows=rows, images=rows)
         run = Run(job, ledger, lease, record, [Shard(0, 0, 0, 4, BUCKET, 4, 4)], no_cluster)
         with pytest.raises(RunStopped, match=f"the manifests have 4 rows, and the plan {rows}"):
             sum_up(run, Tally(), Ended(None))

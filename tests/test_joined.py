@@ -16,13 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import Unfenced
 from test_columns import ALIKE, ROWS, values
 
 from gaudi_batch.config.bounds import MAX_SEED, bounds_for
 from gaudi_batch.dataset.repeats import RepeatedIds
 from gaudi_batch.dataset.rows import PromptRow, RowRules, derived_seed, make_row
 from gaudi_batch.output import manifest
-from gaudi_batch.output.joined import JoinedManifest
+from gaudi_batch.output.joined import JoinedManifest, join_manifests
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts, ImageFacts, StoredImage
 from gaudi_batch.output.throughput import Sums
@@ -58,7 +59,7 @@ def rows_of(numbers: Sequence[int], **columns: Sequence[Any]) -> list[PromptRow]
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(Storage(str(tmp_path / "out")))
+    return Ledger(Storage(str(tmp_path / "out")), Unfenced())
 
 
 def test_the_joined_manifest_is_in_order_of_row_and_image(ledger: Ledger, tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_the_joined_manifest_is_in_order_of_row_and_image(ledger: Ledger, tmp_pa
         1: commit(ledger, 1, rows_of([1, 3, 5], seed=[None, -1, None])),
         2: commit(ledger, 2, rows_of([2]), again=True),
     }
-    assert ledger.join_manifests({2: 2}, committed) == (6, 1)
+    assert join_manifests(ledger, {2: 2}, committed) == (6, 1)
     table = pq.read_table(tmp_path / "out/manifest.parquet")
     assert table.column("row").to_pylist() == [0, 0, 1, 2, 3, 4, 5]
     assert table.column("image_index").to_pylist() == [0, 1, 0, 0, None, 0, 0]
@@ -79,7 +80,7 @@ def test_one_that_is_too_large_for_memory_is_in_order_of_shard(
 ) -> None:
     monkeypatch.setattr("gaudi_batch.output.joined.SORTED_BYTES", 600)
     committed = {shard: commit(ledger, shard, rows_of([shard, shard + 10])) for shard in range(5)}
-    assert ledger.join_manifests({}, committed) == (10, 0)
+    assert join_manifests(ledger, {}, committed) == (10, 0)
     table = pq.read_table(tmp_path / "out/manifest.parquet")
     assert table.column("row").to_pylist() == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
 
@@ -97,7 +98,7 @@ def test_columns_of_every_type_are_as_they_were_after_sorting(tmp_path: Path) ->
 def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_path: Path) -> None:
     seeds = [MAX_SEED, 4600196908893600043, None, 2**63]
     rows = rows_of(range(4), seed=seeds, width=[64, 64, 65, 64], prompt=["p", "", "p", "p"])
-    ledger.join_manifests({}, {0: commit(ledger, 0, rows)})
+    join_manifests(ledger, {}, {0: commit(ledger, 0, rows)})
     lines = re.findall(r"^images = (pandas.*)$", README.read_text(), re.MULTILINE)
     assert len(lines) == 1
     path = str(tmp_path / "out/manifest.parquet")
@@ -133,7 +134,7 @@ def test_ids_that_repeat_are_found_where_manifests_are_joined(ledger: Ledger) ->
     committed = {0: commit(ledger, 0, rows[:3]), 1: commit(ledger, 1, rows[3:])}
     for may_have_seeds, said in ((True, "4 of 5 rows share an id"), (False, "5 of 6 rows share an id")):
         repeated = RepeatedIds()
-        ledger.join_manifests({}, committed, lambda table, r=repeated, m=may_have_seeds: r.add_manifest(table, 0, m))
+        join_manifests(ledger, {}, committed, lambda table, r=repeated, m=may_have_seeds: r.add_manifest(table, 0, m))
         assert (repeated.describe() or "").startswith(said)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest
+from helpers import Unfenced, command_line, read_manifest
 from raynodes import RayCluster, follow, start_job, wait_for_card
 
 from gaudi_batch.card.messages import Ready
@@ -25,7 +25,8 @@ from gaudi_batch.driver.admission import why_unfit
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS
 from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S, StackVote
@@ -198,24 +199,29 @@ def test_a_node_with_another_model_at_the_same_path_makes_nothing(nodes: RayClus
 
 def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Path) -> None:
     """As the last look before a manifest sees it; so no crash leaves images of a stack that nobody wrote down."""
-    seen = []
+    seen: list[Any] = []
     output = Storage(str(tmp_path / "out"))
-    record = RunRecord({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=[{"torch": "1"}])
+    record = RunInfo({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=[{"torch": "1"}])
     output.put("run.json", json.dumps(vars(record)).encode())
-    ledger = Ledger(output, lambda: seen.append(stacks(tmp_path / "out")))
+
+    class Seen(Unfenced):
+        def ensure_held(self) -> None:
+            seen.append(stacks(tmp_path / "out"))
+
+    ledger = Ledger(output, Seen())
     ledger.run()
     assert ledger.use_stack({"torch": "2"}) == {"torch": "1"}
     facts = CommitFacts(0, "aaaaa1", "card", "node", None, 0, 0, 0, Sums(), "run")
     assert ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
     assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
-    assert Ledger(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
+    assert OutputReader(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
 
 
 def test_every_change_between_stacks_warns_that_was_made_before_too(tmp_path: Path) -> None:
     output, both = Storage(str(tmp_path / "out")), [{"torch": "1"}, {"torch": "2"}]
-    record = RunRecord({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=both)
+    record = RunInfo({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=both)
     output.put("run.json", json.dumps(vars(record)).encode())
-    ledger = Ledger(output)
+    ledger = Ledger(output, Unfenced())
     ledger.run()
     assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
     assert ledger.use_stack({"torch": "2"}) == {"torch": "2"}, "another took its place before anything was committed"

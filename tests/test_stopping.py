@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import Unfenced
 
 from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import resolve
 from gaudi_batch.output.ledger import Ledger
@@ -24,7 +26,7 @@ def output(write_prompts: Callable[..., Path], tmp_path: Path) -> Path:
     config = JobConfig(
         prompts=str(write_prompts({"prompt": ["a"] * 512})), output=f"{tmp_path}/out", device="simulated"
     )
-    Ledger(Storage(config.output)).create(resolve(config))
+    begin_run(Ledger(Storage(config.output), Unfenced()), resolve(config))
     return tmp_path / "out"
 
 

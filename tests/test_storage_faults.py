@@ -32,7 +32,7 @@ from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, r
 from gaudi_batch.cluster.connection import attached
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output.lease import read_lease
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage import retry, waits
 from gaudi_batch.storage import store as storage_module
@@ -561,7 +561,7 @@ def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
         lease = read_lease(output)
         assert lease is None or lease.released
         if output.get("run.json") is not None:
-            assert read_status(Ledger(output))["state"] == "stopped"
+            assert read_status(OutputReader(output))["state"] == "stopped"
     proxy.clear()
     assert run(dataset, url, storage_options=ours) == 3
     assert proxy.asked("PUT .*/images/") == 0, "made again"

@@ -32,8 +32,8 @@ from gaudi_batch.layout import throughput_path
 from gaudi_batch.output import manifest
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
-from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import StoredImage
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.throughput import BatchLine, Sums
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
@@ -412,7 +412,7 @@ def require_shared(setup: CardSetup) -> None:
     prompts = setup.dataset.storage
     way_out = "a local path must be on a file system that all nodes share"
     try:
-        run = Ledger(setup.storage).run()
+        run = OutputReader(setup.storage).run()
     except InputError:
         run = None
     if run is None or run.run_id != setup.run_id:

@@ -12,9 +12,9 @@ from gaudi_batch.dataset.reasons import reason_lines
 from gaudi_batch.dataset.survey import survey
 from gaudi_batch.driver.growth import adds_to, plan_rest, why_not_resumed
 from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
-from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.place import refuse_file, require_writable
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Bucket, PlanSummary, Shard, summarize
 from gaudi_batch.reporting.status import describe_verify, read_status
 from gaudi_batch.storage.store import Storage
@@ -70,7 +70,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     storage = Storage(config.output, config.storage_options, min(PATIENCE_SECONDS, config.storage_patience))
     refuse_file(storage)
     require_writable(storage)
-    ledger = Ledger(storage)
+    ledger = OutputReader(storage)
     record = ledger.run()
     job = resolve(
         with_device(config, None, record.job["device"] if record else None),
@@ -125,7 +125,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     return Checked("\n".join(map(printable, lines)), refused)
 
 
-def _look_at(ledger: Ledger, record: RunRecord | None, job: Job) -> _Place:
+def _look_at(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:
     """What is in the output, which can be written."""
     url = ledger.storage.url
     if record is None:

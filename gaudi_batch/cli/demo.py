@@ -14,7 +14,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.runner import run
 from gaudi_batch.errors import InputError
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.storage.store import Storage
 
@@ -55,13 +55,13 @@ def demo(output: str, prompts: int) -> RunResult:
             "shard_size": 32,
         },
     )
-    _refuse_another_run(Ledger(storage), config)
+    _refuse_another_run(OutputReader(storage), config)
     result = run(config, address="local", overwrite=True)
     make_contact_sheet(storage)
     return result
 
 
-def _refuse_another_run(ledger: Ledger, config: JobConfig) -> None:
+def _refuse_another_run(ledger: OutputReader, config: JobConfig) -> None:
     try:
         record = ledger.run()
     except InputError:  # it can't be read, so nobody knows whose it is

@@ -184,8 +184,8 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from gaudi_batch.output.ledger import Ledger
     from gaudi_batch.output.place import refuse_file
+    from gaudi_batch.output.reader import OutputReader
     from gaudi_batch.reporting.status import describe_status, read_status
     from gaudi_batch.storage.store import Storage
     from gaudi_batch.text import read_yaml
@@ -193,7 +193,7 @@ def _status(parsed: argparse.Namespace) -> int:
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     storage = Storage(parsed.output, options, STATUS_PATIENCE_SECONDS)
     refuse_file(storage)
-    status = read_status(Ledger(storage))
+    status = read_status(OutputReader(storage))
     say(json.dumps(status, indent=1) if parsed.json else describe_status(status))
     return 0
 

@@ -64,7 +64,7 @@ class Committer:
             StorageError: storage failed.
         """
         done = self._records[attempt]
-        self._ledger.unsettled.add(attempt)
+        self._ledger.in_doubt.add(attempt)
 
         def put() -> tuple[bool, pa.Table | None]:
             ours = self._ledger.commit(done.facts, done.manifest)

@@ -17,6 +17,8 @@ from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
+from gaudi_batch.output.cleanup import remove_orphans
+from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.manifest import finished_at
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.tally import FILES, Tally, stop_lines
@@ -86,9 +88,9 @@ def write_summary(run: Run, tally: Tally, ended: Ended) -> dict[str, Any]:
         ended: how the making of images ended.
     """
     ledger = run.ledger
-    ledger.hold()
+    ledger.ensure_held()
     # A manifest may land while the others are read; what was in doubt before that stays in doubt.
-    in_doubt = frozenset(ledger.unsettled)
+    in_doubt = frozenset(ledger.in_doubt)
     # What is committed is what storage says: another driver may have committed, too.
     committed = _count(run, tally.emptied())
     lost = sorted(tally.attempts.keys() - committed.tally.attempts.keys())
@@ -97,7 +99,8 @@ def write_summary(run: Run, tally: Tally, ended: Ended) -> dict[str, Any]:
     if not lost:
         # What a driver that is taken for dead left is safe to remove only when nothing is left to commit.
         removable = {run.lease.driver} if reason else run.lease.dead | {run.lease.driver}
-        ledger.remove_orphans(
+        remove_orphans(
+            ledger,
             tally.attempts,
             lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in in_doubt,
         )
@@ -147,7 +150,7 @@ def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
         if "id" in job.dataset.columns:
             repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
 
-    images, failed_rows = run.ledger.join_manifests(run.made_again, attempts, look_at_ids)
+    images, failed_rows = join_manifests(run.ledger, run.made_again, attempts, look_at_ids)
     if warning := repeated.describe():
         log.warning("%s", warning)
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}

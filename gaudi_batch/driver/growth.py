@@ -19,7 +19,8 @@ from gaudi_batch.dataset.reader import content
 from gaudi_batch.job import Job
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Shard
 from gaudi_batch.text import one_line, shown
 
@@ -28,7 +29,7 @@ BY_HAND = ("files", "limit", "model", "model_revision")
 SHA256_DIGITS = 64
 
 
-def differences(run: RunRecord, job: Job) -> list[str]:
+def differences(run: RunInfo, job: Job) -> list[str]:
     """Why a job can't go on with the run that an output belongs to, a line a field; none if it can."""
     before, now = run.fingerprint, job.fingerprint()
     lines = [
@@ -47,7 +48,7 @@ def differences(run: RunRecord, job: Job) -> list[str]:
     return lines
 
 
-def why_not_resumed(ledger: Ledger, run: RunRecord, job: Job) -> str | None:
+def why_not_resumed(ledger: OutputReader, run: RunInfo, job: Job) -> str | None:
     """Why a job can't go on with the run in an output, a sentence with the ways out; None if it can."""
     different = differences(run, job)
     if not different:
@@ -58,7 +59,7 @@ def why_not_resumed(ledger: Ledger, run: RunRecord, job: Job) -> str | None:
     )
 
 
-def adds_to(run: RunRecord, job: Job) -> bool:
+def adds_to(run: RunInfo, job: Job) -> bool:
     """Whether a job that may go on with a run has rows, or files, that the run has not yet."""
     return job.total_rows > run.rows or bool(_added_files(run, job))
 
@@ -68,7 +69,7 @@ def planned_rows(plan: Sequence[Shard]) -> int:
     return sum(shard.rows for shard in plan if not shard.again)
 
 
-def grow(ledger: Ledger, record: RunRecord, job: Job) -> tuple[RunRecord, list[Shard]]:
+def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard]]:
     """Adds the rows of a job that its run has not yet to the run, as shards at the end of its plan."""
     plan = ledger.plan(record.rows)
     added = plan_rest(plan, record, job)
@@ -91,7 +92,7 @@ def grow(ledger: Ledger, record: RunRecord, job: Job) -> tuple[RunRecord, list[S
     return grown, [*plan, *added]
 
 
-def plan_rest(plan: Sequence[Shard], record: RunRecord, job: Job) -> list[Shard]:
+def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job) -> list[Shard]:
     """Shards for the rows of a job that a run's plan has not, of the size that the run began with."""
     size = record.job.get("shard_size")
     if isinstance(size, int) and size > 0:
@@ -99,7 +100,7 @@ def plan_rest(plan: Sequence[Shard], record: RunRecord, job: Job) -> list[Shard]
     return list(job.plan(planned_rows(plan), max((shard.number for shard in plan), default=-1) + 1))
 
 
-def _added_files(run: RunRecord, job: Job) -> list[str]:
+def _added_files(run: RunInfo, job: Job) -> list[str]:
     return [name for name, _ in _files(job.fingerprint())[len(_files(run.fingerprint)) :]]
 
 
@@ -138,7 +139,7 @@ def _model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     ]
 
 
-def _other_columns(ledger: Ledger, job: Job) -> str | None:
+def _other_columns(ledger: OutputReader, job: Job) -> str | None:
     """What differs if a job's manifests would have other columns than those that are there, so that they could not
     become one; None if nothing does, or none is there."""
     commit = next(ledger.commits(), None)

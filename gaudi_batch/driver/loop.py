@@ -205,7 +205,7 @@ class Driver:
 
     async def _report(self) -> None:
         while True:
-            await self._background.in_thread(self._ledger.hold)
+            await self._background.in_thread(self._ledger.ensure_held)
             await self._background.in_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_INTERVAL_S)
 

@@ -11,8 +11,9 @@ from gaudi_batch.driver.rerun import failed_rows, plan_again, rows_made_again
 from gaudi_batch.driver.run_context import Run
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
+from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.verify import verify
 from gaudi_batch.plan import Shard
 
@@ -22,15 +23,36 @@ if TYPE_CHECKING:
 log = logging.getLogger("gaudi_batch")
 
 
-def refuse_another_job(ledger: Ledger, record: RunRecord, job: Job) -> None:
+def refuse_another_job(ledger: Ledger, record: RunInfo, job: Job) -> None:
     """Raises InputError if a job can't go on with the run that is there."""
     if refusal := why_not_resumed(ledger, record, job):
         raise InputError(refusal)
 
 
+def begin_run(ledger: Ledger, job: Job, *, overwrite: bool = False) -> tuple[RunInfo, list[Shard]]:
+    """Plans a job and writes down its plan, then its run.json.
+
+    Args:
+        ledger: the output's records.
+        job: the job.
+        overwrite: whether a run that is there is removed, once the job is planned.
+
+    Raises:
+        InputError: the job can't be planned, or there are commits of a run whose run.json is not there.
+    """
+    shards = list(job.plan())
+    if overwrite:
+        clear(ledger)
+    else:
+        ledger.refuse_leftovers()
+    info = RunInfo.of(job, shards)
+    ledger.begin(info, shards)
+    return info, shards
+
+
 def open_run(
     ledger: Ledger, job: Job, connect: Callable[[], CardResources], overwrite: bool
-) -> tuple[RunRecord, list[Shard]]:
+) -> tuple[RunInfo, list[Shard]]:
     """Begins a run, or goes on with the one that is there; returns what run.json says, and the plan.
 
     Args:
@@ -46,7 +68,7 @@ def open_run(
     record = None if overwrite else ledger.run()
     if record is None:
         connect()
-        return ledger.create(job, afresh=overwrite)
+        return begin_run(ledger, job, overwrite=overwrite)
     refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))

@@ -12,7 +12,7 @@ from gaudi_batch.driver.rerun import rows_made_again
 from gaudi_batch.job import Job
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.run_info import RunRecord
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.spans import Stopwatch
 from gaudi_batch.output.tally import Tally
 from gaudi_batch.plan import Shard
@@ -28,7 +28,7 @@ class Run:
     job: Job
     ledger: Ledger
     lease: LeaseKeeper
-    info: RunRecord
+    info: RunInfo
     """What run.json says."""
     plan: list[Shard]
     """All shards, also those that make rows again."""

@@ -69,7 +69,7 @@ def run(
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
     watch = Stopwatch(driver)
     lease = LeaseKeeper(storage, driver)
-    ledger = Ledger(storage, lease.hold, lease.holds)
+    ledger = Ledger(storage, lease)
     record = None if overwrite else ledger.run()
     address = address_of(address)
     config = with_device(config, address, record.job["device"] if record else None)
@@ -107,7 +107,7 @@ def run(
         raise
     finally:
         # With a manifest still on its way, nobody is to begin before the lease is stale.
-        lease.release(lambda: not ledger.unsettled)
+        lease.release(lambda: not ledger.in_doubt)
 
 
 def _try_card(job: Job, ledger: Ledger, resources: CardResources, driver: str) -> None:

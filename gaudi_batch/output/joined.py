@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.columns import cast, plain
+from gaudi_batch.errors import StorageError
+from gaudi_batch.output import manifest
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.storage.scratch import scratch_directory
+from gaudi_batch.text import one_line
 
 SORTED_BYTES = 512 << 20
 """Of manifests in memory up to which they are sorted, about two million images; sorting takes as much again."""
@@ -70,3 +76,66 @@ class JoinedManifest:
         self._writer.write_table(whole, row_group_size=max(1, len(whole) * GROUP_BYTES // max(1, self._bytes)))
         self._waiting.clear()
         self._bytes = 0
+
+
+def join_manifests(
+    ledger: Ledger,
+    made_again: Mapping[int, int],
+    committed: Mapping[int, str],
+    seen: Callable[[pa.Table], None] = lambda table: None,
+) -> tuple[int, int]:
+    """Writes manifest.parquet, all manifests as one, and makes sure that it can be read.
+
+    Args:
+        ledger: of the run.
+        made_again: rows of several shards, with the highest of these, which alone counts.
+        committed: the attempt of each committed shard.
+        seen: called with the rows of each manifest that count.
+
+    Returns:
+        Its images and its failed rows.
+
+    Raises:
+        StorageError: the manifests that are there now are others, or what was written is not what is there.
+    """
+    with scratch_directory("join the manifests") as directory:
+        path = Path(directory) / "manifest.parquet"
+        try:
+            rows, failed = _join_into(path, ledger, made_again, committed, seen)
+            if not committed:
+                return 0, 0
+            manifest.require_readable(path, rows)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise StorageError(
+                f"can't join the manifests in {directory}: {one_line(error)}; those in manifest/ are as they were"
+            ) from None
+        ledger.put_file("manifest.parquet", path)
+        written, stored = path.stat().st_size, ledger.storage.info("manifest.parquet")["size"]
+    if stored != written:
+        raise StorageError(f"{ledger.storage.url}: manifest.parquet has {stored} bytes, and {written} were written")
+    return rows - failed, failed
+
+
+def _join_into(
+    path: Path,
+    ledger: Ledger,
+    made_again: Mapping[int, int],
+    committed: Mapping[int, str],
+    seen: Callable[[pa.Table], None],
+) -> tuple[int, int]:
+    joined: dict[int, str] = {}
+    rows = failed = 0
+    with JoinedManifest(path) as file:
+        for facts, table in ledger.commits():
+            joined[facts.shard] = facts.attempt
+            if made_again:
+                counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
+                table = table.filter(pa.array(counts, pa.bool_()))
+            seen(table)
+            file.add(table)
+            rows += len(table)
+            failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
+        if joined != committed:
+            changed = min(shard for shard, _ in joined.items() ^ committed.items())
+            raise StorageError(f"{ledger.storage.url}: the manifest of shard {changed} is not what it just was")
+    return rows, failed

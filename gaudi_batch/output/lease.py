@@ -129,12 +129,12 @@ class LeaseKeeper:
         self._kept_up = since
         self._beating.start()  # what follows may take as long as the job's patience
         try:
-            self._storage.find_out_create("lease.json", self._data(), self.hold, self.holds)
+            self._storage.find_out_create("lease.json", self._data(), self.ensure_held, self.holds)
         except (StorageError, LeaseLost):
             self.forget()
             raise
 
-    def hold(self) -> None:
+    def ensure_held(self) -> None:
         """Returns when this driver may commit: it drives the run, and will for longer than a commit takes.
 
         Raises:

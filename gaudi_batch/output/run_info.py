@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from gaudi_batch.config.bounds import Bounds
-from gaudi_batch.job import Fixed
+from gaudi_batch.job import Fixed, Job
+from gaudi_batch.plan import Shard
 
 _BOUNDS = TypeAdapter(Bounds)
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunInfo:
     """What run.json says."""
 
     job: dict[str, Any]
@@ -37,6 +41,48 @@ class RunRecord:
     grown: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """Each time that the run got more rows: `time`, `rows` and `images` that it had until then, and the `files` that
     were new to it."""
+
+    @classmethod
+    def of(cls, job: Job, shards: Sequence[Shard]) -> RunInfo:
+        """What is written down of a job whose run begins now, with this plan."""
+        return cls(
+            job=job.describe(),
+            fingerprint=job.fingerprint(),
+            versions=job.versions(),
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            rows=job.total_rows,
+            images=sum(shard.images for shard in shards),
+            run_id=secrets.token_hex(8),
+            stacks=[],
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> RunInfo:
+        """Reads a run.json. Raises ValueError or TypeError if it is none."""
+        # Names of files that are not UTF-8 are in it, which pydantic's reader of JSON takes for broken.
+        info = cls(**json.loads(data))
+        for part in (info.job, info.fingerprint, info.versions):
+            if not isinstance(part, dict):
+                raise TypeError("a part of it is not an object")
+        if not all(isinstance(count, int) and count >= 0 for count in (info.rows, info.images)):
+            raise ValueError("its rows or images are no count")
+        if not isinstance(info.job.get("device"), str):
+            raise ValueError("its job has no device")
+        if info.threads is not None and not (isinstance(info.threads, int) and info.threads > 0):
+            raise ValueError("its threads are no count")
+        _ = info.bounds
+        if not isinstance(info.run_id, str):
+            raise TypeError("its run_id is no text")
+        if not isinstance(info.grown, list | tuple):
+            raise TypeError("what it says of its growth is no list")
+        for stack in info.stacks or ():
+            if not (isinstance(stack, dict) and all(isinstance(value, str) for value in stack.values())):
+                raise TypeError("a stack of it is no object of texts")
+        return info
+
+    def encode(self) -> bytes:
+        """The file."""
+        return (json.dumps(self.__dict__, indent=1) + "\n").encode()
 
     @property
     def threads(self) -> int | None:

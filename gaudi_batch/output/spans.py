@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Stopwatch:
         return Span(self._driver, self._started_at, _now(), wall_s, round(card_s, 3))
 
 
-def read_spans(ledger: Ledger) -> list[Span]:
+def read_spans(ledger: OutputReader) -> list[Span]:
     """The spans of a run's drivers, as far as they are written down; drivers of older code wrote none."""
     spans: dict[str, Span] = {}
     for name in ("progress.json", "summary.json"):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gaudi_batch.layout import attempt_name
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 
 READ_THREADS = 16
 SHOWN = 10
@@ -53,7 +53,7 @@ class Findings:
         return lines
 
 
-def verify(ledger: Ledger, made_again: Mapping[int, int]) -> Findings:
+def verify(ledger: OutputReader, made_again: Mapping[int, int]) -> Findings:
     """Reads every image that a manifest names, and lists what else lies among them.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 from gaudi_batch.dataset.reasons import FIRST_IDS, reason_lines
 from gaudi_batch.errors import InputError
 from gaudi_batch.output.lease import Lease, is_alive, read_lease
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.text import duration, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
@@ -30,7 +30,7 @@ MOST_SHOWN = 32
 REASONS_SHOWN = 10
 
 
-def read_status(ledger: Ledger, watch_s: float | None = None) -> dict[str, Any]:
+def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str, Any]:
     """The state of the run in an output.
 
     Args:
@@ -101,7 +101,7 @@ def _state_of(lease: Lease | None) -> str:
     return "in doubt" if alive is None else "running" if alive else "stopped"
 
 
-def _watch(ledger: Ledger, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
+def _watch(ledger: OutputReader, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
     """Whether a driver on another machine lives: the state, and for how many seconds it has been silent if it is."""
     age = _age(written)
     if age is not None and abs(age) < FRESH_SECONDS:

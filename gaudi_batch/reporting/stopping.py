@@ -18,7 +18,7 @@ from typing import Any
 
 from gaudi_batch.errors import GaudiBatchError, InputError, StorageError
 from gaudi_batch.layout import STOP_FILE
-from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import duration
@@ -123,7 +123,7 @@ class Submitted:
     def _shard_seconds(self) -> float | None:
         """How long a card takes for a shard: at the rate of the cards, else at the job's own; None if neither says."""
         try:
-            ledger = Ledger(self._storage())
+            ledger = OutputReader(self._storage())
             record, status = ledger.run(), read_status(ledger, 0.0)
             job = record.job if record else {}
             rates = [card["images_per_s"] for card in status["cards"].values() if card["images_per_s"]]

@@ -1,0 +1,48 @@
+"""What is removed from an output: what attempts left that did not commit, and a run that is to begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from gaudi_batch.layout import OWN_FILES, manifest_path, parse_attempt
+from gaudi_batch.output.ledger import Ledger
+
+
+def remove_orphans(ledger: Ledger, committed: Mapping[int, str], may_remove: Callable[[str], bool]) -> int:
+    """Removes what attempts left that did not commit; returns how many objects or directories that were.
+
+    Args:
+        ledger: of the run.
+        committed: the attempt of each committed shard.
+        may_remove: tells of an attempt whether it is this driver's, or that of one that is over.
+    """
+    removed = 0
+    for path, shard, attempt in _left_by_attempts(ledger):
+        if committed.get(shard) != attempt and may_remove(attempt):
+            ledger.remove(path)
+            removed += 1
+    return removed
+
+
+def clear(ledger: Ledger) -> None:
+    """Removes a run from its output, and nothing else that lies there.
+
+    Commits go first and run.json last, so that a crash in between leaves a run that makes its images again.
+    """
+    if not ledger.holds_run():
+        return
+    for shard in ledger.committed_shards():
+        ledger.remove(manifest_path(shard))
+    for path, _, _ in list(_left_by_attempts(ledger)):
+        ledger.remove(path)
+    for name in OWN_FILES:
+        ledger.remove(name)
+
+
+def _left_by_attempts(ledger: Ledger) -> Iterator[tuple[str, int, str]]:
+    """What is named after attempts, each with its shard and its attempt."""
+    storage = ledger.storage
+    for place in ("images", *(f"throughput/{card}" for card in storage.names("throughput"))):
+        for name in storage.names(place):
+            if parsed := parse_attempt(name):
+                yield f"{place}/{name}", *parsed

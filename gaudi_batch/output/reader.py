@@ -1,0 +1,126 @@
+"""What an output says of its run, for whoever only reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.layout import manifest_path, parse_manifest
+from gaudi_batch.output import manifest
+from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.plan_file import decode_plan
+from gaudi_batch.output.run_info import RunInfo
+from gaudi_batch.plan import Shard
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import one_line
+
+READ_THREADS = 16
+
+
+class OutputReader:
+    """The records in one output.
+
+    Args:
+        storage: the output.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._info: RunInfo | None = None  # until run.json has been read, manifests of any run count
+
+    def run(self) -> RunInfo | None:
+        """The run that this output belongs to, or None.
+
+        Raises:
+            InputError: run.json is there and can't be read.
+        """
+        data = self.storage.get("run.json")
+        if data is None:
+            return None
+        try:
+            self._info = RunInfo.parse(data)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.storage.url}/run.json can't be read ({one_line(error)}); --overwrite starts this output afresh"
+            ) from None
+        return self._info
+
+    def holds_run(self) -> bool:
+        """Whether there is a run here, or what is left of one."""
+        return self.storage.get("run.json") is not None or bool(self.committed_shards())
+
+    def plan(self, rows: int) -> list[Shard]:
+        """The stored plan of a run of so many rows, see `decode_plan`.
+
+        Raises:
+            InputError: it is missing or can't be read.
+        """
+        data = self.storage.get("plan.parquet")
+        try:
+            if data is None:
+                raise ValueError("it is not there")
+            return decode_plan(data, rows)
+        except ValueError as error:
+            raise InputError(
+                f"{self.storage.url}/plan.parquet can't be read ({one_line(error)}); --overwrite starts this output"
+                " afresh"
+            ) from None
+
+    def committed_shards(self) -> list[int]:
+        """Numbers of the shards that have a manifest, from their names alone."""
+        numbers = (parse_manifest(name) for name in self.storage.names("manifest"))
+        return sorted(number for number in numbers if number is not None)
+
+    def commits(self) -> Iterator[tuple[CommitFacts, pa.Table]]:
+        """Every whole manifest, in order of its shard. One that was written in part is passed over."""
+        pool = ThreadPoolExecutor(READ_THREADS)
+        try:
+            for commit in _ahead(pool, self.read_commit, self.committed_shards()):
+                if commit is not None:
+                    yield commit
+        finally:
+            # Where one could not be read, the others would take as long to fail.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def read_commit(self, shard: int) -> tuple[CommitFacts, pa.Table] | None:
+        """The manifest of a shard; None where there is none that is whole and of this run."""
+        data = self.storage.get(manifest_path(shard))
+        if data is None:
+            return None
+        try:
+            table, facts = manifest.read(data)
+        except ValueError:
+            return None
+        of_run = self._info is None or facts.run == self._info.run_id
+        return (facts, table) if facts.shard == shard and of_run else None
+
+    @property
+    def stack(self) -> Mapping[str, str] | None:
+        """The stack that made the run's last images; None where no card has been asked."""
+        stacks = self._info.stacks if self._info is not None else None
+        return stacks[-1] or None if stacks else None
+
+    def get_json(self, name: str) -> dict[str, Any] | None:
+        """Reads one, None where there is none that is whole."""
+        data = self.storage.get(name)
+        try:
+            loaded = json.loads(data) if data is not None else None
+        except (ValueError, RecursionError):
+            return None
+        return loaded if isinstance(loaded, dict) else None
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
+    """Maps in order with a bounded number of results pending, so that memory does not grow with the run."""
+    pending = []
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= 4 * READ_THREADS:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
