@@ -17,8 +17,9 @@ import pytest
 from helpers import read_manifest
 
 from gaudi_batch import JobConfig
-from gaudi_batch.card.actor import Card, _Call, _Work
+from gaudi_batch.card.actor import Card
 from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.card.shard_result import PipelineCall, ShardRows
 from gaudi_batch.cli import main as cli
 from gaudi_batch.config.bounds import bounds_for
 from gaudi_batch.dataset import reader as prompts
@@ -131,7 +132,7 @@ def test_a_card_does_not_look_through_all_batches_after_each(monkeypatch: pytest
     card = Card.__new__(Card)
     config = JobConfig(prompts="p", output="o", device="simulated", batch_size=1)
     vars(card).update(
-        _setup=SimpleNamespace(config=config),
+        _setup=SimpleNamespace(job=SimpleNamespace(config=config)),
         _storage=None,
         _mailbox=Mailbox(lambda: 0.0),
         _store=StoreAtOnce(),
@@ -141,10 +142,10 @@ def test_a_card_does_not_look_through_all_batches_after_each(monkeypatch: pytest
         _fetched=queue.Queue(),
     )
     image = np.full((1, 8, 8, 3), 0.5, np.float32)
-    card._call = lambda bucket, items: (Generated(image, [False], [False]), _Call("steady", 1.0, 0.0))
+    card._call = lambda bucket, items: (Generated(image, [False], [False]), PipelineCall("steady", 1.0, 0.0))
     rows = [PromptRow(row, str(row), "p", "", None, RULES.bucket, 1, None) for row in range(batches)]
     shard = Shard(0, 0, 0, batches, RULES.bucket, batches, batches)
-    card._make(_Work(ShardTask(shard, "a1"), rows, pa.table({})))
+    card._make(ShardRows(ShardTask(shard, "a1"), rows, pa.table({})))
     assert CountedFuture.asked <= 3 * batches
 
 

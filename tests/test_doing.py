@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from helpers import command_line
 
-from gaudi_batch.card.actor import Card, _Call, _StoredBatch
+from gaudi_batch.card.actor import Card
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.messages import Status
+from gaudi_batch.card.shard_result import PipelineCall, StoredBatch
 from gaudi_batch.card.shard_runner import MadeImage
 from gaudi_batch.cli import main as cli
 from gaudi_batch.driver.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
@@ -124,7 +125,9 @@ def test_a_card_counts_images_until_they_are_stored() -> None:
 
     output: Any = Output()
     made = [MadeImage(Item(0, image, "p", "", 1), np.zeros((8, 8, 3), np.uint8), None, False) for image in range(2)]
-    batch = card._store_batch(output, _StoredBatch("aaaaa0", _Call("steady", 1.0, 0.0), 0), made, threading.Event())
+    batch = card._store_batch(
+        output, StoredBatch("aaaaa0", PipelineCall("steady", 1.0, 0.0), 0), made, threading.Event()
+    )
     assert waiting() == 2
     batch.futures[0].add_done_callback(lambda _: stored.release())
     batch.futures[1].add_done_callback(lambda _: stored.release())

@@ -40,7 +40,7 @@ from gaudi_batch.output.throughput import Sums
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import RecallAnswered
-from gaudi_batch.storage import store as storage
+from gaudi_batch.storage import disk
 from gaudi_batch.storage.store import Storage
 
 
@@ -90,14 +90,14 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its disk held the first driver's write for so long that it was given up, and another driver committed."""
-    arrives, sync = threading.Event(), storage._sync
+    arrives, sync = threading.Event(), disk.sync
 
     def slow(path: Path) -> None:
         if "000003.parquet" in path.name and not arrives.is_set():
             arrives.wait(30)
         sync(path)
 
-    monkeypatch.setattr(storage, "_sync", slow)
+    monkeypatch.setattr(disk, "sync", slow)
     monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
     records = Ledger(output, first)
     with pytest.raises(StorageError, match="no answer"):
@@ -117,7 +117,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its commit was on its way when the run ended, and the other manifests had been listed without it."""
-    arrives, sync, names = threading.Event(), storage._sync, Storage.names
+    arrives, sync, names = threading.Event(), disk.sync, Storage.names
     records = Ledger(output, first)
     output.put("images/000003-aaaaa1/00000000-00.png", b"image")
 
@@ -132,7 +132,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
             commit.join()
         return names(self, directory)
 
-    monkeypatch.setattr(storage, "_sync", slow)
+    monkeypatch.setattr(disk, "sync", slow)
     monkeypatch.setattr(Storage, "names", listing)
     records.in_doubt.add("aaaaa1")
     commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
@@ -153,7 +153,7 @@ def test_a_manifest_that_is_refused_is_not_in_doubt(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     records = Ledger(output, first)
-    monkeypatch.setattr(storage, "_sync", full)
+    monkeypatch.setattr(disk, "sync", full)
     with pytest.raises(StorageError, match="No space left"):
         records.commit(*a_manifest(3, "aaaaa1"))
     assert not records.in_doubt
@@ -171,7 +171,7 @@ def test_a_manifest_whose_first_try_may_have_landed_stays_in_doubt(
         raise OSError(last if len(tries) == tried else errno.EIO, "no")
 
     output.patience = 0.0 if tried == 1 else 30.0
-    monkeypatch.setattr(storage, "_sync", failing)
+    monkeypatch.setattr(disk, "sync", failing)
     records = Ledger(output, first)
     with pytest.raises(StorageError):
         records.commit(*a_manifest(3, "aaaaa1"))

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import RaySystemError
 
-from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, _Call, _StoredBatch, _Work, require_shared
+from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, require_shared
+from gaudi_batch.card.clock import DriverClock
+from gaudi_batch.card.shard_result import CardIdentity, PipelineCall, ShardRecorder, ShardRows, StoredBatch
 from gaudi_batch.card.shard_runner import Item
 from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
@@ -59,7 +61,8 @@ def waits(self):
 card.Card._fetch, card.Card._generate = ({0}, {1})
 store = SimpleNamespace(longest_running_s=lambda: 0.0)
 config, dataset = SimpleNamespace(device="simulated"), SimpleNamespace(storage=store)
-card.Card(SimpleNamespace(config=config, storage=store, dataset=dataset))
+job = SimpleNamespace(config=config, dataset=dataset)
+card.Card(SimpleNamespace(job=job, storage=store))
 time.sleep(600)
 """
 
@@ -82,16 +85,14 @@ def test_the_images_of_a_row_that_failed_after_all_are_removed(tmp_path: Path) -
     for item in items:
         futures.append(Future())
         futures[-1].set_result(output.add(item.row, item.image, pixels))
-    batch = _StoredBatch("aaaaa1", _Call("steady", 1.0, 0.0), 0, [(item, None, False) for item in items], futures)
-    card: Any = Card.__new__(Card)
-    card._storage, card._name, card._node, card._module = storage, "vm-0", "vm", 0
-    card._pipeline = SimpleNamespace(device="simulated")
-    card._setup = SimpleNamespace(run_id="run", config=SimpleNamespace(seed=0, batch_size=2))
-    card._clock = SimpleNamespace(convert=lambda seconds: seconds)
+    batch = StoredBatch("aaaaa1", PipelineCall("steady", 1.0, 0.0), 0, [(item, None, False) for item in items], futures)
+    config = SimpleNamespace(seed=0, batch_size=2)
+    setup: Any = SimpleNamespace(run_id="run", storage=storage, job=SimpleNamespace(config=config))
+    recorder = ShardRecorder(setup, DriverClock())
     rows = [PromptRow(row, str(row), "p", "", None, BUCKET, 1, None) for row in range(2)]
-    work = _Work(ShardTask(Shard(3, 0, 0, 2, BUCKET, 2, 2), "aaaaa1"), rows, pa.table({"topic": ["t", "t"]}))
+    work = ShardRows(ShardTask(Shard(3, 0, 0, 2, BUCKET, 2, 2), "aaaaa1"), rows, pa.table({"topic": ["t", "t"]}))
     maker: Any = SimpleNamespace(failures={1: "boom"}, doubted={}, raised={1}, transient_failures=0)
-    done = card._record(work, output, maker, [batch])
+    done = recorder.record(CardIdentity("vm-0", "vm", 0, "simulated"), work, output, maker, [batch])
     named = [path for path in read(done.manifest)[0].column("path").to_pylist() if path]
     stored = [str(path.relative_to(tmp_path)) for path in (tmp_path / "images").rglob("*.png")]
     assert named == stored == ["images/000003-aaaaa1/00000000-00.png"]
@@ -116,10 +117,11 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     monkeypatch.setattr("gaudi_batch.card.actor.ShardMaker", Maker)
     card: Any = Card.__new__(Card)
     card._store_slots, card._storage, card._controls = threading.Semaphore(BATCHES_IN_STORE), None, {}
-    card._setup = SimpleNamespace(config=SimpleNamespace(encoding=None, batch_size=1, seed=0))
-    card._call = lambda shard, items: (None, _Call("steady", 1.0, 0.0))
+    config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
+    card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
+    card._call = lambda shard, items: (None, PipelineCall("steady", 1.0, 0.0))
     card._store_batch = lambda output, batch, *_: batch  # and none of them ever ends
-    work = _Work(ShardTask(Shard(0, 0, 0, 20, BUCKET, 20, 20), "aaaaa1"), [], pa.table({}))
+    work = ShardRows(ShardTask(Shard(0, 0, 0, 20, BUCKET, 20, 20), "aaaaa1"), [], pa.table({}))
     threading.Thread(target=card._make, args=(work,), daemon=True).start()
     for waits_with in (BATCHES_IN_STORE + 1, BATCHES_IN_STORE + 2):
         until = time.monotonic() + 30
@@ -132,11 +134,15 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
 
 def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup: Any = SimpleNamespace(
-        dataset=SimpleNamespace(storage=Storage(str(tmp_path / "prompts")), files=[SimpleNamespace(name="p.parquet")]),
+        job=SimpleNamespace(
+            dataset=SimpleNamespace(
+                storage=Storage(str(tmp_path / "prompts")), files=[SimpleNamespace(name="p.parquet")]
+            )
+        ),
         storage=Storage(str(tmp_path / "out")),
         run_id="run",
     )
-    monkeypatch.setattr("gaudi_batch.card.actor.Ledger.run", lambda ledger: SimpleNamespace(run_id="run"))
+    monkeypatch.setattr("gaudi_batch.card.actor.OutputReader.run", lambda ledger: SimpleNamespace(run_id="run"))
     with pytest.raises(RuntimeError, match=r"does not see the prompts in .*must be on a file system that all nodes"):
         require_shared(setup)
     (tmp_path / "prompts").mkdir()
@@ -208,7 +214,7 @@ class Recorder:
 async def a_driver(cluster_s: float = 60.0) -> Driver:
     """A driver whose cluster never gives a card."""
     config = JobConfig(prompts="p", output="o", device="simulated", limits={"cluster": cluster_s})
-    setup: Any = SimpleNamespace(config=config)
+    setup: Any = SimpleNamespace(job=SimpleNamespace(config=config))
     schedule = Schedule([Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4))
     recorder: Any = Recorder()
     return Driver(CardsOfRun(setup, CardResources("HPU", 1)), schedule, recorder, recorder, recorder)
@@ -259,11 +265,13 @@ def test_a_driver_that_stood_still_does_not_take_its_cards_for_silent(monkeypatc
 def test_an_image_that_can_t_be_stored_is_no_row_s_fault(tmp_path: Path) -> None:
     failed: Future[StoredImage] = Future()
     failed.set_exception(StorageError("no space"))
-    batch = _StoredBatch("aaaaa1", _Call("steady", 1.0, 0.0), 0, [(Item(0, 0, "p", "", 1), None, False)], [failed])
+    batch = StoredBatch(
+        "aaaaa1", PipelineCall("steady", 1.0, 0.0), 0, [(Item(0, 0, "p", "", 1), None, False)], [failed]
+    )
     maker: Any = SimpleNamespace(failures={}, doubted={}, raised=set())
-    card: Any = Card.__new__(Card)
+    nobody: Any = None
     with pytest.raises(StorageError, match="no space"):
-        card._record(None, None, maker, [batch])
+        ShardRecorder(nobody, nobody).record(nobody, nobody, nobody, maker, [batch])
     assert maker.failures == {}
 
 

@@ -21,7 +21,7 @@ from test_columns import ALIKE, ROWS, values
 
 from gaudi_batch.config.bounds import MAX_SEED, bounds_for
 from gaudi_batch.dataset.repeats import RepeatedIds
-from gaudi_batch.dataset.rows import PromptRow, RowRules, derived_seed, make_row
+from gaudi_batch.dataset.rows import PromptRow, RowRules, derived_seed, image_seed, make_row
 from gaudi_batch.output import manifest
 from gaudi_batch.output.joined import JoinedManifest, join_manifests
 from gaudi_batch.output.ledger import Ledger
@@ -38,7 +38,7 @@ def commit(ledger: Ledger, shard: int, rows: Sequence[PromptRow], again: bool = 
     """Commits rows as a card records them; those with an error fail."""
     stored = StoredImage("images/x.png", "0" * 64, datetime.now(timezone.utc), 0.0, 0.0)
     images = {
-        (row.row, image): ImageFacts(stored, None, False)
+        (row.row, image): ImageFacts(stored, image_seed(0, row, image), None, False)
         for row in rows
         if row.error is None
         for image in range(row.num_images)

@@ -87,9 +87,9 @@ def failing(times: int, error: Exception) -> Callable[[], str]:
 def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
     storage = Storage(str(tmp_path))
-    assert storage.attempt("try", failing(4, OSError(errno.EIO, "slow down"))) == "done"
-    assert storage.attempt("try", failing(2, TimeoutError())) == "done"
-    assert storage.attempt("try", failing(2, ConnectionResetError())) == "done"
+    assert storage.with_retries("try", failing(4, OSError(errno.EIO, "slow down"))) == "done"
+    assert storage.with_retries("try", failing(2, TimeoutError())) == "done"
+    assert storage.with_retries("try", failing(2, ConnectionResetError())) == "done"
     assert storage.longest_running_s() == 0
 
 
@@ -129,7 +129,9 @@ def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path), {"secret": "hunter2-hunter2"})
     with pytest.raises(StorageError) as caught:
-        storage.attempt("read", failing(1, PermissionError("denied for hunter2-hunter2 at http://u:p@host/?sig=1")))
+        storage.with_retries(
+            "read", failing(1, PermissionError("denied for hunter2-hunter2 at http://u:p@host/?sig=1"))
+        )
     assert not any(secret in str(caught.value) for secret in ("hunter2", "u:p@", "sig=1"))
 
 

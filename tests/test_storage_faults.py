@@ -34,7 +34,7 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.output.lease import read_lease
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
-from gaudi_batch.storage import retry, waits
+from gaudi_batch.storage import retry, retrying, waits
 from gaudi_batch.storage import store as storage_module
 from gaudi_batch.storage.store import Storage
 
@@ -277,13 +277,13 @@ def test_a_card_that_finds_no_credentials_of_google_for_a_moment_looks_again(
     driver.put("run.json", b"{}")
     google_roles.fails = True
     card = pickle.loads(pickle.dumps(driver))
-    again = storage_module.look_for_credentials_again
+    again = retrying.look_for_credentials_again
 
     def look_again(filesystem: Any) -> None:
         again(filesystem)
         google_roles.fails = False  # after the first look in vain
 
-    monkeypatch.setattr(storage_module, "look_for_credentials_again", look_again)
+    monkeypatch.setattr(retrying, "look_for_credentials_again", look_again)
     assert whatever_it_takes(lambda: card.get("run.json")) == b"{}"
     assert not google_roles.fails
 
@@ -295,13 +295,13 @@ def test_credentials_of_google_that_can_not_be_renewed_for_a_moment_are_waited_f
     driver = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
     driver.put("run.json", b"{}")
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=no_sleep))  # it tries again for half a minute
-    again = storage_module.look_for_credentials_again
+    again = retrying.look_for_credentials_again
 
     def look_again(filesystem: Any) -> None:
         again(filesystem)
         google_roles.fails = False
 
-    monkeypatch.setattr(storage_module, "look_for_credentials_again", look_again)
+    monkeypatch.setattr(retrying, "look_for_credentials_again", look_again)
     google_roles.fails = True
     driver.filesystem.credentials.credentials.expiry = datetime.datetime(2026, 1, 1)
     assert whatever_it_takes(lambda: driver.get("run.json")) == b"{}"
@@ -358,7 +358,7 @@ def test_credentials_are_not_waited_for_as_long_as_storage(
     with pytest.raises(StorageError, match="NoCredentialsError") as caught:
         Storage(driver.url, ours).get("run.json")
     assert caught.value.refused, "it never had any"
-    monkeypatch.setattr(storage_module, "CREDENTIALS_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(retrying, "CREDENTIALS_TIMEOUT_S", 0.5)
     with pytest.raises(StorageError, match=r"tried for \d s: NoCredentialsError") as caught:
         pickle.loads(pickle.dumps(driver)).get("run.json")
     assert not caught.value.refused
@@ -579,7 +579,7 @@ def test_a_run_stops_when_its_patience_with_storage_is_over(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(storage_module, "LAST_SECONDS", 1.0)
+    monkeypatch.setattr(retrying, "END_TIMEOUT_S", 1.0)
     url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
     gone: list[float] = []
 
@@ -602,7 +602,7 @@ def test_an_upload_that_nobody_reads_is_given_up_and_tried_again(
 ) -> None:
     monkeypatch.setattr(storage_module, "SLOWEST_BYTES_PER_S", 1e9)
     storage = Storage(f"s3://bucket/{tmp_path.name}", options(s3, proxy))
-    storage.try_seconds = 3.0
+    storage.try_timeout_s = 3.0
     fault = proxy.add(Fault("deaf", "PUT", "/big", count=1))
     storage.put("big", bytes(2**25))
     assert fault.hits == 1
@@ -613,7 +613,7 @@ def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultPro
     url = f"s3://bucket/{tmp_path.name}"
     Storage(url, s3.options).put("big", bytes(3_000_000))
     storage = Storage(url, options(s3, proxy), patience=10.0)
-    storage.try_seconds = 0.5
+    storage.try_timeout_s = 0.5
     fault = proxy.add(Fault("slow", "GET", "/big"))
     assert whatever_it_takes(lambda: storage.get("big")) == bytes(3_000_000)
     assert fault.hits
@@ -622,6 +622,6 @@ def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultPro
 def test_a_local_read_that_never_ends_ends_with_the_patience(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stuck")
     storage = Storage(str(tmp_path), patience=1.0)
-    storage.try_seconds = 0.5
+    storage.try_timeout_s = 0.5
     with pytest.raises(StorageError, match=r"storage_patience\): TimeoutError: no answer"):
         storage.get("stuck")

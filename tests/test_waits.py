@@ -13,8 +13,7 @@ from helpers import command_line, free_port
 
 from gaudi_batch.cli import main as cli
 from gaudi_batch.cluster.tokens import what_token_lacks
-from gaudi_batch.storage import store as storage
-from gaudi_batch.storage import waits
+from gaudi_batch.storage import retrying, waits
 
 JOB = ("--device", "simulated")
 
@@ -51,7 +50,7 @@ def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waits, "SILENT_SECONDS", 0.2)
-    monkeypatch.setattr(storage, "TRY_SECONDS", 1.0)
+    monkeypatch.setattr(retrying, "TRY_TIMEOUT_S", 1.0)
     kept: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,24 +22,29 @@ import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.messages import Announced, Begins, Begun, Broken, CardSetup, Confirmed, Done, Failed, News, Ready
+from gaudi_batch.card.messages import Announced, Begins, Begun, Broken, CardSetup, Confirmed, Failed, News, Ready
+from gaudi_batch.card.shard_result import (
+    CardIdentity,
+    PipelineCall,
+    ShardRecorder,
+    ShardRows,
+    StoredBatch,
+    encode_error,
+)
 from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker, describe_error
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.layout import throughput_path
-from gaudi_batch.output import manifest
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.reader import OutputReader
-from gaudi_batch.output.throughput import BatchLine, Sums
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.plan import Bucket, GraphKey, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
+from gaudi_batch.scheduling.events import Reading, ShardFailure
 
 STORE_THREADS = 4
 """Images that a card encodes and stores at the same time."""
@@ -60,13 +64,14 @@ class Card:
         self._started = time.monotonic()
         self._name = ""
         self._seen: set[str] = set()
-        self._node_id, self._node, self._module = where_am_i(setup.config.device)
+        self._node_id, self._node, self._module = where_am_i(setup.job.config.device)
         self._storage = setup.storage
-        stores = (self._storage, setup.dataset.storage)
+        stores = (self._storage, setup.job.dataset.storage)
         self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
         self._clock = DriverClock()
+        self._recorder = ShardRecorder(setup, self._clock)
         self._inbox: queue.Queue[ShardTask] = queue.Queue()
-        self._fetched: queue.Queue[_Work] = queue.Queue(maxsize=1)
+        self._fetched: queue.Queue[ShardRows] = queue.Queue(maxsize=1)
         self._store = ThreadPoolExecutor(STORE_THREADS, "store")
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
@@ -116,20 +121,20 @@ class Card:
             except Exception as error:
                 self._mailbox.emit(Failed(task.attempt, _failure(error)))
                 continue
-            self._fetched.put(_Work(task, rows, carried))
+            self._fetched.put(ShardRows(task, rows, carried))
 
     def _read(self, task: ShardTask) -> tuple[list[PromptRow], pa.Table]:
         def announce(reading: Reading) -> None:
             if task.announce:
                 self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Begins(task.attempt, reading)))
 
-        return self._setup.dataset.read(task.shard, self._setup.rules, task, announce)
+        return self._setup.job.dataset.read(task.shard, self._setup.job.rules, task, announce)
 
     def _generate(self) -> None:
         setup = self._setup
         try:
             require_shared(setup)
-            self._pipeline = load_pipeline(setup.config, setup.model, setup.threads, self._module)
+            self._pipeline = load_pipeline(setup.job.config, setup.job.model, setup.job.threads, self._module)
         except Exception as error:
             storage = isinstance(error, StorageError) and not error.refused
             self._mailbox.emit(Broken(describe_error(error), storage))
@@ -162,15 +167,15 @@ class Card:
                     self._mailbox.emit(Broken(str(error)[:1000]))
                     return
 
-    def _make(self, work: _Work) -> None:
-        task, config = work.task, self._setup.config
+    def _make(self, work: ShardRows) -> None:
+        task, config = work.task, self._setup.job.config
         unread = [row.error for row in work.rows if row.unreadable and row.row in task.confirm]
         if unread:
             self._mailbox.emit(Failed(task.attempt, ShardFailure(f"a row to confirm can't be read: {unread[0]}")))
             return
         bucket = task.shard.bucket
         output = FilesOutput(self._storage, config.encoding, task.shard.number, task.attempt)
-        last_call: _Call
+        last_call: PipelineCall
 
         def call(items: list[Item]) -> Generated:
             nonlocal last_call
@@ -186,7 +191,7 @@ class Card:
             announce=(lambda rows: self._announce(task.attempt, rows)) if task.announce else lambda _: None,
             control=self._controls.get(bucket),
         )
-        stored: list[_StoredBatch] = []
+        stored: list[StoredBatch] = []
         storage_failed = threading.Event()
         try:
             for made in maker.batches():
@@ -194,7 +199,7 @@ class Card:
                     self._try_to_encode(made, maker)
                     continue
                 self._store_slots.acquire()
-                batch = _StoredBatch(task.attempt, last_call, len(stored))
+                batch = StoredBatch(task.attempt, last_call, len(stored))
                 stored.append(self._store_batch(output, batch, made, storage_failed))
                 if storage_failed.is_set():
                     break  # more batches would be made for nothing
@@ -216,15 +221,15 @@ class Card:
     def _try_to_encode(self, made: list[MadeImage], maker: ShardMaker) -> None:
         for image in made:
             try:
-                encode(image.pixels, self._setup.config.encoding)
+                encode(image.pixels, self._setup.job.config.encoding)
             except Exception as error:
-                maker.failures[image.item.row] = _encode_error(image.item, error)
+                maker.failures[image.item.row] = encode_error(image.item, error)
 
-    def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, _Call]:
+    def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, PipelineCall]:
         bucket = shard.bucket
         key = bucket.graph_key
         self._warmups[key] = self._warmups.pop(key, 0)  # the most recently used is the last
-        while len(self._warmups) > self._setup.config.gaudi.max_graphs:
+        while len(self._warmups) > self._setup.job.config.gaudi.max_graphs:
             oldest = next(iter(self._warmups))
             del self._warmups[oldest]
             self._pipeline.forget(oldest)
@@ -241,14 +246,14 @@ class Card:
         generate_s = self._idle_since - started
         self._warmups[key] += 1
         self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
-        return generated, _Call("warmup" if warmup else "steady", generate_s, wait_s)
+        return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s)
 
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Announced(attempt, rows)))
 
     def _store_batch(
-        self, output: FilesOutput, batch: _StoredBatch, made: list[MadeImage], storage_failed: threading.Event
-    ) -> _StoredBatch:
+        self, output: FilesOutput, batch: StoredBatch, made: list[MadeImage], storage_failed: threading.Event
+    ) -> StoredBatch:
         left = count = len(made)
         lock = threading.Lock()
 
@@ -267,123 +272,17 @@ class Card:
         self._mailbox.store(count)
         for image in made:
             future = self._store.submit(output.add, image.item.row, image.item.image, image.pixels)
-            # The pixels are not kept: a shard's images together may be larger than memory.
-            batch.images.append((image.item, image.nsfw, image.truncated))
-            batch.futures.append(future)
+            batch.add(image, future)
             future.add_done_callback(finished)
         return batch
 
-    def _finish(self, work: _Work, output: FilesOutput, maker: ShardMaker, stored: list[_StoredBatch]) -> None:
+    def _finish(self, work: ShardRows, output: FilesOutput, maker: ShardMaker, stored: list[StoredBatch]) -> None:
         """Waits until the shard's images are stored and sends its record to the driver."""
         try:
-            self._mailbox.emit(self._record(work, output, maker, stored))
+            card = CardIdentity(self._name, self._node, self._module, self._pipeline.device)
+            self._mailbox.emit(self._recorder.record(card, work, output, maker, stored))
         except Exception as error:
             self._mailbox.emit(Failed(work.task.attempt, _failure(error)))
-
-    def _record(self, work: _Work, output: FilesOutput, maker: ShardMaker, stored: list[_StoredBatch]) -> Done:
-        images: dict[tuple[int, int], manifest.ImageFacts] = {}
-        lines: list[BatchLine] = []
-        for batch in stored:
-            for (item, _, _), future in zip(batch.images, batch.futures, strict=True):
-                error = future.exception()
-                if isinstance(error, StorageError):
-                    raise error
-                if error is not None:
-                    maker.failures[item.row] = maker.doubted[item.row] = _encode_error(item, error)
-                    maker.raised.add(item.row)
-        for batch in stored:
-            kept = 0
-            results = [future.result() for future in batch.futures if future.exception() is None]
-            for (item, nsfw, truncated), future in zip(batch.images, batch.futures, strict=True):
-                if future.exception() is not None:
-                    continue
-                result = future.result()
-                if item.row in maker.failures:
-                    output.drop(result)
-                else:
-                    kept += 1
-                    images[item.row, item.image] = manifest.ImageFacts(result, nsfw, truncated)
-            lines.append(self._line(work, batch, kept, results))
-        shard, attempt = work.task.shard, work.task.attempt
-        text = "".join(f"{line.json()}\n" for line in lines)
-        self._storage.put(throughput_path(self._name, shard.number, attempt), text.encode())
-        last = max((batch.finished_at for batch in stored), default=datetime.now(timezone.utc))
-        facts = manifest.CommitFacts(
-            shard=shard.number,
-            attempt=attempt,
-            card=self._name,
-            node=self._node,
-            module=self._module,
-            rows=len(work.rows),
-            failed_rows=len(maker.failures),
-            images=len(images),
-            sums=Sums.of(lines),
-            run=self._setup.run_id,
-            again=shard.again,
-            failed_before=shard.failed_before,
-            images_before=shard.images_before,
-            finished_at=self._clock.convert(last.timestamp()),
-            bad_rows=tuple(row.row for row in work.rows if row.error is not None and not row.unreadable)[
-                : manifest.MAX_BAD_ROWS
-            ],
-        )
-        data = manifest.build(work.rows, work.carried, images, maker.failures, self._setup.config.seed, facts)
-        outcome = ShardOutcome(
-            rows=facts.rows,
-            failed_rows=facts.failed_rows,
-            raised_rows=len(maker.raised),
-            undecoded_rows=sum(row.unreadable for row in work.rows),
-            seconds=facts.sums.steady_s + facts.sums.warmup_s,
-            transient_failures=maker.transient_failures,
-            doubted=maker.doubted,
-        )
-        return Done(attempt, data, facts, outcome)
-
-    def _line(self, work: _Work, batch: _StoredBatch, kept: int, results: list[StoredImage]) -> BatchLine:
-        return BatchLine(
-            time=batch.finished_at.isoformat(timespec="milliseconds"),
-            card=self._name,
-            node=self._node,
-            module=self._module,
-            device=self._pipeline.device,
-            shard=work.task.shard.number,
-            batch=batch.number,
-            bucket=work.task.shard.bucket._asdict(),
-            phase=batch.call.phase,
-            images=kept,
-            padding=self._setup.config.batch_size - kept,
-            generate_s=round(batch.call.generate_s, 6),
-            images_per_s=round(kept / max(batch.call.generate_s, 1e-9), 4),
-            wait_s=round(batch.call.wait_s, 6),
-            encode_s=round(sum(result.encode_s for result in results), 6),
-            upload_s=round(sum(result.upload_s for result in results), 6),
-        )
-
-
-@dataclass(frozen=True)
-class _Work:
-    task: ShardTask
-    rows: list[PromptRow]
-    carried: pa.Table
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How one call of the pipeline went: `warmup` or `steady`, seconds in it, seconds of idling before it."""
-
-    phase: str
-    generate_s: float
-    wait_s: float
-
-
-@dataclass
-class _StoredBatch:
-    attempt: str
-    call: _Call
-    number: int
-    images: list[tuple[Item, bool | None, bool]] = field(default_factory=list)
-    futures: list[Future[StoredImage]] = field(default_factory=list)
-    finished_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
 
 def _failure(error: Exception) -> ShardFailure:
@@ -397,10 +296,6 @@ def _failure(error: Exception) -> ShardFailure:
     )
 
 
-def _encode_error(item: Item, error: BaseException) -> str:
-    return f"image {item.image} can't be encoded: {describe_error(error)}"
-
-
 def require_shared(setup: CardSetup) -> None:
     """Makes sure that this node sees the same output and prompts as the driver: a directory that is there on every
     node, and another on each, would take images that nobody finds.
@@ -409,7 +304,7 @@ def require_shared(setup: CardSetup) -> None:
         RuntimeError: it does not.
         StorageError: storage refuses this node.
     """
-    prompts = setup.dataset.storage
+    prompts = setup.job.dataset.storage
     way_out = "a local path must be on a file system that all nodes share"
     try:
         run = OutputReader(setup.storage).run()
@@ -417,7 +312,7 @@ def require_shared(setup: CardSetup) -> None:
         run = None
     if run is None or run.run_id != setup.run_id:
         raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
-    if prompts.local and not Path(prompts.full(setup.dataset.files[0].name)).exists():
+    if prompts.local and not Path(prompts.full(setup.job.dataset.files[0].name)).exists():
         raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
 
 

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.dataset.rows import RowRules
+from gaudi_batch.job import Job
 from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.pipelines.sources import ModelFacts
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.storage.store import Storage
@@ -20,19 +17,12 @@ from gaudi_batch.storage.store import Storage
 class CardSetup:
     """All that a card needs to know of a job."""
 
-    config: JobConfig
+    job: Job
     """With its device resolved."""
     storage: Storage
     """The output, as the driver has opened it."""
     run_id: str
     """That of its run.json, by which a card knows that it sees the same output."""
-    model: ModelFacts
-    dataset: PromptDataset
-    rules: RowRules
-    threads: int | None
-    """Of one card; None on hpu is its share of its own node."""
-    min_cpus: int = 0
-    """CPUs that a card's process must be able to use."""
 
 
 @dataclass(frozen=True)

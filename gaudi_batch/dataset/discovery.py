@@ -24,7 +24,8 @@ from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
 from gaudi_batch.dataset.reader import PromptDataset, PromptFile, identity_of
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import OWN_FILES, is_of_run, parse_manifest
-from gaudi_batch.storage.store import MANY_SECONDS, Storage
+from gaudi_batch.storage.retrying import MANY_TIMEOUT_S
+from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import out_of_reach, told_if_slow
 from gaudi_batch.text import one_line
 
@@ -149,7 +150,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         return [name for name in names if not (name in loops or is_of_any_run(name))]
 
     # Without it, aiohttp would wait for minutes where nothing comes, and http call that no file.
-    limit = {"timeout": whole.try_seconds} if filesystem.async_impl else {}
+    limit = {"timeout": whole.try_timeout_s} if filesystem.async_impl else {}
 
     def look() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
@@ -182,7 +183,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
 
     try:
         with told_if_slow(lambda: f"prompts {whole.url}: still looking for them{whole.trouble}"):
-            found = whole.attempt("find the prompts", look, MANY_SECONDS)
+            found = whole.with_retries("find the prompts", look, MANY_TIMEOUT_S)
     except StorageError as error:
         if not error.refused and (why := out_of_reach(url)):
             raise StorageError(

@@ -34,9 +34,8 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
         ForcedInterrupt: a second signal ended it.
         LeaseLost: another driver has taken over.
     """
-    setup = _card_setup(run)
-    cards = CardsOfRun(setup, run.connect())
-    schedule = _schedule(run, missing, committed, setup)
+    cards = CardsOfRun(CardSetup(run.job, run.ledger.storage, run.info.run_id), run.connect())
+    schedule = _schedule(run, missing, committed)
     tally = committed.tally
     planned = sum(shard.images for shard in run.plan if shard.number in tally.attempts and not shard.again)
     earlier = read_spans(run.ledger)
@@ -58,22 +57,8 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
     return Ended(reason, account.faults, schedule.retries, watch, account.card_s)
 
 
-def _card_setup(run: Run) -> CardSetup:
-    job = run.job
-    return CardSetup(
-        config=job.config,
-        storage=run.ledger.storage,
-        run_id=run.info.run_id,
-        model=job.model,
-        dataset=job.dataset,
-        rules=job.rules,
-        threads=job.threads,
-        min_cpus=job.threads or 0 if job.config.device == "cpu" and not run.info.asked_no_card else 0,
-    )
-
-
-def _schedule(run: Run, missing: list[Shard], committed: Committed, setup: CardSetup) -> Schedule:
-    config, tally = run.job.config, committed.tally
+def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
+    job, config, tally = run.job, run.job.config, committed.tally
     # Rows that are about to be run again have neither been made nor failed.
     undecided = [shard for shard in missing if shard.again]
     rows = RowCounts(
@@ -81,15 +66,15 @@ def _schedule(run: Run, missing: list[Shard], committed: Committed, setup: CardS
         tally.rows - sum(shard.rows for shard in undecided),
         tally.failed_rows - sum(shard.failed_before for shard in undecided),
     )
+    fixed_threads = config.device == "cpu" and not run.info.asked_no_card
+    min_cpus = job.threads or 0 if fixed_threads else 0
     rules = Rules(
         max_failed=config.max_failed,
         max_graphs=config.gaudi.max_graphs,
         min_cards=config.min_cards,
         max_cards=config.max_cards,
         cluster_timeout_s=config.limits.cluster,
-        requirements=Requirements(
-            setup.model.name, setup.model.revision, setup.threads, setup.min_cpus, run.ledger.stack
-        ),
+        requirements=Requirements(job.model.name, job.model.revision, job.threads, min_cpus, run.ledger.stack),
     )
     return Schedule(missing, run.lease.driver, rows, rules, _failed_without_running(run, missing))
 

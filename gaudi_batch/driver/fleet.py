@@ -85,14 +85,14 @@ class Fleet:
     ) -> None:
         self.slots: dict[int, Slot] = {}
         setup, resources = cards.setup, cards.resources
-        self.rules = PhaseRules(setup.config, f"{resources.amount} {resources.name}", POLL_INTERVAL_S)
+        self.rules = PhaseRules(setup.job.config, f"{resources.amount} {resources.name}", POLL_INTERVAL_S)
         self._schedule = schedule
         self._account = account
         self._background = background
         self._tell = tell
         self._keep = keep
         self._places = Places(setup, resources, schedule.prefix)
-        self._look_at_cluster = functools.partial(look_at_cluster, setup.config, resources)
+        self._look_at_cluster = functools.partial(look_at_cluster, setup.job.config, resources)
         self._notes: set[str] = set()
 
     # -- the cluster --------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Driver:
             return reason
         finally:
             if stopped:
-                self._ledger.storage.hurry()
+                self._ledger.storage.shut_down()
             self._background.cancel()
             await self._committer.close(wait=not self.at_once)
             await self.fleet.close()
@@ -129,7 +129,7 @@ class Driver:
         """Does not even wait for commits under way, nor for storage that fails. What is committed stays, all else is
         made again by the next driver."""
         self.at_once = True
-        self._ledger.storage.patience = 0.0
+        self._ledger.storage.shut_down(0.0)
         self.tell(events.StopForced(reason))
 
     def _failed(self, error: Exception) -> None:
@@ -171,7 +171,7 @@ class Driver:
         self._background.spawn(self._check_storage(decision.shard))
 
     async def _check_storage(self, shard: Shard) -> None:
-        check = check_storage, self._ledger, self._cards.setup.dataset, shard, self._schedule.prefix
+        check = check_storage, self._ledger, self._cards.setup.job.dataset, shard, self._schedule.prefix
         try:
             of_shard = await self._background.in_thread(*check)
         except StorageError as error:
@@ -199,7 +199,7 @@ class Driver:
 
     def check_ray(self) -> None:
         """Ends the run if Ray has not answered for too long."""
-        since, timeout = self._background.asking_ray_since, self._cards.setup.config.limits.cluster
+        since, timeout = self._background.asking_ray_since, self._cards.setup.job.config.limits.cluster
         if since is not None and time.monotonic() - since > timeout:
             self.tell(events.RunFailed(f"Ray has not answered for {timeout:g} s (limits.cluster)"))
 

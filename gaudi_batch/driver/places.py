@@ -37,7 +37,7 @@ class Places:
         self._setup = setup
         self._resources = resources
         self._driver = driver
-        self._options = card_options(setup.config, resources)
+        self._options = card_options(setup.job.config, resources)
         self._setup_ref: Any = None
         self._card: Any = None  # exported to the cluster once, not at each start
         self._groups: dict[int, PlacementGroup] = {}

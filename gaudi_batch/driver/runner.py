@@ -103,7 +103,7 @@ def run(
         lease.forget()
         raise
     except (StorageError, KeyboardInterrupt):
-        storage.hurry()
+        storage.shut_down()
         raise
     finally:
         # With a manifest still on its way, nobody is to begin before the lease is stale.

@@ -288,7 +288,7 @@ class LeaseKeeper:
     def _quick(self) -> Storage:
         """The output as it is known by now, for what is not tried for long."""
         quick = self._storage.at(self._storage.root)
-        quick.patience = quick.try_seconds = TRY_SECONDS
+        quick.patience = quick.try_timeout_s = TRY_SECONDS
         return quick
 
     def _refusal(self, held: Lease) -> InputError:

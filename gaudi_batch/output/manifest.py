@@ -65,6 +65,8 @@ class ImageFacts:
     """What a manifest says of one image that was made."""
 
     stored: StoredImage
+    seed: int
+    """That it was made with."""
     nsfw: bool | None
     truncated: bool
 
@@ -130,7 +132,7 @@ def build(
         carried: their carried columns, in the same order.
         images: what was made, by (row, image number); whole rows only.
         failures: the other rows' errors.
-        run_seed: seed of the run.
+        run_seed: seed of the run, from which a failed row has its first image's.
         commit: facts of the attempt.
     """
     found: list[dict[str, Any]] = []
@@ -162,7 +164,7 @@ def build(
                     "status": "ok",
                     "path": image.stored.path,
                     "sha256": image.stored.sha256,
-                    "seed": image_seed(run_seed, row, number),
+                    "seed": image.seed,
                     "nsfw": image.nsfw,
                     "truncated": image.truncated,
                     "finished_at": image.stored.finished_at,

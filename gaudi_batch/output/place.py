@@ -23,7 +23,7 @@ def refuse_file(storage: Storage) -> None:
     """
     with told_if_slow(lambda: f"output {storage.url}: still looking at it{storage.trouble}"):
         if storage.local:
-            found = storage.attempt("look at the output", lambda: _file_in_path(Path(storage.root)))
+            found = storage.with_retries("look at the output", lambda: _file_in_path(Path(storage.root)))
         else:
             found = storage.url if _is_object(storage) else None
     if found is not None:
@@ -56,7 +56,7 @@ def require_writable(storage: Storage) -> None:
     """
     try:
         if storage.local:
-            storage.attempt("write there", lambda: _write_file(Path(storage.root)))
+            storage.with_retries("write there", lambda: _write_file(Path(storage.root)))
             return
         name = PREFIX + secrets.token_hex(8)
         storage.put(name, b"gaudi-batch check removes this")

@@ -2,11 +2,8 @@
 
 Everything else speaks in paths relative to a root. A put is atomic on all that `open_filesystem` takes: a reader sees
 the whole object or none. An object store does so by itself; on a disk an object is written under another name and
-renamed, so a shared file system must rename at once for all who look. What a store itself calls
-impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes wrong is tried again with
-backoff and jitter, for as long as the job's patience lasts. So is a bucket that is not there, or credentials that are
-not, once they have been. A try that does not come back is given up and counts as one that failed, so nothing waits for
-storage longer than the patience and one more try.
+renamed, so a shared file system must rename at once for all who look. How long what fails is tried
+again is in `retrying.py`.
 """
 
 from __future__ import annotations
@@ -17,57 +14,40 @@ import errno
 import io
 import logging
 import os
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.redaction import learn, redact
+from gaudi_batch.redaction import redact
+from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.filesystem import (
     is_azure,
-    lacks_credentials,
-    look_for_credentials_again,
     open_filesystem,
     require_bucket,
-    subdue,
 )
+from gaudi_batch.storage.ranges import RangeReader
 from gaudi_batch.storage.retry import (
-    CREDENTIALS_TIMEOUT_S,
     BucketGone,
     bucket_is_gone,
     code_of,
-    delays,
-    in_time,
     in_time_or_cancelled,
-    is_permanent,
     status_of,
 )
-
-T = TypeVar("T")
+from gaudi_batch.storage.retrying import MANY_TIMEOUT_S, Retrying
 
 log = logging.getLogger("gaudi_batch")
 
-TRY_SECONDS = 60.0
-"""How long one try at reading or writing an object may take, beside what its bytes need at `SLOWEST_BYTES_PER_S`."""
-MANY_SECONDS = 600.0
-"""The same of what takes many requests, such as a listing."""
 SLOWEST_BYTES_PER_S = 1e6
-WORD_SECONDS = 10.0
-"""How long something is tried in silence; the next word comes when it has been tried for twice as long."""
 PRECONDITION_FAILED = 412
-LAST_SECONDS = 10.0
-"""How long a run that stops tries to write down how it ended; storage may be why it stops."""
 REMOVE_THREADS = 16
 
 
-class Storage:
+class Storage(Retrying):
     """A directory of a store or a disk that `open_filesystem` takes, addressed by relative paths with forward slashes.
 
     Args:
@@ -84,43 +64,18 @@ class Storage:
         patience: float = 600.0,
         read_only: bool = False,
     ) -> None:
-        self.options = dict(options or {})
-        self.filesystem, root = open_filesystem(url, self.options, read_only)
+        filesystem, root = open_filesystem(url, options or {}, read_only)
+        self.local = isinstance(filesystem, LocalFileSystem)
+        self.place = (root if self.local else url).rstrip("/")
+        super().__init__(filesystem, redact(self.place), options or {}, patience)
         self.root = root.rstrip("/") or "/"
         self.query = ""
-        self.local = isinstance(self.filesystem, LocalFileSystem)
-        self.place = (root if self.local else url).rstrip("/")
-        self.url = redact(self.place)
         self.creates = self.local
         """Whether a put that is to create an object is refused where there is one."""
-        self.patience = patience
-        self.try_seconds = TRY_SECONDS
-        subdue(self.filesystem)
-        self.trouble = ""
-        """What the last try that failed has said, for whoever waits."""
-        self._known = False  # whether the bucket and the credentials have been seen to be there
         self._made: set[str] = set()
-        self._running: dict[object, float] = {}
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_running", "_made")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        learn(self.options)
-        subdue(self.filesystem)
-        self._made, self._running, self._lock = set(), {}, threading.Lock()
-
-    def longest_running_s(self) -> float:
-        """Seconds for which the oldest operation that has not ended has been going on; 0 if there is none."""
-        with self._lock:
-            return time.monotonic() - min(self._running.values()) if self._running else 0.0
-
-    def hurry(self) -> None:
-        """Gives operations, those under way among them, no more time than a run that stops has."""
-        self.patience = min(self.patience, LAST_SECONDS)
-        self.try_seconds = min(self.try_seconds, LAST_SECONDS)
+        return super().__getstate__() | {"_made": set()}
 
     def put(
         self,
@@ -128,7 +83,7 @@ class Storage:
         data: bytes,
         before: Callable[[], None] = lambda: None,
         keep: Callable[[], bool] = lambda: True,
-        try_seconds: float | None = None,
+        try_timeout_s: float | None = None,
         create: bool = False,
     ) -> None:
         """Writes an object whole.
@@ -138,7 +93,7 @@ class Storage:
             data: its bytes.
             before: called before each try; what it raises is raised.
             keep: asked while a try goes on; one for which it says no is given up, and counts as one that failed.
-            try_seconds: how long one try may take beside what the size needs, if not as long as any other.
+            try_timeout_s: how long one try may take beside what the size needs, if not as long as any other.
             create: only where there is none, however late the write arrives. A store that can't (see `creates`)
                 writes over what is there.
 
@@ -152,7 +107,7 @@ class Storage:
             if not is_azure(self.filesystem):
                 # In one request: not every store that refuses a put refuses to complete an upload in parts.
                 options["chunksize"] = len(data) + 1
-        seconds, _ = self._limit(len(data), try_seconds)
+        seconds, _ = self._limit(len(data), try_timeout_s)
         write = self._given_up("pipe_file", seconds, keep)
         self._put(path, lambda full: write(full, data, **options), seconds, before, keep, create)
 
@@ -221,7 +176,7 @@ class Storage:
                 return data
             return None
 
-        return self.attempt(f"read {path}", read, seconds)
+        return self.with_retries(f"read {path}", read, seconds)
 
     def get_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object. Raises StorageError."""
@@ -237,11 +192,11 @@ class Storage:
             self._known = True
             return data
 
-        return self.attempt(f"read {path}", read, seconds)
+        return self.with_retries(f"read {path}", read, seconds)
 
     def open(self, path: str) -> io.RawIOBase:
         """An object as a file to read at any position; each read is tried again like everything here."""
-        return _Ranges(self, path, int(self.info(path)["size"]))
+        return RangeReader(lambda start, stop: self.get_range(path, start, stop), int(self.info(path)["size"]))
 
     def info(self, path: str) -> dict[str, Any]:
         """What the store says of an object, its size in bytes among it. Raises StorageError."""
@@ -251,7 +206,7 @@ class Storage:
             with self._telling_bucket():
                 return dict(self.filesystem.info(self.full(path), **limit))
 
-        return self.attempt(f"read {path}", ask, seconds)
+        return self.with_retries(f"read {path}", ask, seconds)
 
     def at(self, root: str, query: str = "") -> Storage:
         """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
@@ -276,7 +231,7 @@ class Storage:
                 return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
             return []
 
-        found = self.attempt(f"list {directory or '.'}", listing, MANY_SECONDS)
+        found = self.with_retries(f"list {directory or '.'}", listing, MANY_TIMEOUT_S)
         return [name for name in found if ".part-" not in name]
 
     def remove(
@@ -285,7 +240,7 @@ class Storage:
         """Removes an object or a directory with all that it holds; one that is not there is no error. `before` and
         `keep` are as in `put`. Raises StorageError."""
 
-        delete_file = self._given_up("rm_file", self.try_seconds, keep)
+        delete_file = self._given_up("rm_file", self.try_timeout_s, keep)
 
         def delete_one(full: str) -> None:
             with self._none_if_absent():
@@ -299,13 +254,13 @@ class Storage:
                 else:
                     found = self.filesystem.find(full, **self._many())
                     if not found:
-                        require_bucket(self.filesystem, full, self.try_seconds)
+                        require_bucket(self.filesystem, full, self.try_timeout_s)
                     # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
                     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
                         list(pool.map(delete_one, found))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
-        self.attempt(f"remove {path}", delete, MANY_SECONDS, before)
+        self.with_retries(f"remove {path}", delete, MANY_TIMEOUT_S, before)
 
     def full(self, path: str) -> str:
         """The path that the filesystem knows."""
@@ -318,7 +273,7 @@ class Storage:
             yield
         except FileNotFoundError as error:
             if code_of(error) is None:
-                require_bucket(self.filesystem, self.root, self.try_seconds)
+                require_bucket(self.filesystem, self.root, self.try_timeout_s)
             raise
 
     @contextlib.contextmanager
@@ -331,14 +286,14 @@ class Storage:
             if bucket_is_gone(error):
                 raise
 
-    def _limit(self, size: int = 0, try_seconds: float | None = None) -> tuple[float, dict[str, float]]:
+    def _limit(self, size: int = 0, try_timeout_s: float | None = None) -> tuple[float, dict[str, float]]:
         """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
         sockets time out where nothing comes, if at all, but not where nothing is taken."""
-        seconds = (self.try_seconds if try_seconds is None else try_seconds) + size / SLOWEST_BYTES_PER_S
+        seconds = (self.try_timeout_s if try_timeout_s is None else try_timeout_s) + size / SLOWEST_BYTES_PER_S
         return seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
 
     def _many(self) -> dict[str, float]:
-        return {"timeout": MANY_SECONDS} if self.filesystem.async_impl else {}
+        return {"timeout": MANY_TIMEOUT_S} if self.filesystem.async_impl else {}
 
     def _given_up(self, name: str, seconds: float, keep: Callable[[], bool]) -> Callable[..., Any]:
         """A method of the filesystem. Where it is asynchronous, a call of it raises TimeoutError once it has taken too
@@ -385,122 +340,9 @@ class Storage:
             if parent not in self._made:
                 Path(parent).mkdir(parents=True, exist_ok=True)
                 self._made.add(parent)
-            # Named so that who reads the directory as a dataset passes over it.
-            part = Path(full).with_name(f".{Path(full).name}.part-{uuid.uuid4().hex[:8]}")
-            try:
-                write(str(part))
-                _sync(part)
-                if not keep():  # nothing can end a write, but its name may come too late
-                    raise TimeoutError("what was written came too late to get its name")
-                there = create and not _link(part, full)
-                if not create:
-                    part.replace(full)
-            finally:
-                part.unlink(missing_ok=True)
+            there = not write_whole(Path(full), write, keep, create=create)
 
-        self.attempt(f"write {path}", put_local if self.local else put_object, seconds, before)
+        self.with_retries(f"write {path}", put_local if self.local else put_object, seconds, before)
         self._known = True
         if there:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), full)
-
-    def attempt(
-        self,
-        what: str,
-        operation: Callable[[], T],
-        seconds: float = TRY_SECONDS,
-        before: Callable[[], None] = lambda: None,
-    ) -> T:
-        """Runs an operation until it succeeds, storage refuses it, or the patience is over.
-
-        Args:
-            what: the operation, as one says "can't ...".
-            operation: does it.
-            seconds: how long one try may take. One on a filesystem that is asynchronous has timeouts of its own; any
-                other is left behind in its thread.
-            before: called before each try; what it raises is raised.
-
-        Raises:
-            StorageError: with the storage's own words, secrets taken out.
-        """
-        started, next_word = time.monotonic(), WORD_SECONDS
-        without_credentials = False
-        this = object()
-        with self._lock:
-            self._running[this] = started
-        try:
-            for delay in delays():
-                before()
-                try:
-                    if without_credentials:
-                        look_for_credentials_again(self.filesystem)
-                        without_credentials = False
-                    return operation() if self.filesystem.async_impl else in_time(operation, seconds)
-                except Exception as error:
-                    waited = time.monotonic() - started
-                    said = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
-                    self.trouble = f": {said[:200]}"
-                    patience, limit = self.patience, " (storage_patience)"
-                    if self._known and lacks_credentials(self.filesystem, error):
-                        patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
-                        without_credentials = True
-                    elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
-                        raise StorageError(f"{self.url}: can't {what}: {said}", refused=True) from None
-                    if waited + delay > patience:
-                        raise StorageError(
-                            f"{self.url}: can't {what}, tried for {waited:.0f} s{limit}: {said}"
-                        ) from None
-                    if waited < next_word:
-                        log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, said)
-                    else:
-                        next_word = 2 * waited
-                        so_far = f"tried for {waited:.0f} s of {patience:.0f} s{limit}"
-                        log.warning("%s: can't %s, %s: %s", self.url, what, so_far, said)
-                    time.sleep(delay)
-        finally:
-            with self._lock:
-                del self._running[this]
-        raise AssertionError("the delays never end")
-
-
-def _link(part: Path, full: str) -> bool:
-    """Gives a file its name unless that is taken; returns whether. Without hard links, what has the name is lost."""
-    try:
-        os.link(part, full)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        part.replace(full)
-    return True
-
-
-def _sync(path: Path) -> None:
-    """Has a file on its disk before its name is, so that a power cut leaves no name of an empty file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-class _Ranges(io.RawIOBase):
-    def __init__(self, storage: Storage, path: str, size: int) -> None:
-        self._storage, self._path, self._size, self._position = storage, path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._size, self._position + len(buffer))
-        data = self._storage.get_range(self._path, self._position, stop)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

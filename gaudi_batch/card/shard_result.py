@@ -1,0 +1,210 @@
+"""The record of a shard that a card has made: its manifest, its throughput lines, and how it came out."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import pyarrow as pa
+
+from gaudi_batch.card.clock import DriverClock
+from gaudi_batch.card.messages import CardSetup, Done
+from gaudi_batch.card.shard_runner import MadeImage, ShardMaker, describe_error
+from gaudi_batch.dataset.rows import PromptRow
+from gaudi_batch.errors import StorageError
+from gaudi_batch.layout import throughput_path
+from gaudi_batch.output import manifest
+from gaudi_batch.output.formats.files import FilesOutput
+from gaudi_batch.output.manifest import StoredImage
+from gaudi_batch.output.throughput import BatchLine, Sums
+from gaudi_batch.pipelines.base import Item
+from gaudi_batch.scheduling.decisions import ShardTask
+from gaudi_batch.scheduling.events import ShardOutcome
+
+
+@dataclass(frozen=True)
+class CardIdentity:
+    """What records call a card."""
+
+    name: str
+    node: str
+    """Its node's host name."""
+    module: int | None
+    """The module that Ray pinned; None where the device has none."""
+    device: str
+    """What its pipeline says of the device."""
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """A shard, and its rows as they were read."""
+
+    task: ShardTask
+    rows: list[PromptRow]
+    carried: pa.Table
+    """The carried columns of the same rows."""
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """How one call of the pipeline went."""
+
+    phase: str
+    """`warmup` or `steady`."""
+    generate_s: float
+    """Seconds in it."""
+    wait_s: float
+    """Seconds of idling before it."""
+
+
+@dataclass
+class StoredBatch:
+    """The images of one call, in storage or on their way there."""
+
+    attempt: str
+    call: PipelineCall
+    number: int
+    """Of the batch, counted in its attempt."""
+    images: list[tuple[Item, bool | None, bool]] = field(default_factory=list)
+    """Of each image its item, and whether it is not safe for work and its prompt was truncated."""
+    futures: list[Future[StoredImage]] = field(default_factory=list)
+    """Of the same images."""
+    finished_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    """When the last of them was stored, by this node's clock."""
+
+    def add(self, image: MadeImage, future: Future[StoredImage]) -> None:
+        """An image is on its way. Its pixels are not kept: a shard's images together may be larger than memory."""
+        self.images.append((image.item, image.nsfw, image.truncated))
+        self.futures.append(future)
+
+
+class ShardRecorder:
+    """Makes the records of the shards of one card.
+
+    Args:
+        setup: the job.
+        clock: tells what the driver's clock showed.
+    """
+
+    def __init__(self, setup: CardSetup, clock: DriverClock) -> None:
+        self._setup = setup
+        self._clock = clock
+
+    def record(
+        self, card: CardIdentity, shard: ShardRows, output: FilesOutput, maker: ShardMaker, batches: list[StoredBatch]
+    ) -> Done:
+        """Waits until the images are stored, removes those of rows that failed after all, and stores the throughput
+        lines; returns the record.
+
+        Args:
+            card: what records call this card.
+            shard: the shard.
+            output: where its images are.
+            maker: what has made them.
+            batches: its calls.
+
+        Raises:
+            StorageError: storage failed.
+        """
+        _note_encode_errors(batches, maker)
+        images: dict[tuple[int, int], manifest.ImageFacts] = {}
+        lines: list[BatchLine] = []
+        for batch in batches:
+            before = len(images)
+            stored = [future.result() for future in batch.futures if future.exception() is None]
+            for (item, nsfw, truncated), future in zip(batch.images, batch.futures, strict=True):
+                if future.exception() is not None:
+                    continue
+                if item.row in maker.failures:
+                    output.drop(future.result())
+                else:
+                    facts = manifest.ImageFacts(future.result(), item.seed, nsfw, truncated)
+                    images[item.row, item.image] = facts
+            lines.append(self._line(card, shard, batch, len(images) - before, stored))
+        number, attempt = shard.task.shard.number, shard.task.attempt
+        text = "".join(f"{line.json()}\n" for line in lines)
+        self._setup.storage.put(throughput_path(card.name, number, attempt), text.encode())
+        commit = self._commit(card, shard, lines, batches, len(maker.failures), len(images))
+        seed = self._setup.job.config.seed
+        data = manifest.build(shard.rows, shard.carried, images, maker.failures, seed, commit)
+        outcome = ShardOutcome(
+            rows=commit.rows,
+            failed_rows=commit.failed_rows,
+            raised_rows=len(maker.raised),
+            undecoded_rows=sum(row.unreadable for row in shard.rows),
+            seconds=commit.sums.steady_s + commit.sums.warmup_s,
+            transient_failures=maker.transient_failures,
+            doubted=maker.doubted,
+        )
+        return Done(attempt, data, commit, outcome)
+
+    def _commit(
+        self,
+        card: CardIdentity,
+        rows: ShardRows,
+        lines: list[BatchLine],
+        batches: list[StoredBatch],
+        failed_rows: int,
+        images: int,
+    ) -> manifest.CommitFacts:
+        shard = rows.task.shard
+        last = max((batch.finished_at for batch in batches), default=datetime.now(timezone.utc))
+        bad_rows = [row.row for row in rows.rows if row.error is not None and not row.unreadable]
+        return manifest.CommitFacts(
+            shard=shard.number,
+            attempt=rows.task.attempt,
+            card=card.name,
+            node=card.node,
+            module=card.module,
+            rows=len(rows.rows),
+            failed_rows=failed_rows,
+            images=images,
+            sums=Sums.of(lines),
+            run=self._setup.run_id,
+            again=shard.again,
+            failed_before=shard.failed_before,
+            images_before=shard.images_before,
+            finished_at=self._clock.convert(last.timestamp()),
+            bad_rows=tuple(bad_rows[: manifest.MAX_BAD_ROWS]),
+        )
+
+    def _line(
+        self, card: CardIdentity, shard: ShardRows, batch: StoredBatch, kept: int, stored: list[StoredImage]
+    ) -> BatchLine:
+        call = batch.call
+        return BatchLine(
+            time=batch.finished_at.isoformat(timespec="milliseconds"),
+            card=card.name,
+            node=card.node,
+            module=card.module,
+            device=card.device,
+            shard=shard.task.shard.number,
+            batch=batch.number,
+            bucket=shard.task.shard.bucket._asdict(),
+            phase=call.phase,
+            images=kept,
+            padding=self._setup.job.config.batch_size - kept,
+            generate_s=round(call.generate_s, 6),
+            images_per_s=round(kept / max(call.generate_s, 1e-9), 4),
+            wait_s=round(call.wait_s, 6),
+            encode_s=round(sum(image.encode_s for image in stored), 6),
+            upload_s=round(sum(image.upload_s for image in stored), 6),
+        )
+
+
+def encode_error(item: Item, error: BaseException) -> str:
+    """What is said of a row of which an image can't be encoded."""
+    return f"image {item.image} can't be encoded: {describe_error(error)}"
+
+
+def _note_encode_errors(batches: list[StoredBatch], maker: ShardMaker) -> None:
+    """Rows of which an image could not be encoded are doubted. Raises StorageError if one could not be stored."""
+    for batch in batches:
+        for (item, _, _), future in zip(batch.images, batch.futures, strict=True):
+            error = future.exception()
+            if isinstance(error, StorageError):
+                raise error
+            if error is not None:
+                maker.failures[item.row] = maker.doubted[item.row] = encode_error(item, error)
+                maker.raised.add(item.row)

@@ -1,0 +1,57 @@
+"""An object on a disk or a shared file system, written so that a reader sees the whole of it or none."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool], *, create: bool) -> bool:
+    """Writes a file under another name and renames it; returns whether it has its name.
+
+    Args:
+        path: the file, in a directory that is there.
+        write: writes to the path that it is given.
+        keep: asked when all is written, since nothing can end a write.
+        create: whether it is to have its name only where no file has.
+
+    Raises:
+        TimeoutError: `keep` said no.
+        OSError: it can't be written.
+    """
+    # Named so that who reads the directory as a dataset passes over it.
+    part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
+    try:
+        write(str(part))
+        sync(part)
+        if not keep():
+            raise TimeoutError("what was written came too late to get its name")
+        if create:
+            return _link(part, path)
+        part.replace(path)
+        return True
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Has a file on its disk before its name is, so that a power cut leaves no name of an empty file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _link(part: Path, path: Path) -> bool:
+    """Gives a file its name unless that is taken; returns whether. Without hard links, what has the name is lost."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        part.replace(path)
+    return True

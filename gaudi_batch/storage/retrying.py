@@ -1,0 +1,139 @@
+"""A filesystem whose operations are tried again while they fail.
+
+What a store itself calls impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes
+wrong is tried again with backoff and jitter, for as long as the job's patience lasts. So is a bucket that is not there,
+or credentials that are not, once they have been. A try that does not come back is given up and counts as one that
+failed, so nothing waits for storage longer than the patience and one more try.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from gaudi_batch.errors import StorageError
+from gaudi_batch.redaction import learn, redact
+from gaudi_batch.storage.filesystem import lacks_credentials, look_for_credentials_again, subdue
+from gaudi_batch.storage.retry import CREDENTIALS_TIMEOUT_S, bucket_is_gone, delays, in_time, is_permanent
+
+T = TypeVar("T")
+
+log = logging.getLogger("gaudi_batch")
+
+TRY_TIMEOUT_S = 60.0
+"""How long one try at reading or writing an object may take, beside what its bytes need."""
+MANY_TIMEOUT_S = 600.0
+"""The same of what takes many requests, such as a listing."""
+FIRST_WARNING_S = 10.0
+"""How long something is tried in silence; the next warning comes when it has been tried for twice as long."""
+END_TIMEOUT_S = 10.0
+"""How long a run that stops tries to write down how it ended; storage may be why it stops."""
+
+
+class Retrying:
+    """A filesystem, and for how long what fails on it is tried again.
+
+    Args:
+        filesystem: of fsspec.
+        url: what messages call it.
+        options: its options, which may be secrets.
+        patience: seconds for which a failing operation is tried again; may be changed while operations go on.
+    """
+
+    def __init__(self, filesystem: Any, url: str, options: Mapping[str, Any], patience: float) -> None:
+        self.filesystem = filesystem
+        self.url = url
+        self.options = dict(options)
+        self.patience = patience
+        self.try_timeout_s = TRY_TIMEOUT_S
+        self.trouble = ""
+        """What the last try that failed has said, for whoever waits."""
+        self._known = False  # whether the bucket and the credentials have been seen to be there
+        self._running: dict[object, float] = {}
+        self._lock = threading.Lock()
+        subdue(filesystem)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_running")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        learn(self.options)
+        subdue(self.filesystem)
+        self._running, self._lock = {}, threading.Lock()
+
+    def longest_running_s(self) -> float:
+        """Seconds for which the oldest operation that has not ended has been going on; 0 if there is none."""
+        with self._lock:
+            return time.monotonic() - min(self._running.values()) if self._running else 0.0
+
+    def shut_down(self, timeout: float = END_TIMEOUT_S) -> None:
+        """Gives operations, those under way among them, no more time than a run has that stops.
+
+        Args:
+            timeout: seconds that they may be tried; at 0 nothing is tried again.
+        """
+        self.patience = min(self.patience, timeout)
+        if timeout:
+            self.try_timeout_s = min(self.try_timeout_s, timeout)
+
+    def with_retries(
+        self,
+        what: str,
+        operation: Callable[[], T],
+        seconds: float = TRY_TIMEOUT_S,
+        before: Callable[[], None] = lambda: None,
+    ) -> T:
+        """Runs an operation until it succeeds, storage refuses it, or the patience is over.
+
+        Args:
+            what: the operation, as one says "can't ...".
+            operation: does it.
+            seconds: how long one try may take. One on a filesystem that is asynchronous has timeouts of its own; any
+                other is left behind in its thread.
+            before: called before each try; what it raises is raised.
+
+        Raises:
+            StorageError: with the storage's own words, secrets taken out.
+        """
+        started, next_warning = time.monotonic(), FIRST_WARNING_S
+        without_credentials = False
+        operation_id = object()
+        with self._lock:
+            self._running[operation_id] = started
+        try:
+            for delay in delays():
+                before()
+                try:
+                    if without_credentials:
+                        look_for_credentials_again(self.filesystem)
+                        without_credentials = False
+                    return operation() if self.filesystem.async_impl else in_time(operation, seconds)
+                except Exception as error:
+                    waited = time.monotonic() - started
+                    reason = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
+                    self.trouble = f": {reason[:200]}"
+                    patience, limit = self.patience, " (storage_patience)"
+                    if self._known and lacks_credentials(self.filesystem, error):
+                        patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
+                        without_credentials = True
+                    elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
+                        raise StorageError(f"{self.url}: can't {what}: {reason}", refused=True) from None
+                    if waited + delay > patience:
+                        raise StorageError(
+                            f"{self.url}: can't {what}, tried for {waited:.0f} s{limit}: {reason}"
+                        ) from None
+                    if waited < next_warning:
+                        log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, reason)
+                    else:
+                        next_warning = 2 * waited
+                        so_far = f"tried for {waited:.0f} s of {patience:.0f} s{limit}"
+                        log.warning("%s: can't %s, %s: %s", self.url, what, so_far, reason)
+                    time.sleep(delay)
+        finally:
+            with self._lock:
+                del self._running[operation_id]
+        raise AssertionError("the delays never end")
