@@ -14,6 +14,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import RowRules, make_row
+from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
@@ -97,7 +98,7 @@ class Job:
             first: number of the first shard.
         """
         return plan_shards(
-            self.dataset.runs(self.rules, self.config.limit, since),
+            row_spans(self.dataset, self.rules, self.config.limit, since),
             self.total_rows - since,
             self.config.shard_size,
             self.config.batch_size,

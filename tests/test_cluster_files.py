@@ -20,7 +20,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resource
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
 
-from gaudi_batch.cluster.jobs_client import STOP_MARGIN_SECONDS
+from gaudi_batch.cluster.jobs_client import STOP_MARGIN_S
 from gaudi_batch.config.schema import JobConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -312,9 +312,7 @@ def test_secrets_come_by_reference(documents: dict[str, dict[str, Any]], pods: d
         assert container["envFrom"] == [{"secretRef": {"name": "gaudi-batch-credentials", "optional": True}}]
         assert not [variable for variable in container["env"] if "TOKEN" in variable["name"]]
     assert "envFrom" not in pods["submitter"]["containers"][0]
-    assert (
-        int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) == 30 + STOP_MARGIN_SECONDS
-    )
+    assert int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) == 30 + STOP_MARGIN_S
 
 
 def test_the_job_in_the_config_map_is_a_job(documents: dict[str, dict[str, Any]], tmp_path: Path) -> None:

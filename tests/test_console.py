@@ -131,14 +131,14 @@ def test_a_run_goes_on_when_its_terminal_is_gone(cluster: str, tmp_path: Path) -
 
 UNFORESEEN = """
 import os, sys, threading
-from gaudi_batch.cli import main as cli
+from gaudi_batch.cli import commands, main as cli
 
 def broken(parsed):
     hangs = threading.Thread(target=open, args=(sys.argv[-1],))
     hangs.start()
     raise {error}
 
-cli._status = broken
+commands.COMMANDS['status'] = broken
 cli.entry()
 """
 

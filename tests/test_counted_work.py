@@ -26,6 +26,7 @@ from gaudi_batch.dataset import reader as prompts
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import PromptRow, RowRules
+from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.rerun import plan_again
 from gaudi_batch.pipelines.base import Generated
 from gaudi_batch.plan import Bucket, Shard, plan_shards
@@ -64,7 +65,7 @@ def dataset(write_prompts: Callable[..., Path]) -> PromptDataset:
 
 
 def test_a_shard_builds_the_rows_of_its_own_bucket_and_no_other(dataset: PromptDataset, built: list[int]) -> None:
-    shards = list(plan_shards(dataset.runs(RULES), ROWS, 100, 10))
+    shards = list(plan_shards(row_spans(dataset, RULES), ROWS, 100, 10))
     for shard in shards:
         rows, carried = dataset.read(shard, RULES)
         assert {row.bucket for row in rows} == {shard.bucket}
@@ -93,10 +94,10 @@ def test_rows_that_are_made_again_alone_are_built_and_their_row_groups_alone_dec
 def test_rows_are_planned_again_without_reading_the_prompts(
     dataset: PromptDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = list(plan_shards(dataset.runs(RULES), ROWS, 100, 10, num_images=1))
+    plan = list(plan_shards(row_spans(dataset, RULES), ROWS, 100, 10, num_images=1))
     whose = {row: shard.number for shard in plan for row in range(shard.start, shard.stop)
              if 64 + 8 * (row % 5) == shard.bucket.width}  # fmt: skip
-    monkeypatch.setattr(PromptDataset, "_open", lambda *_: pytest.fail("the prompts are read"))
+    monkeypatch.setattr(PromptDataset, "open_file", lambda *_: pytest.fail("the prompts are read"))
     added = plan_again({row: whose[row] for row in range(0, ROWS, 7)}, {7: 3}, plan, dataset, 50)
     assert sorted(row for shard in added for row in shard.only or ()) == list(range(0, ROWS, 7))
     assert sum(shard.images for shard in added) == len(range(0, ROWS, 7)) + 2

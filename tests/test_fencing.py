@@ -27,7 +27,7 @@ from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
 from gaudi_batch.layout import manifest_path
-from gaudi_batch.output import lease, ledger, manifest
+from gaudi_batch.output import lease, ledger, manifest, reader
 from gaudi_batch.output.cleanup import clear, remove_orphans
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
@@ -71,14 +71,14 @@ def a_manifest(shard: int, attempt: str, run: str = "") -> tuple[CommitFacts, by
 
 def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it took to find that the shard is not committed."""
-    read = Ledger._read_commit
+    read = Ledger.read_commit
 
     def slow(self: Ledger, shard: int) -> Any:
         found = read(self, shard)
         take_over(output)
         return found
 
-    monkeypatch.setattr(Ledger, "_read_commit", slow)
+    monkeypatch.setattr(Ledger, "read_commit", slow)
     records = Ledger(output, first)
     with pytest.raises(LeaseLost):
         records.commit(*a_manifest(3, "aaaaa1"))
@@ -183,10 +183,10 @@ def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
     """Else all manifests of a run would be in memory at once."""
     read: list[int] = []
     with ThreadPoolExecutor(1) as pool:
-        found = ledger._ahead(pool, lambda number: read.append(number) or number, range(1000))
+        found = reader._ahead(pool, lambda number: read.append(number) or number, range(1000))
         assert [next(found) for _ in range(3)] == [0, 1, 2]
         pool.submit(int).result()
-        assert len(read) == 4 * ledger.READ_THREADS + 2
+        assert len(read) == 4 * reader.READ_THREADS + 2
         assert list(found) == list(range(3, 1000))
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gaudi_batch.cli import main as cli
+from gaudi_batch.cli.parser import parse
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 
@@ -98,7 +99,7 @@ def test_an_encoding_may_be_its_type_alone(
     job.write_text(f"prompts: {prompts}\noutput: {tmp_path / 'out'}\ndevice: simulated\nencoding: {file}\n")
     from gaudi_batch.cli.flags import job_from
 
-    config = job_from(cli._parse(["run", str(job), *flags]))
+    config = job_from(parse(["run", str(job), *flags]))
     assert (config.encoding.type, config.encoding.quality) == (kind, quality)
 
 
@@ -164,7 +165,7 @@ def test_other_mappings_and_lists_take_what_is_short_too() -> None:
     from gaudi_batch.cli.flags import job_from
 
     given = ("--prompts", "p", "--output", "o", *JOB, "--storage-options", "anon=true")
-    config = job_from(cli._parse(["run", *given, "--simulated.raise-rows", "1, 2", "--simulated.kill-rows", "3"]))
+    config = job_from(parse(["run", *given, "--simulated.raise-rows", "1, 2", "--simulated.kill-rows", "3"]))
     assert config.storage_options == {"anon": True}
     assert (config.simulated.raise_rows, config.simulated.kill_rows) == ((1, 2), (3,))
 

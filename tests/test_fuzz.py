@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from gaudi_batch.cli.check import check
 from gaudi_batch.cli.flags import job_from
-from gaudi_batch.cli.main import _parse
+from gaudi_batch.cli.parser import parse
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.rows import PromptRow, RowRules, make_row
+from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import read_lease
@@ -192,7 +193,7 @@ flags = st.sampled_from(
 def test_any_command_line_is_parsed_or_refused(arguments: list[str]) -> None:
     # What argparse quotes is made printable where it is printed.
     with contextlib.suppress(SystemExit, InputError):
-        parsed = _parse(arguments)
+        parsed = parse(arguments)
         if "job" in vars(parsed):
             job_from(parsed)
 
@@ -316,7 +317,7 @@ def read_all(prompts: Path) -> int:
     """Opens, plans and reads a dataset as a job does; returns the number of its rows."""
     config = JobConfig(prompts=str(prompts), output="out", device="simulated")
     dataset = open_prompts(config)
-    shards = list(plan_shards(dataset.runs(RULES), dataset.rows, 4, 2))
+    shards = list(plan_shards(row_spans(dataset, RULES), dataset.rows, 4, 2))
     count = 0
     for shard in shards:
         rows, carried = dataset.read(shard, RULES)

@@ -8,10 +8,10 @@ import re
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +20,6 @@ import pytest
 from helpers import Unfenced, command_line, read_manifest
 from raynodes import RayCluster, follow, start_job, wait_for_card
 
-from gaudi_batch.card.messages import Ready
-from gaudi_batch.driver.admission import why_unfit
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitFacts
@@ -29,7 +27,9 @@ from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.throughput import Sums
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS
-from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S, StackVote
+from gaudi_batch.scheduling.admission import Requirements
+from gaudi_batch.scheduling.events import LoadedCard
+from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S, Stack, StackVote
 from gaudi_batch.storage.store import Storage
 
 OTHER = "0.0.9"
@@ -153,11 +153,11 @@ def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
 
 
 def test_another_generation_of_cards_and_a_package_that_is_missing_are_named() -> None:
-    setup: Any = SimpleNamespace(model=SimpleNamespace(name="m", revision="r"), min_cpus=0)
+    needs = Requirements("m", "r")
     stack = {"device": "hpu GAUDI2", "torch": "2.10.0"}
-    ready = Ready("id", "node-2", 0, 1, 1.0, stack=stack, model="r", threads=4, cpus=4)
-    assert why_unfit(ready, setup, stack) == ""
-    assert why_unfit(ready, setup, {"device": "hpu GAUDI3", "torch": "2.10.0", "ftfy": "6.3"}) == (
+    loaded = LoadedCard("node-2-0", "id", "node-2", 0, stack, model="r", cpus=4)
+    assert needs.why_unfit(loaded, stack) == ""
+    assert needs.why_unfit(loaded, {"device": "hpu GAUDI3", "torch": "2.10.0", "ftfy": "6.3"}) == (
         "node node-2 would make other images: device is hpu GAUDI2, and hpu GAUDI3 in this run;"
         " ftfy is missing, and 6.3 in this run; every node needs the same"
     )
@@ -232,18 +232,18 @@ def test_every_change_between_stacks_warns_that_was_made_before_too(tmp_path: Pa
 
 
 def test_cards_that_differ_wait_for_a_bounded_time() -> None:
-    vote, ours, other = StackVote(None), {"torch": "1"}, {"torch": "2"}
-    vote.count([ours], True, 100.0)
-    vote.count([ours, other], True, 99.9 + STACK_VOTE_TIMEOUT_S)
+    vote, ours, other = StackVote(None), Stack({"torch": "1"}), Stack({"torch": "2"})
+    vote.count(Counter([ours]), True, 100.0)
+    vote.count(Counter([ours, other]), True, 99.9 + STACK_VOTE_TIMEOUT_S)
     assert (vote.stack, vote.settled) == (ours, False)
-    vote.count([ours, other], True, 100.0 + STACK_VOTE_TIMEOUT_S)
-    vote.count([ours, other, other], False, 200.0 + STACK_VOTE_TIMEOUT_S)
+    vote.count(Counter([ours, other]), True, 100.0 + STACK_VOTE_TIMEOUT_S)
+    vote.count(Counter([ours, other, other]), False, 200.0 + STACK_VOTE_TIMEOUT_S)
     assert (vote.stack, vote.settled) == (ours, True), "what has made images is not put out by those that come later"
 
 
 def test_the_stack_that_made_the_images_before_comes_before_what_most_have() -> None:
-    vote, before, other = StackVote({"torch": "1"}), {"torch": "1"}, {"torch": "2"}
-    vote.count([other, other], False, 0.0)
+    vote, before, other = StackVote({"torch": "1"}), Stack({"torch": "1"}), Stack({"torch": "2"})
+    vote.count(Counter([other, other]), False, 0.0)
     assert (vote.stack, vote.settled) == (other, False)
-    vote.count([other, other, before], False, 1.0)
+    vote.count(Counter([other, other, before]), False, 1.0)
     assert (vote.stack, vote.settled) == (before, True)

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from helpers import Unfenced
 
+from gaudi_batch.cli.stopping import ask_to_stop, outlook
+from gaudi_batch.cluster.submission import SUBMISSION_VARIABLE, Submitted
 from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.driver import stop_watch
 from gaudi_batch.driver.opening import begin_run
+from gaudi_batch.driver.stop_watch import watched_for_stop
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import resolve
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.reporting import stopping
-from gaudi_batch.reporting.stopping import Submitted, watched_for_stop
+from gaudi_batch.output.stop_request import requested_grace
 from gaudi_batch.storage.store import Storage
 
 
@@ -38,10 +41,10 @@ def submitted(output: Path | str, grace: float = 30.0) -> Submitted:
 
 
 def test_a_stop_says_what_will_happen_by_the_job_s_own_rate(output: Path) -> None:
-    assert submitted(output).outlook(30) == (
+    assert outlook(submitted(output), 30) == (
         "what has begun is committed first, for up to 30 s; a shard takes 28 s, so all of it will be"
     )
-    assert submitted(output).outlook(5) == (
+    assert outlook(submitted(output), 5) == (
         "what has begun is committed first, for up to 5 s; a shard takes 28 s; what is not done by then is made again"
         " when the job is resumed; with `stop --grace 29` nothing is"
     )
@@ -50,15 +53,15 @@ def test_a_stop_says_what_will_happen_by_the_job_s_own_rate(output: Path) -> Non
 def test_a_stop_says_what_will_happen_by_the_rate_of_the_cards(output: Path) -> None:
     cards = {f"vm-{n}": {"state": "ready", "images": 9, "images_per_s": 0.9, "faults": 0} for n in range(2)}
     (output / "progress.json").write_text(json.dumps({"cards": cards, "images_per_s": 1.8}))
-    assert "a shard takes 4 min 44 s; " in submitted(output).outlook(30)
-    assert "with `stop --grace 285` nothing is" in submitted(output).outlook(30)
+    assert "a shard takes 4 min 44 s; " in outlook(submitted(output), 30)
+    assert "with `stop --grace 285` nothing is" in outlook(submitted(output), 30)
 
 
 def test_a_stop_that_can_t_see_the_output_says_so(tmp_path: Path) -> None:
     elsewhere = submitted(tmp_path / "elsewhere")
-    assert "how long a shard takes is not known from here" in elsewhere.outlook(30)
+    assert "how long a shard takes is not known from here" in outlook(elsewhere, 30)
     with pytest.raises(InputError, match=r"--grace goes by the job's output.*the job's own grace of 30 s holds"):
-        elsewhere.ask_to_stop(60)
+        ask_to_stop(elsewhere, 60)
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -68,8 +71,8 @@ def test_a_job_of_an_older_version_is_known_for_one(metadata: dict[str, str] | N
 
 
 def test_a_request_stops_its_own_submission_alone_and_is_removed(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "LOOK_SECONDS", 0.05)
-    monkeypatch.setenv(stopping.SUBMISSION_VARIABLE, "mark")
+    monkeypatch.setattr(stop_watch, "STOP_INTERVAL_S", 0.05)
+    monkeypatch.setenv(SUBMISSION_VARIABLE, "mark")
     asked, graces = threading.Event(), list[float]()
 
     def stop(grace: float) -> None:
@@ -81,7 +84,7 @@ def test_a_request_stops_its_own_submission_alone_and_is_removed(output: Path, m
         for other in ('{"submission": "other", "grace": 1}', "[]", '{"submission": "mark", "grace": -1}', "torn"):
             request.write_text(other)
             assert not asked.wait(0.2)
-        submitted(output).ask_to_stop(7.0)
+        ask_to_stop(submitted(output), 7.0)
         assert asked.wait(20)
         while request.exists():
             asked.wait(0.01)
@@ -102,4 +105,4 @@ def test_a_request_stops_its_own_submission_alone_and_is_removed(output: Path, m
     ],
 )
 def test_a_request_that_is_none_stops_nobody(data: bytes) -> None:
-    assert stopping._grace(data, "a") is None
+    assert requested_grace(data, "a") is None

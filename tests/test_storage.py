@@ -99,7 +99,7 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_what_can_not_pass_is_raised_at_once(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(StorageError, match="can't write x"):
-        Storage(str(tmp_path), patience=3600).attempt("write x", failing(1, error))
+        Storage(str(tmp_path), patience=3600).with_retries("write x", failing(1, error))
 
 
 def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
@@ -110,7 +110,7 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
     monkeypatch.setattr("gaudi_batch.storage.store.time", clock)
     with pytest.raises(StorageError, match="tried for"):
-        Storage(str(tmp_path), patience=3600).attempt("read x", failing(10**6, OSError("503")))
+        Storage(str(tmp_path), patience=3600).with_retries("read x", failing(10**6, OSError("503")))
     words = r"can't read x, tried for (\d+) s of 3600 s \(storage_patience\): OSError: 503"
     lines = [line for line in caplog.messages if "can't read x" in line]  # threads of other tests may say something
     seconds = [int(number) for line in lines for number in re.findall(words, line)]
@@ -123,7 +123,7 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
 def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.01)
     with pytest.raises(StorageError, match=r"tried for .* s \(storage_patience\): OSError: 503"):
-        Storage(str(tmp_path), patience=0.1).attempt("read x", failing(10**6, OSError("503")))
+        Storage(str(tmp_path), patience=0.1).with_retries("read x", failing(10**6, OSError("503")))
 
 
 def test_secrets_are_not_in_errors(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ import pytest
 from helpers import command_line, read_manifest
 from raynodes import RAY, RayCluster
 
-from gaudi_batch.cluster import jobs_client as submit
-from gaudi_batch.cluster.jobs_client import refuse_what_stays_here
+from gaudi_batch.cluster import jobs_client
+from gaudi_batch.cluster.submission import require_portable
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
 
@@ -258,18 +258,18 @@ def test_following_ends_when_the_cluster_falls_silent(
 ) -> None:
     flags = job(dataset, tmp_path / "out", **{"simulated.batch-seconds": "2"})
     said: list[str] = []
-    monkeypatch.setattr(submit.log, "warning", lambda line, *values: said.append(line % values))
-    monkeypatch.setattr(submit, "ANSWER_SECONDS", 1.5)
-    monkeypatch.setattr(submit, "PATIENCE_SECONDS", 25.0)
+    monkeypatch.setattr(jobs_client.log, "warning", lambda line, *values: said.append(line % values))
+    monkeypatch.setattr(jobs_client, "ANSWER_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(jobs_client, "SILENCE_TIMEOUT_S", 25.0)
     with wire(nodes.dashboard_port) as (port, silence):
         begun = command_line("submit", "--address", nodes.jobs_address, "--no-wait", "--job-id", "silent", *flags)
         assert begun.returncode == 0, begun.stderr
-        cluster = submit.Cluster(f"http://127.0.0.1:{port}")
+        cluster = jobs_client.JobsClient(f"http://127.0.0.1:{port}")
         threading.Timer(3.0, silence.set).start()
         with pytest.raises(RunStopped, match=r"has not answered for .* s; job silent may go on"):
-            cluster.follow("silent")
+            cluster.follow("silent", print, lambda: None)
         assert any("does not answer, and is asked again for up to 25 s" in line for line in said)
-    assert submit.Cluster(nodes.jobs_address).follow("silent") == 3
+    assert jobs_client.JobsClient(nodes.jobs_address).follow("silent", print, lambda: None) == 3
 
 
 @contextlib.contextmanager
@@ -329,7 +329,7 @@ def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "xyzzyxyzzy")
     job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
     with pytest.raises(InputError, match=said) as refused:
-        refuse_what_stays_here(JobConfig.model_validate(job))
+        require_portable(JobConfig.model_validate(job))
     assert "xyzzy" not in str(refused.value)
 
 
@@ -348,7 +348,7 @@ def test_a_url_that_only_looks_like_a_secret_may_leave(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
-    refuse_what_stays_here(JobConfig.model_validate(job))
+    require_portable(JobConfig.model_validate(job))
 
 
 def test_the_script_names_its_flags() -> None:

@@ -1,15 +1,13 @@
 """The prompt dataset: its files and columns, and the rows of one shard.
 
-Planning reads the shape columns alone, where there are any, a record batch at a
-time. A card reads the row groups that its shard touches, and keeps the last one decoded.
+A card reads the row groups that its shard touches, and keeps the last one decoded. What reads all rows is in `scan.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +19,8 @@ import pyarrow.parquet as pq
 from gaudi_batch.dataset.arrow import distinct_rows, python_rows, take
 from gaudi_batch.dataset.columns import cast
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
-from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.plan import Run, Shard
+from gaudi_batch.errors import StorageError
+from gaudi_batch.plan import Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
 from gaudi_batch.storage.store import Storage
@@ -93,92 +91,6 @@ class PromptDataset:
         """Rows of all files."""
         return sum(file.rows for file in self.files)
 
-    def runs(self, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[Run]:
-        """The dataset as runs for the planner; reads the shape columns, where there are any, and nothing else.
-
-        Args:
-            rules: what a row gets where it says nothing.
-            limit: the row before which to end, over all files; None ends after the last.
-            since: the first row.
-
-        Raises:
-            InputError: the shape columns can't be decoded.
-        """
-        shapes = [name for name in SHAPE_COLUMNS if name in self.columns]
-        for index, file in enumerate(self.files):
-            count = file.rows if limit is None else min(file.rows, limit - file.first_row)
-            skipped = max(0, since - file.first_row)
-            if count <= skipped:
-                continue
-            present = [self.columns[name] for name in shapes]
-            try:
-                present = [name for name in present if name in self._open(index).schema_arrow.names] if shapes else []
-                if not present:
-                    yield Run(index, skipped, count - skipped, rules.bucket, rules.num_images)
-                    continue
-                start = 0
-                for batch in self._open(index).iter_batches(columns=present):
-                    batch = batch.slice(0, count - start)
-                    unplanned = batch.slice(max(0, skipped - start))
-                    yield from self._batch_runs(index, start + len(batch) - len(unplanned), unplanned, rules)
-                    start += batch.num_rows
-                    if start == count:
-                        break
-                if start != count:
-                    raise pa.ArrowInvalid("it holds fewer rows than its footer says")
-            except StorageError:
-                raise
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
-
-    def _batch_runs(self, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
-        codes, distinct = distinct_rows(self._ours(pa.Table.from_batches([batch])), len(batch))
-        shapes = [rules.shape(values)[:2] for values in distinct]
-        edges = np.flatnonzero(np.diff(codes)) + 1
-        for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
-            if end > begin:
-                bucket, images = shapes[codes[begin]]
-                yield Run(file, start + begin, end - begin, bucket, images)
-
-    def batches(self, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:
-        """The columns of ours of all rows, or of the first so many, a record batch at a time. What follows in a row
-        group after what can't be decoded comes with the reason.
-
-        Args:
-            limit: how many rows; None for all.
-            every_column: whether the carried columns are decoded, too.
-
-        Raises:
-            PromptsChanged: a file can't be read any more.
-            StorageError: the store failed for longer than the patience.
-        """
-        for index, file in enumerate(self.files):
-            last = file.first_row + file.rows if limit is None else min(file.first_row + file.rows, limit)
-            begin = file.first_row
-            for group, count in enumerate(self._group_sizes(index)):
-                stop = min(begin + count, last)
-                if begin < stop:
-                    yield from self._group_batches(index, group, begin, stop, every_column)
-                begin += count
-
-    def _group_batches(self, file: int, group: int, begin: int, stop: int, every_column: bool) -> Iterator[RowsRead]:
-        ours = set(self.columns.values())
-        try:
-            there = self._open(file).schema_arrow.names
-            columns = None if every_column else [name for name in there if name in ours]
-            for batch in self._open(file).iter_batches(row_groups=[group], columns=columns):
-                batch = batch.slice(0, stop - begin)
-                yield RowsRead(range(begin, begin + len(batch)), self._ours(pa.Table.from_batches([batch])))
-                begin += len(batch)
-                if begin == stop:
-                    return
-            raise pa.ArrowInvalid("it holds fewer rows than its footer says")
-        except StorageError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"row group {group} of {self.files[file].name!r} can't be decoded: {one_line(error, 300)}"
-            yield RowsRead(range(begin, stop), error=reason)
-
     def read(
         self,
         shard: Shard,
@@ -204,7 +116,7 @@ class PromptDataset:
         rows: list[PromptRow] = []
         carried: list[pa.Table] = []
         first = 0
-        for group, count in enumerate(self._group_sizes(shard.file)):
+        for group, count in enumerate(self.group_sizes(shard.file)):
             own = _rows_between(shard, first, first + count)
             if own:
                 span, first_row = range(first, first + count), self.files[shard.file].first_row
@@ -221,9 +133,9 @@ class PromptDataset:
     ) -> tuple[list[PromptRow], pa.Table]:
         try:
             table = self._decode_piece(piece, task, announce)
-            places = self._own_places(piece, 0, len(table), self._ours(table), rules)
+            places = self._own_places(piece, 0, len(table), self.ours(table), rules)
             own = take(table, places)
-            values, carried = python_rows(self._ours(own)), self._carried(own)
+            values, carried = python_rows(self.ours(own)), self._carried(own)
             read = len(table)
             reason = task.unreadable[piece.group][1] if read < piece.count else ""
         except StorageError:
@@ -274,7 +186,7 @@ class PromptDataset:
             announce(Reading(piece.group, piece.span, piece.rows(0), by_row=False))
             return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
         step = -(-piece.count // MAX_READINGS)
-        batches = self._open(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
+        batches = self.open_file(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
         found: list[pa.RecordBatch] = []
         stop, decoded = piece.offset + piece.count, 0
         unreadable = task.unreadable.get(piece.group, (piece.row(piece.count), ""))[0]
@@ -290,7 +202,7 @@ class PromptDataset:
             before = min(len(batch), max(0, piece.offset - decoded))
             found.append(batch.slice(before, stop - decoded - before))
             decoded += len(batch)
-        schema = self._open(piece.shard.file).schema_arrow
+        schema = self.open_file(piece.shard.file).schema_arrow
         return pa.Table.from_batches(found) if found else schema.empty_table()
 
     def read_bytes(self, shard: Shard) -> None:
@@ -318,8 +230,8 @@ class PromptDataset:
         if not shapes:
             return pa.table({})
         try:
-            table = self._open(piece.shard.file).read_row_group(piece.group, columns=shapes)
-            found = self._ours(table.slice(piece.offset + first, piece.count - first))
+            table = self.open_file(piece.shard.file).read_row_group(piece.group, columns=shapes)
+            found = self.ours(table.slice(piece.offset + first, piece.count - first))
         except MemoryError:
             raise  # the card's
         except (pa.ArrowException, OSError, ValueError):
@@ -331,8 +243,8 @@ class PromptDataset:
     def _decode(self, file: int, group: int) -> pa.Table:
         if self._group is None or self._group[0] != (file, group):
             self._group = None
-            table = self._open(file).read_row_group(group)
-            if len(table) != self._group_sizes(file)[group]:
+            table = self.open_file(file).read_row_group(group)
+            if len(table) != self.group_sizes(file)[group]:
                 raise pa.ArrowInvalid(f"it holds {len(table)} rows and not as many as its footer says")
             self._group = ((file, group), table)
         return self._group[1]
@@ -354,21 +266,24 @@ class PromptDataset:
         if not (fits and identity.startswith(_size(info)) and identity.endswith(_version(info))):
             raise PromptsChanged(f"prompts file {name!r} is not what it was when it was planned")
 
-    def _group_sizes(self, file: int) -> list[int]:
+    def group_sizes(self, file: int) -> list[int]:
+        """Rows of each row group of a file. Raises PromptsChanged."""
         try:
-            metadata = self._open(file).metadata
+            metadata = self.open_file(file).metadata
         except (pa.ArrowException, OSError) as error:
             raise PromptsChanged(
                 f"prompts file {self.files[file].name!r} can't be read any more: {one_line(error, 300)}"
             ) from None
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
-    def _open(self, file: int) -> pq.ParquetFile:
+    def open_file(self, file: int) -> pq.ParquetFile:
+        """One file; the last one that was opened is kept open."""
         if self._opened is None or self._opened[0] != file:
             self._opened = (file, pq.ParquetFile(self.storage.open(self.files[file].name), pre_buffer=True))
         return self._opened[1]
 
-    def _ours(self, table: pa.Table) -> pa.Table:
+    def ours(self, table: pa.Table) -> pa.Table:
+        """The columns that mean something to the job, under our names."""
         present = {ours: theirs for ours, theirs in self.columns.items() if theirs in table.column_names}
         return table.select(list(present.values())).rename_columns(list(present))
 
@@ -380,18 +295,6 @@ class PromptDataset:
             for field in self.carried
         ]
         return pa.table(columns, schema=self.carried)
-
-
-@dataclass(frozen=True)
-class RowsRead:
-    """Consecutive rows of a dataset."""
-
-    rows: range
-    """Their numbers over all files."""
-    table: pa.Table = dataclasses.field(default_factory=lambda: pa.table({}))
-    """Their values under our names of the columns."""
-    error: str | None = None
-    """Why they can't be read."""
 
 
 @dataclass(frozen=True)

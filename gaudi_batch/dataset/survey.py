@@ -21,6 +21,7 @@ from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.reasons import Reasons
 from gaudi_batch.dataset.repeats import RepeatedIds
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules, make_row
+from gaudi_batch.dataset.scan import batches
 from gaudi_batch.errors import InputError
 
 Mask = npt.NDArray[np.bool_]
@@ -82,7 +83,7 @@ def survey(dataset: PromptDataset, rules: RowRules, limit: int | None, every_col
         if len(first) < FIRST_ROWS:
             first.append((number, error))
 
-    for read in dataset.batches(limit, every_column):
+    for read in batches(dataset, limit, every_column):
         rows += len(read.rows)
         if read.error is not None:
             for number in read.rows:

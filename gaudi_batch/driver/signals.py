@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from gaudi_batch.reporting.stopping import watched_for_stop
+from gaudi_batch.driver.stop_watch import watched_for_stop
 from gaudi_batch.storage.store import Storage
 
 if TYPE_CHECKING:

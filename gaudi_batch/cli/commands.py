@@ -1,0 +1,182 @@
+"""The commands: each takes what the parser has made of its arguments, and returns an exit code.
+
+Nothing heavy is imported before the command that needs it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gaudi_batch.cli.parser import RUN_SWITCHES
+from gaudi_batch.errors import InputError
+from gaudi_batch.redaction import redact
+from gaudi_batch.reporting.console import OutputLost, look_for_reader, say
+
+if TYPE_CHECKING:
+    from gaudi_batch.cluster.jobs_client import JobsClient
+
+log = logging.getLogger("gaudi_batch")
+
+INTERRUPTED = 130
+NOT_FOLLOWED = 141
+"""As of a command that SIGPIPE ends."""
+STATUS_PATIENCE_S = 10.0
+"""Seconds for which `status` tries an output that fails again."""
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Makes the images of a job."""
+    from gaudi_batch.cli.flags import job_from
+    from gaudi_batch.driver.runner import run as make_images
+
+    switches = {name: getattr(parsed, name) for name in RUN_SWITCHES}
+    result = make_images(job_from(parsed), address=parsed.address, grace=parsed.grace, **switches)
+    _print_result(result.output, result.summary)
+    return result.exit_code
+
+
+def submit(parsed: argparse.Namespace) -> int:
+    """Sends a job to a cluster, and follows it."""
+    from gaudi_batch.cli.flags import job_from
+    from gaudi_batch.cluster.jobs_client import JobsClient
+    from gaudi_batch.cluster.submission import Submission, require_portable
+
+    config = job_from(parsed)
+    require_portable(config)
+    flags = [f"--{name.replace('_', '-')}" for name in RUN_SWITCHES if getattr(parsed, name)]
+    submission = Submission(config, flags, parsed.grace, parsed.job_id, parsed.ship_code)
+    cluster = JobsClient(parsed.address)
+    job = cluster.submit(submission)
+    return _follow_job(cluster, job, f"job: {job}\n", parsed.wait)
+
+
+def follow(parsed: argparse.Namespace) -> int:
+    """Prints the log of a submitted job."""
+    from gaudi_batch.cluster.jobs_client import JobsClient
+
+    return _follow_job(JobsClient(parsed.address), parsed.job)
+
+
+def _follow_job(cluster: JobsClient, job: str, first: str = "", wait: bool = True) -> int:
+    this = f"{job} --address {redact(cluster.address)}"
+    goes_on = f"job {job} goes on; `gaudi-batch follow {this}` shows it again, `stop` in its place ends it"
+    try:
+        say(first, end="")
+        return cluster.follow(job, lambda piece: say(piece, end=""), look_for_reader) if wait else 0
+    except KeyboardInterrupt:
+        log.warning("%s", goes_on)
+        return INTERRUPTED
+    except OutputLost as error:
+        log.warning("%s; %s", error, goes_on)
+        return NOT_FOLLOWED
+
+
+def stop(parsed: argparse.Namespace) -> int:
+    """Stops a submitted job."""
+    from gaudi_batch.cli.stopping import stop_job
+    from gaudi_batch.cluster.jobs_client import JobsClient
+
+    say(f"job {parsed.job}: {stop_job(JobsClient(parsed.address), parsed.job, parsed.grace)}")
+    return 0
+
+
+def check(parsed: argparse.Namespace) -> int:
+    """Prints what a job would do."""
+    from gaudi_batch.cli.check import check as check_job
+    from gaudi_batch.cli.flags import job_from
+
+    checked = check_job(job_from(parsed), parsed.strict)
+    say(checked.text)
+    if checked.refused is not None:
+        raise InputError(checked.refused)
+    return 0
+
+
+def bench(parsed: argparse.Namespace) -> int:
+    """Measures how fast the cards are."""
+    from gaudi_batch.bench import bench as measure
+    from gaudi_batch.cli.demo import PROMPTS
+    from gaudi_batch.cli.flags import job_from
+    from gaudi_batch.cluster.address import address_of
+    from gaudi_batch.cluster.devices import with_device
+    from gaudi_batch.job import resolve
+
+    if parsed.calls < 1:
+        raise InputError(f"--calls is {parsed.calls}; it must be 1 or more")
+    address = address_of(parsed.address)
+    config = job_from(parsed, {"prompts": str(PROMPTS), "output": os.curdir})
+    measured = measure(resolve(with_device(config, address)), address, parsed.calls)
+    say(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
+    return 0
+
+
+def status(parsed: argparse.Namespace) -> int:
+    """Says how far a run is."""
+    from gaudi_batch.output.place import refuse_file
+    from gaudi_batch.output.reader import OutputReader
+    from gaudi_batch.reporting.status import describe_status, read_status
+    from gaudi_batch.storage.store import Storage
+    from gaudi_batch.text import read_yaml
+
+    options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
+    storage = Storage(parsed.output, options, STATUS_PATIENCE_S)
+    refuse_file(storage)
+    current = read_status(OutputReader(storage))
+    say(json.dumps(current, indent=1) if parsed.json else describe_status(current))
+    return 0
+
+
+def demo(parsed: argparse.Namespace) -> int:
+    """Runs a small job of bundled prompts."""
+    from gaudi_batch.cli.demo import demo as run_demo
+
+    result = run_demo(parsed.output, parsed.prompts_count)
+    _print_result(result.output, result.summary)
+    return result.exit_code
+
+
+def emulate(parsed: argparse.Namespace) -> NoReturn:
+    """Runs a command as on a machine with Gaudi cards."""
+    from gaudi_batch.emulator import Machine
+    from gaudi_batch.emulator import emulate as run_emulated
+
+    run_emulated(
+        parsed.argv[1:] if parsed.argv[:1] == ["--"] else parsed.argv,
+        Machine(
+            parsed.modules,
+            parsed.capture_seconds,
+            parsed.memory_gib,
+            parsed.fault and tuple(parsed.fault),
+            parsed.state,
+        ),
+    )
+
+
+def _print_result(output: str, summary: dict[str, Any]) -> None:
+    """Prints how a run came out. That nobody takes it changes nothing of the run."""
+    from gaudi_batch.output.tally import result_lines
+
+    try:
+        say("\n".join(result_lines(output, summary)))
+    except OutputLost as error:
+        if not error.closed:
+            log.warning("%s", error)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "run": run,
+    "submit": submit,
+    "follow": follow,
+    "stop": stop,
+    "check": check,
+    "bench": bench,
+    "status": status,
+    "demo": demo,
+    "emulate": emulate,
+}
+"""By the name that the parser has of each."""

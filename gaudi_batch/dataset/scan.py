@@ -1,0 +1,135 @@
+"""All rows of a dataset, a record batch at a time: their shapes for the planner, their values for a survey."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from gaudi_batch.dataset.arrow import distinct_rows
+from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.plan import Run
+from gaudi_batch.text import one_line
+
+
+class RowGroup(NamedTuple):
+    """A row group of a dataset."""
+
+    file: int
+    number: int
+    """Counted in its file."""
+
+
+@dataclass(frozen=True)
+class RowsRead:
+    """Consecutive rows of a dataset."""
+
+    rows: range
+    """Their numbers over all files."""
+    table: pa.Table = dataclasses.field(default_factory=lambda: pa.table({}))
+    """Their values under our names of the columns."""
+    error: str | None = None
+    """Why they can't be read."""
+
+
+def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[Run]:
+    """A dataset as spans of rows for the planner; reads the shape columns, where there are any, and nothing else.
+
+    Args:
+        dataset: the dataset.
+        rules: what a row gets where it says nothing.
+        limit: the row before which to end, over all files; None ends after the last.
+        since: the first row.
+
+    Raises:
+        InputError: the shape columns can't be decoded.
+    """
+    shapes = [name for name in SHAPE_COLUMNS if name in dataset.columns]
+    for index, file in enumerate(dataset.files):
+        count = file.rows if limit is None else min(file.rows, limit - file.first_row)
+        skipped = max(0, since - file.first_row)
+        if count <= skipped:
+            continue
+        present = [dataset.columns[name] for name in shapes]
+        try:
+            present = (
+                [name for name in present if name in dataset.open_file(index).schema_arrow.names] if shapes else []
+            )
+            if not present:
+                yield Run(index, skipped, count - skipped, rules.bucket, rules.num_images)
+                continue
+            start = 0
+            for batch in dataset.open_file(index).iter_batches(columns=present):
+                batch = batch.slice(0, count - start)
+                unplanned = batch.slice(max(0, skipped - start))
+                yield from _spans_of(dataset, index, start + len(batch) - len(unplanned), unplanned, rules)
+                start += batch.num_rows
+                if start == count:
+                    break
+            if start != count:
+                raise pa.ArrowInvalid("it holds fewer rows than its footer says")
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
+
+
+def _spans_of(dataset: PromptDataset, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
+    codes, distinct = distinct_rows(dataset.ours(pa.Table.from_batches([batch])), len(batch))
+    shapes = [rules.shape(values)[:2] for values in distinct]
+    edges = np.flatnonzero(np.diff(codes)) + 1
+    for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
+        if end > begin:
+            bucket, images = shapes[codes[begin]]
+            yield Run(file, start + begin, end - begin, bucket, images)
+
+
+def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:
+    """The columns of ours of all rows, or of the first so many, a record batch at a time. What follows in a row
+    group after what can't be decoded comes with the reason.
+
+    Args:
+        dataset: the dataset.
+        limit: how many rows; None for all.
+        every_column: whether the carried columns are decoded, too.
+
+    Raises:
+        PromptsChanged: a file can't be read any more.
+        StorageError: the store failed for longer than the patience.
+    """
+    for index, file in enumerate(dataset.files):
+        last = file.first_row + file.rows if limit is None else min(file.first_row + file.rows, limit)
+        begin = file.first_row
+        for group, count in enumerate(dataset.group_sizes(index)):
+            stop = min(begin + count, last)
+            if begin < stop:
+                yield from _group_batches(dataset, RowGroup(index, group), range(begin, stop), every_column)
+            begin += count
+
+
+def _group_batches(dataset: PromptDataset, group: RowGroup, rows: range, every_column: bool) -> Iterator[RowsRead]:
+    begin, stop = rows.start, rows.stop
+    ours = set(dataset.columns.values())
+    try:
+        there = dataset.open_file(group.file).schema_arrow.names
+        columns = None if every_column else [name for name in there if name in ours]
+        for batch in dataset.open_file(group.file).iter_batches(row_groups=[group.number], columns=columns):
+            batch = batch.slice(0, stop - begin)
+            yield RowsRead(range(begin, begin + len(batch)), dataset.ours(pa.Table.from_batches([batch])))
+            begin += len(batch)
+            if begin == stop:
+                return
+        raise pa.ArrowInvalid("it holds fewer rows than its footer says")
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (
+            f"row group {group.number} of {dataset.files[group.file].name!r} can't be decoded: {one_line(error, 300)}"
+        )
+        yield RowsRead(range(begin, stop), error=reason)
