@@ -47,7 +47,7 @@ START_SECONDS = 20.0
 SLOW_SHARE, SLOW_FACTOR = 0.01, 3.0
 DEATHS_PER_CARD_HOUR = 0.5
 CARDS_OF_A_NODE = 8
-COMMIT_SECONDS = 0.05
+COMMIT_TIMEOUT_S = 0.05
 RECALL_SECONDS = 0.01
 
 
@@ -56,7 +56,7 @@ class _Card:
     number: int
     slow: bool
     process: int = 0  # grows with each replacement, so that news of an old one is known
-    hand: list[ShardTask] = field(default_factory=list)
+    in_flight: list[ShardTask] = field(default_factory=list)
     graphs: set[GraphKey] = field(default_factory=set)
     working: bool = False
     gone: bool = False
@@ -139,12 +139,12 @@ class Simulation:
         for decision in self._watch(lambda: self.schedule.handle(event)):
             if isinstance(decision, Assign):
                 card = self.cards[decision.card]
-                card.hand.append(decision.task)
+                card.in_flight.append(decision.task)
                 self._work(card)
             elif isinstance(decision, Recall):
                 self._later(RECALL_SECONDS, self._answer, decision)
             elif isinstance(decision, Commit):
-                self._later(COMMIT_SECONDS, self._do, ShardCommitted(decision.shard))
+                self._later(COMMIT_TIMEOUT_S, self._do, ShardCommitted(decision.shard))
             elif isinstance(decision, Replace):
                 self._restart(self.cards[decision.card])
             elif isinstance(decision, Finish):
@@ -159,10 +159,10 @@ class Simulation:
             self._do(CardLoaded(card.number, loaded, self._now))
 
     def _work(self, card: _Card) -> None:
-        if card.working or not card.hand:
+        if card.working or not card.in_flight:
             return
         card.working = True
-        task = card.hand[0]
+        task = card.in_flight[0]
         seconds = SHARD_SECONDS * self.rng.uniform(0.95, 1.05) * (SLOW_FACTOR if card.slow else 1.0)
         if task.shard.bucket.graph_key not in card.graphs:
             card.graphs.add(task.shard.bucket.graph_key)
@@ -173,23 +173,23 @@ class Simulation:
     def _done(self, card: _Card, process: int, task: ShardTask, seconds: float) -> None:
         if card.process != process:
             return
-        card.hand.remove(task)
+        card.in_flight.remove(task)
         card.working = False
         self._work(card)
         self._do(ShardMade(task.attempt, ShardOutcome(8, 0, 0, seconds=seconds)))
 
     def _answer(self, recall: Recall) -> None:
-        hand = self.cards[recall.card].hand
-        given = [task for task in hand[1:] if task.attempt == recall.attempt]
-        if any(task.attempt == recall.attempt for task in hand):
+        in_flight = self.cards[recall.card].in_flight
+        given = [task for task in in_flight[1:] if task.attempt == recall.attempt]
+        if any(task.attempt == recall.attempt for task in in_flight):
             for task in given:
-                hand.remove(task)
+                in_flight.remove(task)
             self._do(RecallAnswered(recall.attempt, bool(given)))
 
     def _die(self) -> None:
         self._later(self._next_death(), self._die)
         card = self.rng.choice(self.cards)
-        if card.hand and not card.gone:
+        if card.in_flight and not card.gone:
             self.dead += 1
             self._do(CardDied(card.number, "killed"))
 
@@ -198,7 +198,7 @@ class Simulation:
         lost = self.rng.sample(range(len(self.cards) // CARDS_OF_A_NODE), self.lost_nodes)
         gone = [card for card in self.cards if card.number // CARDS_OF_A_NODE in lost and not card.gone]
         for card in gone:
-            for task in card.hand:
+            for task in card.in_flight:
                 self._do(ShardBegun(task.attempt, False))
         for card in gone:
             card.gone = True
@@ -216,7 +216,7 @@ class Simulation:
 
     def _stop(self, card: _Card) -> None:
         card.process += 1
-        card.hand.clear()
+        card.in_flight.clear()
         card.graphs.clear()
         card.working = False
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from gaudi_batch.card.actor import where_am_i
+from gaudi_batch.card.actor import card_placement
 from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.cluster.connection import card_options, card_resources, connected, look_at_cluster
 from gaudi_batch.config.schema import JobConfig
@@ -19,7 +19,7 @@ from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import Item, Pipeline
-from gaudi_batch.pipelines.sources import ModelFacts
+from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.plan import Bucket
 
 PROMPT = "An astronaut riding a horse on the moon, oil painting"
@@ -147,13 +147,13 @@ class Bench:
 class _BenchCard:
     """The actor: one card that makes the same images over and over."""
 
-    def __init__(self, config: JobConfig, model: ModelFacts, threads: int | None) -> None:
+    def __init__(self, config: JobConfig, model: ModelInfo, threads: int | None) -> None:
         self._job = config, model, threads
         self._pipeline: Pipeline
 
     def load(self) -> tuple[str, int]:
         """Loads the pipeline; returns the device's name and the calls that a new shape needs for warm-up."""
-        module = where_am_i(self._job[0].device)[2]
+        module = card_placement(self._job[0].device)[2]
         self._pipeline = load_pipeline(*self._job, module)
         return self._pipeline.device, self._pipeline.warmup_batches
 

@@ -18,7 +18,7 @@ from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
-from gaudi_batch.pipelines.sources import ModelFacts, describe_model, read_gaudi_config, unseen_model
+from gaudi_batch.pipelines.sources import ModelInfo, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.pipelines.stack import versions
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.redaction import redacted_options
@@ -57,7 +57,7 @@ class Job:
 
     config: JobConfig
     dataset: PromptDataset
-    model: ModelFacts
+    model: ModelInfo
     threads: int | None
     bounds: Bounds | None
 

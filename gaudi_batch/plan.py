@@ -61,7 +61,7 @@ class Bucket(NamedTuple):
         return f"{self.width}x{self.height}, {self.steps} steps, guidance {self.guidance_scale:g}"
 
 
-class Run(NamedTuple):
+class RowSpan(NamedTuple):
     """Consecutive rows of one file that share a bucket and a number of images."""
 
     file: int
@@ -97,13 +97,13 @@ class Shard:
     """How many images of theirs manifests name already, of which at least one of each row is missing or torn."""
 
     @property
-    def again(self) -> bool:
+    def is_rerun(self) -> bool:
         """Whether its rows are in shards before it, whose word on them no longer counts."""
         return self.only is not None
 
 
 def plan_shards(
-    runs: Iterable[Run], total_rows: int, shard_size: int, batch_size: int, num_images: int = 1, first: int = 0
+    runs: Iterable[RowSpan], total_rows: int, shard_size: int, batch_size: int, num_images: int = 1, first: int = 0
 ) -> Iterator[Shard]:
     """Cuts a dataset into shards.
 

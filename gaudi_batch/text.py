@@ -14,7 +14,7 @@ import yaml
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redact
 
-MOST_YAML_VALUES = 100_000
+MAX_YAML_VALUES = 100_000
 """A job has some dozens; nested aliases can make billions of a few lines."""
 
 
@@ -46,7 +46,7 @@ def one_line(text: object, most: int = 500) -> str:
     return printable(" ".join(str(text)[: 4 * most].split()))[:most]
 
 
-def shown(value: object, most: int = 200) -> str:
+def short_repr(value: object, most: int = 200) -> str:
     """A foreign value as a message names it, however large or deep it is: printable and at most so long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = most
@@ -68,7 +68,7 @@ class OneLineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-def name(text: str) -> str:
+def quote_if_unprintable(text: str) -> str:
     """A foreign name within a line: as it is, or quoted if something in it is not printable."""
     return text if text.isprintable() else repr(text)
 
@@ -91,7 +91,7 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is not YAML, or names a Python object.
-        ValueError: it has a value that can't be, or its aliases make more of it than `MOST_YAML_VALUES`.
+        ValueError: it has a value that can't be, or its aliases make more of it than `MAX_YAML_VALUES`.
         RecursionError: it is nested too deeply.
     """
     value = yaml.safe_load(text)
@@ -99,7 +99,7 @@ def load_yaml(text: str) -> Any:
     while waiting:
         found = waiting.pop()
         count += 1
-        if count + len(waiting) > MOST_YAML_VALUES:
+        if count + len(waiting) > MAX_YAML_VALUES:
             raise ValueError("aliases make too many values")
         if isinstance(found, dict):
             waiting += [*found, *found.values()]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from world import loaded
 
-from gaudi_batch.plan import Bucket, GraphKey, Run, Shard, plan_shards
+from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard, plan_shards
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
 from gaudi_batch.scheduling.events import CardPlaced, RecallAnswered, ShardCommitted, ShardMade, ShardOutcome
@@ -38,7 +38,7 @@ def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
     """Rows that ask for one of several shapes, in random order."""
     buckets = [Bucket(*SHAPES[row % shapes], 20, 2.0) for row in range(rows)]
     random.Random(0).shuffle(buckets)
-    runs = (Run(0, row, 1, bucket, 1) for row, bucket in enumerate(buckets))
+    runs = (RowSpan(0, row, 1, bucket, 1) for row, bucket in enumerate(buckets))
     return list(plan_shards(runs, rows, shard_size, BATCH))
 
 

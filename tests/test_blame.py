@@ -10,7 +10,7 @@ import pytest
 from world import World, let_it_end, loaded, shards, start
 
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.scheduling.card_events import MAX_STRIKES
+from gaudi_batch.scheduling.card_events import MAX_CONSECUTIVE_FAILURES
 from gaudi_batch.scheduling.cards import Card
 from gaudi_batch.scheduling.decisions import Assign, CheckStorage, Quarantine, ShardTask
 from gaudi_batch.scheduling.events import (
@@ -146,7 +146,7 @@ def test_a_card_whose_storage_fails_while_it_loads_is_started_again_and_not_for_
     schedule = Schedule(shards(4), "a", RowCounts(16))
     world = World(schedule)
     world.join(0)
-    for _ in range(MAX_STRIKES):
+    for _ in range(MAX_CONSECUTIVE_FAILURES):
         assert not world.quarantined
         world.starting.discard(0)
         world.do(schedule.handle(CardBroken(0, "can't read run.json, tried for 600 s", storage=True)))
@@ -209,12 +209,12 @@ def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int]
         for batch in batches:
             if task.announce:
                 world.do(world.schedule.handle(BatchAnnounced(task.attempt, batch)))
-            if set(batch) & (deadly.keys() - task.condemned.keys()):
+            if set(batch) & (deadly.keys() - task.fail_without_running.keys()):
                 disasters += 1
                 act(world, card)
                 break
         else:
-            world.finish_first(card, failed=len(task.condemned))
+            world.finish_first(card, failed=len(task.fail_without_running))
     return disasters
 
 
@@ -269,7 +269,7 @@ def test_shards_that_are_lost_with_nodes_that_others_took_down_are_made() -> Non
     lost = play_killer(world, {70: 4, 200: 12}, World.lose_node, new=8, size=8)
     assert world.finished == [None]
     assert lost <= 8
-    assert world.schedule.failed_rows == 2, "no neighbour was condemned"
+    assert world.schedule.failed_rows == 2, "no neighbour failed for it"
 
 
 def test_nodes_that_go_down_while_their_cards_load_end_the_run() -> None:
@@ -411,8 +411,8 @@ def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_
             break
         (card,) = busy(world)
         task = world.hands[card][0]
-        if task.shard is not made.shard or made.shard.start in task.condemned:
-            world.finish_first(card, failed=len(task.condemned))
+        if task.shard is not made.shard or made.shard.start in task.fail_without_running:
+            world.finish_first(card, failed=len(task.fail_without_running))
             continue
         rows = [made.shard.start] if made.shard.start in task.alone else range(made.shard.start, made.shard.stop)
         world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
@@ -541,7 +541,7 @@ def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
 
 
 def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> None:
-    """Its card died while another shard was ahead of it; the row that kills it is condemned at its own third death."""
+    """Its card died while another shard was ahead of it; the row that kills it fails at its own third death."""
     work = shards(3, rows=8)
     schedule = Schedule(work, "a", RowCounts(24))
     world = World(schedule, rows=8)
@@ -556,8 +556,8 @@ def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> Non
             break
         (card,) = busy(world)
         task = world.hands[card][0]
-        if task.shard is not queued or queued.start in task.condemned:
-            world.finish_first(card, failed=len(task.condemned))
+        if task.shard is not queued or queued.start in task.fail_without_running:
+            world.finish_first(card, failed=len(task.fail_without_running))
             continue
         assert task.announce
         rows = [queued.start] if queued.start in task.alone else range(queued.start, queued.stop)

@@ -291,7 +291,7 @@ def test_nodes_that_can_t_say_what_cards_they_have_are_named_so(
         return True
 
     for look, seconds, said in ((without_this_package, 60, "No module named 'gaudi_batch'"), (silent, 3, "for 3 s")):
-        monkeypatch.setattr(devices, "NODES_SECONDS", float(seconds))
+        monkeypatch.setattr(devices, "NODES_TIMEOUT_S", float(seconds))
         monkeypatch.setattr(devices, "_has_stack", look)
         with pytest.raises(InputError, match=rf"device auto: .*{said}.*; name the device"):
             with_device(config, cluster)

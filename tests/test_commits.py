@@ -19,8 +19,8 @@ from gaudi_batch.output import lease, ledger, manifest
 from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.storage import retry
 from gaudi_batch.storage.store import Storage
 
@@ -49,16 +49,16 @@ def output(server: StoreServer, tmp_path: Path) -> Storage:
 @pytest.fixture
 def driver(server: StoreServer, proxy: FaultProxy, output: Storage, monkeypatch: pytest.MonkeyPatch) -> LeaseKeeper:
     """A driver that has the lease, writes it no more by itself, and reaches its storage by the proxy."""
-    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 600.0)
-    keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), patience=10.0), "aaaaa")
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.1)
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 600.0)
+    keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), retry_timeout_s=10.0), "aaaaa")
     keeper.take()
     return keeper
 
 
-def a_manifest(shard: int, attempt: str, size: int = 0) -> tuple[CommitFacts, bytes]:
-    facts = CommitFacts(shard, attempt, "card", "node", None, 0, 0, 0, Sums())
+def a_manifest(shard: int, attempt: str, size: int = 0) -> tuple[CommitInfo, bytes]:
+    facts = CommitInfo(shard, attempt, "card", "node", None, 0, 0, 0, ThroughputTotals())
     data = manifest.build([], pa.table({}), {}, {}, 0, facts)
     return facts, data[:4] + bytes(size) + data[4:]  # a file without rows is whole whatever is in its midst
 
@@ -68,9 +68,9 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network held it for so long that it was given up, and another driver committed."""
-    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
+    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 0.5)
     fault = proxy.add(Fault("late", "PUT|POST", count=1))
-    driver._storage.patience = 0.0
+    driver._storage.retry_timeout_s = 0.0
     with pytest.raises(StorageError, match="can't write manifest/000003"):
         Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1"))
     other, data = a_manifest(3, "bbbbb1")
@@ -88,7 +88,7 @@ def test_a_manifest_whose_answer_was_lost_is_committed(
 ) -> None:
     """Whether the store's library puts it again or this package does, it finds its own."""
     for shard, options in enumerate([server.options_at(proxy.port), server.quick_options_at(proxy.port)]):
-        storage = Storage(output.url, options, patience=10.0)
+        storage = Storage(output.url, options, retry_timeout_s=10.0)
         storage.creates = driver._storage.creates
         fault = proxy.add(Fault("lost answer", "PUT|POST", count=1))
         facts, data = a_manifest(shard, f"aaaaa{shard}")
@@ -177,7 +177,7 @@ def test_a_store_that_knows_no_conditions_is_used_without(
     driver.release()
     caplog.set_level("INFO", "gaudi_batch")
     fault = proxy.add(Fault(status, "PUT", "/lease.json", every=2, count=1, code=code))  # the second one is conditional
-    keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), patience=10.0), "bbbbb")
+    keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), retry_timeout_s=10.0), "bbbbb")
     keeper.take()
     assert fault.hits == 1
     assert Ledger(keeper._storage, keeper).commit(*a_manifest(3, "bbbbb1")) is True
@@ -205,8 +205,8 @@ def held(driver: LeaseKeeper) -> bool:
 def test_a_manifest_that_takes_long_to_write_is_committed(
     server: StoreServer, proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
-    storage = Storage(output.url, server.options_at(proxy.port), patience=0.0)
+    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 0.5)
+    storage = Storage(output.url, server.options_at(proxy.port), retry_timeout_s=0.0)
     fault = proxy.add(Fault("slow", "PUT", "/manifest/"))
     facts, data = a_manifest(3, "aaaaa1", size=3_000_000)
     assert committed(lambda: Ledger(storage, driver).commit(facts, data))
@@ -225,7 +225,7 @@ def committed(commit: Callable[[], bool]) -> bool:
 def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
     proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 600.0)
+    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 600.0)
     monkeypatch.setattr(retry, "KEEP_INTERVAL_S", 0.1)
     given_up = threading.Event()
 
@@ -234,7 +234,7 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
             Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1"))
         given_up.set()
 
-    driver._storage.patience = 0.5
+    driver._storage.retry_timeout_s = 0.5
     fault = proxy.add(Fault("deaf", "PUT", "/manifest/"))
     threading.Thread(target=commit, daemon=True).start()
     until = time.monotonic() + 60
@@ -242,11 +242,11 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
         assert time.monotonic() < until
         time.sleep(0.01)
     assert not given_up.is_set()
-    monkeypatch.setattr(lease, "CERTAIN_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "RENEW_DEADLINE_S", 0.0)
     assert given_up.wait(60)
 
 
 def test_a_holder_lets_go_before_another_may_take_over() -> None:
     """What the network still has of a write that was given up may take as long as one try at the lease."""
-    assert lease.CERTAIN_SECONDS + retry.KEEP_INTERVAL_S + lease.TRY_SECONDS < lease.STALE_SECONDS
-    assert lease.BEAT_SECONDS + 2 * lease.TRY_SECONDS <= lease.CERTAIN_SECONDS, "one slow beat ends no commit"
+    assert lease.RENEW_DEADLINE_S + retry.KEEP_INTERVAL_S + lease.LEASE_TIMEOUT_S < lease.LEASE_TTL_S
+    assert lease.RENEW_INTERVAL_S + 2 * lease.LEASE_TIMEOUT_S <= lease.RENEW_DEADLINE_S, "one slow beat ends no commit"

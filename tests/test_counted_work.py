@@ -27,7 +27,7 @@ from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import PromptRow, RowRules
 from gaudi_batch.dataset.scan import row_spans
-from gaudi_batch.driver.rerun import plan_again
+from gaudi_batch.driver.rerun import plan_rerun
 from gaudi_batch.pipelines.base import Generated
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask
@@ -98,7 +98,7 @@ def test_rows_are_planned_again_without_reading_the_prompts(
     whose = {row: shard.number for shard in plan for row in range(shard.start, shard.stop)
              if 64 + 8 * (row % 5) == shard.bucket.width}  # fmt: skip
     monkeypatch.setattr(PromptDataset, "open_file", lambda *_: pytest.fail("the prompts are read"))
-    added = plan_again({row: whose[row] for row in range(0, ROWS, 7)}, {7: 3}, plan, dataset, 50)
+    added = plan_rerun({row: whose[row] for row in range(0, ROWS, 7)}, {7: 3}, plan, dataset, 50)
     assert sorted(row for shard in added for row in shard.only or ()) == list(range(0, ROWS, 7))
     assert sum(shard.images for shard in added) == len(range(0, ROWS, 7)) + 2
     assert max(shard.rows for shard in added) == 50
@@ -139,7 +139,7 @@ def test_a_card_does_not_look_through_all_batches_after_each(monkeypatch: pytest
         _store=StoreAtOnce(),
         _store_slots=threading.Semaphore(1),
         _finisher=SimpleNamespace(submit=lambda *_: None),
-        _controls={},
+        _probes={},
         _fetched=queue.Queue(),
     )
     image = np.full((1, 8, 8, 3), 0.5, np.float32)

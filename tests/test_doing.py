@@ -18,7 +18,7 @@ from helpers import command_line
 
 from gaudi_batch.card.actor import Card
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.messages import Status
+from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.card.shard_result import PipelineCall, StoredBatch
 from gaudi_batch.card.shard_runner import MadeImage
 from gaudi_batch.cli import main as cli
@@ -34,7 +34,7 @@ LIMITS = SimpleNamespace(loading=1800.0, first_batch=1800.0, batch=60.0, answer=
 CONFIG: Any = SimpleNamespace(limits=LIMITS, storage_patience=600.0)
 
 
-def at(status: Status, since_seen: float = 0.0, times: BatchTimes | None = None) -> list[str]:
+def at(status: CardStatus, since_seen: float = 0.0, times: BatchTimes | None = None) -> list[str]:
     return [
         str(doing) for doing in doings_of(status, since_seen, PhaseRules(CONFIG, "1 HPU", 1.0, times or BatchTimes()))
     ]
@@ -42,18 +42,18 @@ def at(status: Status, since_seen: float = 0.0, times: BatchTimes | None = None)
 
 def test_every_phase_is_said_with_its_shard_its_rows_and_its_limit() -> None:
     times = BatchTimes()
-    times.learn(Status("idle", 0.0, 0.0, 0, batch_s={LARGE: 20.0}))
-    first = Status("first batch", 590.0, 0.0, 0, LARGE, shard=3, rows=(41,))
+    times.learn(CardStatus("idle", 0.0, 0.0, 0, batch_s={LARGE: 20.0}))
+    first = CardStatus("first batch", 590.0, 0.0, 0, LARGE, shard=3, rows=(41,))
     assert at(first, since_seen=10.0) == ["first batch of 1024x1024, row 41, 600 s of 1800 s"]
-    batch = Status("batch", 5.0, 0.0, 0, LARGE, shard=3, rows=(40, 41, 44))
+    batch = CardStatus("batch", 5.0, 0.0, 0, LARGE, shard=3, rows=(40, 41, 44))
     assert at(batch, times=times) == ["batch of 1024x1024, rows 40 to 44, 5 s of 200 s"]
-    assert at(Status("loading", 7.0, 0.0, 0)) == ["loading, 7 s of 1800 s"]
-    assert at(Status("idle", 7.0, 0.0, 0, reading_s=5.0, reading_shard=8)) == ["reading, shard 8, 5 s of 2400 s"]
-    assert at(Status("idle", 7.0, 2.0, 0, storing=12)) == ["storing, 12 images, 2 s of 660 s"]
-    assert at(Status("idle", 7.0, 0.0, 0, storing=12, storing_s=3.0)) == ["encoding, 12 images, 3 s"]
-    assert at(Status("idle", 7.0, 2.0, 0)) == ["asking storage, 2 s of 660 s"], "as for the record of a shard"
-    assert at(Status("idle", 7.0, 0.0, 0)) == ["idle, 7 s"]
-    assert at(Status("idle", 7.0, 0.0, 0), since_seen=40.0) == ["silent, 40 s of 61 s"]
+    assert at(CardStatus("loading", 7.0, 0.0, 0)) == ["loading, 7 s of 1800 s"]
+    assert at(CardStatus("idle", 7.0, 0.0, 0, reading_s=5.0, reading_shard=8)) == ["reading, shard 8, 5 s of 2400 s"]
+    assert at(CardStatus("idle", 7.0, 2.0, 0, storing=12)) == ["storing, 12 images, 2 s of 660 s"]
+    assert at(CardStatus("idle", 7.0, 0.0, 0, storing=12, storing_s=3.0)) == ["encoding, 12 images, 3 s"]
+    assert at(CardStatus("idle", 7.0, 2.0, 0)) == ["asking storage, 2 s of 660 s"], "as for the record of a shard"
+    assert at(CardStatus("idle", 7.0, 0.0, 0)) == ["idle, 7 s"]
+    assert at(CardStatus("idle", 7.0, 0.0, 0), since_seen=40.0) == ["silent, 40 s of 61 s"]
 
 
 def test_a_card_that_is_not_up_says_what_it_waits_for() -> None:
@@ -105,10 +105,10 @@ def test_a_card_tells_what_it_reads_and_what_waits_to_be_stored() -> None:
     mailbox.store(3)
     mailbox.store(-1)
     with mailbox.reading(8):
-        status = mailbox.news(0, 0.0).status
+        status = mailbox.poll(0, 0.0).status
         assert (status.storing, status.reading_shard) == (2, 8)
     mailbox.store(-2)
-    status = mailbox.news(0, 0.0).status
+    status = mailbox.poll(0, 0.0).status
     assert (status.storing, status.storing_s, status.reading_shard) == (0, 0.0, None)
 
 
@@ -121,7 +121,7 @@ def test_a_card_counts_images_until_they_are_stored() -> None:
             goes_on.acquire()
 
     def waiting() -> int:
-        return card._mailbox.news(0, 0.0).status.storing
+        return card._mailbox.poll(0, 0.0).status.storing
 
     output: Any = Output()
     made = [MadeImage(Item(0, image, "p", "", 1), np.zeros((8, 8, 3), np.uint8), None, False) for image in range(2)]
@@ -161,7 +161,7 @@ def test_log_and_status_say_what_a_card_does_that_takes_long(
 
     for name in ("loop.UNUSUAL_INTERVAL_S", "loop.PROGRESS_INTERVAL_S", "fleet.POLL_INTERVAL_S"):
         monkeypatch.setattr(f"gaudi_batch.driver.{name}", 0.2)
-    monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_SECONDS", 1.0)
+    monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_INTERVAL_S", 1.0)
     asking = threading.Thread(target=ask)
     asking.start()
     job = ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, "--device", "simulated")

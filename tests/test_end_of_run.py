@@ -24,10 +24,10 @@ from gaudi_batch.errors import RunStopped
 from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import Tally
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.store import Storage
 
@@ -39,7 +39,7 @@ def no_cluster() -> Any:
 
 
 def failed_manifest(shard: int, rows: dict[int, str]) -> bytes:
-    facts = CommitFacts(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, Sums())
+    facts = CommitInfo(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, ThroughputTotals())
     facts = replace(facts, again=shard > 0, failed_before=len(rows) if shard else 0)
     found = [PromptRow(row, f"r{row}", "p", "", None, BUCKET, 1, error) for row, error in rows.items()]
     return manifest.build(found, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, facts)
@@ -62,7 +62,7 @@ def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
     lease = LeaseKeeper(storage, "aaaaa")
     ledger, record = Ledger(storage, Unfenced()), RunInfo({}, {}, {}, "now", rows=4, images=4)
     with pytest.raises(RunStopped, match="too many"):
-        sum_up(Run(job, ledger, lease, record, plan, no_cluster), Tally(), Ended("too many failed"))
+        sum_up(Run(job, ledger, lease, record, plan, no_cluster), CommitTotals(), Ended("too many failed"))
     summary = ledger.get_json("summary.json") or {}
     assert summary["failures"] == [
         {"reason": "boom", "rows": 2, "first_ids": ["r0", "r1"]},

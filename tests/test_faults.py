@@ -23,7 +23,7 @@ from ray.util import placement_group_table, remove_placement_group
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 
 FAST = {"batch_seconds": 0.02}
 
@@ -410,7 +410,7 @@ def test_what_a_driver_that_was_taken_for_dead_commits_after_all_stays(
     (output / "lease.json").write_text(json.dumps(lease | {"released": True}))
     commit = Ledger.commit
 
-    def overtaken(self: Ledger, facts: CommitFacts, data: bytes) -> bool:
+    def overtaken(self: Ledger, facts: CommitInfo, data: bytes) -> bool:
         theirs[facts.shard].write_bytes(held[facts.shard])
         return commit(self, facts, data)
 

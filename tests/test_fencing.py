@@ -32,11 +32,11 @@ from gaudi_batch.output.cleanup import clear, remove_orphans
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import Tally
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import RecallAnswered
@@ -46,8 +46,8 @@ from gaudi_batch.storage.store import Storage
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
-    return Storage(str(tmp_path / "out"), patience=1.0)
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
+    return Storage(str(tmp_path / "out"), retry_timeout_s=1.0)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def take_over(output: Storage) -> None:
     output.put("lease.json", json.dumps(held | {"driver": "bbbbb", "beat": 1}).encode())
 
 
-def a_manifest(shard: int, attempt: str, run: str = "") -> tuple[CommitFacts, bytes]:
-    facts = CommitFacts(shard, attempt, "card", "node", None, 0, 0, 0, Sums(), run)
+def a_manifest(shard: int, attempt: str, run: str = "") -> tuple[CommitInfo, bytes]:
+    facts = CommitInfo(shard, attempt, "card", "node", None, 0, 0, 0, ThroughputTotals(), run)
     return facts, manifest.build([], pa.table({}), {}, {}, 0, facts)
 
 
@@ -98,7 +98,7 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
         sync(path)
 
     monkeypatch.setattr(disk, "sync", slow)
-    monkeypatch.setattr(ledger, "COMMIT_SECONDS", 0.5)
+    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 0.5)
     records = Ledger(output, first)
     with pytest.raises(StorageError, match="no answer"):
         records.commit(*a_manifest(3, "aaaaa1"))
@@ -140,7 +140,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     record = RunInfo({}, {}, {}, "", rows=1, images=1)
     job: Any = SimpleNamespace(dataset=None)
     run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"))
-    write_summary(run, Tally(), Ended("max_failed"))
+    write_summary(run, CommitTotals(), Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
     assert output.names("images") == ["000003-aaaaa1"]
@@ -170,7 +170,7 @@ def test_a_manifest_whose_first_try_may_have_landed_stays_in_doubt(
         tries.append(1)
         raise OSError(last if len(tries) == tried else errno.EIO, "no")
 
-    output.patience = 0.0 if tried == 1 else 30.0
+    output.retry_timeout_s = 0.0 if tried == 1 else 30.0
     monkeypatch.setattr(disk, "sync", failing)
     records = Ledger(output, first)
     with pytest.raises(StorageError):
@@ -287,7 +287,7 @@ def test_a_driver_that_has_not_counted_up_for_a_while_commits_nothing(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first.ensure_held()
-    monkeypatch.setattr(lease, "CERTAIN_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "RENEW_DEADLINE_S", 0.1)
     time.sleep(0.2)
     with pytest.raises(StorageError, match="the lease can't be kept up"):
         first.ensure_held()
@@ -302,8 +302,8 @@ def test_who_writes_the_lease_last_has_it(output: Storage, monkeypatch: pytest.M
 def test_a_lease_that_can_t_be_read_may_have_a_holder(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(lease, "LEASE_TTL_S", 1.0)
     whole = output.get("lease.json") or b""
     output.put("lease.json", whole[:40])
     threading.Timer(0.5, output.put, ("lease.json", whole)).start()
@@ -323,8 +323,8 @@ def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
     over: str, output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store may answer with what lease.json said a while ago."""
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(lease, "LEASE_TTL_S", 0.2)
     if over == "released":
         first.release()
     elif over == "gone":
@@ -336,7 +336,7 @@ def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
     monkeypatch.setattr(lease.time, "sleep", answering_with(output, old, monkeypatch))
     assert not refused(second.take)
     monkeypatch.undo()
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
     output.put("lease.json", old)
     assert not lost(second)
     assert Ledger(output, second).commit(*a_manifest(3, "ccccc1")) is True
@@ -393,8 +393,8 @@ def test_one_sight_of_another_driver_is_looked_at_twice(
 def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(lease, "LEASE_TTL_S", 0.2)
     elsewhere(output)
     held = json.loads(output.get("lease.json") or b"")
     second = LeaseKeeper(output, "ccccc")
@@ -407,7 +407,7 @@ def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
 def test_a_holder_is_alive_when_it_counts_up_and_not_when_it_lets_go_or_an_old_word_of_it_comes(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.05)
     elsewhere(output)
     held = json.loads(output.get("lease.json") or b"") | {"beat": 7}
 
@@ -420,10 +420,10 @@ def test_a_holder_is_alive_when_it_counts_up_and_not_when_it_lets_go_or_an_old_w
     with pytest.raises(InputError, match="drives this run"):
         take("bbbbb", beat=8)
     began = time.monotonic()
-    assert take("ccccc", beat=8, released=True).dead == {"aaaaa"}
-    assert time.monotonic() - began < lease.STALE_SECONDS / 2, "it did not wait"
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
-    assert take("ddddd", beat=6).dead == {"aaaaa"}
+    assert take("ccccc", beat=8, released=True).past_holders == {"aaaaa"}
+    assert time.monotonic() - began < lease.LEASE_TTL_S / 2, "it did not wait"
+    monkeypatch.setattr(lease, "LEASE_TTL_S", 0.2)
+    assert take("ddddd", beat=6).past_holders == {"aaaaa"}
 
 
 def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,7 @@ def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, mo
     assert held.released
     with pytest.raises(LeaseLost):
         first.ensure_held()
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.05)
     began, put = threading.Event(), Storage.put
 
     def slow(self: Storage, path: str, data: bytes, *rest: Any) -> None:
@@ -499,7 +499,7 @@ def test_a_driver_counts_up_while_it_finds_out_what_its_store_can(
     output: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That may take as long as the job's patience."""
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.05)
 
     def slow(self: Storage, *_: Any) -> None:
         until = time.monotonic() + 10

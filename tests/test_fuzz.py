@@ -29,8 +29,8 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import read_lease
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.plan import Bucket, Shard, plan_shards
 from gaudi_batch.reporting.status import describe_status, read_status
 from gaudi_batch.storage.store import Storage
@@ -326,7 +326,7 @@ def read_all(prompts: Path) -> int:
         assert all(row.error is None or row.error.isprintable() for row in rows)
         count += len(rows)
         failures = {row.row: row.error or "x" for row in rows}
-        facts = CommitFacts(0, "a", "c", "n", None, len(rows), len(rows), 0, Sums())
+        facts = CommitInfo(0, "a", "c", "n", None, len(rows), len(rows), 0, ThroughputTotals())
         assert manifest.read(manifest.build(rows, carried, {}, failures, 0, facts))[1] == facts
     assert count == dataset.rows
     return count
@@ -413,7 +413,7 @@ PROGRESS = {
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """A run of three shards."""
-    found = Ledger(Storage(str(tmp_path / "out"), patience=0.1), Unfenced())
+    found = Ledger(Storage(str(tmp_path / "out"), retry_timeout_s=0.1), Unfenced())
     found.put_plan([Shard(number, 0, number, number + 1, RULES.bucket, 1, 1) for number in range(3)])
     found.storage.put("run.json", json.dumps(RECORD).encode())
     return found
@@ -464,7 +464,7 @@ def test_any_table_is_a_plan_or_refused(ledger: Ledger, table: pa.Table) -> None
 def _manifest() -> bytes:
     rows = [PromptRow(number, str(number), "p", "", None, RULES.bucket, 1, "bad") for number in range(3)]
     carried = pa.table({"topic": ["a", "b", "c"]})
-    facts = CommitFacts(0, "abcde0", "n-0", "n", None, 3, 3, 0, Sums())
+    facts = CommitInfo(0, "abcde0", "n-0", "n", None, 3, 3, 0, ThroughputTotals())
     return manifest.build(rows, carried, {}, {row.row: "bad" for row in rows}, 0, facts)
 
 
@@ -491,7 +491,7 @@ def test_any_facts_of_a_commit_can_be_added_up_or_are_none(data: bytes) -> None:
         _, facts = manifest.read(buffer.getvalue())
         assert isinstance(facts.attempt, str)
         assert isinstance(facts.card, str)
-        (Sums() + facts.sums).describe()
+        (ThroughputTotals() + facts.sums).describe()
         assert facts.shard + facts.rows + facts.failed_rows + facts.images >= 0
 
 

@@ -76,11 +76,11 @@ def test_the_last_row_is_proven_at_fault_by_making_an_earlier_one_again() -> Non
     assert device.calls[-1] == [4, 4, 4, 4]
 
 
-def test_where_nothing_works_the_rows_are_only_accused() -> None:
+def test_where_nothing_works_the_rows_have_only_failed_once() -> None:
     shard = maker(Device(broken=True), 3)
     with pytest.raises(CardFault) as caught:
         made(shard)
-    assert set(caught.value.accused) == {0, 1, 2}
+    assert set(caught.value.failed_alone_once) == {0, 1, 2}
     assert shard.failures == {}
 
 
@@ -92,25 +92,25 @@ def test_a_card_that_can_not_repeat_what_it_made_is_at_fault_itself() -> None:
     device.broken = True
     with pytest.raises(CardFault) as caught:
         list(batches)
-    assert caught.value.accused == {}
+    assert caught.value.failed_alone_once == {}
     assert len(device.calls) < 12
 
 
-def test_an_accused_row_that_raises_alone_again_is_failed() -> None:
-    shard = maker(Device(broken=True), 2, accused={0: "before", 1: "before"})
+def test_a_row_that_failed_alone_once_and_raises_alone_again_is_failed() -> None:
+    shard = maker(Device(broken=True), 2, failed_alone_once={0: "before", 1: "before"})
     assert made(shard) == []
     assert set(shard.failures) == {0, 1}
 
 
-def test_an_accused_row_that_works_here_is_made() -> None:
-    shard = maker(Device(), 2, accused={0: "before"})
+def test_a_row_that_failed_alone_once_and_works_here_is_made() -> None:
+    shard = maker(Device(), 2, failed_alone_once={0: "before"})
     assert sorted(made(shard)) == [(0, 0), (1, 0)]
     assert shard.failures == {}
 
 
-def test_a_condemned_row_is_not_tried() -> None:
+def test_a_row_that_is_to_fail_without_running_is_not_tried() -> None:
     device = Device()
-    shard = maker(device, 3, condemned={1: "it killed"})
+    shard = maker(device, 3, fail_without_running={1: "it killed"})
     assert made(shard) == [(0, 0), (2, 0)]
     assert shard.failures == {1: "it killed"}
     assert all(1 not in call for call in device.calls)
@@ -134,7 +134,7 @@ def test_an_image_that_is_wrong_twice_is_for_another_card_to_judge(wrong: str, s
     assert shard.transient_failures == 0
 
 
-@pytest.mark.parametrize("known", [{"accused": {2: "black"}}, {"confirm": frozenset({2})}])
+@pytest.mark.parametrize("known", [{"failed_alone_once": {2: "black"}}, {"confirm": frozenset({2})}])
 def test_an_image_that_is_wrong_on_a_second_card_fails_its_row(known: dict[str, Any]) -> None:
     shard = maker(Device(nan={2}), 4, **known)
     made(shard)
@@ -174,7 +174,7 @@ def test_a_card_whose_every_image_is_wrong_accuses_its_rows_and_decides_nothing(
     shard = maker(Device(nan=set(range(12))), 8)
     with pytest.raises(CardFault) as caught:
         made(shard)
-    assert set(caught.value.accused) == set(range(8))
+    assert set(caught.value.failed_alone_once) == set(range(8))
     assert shard.failures == {}
 
 
@@ -186,7 +186,7 @@ def test_a_card_that_begins_to_paint_wrong_is_found_out_by_what_it_made_before()
     device.nan = set(range(64))
     with pytest.raises(CardFault) as caught:
         list(batches)
-    assert caught.value.accused == {}
+    assert caught.value.failed_alone_once == {}
     assert len(device.calls) <= 1 + 1 + 4 + 1
 
 
@@ -194,7 +194,7 @@ def test_a_card_that_can_make_nothing_confirms_nothing() -> None:
     shard = maker(Device(nan={-1, 0, 1, 2}), 3, confirm=frozenset({1}))
     with pytest.raises(CardFault) as caught:
         made(shard)
-    assert caught.value.accused == {}
+    assert caught.value.failed_alone_once == {}
 
 
 def test_to_confirm_a_row_no_other_is_made() -> None:
@@ -256,4 +256,4 @@ def test_a_card_that_can_not_make_the_control_of_a_suspect_shard_accuses_no_row(
     shard = maker(Device(broken=True), 2, suspect=True)
     with pytest.raises(CardFault) as caught:
         made(shard)
-    assert caught.value.accused == {}
+    assert caught.value.failed_alone_once == {}

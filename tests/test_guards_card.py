@@ -38,7 +38,7 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage, read
-from gaudi_batch.output.throughput import BatchLine, Sums
+from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import CardDied, CardLoaded, CardPlaced, LoadedCard
@@ -103,7 +103,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     made: list[int] = []
 
     class Maker:
-        control = None
+        probe = None
 
         def __init__(self, *, call: Any, **_: Any) -> None:
             self._call = call
@@ -116,7 +116,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("gaudi_batch.card.actor.ShardMaker", Maker)
     card: Any = Card.__new__(Card)
-    card._store_slots, card._storage, card._controls = threading.Semaphore(BATCHES_IN_STORE), None, {}
+    card._store_slots, card._storage, card._probes = threading.Semaphore(BATCHES_IN_STORE), None, {}
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._call = lambda shard, items: (None, PipelineCall("steady", 1.0, 0.0))
@@ -198,9 +198,9 @@ def test_first_batches_are_no_part_of_the_rate() -> None:
         now = datetime.now(timezone.utc).isoformat()
         return BatchLine(now, "c", "n", 0, "simulated", 0, 0, {}, phase, images, 0, seconds, 1.0, 0.0, 0.0, 0.0)
 
-    sums = Sums.of([line("warmup", 8, 100.0), line("steady", 8, 2.0), line("steady", 4, 2.0)])
+    sums = ThroughputTotals.of([line("warmup", 8, 100.0), line("steady", 8, 2.0), line("steady", 4, 2.0)])
     assert (sums.images_per_s, sums.warmup_s, sums.steady_s) == (3.0, 100.0, 4.0)
-    assert Sums.of([line("warmup", 8, 100.0)]).images_per_s is None
+    assert ThroughputTotals.of([line("warmup", 8, 100.0)]).images_per_s is None
 
 
 class Recorder:
@@ -283,7 +283,7 @@ def test_a_start_that_ray_fails_is_that_card_s_failure(monkeypatch: pytest.Monke
         driver = await a_driver()
         told: list[Any] = []
         driver.fleet._tell = told.append
-        driver.fleet._account = SimpleNamespace(fault=lambda *_: None)  # type: ignore[assignment]
+        driver.fleet._progress = SimpleNamespace(fault=lambda *_: None)  # type: ignore[assignment]
         monkeypatch.setattr(driver.fleet._places, "start", fails)
         monkeypatch.setattr(fleet, "node_is_gone", lambda *_: False)
         monkeypatch.setattr(fleet, "DEPARTURE_TIMEOUT_S", 0.0)

@@ -23,7 +23,7 @@ from gaudi_batch.job import Job
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import Tally
+from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.store import Storage
 
@@ -60,7 +60,7 @@ def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(
         record = RunInfo({}, {}, {}, "now", rows=rows, images=rows)
         run = Run(job, ledger, lease, record, [Shard(0, 0, 0, 4, BUCKET, 4, 4)], no_cluster)
         with pytest.raises(RunStopped, match=f"the manifests have 4 rows, and the plan {rows}"):
-            sum_up(run, Tally(), Ended(None))
+            sum_up(run, CommitTotals(), Ended(None))
         assert (ledger.get_json("summary.json") or {})["state"] == "stopped"
         figures, failed = caplog.messages[-2:]
         assert figures.startswith("stopped: 0 images, 4 failed rows, ")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from world import World, shards, start
 
-from gaudi_batch.scheduling.card_events import MAX_STRIKES, MAX_VINDICATIONS
+from gaudi_batch.scheduling.card_events import MAX_CONSECUTIVE_FAILURES, MAX_SHARDS_MADE_ELSEWHERE
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.events import Reading, ShardFailure
-from gaudi_batch.scheduling.failures import DEATHS_READING_A_ROW, DEATHS_TO_CONDEMN, MAX_TRIES, Trouble
+from gaudi_batch.scheduling.failures import DEATHS_READING_A_ROW, DEATHS_TO_FAIL_A_ROW, MAX_TRIES, ShardFailures
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
@@ -24,7 +24,7 @@ def test_a_shard_that_teaches_nothing_is_given_up_after_eight_tries() -> None:
     tries = 0
     while not world.finished:
         card = next(card for card, hand in world.hands.items() if hand)
-        world.fail_first(card, accused=False, healthy=True)
+        world.fail_first(card, failed_alone_once=False, healthy=True)
         settle(world)
         tries += 1
         assert tries <= 12
@@ -47,7 +47,7 @@ def test_a_card_that_dies_again_and_again_is_quarantined_after_six_times_in_a_ro
             world.ready(0)
         settle(world)
     assert 0 in world.quarantined
-    assert deaths == MAX_STRIKES
+    assert deaths == MAX_CONSECUTIVE_FAILURES
 
 
 def test_what_a_card_makes_in_between_speaks_for_it() -> None:
@@ -55,11 +55,11 @@ def test_what_a_card_makes_in_between_speaks_for_it() -> None:
     for between in (0, 2):
         world = World(Schedule(shards(60), "a", RowCounts(240)))
         start(world, 2)
-        for _ in range(MAX_VINDICATIONS + 2):
+        for _ in range(MAX_SHARDS_MADE_ELSEWHERE + 2):
             if 0 in world.quarantined:
                 break
             failed = world.hands[0][0].shard.number
-            world.fail_first(0, accused=False, healthy=True)
+            world.fail_first(0, failed_alone_once=False, healthy=True)
             settle(world)
             for _ in range(60):
                 if failed in world.committed or 0 in world.quarantined:
@@ -76,25 +76,25 @@ def test_what_a_card_makes_in_between_speaks_for_it() -> None:
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_row_is_condemned_for_a_batch_on_the_word_of_two_cards_where_there_are_two(others: bool) -> None:
-    trouble = Trouble()
-    trouble.died(0, "killed", frozenset({1, 2}), others)
-    for _ in range(DEATHS_TO_CONDEMN):
-        trouble.died(0, "killed", frozenset({1}), others)
-    assert (trouble.condemned != {}) is not others
-    trouble.died(1, "killed", frozenset({1}), others)
-    assert list(trouble.condemned) == [1]
+def test_a_row_fails_without_running_for_a_batch_on_the_word_of_two_cards_where_there_are_two(others: bool) -> None:
+    failures = ShardFailures()
+    failures.died(0, "killed", frozenset({1, 2}), others)
+    for _ in range(DEATHS_TO_FAIL_A_ROW):
+        failures.died(0, "killed", frozenset({1}), others)
+    assert (failures.fail_without_running != {}) is not others
+    failures.died(1, "killed", frozenset({1}), others)
+    assert list(failures.fail_without_running) == [1]
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_row_is_condemned_for_its_reading_on_the_word_of_two_cards_where_there_are_two(others: bool) -> None:
-    trouble = Trouble()
+def test_a_row_fails_without_running_for_its_reading_on_the_word_of_two_cards_where_there_are_two(others: bool) -> None:
+    failures = ShardFailures()
     reading = Reading(0, range(8), range(4), by_row=True)
     for _ in range(DEATHS_READING_A_ROW):
-        trouble.died(0, "killed", reading, others)
-    assert trouble.is_certain_of_reading(others) is not others
-    trouble.died(1, "killed", reading, others)
-    assert trouble.is_certain_of_reading(others)
+        failures.died(0, "killed", reading, others)
+    assert failures.is_certain_of_reading(others) is not others
+    failures.died(1, "killed", reading, others)
+    assert failures.is_certain_of_reading(others)
 
 
 def test_a_death_is_a_try_of_the_shard_that_was_made_and_of_no_other_in_flight() -> None:
@@ -118,12 +118,12 @@ def test_a_death_is_a_try_of_the_shard_that_was_made_and_of_no_other_in_flight()
 
 
 def test_a_failure_that_teaches_something_gives_a_shard_all_its_tries_again() -> None:
-    trouble = Trouble()
+    failures = ShardFailures()
     for _ in range(MAX_TRIES - 1):
-        trouble.raised(0, ShardFailure("boom"))
-    trouble.raised(0, ShardFailure("boom", {1: "bad"}))
-    assert not trouble.stuck
+        failures.raised(0, ShardFailure("boom"))
+    failures.raised(0, ShardFailure("boom", {1: "bad"}))
+    assert not failures.stuck
     for _ in range(MAX_TRIES):
-        assert not trouble.stuck
-        trouble.raised(0, ShardFailure("boom", {1: "bad"}))
-    assert trouble.stuck
+        assert not failures.stuck
+        failures.raised(0, ShardFailure("boom", {1: "bad"}))
+    assert failures.stuck

@@ -56,12 +56,12 @@ def test_requests_to_s3_have_time_limits_of_their_own_unless_the_job_sets_them()
 
 
 def test_what_a_driver_begins_while_it_is_certain_ends_before_another_may_take_over() -> None:
-    assert lease.CERTAIN_SECONDS + lease.COMMIT_SECONDS < lease.STALE_SECONDS
-    assert lease.BEAT_SECONDS < lease.CERTAIN_SECONDS / 2
+    assert lease.RENEW_DEADLINE_S + lease.COMMIT_TIMEOUT_S < lease.LEASE_TTL_S
+    assert lease.RENEW_INTERVAL_S < lease.RENEW_DEADLINE_S / 2
 
 
 def test_a_driver_that_could_not_count_up_for_half_a_minute_holds_nothing(tmp_path: Path) -> None:
-    keeper = LeaseKeeper(Storage(str(tmp_path), patience=0.0), "aaaaa")
+    keeper = LeaseKeeper(Storage(str(tmp_path), retry_timeout_s=0.0), "aaaaa")
     keeper.take()
     assert keeper.holds()
     keeper._kept_up = time.monotonic() - 31

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import Bucket
-from gaudi_batch.text import one_line, shown
+from gaudi_batch.text import one_line, short_repr
 
 TEXTS = [
     "../../../../etc/passwd",
@@ -118,6 +118,11 @@ def test_hostile_prompts_are_only_text_to_a_pipeline() -> None:
 
 @given(st.text() | st.sampled_from(TEXTS) | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")))
 def test_an_error_that_quotes_a_prompt_is_one_printable_line(text: str) -> None:
-    for said in (describe_error(RuntimeError(f"can't do {text}")), one_line(text), shown(text), shown([text])):
+    for said in (
+        describe_error(RuntimeError(f"can't do {text}")),
+        one_line(text),
+        short_repr(text),
+        short_repr([text]),
+    ):
         assert said.isprintable()
         assert len(said) <= 500

@@ -25,8 +25,8 @@ from gaudi_batch.dataset.rows import PromptRow, RowRules, derived_seed, image_se
 from gaudi_batch.output import manifest
 from gaudi_batch.output.joined import JoinedManifest, join_manifests
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts, ImageFacts, StoredImage
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.manifest import CommitInfo, ImageInfo, StoredImage
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.plan import Bucket
 from gaudi_batch.storage.store import Storage
 
@@ -38,13 +38,15 @@ def commit(ledger: Ledger, shard: int, rows: Sequence[PromptRow], again: bool = 
     """Commits rows as a card records them; those with an error fail."""
     stored = StoredImage("images/x.png", "0" * 64, datetime.now(timezone.utc), 0.0, 0.0)
     images = {
-        (row.row, image): ImageFacts(stored, image_seed(0, row, image), None, False)
+        (row.row, image): ImageInfo(stored, image_seed(0, row, image), None, False)
         for row in rows
         if row.error is None
         for image in range(row.num_images)
     }
     failures = {row.row: row.error for row in rows if row.error is not None}
-    facts = CommitFacts(shard, "aaaaa0", "c", "n", None, len(rows), len(failures), len(images), Sums(), again=again)
+    facts = CommitInfo(
+        shard, "aaaaa0", "c", "n", None, len(rows), len(failures), len(images), ThroughputTotals(), again=again
+    )
     carried = pa.table({"topic": pa.array([f"topic {row.row}" for row in rows])})
     assert ledger.commit(facts, manifest.build(rows, carried, images, failures, 0, facts))
     return facts.attempt
@@ -150,17 +152,17 @@ def test_when_the_last_image_was_stored_is_known_to_the_microsecond(ledger: Ledg
     commit(ledger, 0, rows_of(range(3)))
     ((_, table),) = ledger.commits()
     moments = [moment.timestamp() for moment in table.column("finished_at").to_pylist()]
-    assert manifest.finished_at(table, CommitFacts(0, "a", "c", "n", None, 3, 0, 3, Sums())) == max(moments)
-    own = CommitFacts(0, "a", "c", "n", None, 3, 0, 3, Sums(), finished_at=12.5)
+    assert manifest.finished_at(table, CommitInfo(0, "a", "c", "n", None, 3, 0, 3, ThroughputTotals())) == max(moments)
+    own = CommitInfo(0, "a", "c", "n", None, 3, 0, 3, ThroughputTotals(), finished_at=12.5)
     assert manifest.finished_at(table, own) == 12.5
     assert manifest.finished_at(table.slice(0, 0), dataclasses.replace(own, finished_at=None)) is None
 
 
 def test_a_manifest_with_a_number_that_can_t_be_is_none() -> None:
     for facts, whole in (
-        (CommitFacts(3, "a", "c", "n", None, MAX_SEED, 0, 0, Sums()), True),
-        (CommitFacts(3, "a", "c", "n", None, 2**63, 0, 0, Sums()), False),
-        (CommitFacts(3, "a", "c", "n", None, 0, 0, 0, Sums(), finished_at=-1.0), False),
+        (CommitInfo(3, "a", "c", "n", None, MAX_SEED, 0, 0, ThroughputTotals()), True),
+        (CommitInfo(3, "a", "c", "n", None, 2**63, 0, 0, ThroughputTotals()), False),
+        (CommitInfo(3, "a", "c", "n", None, 0, 0, 0, ThroughputTotals(), finished_at=-1.0), False),
     ):
         data = manifest.build([], pa.table({}), {}, {}, 0, facts)
         if whole:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gaudi_batch.card.messages import Status
+from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import LimitsConfig
 from gaudi_batch.driver.watchdog import BATCH_LIMIT_FACTOR, BatchTimes, PassedLimit, PhaseRules, passed_limit
@@ -22,19 +22,19 @@ SMALL, LARGE = BatchKind(64, 64, 20, True), BatchKind(1024, 1024, 20, True)
 LONG = LARGE._replace(steps=500)
 
 
-def status(phase: str, seconds: float = 0.0, kind: BatchKind | None = None, **more: float) -> Status:
-    return Status(phase, seconds, more.pop("storage_s", 0.0), images=0, kind=kind, **more)
+def status(phase: str, seconds: float = 0.0, kind: BatchKind | None = None, **more: float) -> CardStatus:
+    return CardStatus(phase, seconds, more.pop("storage_s", 0.0), images=0, kind=kind, **more)
 
 
-def times(*seen: Status) -> BatchTimes:
+def times(*seen: CardStatus) -> BatchTimes:
     found = BatchTimes()
     for each in seen:
         found.learn(each)
     return found
 
 
-def made(longest: dict[BatchKind, float], warmup: dict[BatchKind, float] | None = None) -> Status:
-    return Status("idle", 0.0, 0.0, 0, batch_s=longest, warmup_s=warmup or {})
+def made(longest: dict[BatchKind, float], warmup: dict[BatchKind, float] | None = None) -> CardStatus:
+    return CardStatus("idle", 0.0, 0.0, 0, batch_s=longest, warmup_s=warmup or {})
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def made(longest: dict[BatchKind, float], warmup: dict[BatchKind, float] | None 
     ],
 )
 def test_each_phase_and_each_kind_of_batch_has_its_limit(
-    phase: str, kind: BatchKind | None, seen: list[Status], limit: float, name: str
+    phase: str, kind: BatchKind | None, seen: list[CardStatus], limit: float, name: str
 ) -> None:
     def after(phase_s: float, since_seen: float) -> PassedLimit | None:
         return passed_limit(status(phase, phase_s, kind), since_seen, PhaseRules(CONFIG, "1 HPU", 1.0, times(*seen)))

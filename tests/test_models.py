@@ -15,7 +15,7 @@ from helpers import put_into_hub_cache
 
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.job import resolve
-from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelFacts, describe_model
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelInfo, describe_model
 
 pytestmark = pytest.mark.torch
 
@@ -43,7 +43,7 @@ def load(model: Path | str, **fields: Any) -> None:
 
     built_in = describe_model(config("builtin:shapes"))
     fields = {"name": str(model), "path": str(model)} | fields
-    CpuPipeline(ModelFacts(**vars(built_in) | fields), threads=1, dtype="float32")
+    CpuPipeline(ModelInfo(**vars(built_in) | fields), threads=1, dtype="float32")
 
 
 def change(path: Path, **values: Any) -> None:
@@ -260,7 +260,7 @@ def test_the_gaudi_pipeline_looks_at_a_model_in_the_same_way(
     monkeypatch.setitem(sys.modules, "habana_frameworks.torch.hpu", types.SimpleNamespace(get_device_name=str))
     for name in ("require_stack", "_acquire", "_describe_device", "prepare"):
         monkeypatch.setattr(gaudi, name, lambda *_: None)
-    facts = ModelFacts(**vars(describe_model(config("builtin:shapes"))) | {"name": "m", "path": str(model)})
+    facts = ModelInfo(**vars(describe_model(config("builtin:shapes"))) | {"name": "m", "path": str(model)})
     with pytest.raises(InputError, match="brings code"):
         gaudi.GaudiPipeline(config(model, device="hpu"), facts, 1)
     assert not ran.exists()

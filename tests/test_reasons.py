@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from gaudi_batch.dataset.reasons import FIRST_IDS, MOST_ID, MOST_REASON, MOST_REASONS, OTHERS, Reasons, reason_lines
+from gaudi_batch.dataset.reasons import (
+    FIRST_IDS,
+    MAX_ID_SHOWN,
+    MAX_REASON_SHOWN,
+    MAX_REASONS,
+    OTHERS,
+    Reasons,
+    reason_lines,
+)
 
 
 def test_errors_that_differ_in_their_values_alone_are_one_reason() -> None:
@@ -36,11 +44,11 @@ def test_memory_is_bounded_and_no_row_is_lost() -> None:
     for number in range(1000):
         reasons.add("word" * (number + 1), f"{number}" * 100)
     described = reasons.describe()
-    assert len(described) == MOST_REASONS + 1
+    assert len(described) == MAX_REASONS + 1
     assert sum(group["rows"] for group in described) == 1000
     assert described[-1]["reason"] == OTHERS
-    assert max(len(group["reason"]) for group in described) <= MOST_REASON
-    assert max(len(row_id) for group in described for row_id in group["first_ids"]) <= MOST_ID
+    assert max(len(group["reason"]) for group in described) <= MAX_REASON_SHOWN
+    assert max(len(row_id) for group in described for row_id in group["first_ids"]) <= MAX_ID_SHOWN
 
 
 def test_ids_and_errors_can_not_steer_a_terminal_or_forge_a_line() -> None:

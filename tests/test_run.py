@@ -138,8 +138,8 @@ def test_the_same_command_makes_only_what_is_missing(prompts: Path, tmp_path: Pa
     make(prompts, output, cluster, shard_size=999)
     assert images_by_row(output) == before
     again = {row["path"]: row["shard"] for row in read_manifest(output)}
-    made_again = {shard for path, shard in again.items() if output / path not in kept}
-    assert made_again == {1, 2, 3}
+    latest_shard_of_row = {shard for path, shard in again.items() if output / path not in kept}
+    assert latest_shard_of_row == {1, 2, 3}
     assert all(
         path.stat().st_mtime_ns == when for path, when in kept.items() if int(path.parent.name[:6]) not in (1, 2, 3)
     )

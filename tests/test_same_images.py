@@ -22,10 +22,10 @@ from raynodes import RayCluster, follow, start_job, wait_for_card
 
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS
 from gaudi_batch.scheduling.admission import Requirements
 from gaudi_batch.scheduling.events import LoadedCard
@@ -211,7 +211,7 @@ def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Pa
     ledger = Ledger(output, Seen())
     ledger.run()
     assert ledger.use_stack({"torch": "2"}) == {"torch": "1"}
-    facts = CommitFacts(0, "aaaaa1", "card", "node", None, 0, 0, 0, Sums(), "run")
+    facts = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
     assert ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
     assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
     assert OutputReader(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
@@ -226,7 +226,7 @@ def test_every_change_between_stacks_warns_that_was_made_before_too(tmp_path: Pa
     assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
     assert ledger.use_stack({"torch": "2"}) == {"torch": "2"}, "another took its place before anything was committed"
     assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
-    facts = CommitFacts(0, "aaaaa1", "card", "node", None, 0, 0, 0, Sums(), "run")
+    facts = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
     ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
     assert stacks(tmp_path / "out") == [*both, {"torch": "1"}]
 

@@ -18,8 +18,8 @@ from world import CLUSTER_TIMEOUT_S, RULES, World, let_it_end, loaded, shards, s
 
 from benchmarks.schedule import Simulation
 from gaudi_batch.scheduling.admission import Requirements
-from gaudi_batch.scheduling.card_events import MAX_START_FAILURES, MAX_VINDICATIONS
-from gaudi_batch.scheduling.cards import QUEUE, CardState
+from gaudi_batch.scheduling.card_events import MAX_SHARDS_MADE_ELSEWHERE, MAX_START_FAILURES
+from gaudi_batch.scheduling.cards import MAX_IN_FLIGHT, CardState
 from gaudi_batch.scheduling.decisions import Decision, Release
 from gaudi_batch.scheduling.events import (
     BatchAnnounced,
@@ -156,7 +156,7 @@ def test_near_the_end_nothing_queues_behind_a_busy_card() -> None:
 def test_an_idle_card_does_not_ask_back_what_it_may_not_have() -> None:
     world = World(Schedule(shards(3), "a", RowCounts(12)))
     start(world, 2)
-    world.fail_first(1, accused=False, healthy=True)
+    world.fail_first(1, failed_alone_once=False, healthy=True)
     world.answer_recall(True)
     assert [task.shard.number for task in world.hands[0]] == [0, 2]
     world.finish_first(1)
@@ -167,7 +167,7 @@ def test_a_failed_shard_goes_to_another_card() -> None:
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 3)
     shard = world.hands[1][0].shard.number
-    world.fail_first(1, accused=False, healthy=True)
+    world.fail_first(1, failed_alone_once=False, healthy=True)
     for _ in range(20):
         busy = [card for card, hand in world.hands.items() if hand]
         if world.finished or not busy:
@@ -182,10 +182,10 @@ def test_a_shard_that_two_cards_failed_does_not_wait_for_one_that_starts() -> No
     for card in range(3):
         world.join(card)
     world.ready(0)
-    world.fail_first(0, accused=False, healthy=True)
+    world.fail_first(0, failed_alone_once=False, healthy=True)
     assert not world.hands[0], "cards 1 and 2 may make it"
     world.ready(1)
-    world.fail_first(1, accused=False, healthy=True)
+    world.fail_first(1, failed_alone_once=False, healthy=True)
     assert world.assigned_to[0] == [0, 1, 0], "card 2 may take long"
 
 
@@ -227,9 +227,9 @@ def test_rows_that_kill_are_found_and_no_card_is_blamed(cards: int, killers: set
         card = next(card for card, hand in world.hands.items() if hand)
         first = world.hands[card][0]
         rows = range(first.shard.start, first.shard.stop)
-        deadly = killers.intersection(rows) - set(first.condemned)
+        deadly = killers.intersection(rows) - set(first.fail_without_running)
         if not deadly:
-            world.finish_first(card, failed=len(first.condemned))
+            world.finish_first(card, failed=len(first.fail_without_running))
             continue
         rest = [row for row in rows if row not in first.alone]
         batches = [rest[i : i + 4] for i in range(0, len(rest), 4)]
@@ -263,13 +263,13 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row() -> None:
             if hand and card in world.hands:
                 if card == 1:
                     failures += 1
-                    world.fail_first(1, accused=True, healthy=False)
+                    world.fail_first(1, failed_alone_once=True, healthy=False)
                 else:
                     world.finish_first(card)
     assert world.finished == [None]
     assert world.quarantined == {1}
     assert world.schedule.failed_rows == 0
-    assert failures <= MAX_VINDICATIONS + QUEUE
+    assert failures <= MAX_SHARDS_MADE_ELSEWHERE + MAX_IN_FLIGHT
 
 
 def test_cards_that_never_start_end_the_run_with_their_error() -> None:

@@ -59,7 +59,7 @@ def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     change(output / "lease.json", **ELSEWHERE)
 
     change(progress, time=hours_ago(3.2), seconds_left=77)
-    monkeypatch.setattr(status, "WATCH_SECONDS", 0.5)
+    monkeypatch.setattr(status, "WATCH_TIMEOUT_S", 0.5)
     told = json.loads(asked(output, capsys, "--json"))
     assert told["state"] == "silent"
     assert told["silent_s"] == pytest.approx(3.2 * 3600, abs=60)
@@ -71,7 +71,7 @@ def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     assert told["failures"] == [{"reason": "prompt is null", "rows": 2, "first_ids": ["1", "3"]}]
     assert "failed   2 rows: prompt is null (id 1, 3)" in text
 
-    monkeypatch.setattr(status, "WATCH_SECONDS", 60.0)
+    monkeypatch.setattr(status, "WATCH_TIMEOUT_S", 60.0)
     counting = threading.Event()
 
     def count_up() -> None:

@@ -26,7 +26,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "root"))
     server: StoreServer = request.getfixturevalue(request.param)
-    return Storage(server.url(tmp_path.name), server.options, patience=20)
+    return Storage(server.url(tmp_path.name), server.options, retry_timeout_s=20)
 
 
 def test_what_is_put_is_read_listed_and_removed(storage: Storage) -> None:
@@ -68,7 +68,7 @@ def test_a_local_file_is_put_whole(storage: Storage, tmp_path: Path) -> None:
 
 def test_a_write_that_may_not_go_on_any_more_gets_no_name(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="came too late"):
-        Storage(str(tmp_path), patience=0.1).put("x", b"1", keep=lambda: False)
+        Storage(str(tmp_path), retry_timeout_s=0.1).put("x", b"1", keep=lambda: False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,7 +85,7 @@ def failing(times: int, error: Exception) -> Callable[[], str]:
 
 
 def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.001)
     storage = Storage(str(tmp_path))
     assert storage.with_retries("try", failing(4, OSError(errno.EIO, "slow down"))) == "done"
     assert storage.with_retries("try", failing(2, TimeoutError())) == "done"
@@ -99,7 +99,7 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_what_can_not_pass_is_raised_at_once(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(StorageError, match="can't write x"):
-        Storage(str(tmp_path), patience=3600).with_retries("write x", failing(1, error))
+        Storage(str(tmp_path), retry_timeout_s=3600).with_retries("write x", failing(1, error))
 
 
 def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
@@ -108,9 +108,9 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
     monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr("gaudi_batch.storage.store.time", clock)
+    monkeypatch.setattr("gaudi_batch.storage.retrying.time", clock)
     with pytest.raises(StorageError, match="tried for"):
-        Storage(str(tmp_path), patience=3600).with_retries("read x", failing(10**6, OSError("503")))
+        Storage(str(tmp_path), retry_timeout_s=3600).with_retries("read x", failing(10**6, OSError("503")))
     words = r"can't read x, tried for (\d+) s of 3600 s \(storage_patience\): OSError: 503"
     lines = [line for line in caplog.messages if "can't read x" in line]  # threads of other tests may say something
     seconds = [int(number) for line in lines for number in re.findall(words, line)]
@@ -121,9 +121,9 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
 
 
 def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
     with pytest.raises(StorageError, match=r"tried for .* s \(storage_patience\): OSError: 503"):
-        Storage(str(tmp_path), patience=0.1).with_retries("read x", failing(10**6, OSError("503")))
+        Storage(str(tmp_path), retry_timeout_s=0.1).with_retries("read x", failing(10**6, OSError("503")))
 
 
 def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str, monkeypatc
 
 
 def test_wrong_credentials_are_the_stores_own_words(s3: S3Server) -> None:
-    storage = Storage("s3://bucket/x", s3.options | {"secret": "wrong-password"}, patience=5)
+    storage = Storage("s3://bucket/x", s3.options | {"secret": "wrong-password"}, retry_timeout_s=5)
     with pytest.raises(StorageError) as caught:
         storage.put("a", b"1")
     assert "wrong-password" not in str(caught.value)

@@ -69,7 +69,7 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture(autouse=True)
 def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.1)
     proxy.clear()
     yield
     proxy.clear()
@@ -336,7 +336,7 @@ def test_credentials_that_are_looked_for_long_are_not_waited_for_in_silence(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(waits, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(waits, "FIRST_LINE_S", 0.0)
     Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
     assert "still looking for credentials" in caplog.text
 
@@ -612,7 +612,7 @@ def test_an_upload_that_nobody_reads_is_given_up_and_tried_again(
 def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultProxy, tmp_path: Path) -> None:
     url = f"s3://bucket/{tmp_path.name}"
     Storage(url, s3.options).put("big", bytes(3_000_000))
-    storage = Storage(url, options(s3, proxy), patience=10.0)
+    storage = Storage(url, options(s3, proxy), retry_timeout_s=10.0)
     storage.try_timeout_s = 0.5
     fault = proxy.add(Fault("slow", "GET", "/big"))
     assert whatever_it_takes(lambda: storage.get("big")) == bytes(3_000_000)
@@ -621,7 +621,7 @@ def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultPro
 
 def test_a_local_read_that_never_ends_ends_with_the_patience(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stuck")
-    storage = Storage(str(tmp_path), patience=1.0)
+    storage = Storage(str(tmp_path), retry_timeout_s=1.0)
     storage.try_timeout_s = 0.5
     with pytest.raises(StorageError, match=r"storage_patience\): TimeoutError: no answer"):
         storage.get("stuck")

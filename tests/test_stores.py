@@ -62,7 +62,7 @@ def output(url: str, server: StoreServer) -> Storage:
 
 @pytest.fixture(autouse=True)
 def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.1)
     proxy.clear()
     yield
     proxy.clear()
@@ -161,7 +161,7 @@ def test_a_bucket_that_is_not_there_says_nothing_of_what_is_in_it(
     action: str, known: bool, server: StoreServer, proxy: FaultProxy, url: str, output: Storage
 ) -> None:
     output.put("run.json", b"{}")
-    storage = Storage(url, server.quick_options_at(proxy.port), patience=0.2)
+    storage = Storage(url, server.quick_options_at(proxy.port), retry_timeout_s=0.2)
     storage.creates = True
     assert not known or storage.get("run.json") == b"{}"
     actions: dict[str, Callable[[], object]] = {

@@ -22,17 +22,17 @@ from raynodes import RayCluster
 from gaudi_batch import JobConfig, run
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.output import manifest
-from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.tally import Tally
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.throughput import ThroughputTotals
 
 
 def rate(*commits: tuple[str, float, float, int]) -> float | None:
     """The rate of a run whose cards each finished a shard at a time that took them so long and had so many images."""
-    tally = Tally()
+    tally = CommitTotals()
     for shard, (card, finished_at, seconds, images) in enumerate(commits):
-        sums = Sums(batches=1, images=images, steady_images=images, steady_s=seconds)
-        tally.add(CommitFacts(shard, f"aaaaa{shard}", card, "node", 0, images, 0, images, sums), finished_at)
+        sums = ThroughputTotals(batches=1, images=images, steady_images=images, steady_s=seconds)
+        tally.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, images, 0, images, sums), finished_at)
     found: float | None = tally.describe({}, 0)["images_per_s"]
     return found
 
@@ -51,24 +51,24 @@ def test_the_rate_is_an_average_over_the_time_at_work() -> None:
 
 
 def test_waiting_is_part_of_the_time_at_work_and_not_of_a_rate() -> None:
-    tally = Tally()
+    tally = CommitTotals()
     for shard, card in enumerate("ab"):
-        sums = Sums(batches=2, images=10, steady_images=5, steady_s=5.0, warmup_s=2.0, wait_s=3.0)
-        tally.add(CommitFacts(shard, f"aaaaa{shard}", card, "node", 0, 10, 0, 10, sums), 10.0)
+        sums = ThroughputTotals(batches=2, images=10, steady_images=5, steady_s=5.0, warmup_s=2.0, wait_s=3.0)
+        tally.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, 10, 0, 10, sums), 10.0)
     assert tally.images_per_s == 2.0
 
 
 @pytest.mark.parametrize("skew", [120.0, -120.0, 3600.0])
 def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None:
     """Two cards of 1 image/s side by side, each five shards of 10 s; the clock of one node is wrong."""
-    tally = Tally()
+    tally = CommitTotals()
     for shard in range(10):
         now, off = 1e9 + 10.0 * (shard // 2), skew * (shard % 2)
         clock = DriverClock(lambda now=now, off=off: now + off)
         clock.hear(now)
-        sums = Sums(batches=1, images=10, steady_images=10, steady_s=10.0)
+        sums = ThroughputTotals(batches=1, images=10, steady_images=10, steady_s=10.0)
         card, finished = f"card {shard % 2}", clock.convert(now + off)
-        facts = CommitFacts(shard, f"aaaaa{shard}", card, "n", 0, 0, 0, 10, sums, finished_at=finished)
+        facts = CommitInfo(shard, f"aaaaa{shard}", card, "n", 0, 0, 0, 10, sums, finished_at=finished)
         table, facts = manifest.read(manifest.build([], pa.table({}), {}, {}, 0, facts))
         tally.add(facts, manifest.finished_at(table, facts))
     assert tally.images_per_s == pytest.approx(2.0)

@@ -19,7 +19,13 @@ from helpers import S3Server
 
 from gaudi_batch.storage.store import Storage
 
-QUICK = {"STALE_SECONDS": 8, "CERTAIN_SECONDS": 4, "COMMIT_SECONDS": 2, "BEAT_SECONDS": 1, "LOOK_SECONDS": 0.5}
+QUICK = {
+    "LEASE_TTL_S": 8,
+    "RENEW_DEADLINE_S": 4,
+    "COMMIT_TIMEOUT_S": 2,
+    "RENEW_INTERVAL_S": 1,
+    "LEASE_POLL_INTERVAL_S": 0.5,
+}
 """The lease's times, their order kept."""
 START = f"""
 import sys
@@ -27,7 +33,7 @@ from gaudi_batch.cli import main as cli
 from gaudi_batch.output import lease
 from gaudi_batch.output import ledger
 vars(lease).update({QUICK!r})
-ledger.COMMIT_SECONDS = lease.COMMIT_SECONDS
+ledger.COMMIT_TIMEOUT_S = lease.COMMIT_TIMEOUT_S
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -112,7 +118,7 @@ def test_a_driver_that_was_cut_off_for_a_moment_goes_on(
     url = f"s3://bucket/{tmp_path.name}"
     driver = start(prompts, url, cluster, s3.options_at(proxy.port))
     cut_off_when_it_commits(proxy, 3)
-    time.sleep(QUICK["CERTAIN_SECONDS"] + 2)
+    time.sleep(QUICK["RENEW_DEADLINE_S"] + 2)
     proxy.clear()
     said = driver.communicate(timeout=120)[1]
     assert driver.returncode == 0, said

@@ -18,8 +18,10 @@ from gaudi_batch.storage import retrying, waits
 JOB = ("--device", "simulated")
 
 
-def check(capsys: pytest.CaptureFixture[str], prompts: str, output: Path, patience: float) -> tuple[int, list[str]]:
-    flags = ["--prompts", prompts, "--output", str(output), *JOB, "--storage-patience", str(patience)]
+def check(
+    capsys: pytest.CaptureFixture[str], prompts: str, output: Path, retry_timeout_s: float
+) -> tuple[int, list[str]]:
+    flags = ["--prompts", prompts, "--output", str(output), *JOB, "--storage-patience", str(retry_timeout_s)]
     code = cli.main(["check", *flags])
     return code, capsys.readouterr().err.splitlines()
 
@@ -27,7 +29,7 @@ def check(capsys: pytest.CaptureFixture[str], prompts: str, output: Path, patien
 def test_prompts_behind_a_host_that_is_not_to_be_found_name_the_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(waits, "FIRST_LINE_S", 0.2)
     code, said = check(capsys, "https://host.invalid/prompts.parquet", tmp_path / "out", 1.0)
     assert code == 1
     waits_for = "prompts https://host.invalid/prompts.parquet: still looking for them: ConnectionError: "
@@ -49,7 +51,7 @@ def test_prompts_of_a_hub_that_is_out_of_reach_name_the_network(tmp_path: Path) 
 def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(waits, "FIRST_LINE_S", 0.2)
     monkeypatch.setattr(retrying, "TRY_TIMEOUT_S", 1.0)
     kept: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.plan import Bucket, Shard
-from gaudi_batch.scheduling.cards import QUEUE, CardState
+from gaudi_batch.scheduling.cards import MAX_IN_FLIGHT, CardState
 from gaudi_batch.scheduling.decisions import (
     Admit,
     AskForCards,
@@ -119,7 +119,7 @@ class World:
                 assert not self.hands[decision.card] or not task.announce, "a suspect shard behind another"
                 assert not any(task.announce for task in self.hands[decision.card]), "a shard behind a suspect one"
                 self.hands[decision.card].append(task)
-                assert len(self.hands[decision.card]) <= QUEUE
+                assert len(self.hands[decision.card]) <= MAX_IN_FLIGHT
                 self.assigned_to.setdefault(number, []).append(decision.card)
             elif isinstance(decision, Recall):
                 self.recalls.append(decision)
@@ -224,9 +224,9 @@ class World:
             self.handle(ShardMade(task.attempt, ShardOutcome(self.rows, rows, failed, undecoded, seconds, **outcome)))
         )
 
-    def fail_first(self, card: int, accused: bool, healthy: bool) -> None:
+    def fail_first(self, card: int, failed_alone_once: bool, healthy: bool) -> None:
         task = self.hands[card].pop(0)
-        rows = {task.shard.start: "boom"} if accused else {}
+        rows = {task.shard.start: "boom"} if failed_alone_once else {}
         self.do(self.handle(ShardFailed(task.attempt, ShardFailure("boom", rows, healthy=healthy))))
 
     def commit_first(self) -> None:

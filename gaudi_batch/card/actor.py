@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.messages import Announced, Begins, Begun, Broken, CardSetup, Confirmed, Failed, News, Ready
+from gaudi_batch.card.messages import Announced, Begins, Begun, Broken, CardReport, CardSetup, Confirmed, Failed, Ready
 from gaudi_batch.card.shard_result import (
     CardIdentity,
     PipelineCall,
@@ -64,7 +64,7 @@ class Card:
         self._started = time.monotonic()
         self._name = ""
         self._seen: set[str] = set()
-        self._node_id, self._node, self._module = where_am_i(setup.job.config.device)
+        self._node_id, self._node, self._module = card_placement(setup.job.config.device)
         self._storage = setup.storage
         stores = (self._storage, setup.job.dataset.storage)
         self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
@@ -75,7 +75,7 @@ class Card:
         self._store = ThreadPoolExecutor(STORE_THREADS, "store")
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
-        self._controls: dict[Bucket, Item] = {}
+        self._probes: dict[Bucket, Item] = {}
         self._warmups: dict[GraphKey, int] = {}
         self._pipeline: Pipeline
         self._idle_since = 0.0
@@ -95,11 +95,11 @@ class Card:
         """Gives a shard back if it has not begun; returns whether it does."""
         return self._mailbox.recall(attempt)
 
-    def news(self, acknowledged: int, patience: float, now: float) -> News:
-        """What has happened after event number `acknowledged`; waits up to `patience` seconds for something. `now` is
-        what the driver's clock shows, in seconds since the epoch."""
+    def poll(self, acknowledged: int, timeout_s: float, now: float) -> CardReport:
+        """What has happened after event number `acknowledged`; waits up to `timeout_s` seconds for something. `now`
+        is what the driver's clock shows, in seconds since the epoch."""
         self._clock.hear(now)
-        return self._mailbox.news(acknowledged, patience)
+        return self._mailbox.poll(acknowledged, timeout_s)
 
     # -- threads ------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Card:
             run_seed=config.seed,
             call=call,
             announce=(lambda rows: self._announce(task.attempt, rows)) if task.announce else lambda _: None,
-            control=self._controls.get(bucket),
+            probe=self._probes.get(bucket),
         )
         stored: list[StoredBatch] = []
         storage_failed = threading.Event()
@@ -206,13 +206,13 @@ class Card:
         except DeviceError:
             raise
         except CardFault as fault:
-            self._mailbox.emit(Failed(task.attempt, ShardFailure(str(fault), fault.accused, healthy=False)))
+            self._mailbox.emit(Failed(task.attempt, ShardFailure(str(fault), fault.failed_alone_once, healthy=False)))
             return
         except Exception as error:
             self._mailbox.emit(Failed(task.attempt, _failure(error)))
             return
-        if maker.control is not None:
-            self._controls[bucket] = maker.control
+        if maker.probe is not None:
+            self._probes[bucket] = maker.probe
         if task.confirm:
             self._mailbox.emit(Confirmed(task.attempt, maker.failures))
         else:
@@ -316,7 +316,7 @@ def require_shared(setup: CardSetup) -> None:
         raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
 
 
-def where_am_i(device: str) -> tuple[str, str, int | None]:
+def card_placement(device: str) -> tuple[str, str, int | None]:
     """This actor's Ray node id, its host name, and the module that Ray pinned to it, None for device cpu."""
     import ray
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from gaudi_batch.card.messages import Done, Event, Failed, News, Status
+from gaudi_batch.card.messages import CardReport, CardStatus, Done, Event, Failed
 from gaudi_batch.plan import BatchKind
 
 
@@ -50,15 +50,15 @@ class Mailbox:
             self._changed.notify_all()
             return self._last_event
 
-    def news(self, acknowledged: int, patience: float) -> News:
-        """Drops what is acknowledged and waits up to `patience` seconds for there to be more."""
+    def poll(self, acknowledged: int, retry_timeout_s: float) -> CardReport:
+        """Drops what is acknowledged and waits up to `retry_timeout_s` seconds for there to be more."""
         with self._changed:
             self._acknowledged = acknowledged
             self._events = [(number, event) for number, event in self._events if number > acknowledged]
             self._changed.notify_all()
-            self._changed.wait_for(lambda: bool(self._events), patience)
+            self._changed.wait_for(lambda: bool(self._events), retry_timeout_s)
             now = time.monotonic()
-            status = Status(
+            status = CardStatus(
                 phase=self._phase,
                 phase_s=now - self._phase_since,
                 storage_s=self._storage_s(),
@@ -73,7 +73,7 @@ class Mailbox:
                 storing=self._storing,
                 storing_s=now - self._storing_since if self._storing else 0.0,
             )
-            return News(tuple(self._events), status)
+            return CardReport(tuple(self._events), status)
 
     def wait_for_acknowledgement(self, number: int) -> None:
         """Waits until the driver has said that it knows of an event."""

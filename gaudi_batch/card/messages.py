@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gaudi_batch.job import Job
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.storage.store import Storage
@@ -88,7 +88,7 @@ class Done:
     attempt: str
     manifest: bytes
     """Ready to be put in place as it is."""
-    facts: CommitFacts
+    facts: CommitInfo
     outcome: ShardOutcome
 
 
@@ -113,7 +113,7 @@ Event: TypeAlias = Ready | Broken | Begun | Begins | Announced | Done | Confirme
 
 
 @dataclass(frozen=True)
-class Status:
+class CardStatus:
     """What a card is doing."""
 
     phase: str
@@ -145,8 +145,8 @@ class Status:
 
 
 @dataclass(frozen=True)
-class News:
+class CardReport:
     """A card's answer: what has happened since what was acknowledged, numbered, and what it is doing."""
 
     events: tuple[tuple[int, Event], ...]
-    status: Status
+    status: CardStatus

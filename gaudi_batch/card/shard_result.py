@@ -17,7 +17,7 @@ from gaudi_batch.layout import throughput_path
 from gaudi_batch.output import manifest
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage
-from gaudi_batch.output.throughput import BatchLine, Sums
+from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import ShardOutcome
@@ -108,7 +108,7 @@ class ShardRecorder:
             StorageError: storage failed.
         """
         _note_encode_errors(batches, maker)
-        images: dict[tuple[int, int], manifest.ImageFacts] = {}
+        images: dict[tuple[int, int], manifest.ImageInfo] = {}
         lines: list[BatchLine] = []
         for batch in batches:
             before = len(images)
@@ -119,7 +119,7 @@ class ShardRecorder:
                 if item.row in maker.failures:
                     output.drop(future.result())
                 else:
-                    facts = manifest.ImageFacts(future.result(), item.seed, nsfw, truncated)
+                    facts = manifest.ImageInfo(future.result(), item.seed, nsfw, truncated)
                     images[item.row, item.image] = facts
             lines.append(self._line(card, shard, batch, len(images) - before, stored))
         number, attempt = shard.task.shard.number, shard.task.attempt
@@ -147,11 +147,11 @@ class ShardRecorder:
         batches: list[StoredBatch],
         failed_rows: int,
         images: int,
-    ) -> manifest.CommitFacts:
+    ) -> manifest.CommitInfo:
         shard = rows.task.shard
         last = max((batch.finished_at for batch in batches), default=datetime.now(timezone.utc))
         bad_rows = [row.row for row in rows.rows if row.error is not None and not row.unreadable]
-        return manifest.CommitFacts(
+        return manifest.CommitInfo(
             shard=shard.number,
             attempt=rows.task.attempt,
             card=card.name,
@@ -160,9 +160,9 @@ class ShardRecorder:
             rows=len(rows.rows),
             failed_rows=failed_rows,
             images=images,
-            sums=Sums.of(lines),
+            sums=ThroughputTotals.of(lines),
             run=self._setup.run_id,
-            again=shard.again,
+            again=shard.is_rerun,
             failed_before=shard.failed_before,
             images_before=shard.images_before,
             finished_at=self._clock.convert(last.timestamp()),

@@ -23,16 +23,16 @@ from gaudi_batch.redaction import redact
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.text import one_line
 
-NEUTRAL = Item(-1, 0, "", "", 0)
+PROBE = Item(-1, 0, "", "", 0)
 """The control of a card that has made nothing yet: an empty prompt, of no row."""
 
 
 class CardFault(Exception):
-    """The card, or all that is left of the shard, fails; `accused` are the rows that may be to blame."""
+    """The card, or all that is left of the shard, fails; `failed_alone_once` are the rows that may be to blame."""
 
-    def __init__(self, error: str, accused: Mapping[int, str]) -> None:
+    def __init__(self, error: str, failed_alone_once: Mapping[int, str]) -> None:
         super().__init__(error)
-        self.accused = dict(accused)
+        self.failed_alone_once = dict(failed_alone_once)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ShardMaker:
     run_seed: int
     call: Callable[[list[Item]], Generated]
     announce: Callable[[tuple[int, ...]], None] = lambda rows: None
-    control: Item | None = None
+    probe: Item | None = None
     failures: dict[int, str] = field(default_factory=dict)
     """Rows that failed, with their errors; complete when `batches` has ended."""
     raised: set[int] = field(default_factory=set)
@@ -76,7 +76,7 @@ class ShardMaker:
     """Those among them on which another card has the last word."""
     transient_failures: int = 0
     """Images that were wrong, and calls that raised, and that worked when they were made again."""
-    _unproven: dict[int, str] = field(default_factory=dict)
+    _unconfirmed: dict[int, str] = field(default_factory=dict)
 
     def batches(self) -> Iterator[list[MadeImage]]:
         """Generates the shard; each list holds what one pipeline call made.
@@ -90,15 +90,15 @@ class ShardMaker:
                 continue
             if row.error is not None:
                 self.failures[row.row] = row.error
-            elif row.row in self.task.condemned:
-                self.failures[row.row] = self.task.condemned[row.row]
+            elif row.row in self.task.fail_without_running:
+                self.failures[row.row] = self.task.fail_without_running[row.row]
                 self.raised.add(row.row)
             else:
                 runnable.append(row)
         if self.task.announce and runnable:
             self.announce(())
-            self._make_control()
-        apart = self.task.alone | self.task.accused.keys() | self.task.confirm
+            self._make_probe()
+        apart = self.task.alone | self.task.failed_alone_once.keys() | self.task.confirm
         together = (item for row in runnable if row.row not in apart for item in self._items(row))
         for group in _chunks(together, self.batch_size):
             yield from self._make(group)
@@ -106,12 +106,12 @@ class ShardMaker:
             if row.row in apart:
                 for group in _chunks(self._items(row), self.batch_size):
                     yield from self._make(group)
-        if self._unproven:
-            self._prove_by_control()
-        if self.doubted and self.control is None:
+        if self._unconfirmed:
+            self._confirm_by_probe()
+        if self.doubted and self.probe is None:
             raise CardFault(next(iter(self.doubted.values())), self.doubted)
         if self.task.confirm and self.raised:
-            self._make_control()  # or its word is worth nothing
+            self._make_probe()  # or its word is worth nothing
         self.failures.update(self.doubted)
         self.raised.update(self.doubted)
 
@@ -120,7 +120,7 @@ class ShardMaker:
             yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self.run_seed, row, image))
 
     def _is_lost(self, row: int) -> bool:
-        return row in self.failures or row in self._unproven or row in self.doubted
+        return row in self.failures or row in self._unconfirmed or row in self.doubted
 
     def _make(self, group: list[Item]) -> Iterator[list[MadeImage]]:
         group = [item for item in group if not self._is_lost(item.row)]
@@ -139,8 +139,8 @@ class ShardMaker:
             for row in rows:
                 yield from self._make([item for item in group if item.row == row])
             self.transient_failures += not any(map(self._is_lost, rows))
-            if len(self._unproven) >= self.batch_size and self.control is not None:
-                self._prove_by_control()
+            if len(self._unconfirmed) >= self.batch_size and self.probe is not None:
+                self._confirm_by_probe()
             return
         if made:
             self._has_made(made[0].item)
@@ -148,8 +148,8 @@ class ShardMaker:
         for item in wrong:
             if not self._is_lost(item.row):
                 yield from self._make_again(item)
-        if not made and self.control is not None and all(map(self._is_lost, rows)):
-            self._make_control()
+        if not made and self.probe is not None and all(map(self._is_lost, rows)):
+            self._make_probe()
 
     def _make_again(self, item: Item) -> Iterator[list[MadeImage]]:
         """Makes an image alone that was wrong in its batch."""
@@ -187,37 +187,37 @@ class ShardMaker:
         return made, wrong
 
     def _is_second_word(self, row: int) -> bool:
-        return row in self.task.accused or row in self.task.confirm
+        return row in self.task.failed_alone_once or row in self.task.confirm
 
     def _blame(self, row: int, error: str) -> None:
         if self._is_second_word(row):
             self._fail(row, error)
         else:
-            self._unproven.setdefault(row, error)
+            self._unconfirmed.setdefault(row, error)
 
     def _fail(self, row: int, error: str) -> None:
         self.failures[row] = error
         self.raised.add(row)
 
     def _has_made(self, item: Item) -> None:
-        self._prove()
-        self.control = item
+        self._confirm_failures()
+        self.probe = item
 
-    def _prove(self) -> None:
-        for row, error in self._unproven.items():
+    def _confirm_failures(self) -> None:
+        for row, error in self._unconfirmed.items():
             self._fail(row, error)
-        self._unproven.clear()
+        self._unconfirmed.clear()
 
-    def _prove_by_control(self) -> None:
-        if self.control is None:
-            raise CardFault(next(iter(self._unproven.values())), self._unproven | self.doubted)
-        self._make_control()
-        self._prove()
+    def _confirm_by_probe(self) -> None:
+        if self.probe is None:
+            raise CardFault(next(iter(self._unconfirmed.values())), self._unconfirmed | self.doubted)
+        self._make_probe()
+        self._confirm_failures()
 
-    def _make_control(self) -> None:
-        self.control = self.control or NEUTRAL
+    def _make_probe(self) -> None:
+        self.probe = self.probe or PROBE
         try:
-            made, wrong = self._generate([self.control])
+            made, wrong = self._generate([self.probe])
         except DeviceError:
             raise
         except Exception as error:

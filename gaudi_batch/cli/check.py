@@ -18,11 +18,11 @@ from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Bucket, PlanSummary, Shard, summarize
 from gaudi_batch.reporting.status import describe_verify, read_status
 from gaudi_batch.storage.store import Storage
-from gaudi_batch.text import counted, duration, name, printable
+from gaudi_batch.text import counted, duration, printable, quote_if_unprintable
 
 BUCKETS_SHOWN = 20
 REASONS_SHOWN = 10
-PATIENCE_SECONDS = 10.0
+OUTPUT_PATIENCE_S = 10.0
 """For which an output that fails is tried again."""
 SHARDS_A_CARD = 4
 """Where a smaller shard_size is recommended, so that cards finish together."""
@@ -67,7 +67,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
         InputError: it can't be run as it is, its shape columns can't be read, or its output can't be where it is to be.
         StorageError: storage failed.
     """
-    storage = Storage(config.output, config.storage_options, min(PATIENCE_SECONDS, config.storage_patience))
+    storage = Storage(config.output, config.storage_options, min(OUTPUT_PATIENCE_S, config.storage_patience))
     refuse_file(storage)
     require_writable(storage)
     ledger = OutputReader(storage)
@@ -84,9 +84,14 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     plans = buckets.values()
     images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
     batches, shards = sum(plan.batches for plan in plans), sum(plan.shards for plan in plans)
-    columns = [ours if ours == theirs else f"{ours}={name(theirs)}" for ours, theirs in job.dataset.columns.items()]
+    columns = [
+        ours if ours == theirs else f"{ours}={quote_if_unprintable(theirs)}"
+        for ours, theirs in job.dataset.columns.items()
+    ]
     carried = (
-        f"; carried: {', '.join(name(each) for each in job.dataset.carried.names)}" if job.dataset.carried.names else ""
+        f"; carried: {', '.join(quote_if_unprintable(each) for each in job.dataset.carried.names)}"
+        if job.dataset.carried.names
+        else ""
     )
     lines = [
         f"prompts  {job.total_rows} rows of {job.dataset.rows} in {counted(len(job.dataset.files), 'file')}",
@@ -97,7 +102,8 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     lines += [f"bad      first of them: {rows.examples}"] if rows.bad else []
     lines += [f"ids      {rows.repeated}"] if rows.repeated else []
     lines += [
-        f"model    {name(model.name)}: {model.pipeline_class}" + (f", {model.scheduler}" if model.scheduler else ""),
+        f"model    {quote_if_unprintable(model.name)}: {model.pipeline_class}"
+        + (f", {model.scheduler}" if model.scheduler else ""),
         f"device   {config.device}, {job.dtype}"
         + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
         f"output   {config.format}, {config.encoding.type}",
@@ -152,7 +158,7 @@ def _look_at(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:
     stored = ledger.plan(record.rows)
     plan = [*stored, *plan_rest(stored, record, job)] if adds_to(record, job) else stored
     # Shards that make rows again hold none that are not counted already.
-    plan = [shard for shard in plan if not shard.again]
+    plan = [shard for shard in plan if not shard.is_rerun]
     return _Place(lines, None, max(0, status["images_committed"]), plan, left == 0, summary)
 
 

@@ -29,7 +29,7 @@ from gaudi_batch.text import one_line
 OBJECT_STORE_BYTES = 200 * 1024**2
 """Of a Ray that is started here. Images never pass through it."""
 VISIBLE_MODULES = "HABANA_VISIBLE_MODULES"
-HL_SMI_SECONDS = 120.0
+HL_SMI_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _name_modules() -> None:
     if VISIBLE_MODULES in os.environ or shutil.which("hl-smi") is None:
         return
     query = ["hl-smi", "-Q", "module_id", "-f", "csv,noheader"]
-    asked = subprocess.run(query, capture_output=True, text=True, timeout=HL_SMI_SECONDS, check=False)
+    asked = subprocess.run(query, capture_output=True, text=True, timeout=HL_SMI_TIMEOUT_S, check=False)
     modules = [line.strip() for line in asked.stdout.splitlines() if line.strip().isdigit()]
     if asked.returncode == 0 and modules:
         os.environ[VISIBLE_MODULES] = ",".join(sorted(modules, key=int))

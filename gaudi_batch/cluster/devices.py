@@ -15,10 +15,10 @@ from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
 
-COUNT_SECONDS = 120.0
-NODES_SECONDS = 60.0
+DEVICE_COUNT_TIMEOUT_S = 120.0
+NODES_TIMEOUT_S = 60.0
 """How long the nodes of a cluster may take to say what cards they have; a process must start on one for that."""
-MOST_NODES = 8
+MAX_NODES_ASKED = 8
 """Nodes that are asked; one that has what hpu needs is enough."""
 _COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
 
@@ -50,7 +50,7 @@ def this_machine_has_cards() -> bool:
     if importlib.util.find_spec("habana_frameworks") is None:
         return False
     asked = subprocess.run(
-        [sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=COUNT_SECONDS, check=False
+        [sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=DEVICE_COUNT_TIMEOUT_S, check=False
     )
     answer = asked.stdout.split()[-1:]
     return asked.returncode == 0 and answer not in ([], ["0"])
@@ -69,13 +69,13 @@ def _cluster_has_cards(address: str | None) -> bool:
             ray.remote(_has_stack)
             .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             .remote()
-            for node in nodes[:MOST_NODES]
+            for node in nodes[:MAX_NODES_ASKED]
         ]
-        said, until = "", time.monotonic() + NODES_SECONDS
+        said, until = "", time.monotonic() + NODES_TIMEOUT_S
         while asked:
             answered, asked = ray.wait(asked, timeout=max(0.0, until - time.monotonic()))
             if not answered:
-                said = said or f"no answer for {NODES_SECONDS:.0f} s"
+                said = said or f"no answer for {NODES_TIMEOUT_S:.0f} s"
                 break
             try:
                 if ray.get(answered[0]):

@@ -19,7 +19,7 @@ from gaudi_batch.cluster.submission import JOB_FILE, START_FILE, SUBMISSION_VARI
 from gaudi_batch.cluster.tokens import what_token_lacks, where_token_is
 from gaudi_batch.errors import GaudiBatchError, InputError, RunStopped
 from gaudi_batch.redaction import redact
-from gaudi_batch.storage.retry import in_time
+from gaudi_batch.storage.retry import run_with_timeout
 from gaudi_batch.storage.scratch import scratch_directory
 from gaudi_batch.text import one_line
 
@@ -68,7 +68,7 @@ class JobsClient:
                 f"--address {redact(self.address)!r}: an address of IPv6 is written in brackets, as in http://[::1]:8265"
             )
         try:
-            self._client = in_time(lambda: JobSubmissionClient(self.address), ANSWER_TIMEOUT_S)
+            self._client = run_with_timeout(lambda: JobSubmissionClient(self.address), ANSWER_TIMEOUT_S)
         except Exception as error:
             said = _reason(error)
             if "authentication token" in said:
@@ -98,7 +98,7 @@ class JobsClient:
         until = time.monotonic() + SUBMIT_TIMEOUT_S
         while True:
             try:
-                in_time(lambda: self._client.submit_job(**sent), UPLOAD_TIMEOUT_S)
+                run_with_timeout(lambda: self._client.submit_job(**sent), UPLOAD_TIMEOUT_S)
                 return
             except Exception as error:
                 if "already exists" in str(error):
@@ -125,7 +125,7 @@ class JobsClient:
 
     def info(self, job: str) -> Any:
         """What the cluster says of a job. Raises what the client of the Jobs API raises."""
-        return in_time(lambda: self._client.get_job_info(job), ANSWER_TIMEOUT_S)
+        return run_with_timeout(lambda: self._client.get_job_info(job), ANSWER_TIMEOUT_S)
 
     def follow(self, job: str, show: Callable[[str], None], look: Callable[[], None]) -> int:
         """Shows a job's log as it grows, until the job ends; returns its exit code.
@@ -168,7 +168,7 @@ class JobsClient:
             RunStopped: the cluster has not answered for too long since.
         """
         try:
-            in_time(lambda: self._client.stop_job(job), ANSWER_TIMEOUT_S)
+            run_with_timeout(lambda: self._client.stop_job(job), ANSWER_TIMEOUT_S)
         except Exception as error:
             self._refuse_unknown(job, error)
             raise InputError(f"job {job!r} can't be stopped: {_reason(error)}") from None

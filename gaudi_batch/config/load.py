@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from gaudi_batch.errors import InputError
-from gaudi_batch.text import load_yaml, name, nearest, shown
+from gaudi_batch.text import load_yaml, nearest, quote_if_unprintable, short_repr
 
 MAX_JOB_FILE = 1 << 20
 """Bytes of a job file; a larger one is something else."""
@@ -111,7 +111,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         where = [part for part in where if part not in ("int", "float", "str", "dict")]
         if problem["type"] == "extra_forbidden":
             where = [str(part) for part in problem["loc"]]  # a name of the user's may be one of these
-        field = name(".".join(where))[:200] or "job"
+        field = quote_if_unprintable(".".join(where))[:200] or "job"
         if problem["type"] == "extra_forbidden":
             said = "is not a field of a job"
             above = [str(part) for part in problem["loc"][:-1]]
@@ -128,6 +128,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
                 lines.setdefault(said.split(":")[0], said)
                 continue
             if "storage_options" not in field:
-                said = f"{shown(problem['input'])}: {said}"
+                said = f"{short_repr(problem['input'])}: {said}"
         lines[field] = f"{field}: {said}" if field not in lines else f"{lines[field]}, or {said.split(': ', 1)[-1]}"
     return "; ".join(lines.values())

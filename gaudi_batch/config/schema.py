@@ -25,7 +25,7 @@ from gaudi_batch.config.load import explain, in_full, merge, pairs, read_job_fil
 from gaudi_batch.config.sections import (
     CpuConfig,
     EncodingConfig,
-    GaudiConfig,
+    GaudiSettings,
     LimitsConfig,
     PositiveInt,
     Section,
@@ -163,7 +163,7 @@ class JobConfig(Section):
     cpu: CpuConfig = Field(default_factory=CpuConfig)
     """Settings of device cpu."""
 
-    gaudi: GaudiConfig = Field(default_factory=GaudiConfig)
+    gaudi: GaudiSettings = Field(default_factory=GaudiSettings)
     """Settings of device hpu."""
 
     simulated: SimulatedConfig = Field(default_factory=SimulatedConfig)

@@ -23,7 +23,7 @@ GAUDI_FIELDS = (
     "use_fused_adam",
     "use_fused_clip_norm",
 )
-"""What `GaudiConfig` of optimum-habana 1.21.2 knows."""
+"""What `GaudiSettings` of optimum-habana 1.21.2 knows."""
 
 
 def check_gaudi_fields(value: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ class CpuConfig(Section):
     in run.json as the run begins; null on hpu is the card's share of those that its own node may use."""
 
 
-class GaudiConfig(Section):
+class GaudiSettings(Section):
     """Settings of `device: hpu`."""
 
     config: dict[str, Any] | str = Field(default_factory=lambda: {"use_torch_autocast": True})

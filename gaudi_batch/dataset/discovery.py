@@ -37,7 +37,7 @@ _PARQUET = re.compile(r"\.(parquet|parq|pq)(?=[./]|$)", re.IGNORECASE)
 """In the path of a file that somebody may have meant, be it `x.parquet/part-0` or `y.parquet.gz`."""
 _PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
-MOST_ROWS = 2**31 - 1
+MAX_ROWS = 2**31 - 1
 """Of a job. A footer can claim any number, and the plan grows with it."""
 _GLOB = re.compile(r"[*?\[{]")
 
@@ -60,8 +60,8 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         first_row += metadata.num_rows
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")
-    if first_row > MOST_ROWS:
-        raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MOST_ROWS}")
+    if first_row > MAX_ROWS:
+        raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MAX_ROWS}")
     try:
         # A file without rows, such as an empty data frame's, often has no types worth the name.
         schemas = [plain(schema) for metadata, schema, _ in footers if metadata.num_rows]

@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 
 from gaudi_batch.text import one_line
 
-MOST_REASONS = 50
+MAX_REASONS = 50
 """Reasons that are told apart; rows that failed for others are counted together."""
 FIRST_IDS = 5
-MOST_ID = 80
+MAX_ID_SHOWN = 80
 """Characters of an id that are shown; it is the user's text."""
-MOST_REASON = 300
+MAX_REASON_SHOWN = 300
 OTHERS = "other reasons"
 _VALUES = re.compile(r"""(?<!\w)'[^']*(?:'|$)|"[^"]*(?:"|$)|[-+]?\d+(?:[.,]\d+)*(?:[eE][-+]?\d+)?""")
 
@@ -36,7 +36,7 @@ class _Rows:
     def add(self, row_id: str) -> None:
         self.rows += 1
         if len(self.first_ids) < FIRST_IDS:
-            self.first_ids.append(one_line(row_id, MOST_ID))
+            self.first_ids.append(one_line(row_id, MAX_ID_SHOWN))
 
 
 class Reasons:
@@ -54,19 +54,19 @@ class Reasons:
             error: why it failed.
             id: the row's id.
         """
-        error = one_line(error, MOST_REASON)
+        error = one_line(error, MAX_REASON_SHOWN)
         key = _VALUES.sub("#", error)
         group = self._groups.get(key)
         if group is None:
             group = self._others
-            if len(self._groups) < MOST_REASONS:
+            if len(self._groups) < MAX_REASONS:
                 group = self._groups[key] = _Rows(error)
         group.alike &= error == group.first or group is self._others
         group.add(id)
 
     def describe(self) -> list[dict[str, Any]]:
         """A record for each reason, the most frequent first, other reasons last: `reason` (printable, at most
-        `MOST_REASON` characters), `rows` (how many), and `first_ids` (at most `FIRST_IDS`, printable and cut)."""
+        `MAX_REASON_SHOWN` characters), `rows` (how many), and `first_ids` (at most `FIRST_IDS`, printable and cut)."""
         groups = sorted(self._groups.values(), key=lambda group: -group.rows)
         groups += [self._others] if self._others.rows else []
         return [{"reason": group.reason, "rows": group.rows, "first_ids": list(group.first_ids)} for group in groups]
@@ -76,18 +76,18 @@ class FailedRows:
     """The failed rows of a run by reason, as its manifests have them.
 
     Args:
-        made_again: rows of several shards, with the highest of these: what that one says of a row is the last word.
+        latest_shard_of_row: rows of several shards, with the last of these, which alone counts.
     """
 
-    def __init__(self, made_again: Mapping[int, int]) -> None:
-        self._made_again = made_again
+    def __init__(self, latest_shard_of_row: Mapping[int, int]) -> None:
+        self._latest_shard_of_row = latest_shard_of_row
         self._reasons = Reasons()
 
     def add(self, shard: int, table: pa.Table) -> None:
         """Counts the failed rows of a shard's manifest."""
         failed = table.filter(pc.equal(table.column("status"), "failed")).select(["row", "id", "error"])
         for row, row_id, error in zip(*failed.to_pydict().values(), strict=True):
-            if self._made_again.get(row, shard) == shard:
+            if self._latest_shard_of_row.get(row, shard) == shard:
                 self._reasons.add(error or "", row_id or "")
 
     def describe(self) -> list[dict[str, Any]]:

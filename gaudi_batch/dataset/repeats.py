@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from gaudi_batch.dataset.columns import plain
 from gaudi_batch.dataset.rows import derived_seed
 
-MOST_IDS = 10_000_000
+MAX_IDS = 10_000_000
 """Ids that are compared, at 8 bytes each; those beyond are not looked at."""
 _WAITING_IDS = 1 << 20
 _WAITING_BYTES = 64 << 20
@@ -27,7 +27,7 @@ class RepeatedIds:
         most: ids that are compared at most.
     """
 
-    def __init__(self, most: int = MOST_IDS) -> None:
+    def __init__(self, most: int = MAX_IDS) -> None:
         self.seen = 0
         """Ids that were given."""
         self._most = most

@@ -14,7 +14,7 @@ from gaudi_batch.dataset.arrow import distinct_rows
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.plan import Run
+from gaudi_batch.plan import RowSpan
 from gaudi_batch.text import one_line
 
 
@@ -38,7 +38,7 @@ class RowsRead:
     """Why they can't be read."""
 
 
-def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[Run]:
+def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[RowSpan]:
     """A dataset as spans of rows for the planner; reads the shape columns, where there are any, and nothing else.
 
     Args:
@@ -62,7 +62,7 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
                 [name for name in present if name in dataset.open_file(index).schema_arrow.names] if shapes else []
             )
             if not present:
-                yield Run(index, skipped, count - skipped, rules.bucket, rules.num_images)
+                yield RowSpan(index, skipped, count - skipped, rules.bucket, rules.num_images)
                 continue
             start = 0
             for batch in dataset.open_file(index).iter_batches(columns=present):
@@ -80,14 +80,16 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
             raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
 
 
-def _spans_of(dataset: PromptDataset, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> Iterator[Run]:
+def _spans_of(
+    dataset: PromptDataset, file: int, start: int, batch: pa.RecordBatch, rules: RowRules
+) -> Iterator[RowSpan]:
     codes, distinct = distinct_rows(dataset.ours(pa.Table.from_batches([batch])), len(batch))
     shapes = [rules.shape(values)[:2] for values in distinct]
     edges = np.flatnonzero(np.diff(codes)) + 1
     for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
         if end > begin:
             bucket, images = shapes[codes[begin]]
-            yield Run(file, start + begin, end - begin, bucket, images)
+            yield RowSpan(file, start + begin, end - begin, bucket, images)
 
 
 def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:

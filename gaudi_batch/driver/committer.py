@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from gaudi_batch.card.messages import Done
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.driver.account import Account
+from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import attempt_name
 from gaudi_batch.output.ledger import Ledger
@@ -35,9 +35,9 @@ class Committer:
         account: hears of commits.
     """
 
-    def __init__(self, ledger: Ledger, account: Account) -> None:
+    def __init__(self, ledger: Ledger, progress: RunProgress) -> None:
         self._ledger = ledger
-        self._account = account
+        self._progress = progress
         self._records: dict[str, Done] = {}
         self._pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         self._under_way: set[asyncio.Task[None]] = set()
@@ -73,7 +73,7 @@ class Committer:
         ours, table = await asyncio.get_running_loop().run_in_executor(self._pool, put)
         del self._records[attempt]
         if ours:
-            self._account.committed(done.facts, table)
+            self._progress.committed(done.facts, table)
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
         return done.facts.shard

@@ -58,7 +58,7 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
             restore = opened.enter_context(handlers_kept())
             opened.enter_context(connected(job, address))
             restore()
-            remove_groups_of(lease.dead)
+            remove_groups_of(lease.past_holders)
             resources = card_resources(job)
             count, device = look_at_cluster(job.config, resources).cards, job.config.device
             if count == 0 and not job.config.asks_for_cards:

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gaudi_batch.card.messages import Status
+from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.driver.watchdog import PhaseRules, phase_limit, reading_limit, storage_limit
 from gaudi_batch.scheduling.cards import CardState
 
-USUAL_SECONDS = 20.0
+USUAL_MAX_S = 20.0
 """What reading the rows of a shard, or one operation on storage, takes at most where all is well."""
 USUAL_FACTOR = 3.0
 """How many times as long as is usual something takes before that is said."""
-SOON_SECONDS = 30.0
+SOON_S = 30.0
 """What has taken less than this is not worth a word."""
 LIMIT_SHARE = 0.5
 """The share of a limit that has passed before that is said, however long it usually takes."""
@@ -56,7 +56,7 @@ class Doing:
     def threshold(self) -> float:
         """Seconds after which it has taken longer than is usual."""
         half = float("inf") if self.limit is None else LIMIT_SHARE * self.limit
-        several = float("inf") if self.usual is None else max(SOON_SECONDS, USUAL_FACTOR * self.usual)
+        several = float("inf") if self.usual is None else max(SOON_S, USUAL_FACTOR * self.usual)
         return min(half, several)
 
     def describe(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _numbers(rows: Sequence[int]) -> str:
     return f"{rows[0]}" if len(rows) == 1 else f"{min(rows)} to {max(rows)}"
 
 
-def doings_of(status: Status, since_seen: float, rules: PhaseRules) -> list[Doing]:
+def doings_of(status: CardStatus, since_seen: float, rules: PhaseRules) -> list[Doing]:
     """What a card is at, by its last answer: what its device does, or waits for, comes first.
 
     Args:
@@ -96,10 +96,10 @@ def doings_of(status: Status, since_seen: float, rules: PhaseRules) -> list[Doin
     elif status.storage_s and (status.storing or not status.reading_s):
         phase, note = ("storing", f"{status.storing} images") if status.storing else ("asking storage", "")
         seconds = status.storage_s + since_seen
-        beside.append(Doing(phase, seconds, storage_limit(config), USUAL_SECONDS, note=note))
+        beside.append(Doing(phase, seconds, storage_limit(config), USUAL_MAX_S, note=note))
     if status.reading_s > 0:
         seconds = status.reading_s + since_seen
-        beside.append(Doing("reading", seconds, reading_limit(config), USUAL_SECONDS, status.reading_shard))
+        beside.append(Doing("reading", seconds, reading_limit(config), USUAL_MAX_S, status.reading_shard))
     if status.phase != "idle":
         kind = status.kind
         name, limit = phase_limit(status, config, times)
@@ -107,7 +107,7 @@ def doings_of(status: Status, since_seen: float, rules: PhaseRules) -> list[Doin
         usual = times.loading if name == "loading" else times.usual(status.phase, kind)
         seconds = status.phase_s + since_seen
         return [Doing(status.phase, seconds, limit, usual, status.shard, bucket, status.rows), *beside]
-    if since_seen > rules.poll_s + SOON_SECONDS / 2:
+    if since_seen > rules.poll_s + SOON_S / 2:
         return [Doing("silent", since_seen, rules.poll_s + config.limits.answer)]
     return beside or [Doing("idle", status.phase_s + since_seen)]
 
@@ -126,7 +126,7 @@ def doings(slot: Slot, state: CardState, now: float, rules: PhaseRules) -> list[
     if state in (CardState.GONE, CardState.QUARANTINED):
         return []
     if slot.actor is None:
-        return [Doing("starting", now - slot.last_seen, usual=USUAL_SECONDS)]
+        return [Doing("starting", now - slot.last_seen, usual=USUAL_MAX_S)]
     if slot.status is None:
         return [Doing("loading", now - slot.last_seen, rules.config.limits.loading, rules.times.loading)]
     found = doings_of(slot.status, now - slot.last_seen, rules)
@@ -163,7 +163,7 @@ def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, ne
         storage_s: seconds for which the driver's oldest operation on storage has been going on.
         need: what a card takes of the cluster.
     """
-    if storage_s > USUAL_SECONDS:
+    if storage_s > USUAL_MAX_S:
         return f"storage, which the driver has asked for {storage_s:.0f} s"
     if ready:
         return None

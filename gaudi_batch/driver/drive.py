@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from gaudi_batch.card.messages import CardSetup
-from gaudi_batch.driver.account import Account
 from gaudi_batch.driver.fleet import CardsOfRun
 from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
 from gaudi_batch.errors import ForcedInterrupt
@@ -37,9 +37,9 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
     cards = CardsOfRun(CardSetup(run.job, run.ledger.storage, run.info.run_id), run.connect())
     schedule = _schedule(run, missing, committed)
     tally = committed.tally
-    planned = sum(shard.images for shard in run.plan if shard.number in tally.attempts and not shard.again)
+    planned = sum(shard.images for shard in run.plan if shard.number in tally.attempts and not shard.is_rerun)
     earlier = read_spans(run.ledger)
-    account = Account(
+    progress = RunProgress(
         schedule,
         tally,
         committed.failed,
@@ -48,19 +48,19 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
         lambda card_s: [*earlier, watch.span(card_s)],
     )
     with open_view() as view, handlers_kept():
-        loop = LoopRunner(lambda: Driver(cards, schedule, run.ledger, account, view), grace, run.ledger.storage)
+        loop = LoopRunner(lambda: Driver(cards, schedule, run.ledger, progress, view), grace, run.ledger.storage)
         driver, reason = loop.run()
     if driver.at_once and reason == INTERRUPTED:
         raise ForcedInterrupt("interrupted at once; what was committed stays, and the same command resumes")
     if driver.at_once:
         raise LeaseLost(f"stopped: {reason}")
-    return Ended(reason, account.faults, schedule.retries, watch, account.card_s)
+    return Ended(reason, progress.faults, schedule.retries, watch, progress.card_s)
 
 
 def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
     job, config, tally = run.job, run.job.config, committed.tally
     # Rows that are about to be run again have neither been made nor failed.
-    undecided = [shard for shard in missing if shard.again]
+    undecided = [shard for shard in missing if shard.is_rerun]
     rows = RowCounts(
         run.info.rows,
         tally.rows - sum(shard.rows for shard in undecided),
@@ -82,11 +82,13 @@ def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
 def _failed_without_running(run: Run, missing: list[Shard]) -> dict[int, dict[int, str]]:
     """Rows of shards whose manifests were lost, on which a later shard has the last word."""
     failed: dict[int, dict[int, str]] = {}
-    made_again = run.made_again
-    rows = sorted(made_again)
+    latest_shard_of_row = run.latest_shard_of_row
+    rows = sorted(latest_shard_of_row)
     for shard in missing:
         first = run.job.dataset.files[shard.file].first_row
         for row in rows[bisect_left(rows, first + shard.start) : bisect_left(rows, first + shard.stop)]:
-            if made_again[row] > shard.number:
-                failed.setdefault(shard.number, {})[row] = f"it failed, and is run again in shard {made_again[row]}"
+            if latest_shard_of_row[row] > shard.number:
+                failed.setdefault(shard.number, {})[row] = (
+                    f"it failed, and is run again in shard {latest_shard_of_row[row]}"
+                )
     return failed

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.dataset.repeats import RepeatedIds
-from gaudi_batch.driver.rerun import rows_made_again
+from gaudi_batch.driver.rerun import latest_shards_of_rows
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
@@ -21,7 +21,7 @@ from gaudi_batch.output.cleanup import remove_orphans
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.manifest import finished_at
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
-from gaudi_batch.output.tally import FILES, Tally, stop_lines
+from gaudi_batch.output.tally import FILES, CommitTotals, stop_lines
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.verify import verify
 
@@ -31,7 +31,7 @@ DRIVER_NAME_LENGTH = 5
 """Letters that a driver is named by; each of its attempts begins with them."""
 
 
-def sum_up(run: Run, tally: Tally, ended: Ended) -> RunResult:
+def sum_up(run: Run, tally: CommitTotals, ended: Ended) -> RunResult:
     """Writes the summary of a run, whose making of images has ended.
 
     Args:
@@ -66,7 +66,7 @@ def sum_up(run: Run, tally: Tally, ended: Ended) -> RunResult:
 
 def verify_images(run: Run) -> None:
     """Reads every image back and writes verify.json. Raises RunStopped if images are missing or torn."""
-    report = verify(run.ledger, run.made_again)
+    report = verify(run.ledger, run.latest_shard_of_row)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     run.ledger.put_json("verify.json", report.describe() | {"time": now, "shards": len(run.ledger.committed_shards())})
     for line in report.lines():
@@ -78,7 +78,7 @@ def verify_images(run: Run) -> None:
         )
 
 
-def write_summary(run: Run, tally: Tally, ended: Ended) -> dict[str, Any]:
+def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]:
     """Counts what storage has of a run, removes what nobody needs, joins the manifests of a run that is complete, and
     writes summary.json; returns what that says.
 
@@ -98,7 +98,7 @@ def write_summary(run: Run, tally: Tally, ended: Ended) -> dict[str, Any]:
     reason = ended.reason or _why_incomplete(run, tally, lost)
     if not lost:
         # What a driver that is taken for dead left is safe to remove only when nothing is left to commit.
-        removable = {run.lease.driver} if reason else run.lease.dead | {run.lease.driver}
+        removable = {run.lease.driver} if reason else run.lease.past_holders | {run.lease.driver}
         remove_orphans(
             ledger,
             tally.attempts,
@@ -122,11 +122,13 @@ def write_summary(run: Run, tally: Tally, ended: Ended) -> dict[str, Any]:
     return summary
 
 
-def _count(run: Run, tally: Tally) -> Committed:
+def _count(run: Run, tally: CommitTotals) -> Committed:
     """Reads all manifests again."""
     in_place = set(run.ledger.committed_shards())
-    made_again = rows_made_again([shard for shard in run.plan if shard.number in in_place], run.job.dataset)
-    failed = FailedRows(made_again)
+    latest_shard_of_row = latest_shards_of_rows(
+        [shard for shard in run.plan if shard.number in in_place], run.job.dataset
+    )
+    failed = FailedRows(latest_shard_of_row)
     kinds = {shard.number: shard.bucket.batch_kind for shard in run.plan}
     for facts, table in run.ledger.commits():
         tally.add(facts, finished_at(table, facts), kinds.get(facts.shard))
@@ -134,7 +136,7 @@ def _count(run: Run, tally: Tally) -> Committed:
     return Committed(tally, failed)
 
 
-def _why_incomplete(run: Run, tally: Tally, lost: list[int]) -> str | None:
+def _why_incomplete(run: Run, tally: CommitTotals, lost: list[int]) -> str | None:
     if lost:
         return f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
     if tally.rows != run.info.rows:
@@ -150,13 +152,13 @@ def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
         if "id" in job.dataset.columns:
             repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
 
-    images, failed_rows = join_manifests(run.ledger, run.made_again, attempts, look_at_ids)
+    images, failed_rows = join_manifests(run.ledger, run.latest_shard_of_row, attempts, look_at_ids)
     if warning := repeated.describe():
         log.warning("%s", warning)
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}
 
 
-def _times(run: Run, tally: Tally, ended: Ended, images: int) -> dict[str, Any]:
+def _times(run: Run, tally: CommitTotals, ended: Ended, images: int) -> dict[str, Any]:
     """The times of a run, by those of its drivers."""
     spans = [span for span in read_spans(run.ledger) if span.driver != run.lease.driver]
     spans += [ended.watch.span(ended.card_s)] if ended.watch else []

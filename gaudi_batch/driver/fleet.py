@@ -17,12 +17,12 @@ from typing import Any
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from gaudi_batch.card import messages
-from gaudi_batch.card.messages import CardSetup, Done, News, Ready
+from gaudi_batch.card.messages import CardReport, CardSetup, Done, Ready
 from gaudi_batch.cluster.connection import CardResources, look_at_cluster
-from gaudi_batch.driver.account import Account
 from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.doing import Doing, doings
 from gaudi_batch.driver.places import Places
+from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.slot import Slot, node_is_gone, why_died
 from gaudi_batch.driver.watchdog import PhaseRules, passed_limit
 from gaudi_batch.redaction import redact
@@ -78,7 +78,7 @@ class Fleet:
         self,
         cards: CardsOfRun,
         schedule: Schedule,
-        account: Account,
+        progress: RunProgress,
         background: Background,
         tell: Callable[[events.Event], None],
         keep: Callable[[Done], None],
@@ -87,7 +87,7 @@ class Fleet:
         setup, resources = cards.setup, cards.resources
         self.rules = PhaseRules(setup.job.config, f"{resources.amount} {resources.name}", POLL_INTERVAL_S)
         self._schedule = schedule
-        self._account = account
+        self._progress = progress
         self._background = background
         self._tell = tell
         self._keep = keep
@@ -152,7 +152,7 @@ class Fleet:
         """A card works from now on."""
         slot = self.slots[decision.card]
         assert slot.ready is not None
-        self._account.introduce(slot)
+        self._progress.introduce(slot)
         self.rules.times.loaded(slot.ready.load_s)
         threads = "" if slot.ready.threads is None else f", with {slot.ready.threads} threads"
         log.info("%s is ready after %.1f s%s", slot.where, slot.ready.load_s, threads)
@@ -235,7 +235,7 @@ class Fleet:
         slot = self.slots[number]
         if not quiet:
             log.warning("%s %s", slot.where, error)
-        self._account.fault(slot, error)
+        self._progress.fault(slot, error)
 
     # -- processes ----------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Fleet:
         acknowledged = 0
         while slot.actor is actor:
             try:
-                news: News = await actor.news.remote(acknowledged, self.rules.poll_s, time.time())
+                report: CardReport = await actor.poll.remote(acknowledged, self.rules.poll_s, time.time())
             except ActorUnavailableError:
                 await asyncio.sleep(POLL_INTERVAL_S)
                 continue
@@ -272,9 +272,9 @@ class Fleet:
                 return
             if slot.actor is not actor:
                 return
-            slot.status, slot.last_seen = news.status, time.monotonic()
-            self.rules.times.learn(news.status)
-            for number, message in news.events:
+            slot.status, slot.last_seen = report.status, time.monotonic()
+            self.rules.times.learn(report.status)
+            for number, message in report.events:
                 acknowledged = number
                 if slot.actor is actor:  # an event may have it replaced
                     self._take(slot, message)

@@ -22,7 +22,7 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Shard
-from gaudi_batch.text import one_line, shown
+from gaudi_batch.text import one_line, short_repr
 
 BY_HAND = ("files", "limit", "model", "model_revision")
 """Fields of a fingerprint that need not be the same, each for its own reason."""
@@ -33,7 +33,7 @@ def differences(run: RunInfo, job: Job) -> list[str]:
     """Why a job can't go on with the run that an output belongs to, a line a field; none if it can."""
     before, now = run.fingerprint, job.fingerprint()
     lines = [
-        f"{one_line(name)}: was {shown(before.get(name))}, is {shown(now.get(name))}"
+        f"{one_line(name)}: was {short_repr(before.get(name))}, is {short_repr(now.get(name))}"
         for name in sorted((before.keys() | now.keys()) - set(BY_HAND))
         if before.get(name) != now.get(name)
     ]
@@ -66,7 +66,7 @@ def adds_to(run: RunInfo, job: Job) -> bool:
 
 def planned_rows(plan: Sequence[Shard]) -> int:
     """Rows of all shards of a plan, those that are made again counted once."""
-    return sum(shard.rows for shard in plan if not shard.again)
+    return sum(shard.rows for shard in plan if not shard.is_rerun)
 
 
 def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard]]:
@@ -85,7 +85,7 @@ def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard
         job=record.job | {"limit": job.config.limit},
         fingerprint=record.fingerprint | {"limit": fingerprint["limit"], "files": fingerprint["files"]},
         rows=job.total_rows,
-        images=sum(shard.images for shard in (*plan, *added) if not shard.again),
+        images=sum(shard.images for shard in (*plan, *added) if not shard.is_rerun),
         grown=[*record.grown, growth],
     )
     ledger.grow(grown, [*plan, *added])
@@ -133,7 +133,7 @@ def _model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     if was == now_is and len(str(was)) == SHA256_DIGITS:
         return []  # the digest of a directory, wherever it lies
     return [
-        f"{name}: was {shown(before.get(name))}, is {shown(now.get(name))}"
+        f"{name}: was {short_repr(before.get(name))}, is {short_repr(now.get(name))}"
         for name in ("model", "model_revision")
         if before.get(name) != now.get(name)
     ]

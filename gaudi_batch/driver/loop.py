@@ -14,11 +14,11 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from gaudi_batch.driver.account import Account
 from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.committer import Committer, check_storage
 from gaudi_batch.driver.doing import Doing, Watch, waits_for
 from gaudi_batch.driver.fleet import CardsOfRun, Fleet
+from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import EVENTS_FILE
 from gaudi_batch.output.lease import LeaseLost
@@ -54,7 +54,9 @@ class Driver:
         view: shows progress.
     """
 
-    def __init__(self, cards: CardsOfRun, schedule: Schedule, ledger: Ledger, account: Account, view: View) -> None:
+    def __init__(
+        self, cards: CardsOfRun, schedule: Schedule, ledger: Ledger, progress: RunProgress, view: View
+    ) -> None:
         self.at_once = False
         """Whether the run ends without a wait for anything."""
         self.loop = asyncio.get_running_loop()
@@ -63,11 +65,11 @@ class Driver:
         self._cards = cards
         self._schedule = schedule
         self._ledger = ledger
-        self._account = account
+        self._progress = progress
         self._view = view
         self._background = Background(self._failed)
-        self._committer = Committer(ledger, account)
-        self.fleet = Fleet(cards, schedule, account, self._background, self.tell, self._committer.keep)
+        self._committer = Committer(ledger, progress)
+        self.fleet = Fleet(cards, schedule, progress, self._background, self.tell, self._committer.keep)
         self._over: asyncio.Future[str | None] = self.loop.create_future()
         self._watch = Watch()
         self._actions: Mapping[type, Callable[[Any], None]] = {
@@ -194,7 +196,7 @@ class Driver:
                 said = time.monotonic()
                 for line in self._watch.due(cards):
                     log.warning("%s", line)
-            self._view.show(self._account.progress(self.fleet.slots.values(), cards, self._waits_for(cards)))
+            self._view.show(self._progress.progress(self.fleet.slots.values(), cards, self._waits_for(cards)))
             await asyncio.sleep(LIMITS_INTERVAL_S)
 
     def check_ray(self) -> None:
@@ -222,7 +224,7 @@ class Driver:
     def _describe(self, state: str) -> dict[str, Any]:
         cards = self.fleet.doings() if state == "running" else {}
         waits = self._waits_for(cards) if state == "running" else None
-        return self._account.describe(self.fleet.slots.values(), cards, waits, state)
+        return self._progress.describe(self.fleet.slots.values(), cards, waits, state)
 
     def _waits_for(self, cards: Mapping[str, Sequence[Doing]]) -> str | None:
         storage_s = self._ledger.storage.longest_running_s()

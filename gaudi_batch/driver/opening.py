@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
-from gaudi_batch.driver.rerun import failed_rows, plan_again, rows_made_again
+from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_rerun
 from gaudi_batch.driver.run_context import Run
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
@@ -95,12 +95,12 @@ def open_run(
 
 def repair(run: Run) -> None:
     """Adds shards for the rows that have missing or torn images."""
-    report = verify(run.ledger, run.made_again)
+    report = verify(run.ledger, run.latest_shard_of_row)
     for line in report.lines():
         log.info("%s", line)
     if report.broken:
         job = run.job
-        added = plan_again(report.broken, report.images_of, run.plan, job.dataset, job.config.shard_size)
+        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, job.config.shard_size)
         count = len(report.broken)
         log.info("%d rows with missing or torn images are made again, in %d new shards", count, len(added))
         run.add(added)
@@ -117,11 +117,11 @@ def retry_failed_rows(run: Run) -> None:
             all_failed.hopeless,
         )
     committed = set(run.ledger.committed_shards())
-    pending = rows_made_again([shard for shard in run.plan if shard.number not in committed], job.dataset)
+    pending = latest_shards_of_rows([shard for shard in run.plan if shard.number not in committed], job.dataset)
     failed = {row: shard for row, shard in all_failed.worth_a_try.items() if row not in pending}
     if not failed:
         log.info("no failed row is left to run again")
         return
-    added = plan_again(failed, {}, run.plan, job.dataset, job.config.shard_size)
+    added = plan_rerun(failed, {}, run.plan, job.dataset, job.config.shard_size)
     log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
     run.add(added)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.plan import Bucket, Shard
 
 
@@ -28,7 +28,7 @@ class RowsToRetry:
     committed does not say which of its rows these are; they are tried once more."""
 
 
-def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> RowsToRetry:
+def failed_rows(commits: Iterable[tuple[CommitInfo, pa.Table]]) -> RowsToRetry:
     """The rows that have failed.
 
     Args:
@@ -49,7 +49,7 @@ def failed_rows(commits: Iterable[tuple[CommitFacts, pa.Table]]) -> RowsToRetry:
     return RowsToRetry(failed, len(hopeless))
 
 
-def plan_again(
+def plan_rerun(
     wanted: Mapping[int, int],
     images: Mapping[int, int],
     plan: Sequence[Shard],
@@ -96,7 +96,7 @@ def plan_again(
     return found
 
 
-def rows_made_again(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:
+def latest_shards_of_rows(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:
     """The rows of shards that were planned again, each with the highest of these shards."""
     return {
         dataset.files[shard.file].first_row + row: shard.number

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gaudi_batch.dataset.reasons import FailedRows
-from gaudi_batch.driver.rerun import rows_made_again
+from gaudi_batch.driver.rerun import latest_shards_of_rows
 from gaudi_batch.job import Job
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.spans import Stopwatch
-from gaudi_batch.output.tally import Tally
+from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.plan import Shard
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class Run:
     """Connects to the cluster at its first call; returns what a card takes of it. Raises InputError."""
 
     @functools.cached_property
-    def made_again(self) -> Mapping[int, int]:
+    def latest_shard_of_row(self) -> Mapping[int, int]:
         """Rows that are in several shards, each with the highest of these."""
-        return rows_made_again(self.plan, self.job.dataset)
+        return latest_shards_of_rows(self.plan, self.job.dataset)
 
     def add(self, shards: list[Shard]) -> None:
         """Adds shards to the plan, once there is a cluster that may make them."""
@@ -52,13 +52,13 @@ class Run:
 class Committed:
     """What is committed of a run."""
 
-    tally: Tally
+    tally: CommitTotals
     failed: FailedRows
 
     @classmethod
     def read(cls, run: Run) -> Committed:
         """Reads all manifests."""
-        committed = cls(Tally(), FailedRows(run.made_again))
+        committed = cls(CommitTotals(), FailedRows(run.latest_shard_of_row))
         for facts, table in run.ledger.commits():
             committed.tally.add(facts)
             committed.failed.add(facts.shard, table)

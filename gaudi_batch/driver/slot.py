@@ -17,7 +17,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from gaudi_batch.card.messages import Ready, Status
+from gaudi_batch.card.messages import CardStatus, Ready
 from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.driver.watchdog import PassedLimit
 
@@ -36,7 +36,7 @@ class Slot:
     """Whether that is the present process, and it lives; it works, or waits for what the others say."""
     actor: Any = None
     """The Ray actor of the present process; None between two."""
-    status: Status | None = None
+    status: CardStatus | None = None
     last_seen: float = 0.0
     """When it last answered, monotonic."""
     passed: PassedLimit | None = None

@@ -10,7 +10,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gaudi_batch.card.actor import where_am_i
+from gaudi_batch.card.actor import card_placement
 from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.cluster.connection import CardResources, card_options, look_at_cluster
 from gaudi_batch.driver.slot import group_name, node_of, why_died
@@ -30,7 +30,7 @@ class _Trial:
     def load(self, job: Job) -> str:
         """Loads the job's pipeline; returns what went wrong, if anything did."""
         try:
-            load_pipeline(job.config, job.model, job.threads, where_am_i(job.config.device)[2])
+            load_pipeline(job.config, job.model, job.threads, card_placement(job.config.device)[2])
         except Exception as error:
             return describe_error(error)
         return ""

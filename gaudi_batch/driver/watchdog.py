@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gaudi_batch.card.messages import Status
+from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled
 
 BATCH_LIMIT_FACTOR = 10
-STORAGE_GRACE_SECONDS = 60.0
+STORAGE_GRACE_S = 60.0
 """How much longer than the job's patience one operation on storage may take."""
 
 
@@ -36,7 +36,7 @@ class BatchTimes:
         """A card has loaded in so many seconds."""
         self.loading = max(seconds, self.loading or 0.0)
 
-    def learn(self, status: Status) -> None:
+    def learn(self, status: CardStatus) -> None:
         """Takes in what a card reports."""
         for kind, seconds in status.batch_s.items():
             self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
@@ -66,7 +66,7 @@ class PhaseRules:
     """How long things have taken so far."""
 
 
-def phase_limit(status: Status | None, config: JobConfig, times: BatchTimes) -> tuple[str, float]:
+def phase_limit(status: CardStatus | None, config: JobConfig, times: BatchTimes) -> tuple[str, float]:
     """The limit of what a card's device does, by its name in `limits`, and in seconds."""
     limits = config.limits
     phase = status.phase if status else "loading"
@@ -80,7 +80,7 @@ def phase_limit(status: Status | None, config: JobConfig, times: BatchTimes) -> 
 
 def storage_limit(config: JobConfig) -> float:
     """Seconds that one operation on storage may take on a card."""
-    return config.storage_patience + STORAGE_GRACE_SECONDS
+    return config.storage_patience + STORAGE_GRACE_S
 
 
 def reading_limit(config: JobConfig) -> float:
@@ -88,7 +88,7 @@ def reading_limit(config: JobConfig) -> float:
     return config.limits.loading + config.storage_patience
 
 
-def passed_limit(status: Status | None, since_seen: float, rules: PhaseRules) -> PassedLimit | None:
+def passed_limit(status: CardStatus | None, since_seen: float, rules: PhaseRules) -> PassedLimit | None:
     """Why a card has been at the same thing for too long, or None.
 
     Args:

@@ -80,7 +80,7 @@ class JoinedManifest:
 
 def join_manifests(
     ledger: Ledger,
-    made_again: Mapping[int, int],
+    latest_shard_of_row: Mapping[int, int],
     committed: Mapping[int, str],
     seen: Callable[[pa.Table], None] = lambda table: None,
 ) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def join_manifests(
 
     Args:
         ledger: of the run.
-        made_again: rows of several shards, with the highest of these, which alone counts.
+        latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
         committed: the attempt of each committed shard.
         seen: called with the rows of each manifest that count.
 
@@ -101,7 +101,7 @@ def join_manifests(
     with scratch_directory("join the manifests") as directory:
         path = Path(directory) / "manifest.parquet"
         try:
-            rows, failed = _join_into(path, ledger, made_again, committed, seen)
+            rows, failed = _join_into(path, ledger, latest_shard_of_row, committed, seen)
             if not committed:
                 return 0, 0
             manifest.require_readable(path, rows)
@@ -119,7 +119,7 @@ def join_manifests(
 def _join_into(
     path: Path,
     ledger: Ledger,
-    made_again: Mapping[int, int],
+    latest_shard_of_row: Mapping[int, int],
     committed: Mapping[int, str],
     seen: Callable[[pa.Table], None],
 ) -> tuple[int, int]:
@@ -128,8 +128,8 @@ def _join_into(
     with JoinedManifest(path) as file:
         for facts, table in ledger.commits():
             joined[facts.shard] = facts.attempt
-            if made_again:
-                counts = [made_again.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
+            if latest_shard_of_row:
+                counts = [latest_shard_of_row.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
                 table = table.filter(pa.array(counts, pa.bool_()))
             seen(table)
             file.add(table)

@@ -1,8 +1,8 @@
 """Who drives a run. One driver at a time puts manifests, so nothing that is committed is ever written over.
 
 lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
-that does not count for `STALE_SECONDS` on the observer's own clock is anybody's; so is, at once, one whose process on
-this machine is gone. A holder that could not count up for `CERTAIN_SECONDS` commits nothing until it has, and one that
+that does not count for `LEASE_TTL_S` on the observer's own clock is anybody's; so is, at once, one whose process on
+this machine is gone. A holder that could not count up for `RENEW_DEADLINE_S` commits nothing until it has, and one that
 finds another's name in its place is done. All that a driver writes or removes it does right after such a look, and what
 takes longer goes on no longer than the holder is certain. What no look can stop, a write that lands when it has been
 given up, does no harm: where the store creates conditionally a manifest takes no other's place, one of another run is
@@ -35,18 +35,18 @@ from gaudi_batch.storage.store import Storage
 
 log = logging.getLogger("gaudi_batch")
 
-STALE_SECONDS = 60.0
-BEAT_SECONDS = 10.0
+LEASE_TTL_S = 60.0
+RENEW_INTERVAL_S = 10.0
 """How often the holder counts up."""
-LOOK_SECONDS = 2.0
-SETTLE_SECONDS = 1.0
+LEASE_POLL_INTERVAL_S = 2.0
+SETTLE_INTERVAL_S = 1.0
 """Between writing and reading back."""
-CERTAIN_SECONDS = 30.0
+RENEW_DEADLINE_S = 30.0
 """How long a holder that has counted up may commit. A write that has begun, however large, is given up within
-`KEEP_INTERVAL_S` of that; what is left of `STALE_SECONDS` is for what the network still has of it."""
-COMMIT_SECONDS = 15.0
+`KEEP_INTERVAL_S` of that; what is left of `LEASE_TTL_S` is for what the network still has of it."""
+COMMIT_TIMEOUT_S = 15.0
 """Of one try at putting a manifest, beside what its size needs."""
-TRY_SECONDS = 10.0
+LEASE_TIMEOUT_S = 10.0
 """Of one look at the lease, or one try at writing it. It is not tried for long: what comes late would be a lie."""
 
 
@@ -95,7 +95,7 @@ class LeaseKeeper:
         self._kept_up = -math.inf
         self._silent: Lease | None = None  # whose silence alone says that it is over
         self._lost = ""
-        self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._beating = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
 
@@ -105,7 +105,7 @@ class LeaseKeeper:
         return self._lease.driver
 
     @property
-    def dead(self) -> frozenset[str]:
+    def past_holders(self) -> frozenset[str]:
         """Drivers of this run that are over."""
         return frozenset(self._lease.dead)
 
@@ -122,7 +122,7 @@ class LeaseKeeper:
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
         since = time.monotonic()
         self._write(self._storage)
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(SETTLE_INTERVAL_S)
         other = self._other_holder(self._storage)
         if other is not None:
             raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
@@ -147,18 +147,18 @@ class LeaseKeeper:
                 raise LeaseLost("this driver is over")
             failed = StorageError(f"{self._storage.url}: the lease can't be kept up")
             try:
-                self._look()
-                if time.monotonic() - self._kept_up < CERTAIN_SECONDS:
+                self._check_holder()
+                if time.monotonic() - self._kept_up < RENEW_DEADLINE_S:
                     return
             except StorageError as error:
                 failed = error
-            if failed.refused or time.monotonic() - since > self._storage.patience:
+            if failed.refused or time.monotonic() - since > self._storage.retry_timeout_s:
                 raise failed
-            self._over.wait(LOOK_SECONDS / 4)
+            self._over.wait(LEASE_POLL_INTERVAL_S / 4)
 
     def holds(self) -> bool:
         """Whether what `hold` has let begin may go on."""
-        certain = time.monotonic() - self._kept_up < CERTAIN_SECONDS
+        certain = time.monotonic() - self._kept_up < RENEW_DEADLINE_S
         return certain and not self._lost and not self._over.is_set()
 
     def release(self, settled: Callable[[], bool] = lambda: True) -> None:
@@ -175,7 +175,7 @@ class LeaseKeeper:
         if self._beating.is_alive():
             self._beating.join()  # a beat after this would take back what it says
         try:
-            self._look()
+            self._check_holder()
             self._lease = replace(self._lease, released=True)
             self._write(self._quick)
         except LeaseLost:
@@ -188,21 +188,21 @@ class LeaseKeeper:
         self._over.set()
         _ended.add(self._lease.driver)
 
-    def _beat(self) -> None:
-        pause = BEAT_SECONDS
+    def _renew(self) -> None:
+        pause = RENEW_INTERVAL_S
         while not self._over.wait(pause):
             since = time.monotonic()
             try:
-                self._look()
+                self._check_holder()
                 self._write(self._quick)
-                self._kept_up, pause = since, BEAT_SECONDS
+                self._kept_up, pause = since, RENEW_INTERVAL_S
             except LeaseLost:
                 return
             except StorageError as error:
-                pause = LOOK_SECONDS
+                pause = LEASE_POLL_INTERVAL_S
                 log.warning("the lease can't be kept up: %s", error)
 
-    def _look(self) -> None:
+    def _check_holder(self) -> None:
         """Raises LeaseLost if another has taken the lease; StorageError if that can't be seen."""
         other = None if self._lost else self._other_holder(self._quick)
         if other is not None:
@@ -215,7 +215,7 @@ class LeaseKeeper:
         held = read_lease(storage)
         if held is None or self._is_old(held):
             return None
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(SETTLE_INTERVAL_S)
         held = read_lease(storage)
         return None if held is None or self._is_old(held) else held
 
@@ -239,11 +239,11 @@ class LeaseKeeper:
         since, first = time.monotonic(), True
         while (held := self._read()) is None and self._storage.get("lease.json") is not None:
             if first:
-                say(f"lease.json can't be read; waiting up to {STALE_SECONDS:.0f} s to see whether a driver writes it")
-            if time.monotonic() - since > STALE_SECONDS:
+                say(f"lease.json can't be read; waiting up to {LEASE_TTL_S:.0f} s to see whether a driver writes it")
+            if time.monotonic() - since > LEASE_TTL_S:
                 break
             first = False
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LEASE_POLL_INTERVAL_S)
         return held
 
     def _wait_until_over(self, say: Callable[[str], None]) -> Lease | None:
@@ -255,13 +255,13 @@ class LeaseKeeper:
             if alive:
                 raise self._refusal(held)
             if alive is None:
-                say(f"{held.holder} drove this run; waiting up to {STALE_SECONDS:.0f} s to see whether it still does")
+                say(f"{held.holder} drove this run; waiting up to {LEASE_TTL_S:.0f} s to see whether it still does")
                 last = self._wait_until_stale(held)
                 if not last.released:
                     self._silent = last
                     return last
                 held = last
-            time.sleep(SETTLE_SECONDS)
+            time.sleep(SETTLE_INTERVAL_S)
             now = self._read()
             if now is None or _is_before(now, held):
                 return held
@@ -272,7 +272,7 @@ class LeaseKeeper:
         """Waits for a holder to count up, or to let go; returns the last one there was. Raises InputError."""
         seen = time.monotonic()
         while True:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LEASE_POLL_INTERVAL_S)
             looked = time.monotonic()
             now = self._read()
             if now is None:
@@ -281,14 +281,14 @@ class LeaseKeeper:
                 if now.released:
                     return now
                 raise self._refusal(now)
-            if looked - seen > STALE_SECONDS:
+            if looked - seen > LEASE_TTL_S:
                 return held
 
     @property
     def _quick(self) -> Storage:
         """The output as it is known by now, for what is not tried for long."""
         quick = self._storage.at(self._storage.root)
-        quick.patience = quick.try_timeout_s = TRY_SECONDS
+        quick.retry_timeout_s = quick.try_timeout_s = LEASE_TIMEOUT_S
         return quick
 
     def _refusal(self, held: Lease) -> InputError:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import manifest_path
-from gaudi_batch.output.lease import COMMIT_SECONDS
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.lease import COMMIT_TIMEOUT_S
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.plan_file import encode_plan
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
@@ -101,7 +101,7 @@ class Ledger(OutputReader):
 
     # -- commits ------------------------------------------------------------------------------------------------
 
-    def commit(self, facts: CommitFacts, data: bytes) -> bool:
+    def commit(self, facts: CommitInfo, data: bytes) -> bool:
         """Puts a shard's manifest unless another attempt's is there; returns whether it is this one's that is there.
 
         Before each try it is made sure that the shard is not committed and then, last, that nobody else drives the run.
@@ -130,7 +130,7 @@ class Ledger(OutputReader):
             self._write_stack()
             while True:
                 try:
-                    self.storage.put(path, data, abort_if_committed, self._lease.holds, COMMIT_SECONDS, create=True)
+                    self.storage.put(path, data, abort_if_committed, self._lease.holds, COMMIT_TIMEOUT_S, create=True)
                     break
                 except FileExistsError:
                     # It may have been removed since, and what is not there now is not removed when it is there again.
@@ -172,7 +172,7 @@ class Ledger(OutputReader):
 
     def _put_fenced(self, name: str, data: bytes) -> None:
         """Writes what, like a manifest, must not land when another driver has taken over."""
-        self.storage.put(name, data, self.ensure_held, self._lease.holds, COMMIT_SECONDS)
+        self.storage.put(name, data, self.ensure_held, self._lease.holds, COMMIT_TIMEOUT_S)
 
 
 class _Committed(Exception):

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from gaudi_batch.config.bounds import MAX_SEED
 from gaudi_batch.dataset.rows import PromptRow, image_seed
-from gaudi_batch.output.throughput import Sums
+from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.text import one_line
 
 COLUMNS = pa.schema(
@@ -61,7 +61,7 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class ImageInfo:
     """What a manifest says of one image that was made."""
 
     stored: StoredImage
@@ -72,7 +72,7 @@ class ImageFacts:
 
 
 @dataclass(frozen=True)
-class CommitFacts:
+class CommitInfo:
     """What a shard's manifest says of its attempt, in the Parquet file's metadata."""
 
     shard: int
@@ -83,7 +83,7 @@ class CommitFacts:
     rows: int
     failed_rows: int
     images: int
-    sums: Sums
+    sums: ThroughputTotals
     run: str = ""
     """Id of the run; a manifest of another is no commit of this one."""
     again: bool = False
@@ -100,7 +100,7 @@ class CommitFacts:
     older version names none."""
 
 
-_FACTS = TypeAdapter(CommitFacts)
+_FACTS = TypeAdapter(CommitInfo)
 
 
 def schema(carried: pa.Schema) -> pa.Schema:
@@ -120,10 +120,10 @@ def schema(carried: pa.Schema) -> pa.Schema:
 def build(
     rows: Sequence[PromptRow],
     carried: pa.Table,
-    images: Mapping[tuple[int, int], ImageFacts],
+    images: Mapping[tuple[int, int], ImageInfo],
     failures: Mapping[int, str],
     run_seed: int,
-    commit: CommitFacts,
+    commit: CommitInfo,
 ) -> bytes:
     """The manifest of one shard as a Parquet file.
 
@@ -179,7 +179,7 @@ def build(
     return buffer.getvalue()
 
 
-def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
+def read(data: bytes) -> tuple[pa.Table, CommitInfo]:
     """A shard's manifest and what it says of its attempt.
 
     Raises:
@@ -197,7 +197,7 @@ def read(data: bytes) -> tuple[pa.Table, CommitFacts]:
         raise ValueError(f"not a whole manifest: {one_line(error)}") from None
 
 
-def finished_at(table: pa.Table, facts: CommitFacts) -> float | None:
+def finished_at(table: pa.Table, facts: CommitInfo) -> float | None:
     """When the last image of a manifest was stored, in seconds since the epoch, by the driver's clock if the manifest
     has that, else by that of the card's node; None where it has neither that nor a row."""
     if facts.finished_at is not None:

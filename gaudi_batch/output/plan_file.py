@@ -55,7 +55,7 @@ def _of_rows(shards: Sequence[Shard], rows: int) -> list[Shard]:
     """A plan up to the first shard that holds rows beyond so many; shards that make rows again hold none anew."""
     planned, kept = 0, list[Shard]()
     for shard in shards:
-        if not shard.again:
+        if not shard.is_rerun:
             if planned >= rows:
                 break
             planned += shard.rows

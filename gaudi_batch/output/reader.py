@@ -12,7 +12,7 @@ import pyarrow as pa
 from gaudi_batch.errors import InputError
 from gaudi_batch.layout import manifest_path, parse_manifest
 from gaudi_batch.output import manifest
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.plan_file import decode_plan
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Shard
@@ -76,7 +76,7 @@ class OutputReader:
         numbers = (parse_manifest(name) for name in self.storage.names("manifest"))
         return sorted(number for number in numbers if number is not None)
 
-    def commits(self) -> Iterator[tuple[CommitFacts, pa.Table]]:
+    def commits(self) -> Iterator[tuple[CommitInfo, pa.Table]]:
         """Every whole manifest, in order of its shard. One that was written in part is passed over."""
         pool = ThreadPoolExecutor(READ_THREADS)
         try:
@@ -87,7 +87,7 @@ class OutputReader:
             # Where one could not be read, the others would take as long to fail.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def read_commit(self, shard: int) -> tuple[CommitFacts, pa.Table] | None:
+    def read_commit(self, shard: int) -> tuple[CommitInfo, pa.Table] | None:
         """The manifest of a shard; None where there is none that is whole and of this run."""
         data = self.storage.get(manifest_path(shard))
         if data is None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.dataset.reasons import reason_lines
-from gaudi_batch.output.manifest import CommitFacts
-from gaudi_batch.output.throughput import Sums, rounded
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.redaction import redact
 from gaudi_batch.text import counted, duration, printable
@@ -22,7 +22,7 @@ FILES = {
     "summary": "summary.json",
 }
 """Where everything lies, relative to the output."""
-MOST_KINDS = 100
+MAX_KINDS = 100
 """Kinds of batches that summary.json tells apart, those of the most images."""
 CARDS_SHOWN = 16
 REASONS_SHOWN = 10
@@ -36,12 +36,12 @@ class CardTally:
     module: int | None
     shards: int = 0
     failed_rows: int = 0
-    sums: Sums = field(default_factory=Sums)
+    sums: ThroughputTotals = field(default_factory=ThroughputTotals)
     at_work: list[tuple[float, float]] = field(default_factory=list)
     """From when to when it was at each of them, waiting included, in seconds since the epoch by the driver's clock."""
 
 
-class Tally:
+class CommitTotals:
     """The commits of a run, added up. Built from the manifests alone, so it agrees with them."""
 
     def __init__(self) -> None:
@@ -51,16 +51,16 @@ class Tally:
         self.failed_rows = 0
         self._images_again = 0
         self.cards: dict[str, CardTally] = {}
-        self._kinds: dict[BatchKind, Sums] = {}
+        self._kinds: dict[BatchKind, ThroughputTotals] = {}
 
-    def emptied(self) -> Tally:
+    def emptied(self) -> CommitTotals:
         """A tally of no commits that knows of the same cards."""
-        other = Tally()
+        other = CommitTotals()
         for name, card in self.cards.items():
             other.card(name, card.node, card.module)
         return other
 
-    def add(self, facts: CommitFacts, finished_at: float | None = None, kind: BatchKind | None = None) -> None:
+    def add(self, facts: CommitInfo, finished_at: float | None = None, kind: BatchKind | None = None) -> None:
         """Adds one commit; the same shard again changes nothing.
 
         Args:
@@ -81,7 +81,7 @@ class Tally:
         card.failed_rows += facts.failed_rows
         card.sums += facts.sums
         if kind is not None:
-            self._kinds[kind] = self._kinds.get(kind, Sums()) + facts.sums
+            self._kinds[kind] = self._kinds.get(kind, ThroughputTotals()) + facts.sums
         if finished_at is not None:
             spent = facts.sums.steady_s + facts.sums.warmup_s + facts.sums.wait_s
             card.at_work.append((finished_at - spent, finished_at))
@@ -107,7 +107,7 @@ class Tally:
         """The same with the first batches, which compile; a trial may have no others."""
         return self._rate_together(lambda sums: sums.images_per_s_with_warmup)
 
-    def _rate_together(self, rate_of: Callable[[Sums], float | None]) -> float | None:
+    def _rate_together(self, rate_of: Callable[[ThroughputTotals], float | None]) -> float | None:
         rated = [(rate_of(card.sums), card.at_work) for card in self.cards.values()]
         known = [(rate, at_work) for rate, at_work in rated if rate is not None]
         together = _length([stretch for _, at_work in known for stretch in at_work])
@@ -132,7 +132,7 @@ class Tally:
             }
             for name, card in sorted(self.cards.items())
         }
-        total = sum((card.sums for card in self.cards.values()), Sums())
+        total = sum((card.sums for card in self.cards.values()), ThroughputTotals())
         return {
             "rows": self.rows,
             "failed_rows": self.failed_rows,
@@ -154,7 +154,7 @@ class Tally:
                     "card_images_per_s_with_warmup": rounded(sums.images_per_s_with_warmup),
                     "warmup_s": rounded(sums.warmup_s),
                 }
-                for kind, sums in sorted(self._kinds.items(), key=lambda item: -item[1].images)[:MOST_KINDS]
+                for kind, sums in sorted(self._kinds.items(), key=lambda item: -item[1].images)[:MAX_KINDS]
             ],
             "cards": cards,
         }

@@ -43,7 +43,7 @@ class BatchLine:
 
 
 @dataclass(frozen=True)
-class Sums:
+class ThroughputTotals:
     """Throughput lines added up; sums of sums are made with `+`."""
 
     batches: int = 0
@@ -57,7 +57,7 @@ class Sums:
     upload_s: float = 0.0
 
     @classmethod
-    def of(cls, lines: Iterable[BatchLine]) -> Sums:
+    def of(cls, lines: Iterable[BatchLine]) -> ThroughputTotals:
         """Adds lines up."""
         total = cls()
         for line in lines:
@@ -75,8 +75,8 @@ class Sums:
             )
         return total
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+    def __add__(self, other: ThroughputTotals) -> ThroughputTotals:
+        return ThroughputTotals(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     @property
     def images_per_s(self) -> float | None:

@@ -17,7 +17,7 @@ SHOWN = 10
 
 
 @dataclass
-class Findings:
+class VerifyReport:
     """What a look at every image has shown; paths are relative to the output."""
 
     images: int = 0
@@ -53,17 +53,17 @@ class Findings:
         return lines
 
 
-def verify(ledger: OutputReader, made_again: Mapping[int, int]) -> Findings:
+def verify(ledger: OutputReader, latest_shard_of_row: Mapping[int, int]) -> VerifyReport:
     """Reads every image that a manifest names, and lists what else lies among them.
 
     Args:
         ledger: of the run.
-        made_again: rows of several shards, with the highest of these, which alone counts.
+        latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
 
     Raises:
         StorageError: storage failed for longer than the patience.
     """
-    findings = Findings()
+    findings = VerifyReport()
     attempts: set[str] = set()
     storage = ledger.storage
     with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -71,7 +71,7 @@ def verify(ledger: OutputReader, made_again: Mapping[int, int]) -> Findings:
             directory = attempt_name(facts.shard, facts.attempt)
             attempts.add(directory)
             named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
-            counts = [path for path, row in named.items() if made_again.get(row["row"], 0) <= facts.shard]
+            counts = [path for path, row in named.items() if latest_shard_of_row.get(row["row"], 0) <= facts.shard]
             findings.images += len(counts)
             images_of = Counter(named[path]["row"] for path in counts)
             for path, data in zip(counts, pool.map(storage.get, counts), strict=True):

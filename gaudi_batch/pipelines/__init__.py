@@ -5,10 +5,10 @@ from __future__ import annotations
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import Pipeline
 from gaudi_batch.pipelines.cpus import share_of_node
-from gaudi_batch.pipelines.sources import ModelFacts
+from gaudi_batch.pipelines.sources import ModelInfo
 
 
-def load_pipeline(config: JobConfig, model: ModelFacts, threads: int | None, module: int | None) -> Pipeline:
+def load_pipeline(config: JobConfig, model: ModelInfo, threads: int | None, module: int | None) -> Pipeline:
     """Loads the pipeline of a card. The heavy imports happen here, in the card's own process.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
-from gaudi_batch.pipelines.sources import BUILTIN, ModelFacts, builtin_directory, digest
+from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
 from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.plan import Bucket, GraphKey
@@ -36,7 +36,7 @@ class CpuPipeline:
     device = "cpu"
     warmup_batches = 1
 
-    def __init__(self, model: ModelFacts, threads: int, dtype: str) -> None:
+    def __init__(self, model: ModelInfo, threads: int, dtype: str) -> None:
         torch.set_num_threads(threads)
         silence_libraries()
         pipeline_class = getattr(diffusers, model.pipeline_class)
@@ -78,7 +78,7 @@ class CpuPipeline:
         return []
 
 
-def fetch(model: ModelFacts, pipeline_class: Any) -> str:
+def fetch(model: ModelInfo, pipeline_class: Any) -> str:
     """The directory that a model is loaded from, fetched from the hub if need be. What lies there is looked at once
     more, now that all of it does: the driver saw the model's JSON files, and maybe on another machine.
 
@@ -105,7 +105,7 @@ def fetch(model: ModelFacts, pipeline_class: Any) -> str:
     return path
 
 
-def revision_beside(model: ModelFacts, path: str) -> Callable[[], str]:
+def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
     """Begins to find out which model lies in a directory, in a thread beside its being loaded from there. A digest of
     10 GB takes a core 7 s, or 20 s without its instructions for SHA-256; what the disk gives once, the page cache gives
     all cards of the node.

@@ -20,14 +20,14 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.pipelines.families import SUPPORTED
 from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
-from gaudi_batch.pipelines.sources import ModelFacts
+from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey
 
 WARMUP_BATCHES = 3
 """First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
 (`throughput_warmup_steps` in its pipelines)."""
-ACQUIRE_SECONDS = 30.0
+ACQUIRE_TIMEOUT_S = 30.0
 """For how long a card that is not free is tried again."""
 OUT_OF_MEMORY = ("PT_DEVMEM", "Allocation failed for size", "out of memory")
 """What Intel's bridge says when device memory is gone."""
@@ -49,7 +49,7 @@ class GaudiPipeline:
 
     warmup_batches = WARMUP_BATCHES
 
-    def __init__(self, config: JobConfig, model: ModelFacts, threads: int) -> None:
+    def __init__(self, config: JobConfig, model: ModelInfo, threads: int) -> None:
         require_stack()
         prepare(config)
         # Both log what they do to prompts, at INFO, as soon as they are imported.
@@ -167,7 +167,7 @@ class GaudiPipeline:
 
 def _acquire(hpu: Any) -> None:
     """Takes the card, which the process before this one may not have let go of yet."""
-    deadline = time.monotonic() + ACQUIRE_SECONDS
+    deadline = time.monotonic() + ACQUIRE_TIMEOUT_S
     while True:
         try:
             return hpu.init()  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.storage.filesystem import expanded
 from gaudi_batch.storage.waits import told_if_slow
-from gaudi_batch.text import one_line, shown
+from gaudi_batch.text import one_line, short_repr
 
 BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -35,13 +35,13 @@ GAUDI_CONFIG_FILE = "gaudi_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 PICKLED = ".bin"
 """Weights that a job without `use_safetensors` takes as well, where there are no safetensors."""
-MOST_BLOCKS = 10
+MAX_VAE_BLOCKS = 10
 """Of a VAE, each of which halves the sides; no model has as many."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """A model, resolved."""
 
     name: str
@@ -65,14 +65,14 @@ class ModelFacts:
     read them with torch's `weights_only`."""
 
 
-def describe_model(config: JobConfig) -> ModelFacts:
+def describe_model(config: JobConfig) -> ModelInfo:
     """Finds a job's model and reads what it is.
 
     Raises:
         InputError: it can't be found, is of an unsupported class, has no safetensors, or its scheduler draws noise.
     """
     if config.device == "simulated":
-        return ModelFacts("simulated", "", False, "", "simulated", None, DEFAULT_SIDE, DEFAULT_SIDE, 8)
+        return ModelInfo("simulated", "", False, "", "simulated", None, DEFAULT_SIDE, DEFAULT_SIDE, 8)
     name = config.model or ""
     if name.startswith(BUILTIN):
         directory = builtin_directory(name)
@@ -96,10 +96,10 @@ def builtin_directory(name: str) -> Path:
     return BUILTIN_MODELS / name.removeprefix(BUILTIN)
 
 
-def unseen_model(config: JobConfig, width: int, height: int) -> ModelFacts:
+def unseen_model(config: JobConfig, width: int, height: int) -> ModelInfo:
     """A hub model that could not be looked at, for a job that says itself how large its images are."""
     name = config.model or ""
-    return ModelFacts(name, name, True, "not looked at", NOT_LOOKED_AT, config.scheduler, width, height, 8)
+    return ModelInfo(name, name, True, "not looked at", NOT_LOOKED_AT, config.scheduler, width, height, 8)
 
 
 def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
@@ -124,7 +124,7 @@ def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
         ) from None
 
 
-def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFacts:
+def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelInfo:
     name = config.model or ""
     index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
@@ -134,7 +134,7 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelFa
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
     width, height = _native_size(name, directory)
-    return ModelFacts(
+    return ModelInfo(
         name=name,
         path=name if commit else str(directory),
         hub=commit is not None,
@@ -153,11 +153,15 @@ def _native_size(name: str, directory: Path) -> tuple[int, int]:
     blocks = read_json(f"model {name!r}", directory, "vae/config.json").get("block_out_channels") or [1, 1, 1, 1]
     sample = read_json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
     height, width = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
-    if not isinstance(blocks, list) or len(blocks) > MOST_BLOCKS:
-        raise InputError(f"model {name!r}: block_out_channels of its vae is {shown(blocks)}; it must be a short list")
+    if not isinstance(blocks, list) or len(blocks) > MAX_VAE_BLOCKS:
+        raise InputError(
+            f"model {name!r}: block_out_channels of its vae is {short_repr(blocks)}; it must be a short list"
+        )
     for side in (width, height):
-        if not isinstance(side, int) or not 1 <= side <= MAX_INT32 >> MOST_BLOCKS:
-            raise InputError(f"model {name!r}: sample_size of its unet is {shown(sample)}; it must be one or two sizes")
+        if not isinstance(side, int) or not 1 <= side <= MAX_INT32 >> MAX_VAE_BLOCKS:
+            raise InputError(
+                f"model {name!r}: sample_size of its unet is {short_repr(sample)}; it must be one or two sizes"
+            )
     return width << len(blocks) - 1, height << len(blocks) - 1
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.pipelines.model_files import read_json
-from gaudi_batch.text import shown
+from gaudi_batch.text import short_repr
 
 CODE_PLACES = ("None.py", "*/*.py")
 """Where diffusers 0.35.1 runs what it finds in a model's directory, whatever `trust_remote_code` says: a component's
@@ -26,13 +26,13 @@ def refuse_code(name: str, directory: Path) -> None:
     index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
-        raise InputError(f"model {name!r} is a {shown(pipeline_class)}, which is code of its own; none is run")
+        raise InputError(f"model {name!r} is a {short_repr(pipeline_class)}, which is code of its own; none is run")
     for component, value in index.items():
         if not isinstance(value, list) or component.startswith("_"):
             continue
         if not (component.isidentifier() and len(value) == 2 and (value == [None, None] or _is_plain(*value))):
             raise InputError(
-                f"model {name!r}: its {shown(component)} is {shown(value)}; components of diffusers and"
+                f"model {name!r}: its {short_repr(component)} is {short_repr(value)}; components of diffusers and"
                 " transformers are loaded, and no others"
             )
         config = directory / component / "config.json"
@@ -41,7 +41,9 @@ def refuse_code(name: str, directory: Path) -> None:
     for pattern in CODE_PLACES:
         for path in directory.glob(pattern):
             where = path.relative_to(directory).as_posix()
-            raise InputError(f"model {name!r} brings code ({shown(where)}), and loading it would run that; none is run")
+            raise InputError(
+                f"model {name!r} brings code ({short_repr(where)}), and loading it would run that; none is run"
+            )
 
 
 def _is_plain(library: Any, name: Any) -> bool:

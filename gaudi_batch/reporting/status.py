@@ -20,12 +20,12 @@ from gaudi_batch.text import duration, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
 
-WATCH_SECONDS = 15.0
+WATCH_TIMEOUT_S = 15.0
 """How long a driver elsewhere, which may be dead, is watched for counting up, which it does every 10 s."""
-FRESH_SECONDS = 60.0
+FRESH_PROGRESS_S = 60.0
 """Progress that was written within so long of now, by this machine's clock, is that of a driver that lives."""
-LOOK_SECONDS = 1.0
-MOST_SHOWN = 32
+LEASE_POLL_INTERVAL_S = 1.0
+MAX_CARDS_SHOWN = 32
 """Cards that are shown to a person."""
 REASONS_SHOWN = 10
 
@@ -53,7 +53,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
     progress = _sane(ledger.get_json("progress.json") or {})
-    planned = sum(shard.images for shard in plan if shard.number in committed and not shard.again)
+    planned = sum(shard.images for shard in plan if shard.number in committed and not shard.is_rerun)
     images = planned - (progress.get("images_missing") or 0)
     reason, silent_s = summary.get("reason") if summary else None, None
     complete = len(committed) == len(plan)
@@ -63,7 +63,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         lease = read_lease(ledger.storage)
         state = _state_of(lease)
         if lease is not None and state == "in doubt":
-            state, silent_s = _watch(ledger, lease, progress["time"], WATCH_SECONDS if watch_s is None else watch_s)
+            state, silent_s = _watch(ledger, lease, progress["time"], WATCH_TIMEOUT_S if watch_s is None else watch_s)
         if lease is not None and state == "stopped" and not lease.released:
             reason = f"its driver, {lease.holder}, is gone"
         elif lease is not None and silent_s is not None:
@@ -104,12 +104,12 @@ def _state_of(lease: Lease | None) -> str:
 def _watch(ledger: OutputReader, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
     """Whether a driver on another machine lives: the state, and for how many seconds it has been silent if it is."""
     age = _age(written)
-    if age is not None and abs(age) < FRESH_SECONDS:
+    if age is not None and abs(age) < FRESH_PROGRESS_S:
         return "running", None
     log.info("looking for up to %.0f s whether its driver, %s, lives", watch_s, lease.holder)
     since = time.monotonic()
     while True:
-        time.sleep(min(LOOK_SECONDS, watch_s))
+        time.sleep(min(LEASE_POLL_INTERVAL_S, watch_s))
         now = read_lease(ledger.storage)
         if now is None or now.released:
             return "stopped", None
@@ -233,12 +233,12 @@ def describe_status(status: dict[str, Any]) -> str:
         lines.append(f"as of    {status['progress_time']}:")
     if status["waits_for"]:
         lines.append(f"waits    for {status['waits_for']}")
-    for name, card in list(status["cards"].items())[:MOST_SHOWN]:
+    for name, card in list(status["cards"].items())[:MAX_CARDS_SHOWN]:
         done = f"{card['images']} images, {_rate(card)} images/s, {card['faults']} faults"
         doing = f", {card['doing']}" if card["doing"] else ""
         lines.append(f"card     {name}: {card['state']}{doing}; {done}")
-    if len(status["cards"]) > MOST_SHOWN:
-        lines.append(f"card     and {len(status['cards']) - MOST_SHOWN} more; --json has all")
+    if len(status["cards"]) > MAX_CARDS_SHOWN:
+        lines.append(f"card     and {len(status['cards']) - MAX_CARDS_SHOWN} more; --json has all")
     lines += [f"fault    {fault['time']} {fault['card']} {fault['what']}" for fault in status["faults"][-10:]]
     return "\n".join(printable(line) for line in lines)
 

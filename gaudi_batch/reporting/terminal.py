@@ -20,9 +20,9 @@ from rich.text import Text
 from gaudi_batch.reporting.console import LossyStream
 from gaudi_batch.text import OneLineFormatter, duration
 
-LINE_SECONDS = 10.0
+LINE_INTERVAL_S = 10.0
 """How often a plain line says how far the run is."""
-CARDS_SECONDS = 60.0
+CARDS_INTERVAL_S = 60.0
 """How often plain lines say what the cards are doing."""
 
 log = logging.getLogger("gaudi_batch")
@@ -90,12 +90,12 @@ class LineView:
         return None
 
     def show(self, progress: Progress) -> None:
-        """Logs a line every `LINE_SECONDS`, and what the cards are doing every `CARDS_SECONDS`."""
+        """Logs a line every `LINE_INTERVAL_S`, and what the cards are doing every `CARDS_INTERVAL_S`."""
         now = time.monotonic()
-        if now - self._last >= LINE_SECONDS:
+        if now - self._last >= LINE_INTERVAL_S:
             self._last = now
             log.info("%s", progress.line())
-        if now - self._cards_last >= CARDS_SECONDS:
+        if now - self._cards_last >= CARDS_INTERVAL_S:
             self._cards_last = now
             for line in progress.cards_doing:
                 log.info("%s", line)

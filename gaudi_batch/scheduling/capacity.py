@@ -53,7 +53,7 @@ class CapacityPlan:
         usual, asked = capacity.cards, rules.min_cards
         if rules.max_cards is not None:
             # No card is asked for that would have nothing to do.
-            usual = min(rules.max_cards, self._state.work.useful())
+            usual = min(rules.max_cards, self._state.work.demand())
             asked = max(asked, usual)
         # Once more as many at most: where all fail, the job is wrong. No node is asked for in place of one that still
         # works in part.
@@ -67,7 +67,7 @@ class CapacityPlan:
             now: seconds, monotonic.
         """
         others = capacity.total_cards > len(self._cards.in_states(CardState.QUARANTINED))
-        if self._card_seen is None or (self._cards.waiting and others) or self._cards.usable():
+        if self._card_seen is None or (self._cards.waiting and others) or self._cards.live_cards():
             self._card_seen = now
         timeout = self._state.rules.cluster_timeout_s
         if now - self._card_seen > timeout:
@@ -78,7 +78,7 @@ class CapacityPlan:
 
     def is_hopeless(self) -> bool:
         """Whether there is no card, and none will come that may do better."""
-        return not self._cards.usable() and not (self._state.capacity_expected and self._may_get_better())
+        return not self._cards.live_cards() and not (self._state.capacity_expected and self._may_get_better())
 
     def _may_get_better(self) -> bool:
         """Whether another card may do better: not if every one so far failed, and that on several nodes, nor if one

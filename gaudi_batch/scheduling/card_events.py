@@ -22,12 +22,12 @@ from gaudi_batch.scheduling.events import (
     SlowBatch,
     StorageStalled,
 )
-from gaudi_batch.scheduling.failures import Incident, Trouble
+from gaudi_batch.scheduling.failures import Incident, ShardFailures
 from gaudi_batch.scheduling.state import RunState
 
 MAX_START_FAILURES = 2
-MAX_STRIKES = 6
-MAX_VINDICATIONS = 3
+MAX_CONSECUTIVE_FAILURES = 6
+MAX_SHARDS_MADE_ELSEWHERE = 3
 
 
 class CardEvents:
@@ -86,7 +86,9 @@ class CardEvents:
             return [NoteFault(card.number, error), *(self.died(CardDied(card.number, error)) or [])]
         if loaded.node_id != card.node:
             self._cards.move(card, loaded.node_id)
-            card.strikes = card.start_failures = card.vindications = card.images = card.transient_failures = 0
+            card.consecutive_failures = card.start_failures = card.shards_made_elsewhere = card.images = (
+                card.transient_failures
+            ) = 0
             self._cards.file(card)
         if refusal := self._admission.why_unfit(loaded):
             return self._refuse(card, refusal)
@@ -106,13 +108,13 @@ class CardEvents:
         if card.state is CardState.STARTING:
             card.start_failures += 1
         else:
-            card.strikes += 1
+            card.consecutive_failures += 1
             slow = event.slow
             if isinstance(slow, SlowBatch) and self._state.slow_kinds.cut(card, slow, self._cards):
                 for shard in self._work.take_kind(slow.kind):
                     self._state.put_back(shard)
             if isinstance(slow, StorageStalled):
-                held = [self._work.attempts[attempt].shard for attempt in card.hand]
+                held = [self._work.attempts[attempt].shard for attempt in card.in_flight]
                 stalled = held[:1] or [next(iter(self._state.shards))]
             self._blame_death(card, event.error, slow is not None)
         decisions = self.replace_or_quarantine(card, event.error)
@@ -124,10 +126,10 @@ class CardEvents:
         """The same of a card that says itself that it can't go on."""
         card = self._cards.by_number[event.card]
         if event.storage and card.state is CardState.STARTING:
-            card.strikes += 1
+            card.consecutive_failures += 1
             decisions = self.replace_or_quarantine(card, event.error)
             return decisions + self._state.storage_failed(card.node, next(iter(self._state.shards)), event.error)
-        if card.state is CardState.READY and not card.proven:
+        if card.state is CardState.READY and not card.has_succeeded:
             card.start_failures += 1
         return self.died(CardDied(event.card, event.error))
 
@@ -178,8 +180,8 @@ class CardEvents:
 
     def record_success(self, card: Card) -> None:
         """A card has made something."""
-        card.proven = card.has_made = True
-        card.strikes = card.start_failures = 0
+        card.has_succeeded = card.has_made = True
+        card.consecutive_failures = card.start_failures = 0
         self._state.node_losses.made()
 
     def replace_or_quarantine(self, card: Card, error: str) -> list[Decision]:
@@ -187,8 +189,8 @@ class CardEvents:
         self._state.last_error = error
         if card.start_failures >= MAX_START_FAILURES:
             return self._quarantine(card, f"it made nothing in {card.start_failures} starts: {error}")
-        if card.strikes >= MAX_STRIKES:
-            return self._quarantine(card, f"it failed {card.strikes} times in a row: {error}")
+        if card.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            return self._quarantine(card, f"it failed {card.consecutive_failures} times in a row: {error}")
         self.change(card, CardChange.REPLACED)
         return [Replace(card.number)]
 
@@ -196,17 +198,17 @@ class CardEvents:
         """Another card made all that this one had in hand when it failed."""
         if card is maker or not card.may(CardChange.GIVEN_UP):
             return []
-        card.vindications += 1
-        if card.vindications < MAX_VINDICATIONS:
+        card.shards_made_elsewhere += 1
+        if card.shards_made_elsewhere < MAX_SHARDS_MADE_ELSEWHERE:
             return []
-        return self._quarantine(card, f"{card.vindications} shards that it failed were made by other cards")
+        return self._quarantine(card, f"{card.shards_made_elsewhere} shards that it failed were made by other cards")
 
     def count_transient(self, card: Card, images: int, failures: int) -> list[Decision]:
         """A card has made images, of which some failed and worked when they were made again."""
         self._state.transient_failures.add(card, images, failures)
         reason = None
         if failures and card.state is CardState.READY:
-            reason = self._state.transient_failures.verdict(card, self._cards.usable())
+            reason = self._state.transient_failures.verdict(card, self._cards.live_cards())
         if reason is None or not self._cards.others({card.number}):
             return []  # what is right the second time is better than nothing
         return self._quarantine(card, reason)
@@ -219,13 +221,13 @@ class CardEvents:
         else:
             self._admission.remove(card)
         if state not in (CardState.READY, CardState.LEAVING):
-            for attempt in reversed(list(card.hand)):
+            for attempt in reversed(list(card.in_flight)):
                 self._state.put_back(self._work.release(attempt).shard)
         if state is not CardState.READY:
             self._work.drop_reservation(card)
         if state not in (CardState.READY, CardState.LEAVING):
             self._work.affinity.forget(card.number)
-            card.proven = False
+            card.has_succeeded = False
         self._state.capacity_expected |= state in (CardState.GONE, CardState.QUARANTINED)
         self._cards.file(card)
 
@@ -242,56 +244,56 @@ class CardEvents:
 
     def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
         """A card's process died; `no_row` says that this was no row's doing."""
-        hand = list(card.hand)
+        in_flight = list(card.in_flight)
         # It may still store one shard while it makes the next.
-        generating = [attempt for attempt in hand if self._work.attempts[attempt].generating]
-        at_work = (generating[-1:] or hand[:1] or [""])[0]
-        shards = {self._work.attempts[attempt].shard for attempt in hand}
+        generating = [attempt for attempt in in_flight if self._work.attempts[attempt].generating]
+        at_work = (generating[-1:] or in_flight[:1] or [""])[0]
+        shards = {self._work.attempts[attempt].shard for attempt in in_flight}
         explained = any(self._work.row_groups.by_row(self._state.shards[shard]) for shard in shards)
         incident = Incident(card.number, set() if explained else shards)
-        for attempt in reversed(hand):
+        for attempt in reversed(in_flight):
             live = self._work.release(attempt)
-            trouble = self._work.troubles.setdefault(live.shard, Trouble())
-            trouble.incidents.append(incident)
+            failures = self._work.failures.setdefault(live.shard, ShardFailures())
+            failures.incidents.append(incident)
             if attempt == at_work:
-                others = self._cards.others({*trouble.died_on, card.number})
+                others = self._cards.others({*failures.died_on, card.number})
                 at = None if no_row else live.at
-                trouble.died(card.number, error, at, others)
+                failures.died(card.number, error, at, others)
                 if isinstance(at, Reading):
-                    self._blame_reading(trouble, self._state.shards[live.shard], at, others)
+                    self._blame_reading(failures, self._state.shards[live.shard], at, others)
                 self._state.try_again(live.shard)
             else:
                 # It may have been read or stored at that moment, or not have begun.
-                trouble.announce = True
+                failures.announce = True
                 self._state.put_back(live.shard)
 
-    def _blame_reading(self, trouble: Trouble, shard: Shard, at: Reading, others: bool) -> None:
+    def _blame_reading(self, failures: ShardFailures, shard: Shard, at: Reading, others: bool) -> None:
         """A process died decoding rows that it had announced."""
         if self._work.row_groups.killed(shard, at):
-            trouble.learnt()
+            failures.learnt()
             self._work.reconsider()
-            for number, other in self._work.troubles.items():
+            for number, other in self._work.failures.items():
                 if self._work.row_groups.by_row(self._state.shards[number]):
                     other.explain()  # it may have been this group that others died of
-        nodes = {self._cards.by_number[number].node for number in trouble.died_on}
-        other_nodes = bool(self._cards.usable_on.keys() - nodes)
-        if at.by_row and trouble.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
+        nodes = {self._cards.by_number[number].node for number in failures.died_on}
+        other_nodes = bool(self._cards.live_on.keys() - nodes)
+        if at.by_row and failures.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
             reason = "the card's process died reading this row, or one before it in row group"
-            self._work.row_groups.condemn(shard, at, f"{reason} {at.group}: {trouble.error}")
-            trouble.learnt()
+            self._work.row_groups.mark_unreadable(shard, at, f"{reason} {at.group}: {failures.error}")
+            failures.learnt()
 
     def _lose_node(self, card: Card) -> None:
         """A card's node went without notice, and with it all its other cards."""
         self._work.keep_off(card.node)
         self._state.node_losses.lost(card)
-        for attempt in reversed(list(card.hand)):
+        for attempt in reversed(list(card.in_flight)):
             live = self._work.release(attempt)
             if live.begun:
-                trouble = self._work.troubles.setdefault(live.shard, Trouble())
-                self._state.retries += trouble.alone_on_node
-                others = self._cards.others({*trouble.died_on, card.number})
-                alone = trouble.alone_on_node
-                trouble.lost_with_node(card.number, live.at, others)
+                failures = self._work.failures.setdefault(live.shard, ShardFailures())
+                self._state.retries += failures.alone_on_node
+                others = self._cards.others({*failures.died_on, card.number})
+                alone = failures.alone_on_node
+                failures.lost_with_node(card.number, live.at, others)
                 if alone and isinstance(live.at, Reading):
-                    self._blame_reading(trouble, self._state.shards[live.shard], live.at, others)
+                    self._blame_reading(failures, self._state.shards[live.shard], live.at, others)
             self._state.put_back(live.shard)

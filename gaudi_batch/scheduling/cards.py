@@ -11,7 +11,7 @@ from gaudi_batch.plan import GraphKey
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.events import LoadedCard
 
-QUEUE = 2
+MAX_IN_FLIGHT = 2
 """Shards in one card's hand: the one that it works on and the one after."""
 
 
@@ -74,21 +74,21 @@ class Card:
     state: CardState = CardState.WAITING
     loaded: LoadedCard | None = None
     """What its present process says of itself; None before that has loaded, and when it has ended."""
-    hand: dict[str, None] = field(default_factory=dict)
+    in_flight: dict[str, None] = field(default_factory=dict)
     """Attempts, oldest first."""
     suspect: bool = False
     """Whether what it has in hand is a suspect shard, beside which it gets no other."""
     reserved_for: int | None = None
     """The suspect shard that it gets next, when its hand is empty."""
-    proven: bool = False
+    has_succeeded: bool = False
     """Whether it has made a batch since its process began."""
     has_made: bool = False
     """Whether it has ever made one."""
-    strikes: int = 0
+    consecutive_failures: int = 0
     """Failures in a row."""
     start_failures: int = 0
     """Processes in a row that could not make a batch, by their own word."""
-    vindications: int = 0
+    shards_made_elsewhere: int = 0
     """Times that others made all that it failed."""
     images: int = 0
     transient_failures: int = 0
@@ -117,9 +117,9 @@ class Cards:
         self.waiting: dict[int, None] = {}
         """Those that it has been asked for and has not placed, oldest first."""
         self.starting: dict[int, Card] = {}
-        self.open: list[dict[int, Card]] = [{} for _ in range(QUEUE)]
+        self.open: list[dict[int, Card]] = [{} for _ in range(MAX_IN_FLIGHT)]
         """Ready and able to take a shard, by the number of shards in their hand."""
-        self.open_by_key: list[dict[GraphKey, dict[int, Card]]] = [{} for _ in range(QUEUE)]
+        self.open_by_key: list[dict[GraphKey, dict[int, Card]]] = [{} for _ in range(MAX_IN_FLIGHT)]
         """The same by the graph keys that they have captured."""
         self.full: dict[int, Card] = {}
         """Ready with a full hand."""
@@ -131,14 +131,14 @@ class Cards:
         """Nodes that are kept for one suspect shard alone."""
         self.lost: set[str] = set()
         """Nodes that went without notice, whose other cards are gone as well, though nobody has said so yet."""
-        self.in_flight: Counter[str] = Counter()
+        self.attempts_on_node: Counter[str] = Counter()
         """Attempts on each node."""
-        self.usable_on: dict[str, int] = {}
+        self.live_on: dict[str, int] = {}
         """Cards that are ready or starting, by node; none has 0."""
         self._on: dict[str, dict[int, Card]] = {}
         self._affinity = affinity
 
-    def usable(self) -> int:
+    def live_cards(self) -> int:
         """How many are ready or starting."""
         return len(self.starting) + len(self.full) + len(self.apart) + sum(map(len, self.open))
 
@@ -199,19 +199,19 @@ class Cards:
             holders[card.number] = card
 
     def _count(self, node: str, change: int) -> None:
-        count = self.usable_on.get(node, 0) + change
+        count = self.live_on.get(node, 0) + change
         if count:
-            self.usable_on[node] = count
+            self.live_on[node] = count
         else:
-            del self.usable_on[node]
+            del self.live_on[node]
 
     def _place(self, card: Card) -> dict[int, Card] | None:
         if card.state is CardState.STARTING:
             return self.starting
-        if card.state is CardState.LEAVING and not card.hand:
+        if card.state is CardState.LEAVING and not card.in_flight:
             return self.leaving_idle
         if card.state is not CardState.READY:
             return None
         if card.suspect or card.reserved_for is not None or card.node in self.exclusive or card.node in self.lost:
             return self.apart
-        return self.open[len(card.hand)] if len(card.hand) < QUEUE else self.full
+        return self.open[len(card.in_flight)] if len(card.in_flight) < MAX_IN_FLIGHT else self.full

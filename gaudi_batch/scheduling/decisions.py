@@ -19,9 +19,9 @@ class ShardTask:
     """Announce each reading and each batch, and wait for the acknowledgement, before it begins."""
     alone: frozenset[int] = frozenset()
     """Rows to run one at a time."""
-    accused: Mapping[int, str] = field(default_factory=dict)
+    failed_alone_once: Mapping[int, str] = field(default_factory=dict)
     """Rows that failed alone on another card, with the error; failing alone once more makes them failed rows."""
-    condemned: Mapping[int, str] = field(default_factory=dict)
+    fail_without_running: Mapping[int, str] = field(default_factory=dict)
     """Rows to record as failed, with the error, without a try."""
     by_row: frozenset[int] = frozenset()
     """Row groups to decode a few rows at a time."""

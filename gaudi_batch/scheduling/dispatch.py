@@ -1,8 +1,8 @@
 """Who has which shard, and who gets which next. Pure, a part of the schedule.
 
-* A card holds at most `QUEUE` shards, so that it never waits for the next one; it gets the second only while there are
-  more shards than cards without one. A queued shard that has not begun is recalled as soon as a card that may have it
-  has nothing to do.
+* A card holds at most `MAX_IN_FLIGHT` shards, so that it never waits for the next one; it gets the second only while
+  there are more shards than cards without one. A queued shard that has not begun is recalled as soon as a card that
+  may have it has nothing to do.
 * A shard that a card has failed goes elsewhere if any other card is left; after two cards it no longer waits for one
   that starts.
 * A suspect shard gets a card that holds nothing else; one that may take nodes down gets a node on which nothing else is
@@ -21,7 +21,7 @@ from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.cards import Card, Cards
 from gaudi_batch.scheduling.decisions import Assign, Decision, Recall
 from gaudi_batch.scheduling.events import Reading
-from gaudi_batch.scheduling.failures import Trouble
+from gaudi_batch.scheduling.failures import ShardFailures
 from gaudi_batch.scheduling.pending import Pending
 from gaudi_batch.scheduling.rowgroups import RowGroups
 
@@ -62,7 +62,7 @@ class Dispatch:
         self.cards = Cards(self.affinity)
         self.pending = Pending(shards)
         self.attempts: dict[str, Attempt] = {}
-        self.troubles: dict[int, Trouble] = {}
+        self.failures: dict[int, ShardFailures] = {}
         """What is known of shards that have failed."""
         self.row_groups = RowGroups()
         self._shards = shards
@@ -81,10 +81,10 @@ class Dispatch:
         """The shards that no card has."""
         return [*self.pending.numbers(), *self._reserved]
 
-    def useful(self) -> int:
+    def demand(self) -> int:
         """Cards that would have something to do: those that are usable, and one for each shard that is left over when
         those of them without work have taken one."""
-        return self.cards.usable() + max(0, len(self.pending) - self.cards.without_work())
+        return self.cards.live_cards() + max(0, len(self.pending) - self.cards.without_work())
 
     def next(self) -> list[Decision]:
         """Gives out what can be given out now, and asks back what another card could begin."""
@@ -98,7 +98,7 @@ class Dispatch:
 
     def recall_queued_of(self, card: Card) -> list[Recall]:
         """Asks back what is queued in one card's hand."""
-        key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.hand}
+        key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.in_flight}
         return [self._recall(attempt) for attempt, key in key_of.items() if attempt in self._queued.get(key, ())]
 
     def answered(self, attempt: str) -> None:
@@ -107,13 +107,13 @@ class Dispatch:
 
     def put_back(self, shard: int) -> None:
         """A shard waits again, before those that have not been tried."""
-        trouble = self.troubles.get(shard)
-        if trouble is not None and trouble.alone_on_node:
+        failures = self.failures.get(shard)
+        if failures is not None and failures.alone_on_node:
             self.pending.node_suspects[shard] = None
-        elif (trouble is not None and trouble.announce) or self.row_groups.doubt(self._shards[shard]):
+        elif (failures is not None and failures.announce) or self.row_groups.doubt(self._shards[shard]):
             self.pending.suspects[shard] = None
         else:
-            self.pending.again.appendleft(shard)
+            self.pending.returned.appendleft(shard)
 
     def settle(self, shard: int) -> None:
         """A shard has been read, or given up: what it was to find out about row groups is known, as far as can be."""
@@ -125,9 +125,9 @@ class Dispatch:
 
     def reconsider(self) -> None:
         """A row group has killed: of what has come back, its shards are suspect now."""
-        doubted = {shard for shard in self.pending.again if self.row_groups.doubt(self._shards[shard])}
+        doubted = {shard for shard in self.pending.returned if self.row_groups.doubt(self._shards[shard])}
         if doubted:
-            self.pending.again = deque(shard for shard in self.pending.again if shard not in doubted)
+            self.pending.returned = deque(shard for shard in self.pending.returned if shard not in doubted)
             self.pending.suspects |= dict.fromkeys(sorted(doubted))
 
     def take_kind(self, kind: BatchKind) -> list[int]:
@@ -158,11 +158,11 @@ class Dispatch:
         card = live.card
         self._asked_back.discard(attempt)
         self._unqueue(attempt, live)
-        del card.hand[attempt]
-        for first in card.hand:
+        del card.in_flight[attempt]
+        for first in card.in_flight:
             self._unqueue(first, self.attempts[first])  # it is no longer behind another
             break
-        self.cards.in_flight[card.node] -= 1
+        self.cards.attempts_on_node[card.node] -= 1
         card.suspect = False
         self._free_node(live.shard, card.node)
         self.cards.file(card)
@@ -189,12 +189,12 @@ class Dispatch:
     def _match(self, level: int) -> tuple[Card, int] | None:
         """A card with so many shards in its hand, and the shard that it gets next."""
         cards = self.cards.open[level]
-        for place, shard in enumerate(self.pending.again):
+        for place, shard in enumerate(self.pending.returned):
             # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
             holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
             for card in itertools.chain(holders.values(), cards.values()):
                 if self._may_have(card, shard):
-                    del self.pending.again[place]
+                    del self.pending.returned[place]
                     return card, shard
         while cards and self.pending.waiting:
             card = next(iter(cards.values()))
@@ -216,11 +216,11 @@ class Dispatch:
         return self.affinity.choose(card.number, self.pending.waiting)
 
     def _may_have(self, card: Card, shard: int) -> bool:
-        trouble = self.troubles.get(shard)
-        if trouble is None or card.number not in trouble.failed_on:
+        failures = self.failures.get(shard)
+        if failures is None or card.number not in failures.failed_on:
             return True
         # The word of one card is little, so a second is waited for even while it starts; after two nobody is.
-        failed_on = set(trouble.failed_on)
+        failed_on = set(failures.failed_on)
         return not self.cards.others(failed_on, starting=len(failed_on) < ENOUGH_CARDS)
 
     def _assign_suspects(self) -> list[Decision]:
@@ -241,10 +241,10 @@ class Dispatch:
         while self._due:
             shard = self._due.pop()
             card = self._reserved.get(shard)
-            if card is None or card.hand:
+            if card is None or card.in_flight:
                 continue
             holder = self.cards.exclusive.get(card.node, shard)
-            if holder != shard or (self._is_alone_on_node(shard) and self.cards.in_flight[card.node]):
+            if holder != shard or (self._is_alone_on_node(shard) and self.cards.attempts_on_node[card.node]):
                 continue
             del self._reserved[shard]
             card.reserved_for = None
@@ -253,18 +253,18 @@ class Dispatch:
 
     def _may_keep_node(self) -> bool:
         kept = len(self.cards.exclusive)
-        return not kept or not self.pending.plain or kept < len(self.cards.usable_on) // NODES_PER_EXCLUSIVE
+        return not kept or not self.pending.plain or kept < len(self.cards.live_on) // NODES_PER_EXCLUSIVE
 
     def _reserve(self, shard: int) -> list[Decision]:
         free = (card for cards in (*self.cards.open, self.cards.full) for card in cards.values())
         able: Iterator[Card] = (card for card in free if self._may_have(card, shard))
-        trouble = self.troubles.get(shard)
-        if trouble is not None and trouble.died_on:
+        failures = self.failures.get(shard)
+        if failures is not None and failures.died_on:
             # Rather on another node: one bad node has several cards.
-            nodes = {self.cards.by_number[number].node for number in trouble.died_on}
+            nodes = {self.cards.by_number[number].node for number in failures.died_on}
             able = iter(sorted(itertools.islice(able, MAX_COMPARED), key=lambda card: card.node in nodes))
         if self._is_alone_on_node(shard):
-            chosen = min(able, key=lambda card: self.cards.in_flight[card.node], default=None)
+            chosen = min(able, key=lambda card: self.cards.attempts_on_node[card.node], default=None)
         else:
             chosen = next(able, None)
         if chosen is None:
@@ -302,19 +302,19 @@ class Dispatch:
                 self.cards.file(card)
 
     def _is_alone_on_node(self, shard: int) -> bool:
-        return shard in self.troubles and self.troubles[shard].alone_on_node
+        return shard in self.failures and self.failures[shard].alone_on_node
 
     def _send(self, card: Card, shard: int) -> Assign:
         self._sent += 1
         attempt = f"{self._prefix}{self._sent}"
-        task = self.troubles.get(shard, Trouble()).task(self._shards[shard], attempt, self.row_groups)
+        task = self.failures.get(shard, ShardFailures()).task(self._shards[shard], attempt, self.row_groups)
         key = task.shard.bucket.graph_key
         live = self.attempts[attempt] = Attempt(shard, card, self.affinity.use(card.number, key))
-        if card.hand:
+        if card.in_flight:
             self._queued.setdefault(key, {})[attempt] = live
-        card.hand[attempt] = None
+        card.in_flight[attempt] = None
         card.suspect = task.announce
-        self.cards.in_flight[card.node] += 1
+        self.cards.attempts_on_node[card.node] += 1
         self.cards.file(card)
         return Assign(card.number, task)
 

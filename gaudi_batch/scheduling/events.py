@@ -50,7 +50,7 @@ class ShardFailure:
     """Why a shard could not be made by a card whose process lives."""
 
     error: str
-    accused: Mapping[int, str] = field(default_factory=dict)
+    failed_alone_once: Mapping[int, str] = field(default_factory=dict)
     """Rows that failed alone, with no other row made afterwards."""
     undecoded: Mapping[int, str] = field(default_factory=dict)
     """Row groups that could not be decoded, with their errors."""

@@ -28,7 +28,7 @@ from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
 from gaudi_batch.scheduling.rowgroups import RowGroups
 
 MAX_TRIES = 8
-DEATHS_TO_CONDEMN = 3
+DEATHS_TO_FAIL_A_ROW = 3
 DEATHS_READING_A_ROW = 2
 MAX_SHARED_NODE_LOSSES = 2
 """Nodes that a shard may be lost with before it runs alone on one."""
@@ -66,7 +66,7 @@ class Held:
 
 
 @dataclass
-class Trouble:
+class ShardFailures:
     """The history of one shard's failures."""
 
     failed_on: list[int] = field(default_factory=list)
@@ -79,9 +79,9 @@ class Trouble:
     """Whether it is to run where no other shard of the run is in flight on its node."""
     alone: frozenset[int] = frozenset()
     """Rows to run one at a time."""
-    accused: dict[int, str] = field(default_factory=dict)
+    failed_alone_once: dict[int, str] = field(default_factory=dict)
     """Rows that failed alone on one card, with the error."""
-    condemned: dict[int, str] = field(default_factory=dict)
+    fail_without_running: dict[int, str] = field(default_factory=dict)
     """Rows that killed, with the error."""
     undecoded: dict[int, str] = field(default_factory=dict)
     """Row groups that one card could not decode, with the error."""
@@ -109,8 +109,8 @@ class Trouble:
             attempt,
             announce=self.announce or row_groups.doubt(shard),
             alone=self.alone,
-            accused=dict(self.accused),
-            condemned=dict(self.condemned),
+            failed_alone_once=dict(self.failed_alone_once),
+            fail_without_running=dict(self.fail_without_running),
             by_row=row_groups.by_row(shard),
             unreadable=row_groups.unreadable(shard),
             undecoded=dict(self.undecoded),
@@ -121,7 +121,7 @@ class Trouble:
         """An attempt failed on a card whose process lives."""
         # What storage did to one card says nothing of the shard, as long as another can try.
         self._failed(card, failure.error, not failure.storage or card in self.failed_on)
-        for known, found in ((self.accused, failure.accused), (self.undecoded, failure.undecoded)):
+        for known, found in ((self.failed_alone_once, failure.failed_alone_once), (self.undecoded, failure.undecoded)):
             for key, said in found.items():
                 if key not in known:
                     known[key] = said
@@ -147,12 +147,12 @@ class Trouble:
             self.alone |= at
             self._tries = 0
         elif at and len(at) == 1 and self.is_certain(others):
-            self.condemned.update(dict.fromkeys(at, f"the card's process died of this row: {error}"))
+            self.fail_without_running.update(dict.fromkeys(at, f"the card's process died of this row: {error}"))
             self._tries = 0
 
     def is_certain(self, others: bool) -> bool:
         """Whether enough processes have died of the shard to put it down to the row that they were at."""
-        return len(self.died_on) >= DEATHS_TO_CONDEMN and (len(set(self.died_on)) > 1 or not others)
+        return len(self.died_on) >= DEATHS_TO_FAIL_A_ROW and (len(set(self.died_on)) > 1 or not others)
 
     def is_certain_of_reading(self, others: bool) -> bool:
         """The same of a row that they read. The group has killed before."""
@@ -188,7 +188,7 @@ class Trouble:
         """Another card made rows of the held record that the first could not; `failures` are those that it could not
         make either."""
         assert self.held is not None
-        self.accused |= failures
+        self.failed_alone_once |= failures
         self.error = f"rows that failed on one card work on another: {sorted(self.held.outcome.doubted)[:5]}"
         self.held = None
         self._tries += 1

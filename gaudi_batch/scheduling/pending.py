@@ -18,7 +18,7 @@ class Pending:
 
     def __init__(self, shards: Mapping[int, Shard]) -> None:
         self._shards = shards
-        self.again: deque[int] = deque()
+        self.returned: deque[int] = deque()
         self.suspects: dict[int, None] = {}
         self.node_suspects: dict[int, None] = {}
         """Those that are to run alone on a node."""
@@ -40,12 +40,12 @@ class Pending:
     def numbers(self) -> list[int]:
         """All that wait."""
         fresh = [number for queue in self.fresh.values() for number in queue]
-        return [*fresh, *self.again, *self.suspects, *self.node_suspects, *self.parked]
+        return [*fresh, *self.returned, *self.suspects, *self.node_suspects, *self.parked]
 
     @property
     def plain(self) -> int:
         """How many any card may take."""
-        return len(self.again) + self._fresh_count
+        return len(self.returned) + self._fresh_count
 
     def take_fresh(self, key: GraphKey) -> int:
         """The next fresh shard of a key."""
@@ -60,8 +60,8 @@ class Pending:
             if shard in place:
                 del place[shard]
                 return True
-        if shard in self.again:
-            self.again.remove(shard)
+        if shard in self.returned:
+            self.returned.remove(shard)
             return True
         return False
 
@@ -73,13 +73,13 @@ class Pending:
 
         key = GraphKey(kind.width, kind.height, kind.guided)
         others = (self.suspects, self.node_suspects, self.parked)
-        places: list[Iterable[int]] = [self.fresh.get(key, ()), self.again, *others]
+        places: list[Iterable[int]] = [self.fresh.get(key, ()), self.returned, *others]
         taken = [number for place in places for number in place if is_kind(number)]
         kept = deque(number for number in self.fresh.get(key, ()) if not is_kind(number))
         self._fresh_count -= len(self.fresh.get(key, ())) - len(kept)
         self.fresh[key] = kept
         self._count(key)
-        self.again = deque(number for number in self.again if not is_kind(number))
+        self.returned = deque(number for number in self.returned if not is_kind(number))
         for number in taken:
             for place in others:
                 place.pop(number, None)

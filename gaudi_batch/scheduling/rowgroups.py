@@ -26,7 +26,7 @@ class RowGroups:
 
     known: int = 0
     """How many there are."""
-    unsettled: int = 0
+    undecided: int = 0
     """How many are being found out about."""
     _groups: dict[int, dict[int, _Group]] = field(default_factory=dict)
 
@@ -39,10 +39,10 @@ class RowGroups:
         group = groups.setdefault(reading.group, _Group(reading.span, None))
         if group.finder is None:
             group.finder = shard.number
-            self.unsettled += 1
+            self.undecided += 1
         return not known
 
-    def condemn(self, shard: Shard, reading: Reading, reason: str) -> None:
+    def mark_unreadable(self, shard: Shard, reading: Reading, reason: str) -> None:
         """From the first row of this reading on, the group can't be read."""
         group = self._groups[shard.file][reading.group]
         if group.unreadable is None or reading.rows.start < group.unreadable[0]:
@@ -50,17 +50,17 @@ class RowGroups:
 
     def settle(self, shard: int) -> bool:
         """A shard has been read, or given up; returns whether others may have waited for that."""
-        if not self.unsettled:
+        if not self.undecided:
             return False
         mine = [group for groups in self._groups.values() for group in groups.values() if group.finder == shard]
         for group in mine:
             group.finder = None
-        self.unsettled -= len(mine)
+        self.undecided -= len(mine)
         return bool(mine)
 
     def block(self, shard: Shard) -> bool:
         """Whether a shard has to wait for what another finds out."""
-        if not self.unsettled:
+        if not self.undecided:
             return False
         finders = {group.finder for _, group in self._touched(shard)} - {None}
         return bool(finders) and shard.number not in finders  # or two that find out would wait for each other

@@ -14,8 +14,9 @@ The rules:
   `admission.py`, how many are asked for in `capacity.py`.
 * Which row of a shard is to blame is worked out in `failures.py`. A suspect shard runs apart from others, so that what
   happens there is its doing.
-* A failure is the card's fault when others then make all that it had in flight without a failed row. `MAX_VINDICATIONS`
-  of those, `MAX_STRIKES` failures in a row, or `MAX_START_FAILURES` starts in a row quarantine the card.
+* A failure is the card's fault when others then make all that it had in flight without a failed row. A card is
+  quarantined after `MAX_SHARDS_MADE_ELSEWHERE` of those, `MAX_CONSECUTIVE_FAILURES` failures in a row, or
+  `MAX_START_FAILURES` starts in a row.
 * What several failures say together, of storage, a time limit, a card that paints wrong now and then, or nodes that go
   one after the other, is worked out in `verdicts.py`.
 * A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
@@ -200,16 +201,16 @@ class Schedule:
         """Raises AssertionError if the parts of the state contradict each other. Its time grows with shards and cards;
         tests call it after each event."""
         state, work, cards = self._state, self._work, self._state.cards
-        in_flight = [live.shard for live in work.attempts.values()]
+        attempts_on_node = [live.shard for live in work.attempts.values()]
         pending = work.unassigned()
-        everywhere = [*in_flight, *pending, *state.committing, *state.stuck]
+        everywhere = [*attempts_on_node, *pending, *state.committing, *state.stuck]
         assert len(everywhere) == len(set(everywhere)), "a shard is in two places"
         assert set(everywhere) <= state.shards.keys(), "a shard is not of this run"
         assert state.open == len(everywhere) - len(state.stuck), "shards are lost or counted twice"
-        held = [attempt for card in cards.by_number.values() for attempt in card.hand]
+        held = [attempt for card in cards.by_number.values() for attempt in card.in_flight]
         assert sorted(held) == sorted(work.attempts), "an attempt is on no card, or on two"
         for attempt, live in work.attempts.items():
-            assert attempt in live.card.hand, "an attempt is on another card than it says"
+            assert attempt in live.card.in_flight, "an attempt is on another card than it says"
         for card in cards.by_number.values():
             self._validate_card(card)
         for number in cards.waiting:
@@ -218,9 +219,9 @@ class Schedule:
         assert len(reserved) == len(set(reserved)), "two cards are kept for one shard"
 
     def _validate_card(self, card: Card) -> None:
-        if card.hand:
+        if card.in_flight:
             assert card.state in (CardState.READY, CardState.LEAVING), f"a card that is {card.state.value} has work"
         if card.state is CardState.READY:
             assert card.loaded is not None, "a card works that has not loaded"
         if card.suspect:
-            assert len(card.hand) == 1, "a suspect shard is in flight beside another"
+            assert len(card.in_flight) == 1, "a suspect shard is in flight beside another"

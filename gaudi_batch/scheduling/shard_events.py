@@ -21,7 +21,7 @@ from gaudi_batch.scheduling.events import (
     ShardOutcome,
     StorageChecked,
 )
-from gaudi_batch.scheduling.failures import Held, Incident, Trouble
+from gaudi_batch.scheduling.failures import Held, Incident, ShardFailures
 from gaudi_batch.scheduling.state import RunState
 
 
@@ -74,13 +74,13 @@ class ShardEvents:
         self._work.affinity.took(outcome.seconds, shard.images, live.captures)
         self._state.storage_failures.works()
         self._cards.record_success(card)
-        card.vindications = max(0, card.vindications - 1)
+        card.shards_made_elsewhere = max(0, card.shards_made_elsewhere - 1)
         self._work.settle(live.shard)
         self._state.lift(shard.bucket.batch_kind)
         decisions = self._cards.count_transient(card, shard.images, outcome.transient_failures)
         if outcome.doubted:
-            trouble = self._work.troubles.setdefault(live.shard, Trouble())
-            trouble.hold(Held(event.attempt, card.number, outcome))
+            failures = self._work.failures.setdefault(live.shard, ShardFailures())
+            failures.hold(Held(event.attempt, card.number, outcome))
             self._state.put_back(live.shard)
             return decisions
         return decisions + self._accept(live.shard, event.attempt, outcome, card)
@@ -90,15 +90,15 @@ class ShardEvents:
         if event.attempt not in self._work.attempts:
             return None
         live = self._work.release(event.attempt)
-        trouble = self._work.troubles[live.shard]
-        held = trouble.held
+        failures = self._work.failures[live.shard]
+        held = failures.held
         assert held is not None
         self._work.settle(live.shard)
         refuted = held.outcome.doubted.keys() - event.failures.keys()
         if not refuted:
             return self._accept(live.shard, held.attempt, held.outcome, live.card)
         self._cards.record_success(live.card)
-        trouble.refute(event.failures)
+        failures.refute(event.failures)
         self._state.try_again(live.shard)
         first = self._state.cards.by_number[held.card]
         return [Discard(held.attempt), *self._cards.count_transient(first, 0, len(refuted))]
@@ -109,11 +109,11 @@ class ShardEvents:
             return None
         live, failure = self._work.release(event.attempt), event.failure
         card = live.card
-        trouble = self._work.troubles.setdefault(live.shard, Trouble())
-        trouble.raised(card.number, failure)
-        trouble.incidents.append(Incident(card.number, {live.shard}))
+        failures = self._work.failures.setdefault(live.shard, ShardFailures())
+        failures.raised(card.number, failure)
+        failures.incidents.append(Incident(card.number, {live.shard}))
         self._state.try_again(live.shard)
-        card.strikes += 1
+        card.consecutive_failures += 1
         decisions: list[Decision] = []
         if not failure.healthy and card.state is CardState.READY:
             decisions += self._cards.replace_or_quarantine(card, failure.error)
@@ -142,9 +142,9 @@ class ShardEvents:
         self._state.storage_failures.being_checked = False
         if event.error is not None:
             return self._state.end(event.error)
-        trouble = self._work.troubles.get(event.shard)
-        if event.of_shard is not None and trouble is not None:
-            trouble.hopeless, trouble.error = True, event.of_shard
+        failures = self._work.failures.get(event.shard)
+        if event.of_shard is not None and failures is not None:
+            failures.hopeless, failures.error = True, event.of_shard
             if self._work.take(event.shard):
                 self._state.put_back(event.shard)
         return []
@@ -159,9 +159,9 @@ class ShardEvents:
         state.failed_rows += outcome.failed_rows
         state.raised_rows += outcome.raised_rows
         decisions: list[Decision] = [Commit(shard, attempt)]
-        trouble = self._work.troubles.pop(shard, None)
+        failures = self._work.failures.pop(shard, None)
         at_fault: dict[int, None] = {}
-        for incident in trouble.incidents if trouble else ():
+        for incident in failures.incidents if failures else ():
             if incident.made(shard, bool(outcome.raised_rows or outcome.undecoded_rows)):
                 at_fault[incident.card] = None
         for number in at_fault:

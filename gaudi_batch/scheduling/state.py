@@ -10,7 +10,7 @@ from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.scheduling.admission import Requirements
 from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
 from gaudi_batch.scheduling.dispatch import Dispatch
-from gaudi_batch.scheduling.failures import Trouble
+from gaudi_batch.scheduling.failures import ShardFailures
 from gaudi_batch.scheduling.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
 
 ALL_FAILED_ROWS = 200
@@ -93,7 +93,7 @@ class RunState:
         self.capacity_expected = False
         """Whether the cluster may yet give cards in place of those that are gone."""
         for number, reasons in failed_rows.items():
-            self.work.troubles[number] = Trouble(condemned=dict(reasons))
+            self.work.failures[number] = ShardFailures(fail_without_running=dict(reasons))
 
     def stop(self, reason: str) -> None:
         """No more work is taken up; the first reason is the one that counts."""
@@ -117,11 +117,11 @@ class RunState:
     def put_back(self, shard: int) -> None:
         """A shard waits again, before those that have not been tried, unless trying it has become useless."""
         kind = self.shards[shard].bucket.batch_kind
-        trouble = self.work.troubles.get(shard)
+        failures = self.work.failures.get(shard)
         if kind in self.slow_kinds.set_aside:
             self._give_up(shard, self.slow_kinds.set_aside[kind])
-        elif trouble is not None and trouble.stuck:
-            self._give_up(shard, trouble.error)
+        elif failures is not None and failures.stuck:
+            self._give_up(shard, failures.error)
         else:
             self.work.put_back(shard)
 
@@ -158,7 +158,7 @@ class RunState:
             error: how it failed.
         """
         failures = self.storage_failures
-        if failures.failed(node, self.cards.usable_on.keys()):
+        if failures.failed(node, self.cards.live_on.keys()):
             return self.end(error)
         if failures.being_checked:
             return []

@@ -71,7 +71,7 @@ class SlowKinds:
         cards.append(card)
         numbers = {card.number for card in cards}
         nodes = {card.node for card in cards}
-        places = numbers if usable.usable_on.keys() <= nodes else nodes
+        places = numbers if usable.live_on.keys() <= nodes else nodes
         several = len(places) >= MAX_CUTS and any(card.has_made for card in cards)
         if not several and (len(cards) < MAX_CUTS or usable.others(numbers)):
             return False

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-FIRST_DELAY_SECONDS = 0.5
-LONGEST_DELAY_SECONDS = 30.0
+FIRST_DELAY_S = 0.5
+MAX_DELAY_S = 30.0
 KEEP_INTERVAL_S = 1.0
 """How often it is asked whether what goes on may go on."""
 CREDENTIALS_TIMEOUT_S = 60.0
@@ -45,8 +45,8 @@ PERMANENT_NAMES = ("PartialCredentialsError", "ParamValidationError")
 NO_CREDENTIALS_NAMES = ("NoCredentialsError", "CredentialUnavailableError", "ClientAuthenticationError")
 """Of botocore and Azure, the last one if no answer came with it."""
 GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
-PASSING_STATUSES = {408, 409, 425, 429}
-PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+TRANSIENT_STATUSES = {408, 409, 425, 429}
+TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 """What S3 says with status 400 of a request that broke on its way."""
 
 
@@ -54,7 +54,7 @@ class BucketGone(FileNotFoundError):
     """It is not the object but its bucket that is not there."""
 
 
-def in_time(operation: Callable[[], T], seconds: float) -> T:
+def run_with_timeout(operation: Callable[[], T], seconds: float) -> T:
     """Runs an operation in a thread that is left behind if it does not end: nothing can end one that a disk holds, and
     one of a pool would keep the process.
 
@@ -78,7 +78,7 @@ def in_time(operation: Callable[[], T], seconds: float) -> T:
         raise TimeoutError(f"no answer for {seconds:.0f} s") from None
 
 
-def in_time_or_cancelled(
+def run_or_cancel(
     coroutine: Coroutine[Any, Any, T],
     loop: asyncio.AbstractEventLoop,
     seconds: float,
@@ -152,14 +152,14 @@ def is_permanent(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
         return True
     status = status_of(error)
-    if status is not None and 400 <= status < 500 and status not in PASSING_STATUSES:
-        return code_of(error) not in PASSING_CODES
+    if status is not None and 400 <= status < 500 and status not in TRANSIENT_STATUSES:
+        return code_of(error) not in TRANSIENT_CODES
     return isinstance(error, PERMANENT_ERRORS) and not isinstance(error, (TimeoutError, ConnectionError))
 
 
 def delays() -> Iterator[float]:
     """Seconds between tries: exponential backoff with jitter, as a thousand cards must not come back at one instant."""
-    longest = FIRST_DELAY_SECONDS
+    longest = FIRST_DELAY_S
     while True:
         yield random.uniform(longest / 2, longest)
-        longest = min(2 * longest, LONGEST_DELAY_SECONDS)
+        longest = min(2 * longest, MAX_DELAY_S)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from gaudi_batch.errors import StorageError
 from gaudi_batch.redaction import learn, redact
 from gaudi_batch.storage.filesystem import lacks_credentials, look_for_credentials_again, subdue
-from gaudi_batch.storage.retry import CREDENTIALS_TIMEOUT_S, bucket_is_gone, delays, in_time, is_permanent
+from gaudi_batch.storage.retry import CREDENTIALS_TIMEOUT_S, bucket_is_gone, delays, is_permanent, run_with_timeout
 
 T = TypeVar("T")
 
@@ -43,11 +43,11 @@ class Retrying:
         patience: seconds for which a failing operation is tried again; may be changed while operations go on.
     """
 
-    def __init__(self, filesystem: Any, url: str, options: Mapping[str, Any], patience: float) -> None:
+    def __init__(self, filesystem: Any, url: str, options: Mapping[str, Any], retry_timeout_s: float) -> None:
         self.filesystem = filesystem
         self.url = url
         self.options = dict(options)
-        self.patience = patience
+        self.retry_timeout_s = retry_timeout_s
         self.try_timeout_s = TRY_TIMEOUT_S
         self.trouble = ""
         """What the last try that failed has said, for whoever waits."""
@@ -76,7 +76,7 @@ class Retrying:
         Args:
             timeout: seconds that they may be tried; at 0 nothing is tried again.
         """
-        self.patience = min(self.patience, timeout)
+        self.retry_timeout_s = min(self.retry_timeout_s, timeout)
         if timeout:
             self.try_timeout_s = min(self.try_timeout_s, timeout)
 
@@ -111,18 +111,18 @@ class Retrying:
                     if without_credentials:
                         look_for_credentials_again(self.filesystem)
                         without_credentials = False
-                    return operation() if self.filesystem.async_impl else in_time(operation, seconds)
+                    return operation() if self.filesystem.async_impl else run_with_timeout(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
                     reason = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
                     self.trouble = f": {reason[:200]}"
-                    patience, limit = self.patience, " (storage_patience)"
+                    retry_timeout_s, limit = self.retry_timeout_s, " (storage_patience)"
                     if self._known and lacks_credentials(self.filesystem, error):
-                        patience, limit = min(patience, CREDENTIALS_TIMEOUT_S), ""
+                        retry_timeout_s, limit = min(retry_timeout_s, CREDENTIALS_TIMEOUT_S), ""
                         without_credentials = True
                     elif is_permanent(error) and not (self._known and bucket_is_gone(error)):
                         raise StorageError(f"{self.url}: can't {what}: {reason}", refused=True) from None
-                    if waited + delay > patience:
+                    if waited + delay > retry_timeout_s:
                         raise StorageError(
                             f"{self.url}: can't {what}, tried for {waited:.0f} s{limit}: {reason}"
                         ) from None
@@ -130,7 +130,7 @@ class Retrying:
                         log.debug("%s: can't %s, trying again in %.1f s: %s", self.url, what, delay, reason)
                     else:
                         next_warning = 2 * waited
-                        so_far = f"tried for {waited:.0f} s of {patience:.0f} s{limit}"
+                        so_far = f"tried for {waited:.0f} s of {retry_timeout_s:.0f} s{limit}"
                         log.warning("%s: can't %s, %s: %s", self.url, what, so_far, reason)
                     time.sleep(delay)
         finally:

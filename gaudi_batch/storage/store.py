@@ -35,7 +35,7 @@ from gaudi_batch.storage.retry import (
     BucketGone,
     bucket_is_gone,
     code_of,
-    in_time_or_cancelled,
+    run_or_cancel,
     status_of,
 )
 from gaudi_batch.storage.retrying import MANY_TIMEOUT_S, Retrying
@@ -61,13 +61,13 @@ class Storage(Retrying):
         self,
         url: str,
         options: Mapping[str, Any] | None = None,
-        patience: float = 600.0,
+        retry_timeout_s: float = 600.0,
         read_only: bool = False,
     ) -> None:
         filesystem, root = open_filesystem(url, options or {}, read_only)
         self.local = isinstance(filesystem, LocalFileSystem)
         self.place = (root if self.local else url).rstrip("/")
-        super().__init__(filesystem, redact(self.place), options or {}, patience)
+        super().__init__(filesystem, redact(self.place), options or {}, retry_timeout_s)
         self.root = root.rstrip("/") or "/"
         self.query = ""
         self.creates = self.local
@@ -219,7 +219,7 @@ class Storage(Retrying):
     def once(self) -> Storage:
         """The same place for operations that are tried only once."""
         other = copy.copy(self)
-        other.patience = 0.0
+        other.retry_timeout_s = 0.0
         return other
 
     def names(self, directory: str) -> list[str]:
@@ -304,7 +304,7 @@ class Storage(Retrying):
 
         def call(*arguments: Any, **options: Any) -> Any:
             running = getattr(filesystem, f"_{name}")(*arguments, **options)
-            return in_time_or_cancelled(running, filesystem.loop, seconds, keep)
+            return run_or_cancel(running, filesystem.loop, seconds, keep)
 
         return call
 

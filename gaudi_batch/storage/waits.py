@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger("gaudi_batch")
 
-SILENT_SECONDS = 3.0
+FIRST_LINE_S = 3.0
 """What takes longer says so."""
-AGAIN_SECONDS = 30.0
+LINE_INTERVAL_S = 30.0
 """How often it says so again."""
-KNOCK_SECONDS = 10.0
+CONNECT_TIMEOUT_S = 10.0
 PORTS = {"https": 443, "http": 80}
 
 
@@ -30,10 +30,10 @@ def told_if_slow(what: Callable[[], str]) -> Iterator[None]:
     over = threading.Event()
 
     def tell() -> None:
-        seconds = SILENT_SECONDS
+        seconds = FIRST_LINE_S
         while not over.wait(seconds):
             log.warning("%s", what())
-            seconds = AGAIN_SECONDS
+            seconds = LINE_INTERVAL_S
 
     threading.Thread(target=tell, daemon=True).start()
     try:
@@ -54,7 +54,7 @@ def out_of_reach(url: str) -> str | None:
         return None
     try:
         port = parts.port or PORTS[parts.scheme]
-        socket.create_connection((parts.hostname, port), KNOCK_SECONDS).close()
+        socket.create_connection((parts.hostname, port), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         return f"the network does not lead to {parts.hostname}: {error}"
     return None

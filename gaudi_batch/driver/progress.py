@@ -14,18 +14,18 @@ import pyarrow as pa
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.doing import DOING_FIELDS, Doing, card_lines, describe_doings
 from gaudi_batch.driver.slot import Slot
-from gaudi_batch.output.manifest import CommitFacts
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.spans import Span
-from gaudi_batch.output.tally import Tally
+from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.reporting.terminal import Progress
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.schedule import Schedule
 
 FAULTS_KEPT = 100
-RATE_SECONDS = 60.0
+RATE_WINDOW_S = 60.0
 
 
-class Account:
+class RunProgress:
     """The commits, the faults and the rate of a run.
 
     Args:
@@ -40,7 +40,7 @@ class Account:
     def __init__(
         self,
         schedule: Schedule,
-        tally: Tally,
+        tally: CommitTotals,
         failed: FailedRows,
         images_total: int,
         images_missing: int,
@@ -68,13 +68,13 @@ class Account:
         self.faults[slot.label] += 1
         self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
 
-    def committed(self, facts: CommitFacts, table: pa.Table | None) -> None:
+    def committed(self, facts: CommitInfo, table: pa.Table | None) -> None:
         """A shard's manifest is in place; `table` is that, if rows of it failed."""
         self._tally.add(facts)
         if table is not None:
             self._failed.add(facts.shard, table)
         shard = self._schedule.shards[facts.shard]
-        self._missing += (0 if shard.again else shard.images) - facts.images + facts.images_before
+        self._missing += (0 if shard.is_rerun else shard.images) - facts.images + facts.images_before
 
     def progress(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None
@@ -90,7 +90,7 @@ class Account:
         now = time.monotonic()
         if images > self._tally.images or self._rates:
             self._rates.append((now, images))
-        while self._rates and now - self._rates[0][0] > RATE_SECONDS:
+        while self._rates and now - self._rates[0][0] > RATE_WINDOW_S:
             self._rates.popleft()
         since, before = self._rates[0] if self._rates else (now, images)
         rate = (images - before) / (now - since) if now - since > 2 and images > before else None
