@@ -19,8 +19,8 @@ from ray.exceptions import ActorUnavailableError
 
 from gaudi_batch import JobConfig
 from gaudi_batch.driver import runner
+from gaudi_batch.driver.calls import ask_back, send
 from gaudi_batch.driver.finalize import write_summary
-from gaudi_batch.driver.fleet import Fleet
 from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
@@ -39,7 +39,6 @@ from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.scheduling.events import RecallAnswered
 from gaudi_batch.storage import disk
 from gaudi_batch.storage.store import Storage
 
@@ -454,9 +453,8 @@ def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, mo
 
 
 def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaudi_batch.driver.fleet.POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("gaudi_batch.driver.calls.RETRY_INTERVAL_S", 0.0)
     asked: list[Any] = []
-    told: list[Any] = []
 
     class Actor:
         recall = assign = property(lambda self: self)
@@ -467,16 +465,12 @@ def test_an_answer_to_a_recall_that_is_lost_is_asked_for_again(monkeypatch: pyte
                 raise ActorUnavailableError("its answer is lost", b"an id of 16 byte")
             return True
 
-    class Stub(Fleet):
-        def __init__(self) -> None:
-            self._tell = told.append
-
-    asyncio.run(Stub().ask_back(Actor(), "aaaaa1"))
-    assert (asked, told) == (["aaaaa1"] * 3, [RecallAnswered("aaaaa1", True)])
+    assert asyncio.run(ask_back(Actor(), "aaaaa1")) is True
+    assert asked == ["aaaaa1"] * 3
     asked.clear()
     shard = Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)
     task = ShardTask(shard, "aaaaa2")
-    asyncio.run(Stub().send(Slot(0), Actor(), task))
+    asyncio.run(send(Slot(0), Actor(), task))
     assert asked == [task] * 3
 
 

@@ -105,10 +105,10 @@ def test_shards_reach_a_card_in_the_order_in_which_they_were_sent() -> None:
                 await asyncio.sleep(0)
             asked.append(task.attempt)
 
-    async def send() -> None:
+    async def send_all() -> None:
         driver, slot = Introducing(), Slot(0)
         shard = driver.schedule.shards[0]
-        await asyncio.gather(*(driver.send(slot, Actor(), ShardTask(shard, f"a{n}")) for n in range(3)))
+        await asyncio.gather(*(send(slot, Actor(), ShardTask(shard, f"a{n}")) for n in range(3)))
 
-    asyncio.run(send())
+    asyncio.run(send_all())
     assert asked == ["a0", "a1", "a2"]

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.messages import Announced, Begins, Begun, Broken, CardReport, CardSetup, Confirmed, Failed, Ready
+from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Ready
 from gaudi_batch.card.shard_result import (
     CardIdentity,
     PipelineCall,
@@ -44,7 +44,15 @@ from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.plan import Bucket, GraphKey, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.scheduling.events import Reading, ShardFailure
+from gaudi_batch.scheduling.events import (
+    BatchAnnounced,
+    DoubtsChecked,
+    Reading,
+    ReadingAnnounced,
+    ShardBegun,
+    ShardFailed,
+    ShardFailure,
+)
 
 STORE_THREADS = 4
 """Images that a card encodes and stores at the same time."""
@@ -114,19 +122,19 @@ class Card:
     def _fetch(self) -> None:
         while True:
             task = self._inbox.get()
-            self._mailbox.emit(Begun(task.attempt, generating=False))
+            self._mailbox.emit(ShardBegun(task.attempt, generating=False))
             try:
                 with self._mailbox.reading(task.shard.number):
                     rows, carried = self._read(task)
             except Exception as error:
-                self._mailbox.emit(Failed(task.attempt, _failure(error)))
+                self._mailbox.emit(ShardFailed(task.attempt, _failure(error)))
                 continue
             self._fetched.put(ShardRows(task, rows, carried))
 
     def _read(self, task: ShardTask) -> tuple[list[PromptRow], pa.Table]:
         def announce(reading: Reading) -> None:
             if task.announce:
-                self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Begins(task.attempt, reading)))
+                self._mailbox.wait_for_acknowledgement(self._mailbox.emit(ReadingAnnounced(task.attempt, reading)))
 
         return self._setup.job.dataset.read(task.shard, self._setup.job.rules, task, announce)
 
@@ -160,7 +168,7 @@ class Card:
             self._mailbox.enter("idle")
             work = self._fetched.get()
             if self._mailbox.begin(work.task.attempt):
-                self._mailbox.emit(Begun(work.task.attempt, generating=True))
+                self._mailbox.emit(ShardBegun(work.task.attempt, generating=True))
                 try:
                     self._make(work)
                 except DeviceError as error:
@@ -171,7 +179,7 @@ class Card:
         task, config = work.task, self._setup.job.config
         unread = [row.error for row in work.rows if row.unreadable and row.row in task.confirm]
         if unread:
-            self._mailbox.emit(Failed(task.attempt, ShardFailure(f"a row to confirm can't be read: {unread[0]}")))
+            self._mailbox.emit(ShardFailed(task.attempt, ShardFailure(f"a row to confirm can't be read: {unread[0]}")))
             return
         bucket = task.shard.bucket
         output = FilesOutput(self._storage, config.encoding, task.shard.number, task.attempt)
@@ -206,15 +214,17 @@ class Card:
         except DeviceError:
             raise
         except CardFault as fault:
-            self._mailbox.emit(Failed(task.attempt, ShardFailure(str(fault), fault.failed_alone_once, healthy=False)))
+            self._mailbox.emit(
+                ShardFailed(task.attempt, ShardFailure(str(fault), fault.failed_alone_once, healthy=False))
+            )
             return
         except Exception as error:
-            self._mailbox.emit(Failed(task.attempt, _failure(error)))
+            self._mailbox.emit(ShardFailed(task.attempt, _failure(error)))
             return
         if maker.probe is not None:
             self._probes[bucket] = maker.probe
         if task.confirm:
-            self._mailbox.emit(Confirmed(task.attempt, maker.failures))
+            self._mailbox.emit(DoubtsChecked(task.attempt, maker.failures))
         else:
             self._finisher.submit(self._finish, work, output, maker, stored)
 
@@ -249,7 +259,7 @@ class Card:
         return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s)
 
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
-        self._mailbox.wait_for_acknowledgement(self._mailbox.emit(Announced(attempt, rows)))
+        self._mailbox.wait_for_acknowledgement(self._mailbox.emit(BatchAnnounced(attempt, rows)))
 
     def _store_batch(
         self, output: FilesOutput, batch: StoredBatch, made: list[MadeImage], storage_failed: threading.Event
@@ -282,7 +292,7 @@ class Card:
             card = CardIdentity(self._name, self._node, self._module, self._pipeline.device)
             self._mailbox.emit(self._recorder.record(card, work, output, maker, stored))
         except Exception as error:
-            self._mailbox.emit(Failed(work.task.attempt, _failure(error)))
+            self._mailbox.emit(ShardFailed(work.task.attempt, _failure(error)))
 
 
 def _failure(error: Exception) -> ShardFailure:

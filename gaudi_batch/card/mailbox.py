@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from gaudi_batch.card.messages import CardReport, CardStatus, Done, Event, Failed
+from gaudi_batch.card.messages import CardReport, CardStatus, Done, Message
 from gaudi_batch.plan import BatchKind
+from gaudi_batch.scheduling.events import ShardFailed
 
 
 class Mailbox:
@@ -22,7 +23,7 @@ class Mailbox:
     def __init__(self, storage_s: Callable[[], float]) -> None:
         self._storage_s = storage_s
         self._changed = threading.Condition()
-        self._events: list[tuple[int, Event]] = []
+        self._events: list[tuple[int, Message]] = []
         self._last_event = 0
         self._acknowledged = 0
         self._begun: set[str] = set()
@@ -40,12 +41,12 @@ class Mailbox:
         self._batch_s: dict[BatchKind, float] = {}
         self._warmup_s: dict[BatchKind, float] = {}
 
-    def emit(self, event: Event) -> int:
+    def emit(self, event: Message) -> int:
         """Adds an event for the driver and returns its number."""
         with self._changed:
             self._last_event += 1
             self._events.append((self._last_event, event))
-            if isinstance(event, (Done, Failed)):
+            if isinstance(event, (Done, ShardFailed)):
                 self._images.pop(event.attempt, None)
             self._changed.notify_all()
             return self._last_event

@@ -9,7 +9,14 @@ from typing import TypeAlias
 from gaudi_batch.job import Job
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.plan import BatchKind
-from gaudi_batch.scheduling.events import Reading, ShardFailure, ShardOutcome
+from gaudi_batch.scheduling.events import (
+    BatchAnnounced,
+    DoubtsChecked,
+    ReadingAnnounced,
+    ShardBegun,
+    ShardFailed,
+    ShardOutcome,
+)
 from gaudi_batch.storage.store import Storage
 
 
@@ -58,30 +65,6 @@ class Broken:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """The card has begun to read a shard, or to make it."""
-
-    attempt: str
-    generating: bool
-
-
-@dataclass(frozen=True)
-class Begins:
-    """The card is about to decode these rows of a suspect shard, and waits for this to be acknowledged."""
-
-    attempt: str
-    reading: Reading
-
-
-@dataclass(frozen=True)
-class Announced:
-    """The card is about to call the pipeline for these rows, and waits for this to be acknowledged."""
-
-    attempt: str
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Done:
     """A shard is made."""
 
@@ -92,24 +75,10 @@ class Done:
     outcome: ShardOutcome
 
 
-@dataclass(frozen=True)
-class Confirmed:
-    """The doubted rows of a shard have been made alone."""
-
-    attempt: str
-    failures: Mapping[int, str]
-    """Those that failed here, too."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A shard could not be made."""
-
-    attempt: str
-    failure: ShardFailure
-
-
-Event: TypeAlias = Ready | Broken | Begun | Begins | Announced | Done | Confirmed | Failed
+Message: TypeAlias = (
+    Ready | Broken | Done | ShardBegun | ReadingAnnounced | BatchAnnounced | DoubtsChecked | ShardFailed
+)
+"""What a card tells the driver. Those of an announcement wait until it is acknowledged."""
 
 
 @dataclass(frozen=True)
@@ -148,5 +117,5 @@ class CardStatus:
 class CardReport:
     """A card's answer: what has happened since what was acknowledged, numbered, and what it is doing."""
 
-    events: tuple[tuple[int, Event], ...]
+    events: tuple[tuple[int, Message], ...]
     status: CardStatus

@@ -16,19 +16,18 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from gaudi_batch.card import messages
-from gaudi_batch.card.messages import CardReport, CardSetup, Done, Ready
+from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Done, Message, Ready
 from gaudi_batch.cluster.connection import CardResources, look_at_cluster
 from gaudi_batch.driver.background import Background
+from gaudi_batch.driver.calls import ask_back, send
 from gaudi_batch.driver.doing import Doing, doings
 from gaudi_batch.driver.places import Places
 from gaudi_batch.driver.progress import RunProgress
-from gaudi_batch.driver.slot import Slot, node_is_gone, why_died
+from gaudi_batch.driver.slot import Slot, card_name, node_is_gone, why_died
 from gaudi_batch.driver.watchdog import PhaseRules, passed_limit
 from gaudi_batch.redaction import redact
 from gaudi_batch.scheduling import decisions, events
 from gaudi_batch.scheduling.cards import CardState
-from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.schedule import Schedule
 
 log = logging.getLogger("gaudi_batch")
@@ -194,35 +193,16 @@ class Fleet:
     def assign(self, decision: decisions.Assign) -> None:
         """Sends a shard to a card."""
         slot = self.slots[decision.card]
-        self._background.spawn(self.send(slot, slot.actor, decision.task))
+        self._background.spawn(send(slot, slot.actor, decision.task))
 
     def recall(self, decision: decisions.Recall) -> None:
         """Asks a card for a shard back."""
-        self._background.spawn(self.ask_back(self.slots[decision.card].actor, decision.attempt))
+        self._background.spawn(self._recall(self.slots[decision.card].actor, decision.attempt))
 
-    async def send(self, slot: Slot, actor: Any, task: ShardTask) -> None:
-        """Sends a shard, after those that were sent before."""
-        async with slot.assigning:
-            while True:
-                try:
-                    return await actor.assign.remote(slot.name, task)  # type: ignore[no-any-return]
-                except ActorUnavailableError:
-                    # It may have arrived or not; a card takes the same attempt once.
-                    await asyncio.sleep(POLL_INTERVAL_S)
-                except RayError:
-                    return None
-
-    async def ask_back(self, actor: Any, attempt: str) -> None:
-        """Asks for a shard back until there is an answer."""
-        while True:
-            try:
-                given_back = await actor.recall.remote(attempt)
-                break
-            except ActorUnavailableError:
-                await asyncio.sleep(POLL_INTERVAL_S)  # a card answers the same again
-            except RayError:
-                return
-        self._tell(events.RecallAnswered(attempt, given_back))
+    async def _recall(self, actor: Any, attempt: str) -> None:
+        given_back = await ask_back(actor, attempt)
+        if given_back is not None:
+            self._tell(events.RecallAnswered(attempt, given_back))
 
     def fault(self, number: int, error: str, *, quiet: bool = False) -> None:
         """A card failed.
@@ -279,50 +259,36 @@ class Fleet:
                 if slot.actor is actor:  # an event may have it replaced
                     self._take(slot, message)
 
-    def _take(self, slot: Slot, message: messages.Event) -> None:
+    def _take(self, slot: Slot, message: Message) -> None:
         if isinstance(message, Ready):
             self.introduce(slot, message)
-        elif isinstance(message, messages.Broken):
+        elif isinstance(message, Broken):
             self.fault(slot.number, message.error)
             self._tell(events.CardBroken(slot.number, redact(message.error), message.storage))
-        elif isinstance(message, messages.Begun):
-            self._tell(events.ShardBegun(message.attempt, message.generating))
-        elif isinstance(message, messages.Begins):
-            self._tell(events.ReadingAnnounced(message.attempt, message.reading))
-        elif isinstance(message, messages.Announced):
-            self._tell(events.BatchAnnounced(message.attempt, message.rows))
-        elif isinstance(message, messages.Failed):
+        elif isinstance(message, Done):
+            if self._schedule.is_live(message.attempt):
+                self._keep(message)
+                if failures := message.outcome.transient_failures:
+                    self.fault(slot.number, f"made wrong what was right when made again, {failures} times")
+                self._tell(events.ShardMade(message.attempt, message.outcome))
+        elif isinstance(message, events.ShardFailed):
             self.fault(slot.number, f"failed at {message.attempt}: {message.failure.error}")
             failure = replace(message.failure, error=redact(message.failure.error))
             self._tell(events.ShardFailed(message.attempt, failure))
-        elif isinstance(message, messages.Confirmed):
-            self._tell(events.DoubtsChecked(message.attempt, message.failures))
-        elif self._schedule.is_live(message.attempt):
-            self._keep(message)
-            failures = message.outcome.transient_failures
-            if failures:
-                self.fault(slot.number, f"made wrong what was right when made again, {failures} times")
-            self._tell(events.ShardMade(message.attempt, message.outcome))
+        else:
+            self._tell(message)
 
     def introduce(self, slot: Slot, ready: Ready) -> None:
         """A card's process has loaded."""
         before = slot.ready
         if before is None or (before.node_id, before.module) != (ready.node_id, ready.module):
             # Ray may have moved its place to another node meanwhile.
-            slot.name = self._card_name(slot, ready)
+            slot.name = card_name(slot, ready, self.slots.values())
         slot.ready, slot.node_id, slot.up = ready, ready.node_id, True
         loaded = events.LoadedCard(
             slot.name, ready.node_id, ready.node, ready.module, dict(ready.stack), ready.model, ready.cpus
         )
         self._tell(events.CardLoaded(slot.number, loaded, time.monotonic()))
-
-    def _card_name(self, slot: Slot, ready: Ready) -> str:
-        """A card is called after its place, so that its records mean the same card in the next run, too."""
-        name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
-        if any(other.name == name for other in self.slots.values() if other is not slot):
-            # Two Ray nodes of one host, or a node that came back under its name.
-            name = f"{name}-{ready.node_id[-6:]}"
-        return name
 
     async def _lost(self, slot: Slot, error: Exception) -> None:
         slot.up = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,21 @@ class Slot:
             return f"card {self.number}"
         module = "" if self.ready.module is None else f", module {self.ready.module}"
         return f"card {self.name} (node {self.ready.node}{module})"
+
+
+def card_name(slot: Slot, ready: Ready, slots: Iterable[Slot]) -> str:
+    """What a card is called: after its place, so that its records mean the same card in the next run, too.
+
+    Args:
+        slot: its slot.
+        ready: what its process says of itself.
+        slots: of all cards.
+    """
+    name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
+    if any(other.name == name for other in slots if other is not slot):
+        # Two Ray nodes of one host, or a node that came back under its name.
+        name = f"{name}-{ready.node_id[-6:]}"
+    return name
 
 
 def why_died(error: Exception) -> str:

@@ -9,7 +9,7 @@ from enum import Enum
 
 from gaudi_batch.plan import GraphKey
 from gaudi_batch.scheduling.affinity import Affinity
-from gaudi_batch.scheduling.events import LoadedCard
+from gaudi_batch.scheduling.events import LoadedCard, Reading
 
 MAX_IN_FLIGHT = 2
 """Shards in one card's hand: the one that it works on and the one after."""
@@ -215,3 +215,16 @@ class Cards:
         if card.suspect or card.reserved_for is not None or card.node in self.exclusive or card.node in self.lost:
             return self.apart
         return self.open[len(card.in_flight)] if len(card.in_flight) < MAX_IN_FLIGHT else self.full
+
+
+@dataclass
+class Attempt:
+    """A shard in a card's hand."""
+
+    shard: int
+    card: Card
+    captures: bool  # whether its graph key is new to the card
+    at: Reading | frozenset[int] | None = None  # what it has announced last
+    recallable: bool = True
+    begun: bool = False  # its card has begun to read it
+    generating: bool = False  # its card has begun to make it

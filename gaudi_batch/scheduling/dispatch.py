@@ -14,13 +14,11 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from gaudi_batch.plan import BatchKind, GraphKey, Shard
 from gaudi_batch.scheduling.affinity import Affinity
-from gaudi_batch.scheduling.cards import Card, Cards
+from gaudi_batch.scheduling.cards import Attempt, Card, Cards
 from gaudi_batch.scheduling.decisions import Assign, Decision, Recall
-from gaudi_batch.scheduling.events import Reading
 from gaudi_batch.scheduling.failures import ShardFailures
 from gaudi_batch.scheduling.pending import Pending
 from gaudi_batch.scheduling.rowgroups import RowGroups
@@ -33,19 +31,6 @@ MAX_COMPARED = 64
 """Cards among which one is chosen by its node."""
 NODES_PER_EXCLUSIVE = 4
 """While other work waits, one node in so many at most is kept for a single suspect shard."""
-
-
-@dataclass
-class Attempt:
-    """A shard in a card's hand."""
-
-    shard: int
-    card: Card
-    captures: bool  # whether its graph key is new to the card
-    at: Reading | frozenset[int] | None = None  # what it has announced last
-    recallable: bool = True
-    begun: bool = False  # its card has begun to read it
-    generating: bool = False  # its card has begun to make it
 
 
 class Dispatch:

@@ -1,0 +1,38 @@
+"""Calls of a card's actor that are made until there is an answer, or the card is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, RayError
+
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.scheduling.decisions import ShardTask
+
+RETRY_INTERVAL_S = 1.0
+"""Between two calls of an actor that can't be reached for the moment."""
+
+
+async def send(slot: Slot, actor: Any, task: ShardTask) -> None:
+    """Sends a shard, after those that were sent before."""
+    async with slot.assigning:
+        while True:
+            try:
+                return await actor.assign.remote(slot.name, task)  # type: ignore[no-any-return]
+            except ActorUnavailableError:
+                # It may have arrived or not; a card takes the same attempt once.
+                await asyncio.sleep(RETRY_INTERVAL_S)
+            except RayError:
+                return None
+
+
+async def ask_back(actor: Any, attempt: str) -> bool | None:
+    """Asks for a shard back; returns whether the card gives it, or None if the card is gone."""
+    while True:
+        try:
+            return bool(await actor.recall.remote(attempt))
+        except ActorUnavailableError:
+            await asyncio.sleep(RETRY_INTERVAL_S)  # a card answers the same again
+        except RayError:
+            return None
