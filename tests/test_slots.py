@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from gaudi_batch.card.messages import Ready
+from gaudi_batch.driver.calls import send
 from gaudi_batch.driver.fleet import Fleet
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.plan import Bucket, Shard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -35,7 +34,7 @@ class Run:
     connect: Callable[[], CardResources]
     """Connects to the cluster at its first call; returns what a card takes of it. Raises InputError."""
 
-    @functools.cached_property
+    @property
     def latest_shard_of_row(self) -> Mapping[int, int]:
         """Rows that are in several shards, each with the highest of these."""
         return latest_shards_of_rows(self.plan, self.job.dataset)
@@ -45,7 +44,6 @@ class Run:
         self.connect()
         self.ledger.put_plan([*self.plan, *shards])
         self.plan = [*self.plan, *shards]
-        self.__dict__.pop("made_again", None)
 
 
 @dataclass(frozen=True)
