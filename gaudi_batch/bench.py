@@ -160,12 +160,12 @@ class _BenchCard:
     def call(self, bucket: Bucket, batch_size: int, calls: int) -> list[float]:
         """Seconds of each of some calls."""
         items = [Item(number, 0, PROMPT, "", number) for number in range(batch_size)]
-        found = []
+        durations = []
         for _ in range(calls):
             started = time.perf_counter()
             self._pipeline.generate(bucket, items)
-            found.append(time.perf_counter() - started)
-        return found
+            durations.append(time.perf_counter() - started)
+        return durations
 
 
 def bench(job: Job, address: str | None, calls: int) -> Bench:
@@ -226,5 +226,5 @@ def _measure(job: Job, actors: Sequence[Any], calls: int) -> Bench:
     together: tuple[Rate, ...] = (throughput,)
     if len(actors) > 1:
         seconds(actors[1:], batch_size, warmup)
-        together = tuple(Rate(batch_size, tuple(found)) for found in seconds(actors, batch_size, calls))
+        together = tuple(Rate(batch_size, tuple(rates)) for rates in seconds(actors, batch_size, calls))
     return Bench(job, device, warmup, latency, throughput, together)

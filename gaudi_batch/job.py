@@ -197,7 +197,7 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
 
 def _refuse_beyond_bounds(job: Job) -> None:
     """Holds what the job asks of each row against what a row may ask for. Raises InputError."""
-    asked = job.rules.bucket._asdict() | {"prompt": "-", "negative_prompt": job.config.negative_prompt}
-    error = make_row(0, asked, job.rules).error
+    values = job.rules.bucket._asdict() | {"prompt": "-", "negative_prompt": job.config.negative_prompt}
+    error = make_row(0, values, job.rules).error
     if error is not None:
         raise InputError(f"the job's own {error}")

@@ -188,15 +188,15 @@ class PlanSummary:
 
 def summarize(shards: Iterable[Shard], batch_size: int) -> dict[Bucket, PlanSummary]:
     """What a plan comes to, for each bucket in order of first appearance."""
-    found: dict[Bucket, PlanSummary] = {}
+    summaries: dict[Bucket, PlanSummary] = {}
     for shard in shards:
         batches = -(-shard.images // batch_size)
-        so_far = found.get(shard.bucket, PlanSummary(0, 0, 0, 0, 0))
-        found[shard.bucket] = PlanSummary(
+        so_far = summaries.get(shard.bucket, PlanSummary(0, 0, 0, 0, 0))
+        summaries[shard.bucket] = PlanSummary(
             so_far.shards + 1,
             so_far.rows + shard.rows,
             so_far.images + shard.images,
             so_far.batches + batches,
             so_far.padding + batches * batch_size - shard.images,
         )
-    return found
+    return summaries

@@ -91,10 +91,10 @@ def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _redacted(value, _is_secret(key)) for key, value in options.items()}
 
 
-def _without_query(found: re.Match[str]) -> str:
-    place, query = found.groups()
+def _without_query(match: re.Match[str]) -> str:
+    place, query = match.groups()
     secret = place.lower().startswith(("http://", "https://")) or _SECRET_PARAMETER.search(query.partition("/")[0])
-    return f"{place}?***" if secret else found[0]
+    return f"{place}?***" if secret else match[0]
 
 
 def _is_secret(name: object) -> bool:

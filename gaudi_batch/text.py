@@ -76,8 +76,8 @@ def quote_if_unprintable(text: str) -> str:
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The known name that somebody may have meant, or None; case, dashes and underscores make no difference."""
     plain = {each.lower().replace("_", "-"): each for each in known}
-    found = difflib.get_close_matches(given[:100].lower().replace("_", "-"), plain, 1, 0.7)
-    return plain[found[0]] if found else None
+    matches = difflib.get_close_matches(given[:100].lower().replace("_", "-"), plain, 1, 0.7)
+    return plain[matches[0]] if matches else None
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -95,16 +95,16 @@ def load_yaml(text: str) -> Any:
         RecursionError: it is nested too deeply.
     """
     value = yaml.safe_load(text)
-    waiting, count = [value], 0
-    while waiting:
-        found = waiting.pop()
+    remaining, count = [value], 0
+    while remaining:
+        part = remaining.pop()
         count += 1
-        if count + len(waiting) > MAX_YAML_VALUES:
+        if count + len(remaining) > MAX_YAML_VALUES:
             raise ValueError("aliases make too many values")
-        if isinstance(found, dict):
-            waiting += [*found, *found.values()]
-        elif isinstance(found, (list, tuple, set)):
-            waiting += found
+        if isinstance(part, dict):
+            remaining += [*part, *part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            remaining += part
     return value
 
 

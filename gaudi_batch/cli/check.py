@@ -85,8 +85,8 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
     batches, shards = sum(plan.batches for plan in plans), sum(plan.shards for plan in plans)
     columns = [
-        ours if ours == theirs else f"{ours}={quote_if_unprintable(theirs)}"
-        for ours, theirs in job.dataset.columns.items()
+        name if name == column else f"{name}={quote_if_unprintable(column)}"
+        for name, column in job.dataset.columns.items()
     ]
     carried = (
         f"; carried: {', '.join(quote_if_unprintable(each) for each in job.dataset.carried.names)}"
@@ -188,8 +188,8 @@ def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None
     config = job.config
     if place.complete:
         return "none: all is made"
-    if place.summary is not None and cards and (found := _from_summary(buckets, cards, place)):
-        return found
+    if place.summary is not None and cards and (measured := _from_summary(buckets, cards, place)):
+        return measured
     if config.device != "simulated":
         return (
             "not known before a first run: run the job with --limit and look again, which makes nothing twice"
@@ -213,10 +213,10 @@ def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Pla
     seconds, known, steady_all = 0.0, 0, True
     images = sum(plan.images for plan in buckets.values())
     for bucket, plan in buckets.items():
-        if found := shown.get(tuple(bucket.batch_kind)):
-            seconds += plan.images / found[0]
+        if figures := shown.get(tuple(bucket.batch_kind)):
+            seconds += plan.images / figures[0]
             known += plan.images
-            steady_all = steady_all and found[1]
+            steady_all = steady_all and figures[1]
     if not known:
         return None
     left = max(0, images - place.images)

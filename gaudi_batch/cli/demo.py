@@ -66,19 +66,19 @@ def _refuse_another_run(ledger: OutputReader, config: JobConfig) -> None:
         record = ledger.run()
     except InputError:  # it can't be read, so nobody knows whose it is
         record = None
-    ours = redacted_options(config.model_dump(mode="json", exclude={"output", "limit"}))
-    if ledger.holds_run() and not (record and _agrees(record.job, ours)):
+    wanted = redacted_options(config.model_dump(mode="json", exclude={"output", "limit"}))
+    if ledger.holds_run() and not (record and _agrees(record.job, wanted)):
         raise InputError(
             f"{ledger.storage.url} has a run that is not the demo's, and the demo would remove it to start afresh; name"
             " another output with --output"
         )
 
 
-def _agrees(theirs: Any, ours: Any) -> bool:
+def _agrees(stored: Any, wanted: Any) -> bool:
     """Whether a recorded job has our values; a field that it lacks is newer than the version that recorded it."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(_agrees(theirs.get(name, value), value) for name, value in ours.items())
-    return bool(theirs == ours)
+    if isinstance(wanted, dict) and isinstance(stored, dict):
+        return all(_agrees(stored.get(name, value), value) for name, value in wanted.items())
+    return bool(stored == wanted)
 
 
 def make_contact_sheet(storage: Storage) -> None:

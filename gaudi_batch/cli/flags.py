@@ -55,15 +55,15 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
     """Every field of a job under its dotted name."""
-    found: list[tuple[str, FieldInfo]] = []
+    fields: list[tuple[str, FieldInfo]] = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             if short := getattr(field.annotation, "short_for", None):
-                found.append((f"{prefix}{name}", field.annotation.model_fields[short]))
-            found += _fields(field.annotation, f"{prefix}{name}.")
+                fields.append((f"{prefix}{name}", field.annotation.model_fields[short]))
+            fields += _fields(field.annotation, f"{prefix}{name}.")
         else:
-            found.append((f"{prefix}{name}", field))
-    return found
+            fields.append((f"{prefix}{name}", field))
+    return fields
 
 
 def _short_forms() -> dict[str, str]:
@@ -154,20 +154,20 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
     also_text = {flag for flag, path in mappings.items() if str in _kinds(fields[path].annotation)}
     joined: dict[str, dict[str, Any]] = {}
     rest: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         flag, equals, value = argument.partition("=")
         name, dot, key = flag.partition(".")
         if name in mappings and dot:
             if not equals:
-                if not waiting:
+                if not remaining:
                     raise InputError(f"{flag} needs a value")
-                value = waiting.pop(0)
+                value = remaining.pop(0)
             joined[name] = merge(joined.get(name, {}), _entry(name, key, value))
         elif name in mappings:
             if not equals:
-                value = waiting.pop(0) if waiting else ""
+                value = remaining.pop(0) if remaining else ""
             if name in also_text and not value.lstrip().startswith("{"):
                 rest += [name, value]
                 continue

@@ -31,8 +31,8 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
-            said = f"unrecognized arguments: {' '.join(flags or unknown)}"
-            self.error(said + (_meant(flags[0], parsed.options) if flags else ""))
+            message = f"unrecognized arguments: {' '.join(flags or unknown)}"
+            self.error(message + (_meant(flags[0], parsed.options) if flags else ""))
         return parsed
 
     def error(self, message: str) -> NoReturn:

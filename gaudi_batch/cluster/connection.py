@@ -83,8 +83,8 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
         with attached(address):
             yield
         return
-    with _the_connection() as ours:
-        if ours:
+    with _the_connection() as connects:
+        if connects:
             with _started(job):
                 yield
         else:
@@ -98,8 +98,8 @@ def attached(address: str | None) -> Iterator[None]:
     Raises:
         InputError: there is none, or another thread's run has connected this process.
     """
-    with _the_connection() as ours:
-        if not ours:
+    with _the_connection() as connects:
+        if not connects:
             yield
             return
         _quieten()
@@ -133,13 +133,13 @@ def _the_connection() -> Iterator[bool]:
                 "another run of this process has connected it to Ray, and ends that when it is over; wait for it, use a"
                 " process for each run, or call ray.init before the first, for all of them"
             )
-        ours = _connects is None and not ray.is_initialized()
-        if ours:
+        connects = _connects is None and not ray.is_initialized()
+        if connects:
             _connects = me
     try:
-        yield ours
+        yield connects
     finally:
-        if ours:
+        if connects:
             _connects = None
 
 
@@ -186,9 +186,9 @@ def _name_modules() -> None:
     if VISIBLE_MODULES in os.environ or shutil.which("hl-smi") is None:
         return
     query = ["hl-smi", "-Q", "module_id", "-f", "csv,noheader"]
-    asked = subprocess.run(query, capture_output=True, text=True, timeout=HL_SMI_TIMEOUT_S, check=False)
-    modules = [line.strip() for line in asked.stdout.splitlines() if line.strip().isdigit()]
-    if asked.returncode == 0 and modules:
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=HL_SMI_TIMEOUT_S, check=False)
+    modules = [line.strip() for line in answer.stdout.splitlines() if line.strip().isdigit()]
+    if answer.returncode == 0 and modules:
         os.environ[VISIBLE_MODULES] = ",".join(sorted(modules, key=int))
 
 
@@ -217,9 +217,9 @@ def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:
     """What the cluster has for a job now."""
     leaving = frozenset(state.get_draining_nodes())
     nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]}
-    there = cards = sum(on_node for node, on_node in nodes.items() if node not in leaving)
+    total_cards = cards = sum(on_node for node, on_node in nodes.items() if node not in leaving)
     if config.cards != "all":
-        cards = min(config.cards, there)
+        cards = min(config.cards, total_cards)
     elif resources.name == "CPU":
-        cards = min(DEFAULT_CARDS, there)
-    return Capacity(cards, there, frozenset(nodes), leaving)
+        cards = min(DEFAULT_CARDS, total_cards)
+    return Capacity(cards, total_cards, frozenset(nodes), leaving)

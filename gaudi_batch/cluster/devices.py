@@ -49,11 +49,11 @@ def this_machine_has_cards() -> bool:
     """Whether Intel's stack is here and finds a card; asked in a process of its own, as this one needs no device."""
     if importlib.util.find_spec("habana_frameworks") is None:
         return False
-    asked = subprocess.run(
+    probe = subprocess.run(
         [sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=DEVICE_COUNT_TIMEOUT_S, check=False
     )
-    answer = asked.stdout.split()[-1:]
-    return asked.returncode == 0 and answer not in ([], ["0"])
+    answer = probe.stdout.split()[-1:]
+    return probe.returncode == 0 and answer not in ([], ["0"])
 
 
 def _cluster_has_cards(address: str | None) -> bool:
@@ -65,25 +65,25 @@ def _cluster_has_cards(address: str | None) -> bool:
 
     with attached(address):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("HPU")]
-        asked = [
+        pending = [
             ray.remote(_has_stack)
             .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             .remote()
             for node in nodes[:MAX_NODES_ASKED]
         ]
-        said, until = "", time.monotonic() + NODES_TIMEOUT_S
-        while asked:
-            answered, asked = ray.wait(asked, timeout=max(0.0, until - time.monotonic()))
+        problem, until = "", time.monotonic() + NODES_TIMEOUT_S
+        while pending:
+            answered, pending = ray.wait(pending, timeout=max(0.0, until - time.monotonic()))
             if not answered:
-                said = said or f"no answer for {NODES_TIMEOUT_S:.0f} s"
+                problem = problem or f"no answer for {NODES_TIMEOUT_S:.0f} s"
                 break
             try:
                 if ray.get(answered[0]):
                     return True
             except RayError as error:
-                said = one_line(str(error).strip().rpartition("\n")[2])
-    if said:
-        raise InputError(f"device auto: not every node with cards says what they are ({said}); name the device")
+                problem = one_line(str(error).strip().rpartition("\n")[2])
+    if problem:
+        raise InputError(f"device auto: not every node with cards says what they are ({problem}); name the device")
     return False
 
 

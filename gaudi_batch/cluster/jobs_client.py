@@ -70,10 +70,10 @@ class JobsClient:
         try:
             self._client = run_with_timeout(lambda: JobSubmissionClient(self.address), ANSWER_TIMEOUT_S)
         except Exception as error:
-            said = _reason(error)
-            if "authentication token" in said:
-                said = f"{said.partition('. ')[0][:120]}; {what_token_lacks()}"
-            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {said}") from None
+            reason = _reason(error)
+            if "authentication token" in reason:
+                reason = f"{reason.partition('. ')[0][:120]}; {what_token_lacks()}"
+            raise InputError(f"no cluster takes jobs at {redact(self.address)!r}: {reason}") from None
 
     def submit(self, submission: Submission) -> str:
         """Sends a job; returns its id. Raises InputError."""
@@ -185,8 +185,8 @@ class JobsClient:
         Raises:
             RunStopped: the cluster has not answered for too long.
         """
-        heard, silent = time.monotonic(), False
-        until = heard + seconds
+        last_seen, silent = time.monotonic(), False
+        until = last_seen + seconds
         while time.monotonic() < until:
             try:
                 meanwhile()
@@ -195,7 +195,7 @@ class JobsClient:
                 raise
             except Exception as error:
                 self._refuse_unknown(job, error)
-                waited = time.monotonic() - heard
+                waited = time.monotonic() - last_seen
                 if waited > SILENCE_TIMEOUT_S:
                     raise RunStopped(
                         f"{redact(self.address)!r} has not answered for {waited:.0f} s; job {job} may go on:"
@@ -210,7 +210,7 @@ class JobsClient:
             else:
                 if silent:
                     log.warning("%s answers again", redact(self.address))
-                heard, silent = time.monotonic(), False
+                last_seen, silent = time.monotonic(), False
                 if info.status.is_terminal():
                     return info
             time.sleep(POLL_INTERVAL_S)
@@ -272,7 +272,7 @@ class _Log:
 
 
 def _reason(error: Exception) -> str:
-    said = str(error).rstrip(". \n")
-    if "Traceback" in said:
-        said = said.splitlines()[-1]
-    return one_line(redact(said), 1000)
+    reason = str(error).rstrip(". \n")
+    if "Traceback" in reason:
+        reason = reason.splitlines()[-1]
+    return one_line(redact(reason), 1000)

@@ -115,8 +115,8 @@ class Submitted:
     def read(cls, metadata: Mapping[str, str] | None) -> Submitted | None:
         """From what the Jobs API has kept; None if that is of an older version, or of no submission of ours."""
         try:
-            found = dict(metadata or {})
-            options = json.loads(found["storage_options"])
-            return cls(found["gaudi_batch"], found["output"], dict(options), float(found["grace"]))
+            kept = dict(metadata or {})
+            options = json.loads(kept["storage_options"])
+            return cls(kept["gaudi_batch"], kept["output"], dict(options), float(kept["grace"]))
         except (KeyError, ValueError, TypeError):
             return None

@@ -29,8 +29,8 @@ def read_job_file(path: str | Path) -> dict[str, Any]:
     try:
         loaded = load_yaml(_read_text(path))
     except (OSError, UnicodeEncodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"job file {str(path)!r} can't be read: {said}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"job file {str(path)!r} can't be read: {reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         # The error's own words quote the file, in which there may be a secret.
         mark = getattr(error, "problem_mark", None)
@@ -113,21 +113,23 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             where = [str(part) for part in problem["loc"]]  # a name of the user's may be one of these
         field = quote_if_unprintable(".".join(where))[:200] or "job"
         if problem["type"] == "extra_forbidden":
-            said = "is not a field of a job"
+            message = "is not a field of a job"
             above = [str(part) for part in problem["loc"][:-1]]
             near = nearest(where[-1], (_sections(model)[above[0]] if above else model).model_fields)
-            said += f"; did you mean {'.'.join([*above, near])}?" if near else ""
+            message += f"; did you mean {'.'.join([*above, near])}?" if near else ""
         elif problem["type"] == "missing":
-            said = "is missing"
+            message = "is missing"
         else:
-            said = problem["msg"].removeprefix("Value error, ")
+            message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "model_type" and where:
-                said = f"must be a mapping of {', '.join(_sections(model)[where[0]].model_fields)}"
-            said = said[0].lower() + said[1:]
+                message = f"must be a mapping of {', '.join(_sections(model)[where[0]].model_fields)}"
+            message = message[0].lower() + message[1:]
             if not where:
-                lines.setdefault(said.split(":")[0], said)
+                lines.setdefault(message.split(":")[0], message)
                 continue
             if "storage_options" not in field:
-                said = f"{short_repr(problem['input'])}: {said}"
-        lines[field] = f"{field}: {said}" if field not in lines else f"{lines[field]}, or {said.split(': ', 1)[-1]}"
+                message = f"{short_repr(problem['input'])}: {message}"
+        lines[field] = (
+            f"{field}: {message}" if field not in lines else f"{lines[field]}, or {message.split(': ', 1)[-1]}"
+        )
     return "; ".join(lines.values())

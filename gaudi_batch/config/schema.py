@@ -193,10 +193,10 @@ class JobConfig(Section):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
-        for ours in value:
-            if ours not in PROMPT_COLUMNS:
+        for column in value:
+            if column not in PROMPT_COLUMNS:
                 raise ValueError(
-                    f"{ours!r} is not a column of ours; {did_you_mean(ours, PROMPT_COLUMNS)}ours are"
+                    f"{column!r} is not a column of ours; {did_you_mean(column, PROMPT_COLUMNS)}ours are"
                     f" {', '.join(PROMPT_COLUMNS)}"
                 )
         return value
@@ -204,14 +204,14 @@ class JobConfig(Section):
     @field_validator("max_failed", mode="before")
     @classmethod
     def _count_or_share(cls, value: Any) -> Any:
-        found = value
+        number = value
         with contextlib.suppress(ValueError):
             if isinstance(value, str) and value.endswith("%"):
-                found = float(value[:-1]) / 100
+                number = float(value[:-1]) / 100
             elif isinstance(value, str):
-                found = int(value) if value.isdecimal() else float(value)
-        if found is None or (type(found) is int and found >= 0) or (type(found) is float and 0 <= found <= 1):
-            return found
+                number = int(value) if value.isdecimal() else float(value)
+        if number is None or (type(number) is int and number >= 0) or (type(number) is float and 0 <= number <= 1):
+            return number
         raise ValueError(
             "must be a count, as 100, or a share of the rows, as 5% or 0.05; a share is at most 1.0 or 100%"
         )

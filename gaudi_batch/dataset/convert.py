@@ -22,9 +22,9 @@ def how_to_convert(names: Iterable[str]) -> str | None:
     one that is known."""
     for path in sorted(names):
         name = path.rpartition("/")[2]
-        found = _SUFFIX.search(name)
-        if found and not (found[2] and found[1].lower() == "txt"):
-            parquet = name[: found.start()] + ".parquet"
-            reader = READERS[found[1].lower()].format(name=name)
+        match = _SUFFIX.search(name)
+        if match and not (match[2] and match[1].lower() == "txt"):
+            parquet = name[: match.start()] + ".parquet"
+            reader = READERS[match[1].lower()].format(name=name)
             return f"a job reads Parquet alone; in Python: import pandas; {reader}.to_parquet({parquet!r})"
     return None

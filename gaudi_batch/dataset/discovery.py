@@ -49,13 +49,13 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         InputError: no file, no rows, a file that is not Parquet, a missing or mistyped column, files that disagree.
         StorageError: the store failed for longer than the job's patience.
     """
-    storage, found = _find_files(config)
-    slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(found)} footers{storage.trouble}")
+    storage, located = _find_files(config)
+    slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(located)} footers{storage.trouble}")
     with slow, ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda name: _footer(storage, name), sorted(found)))
+        footers = list(pool.map(lambda name: _footer(storage, name), sorted(located)))
     files: list[PromptFile] = []
     first_row = 0
-    for name, (metadata, _, identity) in zip(sorted(found), footers, strict=True):
+    for name, (metadata, _, identity) in zip(sorted(located), footers, strict=True):
         files.append(PromptFile(name, metadata.num_rows, first_row, identity))
         first_row += metadata.num_rows
     if first_row == 0:
@@ -68,8 +68,8 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
-    for file, (_, its, _) in zip(files, footers, strict=True):
-        for field in its if file.rows else ():
+    for file, (_, file_schema, _) in zip(files, footers, strict=True):
+        for field in file_schema if file.rows else ():
             shared = schema.field(field.name).type
             if not can_cast(field.type, shared):
                 raise InputError(
@@ -86,19 +86,21 @@ def _map_columns(
     for name in schema.names:
         if schema.names.count(name) > 1:
             raise InputError(f"prompts: column {name!r} occurs more than once; rename one")
-    for ours in PROMPT_COLUMNS:
-        theirs = config.columns.get(ours, ours)
-        if theirs in schema.names:
-            columns[ours] = theirs
-        elif ours in config.columns:
-            raise InputError(f"columns.{ours}: the prompts have no column {theirs!r}; they have {_named(schema)}")
+    for name in PROMPT_COLUMNS:
+        column = config.columns.get(name, name)
+        if column in schema.names:
+            columns[name] = column
+        elif name in config.columns:
+            raise InputError(f"columns.{name}: the prompts have no column {column!r}; they have {_named(schema)}")
     if "prompt" not in columns:
         raise InputError(
             f"the prompts have no column 'prompt'; they have {_named(schema)}: name the right one with --columns.prompt"
         )
-    for file, its in zip(files, schemas, strict=True):
-        if file.rows and columns["prompt"] not in its.names:
-            raise InputError(f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(its)}")
+    for file, file_schema in zip(files, schemas, strict=True):
+        if file.rows and columns["prompt"] not in file_schema.names:
+            raise InputError(
+                f"prompts file {file.name!r} has no column {columns['prompt']!r}; it has {_named(file_schema)}"
+            )
     kind = schema.field(columns["prompt"]).type
     if not (is_text(kind) or pa.types.is_null(kind)):
         raise InputError(
@@ -117,8 +119,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     whole = Storage(url, options, config.storage_patience, read_only=True)
     filesystem, path = whole.filesystem, whole.root
     # What stays a URL is http's, and its query often is a signature: a secret, and no part of any name.
-    plain, mark, asked = path.partition("?") if "://" in path else (path, "", "")
-    query = mark + asked
+    plain, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    query = mark + query
     output = _real(str(filesystem._strip_protocol(config.output)), whole)
 
     of_other_runs: set[str] = set()
@@ -137,12 +139,12 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         place, _, last = name.rpartition("/")
         above, _, below = place.rpartition("/")
         if last in OWN_FILES:
-            found = holds_run(place)
+            holds = holds_run(place)
         else:
-            found = below == "manifest" and parse_manifest(last) is not None and holds_run(above)
-        if found and last.endswith(".parquet"):
+            holds = below == "manifest" and parse_manifest(last) is not None and holds_run(above)
+        if holds and last.endswith(".parquet"):
             of_other_runs.add(name)
-        return found
+        return holds
 
     def prompts(names: Iterable[str], files: Any) -> list[str]:
         """The names without links in a circle, and without what runs have written."""
@@ -156,9 +158,9 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
             files = LinkedFileSystem(base) if whole.local else filesystem
-            found = files.glob(path, detail=True)
-            matches = prompts(found, files)
-            taken = [name for name in matches if found[name]["type"] != "directory"]
+            entries = files.glob(path, detail=True)
+            matches = prompts(entries, files)
+            taken = [name for name in matches if entries[name]["type"] != "directory"]
             above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
             return _Found(base, files, taken, set(matches) - above.union(taken), "a glob takes files and no directory")
         try:
@@ -174,11 +176,11 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         below = {name: name[len(path) :] for name in names}
         meant = [
             name
-            for name, its in below.items()
-            if _PARQUET_SUFFIX.search(its) or (_PARQUET.search(its) and not is_hidden(its))
+            for name, relative in below.items()
+            if _PARQUET_SUFFIX.search(relative) or (_PARQUET.search(relative) and not is_hidden(relative))
         ]
         taken = [name for name in meant if name.endswith(".parquet") and not is_hidden(below[name])]
-        others = {name for name, its in below.items() if not is_hidden(its)} - set(meant)
+        others = {name for name, relative in below.items() if not is_hidden(relative)} - set(meant)
         return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE, others)
 
     try:
@@ -195,9 +197,10 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     _say_what_is_passed_over(whole, found, of_other_runs)
     if not found.taken:
         way_out = how_to_convert(found.others)
-        there = f", and {_some(found.others, found.base)} is" if found.others else ""
+        besides = f", and {_some(found.others, found.base)} is" if found.others else ""
         raise InputError(
-            f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{there}" + (f"; {way_out}" if way_out else "")
+            f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{besides}"
+            + (f"; {way_out}" if way_out else "")
         )
     return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
 
@@ -223,34 +226,34 @@ def _real(name: str, storage: Storage) -> str:
     return os.path.realpath(name) if storage.local else name.rstrip("/")
 
 
-def _say_what_is_passed_over(storage: Storage, found: _Found, of_other_runs: Collection[str]) -> None:
+def _say_what_is_passed_over(storage: Storage, located: _Found, of_other_runs: Collection[str]) -> None:
     """Says what is not taken, so that no rows are missing in silence, and what is taken twice.
 
     Raises:
         InputError: a file is a link that leads nowhere.
     """
-    said = {
-        "left out, as " + found.rule: found.left,
+    counts = {
+        "left out, as " + located.rule: located.left,
         "left out, as a run that lies there has written it": of_other_runs,
     }
-    if isinstance(found.filesystem, LinkedFileSystem):
-        broken = found.filesystem.broken
-        if missing := broken.intersection(found.taken):
+    if isinstance(located.filesystem, LinkedFileSystem):
+        broken = located.filesystem.broken
+        if missing := broken.intersection(located.taken):
             raise InputError(
-                f"prompts {storage.url!r}: {_some(missing, found.base)} leads nowhere; mend or remove the link"
+                f"prompts {storage.url!r}: {_some(missing, located.base)} leads nowhere; mend or remove the link"
             )
-        said["left out, as it is a link that leads nowhere"] = {
-            name for name in broken if not is_hidden(name[len(found.base) :])
+        counts["left out, as it is a link that leads nowhere"] = {
+            name for name in broken if not is_hidden(name[len(located.base) :])
         }
-        said["not followed, as it is a link to a directory that it is in"] = found.filesystem.loops
-        real = {name: _real(name, storage) for name in found.taken}
+        counts["not followed, as it is a link to a directory that it is in"] = located.filesystem.loops
+        real = {name: _real(name, storage) for name in located.taken}
         times = Counter(real.values())
-        said["taken under each of these names, which are links to the same; its rows are made more than once"] = {
-            name for name in found.taken if times[real[name]] > 1
+        counts["taken under each of these names, which are links to the same; its rows are made more than once"] = {
+            name for name in located.taken if times[real[name]] > 1
         }
-    for what, passed_over in said.items():
+    for what, passed_over in counts.items():
         if passed_over:
-            log.warning("prompts %s: %s: %s", storage.url, _some(passed_over, found.base), what)
+            log.warning("prompts %s: %s: %s", storage.url, _some(passed_over, located.base), what)
 
 
 def _some(names: Collection[str], base: str, shown: int = 3) -> str:

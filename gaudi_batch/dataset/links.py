@@ -38,17 +38,17 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
 
     def info(self, path: Any, **options: Any) -> dict[str, Any]:
         """See fsspec; a link to a directory is a directory, unless it is in it."""
-        found: dict[str, Any] = super().info(path, **options)
-        if found["islink"] and found["type"] == "other":
-            link = Path(found["name"])
+        entry: dict[str, Any] = super().info(path, **options)
+        if entry["islink"] and entry["type"] == "other":
+            link = Path(entry["name"])
             if link.is_dir():
                 if any(parent.samefile(link) for parent in link.parents):
-                    self.loops.add(found["name"])
+                    self.loops.add(entry["name"])
                 else:
-                    found["type"] = "directory"
+                    entry["type"] = "directory"
             elif not link.exists():
-                self.broken.add(found["name"])
-        return found
+                self.broken.add(entry["name"])
+        return entry
 
     def walk(
         self,

@@ -78,8 +78,8 @@ class PromptDataset:
         self.storage = storage
         self.files = files
         self.columns = columns
-        theirs = set(columns.values())
-        self.carried = pa.schema([field for field in schema if field.name not in theirs])
+        named = set(columns.values())
+        self.carried = pa.schema([field for field in schema if field.name not in named])
         self._opened: tuple[int, pq.ParquetFile] | None = None
         self._group: tuple[tuple[int, int], pa.Table] | None = None
 
@@ -121,8 +121,8 @@ class PromptDataset:
             if own:
                 span, first_row = range(first, first + count), self.files[shard.file].first_row
                 piece = _Piece(shard, group, span, first_row, own[0], own[-1] + 1)
-                found, table = self._read_piece(piece, rules, task or ShardTask(shard, ""), task is None, announce)
-                rows += found
+                piece_rows, table = self._read_piece(piece, rules, task or ShardTask(shard, ""), task is None, announce)
+                rows += piece_rows
                 carried.append(table)
             first += count
         self.require_unchanged(shard.file, len(rows) == shard.rows)
@@ -133,9 +133,9 @@ class PromptDataset:
     ) -> tuple[list[PromptRow], pa.Table]:
         try:
             table = self._decode_piece(piece, task, announce)
-            places = self._own_places(piece, 0, len(table), self.ours(table), rules)
+            places = self._own_places(piece, 0, len(table), self.named_columns(table), rules)
             own = take(table, places)
-            values, carried = python_rows(self.ours(own)), self._carried(own)
+            values, carried = python_rows(self.named_columns(own)), self._carried(own)
             read = len(table)
             reason = task.unreadable[piece.group][1] if read < piece.count else ""
         except StorageError:
@@ -162,7 +162,7 @@ class PromptDataset:
         return rows, carried
 
     def _own_places(
-        self, piece: _Piece, first: int, count: int, ours: pa.Table, rules: RowRules
+        self, piece: _Piece, first: int, count: int, named: pa.Table, rules: RowRules
     ) -> npt.NDArray[np.int64]:
         """The places in a piece of those rows that are the shard's own, among `count` of them from `first` on.
 
@@ -170,12 +170,12 @@ class PromptDataset:
             piece: the piece.
             first: the first place.
             count: how many.
-            ours: our columns of these rows; those of their shapes at least.
+            named: our columns of these rows; those of their shapes at least.
             rules: what a row gets where it says nothing.
         """
         start = piece.start + first
         own = np.array(_rows_between(piece.shard, start, start + count), np.int64) - start
-        shapes = ours.select([name for name in SHAPE_COLUMNS if name in ours.column_names])
+        shapes = named.select([name for name in SHAPE_COLUMNS if name in named.column_names])
         codes, distinct = distinct_rows(shapes, count)
         fits = np.array([rules.shape(values)[0] == piece.shard.bucket for values in distinct], np.bool_)
         return own[fits[codes[own]]] + first
@@ -187,7 +187,7 @@ class PromptDataset:
             return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
         step = -(-piece.count // MAX_READINGS)
         batches = self.open_file(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
-        found: list[pa.RecordBatch] = []
+        decoded_batches: list[pa.RecordBatch] = []
         stop, decoded = piece.offset + piece.count, 0
         unreadable = task.unreadable.get(piece.group, (piece.row(piece.count), ""))[0]
         while decoded < stop:
@@ -200,10 +200,10 @@ class PromptDataset:
             if batch is None:
                 raise pa.ArrowInvalid("it holds fewer rows than its footer says")
             before = min(len(batch), max(0, piece.offset - decoded))
-            found.append(batch.slice(before, stop - decoded - before))
+            decoded_batches.append(batch.slice(before, stop - decoded - before))
             decoded += len(batch)
         schema = self.open_file(piece.shard.file).schema_arrow
-        return pa.Table.from_batches(found) if found else schema.empty_table()
+        return pa.Table.from_batches(decoded_batches) if decoded_batches else schema.empty_table()
 
     def read_bytes(self, shard: Shard) -> None:
         """Reads all that is stored of a shard's row groups, once, and decodes nothing. Raises StorageError."""
@@ -231,14 +231,14 @@ class PromptDataset:
             return pa.table({})
         try:
             table = self.open_file(piece.shard.file).read_row_group(piece.group, columns=shapes)
-            found = self.ours(table.slice(piece.offset + first, piece.count - first))
+            shape_table = self.named_columns(table.slice(piece.offset + first, piece.count - first))
         except MemoryError:
             raise  # the card's
         except (pa.ArrowException, OSError, ValueError):
-            found = None
-        if found is None or (found.num_columns and len(found) != piece.count - first):
+            shape_table = None
+        if shape_table is None or (shape_table.num_columns and len(shape_table) != piece.count - first):
             raise PromptsChanged(f"prompts: {reason}")
-        return found
+        return shape_table
 
     def _decode(self, file: int, group: int) -> pa.Table:
         if self._group is None or self._group[0] != (file, group):
@@ -282,9 +282,9 @@ class PromptDataset:
             self._opened = (file, pq.ParquetFile(self.storage.open(self.files[file].name), pre_buffer=True))
         return self._opened[1]
 
-    def ours(self, table: pa.Table) -> pa.Table:
+    def named_columns(self, table: pa.Table) -> pa.Table:
         """The columns that mean something to the job, under our names."""
-        present = {ours: theirs for ours, theirs in self.columns.items() if theirs in table.column_names}
+        present = {name: column for name, column in self.columns.items() if column in table.column_names}
         return table.select(list(present.values())).rename_columns(list(present))
 
     def _carried(self, table: pa.Table) -> pa.Table:

@@ -67,7 +67,9 @@ class RepeatedIds:
         if may_have_seeds:
             seeds = table.column("seed").to_pylist()
             pairs = zip(ids.to_pylist(), seeds, strict=True)
-            ids = ids.filter(pa.array([derived_seed(run_seed, its, 0) == seed for its, seed in pairs], pa.bool_()))
+            ids = ids.filter(
+                pa.array([derived_seed(run_seed, identity, 0) == seed for identity, seed in pairs], pa.bool_())
+            )
         self.add(ids)
 
     def describe(self) -> str | None:

@@ -36,11 +36,11 @@ class RowRules:
         Args:
             values: the row's values of SHAPE_COLUMNS; a missing or null one is the job's.
         """
-        asked, errors = self._asked(values)
+        accepted, errors = self._asked(values)
         if errors:
             return self.bucket, 0, errors[0]
-        images = asked.pop("num_images")
-        return Bucket(**asked), images, None
+        images = accepted.pop("num_images")
+        return Bucket(**accepted), images, None
 
     def asked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What a row asks for, of SHAPE_COLUMNS those that it may ask for."""
@@ -50,7 +50,7 @@ class RowRules:
         job, bounds = self.bucket, self.bounds
         most_side, most_steps = (bounds.max_side, bounds.max_steps) if bounds else (MAX_INT32, MAX_INT32)
         most_guidance = bounds.max_guidance_scale if bounds else math.inf
-        found: dict[str, Any] = {}
+        accepted: dict[str, Any] = {}
         errors: list[str] = []
         for name, read in (
             ("width", lambda: _side(values, "width", job.width, self.multiple, most_side)),
@@ -60,15 +60,15 @@ class RowRules:
             ("guidance_scale", lambda: _guidance(values, job.guidance_scale, most_guidance)),
         ):
             try:
-                found[name] = read()
+                accepted[name] = read()
             except ValueError as error:
                 errors.append(str(error))
-        if bounds and (pixels := found.get("width", 0) * found.get("height", 0)) > bounds.max_pixels:
-            width, height = found.pop("width"), found.pop("height")
+        if bounds and (pixels := accepted.get("width", 0) * accepted.get("height", 0)) > bounds.max_pixels:
+            width, height = accepted.pop("width"), accepted.pop("height")
             errors.append(
                 f"width x height is {width}x{height}, {pixels} pixels; it must be at most {bounds.max_pixels}{_RAISES}"
             )
-        return found, errors
+        return accepted, errors
 
 
 @dataclass(frozen=True)

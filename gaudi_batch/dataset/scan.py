@@ -83,7 +83,7 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
 def _spans_of(
     dataset: PromptDataset, file: int, start: int, batch: pa.RecordBatch, rules: RowRules
 ) -> Iterator[RowSpan]:
-    codes, distinct = distinct_rows(dataset.ours(pa.Table.from_batches([batch])), len(batch))
+    codes, distinct = distinct_rows(dataset.named_columns(pa.Table.from_batches([batch])), len(batch))
     shapes = [rules.shape(values)[:2] for values in distinct]
     edges = np.flatnonzero(np.diff(codes)) + 1
     for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
@@ -117,13 +117,13 @@ def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool
 
 def _group_batches(dataset: PromptDataset, group: RowGroup, rows: range, every_column: bool) -> Iterator[RowsRead]:
     begin, stop = rows.start, rows.stop
-    ours = set(dataset.columns.values())
+    named = set(dataset.columns.values())
     try:
-        there = dataset.open_file(group.file).schema_arrow.names
-        columns = None if every_column else [name for name in there if name in ours]
+        names = dataset.open_file(group.file).schema_arrow.names
+        columns = None if every_column else [name for name in names if name in named]
         for batch in dataset.open_file(group.file).iter_batches(row_groups=[group.number], columns=columns):
             batch = batch.slice(0, stop - begin)
-            yield RowsRead(range(begin, begin + len(batch)), dataset.ours(pa.Table.from_batches([batch])))
+            yield RowsRead(range(begin, begin + len(batch)), dataset.named_columns(pa.Table.from_batches([batch])))
             begin += len(batch)
             if begin == stop:
                 return

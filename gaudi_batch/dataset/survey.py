@@ -106,15 +106,15 @@ def _ids_without_seed(table: pa.Table) -> pa.ChunkedArray:
 
 def _suspects(table: pa.Table, rules: RowRules) -> Mask:
     """The rows that may be bad, every bad one among them."""
-    found = np.zeros(table.num_rows, np.bool_)
+    suspect = np.zeros(table.num_rows, np.bool_)
     shapes = [name for name in table.column_names if name in SHAPE_COLUMNS]
     if shapes:
         codes, distinct = distinct_rows(table.select(shapes), table.num_rows)
-        found |= np.array([rules.shape(values)[2] is not None for values in distinct], np.bool_)[codes]
+        suspect |= np.array([rules.shape(values)[2] is not None for values in distinct], np.bool_)[codes]
     for name in table.column_names:
         if name not in SHAPE_COLUMNS:
-            found |= _suspect_values(name, table.column(name))
-    return found
+            suspect |= _suspect_values(name, table.column(name))
+    return suspect
 
 
 def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
@@ -122,11 +122,11 @@ def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
         column = column.cast(plain(pa.schema([(name, column.type)])).field(0).type)
     except pa.ArrowException:
         return np.ones(len(column), np.bool_)
-    there = _mask(pc.is_valid(column))
+    valid = _mask(pc.is_valid(column))
     if name == "seed":
-        return _suspect_seeds(column, there)
+        return _suspect_seeds(column, valid)
     if not is_text(column.type):
-        return there if name != "id" or not pa.types.is_integer(column.type) else np.zeros(len(column), np.bool_)
+        return valid if name != "id" or not pa.types.is_integer(column.type) else np.zeros(len(column), np.bool_)
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:  # some text in it is not UTF-8
@@ -137,15 +137,15 @@ def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
     return long | ~_mask(pc.fill_null(pc.match_substring_regex(column, VISIBLE), False))
 
 
-def _suspect_seeds(column: pa.ChunkedArray, there: Mask) -> Mask:
+def _suspect_seeds(column: pa.ChunkedArray, valid: Mask) -> Mask:
     kind = column.type
     if pa.types.is_floating(kind):
         values = column.to_numpy()
         with np.errstate(invalid="ignore"):
-            bad: Mask = there & ~((values == np.floor(values)) & (values >= 0) & (values < MAX_SEED))
+            bad: Mask = valid & ~((values == np.floor(values)) & (values >= 0) & (values < MAX_SEED))
         return bad
     if not pa.types.is_integer(kind):
-        return there
+        return valid
     if pa.types.is_unsigned_integer(kind):
         return _mask(pc.fill_null(pc.greater(column.cast(pa.uint64()), pa.scalar(MAX_SEED, pa.uint64())), False))
     return _mask(pc.fill_null(pc.less(column, pa.scalar(0, kind)), False))
@@ -161,6 +161,6 @@ def refuse_bad_rows(dataset: PromptDataset, rules: RowRules, limit: int | None) 
     Raises:
         InputError: with the first few such rows.
     """
-    found = survey(dataset, rules, limit, every_column=True)
-    if found.bad:
-        raise InputError(found.refusal)
+    surveyed = survey(dataset, rules, limit, every_column=True)
+    if surveyed.bad:
+        raise InputError(surveyed.refusal)

@@ -57,23 +57,23 @@ class Background:
     def ask_ray(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """Has Ray asked for something, after all that it was to be asked before."""
 
-        def asked() -> T:
+        def call() -> T:
             self.asking_ray_since = time.monotonic()
             try:
                 return function(*arguments)
             finally:
                 self.asking_ray_since = None
 
-        return self._loop.run_in_executor(self._ray, asked)
+        return self._loop.run_in_executor(self._ray, call)
 
     def tell_ray(self, function: Callable[..., None], *arguments: Any) -> None:
         """The same for what gives no answer that anybody waits for."""
 
-        async def told() -> None:
-            await asked
+        async def wait() -> None:
+            await answer
 
-        asked = self.ask_ray(function, *arguments)
-        self.spawn(told())
+        answer = self.ask_ray(function, *arguments)
+        self.spawn(wait())
 
     def cancel(self) -> None:
         """Ends all tasks that end with the run."""

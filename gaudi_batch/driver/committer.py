@@ -67,12 +67,12 @@ class Committer:
         self._ledger.in_doubt.add(attempt)
 
         def put() -> tuple[bool, pa.Table | None]:
-            ours = self._ledger.commit(done.facts, done.manifest)
-            return ours, read_manifest(done.manifest)[0] if done.facts.failed_rows else None
+            is_ours = self._ledger.commit(done.facts, done.manifest)
+            return is_ours, read_manifest(done.manifest)[0] if done.facts.failed_rows else None
 
-        ours, table = await asyncio.get_running_loop().run_in_executor(self._pool, put)
+        is_ours, table = await asyncio.get_running_loop().run_in_executor(self._pool, put)
         del self._records[attempt]
-        if ours:
+        if is_ours:
             self._progress.committed(done.facts, table)
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)

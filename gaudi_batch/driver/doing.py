@@ -129,16 +129,16 @@ def doings(slot: Slot, state: CardState, now: float, rules: PhaseRules) -> list[
         return [Doing("starting", now - slot.last_seen, usual=USUAL_MAX_S)]
     if slot.status is None:
         return [Doing("loading", now - slot.last_seen, rules.config.limits.loading, rules.times.loading)]
-    found = doings_of(slot.status, now - slot.last_seen, rules)
+    current = doings_of(slot.status, now - slot.last_seen, rules)
     if slot.up and state is CardState.STARTING:
-        return [Doing("idle", found[0].seconds, note="waiting for what the other cards have")]
-    return found
+        return [Doing("idle", current[0].seconds, note="waiting for what the other cards have")]
+    return current
 
 
 def card_lines(cards: Mapping[str, Sequence[Doing]]) -> list[str]:
     """What the cards are at, by their names: a line for each of `CARDS_SHOWN` at most, those nearest to their limits
     where there are more, and one for all others."""
-    busy = {name: found for name, found in cards.items() if found}
+    busy = {name: current for name, current in cards.items() if current}
     names = list(busy)
     if len(names) > CARDS_SHOWN:
         names.sort(key=lambda name: -busy[name][0].seconds / (busy[name][0].limit or float("inf")))
@@ -149,9 +149,9 @@ def card_lines(cards: Mapping[str, Sequence[Doing]]) -> list[str]:
     return lines
 
 
-def describe_doings(found: Sequence[Doing]) -> str:
+def describe_doings(current: Sequence[Doing]) -> str:
     """What a card is at: the first thing, and others that take longer than is usual."""
-    return "; ".join(str(doing) for place, doing in enumerate(found) if place == 0 or doing.unusual)
+    return "; ".join(str(doing) for place, doing in enumerate(current) if place == 0 or doing.unusual)
 
 
 def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, need: str) -> str | None:
@@ -167,11 +167,11 @@ def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, ne
         return f"storage, which the driver has asked for {storage_s:.0f} s"
     if ready:
         return None
-    phases = Counter(found[0].phase for found in cards if found)
-    said = [f"{count} {phase}" for phase, count in phases.most_common()]
+    phases = Counter(current[0].phase for current in cards if current)
+    parts = [f"{count} {phase}" for phase, count in phases.most_common()]
     if "waiting" in phases:
-        said.append(f"no {need} is free")
-    return f"a card: {', '.join(said)}" if said else "a card"
+        parts.append(f"no {need} is free")
+    return f"a card: {', '.join(parts)}" if parts else "a card"
 
 
 class Watch:
@@ -187,7 +187,7 @@ class Watch:
             cards: what each card is at, by its name.
         """
         before, self._next = self._next, {}
-        found: list[tuple[str, Doing]] = []
+        due_lines: list[tuple[str, Doing]] = []
         for name, at in cards.items():
             for doing in at:
                 if doing.phase == "waiting":
@@ -196,8 +196,8 @@ class Watch:
                 self._next[key] = before.get(key, doing.threshold)
                 if doing.seconds >= self._next[key]:
                     self._next[key] = 2 * doing.seconds
-                    found.append((name, doing))
-        found.sort(key=lambda item: -item[1].seconds)
-        lines = [f"card {name}: {doing}; that is longer than is usual" for name, doing in found[:WAITS_SAID]]
-        more = len(found) - WAITS_SAID
+                    due_lines.append((name, doing))
+        due_lines.sort(key=lambda item: -item[1].seconds)
+        lines = [f"card {name}: {doing}; that is longer than is usual" for name, doing in due_lines[:WAITS_SAID]]
+        more = len(due_lines) - WAITS_SAID
         return [*lines, f"{more} more cards take longer than is usual"] if more > 0 else lines

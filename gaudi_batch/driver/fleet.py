@@ -121,8 +121,8 @@ class Fleet:
                 next_line = FIRST_WAIT_LINE_S
             elif max(waits) > next_line:
                 next_line *= 2
-                who = f"{waiting[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
-                log.info("%s waited %.0f s for the cluster: no %s is free", who, max(waits), self.rules.need)
+                subject = f"{waiting[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
+                log.info("%s waited %.0f s for the cluster: no %s is free", subject, max(waits), self.rules.need)
             pause = max(MIN_PLACE_INTERVAL_S, PLACE_SHARE * min(waits, default=0.0))
             await asyncio.sleep(min(pause, CLUSTER_INTERVAL_S))
 

@@ -115,7 +115,7 @@ def _file_differences(before: Sequence[tuple[str, str]], now: Sequence[tuple[str
     if kept == len(before):
         return []
     were, are = dict(before), dict(now)
-    if all(are.get(name) == its for name, its in before):
+    if all(are.get(name) == content for name, content in before):
         first = sorted(are.keys() - were.keys())[0]
         return [
             f"prompts file {first!r} is new and sorts before {before[-1][0]!r}, so that rows which the run has would"

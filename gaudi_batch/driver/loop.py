@@ -23,7 +23,6 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import EVENTS_FILE
 from gaudi_batch.output.lease import LeaseLost
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.pipelines.stack import differences
 from gaudi_batch.plan import Shard
 from gaudi_batch.redaction import redact
 from gaudi_batch.reporting.terminal import View
@@ -31,6 +30,7 @@ from gaudi_batch.scheduling import decisions as decided
 from gaudi_batch.scheduling import events
 from gaudi_batch.scheduling.event_log import EventLog
 from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.stack_vote import differences
 from gaudi_batch.text import one_line
 
 log = logging.getLogger("gaudi_batch")
@@ -185,15 +185,15 @@ class Driver:
 
     async def _enforce_limits(self) -> None:
         """Kills cards that have passed a limit, and says how it goes."""
-        looked = said = time.monotonic()
+        looked = warned = time.monotonic()
         while True:
             late = time.monotonic() - looked - LIMITS_INTERVAL_S
             looked += LIMITS_INTERVAL_S + late
             self.fleet.enforce_limits(late if late > LIMITS_INTERVAL_S else 0.0)
             self.check_ray()
             cards = self.fleet.doings()
-            if time.monotonic() - said > UNUSUAL_INTERVAL_S:
-                said = time.monotonic()
+            if time.monotonic() - warned > UNUSUAL_INTERVAL_S:
+                warned = time.monotonic()
                 for line in self._watch.due(cards):
                     log.warning("%s", line)
             self._view.show(self._progress.progress(self.fleet.slots.values(), cards, self._waits_for(cards)))

@@ -52,10 +52,10 @@ class Places:
     def placed(self, numbers: Collection[int]) -> dict[int, str]:
         """Those of these slots that have their place, each with the id of its node. One question for all."""
         table = placement_group_table()
-        found = {number: table.get(self._groups[number].id.hex(), {}) for number in numbers if number in self._groups}
+        groups = {number: table.get(self._groups[number].id.hex(), {}) for number in numbers if number in self._groups}
         return {
             number: str(group["bundles_to_node_id"].get(0, ""))
-            for number, group in found.items()
+            for number, group in groups.items()
             if group.get("state") == "CREATED"
         }
 

@@ -95,9 +95,9 @@ class RunProgress:
         since, before = self._rates[0] if self._rates else (now, images)
         rate = (images - before) / (now - since) if now - since > 2 and images > before else None
         states = [self._schedule.state(slot.number) for slot in slots]
-        ready, there = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
+        ready, present = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
         failed, lines = self._schedule.failed_rows, card_lines(cards)
-        return Progress(images, self._images_total, failed, ready, there, rate, waits_for, tuple(lines))
+        return Progress(images, self._images_total, failed, ready, present, rate, waits_for, tuple(lines))
 
     def describe(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str

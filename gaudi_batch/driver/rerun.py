@@ -41,8 +41,8 @@ def failed_rows(commits: Iterable[tuple[CommitInfo, pa.Table]]) -> RowsToRetry:
             for row in table.column("row").to_pylist():
                 failed.pop(row, None)
         if facts.failed_rows:
-            said = table.filter(pc.equal(table.column("status"), "failed"))
-            failed.update(dict.fromkeys(said.column("row").to_pylist(), facts.shard))
+            failures = table.filter(pc.equal(table.column("status"), "failed"))
+            failed.update(dict.fromkeys(failures.column("row").to_pylist(), facts.shard))
             hopeless.update(facts.bad_rows)
     for row in hopeless:
         failed.pop(row, None)
@@ -71,17 +71,17 @@ def plan_rerun(
     for row, number in sorted(wanted.items()):
         shard = shards[number]
         groups.setdefault((shard.file, shard.bucket), []).append(row - dataset.files[shard.file].first_row)
-    found: list[Shard] = []
+    planned: list[Shard] = []
     number = max(shards, default=-1) + 1
     for (file, bucket), rows in groups.items():
-        waiting = iter(rows)
-        while part := tuple(itertools.islice(waiting, shard_size)):
+        remaining = iter(rows)
+        while part := tuple(itertools.islice(remaining, shard_size)):
             first = dataset.files[file].first_row
             named = [images[first + row] for row in part if first + row in images]
             unnamed = [shards[wanted[first + row]] for row in part if first + row not in images]
-            found.append(
+            planned.append(
                 Shard(
-                    number + len(found),
+                    number + len(planned),
                     file,
                     part[0],
                     part[-1] + 1,
@@ -93,7 +93,7 @@ def plan_rerun(
                     images_before=sum(named),
                 )
             )
-    return found
+    return planned
 
 
 def latest_shards_of_rows(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:

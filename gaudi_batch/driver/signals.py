@@ -98,11 +98,11 @@ class LoopRunner:
             for number in SIGNALS:
                 driver.loop.add_signal_handler(number, interrupted, number)
 
-        def asked(seconds: float) -> None:
+        def stop_requested(seconds: float) -> None:
             log.warning("asked to stop: finishing what has begun, for up to %g s", seconds)
             driver.loop.call_soon_threadsafe(driver.stop, INTERRUPTED, seconds)
 
-        with watched_for_stop(self._storage, asked):
+        with watched_for_stop(self._storage, stop_requested):
             return driver, await driver.run()
 
     def _from_here(self, act: Callable[[Driver], None]) -> None:

@@ -88,16 +88,16 @@ def card_name(slot: Slot, ready: Ready, slots: Iterable[Slot]) -> str:
 
 def why_died(error: Exception) -> str:
     """What Ray says of a dead actor, without its guesses."""
-    said = describe_error(error)
-    said = said.partition(" Some common causes")[0]
+    reason = describe_error(error)
+    reason = reason.partition(" Some common causes")[0]
     for mark in (
         "Worker exit detail: ",
         "The actor died because of an error raised in its creation task, ",
         "System error: ",
     ):
-        if mark in said:
-            return said.partition(mark)[2]
-    return said
+        if mark in reason:
+            return reason.partition(mark)[2]
+    return reason
 
 
 def group_name(driver: str, number: int | str = "") -> str:
@@ -108,9 +108,9 @@ def group_name(driver: str, number: int | str = "") -> str:
 def remove_groups_of(drivers: Collection[str]) -> None:
     """Takes their cards from drivers that are over: one that stands still, or is cut off from storage alone, would keep
     them, and they would write images that nobody counts."""
-    theirs = tuple(map(group_name, drivers))
+    prefixes = tuple(map(group_name, drivers))
     for group in placement_group_table().values():
-        if theirs and group["name"].startswith(theirs) and group["state"] != "REMOVED":
+        if prefixes and group["name"].startswith(prefixes) and group["state"] != "REMOVED":
             with contextlib.suppress(ValueError):  # it has just gone
                 remove_placement_group(get_placement_group(group["name"]))
 

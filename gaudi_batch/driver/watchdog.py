@@ -102,8 +102,8 @@ def passed_limit(status: CardStatus | None, since_seen: float, rules: PhaseRules
     if status and status.storage_s > storage_limit(config):
         return PassedLimit(f"an operation on storage has not ended for {status.storage_s:.0f} s", StorageStalled())
     if status and status.reading_s > reading_limit(config):
-        said = f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)"
-        return PassedLimit(said, SlowReading())
+        reason = f"it has been reading the rows of a shard for {status.reading_s:.0f} s (limits.loading)"
+        return PassedLimit(reason, SlowReading())
     if phase == "idle":
         silent = since_seen > rules.poll_s + limits.answer
         return PassedLimit(f"it has not answered for {since_seen:.0f} s (limits.answer)") if silent else None

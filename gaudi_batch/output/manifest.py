@@ -135,7 +135,7 @@ def build(
         run_seed: seed of the run, from which a failed row has its first image's.
         commit: facts of the attempt.
     """
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     take: list[int] = []
     for place, row in enumerate(rows):
         common = {
@@ -148,7 +148,7 @@ def build(
         }
         common |= row.bucket._asdict() if row.num_images else row.asked
         if row.row in failures:
-            found.append(
+            records.append(
                 common
                 | {"status": "failed", "error": failures[row.row], "finished_at": datetime.now(timezone.utc)}
                 | ({"seed": image_seed(run_seed, row, 0)} if row.has_seed else {})
@@ -157,7 +157,7 @@ def build(
             continue
         for number in range(row.num_images):
             image = images[row.row, number]
-            found.append(
+            records.append(
                 common
                 | {
                     "image_index": number,
@@ -171,7 +171,7 @@ def build(
                 }
             )
             take.append(place)
-    table = pa.Table.from_pylist(found, COLUMNS)
+    table = pa.Table.from_pylist(records, COLUMNS)
     extra = carried.take(pa.array(take, pa.int64()))
     whole = schema(carried.schema).with_metadata({_METADATA_KEY: json.dumps(asdict(commit)).encode()})
     buffer = io.BytesIO()
@@ -218,8 +218,8 @@ def require_readable(path: Path, rows: int) -> None:
     """
     try:
         with pq.ParquetFile(path) as file:
-            found = sum(batch.num_rows for batch in file.iter_batches())
+            count = sum(batch.num_rows for batch in file.iter_batches())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"what was written can't be read back: {one_line(error)}") from None
-    if found != rows:
-        raise ValueError(f"what was written has {found} rows, and {rows} were to be")
+    if count != rows:
+        raise ValueError(f"what was written has {count} rows, and {rows} were to be")

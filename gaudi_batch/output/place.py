@@ -23,16 +23,16 @@ def refuse_file(storage: Storage) -> None:
     """
     with told_if_slow(lambda: f"output {storage.url}: still looking at it{storage.trouble}"):
         if storage.local:
-            found = storage.with_retries("look at the output", lambda: _file_in_path(Path(storage.root)))
+            file = storage.with_retries("look at the output", lambda: _file_in_path(Path(storage.root)))
         else:
-            found = storage.url if _is_object(storage) else None
-    if found is not None:
-        raise InputError(f"output {storage.url!r}: {found!r} is a file; an output is a directory, name another")
+            file = storage.url if _is_object(storage) else None
+    if file is not None:
+        raise InputError(f"output {storage.url!r}: {file!r} is a file; an output is a directory, name another")
 
 
 def _file_in_path(path: Path) -> str | None:
-    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    return None if there.is_dir() else str(there)
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    return None if existing.is_dir() else str(existing)
 
 
 def _is_object(storage: Storage) -> bool:
@@ -68,8 +68,8 @@ def require_writable(storage: Storage) -> None:
 
 
 def _write_file(path: Path) -> None:
-    there = next(place for place in (path, *path.parents) if place.is_dir())
-    with tempfile.NamedTemporaryFile(dir=there, prefix=PREFIX) as file:
+    existing = next(place for place in (path, *path.parents) if place.is_dir())
+    with tempfile.NamedTemporaryFile(dir=existing, prefix=PREFIX) as file:
         file.write(b"gaudi-batch check removes this")
         file.flush()
         os.fsync(file.fileno())

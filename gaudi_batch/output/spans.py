@@ -59,10 +59,10 @@ def read_spans(ledger: OutputReader) -> list[Span]:
     spans: dict[str, Span] = {}
     for name in ("progress.json", "summary.json"):
         try:
-            found = _SPANS.validate_python((ledger.get_json(name) or {}).get("drivers", []))
+            spans_of_file = _SPANS.validate_python((ledger.get_json(name) or {}).get("drivers", []))
         except ValueError:
             continue
-        for span in found:
+        for span in spans_of_file:
             if span.driver not in spans or span.wall_s > spans[span.driver].wall_s:
                 spans[span.driver] = span
     return sorted(spans.values(), key=lambda span: span.started_at)

@@ -35,9 +35,9 @@ class VerifyReport:
 
     def describe(self) -> dict[str, Any]:
         """What verify.json says."""
-        said = asdict(self) | {"broken": sorted(self.broken)}
-        del said["images_of"]
-        return said
+        described = asdict(self) | {"broken": sorted(self.broken)}
+        del described["images_of"]
+        return described
 
     def lines(self) -> list[str]:
         """A few lines for a person."""
@@ -84,7 +84,7 @@ def verify(ledger: OutputReader, latest_shard_of_row: Mapping[int, int]) -> Veri
                 row = named[path]["row"]
                 findings.broken[row] = facts.shard
                 findings.images_of[row] = images_of[row]
-            there = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
-            findings.foreign += [path for path in there if path not in named]
+            paths = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
+            findings.foreign += [path for path in paths if path not in named]
     findings.foreign += [f"images/{name}" for name in storage.names("images") if name not in attempts]
     return findings

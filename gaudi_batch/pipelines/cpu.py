@@ -120,9 +120,9 @@ def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
     if model.hub:
         return lambda: Path(path).name  # a snapshot is called after its commit
     pool = ThreadPoolExecutor(1, "digest")
-    found = pool.submit(digest, Path(path), model.use_safetensors)
+    revision = pool.submit(digest, Path(path), model.use_safetensors)
     pool.shutdown(wait=False)
-    return found.result
+    return revision.result
 
 
 def collect(pipeline: Any, output: Any, items: list[Item]) -> Generated:
@@ -149,8 +149,8 @@ def _describe_cpu() -> str:
     """The CPU, by whose kind the libraries choose the kernels that round an image's last bits."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        name = found[1] if found else name
+        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        name = match[1] if match else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

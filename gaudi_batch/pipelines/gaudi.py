@@ -141,27 +141,30 @@ class GaudiPipeline:
         from optimum.habana.utils import get_habana_frameworks_version as get_frameworks_version
 
         validated = CURRENTLY_VALIDATED_SYNAPSE_VERSION
-        ours = importlib.metadata.version("optimum-habana")
-        found = {"habana_frameworks": get_frameworks_version(), "the Gaudi driver": get_driver_version()}
+        installed = importlib.metadata.version("optimum-habana")
+        versions_here = {"habana_frameworks": get_frameworks_version(), "the Gaudi driver": get_driver_version()}
         return [
-            f"optimum-habana {ours} was validated with version {validated} of Intel's stack, and {name} here is {there}"
-            for name, there in found.items()
-            if there is not None and there.release[:2] != validated.release[:2]
+            f"optimum-habana {installed} was validated with version {validated} of Intel's stack,"
+            f" and {name} here is {version}"
+            for name, version in versions_here.items()
+            if version is not None and version.release[:2] != validated.release[:2]
         ]
 
     def _explained(self, error: RuntimeError, bucket: Bucket | None) -> RuntimeError:
-        said = " ".join(str(error).split())
-        if bucket is None and any(mark in said for mark in OUT_OF_MEMORY):
-            return DeviceError(f"the model does not fit into the device's memory; try --dtype bfloat16: {said}")
-        if any(mark in said for mark in OUT_OF_MEMORY):
+        message = " ".join(str(error).split())
+        if bucket is None and any(mark in message for mark in OUT_OF_MEMORY):
+            return DeviceError(f"the model does not fit into the device's memory; try --dtype bfloat16: {message}")
+        if any(mark in message for mark in OUT_OF_MEMORY):
             smaller = (
                 f"try --batch-size {self._batch_size // 2}"
                 if self._batch_size > 1
                 else "the batch size is 1 already; try smaller images, or --dtype bfloat16"
             )
-            return DeviceError(f"out of device memory at batch size {self._batch_size} ({bucket}); {smaller}: {said}")
-        if any(mark in said for mark in DEVICE_FAILURES):
-            return DeviceError(f"the device failed: {said}")
+            return DeviceError(
+                f"out of device memory at batch size {self._batch_size} ({bucket}); {smaller}: {message}"
+            )
+        if any(mark in message for mark in DEVICE_FAILURES):
+            return DeviceError(f"the device failed: {message}")
         return error
 
 

@@ -29,17 +29,17 @@ def environment(config: JobConfig) -> dict[str, str]:
         Variables for Ray's runtime environment, which puts the node's own HOME in.
     """
     # HPU graphs need lazy mode. Intel calls it a legacy; this is the one place that knows of it.
-    found = {"PT_HPU_LAZY_MODE": "1"}
+    variables = {"PT_HPU_LAZY_MODE": "1"}
     gaudi = config.gaudi
     if gaudi.recipe_cache is not None:
         # https://docs.habana.ai/en/latest/PyTorch/Reference/Runtime_Flags.html: path, clear it first, size in MB
-        found["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
+        variables["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
     ops = _op_lists(config)
     for name in ops:
         # Optimum-habana would write to two fixed files in /tmp, which all cards and users of a node share.
         digest = hashlib.sha256("\n".join(ops[name]).encode()).hexdigest()[:16]
-        found[name] = f"${{HOME}}/.cache/gaudi-batch/{_OP_LISTS[name]}-{digest}.txt"
-    return found
+        variables[name] = f"${{HOME}}/.cache/gaudi-batch/{_OP_LISTS[name]}-{digest}.txt"
+    return variables
 
 
 def prepare(config: JobConfig) -> None:

@@ -129,8 +129,8 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
     index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str) or pipeline_class not in SUPPORTED:
-        found = one_line(pipeline_class, 100)
-        raise InputError(f"model {name!r} is a {found}; supported: {', '.join(sorted(SUPPORTED))}")
+        given = one_line(pipeline_class, 100)
+        raise InputError(f"model {name!r} is a {given}; supported: {', '.join(sorted(SUPPORTED))}")
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
     width, height = _native_size(name, directory)
@@ -187,10 +187,10 @@ def _require_weights(config: JobConfig, directory: Path, commit: str | None, ind
     for component, value in index.items():
         if not isinstance(value, list) or value[0] is None or f"{component}/config.json" not in files:
             continue
-        its = [file for file in files if file.startswith(f"{component}/")]
-        if any(file.endswith(wanted) for file in its):
+        own_files = [file for file in files if file.startswith(f"{component}/")]
+        if any(file.endswith(wanted) for file in own_files):
             continue
-        if any(file.endswith(PICKLED) for file in its):
+        if any(file.endswith(PICKLED) for file in own_files):
             raise InputError(
                 f"model {name!r}: its {component} has no .safetensors but weights that Python has pickled;"
                 " use_safetensors: false takes those, too"
@@ -207,8 +207,8 @@ def _files(name: str, directory: Path, commit: str | None) -> tuple[set[str], bo
     if commit is not None:
         with contextlib.suppress(Exception):
             return set(list_repo_files(name, revision=commit)), True
-    found = {path.relative_to(directory).as_posix() for pattern in ("*", "*/*") for path in directory.glob(pattern)}
-    return found, commit is None
+    names = {path.relative_to(directory).as_posix() for pattern in ("*", "*/*") for path in directory.glob(pattern)}
+    return names, commit is None
 
 
 def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
@@ -226,9 +226,9 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
         if not _HUB_ID.fullmatch(source):
             raise InputError(f"gaudi.config {source!r}: there is no such file, and it is not a hub id as 'owner/name'")
         path = _from_hub("gaudi.config", source, None, GAUDI_CONFIG_FILE) / GAUDI_CONFIG_FILE
-    found = read_json(f"gaudi.config {source!r}", path.parent, path.name)
+    fields = read_json(f"gaudi.config {source!r}", path.parent, path.name)
     # Configs on the hub have fields of older releases, too, which optimum-habana passes over.
-    known = {name: value for name, value in found.items() if name in GAUDI_FIELDS}
+    known = {name: value for name, value in fields.items() if name in GAUDI_FIELDS}
     try:
         check_gaudi_fields(known)
     except ValueError as error:
@@ -238,12 +238,12 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
 
 def digest(directory: Path, use_safetensors: bool) -> str:
     """The SHA-256, in hexadecimal digits, of those files of a directory that may shape an image, and their names."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     suffixes = WEIGHT_SUFFIXES if use_safetensors else WEIGHT_SUFFIXES | {PICKLED}
     for path in sorted(directory.rglob("*")):
         if path.suffix in suffixes and path.is_file():
-            found.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+            hasher.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
-                    found.update(chunk)
-    return found.hexdigest()
+                    hasher.update(chunk)
+    return hasher.hexdigest()

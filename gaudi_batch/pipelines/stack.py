@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 PACKAGES = ("gaudi-batch", "numpy", "pillow")
 """What makes an image's seed, scales its pixels and encodes it, on any device."""
@@ -24,18 +24,13 @@ _MODULES = {"pillow": "PIL"}
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those of some packages that this process has: of what it has imported, else of what is installed."""
-    found = {}
+    versions_here = {}
     for package in packages:
         version = getattr(sys.modules.get(_MODULES.get(package, package)), "__version__", None)
         try:
-            found[package] = str(version or importlib.metadata.version(package))  # torch has a type of its own for it
+            versions_here[package] = str(
+                version or importlib.metadata.version(package)
+            )  # torch has a type of its own for it
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
-
-
-def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """What two stacks do not have in common: its name, what it is in ours, and in theirs."""
-    names = sorted(ours.keys() | theirs.keys())
-    pairs = [(name, ours.get(name, "missing"), theirs.get(name, "missing")) for name in names]
-    return [(name, here, there) for name, here, there in pairs if here != there]
+    return versions_here

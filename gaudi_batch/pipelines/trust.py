@@ -56,10 +56,10 @@ def _is_plain(library: Any, name: Any) -> bool:
 
 def _names_kernel(config: Any) -> bool:
     """Whether a config of transformers names an attention that it would fetch from the hub and import."""
-    waiting = [config]
-    while waiting:
-        value = waiting.pop()
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    remaining = [config]
+    while remaining:
+        value = remaining.pop()
+        remaining += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if isinstance(value, dict) and any("attn_implementation" in key and "/" in str(value[key]) for key in value):
             return True
     return False

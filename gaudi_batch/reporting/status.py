@@ -135,14 +135,14 @@ DOING = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows", "doing")
 CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
 
 
-def _sane(found: dict[str, Any]) -> dict[str, Any]:
+def _sane(written: dict[str, Any]) -> dict[str, Any]:
     """What a progress.json says, null where it says nothing sensible: it lies where others may write."""
-    cards, faults = found.get("cards"), found.get("faults")
+    cards, faults = written.get("cards"), written.get("faults")
     return {
-        **_sane_values(found),
-        "time": found.get("time"),
-        "waits_for": _sane_text(found.get("waits_for")),
-        "failures": _sane_failures(found.get("failures")),
+        **_sane_values(written),
+        "time": written.get("time"),
+        "waits_for": _sane_text(written.get("waits_for")),
+        "failures": _sane_failures(written.get("failures")),
         "cards": {
             name: _sane_values(card, CARD_NUMBERS) | {name: _sane_text(card.get(name)) for name in CARD_TEXTS}
             for name, card in (cards.items() if isinstance(cards, dict) else ())
@@ -162,9 +162,9 @@ def _over(cards: dict[str, Any]) -> dict[str, Any]:
     return {name: card | now for name, card in cards.items()}
 
 
-def _sane_failures(found: Any) -> list[dict[str, Any]] | None:
+def _sane_failures(written: Any) -> list[dict[str, Any]] | None:
     """Failed rows by reason, as `Reasons.describe` has them; None where nothing sensible is said."""
-    if not isinstance(found, list):
+    if not isinstance(written, list):
         return None
     return [
         {
@@ -172,38 +172,38 @@ def _sane_failures(found: Any) -> list[dict[str, Any]] | None:
             "rows": group["rows"],
             "first_ids": [one_line(row_id) for row_id in ids[:FIRST_IDS]],
         }
-        for group in found
+        for group in written
         if isinstance(group, dict)
         and isinstance(group.get("rows"), int)
         and isinstance(ids := group.get("first_ids"), list)
     ]
 
 
-def _sane_verify(found: dict[str, Any] | None) -> dict[str, Any] | None:
+def _sane_verify(written: dict[str, Any] | None) -> dict[str, Any] | None:
     """What verify.json says, lists of paths as their lengths; None where nothing sensible is said."""
-    if found is None or not isinstance(found.get("images"), int):
+    if written is None or not isinstance(written.get("images"), int):
         return None
-    lists = {name: found.get(name) for name in ("missing", "torn", "foreign")}
+    lists = {name: written.get(name) for name in ("missing", "torn", "foreign")}
     if not all(isinstance(paths, list) for paths in lists.values()):
         return None
     named = [one_line(path) for kind in ("missing", "torn") for path in lists[kind] or ()]
     counts = {name: len(paths or ()) for name, paths in lists.items()}
-    shards = found.get("shards")
+    shards = written.get("shards")
     return {
-        "time": _sane_text(found.get("time")),
+        "time": _sane_text(written.get("time")),
         "shards": shards if isinstance(shards, int) else None,
-        "images": found["images"],
+        "images": written["images"],
         **counts,
         "first_paths": named[:FIRST_IDS],
     }
 
 
-def _sane_text(found: Any) -> str | None:
-    return one_line(found) if isinstance(found, str) else None
+def _sane_text(written: Any) -> str | None:
+    return one_line(written) if isinstance(written, str) else None
 
 
-def _sane_values(found: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
-    values = {name: found.get(name) for name in names}
+def _sane_values(written: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
+    values = {name: written.get(name) for name in names}
     return {
         name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
         for name, value in values.items()
@@ -243,18 +243,18 @@ def describe_status(status: dict[str, Any]) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def describe_verify(found: dict[str, Any], committed: int) -> str:
+def describe_verify(verified: dict[str, Any], committed: int) -> str:
     """What `--verify` found, as `status` and `check` say it.
 
     Args:
-        found: `verify` of the status.
+        verified: `verify` of the status.
         committed: shards that are committed now.
     """
-    counts = f"{found['missing']} missing, {found['torn']} torn, {found['foreign']} foreign"
-    paths = f" ({', '.join(found['first_paths'])}; run --repair makes them again)" if found["first_paths"] else ""
-    later = committed - found["shards"] if found["shards"] is not None else 0
+    counts = f"{verified['missing']} missing, {verified['torn']} torn, {verified['foreign']} foreign"
+    paths = f" ({', '.join(verified['first_paths'])}; run --repair makes them again)" if verified["first_paths"] else ""
+    later = committed - verified["shards"] if verified["shards"] is not None else 0
     since = f", before the last {later} shards were committed" if later > 0 else ""
-    return f"{found['images']} images at {found['time']}{since}: {counts}{paths}"
+    return f"{verified['images']} images at {verified['time']}{since}: {counts}{paths}"
 
 
 def _rate(record: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Requirements:
         if self.revision is not None and loaded.model != self.revision:
             unlike.append((f"model {self.model}", loaded.model[:SHOWN_DIGITS], self.revision[:SHOWN_DIGITS]))
         if unlike:
-            listed = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in unlike)
+            listed = "; ".join(f"{name} is {here}, and {run_value} in this run" for name, here, run_value in unlike)
             return f"node {loaded.node} would make other images: {listed}; every node needs the same"
         if loaded.cpus < self.min_cpus:
             return (
@@ -150,7 +150,7 @@ class Admission:
         for card in newcomers:
             if card.number not in judged_cards and card.loaded is not None:
                 unlike = differences(card.loaded.stack, self._vote.expected or {})
-                listed = "; ".join(f"{name} is {here}, and {there} in this run" for name, here, there in unlike)
+                listed = "; ".join(f"{name} is {here}, and {run_value} in this run" for name, here, run_value in unlike)
                 decisions.append(HoldBack(card.number, listed))
         return decisions, verdicts
 

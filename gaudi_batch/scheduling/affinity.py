@@ -65,22 +65,22 @@ class Affinity:
             self._warm_s += seconds
             self._warm_images += images
 
-    def choose(self, card: int, waiting: Mapping[GraphKey, tuple[int, int]]) -> GraphKey | None:
+    def choose(self, card: int, pending: Mapping[GraphKey, tuple[int, int]]) -> GraphKey | None:
         """The key that a card should go on with, or None if none is worth it.
 
         Args:
             card: which card.
-            waiting: for each key how many shards are pending, and the images of the next one.
+            pending: for each key how many shards are pending, and the images of the next one.
         """
         keys = self._captured.get(card, {})
         last = next(reversed(keys), None)
-        if last in waiting:
+        if last in pending:
             return last
-        captured = [key for key in keys if key in waiting]
+        captured = [key for key in keys if key in pending]
         if captured:
-            return max(captured, key=lambda key: (waiting[key][0], key))
-        worthy = [key for key, (pending, images) in waiting.items() if self.is_worth_it(key, pending, images)]
-        return max(worthy, key=lambda key: (waiting[key][0] / (1 + self._holders[key]), key), default=None)
+            return max(captured, key=lambda key: (pending[key][0], key))
+        worthy = [key for key, (count, images) in pending.items() if self.is_worth_it(key, count, images)]
+        return max(worthy, key=lambda key: (pending[key][0] / (1 + self._holders[key]), key), default=None)
 
     def is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
         """Whether a card that captures this key would be done with a shard of it before those that have captured it.

@@ -50,14 +50,14 @@ class CapacityPlan:
         quarantined = self._cards.in_states(CardState.QUARANTINED)
         working_nodes = {card.node for card in self._cards.in_states(*LIVE_STATES)}
         lost = sum(card.node not in working_nodes for card in quarantined)
-        usual, asked = capacity.cards, rules.min_cards
+        usual, requested = capacity.cards, rules.min_cards
         if rules.max_cards is not None:
             # No card is asked for that would have nothing to do.
             usual = min(rules.max_cards, self._state.work.demand())
-            asked = max(asked, usual)
+            requested = max(requested, usual)
         # Once more as many at most: where all fail, the job is wrong. No node is asked for in place of one that still
         # works in part.
-        return max(min(usual + min(usual, len(quarantined)), capacity.total_cards), asked + min(asked, lost))
+        return max(min(usual + min(usual, len(quarantined)), capacity.total_cards), requested + min(requested, lost))
 
     def give_up(self, capacity: Capacity, now: float) -> None:
         """Stops the run if no card has worked for too long.

@@ -186,8 +186,8 @@ class Dispatch:
             key = self._choose_key(card)
             if key is None:
                 # No key is worth a capture, whoever asks; those that have captured one may go on with it.
-                found = map(self.cards.open_by_key[level].get, self.pending.waiting)
-                card = next((next(iter(holders.values())) for holders in found if holders), card)
+                by_key = map(self.cards.open_by_key[level].get, self.pending.waiting)
+                card = next((next(iter(holders.values())) for holders in by_key if holders), card)
                 key = self._choose_key(card)
             if key is None:
                 return None
@@ -211,16 +211,16 @@ class Dispatch:
     def _assign_suspects(self) -> list[Decision]:
         """Keeps a card for each suspect shard, and sends it when the card has nothing else in hand."""
         decisions: list[Decision] = []
-        for waiting in (self.pending.suspects, self.pending.node_suspects):
+        for suspects in (self.pending.suspects, self.pending.node_suspects):
             # A few at a time: an event must not cost more where many wait for the same cards.
-            for shard in list(itertools.islice(waiting, MAX_LOOKED_AT)):
+            for shard in list(itertools.islice(suspects, MAX_LOOKED_AT)):
                 if not (self.cards.full or any(self.cards.open)):
                     break
                 if self.row_groups.block(self._shards[shard]):
-                    del waiting[shard]
+                    del suspects[shard]
                     self.pending.parked[shard] = None
                     continue
-                if waiting is self.pending.node_suspects and not self._may_keep_node():
+                if suspects is self.pending.node_suspects and not self._may_keep_node():
                     break
                 decisions += self._reserve(shard)
         while self._due:

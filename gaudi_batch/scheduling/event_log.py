@@ -146,10 +146,10 @@ class _DataOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in BUILTINS and not module.startswith(PACKAGES):
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a schedule")
-        found = super().find_class(module, name)
-        if not isinstance(found, type):
+        kind = super().find_class(module, name)
+        if not isinstance(kind, type):
             raise pickle.UnpicklingError(f"{module}.{name} is no class")
-        return found
+        return kind
 
 
 def _snapshot(schedule: Schedule) -> bytes:

@@ -121,10 +121,13 @@ class ShardFailures:
         """An attempt failed on a card whose process lives."""
         # What storage did to one card says nothing of the shard, as long as another can try.
         self._failed(card, failure.error, not failure.storage or card in self.failed_on)
-        for known, found in ((self.failed_alone_once, failure.failed_alone_once), (self.undecoded, failure.undecoded)):
-            for key, said in found.items():
+        for known, reported in (
+            (self.failed_alone_once, failure.failed_alone_once),
+            (self.undecoded, failure.undecoded),
+        ):
+            for key, error in reported.items():
                 if key not in known:
-                    known[key] = said
+                    known[key] = error
                     self._tries = 0
 
     def died(self, card: int, error: str, at: Reading | frozenset[int] | None, others: bool) -> None:

@@ -52,11 +52,11 @@ class RowGroups:
         """A shard has been read, or given up; returns whether others may have waited for that."""
         if not self.undecided:
             return False
-        mine = [group for groups in self._groups.values() for group in groups.values() if group.finder == shard]
-        for group in mine:
+        own_groups = [group for groups in self._groups.values() for group in groups.values() if group.finder == shard]
+        for group in own_groups:
             group.finder = None
-        self.undecided -= len(mine)
-        return bool(mine)
+        self.undecided -= len(own_groups)
+        return bool(own_groups)
 
     def block(self, shard: Shard) -> bool:
         """Whether a shard has to wait for what another finds out."""

@@ -31,11 +31,11 @@ class Stack(Mapping[str, str]):
         return isinstance(other, Stack) and self._key == other._key
 
 
-def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """What two stacks do not have in common: its name, what it is in ours, and in theirs."""
-    names = sorted(ours.keys() | theirs.keys())
-    pairs = [(name, ours.get(name, "missing"), theirs.get(name, "missing")) for name in names]
-    return [(name, here, there) for name, here, there in pairs if here != there]
+    names = sorted(one.keys() | other.keys())
+    pairs = [(name, one.get(name, "missing"), other.get(name, "missing")) for name in names]
+    return [(name, here, there_is) for name, here, there_is in pairs if here != there_is]
 
 
 class StackVote:

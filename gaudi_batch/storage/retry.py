@@ -113,11 +113,11 @@ def run_or_cancel(
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that a store has answered with, as its library tells it; None where there is none."""
-    for said in (error, error.__cause__):
-        response = getattr(said, "response", None)
+    for cause in (error, error.__cause__):
+        response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore's
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if isinstance(status := getattr(said, "status_code", None), int):  # azure-core's
+        if isinstance(status := getattr(cause, "status_code", None), int):  # azure-core's
             return status
     if type(error).__name__ == "HttpError" and isinstance(code := getattr(error, "code", None), int):  # gcsfs'
         return code
@@ -126,11 +126,11 @@ def status_of(error: BaseException) -> int | None:
 
 def code_of(error: BaseException) -> str | None:
     """The store's own name of an error; None where its library does not tell."""
-    for said in (error, error.__cause__):
-        response = getattr(said, "response", None)
+    for cause in (error, error.__cause__):
+        response = getattr(cause, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code"))
-        if isinstance(code := getattr(said, "error_code", None), str):  # azure-core's
+        if isinstance(code := getattr(cause, "error_code", None), str):  # azure-core's
             return str(getattr(code, "value", code))
     return None
 

@@ -227,12 +227,12 @@ class Storage(Retrying):
 
         def listing() -> list[str]:
             with self._none_if_absent():
-                found = self.filesystem.ls(self.full(directory), detail=False, **self._many())
-                return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {""})
+                names = self.filesystem.ls(self.full(directory), detail=False, **self._many())
+                return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names} - {""})
             return []
 
-        found = self.with_retries(f"list {directory or '.'}", listing, MANY_TIMEOUT_S)
-        return [name for name in found if ".part-" not in name]
+        names = self.with_retries(f"list {directory or '.'}", listing, MANY_TIMEOUT_S)
+        return [name for name in names if ".part-" not in name]
 
     def remove(
         self, path: str, before: Callable[[], None] = lambda: None, keep: Callable[[], bool] = lambda: True
@@ -252,12 +252,12 @@ class Storage(Retrying):
                 if self.local:
                     self.filesystem.rm(full, recursive=True)
                 else:
-                    found = self.filesystem.find(full, **self._many())
-                    if not found:
+                    paths = self.filesystem.find(full, **self._many())
+                    if not paths:
                         require_bucket(self.filesystem, full, self.try_timeout_s)
                     # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
                     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
-                        list(pool.map(delete_one, found))
+                        list(pool.map(delete_one, paths))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
         self.with_retries(f"remove {path}", delete, MANY_TIMEOUT_S, before)
@@ -319,10 +319,10 @@ class Storage(Retrying):
     ) -> None:
         """Writes by `write`, which takes a path that the filesystem knows."""
         full = self.full(path)
-        there = False
+        exists = False
 
         def put_object() -> None:
-            nonlocal there
+            nonlocal exists
             try:
                 write(full)
             except FileNotFoundError as error:
@@ -332,17 +332,17 @@ class Storage(Retrying):
             except Exception as error:
                 if not (create and (isinstance(error, FileExistsError) or status_of(error) == PRECONDITION_FAILED)):
                     raise
-                there = True
+                exists = True
 
         def put_local() -> None:
-            nonlocal there
+            nonlocal exists
             parent = full.rpartition("/")[0]
             if parent not in self._made:
                 Path(parent).mkdir(parents=True, exist_ok=True)
                 self._made.add(parent)
-            there = not write_whole(Path(full), write, keep, create=create)
+            exists = not write_whole(Path(full), write, keep, create=create)
 
         self.with_retries(f"write {path}", put_local if self.local else put_object, seconds, before)
         self._known = True
-        if there:
+        if exists:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), full)
