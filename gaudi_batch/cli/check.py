@@ -203,17 +203,17 @@ def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None
 
 def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Place) -> str | None:
     """The time that is left by what the run's cards have shown, kind by kind; None if they have shown nothing."""
-    shown: dict[tuple[Any, ...], tuple[float, bool]] = {}
+    visible: dict[tuple[Any, ...], tuple[float, bool]] = {}
     for kind in (place.summary or {}).get("buckets") or ():
         rate, steady = kind.get("card_images_per_s"), True
         if not rate:
             rate, steady = kind.get("card_images_per_s_with_warmup"), False
         if rate:
-            shown[kind.get("width"), kind.get("height"), kind.get("steps"), kind.get("guided")] = (rate, steady)
+            visible[kind.get("width"), kind.get("height"), kind.get("steps"), kind.get("guided")] = (rate, steady)
     seconds, known, steady_all = 0.0, 0, True
     images = sum(plan.images for plan in buckets.values())
     for bucket, plan in buckets.items():
-        if figures := shown.get(tuple(bucket.batch_kind)):
+        if figures := visible.get(tuple(bucket.batch_kind)):
             seconds += plan.images / figures[0]
             known += plan.images
             steady_all = steady_all and figures[1]

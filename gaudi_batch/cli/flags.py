@@ -29,10 +29,10 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
     for path, field in _fields(JobConfig):
         default = field.get_default(call_default_factory=True)
         default = str(default).lower() if isinstance(default, bool) else default
-        shown = "" if field.is_required() or default in (None, {}, ()) else f" (default: {default})"
+        visible = "" if field.is_required() or default in (None, {}, ()) else f" (default: {default})"
         flag = f"--{path.replace('_', '-')}"
         if path in _short_forms():
-            shown, description = "", f"Short for --{_short_forms()[path]}."
+            visible, description = "", f"Short for --{_short_forms()[path]}."
         else:
             description = str(field.description)
         group.add_argument(
@@ -40,7 +40,7 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
             dest=f"field:{path}",
             metavar=_metavar(field.annotation),
             default=argparse.SUPPRESS,
-            help=f"{description}{shown}".replace("%", "%%"),
+            help=f"{description}{visible}".replace("%", "%%"),
         )
         if _kinds(field.annotation) <= {dict, type(None)}:
             # Never parsed: `join_mapping_flags` has taken them.

@@ -85,19 +85,19 @@ def _complain(text: str) -> None:
 def _hide_secrets() -> None:
     """Takes storage options and what is secret in URLs out of this process's title, which `ps` shows to everybody and
     Ray keeps."""
-    shown: list[str] = []
+    visible: list[str] = []
     for argument in sys.orig_argv:
         flag, equals, _ = argument.partition("=")
-        if shown and OPTION_FLAG.match(shown[-1]) and "=" not in shown[-1]:
-            shown.append("***")
+        if visible and OPTION_FLAG.match(visible[-1]) and "=" not in visible[-1]:
+            visible.append("***")
         elif OPTION_FLAG.match(flag) and equals:
-            shown.append(f"{flag}=***")
+            visible.append(f"{flag}=***")
         else:
-            shown.append(redact(argument))
-    if shown != sys.orig_argv:
+            visible.append(redact(argument))
+    if visible != sys.orig_argv:
         from setproctitle import setproctitle
 
-        setproctitle(shlex.join(shown))
+        setproctitle(shlex.join(visible))
 
 
 def _set_up_log() -> None:

@@ -127,19 +127,20 @@ class JobsClient:
         """What the cluster says of a job. Raises what the client of the Jobs API raises."""
         return run_with_timeout(lambda: self._client.get_job_info(job), ANSWER_TIMEOUT_S)
 
-    def follow(self, job: str, show: Callable[[str], None], look: Callable[[], None]) -> int:
+    def follow(self, job: str, show: Callable[[str], None], check_reader: Callable[[], None]) -> int:
         """Shows a job's log as it grows, until the job ends; returns its exit code.
 
         Args:
             job: its id.
             show: called with each new piece of the log.
-            look: called again and again; what it or `show` raises of this package's errors ends this and not the job.
+            check_reader: called again and again; what it or `show` raises of this package's errors ends this and not
+                the job.
 
         Raises:
             InputError: there is no such job.
             RunStopped: the cluster has not answered for too long, or the job never began.
         """
-        log_of_job = _Log(self._client, job, show, look)
+        log_of_job = _Log(self._client, job, show, check_reader)
 
         def show_more() -> None:
             try:
@@ -238,14 +239,14 @@ class _Log:
         client: of the Jobs API.
         job: the job's id.
         show: takes each new piece.
-        look: called again and again meanwhile.
+        check_reader: called again and again meanwhile.
     """
 
-    def __init__(self, client: Any, job: str, show: Callable[[str], None], look: Callable[[], None]) -> None:
+    def __init__(self, client: Any, job: str, show: Callable[[str], None], check_reader: Callable[[], None]) -> None:
         self._client = client
         self._job = job
         self._show = show
-        self._look = look
+        self._check_reader = check_reader
         self._shown = 0
 
     def show_more(self) -> None:
@@ -259,7 +260,7 @@ class _Log:
         until = time.monotonic() + ANSWER_TIMEOUT_S
         with contextlib.suppress(StopAsyncIteration):
             while time.monotonic() < until:
-                self._look()
+                self._check_reader()
                 if not (await asyncio.wait({next_piece}, timeout=POLL_INTERVAL_S))[0]:
                     continue
                 piece = next_piece.result()

@@ -185,7 +185,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
 
     try:
         with told_if_slow(lambda: f"prompts {whole.url}: still looking for them{whole.trouble}"):
-            found = whole.with_retries("find the prompts", look, MANY_TIMEOUT_S)
+            files_found = whole.with_retries("find the prompts", look, MANY_TIMEOUT_S)
     except StorageError as error:
         if not error.refused and (why := out_of_reach(url)):
             raise StorageError(
@@ -194,15 +194,15 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         if "FileNotFoundError" in str(error):
             raise InputError(f"prompts {whole.url!r}: there is no such file or directory") from None
         raise
-    _say_what_is_passed_over(whole, found, of_other_runs)
-    if not found.taken:
-        way_out = how_to_convert(found.others)
-        besides = f", and {_some(found.others, found.base)} is" if found.others else ""
+    _say_what_is_passed_over(whole, files_found, of_other_runs)
+    if not files_found.taken:
+        way_out = how_to_convert(files_found.others)
+        besides = f", and {_some(files_found.others, files_found.base)} is" if files_found.others else ""
         raise InputError(
             f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{besides}"
             + (f"; {way_out}" if way_out else "")
         )
-    return whole.at(found.base, query), [name[len(found.base) :].lstrip("/") for name in found.taken]
+    return whole.at(files_found.base, query), [name[len(files_found.base) :].lstrip("/") for name in files_found.taken]
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,9 @@ def _say_what_is_passed_over(storage: Storage, located: _Found, of_other_runs: C
             log.warning("prompts %s: %s: %s", storage.url, _some(passed_over, located.base), what)
 
 
-def _some(names: Collection[str], base: str, shown: int = 3) -> str:
-    first = ", ".join(repr(name[len(base) :].lstrip("/")) for name in sorted(names)[:shown])
-    return first + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _some(names: Collection[str], base: str, visible: int = 3) -> str:
+    first = ", ".join(repr(name[len(base) :].lstrip("/")) for name in sorted(names)[:visible])
+    return first + (f" and {len(names) - visible} more" if len(names) > visible else "")
 
 
 def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:

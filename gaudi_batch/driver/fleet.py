@@ -107,21 +107,21 @@ class Fleet:
         """Starts the first process of each slot that the cluster has placed, and says how long others wait."""
         next_line = FIRST_WAIT_LINE_S
         while True:
-            waiting = self._in_states(CardState.WAITING)
-            if waiting:
-                placed = await self._background.ask_ray(self._places.placed, [slot.number for slot in waiting])
+            unplaced = self._in_states(CardState.WAITING)
+            if unplaced:
+                placed = await self._background.ask_ray(self._places.placed, [slot.number for slot in unplaced])
                 for slot in self._in_states(CardState.WAITING):
                     if slot.number in placed:
                         slot.node_id, slot.placed = placed[slot.number], time.monotonic()
                         self._tell(events.CardPlaced(slot.number, slot.node_id))
                         self._start(slot)
-                waiting = self._in_states(CardState.WAITING)
-            waits = [time.monotonic() - slot.since for slot in waiting]
+                unplaced = self._in_states(CardState.WAITING)
+            waits = [time.monotonic() - slot.since for slot in unplaced]
             if not waits:
                 next_line = FIRST_WAIT_LINE_S
             elif max(waits) > next_line:
                 next_line *= 2
-                subject = f"{waiting[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
+                subject = f"{unplaced[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
                 log.info("%s waited %.0f s for the cluster: no %s is free", subject, max(waits), self.rules.need)
             pause = max(MIN_PLACE_INTERVAL_S, PLACE_SHARE * min(waits, default=0.0))
             await asyncio.sleep(min(pause, CLUSTER_INTERVAL_S))

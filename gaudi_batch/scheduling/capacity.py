@@ -26,7 +26,7 @@ class CapacityPlan:
 
     def placed(self, number: int) -> None:
         """A card with this number has its place."""
-        self._cards.waiting.pop(number, None)
+        self._cards.unplaced.pop(number, None)
         self._next_number = max(self._next_number, number + 1)
 
     def adjust(self, capacity: Capacity) -> list[Decision]:
@@ -36,11 +36,11 @@ class CapacityPlan:
         if missing > 0 and self._state.stop_reason is None:
             numbers = tuple(range(self._next_number, self._next_number + missing))
             self._next_number += missing
-            self._cards.waiting.update(dict.fromkeys(numbers))
+            self._cards.unplaced.update(dict.fromkeys(numbers))
             return [AskForCards(numbers)]
-        surplus = tuple(self._cards.waiting)[::-1][: max(0, -missing)]
+        surplus = tuple(self._cards.unplaced)[::-1][: max(0, -missing)]
         for number in surplus:
-            del self._cards.waiting[number]
+            del self._cards.unplaced[number]
         return [DropCards(surplus)] if surplus else []
 
     def wanted(self, capacity: Capacity) -> int:
@@ -67,14 +67,14 @@ class CapacityPlan:
             now: seconds, monotonic.
         """
         others = capacity.total_cards > len(self._cards.in_states(CardState.QUARANTINED))
-        if self._card_seen is None or (self._cards.waiting and others) or self._cards.live_cards():
+        if self._card_seen is None or (self._cards.unplaced and others) or self._cards.live_cards():
             self._card_seen = now
         timeout = self._state.rules.cluster_timeout_s
         if now - self._card_seen > timeout:
             error = f"; the last error of one: {self._state.last_error}" if self._state.last_error else ""
             self._state.stop(f"the cluster has had no card that works for {timeout:g} s (limits.cluster){error}")
         # Where a node has been lost another may come, also for a job that asks for none.
-        self._state.capacity_expected = bool(self._cards.waiting or self._cards.in_states(CardState.GONE))
+        self._state.capacity_expected = bool(self._cards.unplaced or self._cards.in_states(CardState.GONE))
 
     def is_hopeless(self) -> bool:
         """Whether there is no card, and none will come that may do better."""
@@ -90,4 +90,4 @@ class CapacityPlan:
 
     def _held(self) -> int:
         """Places that the cluster has given or been asked for, but for those of cards that go."""
-        return len(self._cards.waiting) + len(self._cards.in_states(*LIVE_STATES, CardState.QUARANTINED))
+        return len(self._cards.unplaced) + len(self._cards.in_states(*LIVE_STATES, CardState.QUARANTINED))

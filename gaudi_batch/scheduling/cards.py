@@ -114,7 +114,7 @@ class Cards:
     def __init__(self, affinity: Affinity) -> None:
         self.by_number: dict[int, Card] = {}
         """Those that the cluster has placed."""
-        self.waiting: dict[int, None] = {}
+        self.unplaced: dict[int, None] = {}
         """Those that it has been asked for and has not placed, oldest first."""
         self.starting: dict[int, Card] = {}
         self.open: list[dict[int, Card]] = [{} for _ in range(MAX_IN_FLIGHT)]

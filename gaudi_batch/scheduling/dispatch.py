@@ -58,7 +58,7 @@ class Dispatch:
         self._reserved: dict[int, Card] = {}  # the cards that are kept for suspect shards
         self._due: set[int] = set()  # suspect shards whose card or node may have become free
 
-    def waiting(self) -> int:
+    def count_pending(self) -> int:
         """How many shards no card has."""
         return len(self.pending) + len(self._reserved)
 
@@ -181,12 +181,12 @@ class Dispatch:
                 if self._may_have(card, shard):
                     del self.pending.returned[place]
                     return card, shard
-        while cards and self.pending.waiting:
+        while cards and self.pending.fresh_counts:
             card = next(iter(cards.values()))
             key = self._choose_key(card)
             if key is None:
                 # No key is worth a capture, whoever asks; those that have captured one may go on with it.
-                by_key = map(self.cards.open_by_key[level].get, self.pending.waiting)
+                by_key = map(self.cards.open_by_key[level].get, self.pending.fresh_counts)
                 card = next((next(iter(holders.values())) for holders in by_key if holders), card)
                 key = self._choose_key(card)
             if key is None:
@@ -198,7 +198,7 @@ class Dispatch:
         return None
 
     def _choose_key(self, card: Card) -> GraphKey | None:
-        return self.affinity.choose(card.number, self.pending.waiting)
+        return self.affinity.choose(card.number, self.pending.fresh_counts)
 
     def _may_have(self, card: Card, shard: int) -> bool:
         failures = self.failures.get(shard)

@@ -182,7 +182,7 @@ class ShardFailures:
             self.announce = self.alone_on_node = True
             self.died_on.append(card)  # these losses together are the first death
 
-    def hold(self, held: Held) -> None:
+    def await_confirmation(self, held: Held) -> None:
         """A record waits for another card's word on its doubted rows."""
         self.held = held
         self.failed_on.append(held.card)

@@ -25,7 +25,7 @@ class Pending:
         self.parked: dict[int, None] = {}
         """Those that wait for what another shard of their row group finds out."""
         self.fresh: dict[GraphKey, deque[int]] = {}
-        self.waiting: dict[GraphKey, tuple[int, int]] = {}
+        self.fresh_counts: dict[GraphKey, tuple[int, int]] = {}
         """For each key how many fresh shards there are, and the images of the next one."""
         self._fresh_count = 0
         for number in sorted(shards):
@@ -88,7 +88,7 @@ class Pending:
     def _count(self, key: GraphKey) -> None:
         queue = self.fresh[key]
         if queue:
-            self.waiting[key] = len(queue), self._shards[queue[0]].images
+            self.fresh_counts[key] = len(queue), self._shards[queue[0]].images
         else:
             del self.fresh[key]
-            self.waiting.pop(key, None)
+            self.fresh_counts.pop(key, None)

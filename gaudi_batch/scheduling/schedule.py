@@ -154,7 +154,7 @@ class Schedule:
 
     def pending(self) -> int:
         """Shards that no card has."""
-        return self._work.waiting()
+        return self._work.count_pending()
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Schedule:
             assert attempt in live.card.in_flight, "an attempt is on another card than it says"
         for card in cards.by_number.values():
             self._validate_card(card)
-        for number in cards.waiting:
+        for number in cards.unplaced:
             assert number not in cards.by_number, "a card waits for the place that it has"
         reserved = [card.reserved_for for card in cards.by_number.values() if card.reserved_for is not None]
         assert len(reserved) == len(set(reserved)), "two cards are kept for one shard"

@@ -80,7 +80,7 @@ class ShardEvents:
         decisions = self._cards.count_transient(card, shard.images, outcome.transient_failures)
         if outcome.doubted:
             failures = self._work.failures.setdefault(live.shard, ShardFailures())
-            failures.hold(Held(event.attempt, card.number, outcome))
+            failures.await_confirmation(Held(event.attempt, card.number, outcome))
             self._state.put_back(live.shard)
             return decisions
         return decisions + self._accept(live.shard, event.attempt, outcome, card)

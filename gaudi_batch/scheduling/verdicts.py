@@ -32,15 +32,15 @@ class StorageFailures:
     """Whether the driver is looking itself."""
     _nodes: set[str] = field(default_factory=set)
 
-    def failed(self, node: str, usable: Set[str]) -> bool:
+    def failed(self, node: str, live_nodes: Set[str]) -> bool:
         """It failed for a card of a node; returns whether it is gone.
 
         Args:
             node: the node.
-            usable: the nodes of all cards that are ready or starting.
+            live_nodes: the nodes of all cards that are ready or starting.
         """
         self._nodes.add(node)
-        return len(self._nodes) >= MIN_STORAGE_NODES and usable <= self._nodes
+        return len(self._nodes) >= MIN_STORAGE_NODES and live_nodes <= self._nodes
 
     def works(self) -> None:
         """A card has stored a shard."""
@@ -59,21 +59,21 @@ class SlowKinds:
     """Those that are not tried any more, with the reason."""
     _cut: dict[BatchKind, list[Card]] = field(default_factory=dict)
 
-    def cut(self, card: Card, slow: SlowBatch, usable: Cards) -> bool:
+    def cut(self, card: Card, slow: SlowBatch, cards: Cards) -> bool:
         """A card was killed at a batch of a kind that nobody has made; returns whether that kind is now set aside.
 
         Args:
             card: the card.
             slow: what it was at.
-            usable: all cards.
+            cards: all cards.
         """
-        cards = self._cut.setdefault(slow.kind, [])
-        cards.append(card)
-        numbers = {card.number for card in cards}
-        nodes = {card.node for card in cards}
-        places = numbers if usable.live_on.keys() <= nodes else nodes
-        several = len(places) >= MAX_CUTS and any(card.has_made for card in cards)
-        if not several and (len(cards) < MAX_CUTS or usable.others(numbers)):
+        killed = self._cut.setdefault(slow.kind, [])
+        killed.append(card)
+        numbers = {card.number for card in killed}
+        nodes = {card.node for card in killed}
+        places = numbers if cards.live_on.keys() <= nodes else nodes
+        several = len(places) >= MAX_CUTS and any(card.has_made for card in killed)
+        if not several and (len(killed) < MAX_CUTS or cards.others(numbers)):
             return False
         self.set_aside[slow.kind] = f"batches of {slow.kind} take longer than {slow.limit}"
         return True
