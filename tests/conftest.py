@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, settings
 from gaudi_batch.output import lease
 from gaudi_batch.output.lease import LeaseKeeper
 
+CLUSTER = Path(__file__).resolve().parent / "cluster"
+
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
 settings.register_profile(
     "repository",
@@ -31,6 +33,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Otherwise gcsfs asks over gRPC, for a minute, what kind of bucket it is, which fake-gcs-server does not know.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs Ray."""
+    for item in items:
+        if CLUSTER in item.path.parents or "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(autouse=True)

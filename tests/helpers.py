@@ -16,6 +16,9 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+
 
 def read_manifest(output: Path) -> list[dict[str, Any]]:
     """All rows of a run's joined manifest."""

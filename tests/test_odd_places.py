@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import command_line, free_port
+from helpers import REPOSITORY, command_line, free_port
 from smalljob import a_job, write_dataset
 
 from gaudi_batch import InputError, JobConfig
@@ -66,12 +66,14 @@ def test_an_address_of_ipv6_without_brackets_is_refused_by_name() -> None:
         address_of("::1:6379")
 
 
+@pytest.mark.ray
 def test_an_address_of_the_jobs_api_needs_brackets_too() -> None:
     refused = command_line("stop", "job", "--address", "http://::1:8265")
     assert refused.returncode == 2
     assert "'http://::1:8265': an address of IPv6 is written in brackets, as in http://[::1]:8265" in refused.stderr
 
 
+@pytest.mark.ray
 def test_the_jobs_api_is_found_at_an_address_of_ipv6() -> None:
     asked: list[str] = []
 
@@ -179,7 +181,7 @@ def without_temporary_files(state: str, home: Path, *arguments: str) -> subproce
         capture_output=True,
         text=True,
         timeout=60,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         check=False,
     )
 
@@ -199,6 +201,7 @@ def test_emulate_says_that_there_is_no_place_for_its_state(finished: Path) -> No
     assert said.stderr.rstrip().endswith("name a directory with --state")
 
 
+@pytest.mark.ray
 def test_a_user_without_a_home_reaches_the_jobs_api() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "RAY_AUTH_TOKEN")}
     said = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from gaudi_batch.scheduling.decisions import (
     ShardTask,
 )
 from gaudi_batch.scheduling.events import (
+    BatchAnnounced,
     Capacity,
     CardBroken,
     CardDied,
@@ -37,6 +39,8 @@ from gaudi_batch.scheduling.events import (
     DoubtsChecked,
     Event,
     LoadedCard,
+    Reading,
+    ReadingAnnounced,
     RecallAnswered,
     ShardBegun,
     ShardCommitted,
@@ -282,3 +286,65 @@ def start(world: World, cards: int, per_node: int | None = None) -> None:
         world.join(card, f"node {card // per_node}" if per_node else "")
     for card in range(cards):
         world.ready(card)
+
+
+def anything_happens(world: World, rng: random.Random) -> None:
+    """One event of those that can happen now, likely ones more often."""
+    busy = [card for card, hand in world.hands.items() if hand]
+    alive = sorted(world.hands) + sorted(world.starting)
+    possible = (
+        (["ready"] * 4 + ["refuse"]) * bool(world.starting - world.held_back)
+        + ["finish"] * 6 * bool(busy)
+        + ["fail", "announce"] * bool(busy)
+        + ["commit"] * 6 * bool(world.commits)
+        + ["recall"] * 4 * bool(world.recalls)
+        + ["die"] * bool(alive)
+        + ["leave"] * (len(alive) > 1)
+        + ["take leave"] * (len(alive) > 1)
+        + ["late"] * 2 * bool(world.old)
+        + ["hope", "lose hope"]
+        + ["check"] * bool(world.checks)
+    )
+    event = rng.choice(possible)
+    if event == "ready":
+        world.ready(rng.choice(sorted(world.starting - world.held_back)))
+    elif event == "refuse":
+        world.refuse(rng.choice(sorted(world.starting - world.held_back)))
+    elif event == "finish":
+        card = rng.choice(busy)
+        doubted = {world.hands[card][0].shard.start: "wrong"} if rng.random() < 0.2 else {}
+        world.finish_first(card, rng.choice([0, 0, 1]), doubted=doubted, transient_failures=rng.choice([0, 0, 2]))
+    elif event == "fail":
+        world.fail_first(rng.choice(busy), rng.random() < 0.5, rng.random() < 0.5)
+    elif event == "announce":
+        first = world.hands[rng.choice(busy)][0]
+        world.begin(next(card for card, hand in world.hands.items() if first in hand))
+        rows = range(first.shard.start, first.shard.start + rng.randint(1, 4))
+        world.do(world.handle(BatchAnnounced(first.attempt, rows)))
+        if rng.random() < 0.3:
+            world.do(world.handle(ReadingAnnounced(first.attempt, Reading(0, rows, rows, by_row=rng.random() < 0.5))))
+    elif event == "check":
+        world.check_storage(of_shard=rng.choice([None, None, "its rows can't be read"]))
+    elif event == "commit":
+        world.commit_first()
+    elif event == "recall":
+        world.answer_recall(rng.random() < 0.5)
+    elif event == "die":
+        rng.choice([world.die, world.break_down])(rng.choice(alive))
+    elif event == "leave":
+        world.lose_node(rng.choice(alive))
+    elif event == "take leave":
+        world.take_leave(rng.choice(alive))
+    elif event in ("hope", "lose hope"):
+        world.see(more=event == "hope")
+    elif event == "late":
+        attempt = rng.choice(world.old).attempt
+        late = [
+            world.handle(ShardMade(attempt, ShardOutcome(4, 0, 0))),
+            world.handle(ShardFailed(attempt, ShardFailure("late"))),
+            world.handle(DoubtsChecked(attempt, {})),
+            world.handle(ShardBegun(attempt, True)),
+            world.handle(BatchAnnounced(attempt, [1])),
+            world.handle(RecallAnswered(attempt, True)),
+        ]
+        assert not any(late)

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from helpers import command_line, read_manifest
+from helpers import TESTS, command_line, read_manifest
 from raynodes import RayCluster, follow, start_job
 
 from gaudi_batch.pipelines.cpus import share_of_node, usable_cpus
 
-HALF_DONE = Path(__file__).parent / "data/half_done/cpu"
+HALF_DONE = TESTS / "data/half_done/cpu"
 COUNT = "from gaudi_batch.pipelines.cpus import usable_cpus; print(usable_cpus())"
 BUILT_IN = ("--model", "builtin:shapes", "--steps", "2")
 several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has one CPU")

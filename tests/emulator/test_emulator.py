@@ -12,11 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line
+from helpers import TESTS, command_line
 
 from gaudi_batch.emulator import SITE, Machine
 
-TESTS = Path(__file__).parent
 HOLD = "from habana_frameworks._emulation.modules import acquire; print(acquire(), flush=True); input()"
 TAKE = "from habana_frameworks._emulation.modules import acquire; print(acquire())"
 MODULES = "2,3,4,5,6,7,8,9"
@@ -160,6 +159,7 @@ def test_optimum_habana_runs_on_the_emulated_device(tmp_path: Path) -> None:
     assert " passed" in run.stdout
 
 
+@pytest.mark.ray
 @pytest.mark.torch
 def test_ray_finds_the_cards_and_each_actor_holds_its_own(tmp_path: Path) -> None:
     run = command_line(

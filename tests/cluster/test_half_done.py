@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import read_manifest
+from helpers import TESTS, read_manifest
 from PIL import Image
 
 from gaudi_batch import JobConfig, run
 
-KEPT = Path(__file__).parent / "data/half_done"
+KEPT = TESTS / "data/half_done"
 CHANGED = 1_700_000_000
 """When its prompts were last changed, by run.json."""
 MADE_BY = ("2.13.0+cpu", "AMD EPYC, AVX512")

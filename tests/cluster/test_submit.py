@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest
+from helpers import REPOSITORY, command_line, read_manifest
 from raynodes import RAY, RayCluster
 
 from gaudi_batch.cluster import jobs_client
@@ -25,7 +25,6 @@ from gaudi_batch.cluster.submission import require_portable
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
 
-REPOSITORY = Path(__file__).parent.parent
 SECRET = "a-secret-of-whoever-submits"
 
 

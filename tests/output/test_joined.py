@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import Unfenced
-from test_columns import ALIKE, ROWS, values
+from column_types import ALIKE, ROWS, values
+from helpers import REPOSITORY, Unfenced
 
 from gaudi_batch.config.bounds import MAX_SEED, bounds_for
 from gaudi_batch.dataset.repeats import RepeatedIds
@@ -31,7 +31,7 @@ from gaudi_batch.plan import Bucket
 from gaudi_batch.storage.store import Storage
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8, bounds_for(64, 64))
-README = Path(__file__).parents[1] / "README.md"
+README = REPOSITORY / "README.md"
 
 
 def commit(ledger: Ledger, shard: int, rows: Sequence[PromptRow], again: bool = False) -> str:

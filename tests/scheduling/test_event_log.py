@@ -11,8 +11,7 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedule import anything_happens
-from world import RULES, World, let_it_end, shards
+from world import RULES, World, anything_happens, let_it_end, shards
 
 from gaudi_batch.scheduling import events
 from gaudi_batch.scheduling.decisions import Finish

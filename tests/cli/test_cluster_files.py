@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from helpers import REPOSITORY
 from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
@@ -23,7 +24,6 @@ from ray.scripts.scripts import cli as ray_cli
 from gaudi_batch.cluster.jobs_client import STOP_MARGIN_S
 from gaudi_batch.config.schema import JobConfig
 
-REPOSITORY = Path(__file__).parent.parent
 LOCAL, AWS = REPOSITORY / "cluster.yaml", REPOSITORY / "jobs/clusters/aws-dl1.yaml"
 RAYJOB = REPOSITORY / "jobs/k8s/rayjob.yaml"
 KUBERAY = REPOSITORY.parent / "shared/data/ray.io_rayjobs.yaml"

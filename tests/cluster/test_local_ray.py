@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 from raynodes import descendants
 
 CONNECT = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('connected to', len(ray.nodes()))"
@@ -155,14 +156,14 @@ def test_its_user_may_look_at_it(local_run: LocalRun) -> None:
 
 
 def test_nothing_in_the_package_turns_tokens_off() -> None:
-    package = Path(__file__).parent.parent / "gaudi_batch"
+    package = REPOSITORY / "gaudi_batch"
     code = "".join(path.read_text() for path in package.rglob("*.py"))
     assert re.findall(r'environ\W+(?:setdefault\W+)?RAY_AUTH_MODE\W+(\w+)"', code) == ["token"]
 
 
 def test_the_lowest_ray_that_is_taken_asks_for_a_token_by_itself() -> None:
     """In 2.60 `ray.init` turns tokens on for a cluster that it starts; in 2.52 it did not."""
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    project = (REPOSITORY / "pyproject.toml").read_text()
     lowest = re.search(r'"ray\[default\]>=(\d+)\.(\d+)', project)
     assert lowest
     assert (int(lowest[1]), int(lowest[2])) >= (2, 60)

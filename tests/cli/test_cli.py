@@ -14,9 +14,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import S3Server, command_line, read_manifest
+from helpers import REPOSITORY, S3Server, command_line, read_manifest
 
-REPOSITORY = Path(__file__).parent.parent
 JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", "2")
 
 
@@ -102,6 +101,7 @@ def test_check_prints_the_plan_and_starts_nothing(write_prompts: Callable[..., P
     assert "10 rows can't be run: row 1: prompt is empty" in strict.stderr
 
 
+@pytest.mark.ray
 def test_a_job_file_runs_on_a_ray_that_is_started_for_it_and_status_tells(prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     job = tmp_path / "job.yaml"

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHAOS = Path(__file__).parent.parent / "benchmarks/chaos.py"
+from helpers import REPOSITORY
+
+CHAOS = REPOSITORY / "benchmarks/chaos.py"
 
 
 def test_nothing_is_lost_or_made_twice_under_fire(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import Unfenced
-from test_end_of_run import failed_manifest, no_cluster
+from records import failed_manifest, no_cluster
 
 from gaudi_batch import JobConfig
 from gaudi_batch.cli import main as cli

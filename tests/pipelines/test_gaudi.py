@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, put_into_hub_cache, read_manifest
+from helpers import REPOSITORY, TESTS, command_line, put_into_hub_cache, read_manifest
 
 from gaudi_batch import InputError, JobConfig, run
 from gaudi_batch.cli.check import check
@@ -21,7 +21,7 @@ from gaudi_batch.job import resolve
 from gaudi_batch.pipelines.gaudi_environment import environment, prepare
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 
-CONFIGS = Path(__file__).parent.parent / "jobs/configs"
+CONFIGS = REPOSITORY / "jobs/configs"
 COLOURS = ("red", "green", "blue", "white", "black")
 FLAGS = ("--model", "builtin:shapes", "--batch-size", "4", "--steps", "4", "--shard-size", "8", "--cpu.threads", "1")
 
@@ -213,7 +213,7 @@ def test_the_published_example_runs_word_for_word(tmp_path: Path) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "config/gaudi_config.json").write_text('{"use_torch_autocast": true}')
     put_into_hub_cache(tmp_path / "hub", "Habana/stable-diffusion-2", tmp_path / "config")
-    script = Path(__file__).parent / "emulated/published_example.py"
+    script = TESTS / "emulated/published_example.py"
     result = command_line(
         *("emulate", "--modules", "1", "--state", tmp_path / "machine", "--", sys.executable, script),
         HF_HUB_OFFLINE="1",

@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest
+from helpers import REPOSITORY, command_line, read_manifest
 
 pytestmark = pytest.mark.torch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-MODEL = Path(__file__).parent.parent / "gaudi_batch/models/shapes"
+MODEL = REPOSITORY / "gaudi_batch/models/shapes"
 
 
 class Hub(ThreadingHTTPServer):

@@ -6,43 +6,25 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from helpers import Unfenced, command_line, read_manifest
+from records import BUCKET, failed_manifest, no_cluster
 
-from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.driver.finalize import sum_up
 from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import RunStopped
-from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.tally import CommitTotals
-from gaudi_batch.output.throughput import ThroughputTotals
-from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.plan import Shard
 from gaudi_batch.storage.store import Storage
-
-BUCKET = Bucket(64, 64, 20, 7.5)
-
-
-def no_cluster() -> Any:
-    pytest.fail("no card is needed")
-
-
-def failed_manifest(shard: int, rows: dict[int, str]) -> bytes:
-    facts = CommitInfo(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, ThroughputTotals())
-    facts = replace(facts, again=shard > 0, failed_before=len(rows) if shard else 0)
-    found = [PromptRow(row, f"r{row}", "p", "", None, BUCKET, 1, error) for row, error in rows.items()]
-    return manifest.build(found, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, facts)
 
 
 def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
