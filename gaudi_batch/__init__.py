@@ -1,12 +1,17 @@
 """gaudi-batch turns a Parquet dataset of prompts into images in object storage, on every Gaudi card of a Ray cluster.
 
-    from gaudi_batch import JobConfig, run
+    from gaudi_batch import JobConfig, load_manifest, run
 
     result = run(JobConfig(prompts="prompts.parquet", output="out", model="builtin:shapes", device="cpu"))
+    images = load_manifest("out").to_table(columns=["id", "path"])
 
-What the command line does is `run`, and a job is a `JobConfig` in both. All that goes wrong with a job, its cluster or
-its storage is a `GaudiBatchError`, with a sentence and the exit code that it means: `InputError`, `StorageError`,
-`RunStopped` and, of the last, `Interrupted`. Anything else that is raised is an error of this program.
+What the command line does is `run`, and a job is a `JobConfig` in both. What is committed can be read by
+`load_manifest`, while a run goes on and afterwards. All that goes wrong with a job, its cluster or its storage is a
+`GaudiBatchError`, with a sentence and the exit code that it means: `InputError`, `StorageError`, `RunStopped` and, of
+the last, `Interrupted`. Anything else that is raised is an error of this program.
+
+`run` may be called again and again, from a thread and in a notebook; one process has one connection to Ray, so two
+runs at a time need `ray.init` before. It logs to `logging.getLogger("gaudi_batch")` and sets up no handler.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
     from gaudi_batch.driver.result import RunResult
     from gaudi_batch.driver.runner import run
     from gaudi_batch.errors import GaudiBatchError, InputError, Interrupted, RunStopped, StorageError
+    from gaudi_batch.output.dataset_view import load_manifest
 
 __all__ = [
     "GaudiBatchError",
@@ -27,6 +33,7 @@ __all__ = [
     "RunResult",
     "RunStopped",
     "StorageError",
+    "load_manifest",
     "run",
 ]
 
@@ -38,6 +45,7 @@ _PLACES = {
     "StorageError": "errors",
     "Interrupted": "errors",
     "RunResult": "driver.result",
+    "load_manifest": "output.dataset_view",
     "run": "driver.runner",
 }
 

@@ -57,6 +57,13 @@ class JobConfig(Section):
 
     Its `repr` and `str` have `***` in place of what is secret; its fields and `model_dump` are as they were given.
 
+        >>> from gaudi_batch import JobConfig
+        >>> job = JobConfig(prompts="prompts.parquet", output="out", device="simulated", steps=20)
+        >>> job.steps, job.batch_size
+        (20, 8)
+        >>> JobConfig.load("job.yaml", {"steps": 30}).steps
+        30
+
     Raises:
         InputError: a value breaks its rule; the message names each field, its value and the rule.
     """

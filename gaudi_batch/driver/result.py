@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run came out."""
+    """How a run came out.
+
+    >>> from gaudi_batch import JobConfig, run
+    >>> result = run(JobConfig(prompts="prompts.parquet", output="out", device="simulated"))
+    >>> result.exit_code, result.summary["images"]
+    (0, 4)
+    >>> result.manifest(columns=["status"]).column("status").to_pylist()
+    ['ok', 'ok', 'ok', 'ok']
+    >>> list(result.failed_rows())
+    []
+    """
 
     output: str = field(repr=False)
     """Where its records are: the absolute path of a local directory, else the job's own URL, also if it has a secret in

@@ -47,6 +47,10 @@ def run(
 ) -> RunResult:
     """Makes every image of a job that its output does not have yet.
 
+        >>> from gaudi_batch import JobConfig, run
+        >>> run(JobConfig(prompts="prompts.parquet", output="out", device="simulated")).summary["state"]
+        'complete'
+
     Args:
         config: the job.
         address: a Ray cluster; None takes RAY_ADDRESS, or starts Ray on this machine.

@@ -1,0 +1,69 @@
+"""What is committed of a run as one dataset, while it goes on and afterwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from operator import and_
+from os import PathLike, fspath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.layout import manifest_path
+from gaudi_batch.output.manifest import COLUMNS
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.storage.store import Storage
+
+JOINED = "manifest.parquet"
+
+
+def load_manifest(
+    output: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, retry_timeout_s: float = 60.0
+) -> ds.Dataset:
+    """The manifest of an output as a pyarrow dataset: a row for each image and each failed row that is committed.
+
+    It says what was committed when it was called. Of a run that is complete it reads `manifest.parquet`; of one that
+    goes on or has stopped, the manifests of its shards, without the rows that were made again since. Nothing is read
+    into memory before the dataset is.
+
+        >>> from gaudi_batch import load_manifest
+        >>> manifest = load_manifest("out")
+        >>> manifest.count_rows()
+        4
+        >>> manifest.to_table(columns=["row", "path"]).column("row").to_pylist()
+        [0, 1, 2, 3]
+
+    Args:
+        output: of a job: a directory, or a URL of S3, Google Cloud Storage or Azure.
+        storage_options: fsspec options of its storage.
+        retry_timeout_s: seconds for which storage that fails is tried again.
+
+    Raises:
+        InputError: there is no run in the output.
+        StorageError: storage refused, or failed for longer than `retry_timeout_s`.
+    """
+    storage = Storage(fspath(output), storage_options, retry_timeout_s, read_only=True)
+    reader = OutputReader(storage)
+    info = reader.run()
+    if info is None:
+        raise InputError(f"{storage.url}: there is no run here (no run.json)")
+    filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.filesystem))
+    summary = reader.get_json("summary.json") or {}
+    complete = len(reader.plan(info.rows)) == len(reader.committed_shards())
+    if complete and str(summary.get("state")).startswith("complete"):
+        return ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
+    paths: list[str] = []
+    superseded: list[ds.Expression] = []
+    for facts, table in reader.commits():
+        paths.append(storage.full(manifest_path(facts.shard)))
+        if facts.again:
+            rows = pa.array(table.column("row").to_pylist(), pa.int64())
+            superseded.append(ds.field("row").isin(rows) & (ds.field("shard") < facts.shard))
+    if not paths:
+        return ds.dataset(COLUMNS.empty_table())
+    dataset = ds.dataset(paths, filesystem=filesystem, format="parquet")
+    return dataset.filter(functools.reduce(and_, [~rows for rows in superseded])) if superseded else dataset
