@@ -55,7 +55,8 @@ class Background:
         return await self._loop.run_in_executor(self._threads, function, *arguments)
 
     def ask_ray(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """Has Ray asked for something, after all that it was to be asked before."""
+        """Has Ray asked for something, after all that it was to be asked before. All calls of Ray's control service are
+        made so: one that is still going on when this process leaves Ray would end the process."""
 
         def call() -> T:
             self.asking_ray_since = time.monotonic()

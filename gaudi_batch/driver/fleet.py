@@ -99,7 +99,7 @@ class Fleet:
     async def follow_cluster(self) -> None:
         """Says again and again what the cluster has."""
         while True:
-            capacity = await self._background.in_thread(self._look_at_cluster)
+            capacity = await self._background.ask_ray(self._look_at_cluster)
             self._tell(events.ClusterSeen(capacity, time.monotonic()))
             await asyncio.sleep(CLUSTER_INTERVAL_S)
 
@@ -306,7 +306,7 @@ class Fleet:
     async def _node_went(self, slot: Slot, error: Exception) -> bool:
         """Whether a card died with its node, whose end may be noticed after that of its processes."""
         until = time.monotonic() + DEPARTURE_TIMEOUT_S
-        while not await self._background.in_thread(node_is_gone, slot.node_id, error):
+        while not await self._background.ask_ray(node_is_gone, slot.node_id, error):
             if time.monotonic() > until or self._state(slot) is CardState.LEAVING:
                 return False
             await asyncio.sleep(NODE_INTERVAL_S)
