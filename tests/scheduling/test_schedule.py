@@ -1,20 +1,12 @@
-"""Whatever the order of events, the schedule loses no shard, commits none twice, and ends.
-
-The machine below plays the driver and the cards: it carries out what the schedule decides and lets anything happen at
-any time, late news of the dead among it.
-"""
+"""What the schedule decides in the cases that its rules name; test_schedule_machine.py has all others."""
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from world import CLUSTER_TIMEOUT_S, RULES, World, anything_happens, let_it_end, loaded, shards, start
+from world import CLUSTER_TIMEOUT_S, RULES, World, let_it_end, loaded, shards, start
 
 from benchmarks.schedule import Simulation
 from gaudi_batch.scheduling.admission import Requirements
@@ -30,40 +22,6 @@ from gaudi_batch.scheduling.events import (
 )
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts, Rules
-
-
-def something_joins(world: World, card: int) -> bool:
-    world.join(world.waiting[0] if world.waiting else 100 + card)
-    return True
-
-
-@given(st.data())
-@settings(max_examples=1000)
-def test_no_order_of_events_loses_or_repeats_a_shard(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 12), "shards")
-    work = shards(count, buckets=data.draw(st.integers(1, 3), "graph keys"))
-    world = World(
-        Schedule(
-            work, "a", RowCounts(4 * count), replace(RULES, max_graphs=data.draw(st.integers(1, 3), "graphs of a card"))
-        )
-    )
-    cards = data.draw(st.integers(1, 5), "cards")
-    nodes = data.draw(st.integers(1, 3), "nodes")
-    for card in range(cards):
-        world.join(card, f"node {card % nodes}")
-    rng = random.Random(data.draw(st.integers(0, 2**32), "order"))
-    for _ in range(data.draw(st.integers(0, 120), "events")):
-        if world.finished:
-            break
-        cards += rng.random() < 0.05 and something_joins(world, cards)
-        anything_happens(world, rng)
-    let_it_end(world, 99)
-    (reason,) = world.finished
-    if reason is None:
-        assert world.committed == set(range(count))
-    else:
-        ends = ("no card is left", "nodes in a row", "no card that works")
-        assert world.schedule.stuck or any(end in reason for end in ends), reason
 
 
 def test_a_card_has_the_next_shard_while_it_works_on_one() -> None:
