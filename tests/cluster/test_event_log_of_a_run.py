@@ -20,7 +20,7 @@ def test_the_log_of_a_run_with_faults_is_replayed_with_the_same_decisions(
 ) -> None:
     """A row kills its process, rows raise, a card fails at everything, and in the end too many rows have failed."""
     prompts, output = write_prompts({"prompt": ["p"] * 480}), tmp_path / "out"
-    faults: dict[str, Any] = {"kill_rows": [21], "raise_rows": [40, 41, *range(420, 480)], "broken_modules": [0, 1]}
+    faults: dict[str, Any] = {"kill_rows": [21], "raise_rows": [40, 41, *range(420, 480)], "broken_modules": [1]}
     job = JobConfig(
         prompts=str(prompts),
         output=str(output),
@@ -28,7 +28,6 @@ def test_the_log_of_a_run_with_faults_is_replayed_with_the_same_decisions(
         simulated={"batch_seconds": 0.02, **faults},
         shard_size=8,
         batch_size=4,
-        cards=3,
         max_failed=12,
     )
     with pytest.raises(RunStopped, match="more than max_failed"):
