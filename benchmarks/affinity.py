@@ -56,7 +56,7 @@ def main() -> None:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     cards = int(ray.cluster_resources()["HPU"])
     for name, choose in (("with affinity", product), ("in plan order", next_of_the_plan)):
-        dispatch.Dispatch._choose_key = choose  # type: ignore[method-assign]
+        dispatch.Dispatch._choose_key = choose  # type: ignore[assignment, method-assign]
         shutil.rmtree(arguments.state / "counters", ignore_errors=True)
         job = JobConfig(
             prompts=str(home / "prompts.parquet"),

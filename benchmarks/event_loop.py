@@ -51,7 +51,7 @@ def main() -> None:
         finally:
             ticking.cancel()
 
-    Driver.run = drive_and_tick  # type: ignore[method-assign]
+    Driver.run = drive_and_tick  # type: ignore[assignment, method-assign]
     with tempfile.TemporaryDirectory() as directory:
         prompts = Path(directory, "prompts.parquet")
         pq.write_table(pa.table({"prompt": ["a prompt"] * (400 * cards)}), prompts)

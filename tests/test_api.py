@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -45,9 +46,13 @@ def test_dir_lists_what_the_package_offers() -> None:
         ({"storage_options": {"key": "hidden-value"}, "encoding": "hidden-value"}, "encoding.type: '***': "),
     ],
 )
-def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, object], said: str) -> None:
-    fields = {"prompts": "p", "output": "o", "device": "simulated"} | wrong
-    for make in (lambda: JobConfig(**fields), lambda: JobConfig.model_validate(fields)):
+def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, Any], said: str) -> None:
+    fields: dict[str, Any] = {"prompts": "p", "output": "o", "device": "simulated"} | wrong
+    makes: tuple[Callable[[], JobConfig], ...] = (
+        lambda: JobConfig(**fields),
+        lambda: JobConfig.model_validate(fields),
+    )
+    for make in makes:
         with pytest.raises(Exception) as refused:  # noqa: PT011 of which class is what is asked
             make()
         assert type(refused.value) is InputError
@@ -89,17 +94,18 @@ def test_failed_rows_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pyte
     from gaudi_batch.output import manifest
 
     table = manifest.COLUMNS.empty_table()
-    columns = {name: [None] * 30_000 for name in table.column_names}
+    columns: dict[str, list[Any]] = {name: [None] * 30_000 for name in table.column_names}
     columns["row"] = list(range(30_000))
     columns["status"] = ["failed" if row % 3 else "ok" for row in range(30_000)]
-    import pyarrow as pa
-
     pq.write_table(pa.table(columns, schema=manifest.COLUMNS), tmp_path / "manifest.parquet", row_group_size=100)
     groups: list[int] = []
     read = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda file, group, **more: groups.append(group) or read(file, group, **more)
-    )
+
+    def noted(file: pq.ParquetFile, group: int, **more: Any) -> pa.Table:
+        groups.append(group)
+        return read(file, group, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
     failed = RunResult(str(tmp_path), {"failed_rows": 20_000}).failed_rows()
     assert [next(failed)["row"] for _ in range(3)] == [1, 2, 4]
     assert groups == [0]
@@ -128,7 +134,7 @@ def in_threads(*calls: Callable[[], object]) -> list[object]:
 
 def test_of_two_runs_in_threads_one_is_refused_with_a_sentence(tmp_path: Path, cluster: str) -> None:
     jobs = [small(tmp_path / name, str(tmp_path / f"out-{name}"), cards=1) for name in "ab"]
-    results = in_threads(*(lambda job=job: run(job, address=cluster) for job in jobs))  # type: ignore[misc]
+    results = in_threads(*(lambda job=job: run(job, address=cluster) for job in jobs))
     done = [result for result in results if isinstance(result, RunResult)]
     refused = [result for result in results if isinstance(result, InputError)]
     assert len(done) == 1, results
@@ -141,7 +147,7 @@ def test_two_runs_in_threads_share_a_ray_that_the_application_has_connected(tmp_
     jobs = [small(tmp_path / name, str(tmp_path / f"out-{name}"), cards=1) for name in "ab"]
     ray.init(address=cluster, log_to_driver=False)
     try:
-        results = in_threads(*(lambda job=job: run(job) for job in jobs))  # type: ignore[misc]
+        results = in_threads(*(lambda job=job: run(job) for job in jobs))
     finally:
         ray.shutdown()
     assert [result.summary["images"] for result in results if isinstance(result, RunResult)] == [ROWS - 1] * 2, results

@@ -320,7 +320,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
         first = world.hands[rng.choice(busy)][0]
         world.begin(next(card for card, hand in world.hands.items() if first in hand))
         rows = range(first.shard.start, first.shard.start + rng.randint(1, 4))
-        world.do(world.handle(BatchAnnounced(first.attempt, rows)))
+        world.do(world.handle(BatchAnnounced(first.attempt, tuple(rows))))
         if rng.random() < 0.3:
             world.do(world.handle(ReadingAnnounced(first.attempt, Reading(0, rows, rows, by_row=rng.random() < 0.5))))
     elif event == "check":
@@ -344,7 +344,7 @@ def anything_happens(world: World, rng: random.Random) -> None:
             world.handle(ShardFailed(attempt, ShardFailure("late"))),
             world.handle(DoubtsChecked(attempt, {})),
             world.handle(ShardBegun(attempt, True)),
-            world.handle(BatchAnnounced(attempt, [1])),
+            world.handle(BatchAnnounced(attempt, (1,))),
             world.handle(RecallAnswered(attempt, True)),
         ]
         assert not any(late)

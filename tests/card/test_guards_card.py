@@ -23,7 +23,6 @@ from ray.exceptions import RaySystemError
 from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, require_shared
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.shard_result import CardIdentity, PipelineCall, ShardRecorder, ShardRows, StoredBatch
-from gaudi_batch.card.shard_runner import Item
 from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import EncodingConfig
@@ -39,6 +38,7 @@ from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage, read
 from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
+from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import CardDied, CardLoaded, CardPlaced, LoadedCard
@@ -207,7 +207,9 @@ class Recorder:
     """Takes the place of what a driver speaks to, and keeps what it hears."""
 
     def __init__(self) -> None:
-        self.progress = self.show = self.due = lambda *_: []
+        self.progress: Any = lambda *_: []
+        self.show: Any = self.progress
+        self.due: Any = self.progress
         self.storage = SimpleNamespace(longest_running_s=lambda: 0.0)
 
 

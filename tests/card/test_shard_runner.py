@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,14 @@ def rows(count: int, images: int = 1) -> list[PromptRow]:
 class Device:
     """Paints by row; raises for some rows, or once it is broken; paints others black or not finite."""
 
-    def __init__(self, raises: set[int] = frozenset(), black: set[int] = frozenset(), nan: set[int] = frozenset(),
-                 nsfw: set[int] = frozenset(), broken: bool = False) -> None:  # fmt: skip
+    def __init__(self, raises: Set[int] = frozenset(), black: Set[int] = frozenset(), nan: Set[int] = frozenset(),
+                 nsfw: Set[int] = frozenset(), broken: bool = False) -> None:  # fmt: skip
         self.raises, self.black, self.nan, self.nsfw, self.broken = raises, black, nan, nsfw, broken
         self.calls: list[list[int]] = []
 
     def __call__(self, items: list[Item]) -> Generated:
         self.calls.append([item.row for item in items])
-        if self.broken or self.raises.intersection(self.calls[-1]):
+        if self.broken or self.raises & set(self.calls[-1]):
             raise RuntimeError("boom")
         images = np.stack([np.full((8, 8, 3), (2 + item.row) / 255, np.float32) for item in items])
         for place, item in enumerate(items):
@@ -125,7 +125,8 @@ def test_a_row_fails_whole_with_all_its_images() -> None:
 
 @pytest.mark.parametrize(("wrong", "said"), [("nan", "not finite"), ("black", "black")])
 def test_an_image_that_is_wrong_twice_is_for_another_card_to_judge(wrong: str, said: str) -> None:
-    device = Device(**{wrong: {2}})
+    kind: dict[str, Any] = {wrong: {2}}
+    device = Device(**kind)
     shard = maker(device, 4)
     assert len(made(shard)) == 3
     assert device.calls == [[0, 1, 2, 3], [2, 2, 2, 2]]

@@ -147,7 +147,8 @@ def test_a_row_that_takes_its_node_down_costs_four_nodes_and_nobody_else(nodes: 
     run = Run(nodes, prompts, output, "--simulated.kill-node-rows", "[100]")
     lost = 0
     while True:
-        run.wait_for(lambda log, lost=lost: log.count("left with its node") >= 2 * (lost + 1))
+        gone = 2 * (lost + 1)
+        run.wait_for(lambda log: log.count("left with its node") >= gone)  # noqa: B023 it is called at once
         if run.process.poll() is not None or run.lines[-1] == "":
             break
         lost += 1

@@ -16,7 +16,7 @@ def test_nothing_is_lost_or_made_twice_under_fire(tmp_path: Path) -> None:
     size = ("--images=320", "--cards=4", "--bad-rows=2", "--node-rows=0", "--batch-seconds=0.1", "--limit=4")
     kinds = ("kill node", "read-only node", "slow reads", "kill card", "kill driver", "500")
     fire = ("--faults=6", "--lying-share=0.1", "--seed=3", *(f"--only={kind}" for kind in kinds))
-    command = [sys.executable, CHAOS, "--s3", *size, *fire, "--home", tmp_path]
+    command = [sys.executable, str(CHAOS), "--s3", *size, *fire, "--home", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     facts = json.loads(result.stdout)

@@ -117,7 +117,7 @@ def undisturbed(dataset: Path, cluster: str, tmp_path_factory: pytest.TempPathFa
     """The content of the same job on one node."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     job = ("--device", "simulated", "--shard-size", "50", "--simulated.batch-seconds", "0.1", "--address", cluster)
-    command = [sys.executable, "-m", "gaudi_batch", "run", "--prompts", dataset, "--output", output, *job]
+    command = [sys.executable, "-m", "gaudi_batch", "run", "--prompts", str(dataset), "--output", str(output), *job]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 3
     return content(output)
 

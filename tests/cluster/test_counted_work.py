@@ -25,7 +25,7 @@ from gaudi_batch.config.bounds import bounds_for
 from gaudi_batch.dataset import reader as prompts
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.dataset.rows import PromptRow, RowRules
+from gaudi_batch.dataset.rows import PromptRow, RowRules, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.rerun import plan_rerun
 from gaudi_batch.pipelines.base import Generated
@@ -42,7 +42,7 @@ GROUP = 500
 def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of which a PromptRow has been made."""
     numbers: list[int] = []
-    make = prompts.make_row
+    make = make_row
 
     def counted(number: int, *others: Any) -> PromptRow:
         numbers.append(number)
@@ -143,7 +143,7 @@ def test_a_card_does_not_look_through_all_batches_after_each(monkeypatch: pytest
         _fetched=queue.Queue(),
     )
     image = np.full((1, 8, 8, 3), 0.5, np.float32)
-    card._call = lambda bucket, items: (Generated(image, [False], [False]), PipelineCall("steady", 1.0, 0.0))
+    vars(card)["_call"] = lambda shard, items: (Generated(image, [False], [False]), PipelineCall("steady", 1.0, 0.0))
     rows = [PromptRow(row, str(row), "p", "", None, RULES.bucket, 1, None) for row in range(batches)]
     shard = Shard(0, 0, 0, batches, RULES.bucket, batches, batches)
     card._make(ShardRows(ShardTask(shard, "a1"), rows, pa.table({})))

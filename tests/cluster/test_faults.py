@@ -375,14 +375,14 @@ def files_there(output: Path) -> set[str]:
 def test_a_run_that_is_abandoned_while_commits_are_under_way_keeps_their_images(
     prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, calls = Ledger.commit, []
+    commit, calls = Ledger.commit, list[CommitInfo]()
 
-    def slow_then_broken(self: Ledger, shard: int, data: bytes) -> bool:
-        calls.append(shard)
+    def slow_then_broken(self: Ledger, info: CommitInfo, data: bytes) -> bool:
+        calls.append(info)
         if len(calls) == 4:
             raise StorageError("the store is gone")
         time.sleep(1.5)
-        return commit(self, shard, data)
+        return commit(self, info, data)
 
     monkeypatch.setattr(Ledger, "commit", slow_then_broken)
     monkeypatch.setattr("gaudi_batch.driver.committer.COMMIT_TIMEOUT_S", 0.1)

@@ -16,14 +16,15 @@ from helpers import read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
-from gaudi_batch.dataset.rows import Bucket, PromptRow, image_seed
+from gaudi_batch.dataset.rows import PromptRow, image_seed
+from gaudi_batch.plan import Bucket
 
 FAST = {"batch_seconds": 0.01}
 
 
 def make(prompts: Path, output: Path, cluster: str, **fields: Any) -> RunResult:
+    overwrite = bool(fields.pop("overwrite", False))
     fields = {"device": "simulated", "simulated": FAST, "shard_size": 16, "cards": 2} | fields
-    overwrite = fields.pop("overwrite", False)
     return run(JobConfig(prompts=str(prompts), output=str(output), **fields), address=cluster, overwrite=overwrite)
 
 
@@ -180,7 +181,7 @@ def test_every_kind_of_bad_row_is_recorded_and_costs_no_other(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
 ) -> None:
     good = {"prompt": "good", "width": 64.0, "guidance_scale": 7.5, "num_images": 1, "seed": 1}
-    bad = [
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"prompt": None}, "prompt is null"),
         ({"prompt": "  "}, "prompt is empty"),
         ({"width": 0.0}, "width is 0; it must be at least 1"),
@@ -209,7 +210,7 @@ def test_a_row_asks_for_its_own_shape_seed_and_number(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
 ) -> None:
     count = 40
-    table = {
+    table: dict[str, Any] = {
         "id": [f"id-{n // 2}" for n in range(count)],
         "prompt": ["p"] * count,
         "width": [64 if n % 3 else 128 for n in range(count)],

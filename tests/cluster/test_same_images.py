@@ -144,7 +144,17 @@ def stacks_written(output: Path) -> bool:
 def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
     cluster: str, prompts: Path, tmp_path: Path
 ) -> None:
-    job = ("run", "--address", cluster, "--prompts", prompts, "--output", tmp_path / "out", "--device", "simulated")
+    job: tuple[str | Path, ...] = (
+        "run",
+        "--address",
+        cluster,
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "simulated",
+    )
     job = (*job, "--simulated.batch-seconds", "0.01", "--shard-size", "8", "--simulated.raise-rows")
     assert command_line(*job, "[1, 60]", "--max-failed", "0").returncode == 1
     result = command_line(*job, "[]", PYTHONPATH=other_version(tmp_path, "diffusers"))

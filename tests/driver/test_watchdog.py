@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gaudi_batch.card.messages import CardStatus
@@ -22,7 +24,7 @@ SMALL, LARGE = BatchKind(64, 64, 20, True), BatchKind(1024, 1024, 20, True)
 LONG = LARGE._replace(steps=500)
 
 
-def status(phase: str, seconds: float = 0.0, kind: BatchKind | None = None, **more: float) -> CardStatus:
+def status(phase: str, seconds: float = 0.0, kind: BatchKind | None = None, **more: Any) -> CardStatus:
     return CardStatus(phase, seconds, more.pop("storage_s", 0.0), images=0, kind=kind, **more)
 
 

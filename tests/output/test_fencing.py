@@ -18,7 +18,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from gaudi_batch import JobConfig
-from gaudi_batch.driver import runner
+from gaudi_batch.driver import finalize, runner
 from gaudi_batch.driver.calls import ask_back, send
 from gaudi_batch.driver.finalize import write_summary
 from gaudi_batch.driver.opening import begin_run
@@ -182,7 +182,12 @@ def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
     """Else all manifests of a run would be in memory at once."""
     read: list[int] = []
     with ThreadPoolExecutor(1) as pool:
-        found = reader._ahead(pool, lambda number: read.append(number) or number, range(1000))
+
+        def reads(number: int) -> int:
+            read.append(number)
+            return number
+
+        found = reader._ahead(pool, reads, range(1000))
         assert [next(found) for _ in range(3)] == [0, 1, 2]
         pool.submit(int).result()
         assert len(read) == 4 * reader.READ_THREADS + 2
@@ -275,7 +280,7 @@ def test_what_a_driver_has_committed_it_never_removes(
         monkeypatch.setattr(Ledger, "commits", commits)
         return product(*arguments)
 
-    product = runner.sum_up
+    product = finalize.sum_up
     monkeypatch.setattr(runner, "sum_up", sum_up)
     result = runner.run(job, address=cluster)
     assert result.summary["images"] == 100
@@ -293,7 +298,7 @@ def test_a_driver_that_has_not_counted_up_for_a_while_commits_nothing(
 
 
 def test_who_writes_the_lease_last_has_it(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease.time, "sleep", lambda seconds: take_over(output))
+    monkeypatch.setattr(time, "sleep", lambda seconds: take_over(output))
     with pytest.raises(InputError, match="has just started to drive this run"):
         LeaseKeeper(output, "aaaaa").take()
 
@@ -332,7 +337,7 @@ def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
         elsewhere(output)
     old = output.get("lease.json") or b""
     second = LeaseKeeper(output, "ccccc")
-    monkeypatch.setattr(lease.time, "sleep", answering_with(output, old, monkeypatch))
+    monkeypatch.setattr(time, "sleep", answering_with(output, old, monkeypatch))
     assert not refused(second.take)
     monkeypatch.undo()
     monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
@@ -381,7 +386,7 @@ def test_one_sight_of_another_driver_is_looked_at_twice(
     own = output.get("lease.json") or b""
     take_over(output)
     with monkeypatch.context() as patched:
-        patched.setattr(lease.time, "sleep", lambda seconds: output.put("lease.json", own))
+        patched.setattr(time, "sleep", lambda seconds: output.put("lease.json", own))
         assert not lost(first)
     take_over(output)
     assert lost(first)

@@ -136,7 +136,11 @@ def test_ids_that_repeat_are_found_where_manifests_are_joined(ledger: Ledger) ->
     committed = {0: commit(ledger, 0, rows[:3]), 1: commit(ledger, 1, rows[3:])}
     for may_have_seeds, said in ((True, "4 of 5 rows share an id"), (False, "5 of 6 rows share an id")):
         repeated = RepeatedIds()
-        join_manifests(ledger, {}, committed, lambda table, r=repeated, m=may_have_seeds: r.add_manifest(table, 0, m))
+
+        def seen(table: pa.Table, ids: RepeatedIds = repeated, seeds: bool = may_have_seeds) -> None:
+            ids.add_manifest(table, 0, seeds)
+
+        join_manifests(ledger, {}, committed, seen)
         assert (repeated.describe() or "").startswith(said)
 
 

@@ -65,7 +65,16 @@ def counters(state: Path) -> list[dict[str, Any]]:
 def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_graph_key(
     prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
 ) -> None:
-    job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
+    job: tuple[str | Path, ...] = (
+        "run",
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out",
+        "--dtype",
+        "float32",
+        *FLAGS,
+    )
     job = (*job, "--gaudi.recipe-cache", tmp_path / "recipes")
     state = tmp_path / "machine"
     result = command_line(*("emulate", "--modules", "4,5", "--state", state, "--", "gaudi-batch"), *job)
@@ -164,17 +173,17 @@ def test_a_gaudi_config_is_read_once_and_shapes_the_environment(
         json.dumps({"use_torch_autocast": True, "optimum_version": "1.8.0", **lists})
     )
     job = hpu_job(gaudi={"config": str(tmp_path), "recipe_cache": str(tmp_path / "recipes")})
-    job = resolve(job.model_copy(update={"prompts": str(prompts), "output": str(tmp_path / "out")}))
-    assert job.config.gaudi.config == {"use_torch_autocast": True, **lists}
-    assert job.fingerprint()["gaudi"]["config"] == job.config.gaudi.config
-    assert "device   hpu, autocast to bfloat16" in check(job.config).text
+    resolved = resolve(job.model_copy(update={"prompts": str(prompts), "output": str(tmp_path / "out")}))
+    assert resolved.config.gaudi.config == {"use_torch_autocast": True, **lists}
+    assert resolved.fingerprint()["gaudi"]["config"] == resolved.config.gaudi.config
+    assert "device   hpu, autocast to bfloat16" in check(resolved.config).text
 
-    found = environment(job.config)
+    found = environment(resolved.config)
     assert found["PT_HPU_LAZY_MODE"] == "1"
     assert found["PT_HPU_RECIPE_CACHE_CONFIG"] == f"{tmp_path}/recipes,false,16384"
     for name, value in found.items():  # as Ray does it on the node
         monkeypatch.setenv(name, value.replace("${HOME}", str(tmp_path / "home")))
-    prepare(job.config)
+    prepare(resolved.config)
     assert (tmp_path / "recipes").is_dir()
     for name, ops in (("LOWER_PRECISION", "conv2d\nlinear\n"), ("FP32", "softmax\n")):
         assert (

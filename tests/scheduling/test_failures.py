@@ -208,7 +208,7 @@ def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int]
         batches = [rest[i : i + 4] for i in range(0, len(rest), 4)] + [[row] for row in rows if row in task.alone]
         for batch in batches:
             if task.announce:
-                world.do(world.schedule.handle(BatchAnnounced(task.attempt, batch)))
+                world.do(world.schedule.handle(BatchAnnounced(task.attempt, tuple(batch))))
             if set(batch) & (deadly.keys() - task.fail_without_running.keys()):
                 disasters += 1
                 act(world, card)
@@ -415,8 +415,8 @@ def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_
             world.finish_first(card, failed=len(task.fail_without_running))
             continue
         rows = [made.shard.start] if made.shard.start in task.alone else range(made.shard.start, made.shard.stop)
-        world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
-        world.do(schedule.handle(BatchAnnounced(task.attempt, rows)))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, ())))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, tuple(rows))))
         deaths += 1
         world.die(card)
     assert world.finished == [None]
@@ -502,7 +502,7 @@ def test_one_node_on_which_every_reading_dies_condemns_no_row() -> None:
         if card >= 8:
             for task in list(world.hands[card]):
                 if task.announce:
-                    world.do(world.schedule.handle(BatchAnnounced(task.attempt, [])))
+                    world.do(world.schedule.handle(BatchAnnounced(task.attempt, ())))
             world.finish_first(card)
             continue
         for task in world.hands[card]:
@@ -532,8 +532,8 @@ def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
             world.finish_first(card)
             continue
         if task.announce:
-            world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
-            world.do(schedule.handle(BatchAnnounced(task.attempt, [0])))
+            world.do(schedule.handle(BatchAnnounced(task.attempt, ())))
+            world.do(schedule.handle(BatchAnnounced(task.attempt, (0,))))
         world.hands.pop(card)
         world.do(schedule.handle(CardDied(card, "its batch took longer than 60 s (limits.first_batch)", slow)))
     assert schedule.failed_rows == 0
@@ -561,8 +561,8 @@ def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> Non
             continue
         assert task.announce
         rows = [queued.start] if queued.start in task.alone else range(queued.start, queued.stop)
-        world.do(schedule.handle(BatchAnnounced(task.attempt, [])))
-        world.do(schedule.handle(BatchAnnounced(task.attempt, rows)))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, ())))
+        world.do(schedule.handle(BatchAnnounced(task.attempt, tuple(rows))))
         deaths += 1
         world.die(card)
     assert world.finished == [None]
@@ -621,7 +621,7 @@ def test_a_kind_of_batch_that_no_card_makes_in_time_is_the_job_s_mistake() -> No
         card = next(iter(ahead))
         task = world.hands[card][0]
         if task.announce:
-            world.do(world.schedule.handle(BatchAnnounced(task.attempt, [])))
+            world.do(world.schedule.handle(BatchAnnounced(task.attempt, ())))
         kills += 1
         world.hands.pop(card)
         world.do(world.schedule.handle(CardDied(card, "its batch took longer than 60 s (limits.first_batch)", slow)))

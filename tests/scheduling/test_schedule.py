@@ -123,7 +123,7 @@ def test_rows_that_kill_are_found_and_no_card_is_blamed(cards: int, killers: set
         batches += [[row] for row in rows if row in first.alone]
         for batch in batches:
             if first.announce:
-                world.do(world.handle(BatchAnnounced(first.attempt, batch)))
+                world.do(world.handle(BatchAnnounced(first.attempt, tuple(batch))))
             if deadly.intersection(batch):
                 deaths += 1
                 world.die(card)

@@ -36,6 +36,7 @@ from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage import retry, retrying, waits
 from gaudi_batch.storage import store as storage_module
+from gaudi_batch.storage.filesystem import look_for_credentials_again
 from gaudi_batch.storage.store import Storage
 
 
@@ -277,7 +278,7 @@ def test_a_card_that_finds_no_credentials_of_google_for_a_moment_looks_again(
     driver.put("run.json", b"{}")
     google_roles.fails = True
     card = pickle.loads(pickle.dumps(driver))
-    again = retrying.look_for_credentials_again
+    again = look_for_credentials_again
 
     def look_again(filesystem: Any) -> None:
         again(filesystem)
@@ -295,7 +296,7 @@ def test_credentials_of_google_that_can_not_be_renewed_for_a_moment_are_waited_f
     driver = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
     driver.put("run.json", b"{}")
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=no_sleep))  # it tries again for half a minute
-    again = retrying.look_for_credentials_again
+    again = look_for_credentials_again
 
     def look_again(filesystem: Any) -> None:
         again(filesystem)
@@ -460,7 +461,7 @@ def test_credentials_that_expire_stop_the_run_with_the_stores_own_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
-    late = {"when": lambda: proxy.asked("PUT .*/manifest/") > 1}
+    late: dict[str, Any] = {"when": lambda: proxy.asked("PUT .*/manifest/") > 1}
     proxy.add(Fault(status, code=code, message="The provided token has expired.", **late))
     assert run(dataset, url, storage_options=ours) == 1
     said_once(capsys, "The provided token has expired.", "the same command resumes")
@@ -531,7 +532,7 @@ def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
 ) -> None:
     url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
     output = Storage(url, s3.options)
-    denied = {"code": "AccessDenied", "message": "Denied by the test."}
+    denied: dict[str, Any] = {"code": "AccessDenied", "message": "Denied by the test."}
 
     def all_committed() -> bool:
         return proxy.asked("PUT .*/manifest/") >= SHARDS
