@@ -98,7 +98,7 @@ class Shard:
 
     @property
     def is_rerun(self) -> bool:
-        """Whether its rows are in shards before it, whose word on them no longer counts."""
+        """Whether it makes rows again that are in shards before it. For these rows it counts, and those do not."""
         return self.only is not None
 
 

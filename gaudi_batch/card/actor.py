@@ -93,7 +93,7 @@ class Card:
     # -- calls from the driver ----------------------------------------------------------------------------------
 
     def assign(self, name: str, task: ShardTask) -> None:
-        """Takes a shard into the hand, once. `name` is what this card is called in records."""
+        """Takes a shard, once. `name` is what this card is called in records."""
         self._name = name
         if task.attempt not in self._seen:
             self._seen.add(task.attempt)
@@ -246,7 +246,7 @@ class Card:
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started = time.monotonic()
         wait_s = started - self._idle_since
-        rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a control may be of none
+        rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe may be of none
         self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind, shard.number, rows)
         try:
             generated = self._pipeline.generate(bucket, items)

@@ -2,9 +2,9 @@
 
 Every call has the same number of images: a short batch is filled by repeating its last item. A batch that raises is
 run again row by row. A row that raises alone is at fault only if the card makes another row of the same bucket
-afterwards; where none is left to make, one that worked before is made once more as a control. An image that can't be
+afterwards; where none is left to make, one that worked before is made once more as a probe. An image that can't be
 right is made once more alone. If it is right then, that counts against the card; if not, its row is doubted, and
-another card has the last word.
+another card makes it again, and decides.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.text import one_line
 
 PROBE = Item(-1, 0, "", "", 0)
-"""The control of a card that has made nothing yet: an empty prompt, of no row."""
+"""The probe of a card that has made nothing yet: an empty prompt, of no row."""
 
 
 class CardFault(Exception):
-    """The card, or all that is left of the shard, fails; `failed_alone_once` are the rows that may be to blame."""
+    """The card, or all that is left of the shard, fails; `failed_alone_once` are the rows that may be at fault."""
 
     def __init__(self, error: str, failed_alone_once: Mapping[int, str]) -> None:
         super().__init__(error)
@@ -57,7 +57,7 @@ class ShardMaker:
         run_seed: seed of the run.
         call: generates a whole batch.
         announce: called with the rows of a batch before its call; may wait.
-        control: an item of the bucket that this card has made before, if there is one. A suspect shard begins with it,
+        probe: an item of the bucket that this card has made before, if there is one. A suspect shard begins with it,
             announced as no row at all: what the card does to that is no row's fault.
     """
 
@@ -73,7 +73,7 @@ class ShardMaker:
     raised: set[int] = field(default_factory=set)
     """Those among them that were tried."""
     doubted: dict[int, str] = field(default_factory=dict)
-    """Those among them on which another card has the last word."""
+    """Those among them on which another card makes it again, and decides."""
     transient_failures: int = 0
     """Images that were wrong, and calls that raised, and that worked when they were made again."""
     _unconfirmed: dict[int, str] = field(default_factory=dict)
@@ -221,9 +221,9 @@ class ShardMaker:
         except DeviceError:
             raise
         except Exception as error:
-            raise CardFault(f"the card can't make its control: {describe_error(error)}", {}) from None
+            raise CardFault(f"the card can't make its probe: {describe_error(error)}", {}) from None
         if not made:
-            raise CardFault(f"the card can't make its control: {next(iter(wrong.values()))}", {})
+            raise CardFault(f"the card can't make its probe: {next(iter(wrong.values()))}", {})
 
 
 def describe_error(error: BaseException) -> str:

@@ -87,7 +87,7 @@ class JobConfig(Section):
     others. They are read with torch's weights_only, which runs no code of theirs."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of the dataset's columns where they are not ours, as {ours: theirs} or ours=theirs,ours=theirs; ours is
+    """Names of the dataset's columns where they are others, as {name: column} or name=column,name=column; a name is
     one of prompt, id, negative_prompt, seed, width, height, steps, guidance_scale, num_images."""
 
     device: Literal["auto", "hpu", "cpu", "simulated"] = "auto"
@@ -203,7 +203,7 @@ class JobConfig(Section):
         for column in value:
             if column not in PROMPT_COLUMNS:
                 raise ValueError(
-                    f"{column!r} is not a column of ours; {did_you_mean(column, PROMPT_COLUMNS)}ours are"
+                    f"{column!r} is no column that a job knows; {did_you_mean(column, PROMPT_COLUMNS)}it knows"
                     f" {', '.join(PROMPT_COLUMNS)}"
                 )
         return value

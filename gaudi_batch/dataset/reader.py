@@ -71,7 +71,7 @@ class PromptDataset:
         storage: the base directory.
         files: as `open_prompts` found them.
         schema: the unified schema of all files.
-        columns: names of our columns in the files, {ours: theirs}.
+        columns: what the columns that a job knows are called in the files.
     """
 
     def __init__(self, storage: Storage, files: list[PromptFile], schema: pa.Schema, columns: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ class RowRules:
     """What a row gets where it says nothing, and what it may ask for."""
 
     bucket: Bucket
-    """The job's own bucket; a row that can't be run rides in it to be recorded."""
+    """The job's own bucket; a row that can't be run is recorded in a shard of it."""
     num_images: int
     negative_prompt: str | None
     multiple: int

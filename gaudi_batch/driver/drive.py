@@ -80,7 +80,7 @@ def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
 
 
 def _failed_without_running(run: Run, missing: list[Shard]) -> dict[int, dict[int, str]]:
-    """Rows of shards whose manifests were lost, on which a later shard has the last word."""
+    """Rows of shards whose manifests were lost, which a later shard makes again."""
     failed: dict[int, dict[int, str]] = {}
     latest_shard_of_row = run.latest_shard_of_row
     rows = sorted(latest_shard_of_row)

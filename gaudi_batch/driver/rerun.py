@@ -22,7 +22,7 @@ class RowsToRetry:
     """The rows of a run that have failed, by whether another try may help."""
 
     worth_a_try: dict[int, int]
-    """Those that may be made in another try, each with the shard whose word counts."""
+    """Those that may be made in another try, each with the shard that counts."""
     hopeless: int
     """How many others there are: what they ask for is against the rules, whoever tries. A shard that an older version
     committed does not say which of its rows these are; they are tried once more."""
@@ -60,7 +60,7 @@ def plan_rerun(
     whose images no manifest names asks for about as many as the others of its shard.
 
     Args:
-        wanted: rows, each with the shard whose word on it counts so far.
+        wanted: rows, each with the shard that counts for it so far.
         images: how many images that word names of each row; one that is not in it had failed.
         plan: the plan so far, in order.
         dataset: the prompts.

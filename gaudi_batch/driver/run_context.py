@@ -1,4 +1,4 @@
-"""A run, as one object that its driver's parts hand to each other."""
+"""A run, as one object that the parts of its driver share."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Who drives a run. One driver at a time puts manifests, so nothing that is committed is ever written over.
 
-lease.json names its holder and counts up while the holder lives. It is taken by writing, waiting and reading back. One
+lease.json names its holder, who renews it while it lives. It is taken by writing, waiting and reading back. One
 that does not count for `LEASE_TTL_S` on the observer's own clock is anybody's; so is, at once, one whose process on
-this machine is gone. A holder that could not count up for `RENEW_DEADLINE_S` commits nothing until it has, and one that
+this machine is gone. A holder that could not renew it for `RENEW_DEADLINE_S` commits nothing until it has, and one that
 finds another's name in its place is done. All that a driver writes or removes it does right after such a look, and what
 takes longer goes on no longer than the holder is certain. What no look can stop, a write that lands when it has been
 given up, does no harm: where the store creates conditionally a manifest takes no other's place, one of another run is
@@ -11,8 +11,8 @@ no commit, and a driver that does not know what became of a manifest keeps the l
 A store may answer with what lease.json said a while ago. So a name that the holder knows to be over is passed over, and
 one that it has not seen before is looked at twice; so is a holder that is over, before its run is taken.
 
-What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose leavings may be
-removed.
+What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose uncommitted
+objects may be removed.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ log = logging.getLogger("gaudi_batch")
 
 LEASE_TTL_S = 60.0
 RENEW_INTERVAL_S = 10.0
-"""How often the holder counts up."""
+"""How often the holder renews it."""
 LEASE_POLL_INTERVAL_S = 2.0
 SETTLE_INTERVAL_S = 1.0
 """Between writing and reading back."""
 RENEW_DEADLINE_S = 30.0
-"""How long a holder that has counted up may commit. A write that has begun, however large, is given up within
+"""How long a holder that has renewed it may commit. A write that has begun, however large, is given up within
 `KEEP_INTERVAL_S` of that; what is left of `LEASE_TTL_S` is for what the network still has of it."""
 COMMIT_TIMEOUT_S = 15.0
 """Of one try at putting a manifest, beside what its size needs."""
 LEASE_TIMEOUT_S = 10.0
-"""Of one look at the lease, or one try at writing it. It is not tried for long: what comes late would be a lie."""
+"""Of one look at the lease, or one try at writing it. It is not tried for long: what is written late would say
+that a driver lives which may not."""
 
 
 class LeaseLost(RunStopped):
@@ -110,7 +111,7 @@ class LeaseKeeper:
         return frozenset(self._lease.dead)
 
     def take(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Takes the lease once nobody else holds it, and keeps counting up until `release`.
+        """Takes the lease once nobody else holds it, and renews it until `release`.
 
         Raises:
             InputError: another driver is alive, or takes the lease at the same time.
@@ -173,7 +174,7 @@ class LeaseKeeper:
         if self._beating.ident is None or not settled():
             return  # it was not taken, or something that it guards is on its way
         if self._beating.is_alive():
-            self._beating.join()  # a beat after this would take back what it says
+            self._beating.join()  # renewing it after this would take back what it says
         try:
             self._check_holder()
             self._lease = replace(self._lease, released=True)
@@ -221,7 +222,7 @@ class LeaseKeeper:
 
     def _is_old(self, held: Lease) -> bool:
         """Whether this is what was there before: this driver's own, or that of one that is over. One that was taken for
-        over and has counted up since is not."""
+        over and has renewed it since is not."""
         if self._silent is not None and held.driver == self._silent.driver:
             return held.beat <= self._silent.beat or held.released
         return held.driver in (self._lease.driver, *self._lease.dead)
@@ -269,7 +270,7 @@ class LeaseKeeper:
         return None
 
     def _wait_until_stale(self, held: Lease) -> Lease:
-        """Waits for a holder to count up, or to let go; returns the last one there was. Raises InputError."""
+        """Waits for a holder to renew the lease, or to let go; returns the last one there was. Raises InputError."""
         seen = time.monotonic()
         while True:
             time.sleep(LEASE_POLL_INTERVAL_S)

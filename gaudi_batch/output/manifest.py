@@ -87,7 +87,7 @@ class CommitInfo:
     run: str = ""
     """Id of the run; a manifest of another is no commit of this one."""
     again: bool = False
-    """Whether its rows are in shards before it, whose word on them no longer counts."""
+    """Whether it makes rows again that are in shards before it. For these rows it counts, and those do not."""
     failed_before: int = 0
     """Failed rows of that word."""
     images_before: int = 0

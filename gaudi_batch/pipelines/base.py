@@ -13,7 +13,7 @@ from gaudi_batch.plan import Bucket, GraphKey
 
 
 class DeviceError(RuntimeError):
-    """The device has failed, whatever rows were in its hand; its process can't go on."""
+    """The device has failed, whatever rows it was given; its process can't go on."""
 
 
 class Item(NamedTuple):
@@ -36,7 +36,7 @@ class Generated:
     images: npt.NDArray[np.float32]
     """Pixels, shape (batch, height, width, 3), 0 to 1; not finite where the model failed."""
     nsfw: list[bool | None]
-    """The safety checker's word, None where the model has none."""
+    """Whether the safety checker objects; None where the model has none."""
     truncated: list[bool]
     """Whether the prompt was longer than the text encoder reads."""
 

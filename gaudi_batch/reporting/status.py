@@ -1,6 +1,6 @@
 """What an output says of its run: read from storage alone, from anywhere, while the job runs or after.
 
-Whether a driver on another machine lives only its lease can tell, by counting up: clocks of machines differ. So where
+Whether a driver on another machine lives only its lease can tell, by being renewed: clocks of machines differ. So where
 what it wrote last does not look new, the lease is watched for a while; one that does not count is silent.
 """
 
@@ -21,7 +21,7 @@ from gaudi_batch.text import duration, one_line, printable
 log = logging.getLogger("gaudi_batch")
 
 WATCH_TIMEOUT_S = 15.0
-"""How long a driver elsewhere, which may be dead, is watched for counting up, which it does every 10 s."""
+"""How long a driver elsewhere, which may be dead, is watched for renewing its lease, which it does every 10 s."""
 FRESH_PROGRESS_S = 60.0
 """Progress that was written within so long of now, by this machine's clock, is that of a driver that lives."""
 LEASE_POLL_INTERVAL_S = 1.0

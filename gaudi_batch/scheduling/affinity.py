@@ -85,7 +85,7 @@ class Affinity:
     def is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
         """Whether a card that captures this key would be done with a shard of it before those that have captured it.
 
-        Those share what is pending. What they still have in hand is left out: it keeps captures rarer at little cost.
+        Those share what is pending. What is in flight on them is left out: that keeps captures rarer at little cost.
         The answer is the same for every card.
 
         Args:

@@ -97,7 +97,7 @@ class CardEvents:
         return []
 
     def died(self, event: CardDied) -> list[Decision] | None:
-        """A card is replaced or quarantined, and what it had in hand waits again."""
+        """A card is replaced or quarantined, and what was in flight on it is pending again."""
         card = self._cards.by_number[event.card]
         if card.state is CardState.LEAVING:
             self.change(card, CardChange.RELEASED)
@@ -134,7 +134,7 @@ class CardEvents:
         return self.died(CardDied(event.card, event.error))
 
     def gone(self, event: CardGone) -> list[Decision] | None:
-        """That counts against no card. Where it was not announced, it counts for the shards in the card's hand."""
+        """That counts against no card. Where it was not announced, it counts for the shards in flight on the card."""
         card = self._cards.by_number[event.card]
         if not card.may(CardChange.NODE_GONE):
             return None
@@ -172,7 +172,7 @@ class CardEvents:
         self._admission.settle()
 
     def release_leaving(self) -> list[Decision]:
-        """Releases the cards that go and have nothing in hand any more."""
+        """Releases the cards that go and have nothing in flight any more."""
         free = list(self._cards.leaving_idle.values())
         for card in free:
             self.change(card, CardChange.RELEASED)
@@ -195,7 +195,7 @@ class CardEvents:
         return [Replace(card.number)]
 
     def made_elsewhere(self, card: Card, maker: Card) -> list[Decision]:
-        """Another card made all that this one had in hand when it failed."""
+        """Another card made all that was in flight on this one when it failed."""
         if card is maker or not card.may(CardChange.GIVEN_UP):
             return []
         card.shards_made_elsewhere += 1
@@ -214,7 +214,7 @@ class CardEvents:
         return self._quarantine(card, reason)
 
     def change(self, card: Card, change: CardChange) -> None:
-        """Moves a card on. Only a ready card has graphs captured, and only that or a leaving one has work in hand."""
+        """Moves a card on. A ready card alone has graphs captured; a leaving one, too, may have shards in flight."""
         card.state = state = TRANSITIONS[card.state, change]
         if change is CardChange.ADMITTED:
             self._admission.admitted(card)
@@ -240,7 +240,7 @@ class CardEvents:
         self.change(card, CardChange.GIVEN_UP)
         return [Quarantine(card.number, reason)]
 
-    # -- who is to blame ----------------------------------------------------------------------------------------
+    # -- what was at fault ---------------------------------------------------------------------------------------
 
     def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
         """A card's process died; `no_row` says that this was no row's doing."""
@@ -270,7 +270,7 @@ class CardEvents:
     def _blame_reading(self, failures: ShardFailures, shard: Shard, at: Reading, others: bool) -> None:
         """A process died decoding rows that it had announced."""
         if self._work.row_groups.killed(shard, at):
-            failures.learnt()
+            failures.count_tries_anew()
             self._work.reconsider()
             for number, other in self._work.failures.items():
                 if self._work.row_groups.by_row(self._state.shards[number]):
@@ -280,7 +280,7 @@ class CardEvents:
         if at.by_row and failures.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
             reason = "the card's process died reading this row, or one before it in row group"
             self._work.row_groups.mark_unreadable(shard, at, f"{reason} {at.group}: {failures.error}")
-            failures.learnt()
+            failures.count_tries_anew()
 
     def _lose_node(self, card: Card) -> None:
         """A card's node went without notice, and with it all its other cards."""

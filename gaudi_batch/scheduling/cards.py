@@ -12,7 +12,7 @@ from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.events import LoadedCard, Reading
 
 MAX_IN_FLIGHT = 2
-"""Shards in one card's hand: the one that it works on and the one after."""
+"""Shards in flight on one card: the one that it works on and the one after."""
 
 
 class CardState(Enum):
@@ -77,9 +77,9 @@ class Card:
     in_flight: dict[str, None] = field(default_factory=dict)
     """Attempts, oldest first."""
     suspect: bool = False
-    """Whether what it has in hand is a suspect shard, beside which it gets no other."""
+    """Whether what it has in flight is a suspect shard, beside which it gets no other."""
     reserved_for: int | None = None
-    """The suspect shard that it gets next, when its hand is empty."""
+    """The suspect shard that it gets next, when nothing is in flight on it."""
     has_succeeded: bool = False
     """Whether it has made a batch since its process began."""
     has_made: bool = False
@@ -87,7 +87,7 @@ class Card:
     consecutive_failures: int = 0
     """Failures in a row."""
     start_failures: int = 0
-    """Processes in a row that could not make a batch, by their own word."""
+    """Processes in a row that said that they could not make a batch."""
     shards_made_elsewhere: int = 0
     """Times that others made all that it failed."""
     images: int = 0
@@ -118,15 +118,15 @@ class Cards:
         """Those that it has been asked for and has not placed, oldest first."""
         self.starting: dict[int, Card] = {}
         self.open: list[dict[int, Card]] = [{} for _ in range(MAX_IN_FLIGHT)]
-        """Ready and able to take a shard, by the number of shards in their hand."""
+        """Ready and able to take a shard, by the number of shards in flight on them."""
         self.open_by_key: list[dict[GraphKey, dict[int, Card]]] = [{} for _ in range(MAX_IN_FLIGHT)]
         """The same by the graph keys that they have captured."""
         self.full: dict[int, Card] = {}
-        """Ready with a full hand."""
+        """Ready, with `MAX_IN_FLIGHT` shards."""
         self.apart: dict[int, Card] = {}
         """Ready, and kept free of other shards for the sake of a suspect one."""
         self.leaving_idle: dict[int, Card] = {}
-        """Leaving with nothing in hand."""
+        """Leaving, with nothing in flight."""
         self.exclusive: dict[str, int] = {}
         """Nodes that are kept for one suspect shard alone."""
         self.lost: set[str] = set()
@@ -219,7 +219,7 @@ class Cards:
 
 @dataclass
 class Attempt:
-    """A shard in a card's hand."""
+    """A shard in flight on a card."""
 
     shard: int
     card: Card

@@ -129,7 +129,7 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class Release:
-    """Kill the card's process and give its slot back: its node leaves, and it has nothing in hand."""
+    """Kill the card's process and give its slot back: its node leaves, and nothing is in flight on it."""
 
     card: int
 

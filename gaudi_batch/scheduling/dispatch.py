@@ -53,7 +53,7 @@ class Dispatch:
         self._shards = shards
         self._prefix = prefix
         self._sent = 0
-        self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # behind another in a hand, and not asked back yet
+        self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # in flight behind another, and not asked back yet
         self._asked_back: set[str] = set()  # asked back and not answered
         self._reserved: dict[int, Card] = {}  # the cards that are kept for suspect shards
         self._due: set[int] = set()  # suspect shards whose card or node may have become free
@@ -82,7 +82,7 @@ class Dispatch:
         return [self._recall(attempt) for queued in list(self._queued.values()) for attempt in list(queued)]
 
     def recall_queued_of(self, card: Card) -> list[Recall]:
-        """Asks back what is queued in one card's hand."""
+        """Asks back what is queued on one card."""
         key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.in_flight}
         return [self._recall(attempt) for attempt, key in key_of.items() if attempt in self._queued.get(key, ())]
 
@@ -138,7 +138,7 @@ class Dispatch:
             self.cards.file(card)
 
     def release(self, attempt: str) -> Attempt:
-        """An attempt is over; its shard is in nobody's hand."""
+        """An attempt is over; its shard is in flight no more."""
         live = self.attempts.pop(attempt)
         card = live.card
         self._asked_back.discard(attempt)
@@ -172,7 +172,7 @@ class Dispatch:
         return decisions
 
     def _match(self, level: int) -> tuple[Card, int] | None:
-        """A card with so many shards in its hand, and the shard that it gets next."""
+        """A card with so many shards in flight, and the shard that it gets next."""
         cards = self.cards.open[level]
         for place, shard in enumerate(self.pending.returned):
             # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
@@ -204,12 +204,12 @@ class Dispatch:
         failures = self.failures.get(shard)
         if failures is None or card.number not in failures.failed_on:
             return True
-        # The word of one card is little, so a second is waited for even while it starts; after two nobody is.
+        # One card may be wrong, so a second is waited for even while it starts; after two cards nobody is waited for.
         failed_on = set(failures.failed_on)
         return not self.cards.others(failed_on, starting=len(failed_on) < ENOUGH_CARDS)
 
     def _assign_suspects(self) -> list[Decision]:
-        """Keeps a card for each suspect shard, and sends it when the card has nothing else in hand."""
+        """Keeps a card for each suspect shard, and sends it when the card has nothing else in flight."""
         decisions: list[Decision] = []
         for suspects in (self.pending.suspects, self.pending.node_suspects):
             # A few at a time: an event must not cost more where many wait for the same cards.

@@ -41,7 +41,7 @@ class ShardOutcome:
     transient_failures: int = 0
     """Images and calls that failed and worked when they were made again."""
     doubted: Mapping[int, str] = field(default_factory=dict)
-    """Failed rows of which this card's word alone is not enough, with their errors: images that came out wrong twice,
+    """Failed rows that another card has to confirm, with their errors: images that came out wrong twice,
     or could not be encoded."""
 
 

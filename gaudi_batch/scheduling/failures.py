@@ -1,20 +1,20 @@
-"""What is known of a shard that has failed, and which of its rows is to blame. Pure, a part of the schedule.
+"""What is known of a shard that has failed, and which of its rows is at fault. Pure, a part of the schedule.
 
-* A row that raised alone, on a card that made no other row afterwards, is accused. Raising alone on the next card
-  makes it a failed row.
+* A row that raised alone, on a card that made no other row afterwards, has failed alone once. Raising alone on the next
+  card makes it a failed row.
 * A row whose image came out wrong twice on one card, or could not be encoded, is doubted: the shard's record is held
   until another card has made the row alone. If it fails there, too, the record is committed as it is; if not, the
   first card was wrong, and the shard is made again.
 * A row group that one card could not decode fails, with its rows, when another can't either.
-* Death narrows. A shard that was in hand when its process died is suspect: it runs on a card that holds nothing else,
+* Death narrows. A shard that was in flight when its process died is suspect: it runs on a card that holds nothing else,
   and each reading and each batch is announced before it begins. The batch announced at the second death runs row by
-  row. The row announced at the third is condemned once two cards have died of its shard (or the only card there is,
-  three times): it is recorded as failed without another try. In the same way the row group announced at the second
-  death is decoded row by row, and what can't be read past the third is condemned, for all shards of that group
+  row. The row announced at the third is recorded as failed without another try, once two cards have died of its shard
+  (or the only card there is, three times). In the same way the row group announced at the second
+  death is decoded row by row, and what can't be read past the third is unreadable, for all shards of that group
   (`rowgroups.py`).
-* The unannounced loss of a node counts for each shard in hand there. After `MAX_SHARED_NODE_LOSSES` the shard is
+* The unannounced loss of a node counts for each shard in flight there. After `MAX_SHARED_NODE_LOSSES` the shard is
   suspect and runs where no other shard of the run is in flight on its node; what that node dies of is then as a death.
-* A shard that failed `MAX_TRIES` times and taught nothing new is stuck.
+* A shard that failed `MAX_TRIES` times and showed nothing new is stuck.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_SHARED_NODE_LOSSES = 2
 
 @dataclass
 class Incident:
-    """A failure of a card, with all that it had in hand then. It was the card's fault if others make all of that."""
+    """A failure of a card, with all that was in flight on it. It was the card's fault if others make all of that."""
 
     card: int
     shards: set[int]
@@ -58,7 +58,7 @@ class Incident:
 
 @dataclass(frozen=True)
 class Held:
-    """A record that waits for another card's word on rows that failed."""
+    """A record that waits until another card has made the rows that failed."""
 
     attempt: str
     card: int
@@ -95,11 +95,11 @@ class ShardFailures:
     hopeless: bool = False
     """Whether no card can make the shard, as its rows can't be read by the driver either."""
     _node_losses: int = 0
-    _tries: int = 0  # failures since something was learnt
+    _tries: int = 0  # failures since one has shown something new
 
     @property
     def stuck(self) -> bool:
-        """Whether trying again has stopped to teach anything."""
+        """Whether trying again shows nothing new any more."""
         return self.hopeless or self._tries >= MAX_TRIES
 
     def task(self, shard: Shard, attempt: str, row_groups: RowGroups) -> ShardTask:
@@ -166,12 +166,12 @@ class ShardFailures:
         for incident in self.incidents:
             incident.shards.clear()
 
-    def learnt(self) -> None:
-        """A failure has taught something, so that more tries are worth it."""
+    def count_tries_anew(self) -> None:
+        """A failure has shown something new, so the tries are counted from here."""
         self._tries = 0
 
     def lost_with_node(self, card: int, at: Reading | frozenset[int] | None, others: bool) -> None:
-        """The card's node went without notice while the shard was in its hand; see `died`."""
+        """The card's node went without notice while the shard was in flight on it; see `died`."""
         if self.alone_on_node:
             if at:
                 self.died(card, "its node was lost", at, others)
@@ -183,7 +183,7 @@ class ShardFailures:
             self.died_on.append(card)  # these losses together are the first death
 
     def await_confirmation(self, held: Held) -> None:
-        """A record waits for another card's word on its doubted rows."""
+        """A record waits until another card has made its doubted rows."""
         self.held = held
         self.failed_on.append(held.card)
 

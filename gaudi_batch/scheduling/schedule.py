@@ -12,14 +12,14 @@ The rules:
   in `affinity.py`.
 * The life of a card is a table, `cards.TRANSITIONS`. What moves it on is in `card_events.py`, which cards may work in
   `admission.py`, how many are asked for in `capacity.py`.
-* Which row of a shard is to blame is worked out in `failures.py`. A suspect shard runs apart from others, so that what
+* Which row of a shard is at fault is worked out in `failures.py`. A suspect shard runs apart from others, so that what
   happens there is its doing.
 * A failure is the card's fault when others then make all that it had in flight without a failed row. A card is
   quarantined after `MAX_SHARDS_MADE_ELSEWHERE` of those, `MAX_CONSECUTIVE_FAILURES` failures in a row, or
   `MAX_START_FAILURES` starts in a row.
 * What several failures say together, of storage, a time limit, a card that paints wrong now and then, or nodes that go
   one after the other, is worked out in `verdicts.py`.
-* A shard is stuck when trying it again teaches nothing new: the others go on, and the run ends as stopped.
+* A shard is stuck when trying it again shows nothing new: the others go on, and the run ends as stopped.
 * A card whose node has announced its end finishes the shard that it has begun and gets no other.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
   of the cluster, and when there is none the run is over. Another may take the place of one that left with its node or

@@ -152,7 +152,7 @@ class ShardEvents:
     # -- records ------------------------------------------------------------------------------------------------
 
     def _accept(self, shard: int, attempt: str, outcome: ShardOutcome, maker: Card) -> list[Decision]:
-        """A record is to be committed; `maker` is who had the last word on it."""
+        """A record is to be committed; `maker` is the card that decided it."""
         state = self._state
         state.committing[shard] = attempt
         state.done_rows += outcome.rows

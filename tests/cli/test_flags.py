@@ -67,7 +67,7 @@ def test_a_misspelt_flag_is_told_the_right_one(
         ("batch-size: 4", "batch-size: is not a field of a job; did you mean batch_size?"),
         ("stepz: 4", "stepz: is not a field of a job; did you mean steps?"),
         ("encoding: {typ: png}", "encoding.typ: is not a field of a job; did you mean encoding.type?"),
-        ("columns: {promt: text}", "'promt' is not a column of ours; did you mean 'prompt'?"),
+        ("columns: {promt: text}", "'promt' is no column that a job knows; did you mean 'prompt'?"),
         ("gaudi: {config: {use_autocast: true}}", "did you mean 'use_torch_autocast'?"),
         ("qqqq: 4", "qqqq: is not a field of a job"),
         ("limits: 20", "limits: 20: must be a mapping of loading, first_batch, batch, answer, cluster"),

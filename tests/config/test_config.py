@@ -60,7 +60,7 @@ def test_every_kind_of_flag() -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale: nan: "),
         ({"seed": 2**63}, "seed: "),
         ({"encoding": {"quality": 101}}, "encoding.quality: 101: "),
-        ({"columns": {"promt": "x"}}, "'promt' is not a column of ours"),
+        ({"columns": {"promt": "x"}}, "'promt' is no column that a job knows"),
         ({"max_failed": 1.5}, "max_failed"),
         ({"device": "cpu"}, "model: is missing"),
     ],

@@ -205,7 +205,7 @@ def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost
         if world.hands[card][0].announce:
             world.do(
                 world.handle(BatchAnnounced(world.hands[card][0].attempt, ()))
-            )  # its control, which it does not make
+            )  # its probe, which it does not make
         world.break_down(card)
         broken += 1
     world.see()
