@@ -11,9 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from gaudi_batch.card.actor import card_placement
-from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.cluster.connection import card_options, card_resources, connected, look_at_cluster
+from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
 from gaudi_batch.job import Job
@@ -21,6 +20,7 @@ from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import Item, Pipeline
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.plan import Bucket
+from gaudi_batch.text import describe_error
 
 PROMPT = "An astronaut riding a horse on the moon, oil painting"
 PUBLISHED = {"first-generation Gaudi": (4.29, 0.283), "Gaudi2": (1.54, 0.904)}

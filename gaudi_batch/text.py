@@ -118,3 +118,8 @@ def read_yaml(text: str, kind: type, flag: str) -> Any:
         example = "'{key: value}'" if kind is dict else "'[1, 2]'"
         raise InputError(f"{flag}: its value must be YAML such as {example}")
     return value
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one printable line of at most 500 characters."""
+    return one_line(redact(f"{type(error).__name__}: {error}"))

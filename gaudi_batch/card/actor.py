@@ -31,7 +31,8 @@ from gaudi_batch.card.shard_result import (
     StoredBatch,
     encode_error,
 )
-from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker, describe_error
+from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker
+from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import InputError, StorageError
@@ -53,6 +54,7 @@ from gaudi_batch.scheduling.events import (
     ShardFailed,
     ShardFailure,
 )
+from gaudi_batch.text import describe_error
 
 STORE_THREADS = 4
 """Images that a card encodes and stores at the same time."""
@@ -324,15 +326,3 @@ def require_shared(setup: CardSetup) -> None:
         raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
     if prompts.local and not Path(prompts.full(setup.job.dataset.files[0].name)).exists():
         raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
-
-
-def card_placement(device: str) -> tuple[str, str, int | None]:
-    """This actor's Ray node id, its host name, and the module that Ray pinned to it, None for device cpu."""
-    import ray
-
-    context = ray.get_runtime_context()
-    module = None
-    if device != "cpu":
-        ids = context.get_accelerator_ids().get("HPU", [])
-        module = int(ids[0]) if ids else None
-    return context.get_node_id(), socket.gethostname(), module

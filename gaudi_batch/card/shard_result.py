@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.messages import CardSetup, Done
-from gaudi_batch.card.shard_runner import MadeImage, ShardMaker, describe_error
+from gaudi_batch.card.shard_runner import MadeImage, ShardMaker
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import throughput_path
@@ -21,6 +21,7 @@ from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import ShardOutcome
+from gaudi_batch.text import describe_error
 
 
 @dataclass(frozen=True)

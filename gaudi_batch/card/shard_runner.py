@@ -19,9 +19,8 @@ import numpy.typing as npt
 from gaudi_batch.dataset.rows import PromptRow, image_seed
 from gaudi_batch.output.formats.encoding import to_pixels
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
-from gaudi_batch.redaction import redact
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.text import one_line
+from gaudi_batch.text import describe_error
 
 PROBE = Item(-1, 0, "", "", 0)
 """The probe of a card that has made nothing yet: an empty prompt, of no row."""
@@ -224,11 +223,6 @@ class ShardMaker:
             raise CardFault(f"the card can't make its probe: {describe_error(error)}", {}) from None
         if not made:
             raise CardFault(f"the card can't make its probe: {next(iter(wrong.values()))}", {})
-
-
-def describe_error(error: BaseException) -> str:
-    """An exception in one printable line of at most 500 characters."""
-    return one_line(redact(f"{type(error).__name__}: {error}"))
 
 
 def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

@@ -20,7 +20,7 @@ from gaudi_batch.reporting.console import OutputLost, look_for_reader, say
 if TYPE_CHECKING:
     from gaudi_batch.cluster.jobs_client import JobsClient
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 NOT_FOLLOWED = 141

@@ -22,6 +22,7 @@ from gaudi_batch.reporting.console import LossyStream, OutputLost, open_streams,
 from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
+"""That of the whole package, which is set up here."""
 
 OPTION_FLAG = re.compile(r"--(prompts-)?storage-options\b")
 

@@ -15,7 +15,7 @@ from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import duration
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 OUTPUT_PATIENCE_S = 10.0
 """Seconds for which an output that fails is tried again."""

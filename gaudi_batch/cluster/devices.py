@@ -13,7 +13,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.text import one_line
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 DEVICE_COUNT_TIMEOUT_S = 120.0
 NODES_TIMEOUT_S = 60.0

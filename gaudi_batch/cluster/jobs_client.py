@@ -23,7 +23,7 @@ from gaudi_batch.storage.retry import run_with_timeout
 from gaudi_batch.storage.scratch import scratch_directory
 from gaudi_batch.text import one_line
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"

@@ -29,7 +29,7 @@ from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import out_of_reach, told_if_slow
 from gaudi_batch.text import one_line
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 
 FOOTER_THREADS = 16

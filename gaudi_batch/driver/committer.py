@@ -18,7 +18,7 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import read as read_manifest
 from gaudi_batch.plan import Shard
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 COMMIT_THREADS = 8
 COMMIT_TIMEOUT_S = 5.0

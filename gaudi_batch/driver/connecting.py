@@ -18,7 +18,7 @@ from gaudi_batch.output.lease import LeaseKeeper
 if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 REACH_TIMEOUT_S = 10.0
 
@@ -50,7 +50,7 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
             import gaudi_batch.driver.drive
             import gaudi_batch.driver.trial  # noqa: F401
             from gaudi_batch.cluster.connection import card_resources, connected, look_at_cluster
-            from gaudi_batch.driver.slot import remove_groups_of
+            from gaudi_batch.cluster.placement import remove_groups_of
 
             started = time.monotonic()
             if address:

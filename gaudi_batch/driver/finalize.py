@@ -25,7 +25,7 @@ from gaudi_batch.output.tally import FILES, CommitTotals, stop_lines
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.verify import verify
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 DRIVER_NAME_LENGTH = 5
 """Letters that a driver is named by; each of its attempts begins with them."""

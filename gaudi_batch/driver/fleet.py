@@ -18,19 +18,20 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Done, Message, Ready
 from gaudi_batch.cluster.connection import CardResources, look_at_cluster
+from gaudi_batch.cluster.placement import node_is_gone, why_died
 from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.calls import ask_back, send
 from gaudi_batch.driver.doing import Doing, doings
 from gaudi_batch.driver.places import Places
 from gaudi_batch.driver.progress import RunProgress
-from gaudi_batch.driver.slot import Slot, card_name, node_is_gone, why_died
+from gaudi_batch.driver.slot import Slot, card_name
 from gaudi_batch.driver.watchdog import PhaseRules, passed_limit
 from gaudi_batch.redaction import redact
 from gaudi_batch.scheduling import decisions, events
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.schedule import Schedule
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
 """How long a card waits for something to happen before it answers; grows with the number of cards."""

@@ -33,7 +33,7 @@ from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.stack_vote import differences
 from gaudi_batch.text import one_line
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 LIMITS_INTERVAL_S = 0.5
 """How often the cards are looked at for limits that they have passed."""

@@ -20,7 +20,7 @@ from gaudi_batch.plan import Shard
 if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 
 def refuse_another_job(ledger: Ledger, record: RunInfo, job: Job) -> None:

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from gaudi_batch.card.actor import Card
 from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.cluster.connection import CardResources, card_options
-from gaudi_batch.driver.slot import group_name
+from gaudi_batch.cluster.placement import group_name
 
 CARD_CALLS = 4
 """Calls that a card takes at the same time: for news, shards, and shards to be given back."""

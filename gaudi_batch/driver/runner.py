@@ -28,7 +28,7 @@ from gaudi_batch.storage.store import Storage
 if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 GRACE_S = 30.0
 """Seconds that what has begun may take to be committed when a run is told to stop."""

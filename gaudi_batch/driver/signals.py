@@ -17,7 +17,7 @@ from gaudi_batch.storage.store import Storage
 if TYPE_CHECKING:
     from gaudi_batch.driver.loop import Driver
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted"

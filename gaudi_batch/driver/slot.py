@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
-
 from gaudi_batch.card.messages import CardStatus, Ready
-from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.driver.watchdog import PassedLimit
 
 
@@ -84,45 +74,3 @@ def card_name(slot: Slot, ready: Ready, slots: Iterable[Slot]) -> str:
         # Two Ray nodes of one host, or a node that came back under its name.
         name = f"{name}-{ready.node_id[-6:]}"
     return name
-
-
-def why_died(error: Exception) -> str:
-    """What Ray says of a dead actor, without its guesses."""
-    reason = describe_error(error)
-    reason = reason.partition(" Some common causes")[0]
-    for mark in (
-        "Worker exit detail: ",
-        "The actor died because of an error raised in its creation task, ",
-        "System error: ",
-    ):
-        if mark in reason:
-            return reason.partition(mark)[2]
-    return reason
-
-
-def group_name(driver: str, number: int | str = "") -> str:
-    """What the placement group of a driver's card is called; without a number, how all of that driver's begin."""
-    return f"gaudi-batch-{driver}-{number}"
-
-
-def remove_groups_of(drivers: Collection[str]) -> None:
-    """Takes their cards from drivers that are over: one that stands still, or is cut off from storage alone, would keep
-    them, and they would write images that nobody counts."""
-    prefixes = tuple(map(group_name, drivers))
-    for group in placement_group_table().values():
-        if prefixes and group["name"].startswith(prefixes) and group["state"] != "REMOVED":
-            with contextlib.suppress(ValueError):  # it has just gone
-                remove_placement_group(get_placement_group(group["name"]))
-
-
-def node_of(group: PlacementGroup) -> str:
-    """The node on which a group of one bundle has been placed; empty if it no longer is."""
-    return str(placement_group_table(group)["bundles_to_node_id"].get(0, ""))
-
-
-def node_is_gone(node_id: str, error: Exception) -> bool:
-    """Whether an actor died because its node did."""
-    if "node" in str(error) and "died" in str(error) and "its node" in str(error):
-        return True
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return bool(node_id) and node_id not in alive

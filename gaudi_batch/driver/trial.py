@@ -10,15 +10,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gaudi_batch.card.actor import card_placement
-from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.cluster.connection import CardResources, card_options, look_at_cluster
-from gaudi_batch.driver.slot import group_name, node_of, why_died
+from gaudi_batch.cluster.placement import card_placement, group_name, node_of, why_died
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.pipelines import load_pipeline
+from gaudi_batch.text import describe_error
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 OTHER_CARD_TIMEOUT_S = 10.0
 """How long the cluster may take to give another card when one has failed; it may have no other that is free."""

@@ -33,7 +33,7 @@ from pydantic import TypeAdapter
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.storage.store import Storage
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 60.0
 RENEW_INTERVAL_S = 10.0

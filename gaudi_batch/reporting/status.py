@@ -18,7 +18,7 @@ from gaudi_batch.output.lease import Lease, is_alive, read_lease
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.text import duration, one_line, printable
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 WATCH_TIMEOUT_S = 15.0
 """How long a driver elsewhere, which may be dead, is watched for renewing its lease, which it does every 10 s."""

@@ -25,7 +25,7 @@ LINE_INTERVAL_S = 10.0
 CARDS_INTERVAL_S = 60.0
 """How often plain lines say what the cards are doing."""
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gaudi_batch.redaction import learn, redact
 from gaudi_batch.storage.retry import BucketGone, no_credentials, status_of
 from gaudi_batch.storage.waits import told_if_slow
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}
 """What botocore gets unless the options say otherwise: a request that stalls three times ends within a minute, as one

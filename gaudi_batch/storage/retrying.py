@@ -21,7 +21,7 @@ from gaudi_batch.storage.retry import CREDENTIALS_TIMEOUT_S, bucket_is_gone, del
 
 T = TypeVar("T")
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 TRY_TIMEOUT_S = 60.0
 """How long one try at reading or writing an object may take, beside what its bytes need."""

@@ -40,7 +40,7 @@ from gaudi_batch.storage.retry import (
 )
 from gaudi_batch.storage.retrying import MANY_TIMEOUT_S, Retrying
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 SLOWEST_BYTES_PER_S = 1e6
 PRECONDITION_FAILED = 412

@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 
-log = logging.getLogger("gaudi_batch")
+log = logging.getLogger(__name__)
 
 FIRST_LINE_S = 3.0
 """What takes longer says so."""

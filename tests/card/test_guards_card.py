@@ -53,7 +53,7 @@ DYING = """
 import time
 from types import SimpleNamespace
 from gaudi_batch.card import actor as card
-card.where_am_i = lambda device: ("n", "vm", 0)
+card.card_placement = lambda device: ("n", "vm", 0)
 def dies(self):
     raise ZeroDivisionError
 def waits(self):

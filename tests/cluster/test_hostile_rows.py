@@ -14,10 +14,9 @@ from helpers import command_line, read_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaudi_batch.card.shard_runner import describe_error
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.plan import Bucket
-from gaudi_batch.text import one_line, short_repr
+from gaudi_batch.text import describe_error, one_line, short_repr
 
 TEXTS = [
     "../../../../etc/passwd",

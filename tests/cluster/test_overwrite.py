@@ -20,7 +20,7 @@ from ray.util.placement_group import remove_placement_group
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
 from gaudi_batch.cli.demo import PROMPTS, demo
 from gaudi_batch.cluster.connection import CardResources, attached
-from gaudi_batch.driver.slot import node_of
+from gaudi_batch.cluster.placement import node_of
 from gaudi_batch.driver.trial import _hold
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.storage.store import Storage
