@@ -40,7 +40,7 @@ demo: $(VENV)/.base ## run a job of 200 bundled prompts on two cards of this mac
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
 quick: setup ## run the tests that need neither Ray nor a model, in under a minute
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not ray and not torch'
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m 'not ray and not torch'
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10

@@ -25,7 +25,8 @@ LINE_INTERVAL_S = 10.0
 CARDS_INTERVAL_S = 60.0
 """How often plain lines say what the cards are doing."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("gaudi_batch")
+"""That of the whole package, whose lines go beside the bar."""
 
 
 @dataclass(frozen=True)
