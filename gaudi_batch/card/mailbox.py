@@ -51,13 +51,13 @@ class Mailbox:
             self._changed.notify_all()
             return self._last_event
 
-    def poll(self, acknowledged: int, retry_timeout_s: float) -> CardReport:
-        """Drops what is acknowledged and waits up to `retry_timeout_s` seconds for there to be more."""
+    def poll(self, acknowledged: int, timeout_s: float) -> CardReport:
+        """Drops what is acknowledged and waits up to `timeout_s` seconds for there to be more."""
         with self._changed:
             self._acknowledged = acknowledged
             self._events = [(number, event) for number, event in self._events if number > acknowledged]
             self._changed.notify_all()
-            self._changed.wait_for(lambda: bool(self._events), retry_timeout_s)
+            self._changed.wait_for(lambda: bool(self._events), timeout_s)
             now = time.monotonic()
             status = CardStatus(
                 phase=self._phase,

@@ -159,8 +159,15 @@ def _snapshot(schedule: Schedule) -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    """Replays the log of a file; returns 0 if all decisions are the same, else 1."""
-    count, differences = replay(Path(arguments[0]).read_bytes())
+    """Replays the log of a file; returns 0 if all decisions are the same, 1 if not, 2 if it is no log."""
+    if len(arguments) != 1:
+        print("usage: python -m gaudi_batch.scheduling.event_log events.bin", file=sys.stderr)
+        return 2
+    try:
+        count, differences = replay(Path(arguments[0]).read_bytes())
+    except (OSError, ValueError) as error:
+        print(f"{arguments[0]}: {error}", file=sys.stderr)
+        return 2
     for difference in differences:
         print(f"event {difference.number} of {count}: {difference.event}")
         print(f"  logged:  {list(difference.logged)}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from world import loaded, shards
 
+from gaudi_batch.scheduling.admission import Requirements
 from gaudi_batch.scheduling.card_events import MAX_START_FAILURES
+from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.decisions import (
     AskForCards,
     CheckStorage,
@@ -14,16 +16,20 @@ from gaudi_batch.scheduling.decisions import (
     Finish,
     GiveBack,
     NoteFault,
+    Quarantine,
+    Release,
     Replace,
 )
 from gaudi_batch.scheduling.events import (
     Capacity,
     CardBroken,
+    CardDied,
     CardGone,
     CardPlaced,
     ClusterSeen,
     RunFailed,
     StopForced,
+    StopRequested,
     StorageChecked,
 )
 from gaudi_batch.scheduling.schedule import Schedule
@@ -177,3 +183,47 @@ def test_a_module_that_ray_gives_to_a_second_card_keeps_its_first_one() -> None:
     (fault,) = [decision for decision in decisions if isinstance(decision, NoteFault)]
     assert fault == NoteFault(second, f"Ray gave it module 3 of node host of A, which card card {first} holds")
     assert Replace(second) not in job.schedule.handle(loaded(second, "A", module=4))
+
+
+def test_a_card_whose_node_has_announced_its_end_gets_nothing_more_and_is_released() -> None:
+    job = Job(4)
+    job.see(1, 1)
+    card = job.place("A")
+    job.schedule.handle(loaded(card, "A"))
+    capacity = Capacity(0, 0, NODES, frozenset("A"))
+    job.schedule.handle(ClusterSeen(capacity, 1.0))
+    assert job.schedule.state(card) is CardState.LEAVING
+    decisions = job.schedule.handle(CardDied(card, "its node went down"))
+    assert Release(card) in decisions
+    assert job.schedule.handle(CardGone(card)) == [], "that it is gone is known"
+
+
+def test_a_node_with_fewer_cpus_than_a_card_has_threads_is_refused() -> None:
+    """On the cpu images depend on the threads."""
+    rules = Rules(requirements=Requirements(threads=8, min_cpus=8))
+    schedule = Schedule(shards(4), "a", RowCounts(16), rules)
+    schedule.handle(CardPlaced(0, "A"))
+    decisions = schedule.handle(loaded(0, "A"))
+    (quarantine,) = [decision for decision in decisions if isinstance(decision, Quarantine)]
+    assert "may use 1 CPUs (affinity, cgroup), and a card of this run has 8 threads" in quarantine.reason
+
+
+def test_a_second_word_of_a_process_that_has_loaded_changes_nothing() -> None:
+    job = Job(4)
+    job.see(1, 1)
+    card = job.place("A")
+    assert job.schedule.handle(loaded(card, "A"))
+    assert job.schedule.handle(loaded(card, "A")) == []
+
+
+def test_what_a_reader_may_ask_of_a_run() -> None:
+    job = Job(4)
+    job.see(1, 1)
+    card = job.place("A")
+    job.schedule.handle(loaded(card, "A"))
+    job.schedule.handle(StopRequested("interrupted"))
+    schedule = job.schedule
+    assert (schedule.stop_reason, schedule.finished) == ("interrupted", False)
+    assert (schedule.pending(), schedule.retries, schedule.failed_rows, schedule.done_rows) == (2, 0, 0, 0)
+    assert schedule.is_live("a1")
+    assert not schedule.is_live("a9")

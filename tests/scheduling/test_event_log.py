@@ -60,6 +60,21 @@ def test_the_command_says_whether_all_is_the_same(tmp_path: Path, capsys: pytest
     assert "all decisions the same" in capsys.readouterr().out
 
 
+def test_the_command_names_what_is_no_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.bin").write_bytes(b"junk")
+    for arguments in ([], [str(tmp_path / "none")], [str(tmp_path / "events.bin")]):
+        assert main(arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_command_shows_the_first_decision_that_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version, kept, snapshot, entries = pickle.loads(zlib.decompress(play(1, 8, 10_000).dump()))
+    entries[3] = Entry(entries[3].event, (Finish("never decided"),))
+    (tmp_path / "events.bin").write_bytes(zlib.compress(pickle.dumps((version, kept, snapshot, entries))))
+    assert main([str(tmp_path / "events.bin")]) == 1
+    assert f"event 3 of {len(entries)}: " in capsys.readouterr().out
+
+
 def test_a_log_takes_room_for_so_many_events_however_long_the_run_is() -> None:
     log = play(3, 12, 5)
     assert len(load(log.dump())[1]) <= 10
