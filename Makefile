@@ -43,7 +43,7 @@ quick: setup ## run the tests that need neither Ray nor a model, in under a minu
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m 'not ray and not torch'
 
 test: setup ## run all tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25
 
 # Of what decides about exactly-once. Threads count, other processes do not.
 coverage: setup ## measure branch coverage of scheduling, mailbox, lease and ledger by the quick tests
