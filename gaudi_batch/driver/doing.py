@@ -10,6 +10,7 @@ from typing import Any
 from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.driver.watchdog import PhaseRules, phase_limit, reading_limit, storage_limit
+from gaudi_batch.output.progress import DOING_FIELDS
 from gaudi_batch.scheduling.cards import CardState
 
 USUAL_MAX_S = 20.0
@@ -21,8 +22,6 @@ SOON_S = 30.0
 LIMIT_SHARE = 0.5
 """The share of a limit that has passed before that is said, however long it usually takes."""
 CARDS_SHOWN = 8
-DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
-"""What progress.json has of the first thing that a card is at."""
 WAITS_SAID = 5
 """Lines about what takes longer than is usual, at one look."""
 

@@ -23,6 +23,7 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import EVENTS_FILE
 from gaudi_batch.output.lease import LeaseLost
 from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.progress import ProgressRecord
 from gaudi_batch.plan import Shard
 from gaudi_batch.redaction import redact
 from gaudi_batch.reporting.terminal import View
@@ -221,7 +222,7 @@ class Driver:
                 raise
             log.warning("progress.json is not up to date: %s", error)
 
-    def _describe(self, state: str) -> dict[str, Any]:
+    def _describe(self, state: str) -> ProgressRecord:
         cards = self.fleet.doings() if state == "running" else {}
         waits = self._waits_for(cards) if state == "running" else None
         return self._progress.describe(self.fleet.slots.values(), cards, waits, state)

@@ -7,14 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow as pa
 
 from gaudi_batch.dataset.reasons import FailedRows
-from gaudi_batch.driver.doing import DOING_FIELDS, Doing, card_lines, describe_doings
+from gaudi_batch.driver.doing import Doing, card_lines, describe_doings
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.progress import DOING_FIELDS, CardProgress, FaultRecord, ProgressRecord
 from gaudi_batch.output.spans import Span
 from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.reporting.terminal import Progress
@@ -55,7 +55,7 @@ class RunProgress:
         self._images_total = images_total
         self._missing = images_missing
         self._drivers = drivers
-        self._recent_faults: collections.deque[dict[str, str]] = collections.deque(maxlen=FAULTS_KEPT)
+        self._recent_faults: collections.deque[FaultRecord] = collections.deque(maxlen=FAULTS_KEPT)
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
 
     def introduce(self, slot: Slot) -> None:
@@ -101,7 +101,7 @@ class RunProgress:
 
     def describe(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
-    ) -> dict[str, Any]:
+    ) -> ProgressRecord:
         """The run as progress.json has it.
 
         Args:
@@ -131,14 +131,20 @@ class RunProgress:
             "faults": list(self._recent_faults),
         }
 
-    def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> dict[str, Any]:
+    def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> CardProgress:
         tallied = self._tally.cards.get(slot.name)
+        first = at[0].describe() if at else dict.fromkeys(DOING_FIELDS)
         return {
             "node": slot.ready.node if slot.ready else None,
             "module": slot.ready.module if slot.ready else None,
             "pid": slot.ready.pid if slot.ready and slot.actor else None,
             "state": self._schedule.state(slot.number).value,
-            **(at[0].describe() if at else dict.fromkeys(DOING_FIELDS)),
+            "phase": first["phase"],
+            "phase_s": first["phase_s"],
+            "limit_s": first["limit_s"],
+            "shard": first["shard"],
+            "bucket": first["bucket"],
+            "rows": first["rows"],
             "doing": describe_doings(at) or None,
             "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
             "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,

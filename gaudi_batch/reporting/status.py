@@ -7,7 +7,6 @@ what it wrote last does not look new, the lease is watched for a while; one that
 from __future__ import annotations
 
 import logging
-import math
 import time
 from datetime import datetime, timezone
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from gaudi_batch.dataset.reasons import FIRST_IDS, reason_lines
 from gaudi_batch.errors import InputError
 from gaudi_batch.output.lease import Lease, is_alive, read_lease
+from gaudi_batch.output.progress import sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.text import duration, one_line, printable
 
@@ -52,7 +52,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     plan = ledger.plan(record.rows)
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
-    progress = _sane(ledger.get_json("progress.json") or {})
+    progress = sane_progress(ledger.get_json("progress.json") or {})
     planned = sum(shard.images for shard in plan if shard.number in committed and not shard.is_rerun)
     images = planned - (progress.get("images_missing") or 0)
     reason, silent_s = summary.get("reason") if summary else None, None
@@ -82,12 +82,12 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         "shards": len(plan),
         "shards_committed": len(committed),
         "failed_rows": progress["failed_rows"],
-        "failures": progress["failures"] if current is None else _sane_failures(current.get("failures")),
+        "failures": progress["failures"] if current is None else sane_failures(current.get("failures")),
         "images_per_s": progress["images_per_s"],
         "seconds_left": progress["seconds_left"] if state == "running" else None,
         "waits_for": progress["waits_for"] if state == "running" else None,
         "progress_time": progress["time"],
-        "cards": progress["cards"] if state in ("running", "silent") else _over(progress["cards"]),
+        "cards": progress["cards"] if state in ("running", "silent") else without_doings(progress["cards"]),
         "faults": progress["faults"],
         "verify": _sane_verify(ledger.get_json("verify.json")),
         "summary": current,
@@ -129,56 +129,6 @@ def _age(written: Any) -> float | None:
         return None
 
 
-_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left")
-CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
-DOING = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows", "doing")
-CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
-
-
-def _sane(written: dict[str, Any]) -> dict[str, Any]:
-    """What a progress.json says, null where it says nothing sensible: it lies where others may write."""
-    cards, faults = written.get("cards"), written.get("faults")
-    return {
-        **_sane_values(written),
-        "time": written.get("time"),
-        "waits_for": _sane_text(written.get("waits_for")),
-        "failures": _sane_failures(written.get("failures")),
-        "cards": {
-            name: _sane_values(card, CARD_NUMBERS) | {name: _sane_text(card.get(name)) for name in CARD_TEXTS}
-            for name, card in (cards.items() if isinstance(cards, dict) else ())
-            if isinstance(card, dict)
-        },
-        "faults": [
-            {name: fault.get(name) for name in ("time", "card", "what")}
-            for fault in (faults if isinstance(faults, list) else ())
-            if isinstance(fault, dict)
-        ],
-    }
-
-
-def _over(cards: dict[str, Any]) -> dict[str, Any]:
-    """What is said of cards whose driver is over: they do nothing any more."""
-    now = dict.fromkeys(DOING)
-    return {name: card | now for name, card in cards.items()}
-
-
-def _sane_failures(written: Any) -> list[dict[str, Any]] | None:
-    """Failed rows by reason, as `Reasons.describe` has them; None where nothing sensible is said."""
-    if not isinstance(written, list):
-        return None
-    return [
-        {
-            "reason": one_line(group.get("reason")),
-            "rows": group["rows"],
-            "first_ids": [one_line(row_id) for row_id in ids[:FIRST_IDS]],
-        }
-        for group in written
-        if isinstance(group, dict)
-        and isinstance(group.get("rows"), int)
-        and isinstance(ids := group.get("first_ids"), list)
-    ]
-
-
 def _sane_verify(written: dict[str, Any] | None) -> dict[str, Any] | None:
     """What verify.json says, lists of paths as their lengths; None where nothing sensible is said."""
     if written is None or not isinstance(written.get("images"), int):
@@ -190,23 +140,11 @@ def _sane_verify(written: dict[str, Any] | None) -> dict[str, Any] | None:
     counts = {name: len(paths or ()) for name, paths in lists.items()}
     shards = written.get("shards")
     return {
-        "time": _sane_text(written.get("time")),
+        "time": sane_text(written.get("time")),
         "shards": shards if isinstance(shards, int) else None,
         "images": written["images"],
         **counts,
         "first_paths": named[:FIRST_IDS],
-    }
-
-
-def _sane_text(written: Any) -> str | None:
-    return one_line(written) if isinstance(written, str) else None
-
-
-def _sane_values(written: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
-    values = {name: written.get(name) for name in names}
-    return {
-        name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
-        for name, value in values.items()
     }
 
 

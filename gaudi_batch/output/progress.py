@@ -1,0 +1,134 @@
+"""What progress.json says of a run that goes on: written by its driver every few seconds, read by `status`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict
+
+from gaudi_batch.dataset.reasons import FIRST_IDS
+from gaudi_batch.text import one_line
+
+
+class CardProgress(TypedDict):
+    """One card."""
+
+    node: str | None
+    """Its node's host name; None before it has loaded."""
+    module: int | None
+    pid: int | None
+    """Of its process, while there is one."""
+    state: str
+    """A value of `CardState`."""
+    phase: str | None
+    """What it is at first, and the next five say more of that; None where it has no part in the run."""
+    phase_s: float | None
+    limit_s: float | None
+    shard: int | None
+    bucket: str | None
+    rows: str | None
+    doing: str | None
+    """All that it is at, in words."""
+    images: int
+    """Committed, and stored of shards that are not made yet."""
+    images_per_s: float | None
+    faults: int
+
+
+class FaultRecord(TypedDict):
+    """A failure of a card."""
+
+    time: str
+    card: str
+    what: str
+
+
+class ProgressRecord(TypedDict):
+    """The whole file."""
+
+    time: str
+    """When it was written, ISO 8601, UTC."""
+    state: str
+    """`running` or `over`."""
+    images: int
+    images_total: int
+    images_missing: int
+    """Images that committed shards were to have and have not, since rows failed."""
+    failed_rows: int
+    failures: list[dict[str, Any]]
+    """Failed rows by reason, as `Reasons.describe` has them."""
+    images_per_s: float | None
+    seconds_left: int | None
+    shards_pending: int
+    retries: int
+    drivers: list[dict[str, Any]]
+    """The spans of the run's drivers, as `spans.Span` has them."""
+    waits_for: str | None
+    cards: dict[str, CardProgress]
+    """By label."""
+    faults: list[FaultRecord]
+    """The last ones."""
+
+
+_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left")
+CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
+DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
+"""What it has of the first thing that a card is at."""
+CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
+
+
+def sane_progress(written: dict[str, Any]) -> dict[str, Any]:
+    """What a progress.json says, null where it says nothing sensible: it lies where others may write."""
+    cards, faults = written.get("cards"), written.get("faults")
+    return {
+        **sane_numbers(written),
+        "time": written.get("time"),
+        "waits_for": sane_text(written.get("waits_for")),
+        "failures": sane_failures(written.get("failures")),
+        "cards": {
+            name: sane_numbers(card, CARD_NUMBERS) | {name: sane_text(card.get(name)) for name in CARD_TEXTS}
+            for name, card in (cards.items() if isinstance(cards, dict) else ())
+            if isinstance(card, dict)
+        },
+        "faults": [
+            {name: fault.get(name) for name in ("time", "card", "what")}
+            for fault in (faults if isinstance(faults, list) else ())
+            if isinstance(fault, dict)
+        ],
+    }
+
+
+def without_doings(cards: dict[str, Any]) -> dict[str, Any]:
+    """What is said of cards whose driver is over: they do nothing any more."""
+    now = dict.fromkeys((*DOING_FIELDS, "doing"))
+    return {name: card | now for name, card in cards.items()}
+
+
+def sane_failures(written: Any) -> list[dict[str, Any]] | None:
+    """Failed rows by reason, as `Reasons.describe` has them; None where nothing sensible is said."""
+    if not isinstance(written, list):
+        return None
+    return [
+        {
+            "reason": one_line(group.get("reason")),
+            "rows": group["rows"],
+            "first_ids": [one_line(row_id) for row_id in ids[:FIRST_IDS]],
+        }
+        for group in written
+        if isinstance(group, dict)
+        and isinstance(group.get("rows"), int)
+        and isinstance(ids := group.get("first_ids"), list)
+    ]
+
+
+def sane_text(written: Any) -> str | None:
+    """A text as one printable line; None where it is none."""
+    return one_line(written) if isinstance(written, str) else None
+
+
+def sane_numbers(written: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
+    """The values under some names, None where one is no finite number."""
+    values = {name: written.get(name) for name in names}
+    return {
+        name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
+        for name, value in values.items()
+    }
