@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from gaudi_batch.cluster.address import is_cluster
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.driver.signals import handlers_kept
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
@@ -34,6 +36,39 @@ def check_reachable(address: str) -> None:
 
 
 @contextlib.contextmanager
+def connected_early(config: JobConfig, address: str | None, device: str | None) -> Iterator[None]:
+    """Connects before the job is resolved, where the cluster has to say which device `auto` is, and keeps that
+    connection for the run.
+
+    Args:
+        config: the job.
+        address: of the cluster, as `address_of` gives it.
+        device: that of the run that is in the output; None where there is none.
+
+    Raises:
+        InputError: no cluster answers.
+    """
+    if config.device != "auto" or device is not None or not is_cluster(address):
+        yield
+        return
+    _import_all()
+    from gaudi_batch.cluster.connection import attached
+
+    if address:
+        check_reachable(address)
+    with handlers_kept() as restore, attached(address):
+        restore()
+        yield
+
+
+def _import_all() -> None:
+    """Imports all that a run needs before it connects: of a job of the Jobs API, Ray may remove the directory that
+    these modules lie in. Ray is slow to import, so this is not done sooner."""
+    import gaudi_batch.driver.drive
+    import gaudi_batch.driver.trial  # noqa: F401
+
+
+@contextlib.contextmanager
 def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Callable[[], CardResources]]:
     """Yields what connects to the cluster at its first call, or starts Ray, and says what a card takes of it. It is
     called before anything is written or removed that needs a card to be made good.
@@ -45,10 +80,7 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
 
         @functools.cache
         def cards() -> CardResources:
-            # Ray is slow to import and nothing else here needs it. All that the run needs is imported before it
-            # connects: of a job of the Jobs API, Ray may remove the directory that these modules lie in.
-            import gaudi_batch.driver.drive
-            import gaudi_batch.driver.trial  # noqa: F401
+            _import_all()
             from gaudi_batch.cluster.connection import card_resources, connected, look_at_cluster
             from gaudi_batch.cluster.placement import remove_groups_of
 

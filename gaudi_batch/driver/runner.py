@@ -11,7 +11,7 @@ from gaudi_batch.cluster.address import address_of, refuse_without_stack
 from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.survey import refuse_bad_rows
-from gaudi_batch.driver.connecting import check_reachable, cluster_of
+from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected_early
 from gaudi_batch.driver.finalize import DRIVER_NAME_LENGTH, sum_up, verify_images
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
@@ -76,42 +76,44 @@ def run(
     ledger = Ledger(storage, lease)
     record = None if overwrite else ledger.run()
     address = address_of(address)
-    config = with_device(config, address, record.job["device"] if record else None)
-    job = resolve(config, record.fixed if record else None)
-    if record:
-        refuse_another_job(ledger, record, job)
-    else:
-        refuse_without_stack(config, address)
-        if address:
-            check_reachable(address)
-    if strict:
-        refuse_bad_rows(job.dataset, job.rules, job.config.limit)
-    try:
-        lease.take(log.info)
-        with cluster_of(job, address, lease) as connect:
-            if overwrite and ledger.holds_run():
-                _try_card(job, ledger, connect(), driver)
-            info, plan = open_run(ledger, job, connect, overwrite)
-            this_run = Run(job, ledger, lease, info, plan, connect)
-            if repair:
-                add_broken_rows(this_run)
-            if retry_failed:
-                retry_failed_rows(this_run)
-            committed = Committed.read(this_run)
-            ended = _make_missing(this_run, committed, watch, grace)
-        result = sum_up(this_run, committed.tally, ended)
-        if verify:
-            verify_images(this_run)
-        return result
-    except ForcedInterrupt:
-        lease.forget()
-        raise
-    except (StorageError, KeyboardInterrupt):
-        storage.shut_down()
-        raise
-    finally:
-        # With a manifest still on its way, nobody is to begin before the lease is stale.
-        lease.release(lambda: not ledger.in_doubt)
+    device = record.job["device"] if record else None
+    with connected_early(config, address, device):
+        config = with_device(config, address, device)
+        job = resolve(config, record.fixed if record else None)
+        if record:
+            refuse_another_job(ledger, record, job)
+        else:
+            refuse_without_stack(config, address)
+            if address:
+                check_reachable(address)
+        if strict:
+            refuse_bad_rows(job.dataset, job.rules, job.config.limit)
+        try:
+            lease.take(log.info)
+            with cluster_of(job, address, lease) as connect:
+                if overwrite and ledger.holds_run():
+                    _try_card(job, ledger, connect(), driver)
+                info, plan = open_run(ledger, job, connect, overwrite)
+                this_run = Run(job, ledger, lease, info, plan, connect)
+                if repair:
+                    add_broken_rows(this_run)
+                if retry_failed:
+                    retry_failed_rows(this_run)
+                committed = Committed.read(this_run)
+                ended = _make_missing(this_run, committed, watch, grace)
+            result = sum_up(this_run, committed.tally, ended)
+            if verify:
+                verify_images(this_run)
+            return result
+        except ForcedInterrupt:
+            lease.forget()
+            raise
+        except (StorageError, KeyboardInterrupt):
+            storage.shut_down()
+            raise
+        finally:
+            # With a manifest still on its way, nobody is to begin before the lease is stale.
+            lease.release(lambda: not ledger.in_doubt)
 
 
 def _try_card(job: Job, ledger: Ledger, resources: CardResources, driver: str) -> None:
