@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +52,26 @@ def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "mai
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """A port that nobody listens on, and that is given to nobody else: the system's own choices and Ray's lie
+    elsewhere, and each process of the tests has a range of its own."""
+    while True:
+        port = next(_ports)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
+
+
+def _ports_of_this_process() -> Iterator[int]:
+    """Over and over, from anywhere in the range: what listened there may still have connections that are ending."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST_PORT + worker % 12 * PORTS
+    begun = random.randrange(PORTS)
+    return (first + (begun + number) % PORTS for number in itertools.count())
+
+
+FIRST_PORT, PORTS = 20000, 1000
+"""Ray's workers have 10002 to 19999, what connects from anywhere 32768 and more."""
+_ports = _ports_of_this_process()
 
 
 @dataclass

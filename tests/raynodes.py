@@ -117,6 +117,8 @@ class RayCluster:
     dashboard_port: int = field(default_factory=free_port)
     session: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="ray-"))
     """Ray's own files, its sockets among them, whose paths must be short."""
+    asked: subprocess.Popen[str] | None = None
+    """The process that asks the head for its nodes, again and again: Ray is slow to import."""
 
     @property
     def address(self) -> str:
@@ -157,13 +159,27 @@ class RayCluster:
 
     def alive(self) -> list[dict[str, Any]]:
         """The nodes that are up, as `ray.nodes()` has them; none while the head does not answer."""
-        asked = subprocess.run(
-            [sys.executable, "-c", _NODES, self.address], capture_output=True, text=True, timeout=60, check=False
-        )
-        return [node for node in json.loads(asked.stdout or "[]") if node["Alive"]]
+        if self.asked is None or self.asked.poll() is not None:
+            self._ask_no_more()
+            command = [sys.executable, "-c", _NODES, self.address]
+            self.asked = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        assert self.asked.stdin is not None
+        assert self.asked.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.asked.stdin.write("\n")
+            self.asked.stdin.flush()
+        return [node for node in json.loads(self.asked.stdout.readline() or "[]") if node["Alive"]]
+
+    def _ask_no_more(self) -> None:
+        if self.asked is not None:
+            self.asked.kill()
+            self.asked.communicate()
 
     def stop(self) -> None:
         """Ends all nodes, the head last."""
+        self._ask_no_more()
         for node in reversed(self.nodes):
             node.kill()
         shutil.rmtree(self.session, ignore_errors=True)
@@ -207,5 +223,6 @@ from ray._private.state import GlobalState
 from ray._raylet import GcsClientOptions
 state = GlobalState()
 state._initialize_global_state(GcsClientOptions.create(sys.argv[1], None, True, False))
-print(json.dumps(state.node_table()))
+for _ in sys.stdin:
+    print(json.dumps(state.node_table()), flush=True)
 """

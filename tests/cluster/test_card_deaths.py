@@ -57,6 +57,9 @@ def test_a_card_that_is_killed_costs_its_shards_in_hand_and_nothing_else(
     output = OutputReader(here.at(f"{here.root}/out"))
     killed: list[int] = []
 
+    def cards() -> list[int]:
+        return card_processes(ray._private.worker._global_node.get_session_dir_path())
+
     def kill() -> None:
         while not output.committed_shards():
             time.sleep(0.05)
@@ -65,12 +68,13 @@ def test_a_card_that_is_killed_costs_its_shards_in_hand_and_nothing_else(
             fault = proxy.add(Fault("stall", method, path, count=2))
             while not fault.hits:
                 time.sleep(0.02)
-        killed.append(card_processes(ray._private.worker._global_node.get_session_dir_path())[0])
+        killed.append(next(card for card in cards() if card not in before))
         os.kill(killed[0], signal.SIGKILL)
         time.sleep(0.5)
         proxy.clear()
 
     with attached(cluster):
+        before = cards()  # of a run before, which is over and whose processes are still ending
         killer = threading.Thread(target=kill)
         killer.start()
         result = run(job)

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import read_manifest
+from helpers import free_port, read_manifest
 from raynodes import RAY, RayCluster, descendants
 
 from gaudi_batch import JobConfig
@@ -29,7 +29,7 @@ from gaudi_batch.errors import InputError
 
 ROWS = 240
 
-AUTOSCALING = {
+AUTOSCALING: dict[str, Any] = {
     "cluster_name": "fake",
     "max_workers": 4,
     "idle_timeout_minutes": 0.1,
@@ -300,14 +300,15 @@ def test_nodes_that_can_t_say_what_cards_they_have_are_named_so(
 @pytest.fixture
 def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
     """A head without cards, and an autoscaler that may add four nodes with four each."""
+    port = free_port()
+    provider = AUTOSCALING["provider"] | {"gcs_address": f"127.0.0.1:{port}"}
     config = tmp_path / "autoscaling.json"
-    config.write_text(json.dumps(AUTOSCALING))
+    config.write_text(json.dumps(AUTOSCALING | {"provider": provider}))
     monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
     monkeypatch.setenv("AUTOSCALER_HEARTBEAT_TIMEOUT_S", "15")
     options = ["--num-cpus", "2", "--autoscaling-config", str(config)]
-    # The provider's nodes look for the head at Ray's default port.
-    cluster = RayCluster(tmp_path / "cluster", options, port=6379)
+    cluster = RayCluster(tmp_path / "cluster", options, port=port)
     try:
         yield cluster.start()
     finally:

@@ -259,28 +259,29 @@ def test_following_ends_when_the_cluster_falls_silent(
     said: list[str] = []
     monkeypatch.setattr(jobs_client.log, "warning", lambda line, *values: said.append(line % values))
     monkeypatch.setattr(jobs_client, "ANSWER_TIMEOUT_S", 1.5)
-    monkeypatch.setattr(jobs_client, "SILENCE_TIMEOUT_S", 25.0)
-    with wire(nodes.dashboard_port) as (port, silence):
+    monkeypatch.setattr(jobs_client, "SILENCE_TIMEOUT_S", 10.0)
+    with wire(nodes.dashboard_port) as (port, open_wire):
         begun = command_line("submit", "--address", nodes.jobs_address, "--no-wait", "--job-id", "silent", *flags)
         assert begun.returncode == 0, begun.stderr
         cluster = jobs_client.JobsClient(f"http://127.0.0.1:{port}")
-        threading.Timer(3.0, silence.set).start()
+        threading.Timer(3.0, open_wire.clear).start()
         with pytest.raises(RunStopped, match=r"has not answered for .* s; job silent may go on"):
             cluster.follow("silent", print, lambda: None)
-        assert any("does not answer, and is asked again for up to 25 s" in line for line in said)
+        assert any("does not answer, and is asked again for up to 10 s" in line for line in said)
     assert jobs_client.JobsClient(nodes.jobs_address).follow("silent", print, lambda: None) == 3
 
 
 @contextlib.contextmanager
 def wire(to: int) -> Iterator[tuple[int, threading.Event]]:
-    """A port that leads to another one, and what makes it silent: connections stay, and nothing comes through."""
-    silence, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
+    """A port that leads to another one, and what makes it silent when it is cleared: connections stay, and nothing
+    comes through."""
+    open_wire, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
+    open_wire.set()
 
     def carry(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                while silence.is_set():
-                    time.sleep(0.1)
+                open_wire.wait()
                 sink.sendall(data)
 
     def listen() -> None:
@@ -293,7 +294,7 @@ def wire(to: int) -> Iterator[tuple[int, threading.Event]]:
 
     threading.Thread(target=listen, daemon=True).start()
     with listener:
-        yield listener.getsockname()[1], silence
+        yield listener.getsockname()[1], open_wire
 
 
 def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
