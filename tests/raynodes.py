@@ -144,7 +144,8 @@ class RayCluster:
         join = [] if "--head" in options else ["--address", self.address]
         ports = [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "dashboard-agent-grpc")]
         home = self.home / f"node-{len(self.nodes)}"
-        node = RayNode(home, [*join, *ports, *options], wrapper, environment)
+        # What copies the workers' logs to drivers that want none costs as much as a card's start.
+        node = RayNode(home, [*join, *ports, "--include-log-monitor=false", *options], wrapper, environment)
         self.nodes.append(node)
         # One after the other: at the same moment two nodes of a machine choose the same names for their sockets.
         return node.start()
