@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, free_port
 from hypothesis import HealthCheck, settings
+from raynodes import RayCluster
 
 from gaudi_batch.output import lease
 from gaudi_batch.output.lease import LeaseKeeper
@@ -110,25 +111,14 @@ def prompts(write_prompts: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray cluster of four cards for the tests that kill nothing but their own cards; yields its address."""
-    with ray_cluster({"num_cpus": 4, "resources": {"HPU": 4}}) as address:
-        yield address
-
-
-@contextlib.contextmanager
-def ray_cluster(*nodes: dict[str, Any]) -> Iterator[str]:
-    """Starts the processes of a Ray cluster, the first node its head, and yields its address."""
-    from ray.cluster_utils import Cluster
-
-    small = {"object_store_memory": 100 * 1024**2, "include_dashboard": False}
-    started = Cluster(initialize_head=True, head_node_args=nodes[0] | small)
+    head = ("--num-cpus", "4", "--resources", '{"HPU": 4}')
+    started = RayCluster(tmp_path_factory.mktemp("cluster"), head, system_config={})
     try:
-        for node in nodes[1:]:
-            started.add_node(**node, object_store_memory=100 * 1024**2)
-        yield started.address
+        yield started.start().address
     finally:
-        started.shutdown()
+        started.stop()
 
 
 @contextlib.contextmanager

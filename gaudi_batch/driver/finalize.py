@@ -24,6 +24,7 @@ from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.tally import FILES, CommitTotals, stop_lines
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.verify import verify
+from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ def verify_images(run: Run) -> None:
         log.info("%s", line)
     if report.broken:
         raise RunStopped(
-            f"{len(report.missing)} images are missing and {len(report.torn)} are torn; the same command with"
-            " --repair makes them again"
+            f"missing: {counted(len(report.missing), 'image')}, torn: {counted(len(report.torn), 'image')}; the same"
+            " command with --repair makes them again"
         )
 
 

@@ -16,6 +16,7 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.verify import verify
 from gaudi_batch.plan import Shard
+from gaudi_batch.text import counted
 
 if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
@@ -102,7 +103,8 @@ def repair(run: Run) -> None:
         job = run.job
         added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, job.config.shard_size)
         count = len(report.broken)
-        log.info("%d rows with missing or torn images are made again, in %d new shards", count, len(added))
+        rows = counted(count, "row with missing or torn images", "rows with missing or torn images")
+        log.info("to make again: %s, in %s", rows, counted(len(added), "new shard"))
         run.add(added)
 
 
@@ -112,9 +114,9 @@ def retry_failed_rows(run: Run) -> None:
     all_failed = failed_rows(run.ledger.commits())
     if all_failed.hopeless:
         log.info(
-            "%d failed rows can't be run whatever is tried, as what they ask for is against the rules; `error` in"
+            "%s can't be run whatever is tried: what the data asks for is against the rules; `error` in"
             " manifest.parquet says why",
-            all_failed.hopeless,
+            counted(all_failed.hopeless, "failed row"),
         )
     committed = set(run.ledger.committed_shards())
     pending = latest_shards_of_rows([shard for shard in run.plan if shard.number not in committed], job.dataset)
@@ -123,5 +125,5 @@ def retry_failed_rows(run: Run) -> None:
         log.info("no failed row is left to run again")
         return
     added = plan_rerun(failed, {}, run.plan, job.dataset, job.config.shard_size)
-    log.info("%d failed rows are run again, in %d new shards", len(failed), len(added))
+    log.info("to run again: %s, in %s", counted(len(failed), "failed row"), counted(len(added), "new shard"))
     run.add(added)

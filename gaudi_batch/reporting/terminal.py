@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gaudi_batch.reporting.console import LossyStream
-from gaudi_batch.text import OneLineFormatter, duration
+from gaudi_batch.text import OneLineFormatter, counted, duration
 
 LINE_INTERVAL_S = 10.0
 """How often a plain line says how far the run is."""
@@ -58,7 +58,7 @@ class Progress:
         waits = "" if self.waits_for is None else f"; waits for {self.waits_for}"
         return (
             f"{self.images}/{self.images_total} images, {rate} images/s, {self.cards_ready}/{self.cards} cards,"
-            f" {self.failed_rows} failed rows, {duration(self.seconds_left)} left{waits}"
+            f" {counted(self.failed_rows, 'failed row')}, {duration(self.seconds_left)} left{waits}"
         )
 
 

@@ -12,6 +12,7 @@ from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
 from gaudi_batch.scheduling.dispatch import Dispatch
 from gaudi_batch.scheduling.failures import ShardFailures
 from gaudi_batch.scheduling.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
+from gaudi_batch.text import counted
 
 ALL_FAILED_ROWS = 200
 """A run in which this many rows failed in the pipeline and none was made stops: the job is wrong, not the rows."""
@@ -145,7 +146,9 @@ class RunState:
         """Stops the run if too many rows have failed."""
         limit = self.rules.max_failed
         if limit is not None and self.failed_rows > (limit if isinstance(limit, int) else limit * self.total_rows):
-            self.stop(f"{self.failed_rows} rows failed, more than max_failed ({limit}); a larger one goes on")
+            self.stop(
+                f"{counted(self.failed_rows, 'row')} failed, more than max_failed ({limit}); a larger one goes on"
+            )
         elif self.raised_rows >= ALL_FAILED_ROWS and self.failed_rows == self.done_rows:
             self.stop(f"the first {self.raised_rows} rows that were tried all failed")
 

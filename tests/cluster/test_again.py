@@ -95,7 +95,7 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     torn = output / paths[90]["path"]
     torn.write_bytes(torn.read_bytes()[:-7])
     (output / "images/stranger.png").write_bytes(b"who is this")
-    with pytest.raises(RunStopped, match=r"1 images are missing and 1 are torn.*--repair"):
+    with pytest.raises(RunStopped, match=r"missing: 1 image, torn: 1 image; .*--repair"):
         make([], verify=True)
     found = json.loads((output / "verify.json").read_text())
     assert (found["missing"], found["torn"]) == ([paths[20]["path"]], [paths[90]["path"]])

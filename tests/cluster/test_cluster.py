@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import free_port, read_manifest
-from raynodes import RAY, RayCluster, descendants
+from raynodes import RAY, RayCluster, descendants, wait_for_card
 
 from gaudi_batch import JobConfig
 from gaudi_batch.cluster import devices
@@ -94,6 +94,12 @@ def wait_until(condition: Callable[[], Any], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def wait_for_progress(output: Path) -> None:
+    """Waits until the driver has reported once more."""
+    before = (output / "progress.json").stat().st_mtime_ns
+    wait_until(lambda: (output / "progress.json").stat().st_mtime_ns > before)
 
 
 def end(driver: subprocess.Popen[str], code: int = 3) -> str:
@@ -237,7 +243,8 @@ def test_a_job_that_loses_all_its_nodes_goes_on_with_the_next(
     wait_until(lambda: commits(output) >= 6)
     first.kill()
     broken.kill()
-    time.sleep(10)
+    wait_until(lambda: len(nodes.alive()) == 1)
+    wait_for_progress(output)
     assert driver.poll() is None
     add_cards(nodes, 2)
     log = end(driver)
@@ -255,7 +262,7 @@ def test_a_node_of_which_nothing_works_is_asked_for_again(
     driver = start_job(nodes, dataset, output, "--max-cards", "2", *bad, "--simulated.batch-seconds", "0.2")
     faults = output / "progress.json"
     wait_until(lambda: faults.exists() and faults.read_text().count('"quarantined"') >= 2)
-    time.sleep(5)
+    wait_for_progress(output)
     assert driver.poll() is None
     add_cards(nodes, 2, HABANA_VISIBLE_MODULES="6,7")
     assert end(driver).count("is quarantined") == 2
@@ -265,12 +272,12 @@ def test_a_node_of_which_nothing_works_is_asked_for_again(
 def test_a_node_that_is_drained_while_its_cards_load_gets_no_shard(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    nodes.add("--num-cpus=1", '--resources={"HPU": 1, "spot": 1}')
-    add_cards(nodes, 1)
+    both = [nodes.add("--num-cpus=1", '--resources={"HPU": 1, "spot": 1}'), add_cards(nodes, 1)]
     nodes.wait_for(3)
     output = tmp_path / "out"
     driver = start_job(nodes, dataset, output, "--simulated.load-seconds", "12", "--simulated.batch-seconds", "0.5")
-    time.sleep(5)
+    for node in both:
+        wait_for_card(node)
     drain_spot_node(nodes)
     log = end(driver)
     assert content(output) == undisturbed

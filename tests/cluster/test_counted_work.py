@@ -183,7 +183,7 @@ def test_failed_rows_are_run_again_but_those_whose_own_data_is_bad(
     assert (code, left) == (3, {row: failed[row] for row in (3, 8, 40)})
     said = capsys.readouterr().err
     assert "3 failed rows can't be run whatever is tried" in said
-    assert "2 failed rows are run again, in 1 new shards" in said
+    assert "to run again: 2 failed rows, in 1 new shard" in said
     assert len(list((tmp_path / "out/manifest").iterdir())) == len(shards) + 1
     assert run("--retry-failed") == (3, left)
     assert "no failed row is left to run again" in capsys.readouterr().err

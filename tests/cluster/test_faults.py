@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
 from ray.util import placement_group_table, remove_placement_group
+from raynodes import follow
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
 from gaudi_batch.output.ledger import Ledger
@@ -239,7 +240,7 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
 ) -> None:
     output = tmp_path / "out"
     slow = "from gaudi_batch.cli import main; from gaudi_batch.driver import finalize; import sys, time;"
-    slow += " finalize.verify = lambda *_: time.sleep(100);"
+    slow += " finalize.verify = lambda *_: print('verifying', file=sys.stderr, flush=True) or time.sleep(100);"
     command = (
         *job(prompts, output, cluster),
         *("--simulated.batch-seconds", "0.01", "--verify"),
@@ -250,11 +251,7 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + 60
-    while not (output / "summary.json").exists():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    time.sleep(0.5)
+    assert follow(driver, "^verifying$")
     driver.send_signal(signal.SIGTERM)
     _, said = driver.communicate(timeout=20)
     assert driver.returncode == 130, said
@@ -335,7 +332,7 @@ def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: s
     driver = start_driver(*command, "--simulated.batch-seconds", "60", "--grace", "100")
     read_progress(output)
     driver.send_signal(signal.SIGINT)
-    time.sleep(1)
+    assert follow(driver, "once more stops at once")
     driver.send_signal(signal.SIGINT)
     _, said = driver.communicate(timeout=20)
     assert driver.returncode == 130, said

@@ -13,37 +13,23 @@ from pathlib import Path
 
 import pytest
 from helpers import read_manifest
-from ray.cluster_utils import Cluster
-
-QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-"""How soon Ray takes a node that does not answer for dead; by its own settings after half a minute."""
+from raynodes import QUICK, RayCluster
 
 
 @pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    """A head without cards and two nodes with one each."""
-    small = {"object_store_memory": 100 * 1024**2, "num_cpus": 1}
-    head = small | {"include_dashboard": False, "_system_config": QUICK | {"health_check_timeout_ms": 1000}}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+def nodes(tmp_path: Path) -> Iterator[RayCluster]:
+    """A head without cards."""
+    cluster = RayCluster(tmp_path / "cluster", system_config=QUICK | {"health_check_timeout_ms": 1000})
     try:
-        for _ in range(2):
-            cluster.add_node(**small, resources={"HPU": 1})
-        yield cluster
+        yield cluster.start()
     finally:
-        cluster.shutdown()
+        cluster.stop()
 
 
-def processes_of(raylet: int) -> list[int]:
-    """A raylet and its workers."""
-    found = [raylet]
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int(entry.joinpath("stat").read_text().rpartition(")")[2].split()[1]) == raylet:
-                found.append(int(entry.name))
-    return found
-
-
-def test_a_card_taken_for_dead_that_comes_back_changes_nothing(nodes: Cluster, prompts: Path, tmp_path: Path) -> None:
+def test_a_card_taken_for_dead_that_comes_back_changes_nothing(
+    nodes: RayCluster, prompts: Path, tmp_path: Path
+) -> None:
+    lost, _ = [nodes.add("--num-cpus=1", '--resources={"HPU": 1}') for _ in range(2)]
     output = tmp_path / "out"
     command = (
         *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", nodes.address),
@@ -56,8 +42,8 @@ def test_a_card_taken_for_dead_that_comes_back_changes_nothing(nodes: Cluster, p
     while len(list(output.glob("manifest/*.parquet"))) < 3:
         assert time.monotonic() < until
         time.sleep(0.05)
-    lost = processes_of(next(iter(nodes.worker_nodes)).all_processes["raylet"][0].process.pid)
-    for pid in lost:
+    stopped = lost.processes()
+    for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
         said = []
@@ -67,7 +53,7 @@ def test_a_card_taken_for_dead_that_comes_back_changes_nothing(nodes: Cluster, p
             if "left with its node" in line:
                 break
     finally:
-        for pid in lost:
+        for pid in stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
     said.append(driver.stderr.read())

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from helpers import command_line, read_manifest
-from ray.cluster_utils import Cluster
 from ray.util.placement_group import remove_placement_group
+from raynodes import RayCluster
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
 from gaudi_batch.cli.demo import PROMPTS, demo
@@ -96,15 +96,15 @@ def test_one_good_card_is_enough_to_start_a_run_afresh(prompts: Path, output: Pa
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[str]:
+def two_nodes(tmp_path: Path) -> Iterator[str]:
     """The address of a cluster of two nodes with four cards each."""
-    node: dict[str, Any] = {"resources": {"HPU": 4}, "object_store_memory": 100 * 1024**2}
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    node = ("--num-cpus=1", '--resources={"HPU": 4}')
+    cluster = RayCluster(tmp_path / "cluster", node)
     try:
-        cluster.add_node(**node)
+        cluster.start().add(*node)
         yield cluster.address
     finally:
-        cluster.shutdown()
+        cluster.stop()
 
 
 def test_a_bad_node_is_not_tried_card_after_card_while_another_has_some(two_nodes: str) -> None:

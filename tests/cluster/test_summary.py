@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
-from ray.cluster_utils import Cluster
 from raynodes import RayCluster
 
 from gaudi_batch import JobConfig, run
@@ -124,32 +123,28 @@ def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Pat
     assert again["drivers"] == summary["drivers"], "a driver that makes nothing adds nothing to the time"
 
 
-QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-"""How soon Ray takes a node that does not answer for dead; by its own settings after half a minute."""
-NODE = {"object_store_memory": 100 * 1024**2, "num_cpus": 1}
-
-
 @pytest.fixture
-def nodes() -> Iterator[Cluster]:
+def nodes(tmp_path: Path) -> Iterator[RayCluster]:
     """A cluster that has a head without cards."""
-    nodes = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "_system_config": QUICK})
+    cluster = RayCluster(tmp_path / "cluster")
     try:
-        yield nodes
+        yield cluster.start()
     finally:
-        nodes.shutdown()
+        cluster.stop()
 
 
 def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rate(
-    nodes: Cluster, prompts: Path, tmp_path: Path
+    nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    lost = nodes.add_node(**NODE, resources={"HPU": 1})
+    hpu = ("--num-cpus=1", '--resources={"HPU": 1}')
+    lost = nodes.add(*hpu)
     driver = subprocess.Popen(
         [sys.executable, "-m", "gaudi_batch", *job(prompts, output, nodes.address)], stderr=subprocess.DEVNULL
     )
     wait_for_commits(output, 4)
-    nodes.remove_node(lost, allow_graceful=False)
-    nodes.add_node(**NODE, resources={"HPU": 1})
+    lost.kill()
+    nodes.add(*hpu)
     assert driver.wait(timeout=120) == 0
     require_no_sum_of_cards_that_never_met(json.loads((output / "summary.json").read_text()))
 
