@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ from raynodes import RayCluster
 from gaudi_batch.output import lease
 from gaudi_batch.output.lease import LeaseKeeper
 
+LONGEST = {
+    "test_cluster.py",
+    "test_bad_nodes.py",
+    "test_ray_up.py",
+    "test_chaos.py",
+    "test_gaudi.py",
+    "test_emulator.py",
+}
+"""Files that take minutes."""
 CLUSTER = Path(__file__).resolve().parent / "cluster"
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
@@ -38,10 +48,12 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs Ray."""
+    """Marks what needs Ray, and puts the files that take long first: the short ones fill the end."""
     for item in items:
         if CLUSTER in item.path.parents or "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+    with_ray = Counter(item.path for item in items if item.get_closest_marker("ray"))
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -with_ray[item.path]))
 
 
 @pytest.hookimpl(trylast=True)

@@ -108,7 +108,7 @@ class RayCluster:
     """
 
     home: Path
-    head_options: Sequence[str] = ("--num-cpus", "2")
+    head_options: Sequence[str] = ("--num-cpus", "0")
     dashboard: bool = False
     system_config: dict[str, Any] = field(default_factory=lambda: QUICK)
     head_environment: dict[str, str] = field(default_factory=dict)
