@@ -1,4 +1,4 @@
-"""Which cluster a job is for, and whether this machine can be one."""
+"""Which cluster a job is for, and whether this machine can stand in for one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from gaudi_batch.redaction import redact
 
 
 def refuse_without_stack(config: JobConfig, address: str | None) -> None:
-    """Raises InputError where cards are to be used that a Ray of this machine will have, and this Python can't use
-    them."""
+    """Raises InputError if a Ray of this machine would have HPU cards that this Python can't use."""
     if config.device == "hpu" and not is_cluster(address):
         try:
             require_stack()
@@ -22,13 +21,13 @@ def refuse_without_stack(config: JobConfig, address: str | None) -> None:
 
 
 def is_cluster(address: str | None) -> bool:
-    """Whether an address, as `address_of` gives it, is that of a cluster and not of this machine."""
+    """Whether an address, as `address_of` returns it, is a cluster's and not this machine's."""
     ray = sys.modules.get("ray")
     return address not in (None, "local") or (ray is not None and ray.is_initialized())
 
 
 def address_of(address: str | None) -> str | None:
-    """The cluster that is meant: the one named, else that of RAY_ADDRESS, else None for this machine.
+    """The cluster's address: the one given, else RAY_ADDRESS, else None for this machine.
 
     Raises:
         InputError: it is named by a URL, as the Jobs API and Ray's client are, or by IPv6 without brackets.

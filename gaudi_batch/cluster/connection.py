@@ -1,4 +1,4 @@
-"""The Ray cluster: found or started, and how many cards it has."""
+"""The connection to a Ray cluster, found or started, and how many cards the cluster has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gaudi_batch.scheduling.events import Capacity
 from gaudi_batch.text import one_line
 
 OBJECT_STORE_BYTES = 200 * 1024**2
-"""Of a Ray that is started here. Images never pass through it."""
+"""Object store of a Ray that is started here. Images never pass through it."""
 VISIBLE_MODULES = "HABANA_VISIBLE_MODULES"
 HL_SMI_TIMEOUT_S = 120.0
 
@@ -46,7 +46,7 @@ class CardResources:
         return {self.name: self.amount}
 
     def on(self, node: dict[str, Any]) -> int:
-        """How many cards a node that is up, as `ray.nodes()` lists it, has in all."""
+        """How many cards a node, an entry of `ray.nodes()` that is alive, has in all."""
         return int(node["Resources"].get(self.name, 0) // self.amount)
 
 
@@ -59,7 +59,7 @@ def card_resources(job: Job) -> CardResources:
 
 
 def card_options(config: JobConfig, resources: CardResources) -> dict[str, Any]:
-    """Ray's options of the actor that is a card: what it takes, and what must be in its environment from the start."""
+    """Ray's options for the actor of a card: what it takes, and the environment that it starts in."""
     amount = {resources.name: resources.amount}
     return {
         "num_cpus": amount.pop("CPU", 0),
@@ -72,8 +72,8 @@ def card_options(config: JobConfig, resources: CardResources) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def connected(job: Job, address: str | None) -> Iterator[None]:
-    """Connects to the cluster at `address`, or starts Ray on this machine for as long as it takes; a Ray that this
-    process has connected to already is used as it is.
+    """Connects to the cluster at `address`, or starts Ray on this machine for the time being; a Ray to which this
+    process is connected already is used as it is.
 
     Raises:
         InputError: there is no cluster at the address, this machine can't have the job's cards, or another thread's run
@@ -118,13 +118,13 @@ def attached(address: str | None) -> Iterator[None]:
 
 _guard = threading.Lock()
 _connects: int | None = None
-"""The thread whose run has connected this process, or is about to; None if the application has, or nobody."""
+"""The thread whose run connects this process; None if the application has connected it, or nobody."""
 
 
 @contextlib.contextmanager
 def _the_connection() -> Iterator[bool]:
-    """Yields whether the caller is to connect; not where this process is connected. A process has one connection, so a
-    run of another thread would find it gone when the run that has made it ends."""
+    """Yields whether the caller has to connect; it has not where this process is connected already. A process has one
+    connection: a run of another thread would lose it when the run that made it ends."""
     global _connects
     me = threading.get_ident()
     with _guard:
@@ -151,7 +151,7 @@ def _started(job: Job) -> Iterator[None]:
     if job.config.device == "hpu":
         refuse_without_stack(job.config, None)
         _name_modules()
-        own = None  # Ray finds the cards
+        own = None  # Ray finds the cards by itself
     _quieten()
     with _on_loopback():
         try:
@@ -181,8 +181,8 @@ def _quieten() -> None:
 
 
 def _name_modules() -> None:
-    """Tells a Ray that is started here which modules this machine has: it would count from 0, and a share of a node may
-    have 4 to 7."""
+    """Tells a Ray that is started here the numbers of this machine's modules: it would count from 0, and a share of a
+    node may have 4 to 7."""
     if VISIBLE_MODULES in os.environ or shutil.which("hl-smi") is None:
         return
     query = ["hl-smi", "-Q", "module_id", "-f", "csv,noheader"]

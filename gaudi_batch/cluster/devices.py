@@ -1,4 +1,4 @@
-"""Which device `auto` means: hpu where there are Gaudi cards with Intel's stack beside them, else cpu."""
+"""Which device `auto` is: hpu where there are Gaudi cards and Intel's stack, else cpu."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 DEVICE_COUNT_TIMEOUT_S = 120.0
 NODES_TIMEOUT_S = 60.0
-"""How long the nodes of a cluster may take to say what cards they have; a process must start on one for that."""
+"""Seconds that nodes may take to say what cards they have, which includes the start of a process on each."""
 MAX_NODES_ASKED = 8
-"""Nodes that are asked; one that has what hpu needs is enough."""
+"""Most nodes that are asked; one that has what hpu needs is enough."""
 _COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
 
 
@@ -46,7 +46,7 @@ def with_device(config: JobConfig, address: str | None, recorded: str | None = N
 
 
 def this_machine_has_cards() -> bool:
-    """Whether Intel's stack is here and finds a card; asked in a process of its own, as this one needs no device."""
+    """Whether Intel's stack is here and finds a card; asked in a process of its own, since this one needs no device."""
     if importlib.util.find_spec("habana_frameworks") is None:
         return False
     probe = subprocess.run(

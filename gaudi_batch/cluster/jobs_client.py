@@ -1,4 +1,4 @@
-"""A cluster's Jobs API: a job sent there, its log followed, its exit code brought back."""
+"""A client of a cluster's Jobs API: submits a job, follows its log, returns its exit code."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 STOP_MARGIN_S = 15
 """Seconds that a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
 POLL_INTERVAL_S = 1.0
-"""How often a job is asked after."""
+"""Seconds between two questions for a job's state."""
 SUBMIT_TIMEOUT_S = 60.0
-"""How long a cluster that does not take a job is asked again."""
+"""Seconds for which a cluster that does not take a job is asked again."""
 SILENCE_TIMEOUT_S = 300.0
-"""How long a cluster that does not answer is asked again."""
+"""Seconds for which a cluster that does not answer is asked again."""
 ANSWER_TIMEOUT_S = 60.0
-"""How long one answer may take, and a log be silent before its job is asked after."""
+"""Seconds that one answer may take, and that a log may be silent before the job's state is asked for."""
 UPLOAD_TIMEOUT_S = 600.0
-"""How long sending a job with its code may take."""
+"""Seconds that sending a job with its code may take."""
 STOPPED_EXIT_CODE = 130
 
 
@@ -111,7 +111,7 @@ class JobsClient:
                 time.sleep(POLL_INTERVAL_S)
 
     def _is_ours(self, job: str, mark: Mapping[str, str], until: float) -> bool:
-        """Whether a job that is there is the one that was sent, and the answer to that was lost."""
+        """Whether an existing job is the one that was sent, and only the answer to that was lost."""
         while True:
             try:
                 return bool(self.info(job).metadata == mark)

@@ -1,4 +1,4 @@
-"""What Ray says of the places of cards and of their nodes."""
+"""What Ray says of cards' placement groups, actors and nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gaudi_batch.text import describe_error
 
 
 def why_died(error: Exception) -> str:
-    """What Ray says of a dead actor, without its guesses."""
+    """Ray's reason for the death of an actor, without its guesses."""
     reason = describe_error(error)
     reason = reason.partition(" Some common causes")[0]
     for mark in (
@@ -32,13 +32,14 @@ def why_died(error: Exception) -> str:
 
 
 def group_name(driver: str, number: int | str = "") -> str:
-    """What the placement group of a driver's card is called; without a number, how all of that driver's begin."""
+    """The name of the placement group of a driver's card; without a number, how the names of all of that driver's
+    groups begin."""
     return f"gaudi-batch-{driver}-{number}"
 
 
 def remove_groups_of(drivers: Collection[str]) -> None:
-    """Takes their cards from drivers that are over: one that stands still, or is cut off from storage alone, would keep
-    them, and they would write images that nobody counts."""
+    """Removes the placement groups of drivers that are over: one that stands still, or is cut off from storage alone,
+    would keep its cards, and these would write images that nobody counts."""
     prefixes = tuple(map(group_name, drivers))
     for group in placement_group_table().values():
         if prefixes and group["name"].startswith(prefixes) and group["state"] != "REMOVED":

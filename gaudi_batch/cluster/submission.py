@@ -23,9 +23,9 @@ from gaudi_batch.redaction import has_secret, redact, redacted_options
 JOB_FILE = "job.yaml"
 START_FILE = "start.py"
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""What goes into addresses and file names as it is."""
+"""An id that can be part of addresses and file names."""
 SUBMISSION_VARIABLE = "GAUDI_BATCH_SUBMISSION"
-"""In the environment of a submitted job: what a request to stop it is marked with."""
+"""Environment variable of a submitted job: the id that a request to stop it has to name."""
 TELLS = (
     "would tell; give the nodes their credentials by their environment (AWS_ACCESS_KEY_ID,"
     " GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING) or by their role"
@@ -66,7 +66,7 @@ class Submission:
 
 
 def require_portable(config: JobConfig) -> None:
-    """Refuses a job that means something on this machine alone, or has a secret that the cluster would write down.
+    """Refuses a job that means something on this machine alone, or has a secret that the cluster would record.
 
     Raises:
         InputError: a path is relative, or there is a secret in it.
@@ -113,7 +113,7 @@ class Submitted:
 
     @classmethod
     def read(cls, metadata: Mapping[str, str] | None) -> Submitted | None:
-        """From what the Jobs API has kept; None if that is of an older version, or of no submission of ours."""
+        """Reads what the Jobs API keeps; None if an older version, or something else, submitted the job."""
         try:
             kept = dict(metadata or {})
             options = json.loads(kept["storage_options"])

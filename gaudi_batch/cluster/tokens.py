@@ -1,4 +1,4 @@
-"""The token that a Ray cluster asks for: what this process's environment has of it."""
+"""The token that a Ray cluster asks for, and where this process has it from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODE, TOKEN, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 def where_token_is() -> str | None:
-    """What Ray takes a token from here: a variable or a file; None if there is none."""
+    """Where Ray takes a token from in this process: a variable or a file; None if there is none."""
     if os.environ.get(TOKEN):
         return TOKEN
     if path := os.environ.get(PATH):
@@ -21,7 +21,7 @@ def where_token_is() -> str | None:
 
 
 def what_token_lacks() -> str:
-    """What to do where a cluster asks for a token and does not take this process for one that has it."""
+    """What to do if a cluster asks for a token and refuses this process."""
     where, mode, path = where_token_is(), os.environ.get(MODE), os.environ.get(PATH)
     kept_back = mode is not None and mode.lower() != "token"
     if where and kept_back:

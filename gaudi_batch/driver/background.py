@@ -1,4 +1,4 @@
-"""What goes on beside the event loop of a driver: its tasks, and threads for what may have to wait."""
+"""The tasks of a driver's event loop, and its threads for calls that may block."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ THREADS = 4
 
 
 class Background:
-    """Tasks and threads, to be used in the thread of the event loop.
+    """Tasks and threads. All methods are called in the event loop's thread.
 
     Args:
-        failed: called with what a task raises; a task that is gone could leave the run waiting for ever.
+        failed: called with the exception that ended a task; the run could otherwise wait for that task for ever.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
         self.asking_ray_since: float | None = None
-        """Since when Ray has been asked for something, monotonic; None while it is not."""
+        """Since when a call of Ray has been going on, monotonic; None while there is none."""
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        # Not the event loop's own, whose end would wait for what never comes back.
+        # Not the event loop's own pool: closing the loop would wait for calls that never return.
         self._threads = ThreadPoolExecutor(THREADS, "driver")
         self._ray = ThreadPoolExecutor(1, "ray")
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begins a task, which ends with the run."""
+        """Begins a task that ends with the run."""
         task = self.guarded(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -51,12 +51,13 @@ class Background:
         return task
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls a function that may have to wait."""
+        """Calls a function that may block, in a thread."""
         return await self._loop.run_in_executor(self._threads, function, *arguments)
 
     def ask_ray(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """Has Ray asked for something, after all that it was to be asked before. All calls of Ray's control service are
-        made so: one that is still going on when this process leaves Ray would end the process."""
+        """Calls a function that asks Ray, in the one thread for such calls, one after the other. All calls of Ray's
+        control service are made so: a call that is still going on when this process disconnects from Ray ends the
+        process."""
 
         def call() -> T:
             self.asking_ray_since = time.monotonic()
@@ -68,7 +69,7 @@ class Background:
         return self._loop.run_in_executor(self._ray, call)
 
     def tell_ray(self, function: Callable[..., None], *arguments: Any) -> None:
-        """The same for what gives no answer that anybody waits for."""
+        """The same for a call whose answer nobody needs."""
 
         async def wait() -> None:
             await answer
@@ -82,16 +83,16 @@ class Background:
             task.cancel()
 
     async def close_ray(self, function: Callable[[], None], timeout: float) -> None:
-        """Has Ray asked for one last thing.
+        """Makes the last call of Ray.
 
         Args:
-            function: asks for it.
-            timeout: seconds that it is waited for.
+            function: makes it.
+            timeout: seconds to wait for it.
         """
         closed = asyncio.wrap_future(self._ray.submit(function))
         self._ray.shutdown(wait=False)
         await asyncio.wait([closed], timeout=timeout)
 
     def shut_down(self) -> None:
-        """Ends the threads, without a wait for those that are still at something."""
+        """Ends the threads without waiting for calls that are still going on."""
         self._threads.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Calls of a card's actor that are made until there is an answer, or the card is gone."""
+"""Calls of a card's actor, repeated until it answers or is gone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gaudi_batch.driver.slot import Slot
 from gaudi_batch.scheduling.decisions import ShardTask
 
 RETRY_INTERVAL_S = 1.0
-"""Between two calls of an actor that can't be reached for the moment."""
+"""Seconds between two calls of an actor that can't be reached."""
 
 
 async def send(slot: Slot, actor: Any, task: ShardTask) -> None:
@@ -21,18 +21,18 @@ async def send(slot: Slot, actor: Any, task: ShardTask) -> None:
             try:
                 return await actor.assign.remote(slot.name, task)  # type: ignore[no-any-return]
             except ActorUnavailableError:
-                # It may have arrived or not; a card takes the same attempt once.
+                # It may have arrived or not; a card takes an attempt once, however often it is sent.
                 await asyncio.sleep(RETRY_INTERVAL_S)
             except RayError:
                 return None
 
 
 async def ask_back(actor: Any, attempt: str) -> bool | None:
-    """Asks for a shard back; returns whether the card gives it, or None if the card is gone."""
+    """Asks a card to give a shard back; returns whether it does, or None if the card is gone."""
     while True:
         try:
             return bool(await actor.recall.remote(attempt))
         except ActorUnavailableError:
-            await asyncio.sleep(RETRY_INTERVAL_S)  # a card answers the same again
+            await asyncio.sleep(RETRY_INTERVAL_S)  # a card gives the same answer again
         except RayError:
             return None

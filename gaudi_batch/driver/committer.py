@@ -1,4 +1,4 @@
-"""The records of shards that are made: committed, dropped, or kept until it is known which."""
+"""The records of finished shards: each is kept until the schedule has it committed or dropped."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 COMMIT_THREADS = 8
 COMMIT_TIMEOUT_S = 5.0
-"""How long the end of a run waits for commits that have been begun."""
+"""Seconds that the end of a run waits for commits under way."""
 PROBE_BYTES = 1 << 20
-"""About as large as an image, so that a disk which has no room for one has none for this."""
+"""About as large as an image: a disk without room for an image has none for the probe either."""
 
 
 class Committer:
@@ -43,7 +43,7 @@ class Committer:
         self._under_way: set[asyncio.Task[None]] = set()
 
     def keep(self, done: Done) -> None:
-        """A card has made a shard."""
+        """Keeps the record of a shard that a card has finished."""
         self._records[done.attempt] = done
 
     def discard(self, attempt: str) -> None:
@@ -52,12 +52,12 @@ class Committer:
         del self._records[attempt]
 
     def begun(self, commit: asyncio.Task[None]) -> None:
-        """A task that commits has begun; it can't be taken back."""
+        """Notes a task that commits; a commit under way can't be taken back."""
         self._under_way.add(commit)
         commit.add_done_callback(self._under_way.discard)
 
     async def commit(self, attempt: str) -> int:
-        """Puts the manifest of an attempt, unless another driver has committed the shard; returns the shard's number.
+        """Writes the manifest of an attempt unless another driver has committed the shard; returns the shard's number.
 
         Raises:
             LeaseLost: another driver has taken over.
@@ -84,14 +84,15 @@ class Committer:
         Args:
             wait: whether those that have been begun are waited for, for COMMIT_TIMEOUT_S.
         """
-        # A thread that commits goes on whatever becomes of its task.
+        # The thread of a commit goes on even if its task is cancelled.
         if self._under_way and wait:
             await asyncio.wait(self._under_way, timeout=COMMIT_TIMEOUT_S)
         self._pool.shutdown(wait=False)
 
 
 def check_storage(ledger: Ledger, prompts: PromptDataset, shard: Shard, driver: str) -> str | None:
-    """Finds out whether storage fails for this process, too, as a card says it does: at all, or at a shard's rows.
+    """Checks a card's claim that storage fails: this process writes to the output and reads the rows of the card's
+    shard.
 
     Args:
         ledger: the output's records.
@@ -106,7 +107,7 @@ def check_storage(ledger: Ledger, prompts: PromptDataset, shard: Shard, driver: 
         StorageError: storage fails.
     """
     output = ledger.storage
-    # Named as this driver's attempts are, so that it is removed with what these leave behind.
+    # The name begins with this driver's prefix, so that the probe is removed with what its attempts leave behind.
     probe = f"images/{attempt_name(shard.number, f'{driver}0')}"
     output.once().put(f"{probe}/probe", bytes(PROBE_BYTES))
     with contextlib.suppress(StorageError):

@@ -1,4 +1,4 @@
-"""The way to the cluster of a run: found out early whether there is one, and connected to when a card is needed."""
+"""The connection to a run's cluster: checked early, made when the run needs a card."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REACH_TIMEOUT_S = 10.0
 
 
 def check_reachable(address: str) -> None:
-    """Finds out at once what takes Ray minutes: that nobody listens. Raises InputError."""
+    """Raises InputError if nothing listens at the address; Ray itself takes minutes to say so."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "//" not in host:
         try:
@@ -37,8 +37,8 @@ def check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def connected_early(config: JobConfig, address: str | None, device: str | None) -> Iterator[None]:
-    """Connects before the job is resolved, where the cluster has to say which device `auto` is, and keeps that
-    connection for the run.
+    """Connects before the job is resolved if the cluster has to tell which device `auto` is. The run then uses this
+    connection.
 
     Args:
         config: the job.
@@ -70,8 +70,8 @@ def _import_all() -> None:
 
 @contextlib.contextmanager
 def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Callable[[], CardResources]]:
-    """Yields what connects to the cluster at its first call, or starts Ray, and says what a card takes of it. It is
-    called before anything is written or removed that needs a card to be made good.
+    """Yields a function that returns what a card takes of the cluster; its first call connects, or starts Ray. It is
+    called before anything is written or removed that only a card can make good.
 
     Raises:
         InputError: there is no cluster, or it has no card for the job.

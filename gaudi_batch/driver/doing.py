@@ -1,4 +1,4 @@
-"""What each card is doing, for how long it has, and what takes longer than is usual."""
+"""What each card is doing, for how long, and whether that is longer than usual."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gaudi_batch.output.progress import DOING_FIELDS
 from gaudi_batch.scheduling.cards import CardState
 
 USUAL_MAX_S = 20.0
-"""What reading the rows of a shard, or one operation on storage, takes at most where all is well."""
+"""Seconds that reading a shard's rows, or one operation on storage, takes at most where all is well."""
 USUAL_FACTOR = 3.0
-"""How many times as long as is usual something takes before that is said."""
+"""Something counts as slow once it has taken this many times its usual time."""
 SOON_S = 30.0
-"""What has taken less than this is not worth a word."""
+"""Nothing that has taken less than these seconds counts as slow."""
 LIMIT_SHARE = 0.5
-"""The share of a limit that has passed before that is said, however long it usually takes."""
+"""Something counts as slow once this share of its limit has passed, whatever is usual."""
 CARDS_SHOWN = 8
 WAITS_SAID = 5
-"""Lines about what takes longer than is usual, at one look."""
+"""Lines about slow things at one look."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Doing:
     limit: float | None = None
     """Seconds after which the card is killed for it; None where there is no such limit."""
     usual: float | None = None
-    """Seconds that it usually takes at most; None where nobody knows."""
+    """Seconds that it usually takes at most; None if nobody knows yet."""
     shard: int | None = None
     bucket: str | None = None
     """Size of the batch's images, as 512x512."""
     rows: tuple[int, ...] = ()
-    """Of the batch; none where the card makes an image again to see whether it still can."""
+    """Rows of the batch; none if the card repeats an image to check itself."""
     note: str = ""
 
     @property
@@ -81,7 +81,7 @@ def _numbers(rows: Sequence[int]) -> str:
 
 
 def doings_of(status: CardStatus, since_seen: float, rules: PhaseRules) -> list[Doing]:
-    """What a card is at, by its last answer: what its device does, or waits for, comes first.
+    """What a card is doing, by its last answer; what its device does, or waits for, comes first.
 
     Args:
         status: the answer.
@@ -112,7 +112,7 @@ def doings_of(status: CardStatus, since_seen: float, rules: PhaseRules) -> list[
 
 
 def doings(slot: Slot, state: CardState, now: float, rules: PhaseRules) -> list[Doing]:
-    """What the card of a slot is at; empty where it has no part in the run.
+    """What the card of a slot is doing; empty if it has no part in the run.
 
     Args:
         slot: the slot.
@@ -135,8 +135,8 @@ def doings(slot: Slot, state: CardState, now: float, rules: PhaseRules) -> list[
 
 
 def card_lines(cards: Mapping[str, Sequence[Doing]]) -> list[str]:
-    """What the cards are at, by their names: a line for each of `CARDS_SHOWN` at most, those nearest to their limits
-    where there are more, and one for all others."""
+    """What the cards are doing, by their names: a line for each of at most `CARDS_SHOWN` cards, the nearest to their
+    limits first, and one line for all others."""
     busy = {name: current for name, current in cards.items() if current}
     names = list(busy)
     if len(names) > CARDS_SHOWN:
@@ -149,7 +149,7 @@ def card_lines(cards: Mapping[str, Sequence[Doing]]) -> list[str]:
 
 
 def describe_doings(current: Sequence[Doing]) -> str:
-    """What a card is at: the first thing, and others that take longer than is usual."""
+    """What a card is doing: its first activity, and others that are slow."""
     return "; ".join(str(doing) for place, doing in enumerate(current) if place == 0 or doing.unusual)
 
 
@@ -174,13 +174,13 @@ def waits_for(cards: Iterable[Sequence[Doing]], ready: int, storage_s: float, ne
 
 
 class Watch:
-    """Says unasked what takes longer than is usual: once, and again when it has taken twice as long."""
+    """Reports slow things: once, and again each time they have taken twice as long."""
 
     def __init__(self) -> None:
         self._next: dict[tuple[Any, ...], float] = {}
 
     def due(self, cards: Mapping[str, Sequence[Doing]]) -> list[str]:
-        """Lines of what is to be said now, `WAITS_SAID` and one at most, of what takes longest first.
+        """The lines to log now: at most `WAITS_SAID` and one more, the slowest first.
 
         Args:
             cards: what each card is at, by its name.
@@ -190,7 +190,7 @@ class Watch:
         for name, at in cards.items():
             for doing in at:
                 if doing.phase == "waiting":
-                    continue  # said of all of them together
+                    continue  # one line for all of them
                 key = (name, doing.phase, doing.shard, doing.rows)
                 self._next[key] = before.get(key, doing.threshold)
                 if doing.seconds >= self._next[key]:

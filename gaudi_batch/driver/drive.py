@@ -1,4 +1,4 @@
-"""Has the missing shards of a run made: from what is committed to a schedule, its driver, and how that ended."""
+"""Makes the missing shards of a run: builds the schedule, runs the driver, says how it ended."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
 
 def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
     job, config, tally = run.job, run.job.config, committed.tally
-    # Rows that are about to be run again have neither been made nor failed.
+    # Rows that will run again count neither as made nor as failed.
     undecided = [shard for shard in missing if shard.is_rerun]
     rows = RowCounts(
         run.info.rows,
@@ -80,7 +80,7 @@ def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
 
 
 def _failed_without_running(run: Run, missing: list[Shard]) -> dict[int, dict[int, str]]:
-    """Rows of shards whose manifests were lost, which a later shard makes again."""
+    """Rows that a shard whose manifest was lost leaves to a later shard, with the error recorded for them."""
     failed: dict[int, dict[int, str]] = {}
     latest_shard_of_row = run.latest_shard_of_row
     rows = sorted(latest_shard_of_row)

@@ -1,4 +1,4 @@
-"""The end of a run: what is committed is counted, what is left over is removed, and summary.json says how it went."""
+"""The end of a run: counts what is committed, removes what is left over, writes summary.json."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from gaudi_batch.text import counted
 log = logging.getLogger(__name__)
 
 DRIVER_NAME_LENGTH = 5
-"""Letters that a driver is named by; each of its attempts begins with them."""
+"""Letters of a driver's name; the names of its attempts begin with it."""
 
 
 def sum_up(run: Run, tally: CommitTotals, ended: Ended) -> RunResult:
-    """Writes the summary of a run, whose making of images has ended.
+    """Writes the summary of a run that makes no more images.
 
     Args:
         run: the run.
@@ -52,7 +52,7 @@ def sum_up(run: Run, tally: CommitTotals, ended: Ended) -> RunResult:
     except StorageError as error:
         if reason is None:
             raise
-        # Why the run stopped is worth more than that its end can't be written down either.
+        # A run that stopped reports why it stopped; that its summary can't be written is only a warning.
         log.warning("summary.json is not up to date: %s", error)
     else:
         for line in stop_lines(summary) if reason is not None else ():
@@ -80,8 +80,8 @@ def verify_images(run: Run) -> None:
 
 
 def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]:
-    """Counts what storage has of a run, removes what nobody needs, joins the manifests of a run that is complete, and
-    writes summary.json; returns what that says.
+    """Counts what storage has of a run, removes leftovers, joins the manifests of a complete run, and writes
+    summary.json; returns its content.
 
     Args:
         run: the run.
@@ -90,15 +90,15 @@ def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]
     """
     ledger = run.ledger
     ledger.ensure_held()
-    # A manifest may land while the others are read; what was in doubt before that stays in doubt.
+    # A manifest may land while the others are read: an attempt that was in doubt before stays in doubt.
     in_doubt = frozenset(ledger.in_doubt)
-    # What is committed is what storage says: another driver may have committed, too.
+    # Storage decides what is committed: another driver may have committed, too.
     committed = _count(run, tally.emptied())
     lost = sorted(tally.attempts.keys() - committed.tally.attempts.keys())
     tally = committed.tally
     reason = ended.reason or _why_incomplete(run, tally, lost)
     if not lost:
-        # What a driver that is taken for dead left is safe to remove only when nothing is left to commit.
+        # Files of a driver that counts as dead are safe to remove only when no shard is left to commit.
         removable = {run.lease.driver} if reason else run.lease.past_holders | {run.lease.driver}
         remove_orphans(
             ledger,
@@ -124,7 +124,7 @@ def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]
 
 
 def _count(run: Run, tally: CommitTotals) -> Committed:
-    """Reads all manifests again."""
+    """Counts the commits by reading all manifests again."""
     in_place = set(run.ledger.committed_shards())
     latest_shard_of_row = latest_shards_of_rows(
         [shard for shard in run.plan if shard.number in in_place], run.job.dataset
@@ -146,7 +146,7 @@ def _why_incomplete(run: Run, tally: CommitTotals, lost: list[int]) -> str | Non
 
 
 def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
-    """Joins the manifests of a run that is complete; returns what the whole has in place of the sum of its parts."""
+    """Joins the manifests of a complete run; returns the totals of the joined manifest."""
     job, repeated = run.job, RepeatedIds()
 
     def look_at_ids(table: pa.Table) -> None:
@@ -160,7 +160,7 @@ def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _times(run: Run, tally: CommitTotals, ended: Ended, images: int) -> dict[str, Any]:
-    """The times of a run, by those of its drivers."""
+    """The times of a run, from those of its drivers."""
     spans = [span for span in read_spans(run.ledger) if span.driver != run.lease.driver]
     spans += [ended.watch.span(ended.card_s)] if ended.watch else []
     drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()}

@@ -1,7 +1,7 @@
-"""The cards of a run in the cluster: their places, their processes, and what these say.
+"""The cards of a run in the cluster: their places, their processes, and what the processes report.
 
-Each card process has a task that polls it for what has happened; that becomes events of the schedule. Whatever Ray's
-control service is asked for leaves the event loop for a thread.
+A task polls each process; what it reports becomes events of the schedule. Calls of Ray's control service run in a thread
+beside the event loop.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from gaudi_batch.scheduling.schedule import Schedule
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
-"""How long a card waits for something to happen before it answers; grows with the number of cards."""
+"""Seconds after which a card with nothing to report answers a poll; grows with the number of cards."""
 CARDS_PER_POLL_SECOND = 100
 CLUSTER_INTERVAL_S = 2.0
-"""How often the cluster is asked what it has."""
+"""Seconds between two looks at what the cluster has."""
 MIN_PLACE_INTERVAL_S = 0.2
-"""How often it is asked at most for the places that it has given."""
+"""Least number of seconds between two questions which slots have their places."""
 PLACE_SHARE = 0.1
-"""How much longer the last new slot may wait before it is known that it has its place, as a share of its waiting."""
+"""The next question waits for this share of the time that the newest slot has waited."""
 FIRST_WAIT_LINE_S = 30.0
-"""When it is said first that cards wait for the cluster; each time after that, when they have waited twice as long."""
+"""Seconds until the log says that cards wait for the cluster; it says so again after twice as long."""
 DEPARTURE_TIMEOUT_S = 3.0
-"""How much later than a card the cluster may notice the end of its node."""
+"""Seconds that the cluster may take to notice the end of a node after that of its card."""
 NODE_INTERVAL_S = 0.5
-"""How often it is asked for that meanwhile."""
+"""Seconds between two questions for that."""
 CLOSE_TIMEOUT_S = 30.0
-"""How long the end of a run waits for Ray to take the places of its cards back."""
+"""Seconds that the end of a run waits for Ray to take back the places of its cards."""
 
 
 @dataclass(frozen=True)
 class CardsOfRun:
-    """What the cards of a run are, before there is one."""
+    """What all cards of a run have in common."""
 
     setup: CardSetup
     """The job, as each card gets it."""
@@ -98,14 +98,14 @@ class Fleet:
     # -- the cluster --------------------------------------------------------------------------------------------
 
     async def follow_cluster(self) -> None:
-        """Says again and again what the cluster has."""
+        """Tells the schedule again and again what the cluster has."""
         while True:
             capacity = await self._background.ask_ray(self._look_at_cluster)
             self._tell(events.ClusterSeen(capacity, time.monotonic()))
             await asyncio.sleep(CLUSTER_INTERVAL_S)
 
     async def place(self) -> None:
-        """Starts the first process of each slot that the cluster has placed, and says how long others wait."""
+        """Starts the first process of each slot that the cluster has placed, and logs how long the others wait."""
         next_line = FIRST_WAIT_LINE_S
         while True:
             unplaced = self._in_states(CardState.WAITING)
@@ -136,20 +136,20 @@ class Fleet:
     # -- what the schedule decides ------------------------------------------------------------------------------
 
     def ask_for(self, decision: decisions.AskForCards) -> None:
-        """Asks the cluster for places."""
+        """Asks the cluster for cards."""
         self.slots.update({number: Slot(number) for number in decision.cards})
         self._count_slots()
         self._background.tell_ray(self._places.create, decision.cards)
 
     def drop(self, decision: decisions.DropCards) -> None:
-        """Takes that back."""
+        """Asks for these cards no longer."""
         for number in decision.cards:
             self._background.tell_ray(self._places.remove, number)
             del self.slots[number]
         self._count_slots()
 
     def admit(self, decision: decisions.Admit) -> None:
-        """A card works from now on."""
+        """Lets a card work."""
         slot = self.slots[decision.card]
         assert slot.ready is not None
         self._progress.introduce(slot)
@@ -162,7 +162,7 @@ class Fleet:
                 log.warning("%s: %s", slot.where, note)
 
     def hold_back(self, decision: decisions.HoldBack) -> None:
-        """A card waits for the others."""
+        """Lets a card wait for the others."""
         where = self.slots[decision.card].where
         log.warning("%s waits for what the other cards have: %s", where, decision.reason)
 
@@ -179,14 +179,14 @@ class Fleet:
         self._kill(slot)
 
     def release(self, decision: decisions.Release) -> None:
-        """Gives the place of a card back whose node leaves."""
+        """Gives back the place of a card whose node leaves."""
         slot = self.slots[decision.card]
         log.info("%s is released, as its node leaves", slot.where)
         self._kill(slot)
         self._give_back(slot)
 
     def give_back(self, decision: decisions.GiveBack) -> None:
-        """Gives the place of a card back whose node has gone."""
+        """Gives back the place of a card whose node has gone."""
         slot = self.slots[decision.card]
         log.warning("%s left with its node", slot.where)
         self._give_back(slot)
@@ -206,7 +206,7 @@ class Fleet:
             self._tell(events.RecallAnswered(attempt, given_back))
 
     def fault(self, number: int, error: str, *, quiet: bool = False) -> None:
-        """A card failed.
+        """Notes that a card failed.
 
         Args:
             number: which.
@@ -228,7 +228,7 @@ class Fleet:
         slot.starting = self._background.spawn(self.begin(slot))
 
     async def begin(self, slot: Slot) -> None:
-        """Has a process started, and listens to it."""
+        """Starts a process in a slot, and polls it from then on."""
         try:
             slot.actor = await self._background.ask_ray(self._places.start, slot.number)
         except RayError as error:
@@ -257,7 +257,7 @@ class Fleet:
             self.rules.times.learn(report.status)
             for number, message in report.events:
                 acknowledged = number
-                if slot.actor is actor:  # an event may have it replaced
+                if slot.actor is actor:  # an event may have replaced the process
                     self._take(slot, message)
 
     def _take(self, slot: Slot, message: Message) -> None:
@@ -280,10 +280,10 @@ class Fleet:
             self._tell(message)
 
     def introduce(self, slot: Slot, ready: Ready) -> None:
-        """A card's process has loaded."""
+        """Notes what a card's process says of itself once it has loaded."""
         before = slot.ready
         if before is None or (before.node_id, before.module) != (ready.node_id, ready.module):
-            # Ray may have moved its place to another node meanwhile.
+            # Ray may have moved the place to another node meanwhile.
             slot.name = card_name(slot, ready, self.slots.values())
         slot.ready, slot.node_id, slot.up = ready, ready.node_id, True
         loaded = events.LoadedCard(
@@ -305,7 +305,7 @@ class Fleet:
         self._tell(events.CardDied(slot.number, redact(reason), slow))
 
     async def _node_went(self, slot: Slot, error: Exception) -> bool:
-        """Whether a card died with its node, whose end may be noticed after that of its processes."""
+        """Whether a card died because its node did, which the cluster may notice later."""
         until = time.monotonic() + DEPARTURE_TIMEOUT_S
         while not await self._background.ask_ray(node_is_gone, slot.node_id, error):
             if time.monotonic() > until or self._state(slot) is CardState.LEAVING:
@@ -342,7 +342,7 @@ class Fleet:
                 self._background.tell_ray(self._places.kill, slot.number)
 
     def doings(self) -> dict[str, list[Doing]]:
-        """What each card is at, by its label."""
+        """What each card is doing, by its label."""
         now = time.monotonic()
         return {slot.label: doings(slot, self._state(slot), now, self.rules) for slot in self.slots.values()}
 

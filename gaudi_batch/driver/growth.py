@@ -1,4 +1,4 @@
-"""Whether a job may go on with a run that is there, and a run that gets more rows.
+"""Whether a job may go on with an existing run, and how a run gets more rows.
 
 A run belongs to a job by its fingerprint. Two things may change: where the prompts and the model lie, as long as they
 are the same bytes, and how many rows there are, as long as none of those that the run has moves.
@@ -25,12 +25,12 @@ from gaudi_batch.plan import Shard
 from gaudi_batch.text import one_line, short_repr
 
 BY_HAND = ("files", "limit", "model", "model_revision")
-"""Fields of a fingerprint that need not be the same, each for its own reason."""
+"""Fields of a fingerprint that may differ, each for its own reason."""
 SHA256_DIGITS = 64
 
 
 def differences(run: RunInfo, job: Job) -> list[str]:
-    """Why a job can't go on with the run that an output belongs to, a line a field; none if it can."""
+    """Why a job can't go on with the run in its output, a line for each field; none if it can."""
     before, now = run.fingerprint, job.fingerprint()
     lines = [
         f"{one_line(name)}: was {short_repr(before.get(name))}, is {short_repr(now.get(name))}"
@@ -49,7 +49,7 @@ def differences(run: RunInfo, job: Job) -> list[str]:
 
 
 def why_not_resumed(ledger: OutputReader, run: RunInfo, job: Job) -> str | None:
-    """Why a job can't go on with the run in an output, a sentence with the ways out; None if it can."""
+    """Why a job can't go on with the run in its output, in one sentence with the ways out; None if it can."""
     different = differences(run, job)
     if not different:
         return _other_columns(ledger, job) if _added_files(run, job) else None
@@ -60,17 +60,17 @@ def why_not_resumed(ledger: OutputReader, run: RunInfo, job: Job) -> str | None:
 
 
 def adds_to(run: RunInfo, job: Job) -> bool:
-    """Whether a job that may go on with a run has rows, or files, that the run has not yet."""
+    """Whether the job has rows or files that its run does not have yet."""
     return job.total_rows > run.rows or bool(_added_files(run, job))
 
 
 def planned_rows(plan: Sequence[Shard]) -> int:
-    """Rows of all shards of a plan, those that are made again counted once."""
+    """Rows of all shards of a plan; rows that are made again count once."""
     return sum(shard.rows for shard in plan if not shard.is_rerun)
 
 
 def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard]]:
-    """Adds the rows of a job that its run has not yet to the run, as shards at the end of its plan."""
+    """Adds the rows that its run does not have yet, as shards at the end of the plan."""
     plan = ledger.plan(record.rows)
     added = plan_rest(plan, record, job)
     fingerprint = job.fingerprint()
@@ -93,7 +93,7 @@ def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard
 
 
 def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job) -> list[Shard]:
-    """Shards for the rows of a job that a run's plan has not, of the size that the run began with."""
+    """Shards for the rows that a plan lacks, of the size that the run began with."""
     size = record.job.get("shard_size")
     if isinstance(size, int) and size > 0:
         job = replace(job, config=job.config.model_copy(update={"shard_size": size}))
@@ -105,7 +105,7 @@ def _added_files(run: RunInfo, job: Job) -> list[str]:
 
 
 def _files(fingerprint: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names of prompt files with their contents, in the order of their rows."""
+    """Names of prompt files with the digests of their contents, in the order of their rows."""
     files = fingerprint.get("files")
     return [(name, content(str(files[name]))) for name in sorted(files)] if isinstance(files, dict) else []
 
@@ -131,7 +131,7 @@ def _file_differences(before: Sequence[tuple[str, str]], now: Sequence[tuple[str
 def _model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     was, now_is = before.get("model_revision"), now.get("model_revision")
     if was == now_is and len(str(was)) == SHA256_DIGITS:
-        return []  # the digest of a directory, wherever it lies
+        return []  # the digest of a directory, which may lie elsewhere
     return [
         f"{name}: was {short_repr(before.get(name))}, is {short_repr(now.get(name))}"
         for name in ("model", "model_revision")
@@ -140,8 +140,8 @@ def _model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _other_columns(ledger: OutputReader, job: Job) -> str | None:
-    """What differs if a job's manifests would have other columns than those that are there, so that they could not
-    become one; None if nothing does, or none is there."""
+    """What differs if a job's manifests would have other columns than those in the output, so that they could not be
+    joined; None if nothing differs, or there are none."""
     commit = next(ledger.commits(), None)
     if commit is None:
         return None

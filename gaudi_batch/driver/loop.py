@@ -1,4 +1,4 @@
-"""The event loop of a driver: what happens goes to the schedule, and what that decides is carried out at once.
+"""The driver's event loop: tells the schedule what happened, and carries out what it decides.
 
 What may have to wait leaves the loop for a thread: commits, since storage may be slow, and what Ray's control service
 is asked for.
@@ -37,11 +37,11 @@ from gaudi_batch.text import one_line
 log = logging.getLogger(__name__)
 
 LIMITS_INTERVAL_S = 0.5
-"""How often the cards are looked at for limits that they have passed."""
+"""Seconds between two looks for cards that have passed a limit."""
 PROGRESS_INTERVAL_S = 5.0
-"""How often progress.json is written."""
+"""Seconds between two writings of progress.json."""
 UNUSUAL_INTERVAL_S = 10.0
-"""How often the log says what takes longer than is usual."""
+"""Seconds between two looks for slow things to log."""
 
 
 class Driver:
@@ -59,9 +59,9 @@ class Driver:
         self, cards: CardsOfRun, schedule: Schedule, ledger: Ledger, progress: RunProgress, view: View
     ) -> None:
         self.at_once = False
-        """Whether the run ends without a wait for anything."""
+        """Whether the run ends without waiting for anything."""
         self.loop = asyncio.get_running_loop()
-        """That the run runs in; another thread reaches the driver through it alone."""
+        """The loop that the run is in; another thread reaches the driver through it alone."""
         self.events = EventLog(schedule)
         self._cards = cards
         self._schedule = schedule
@@ -114,7 +114,7 @@ class Driver:
             self._background.shut_down()
 
     def tell(self, event: events.Event) -> None:
-        """Tells the schedule what happened, and carries out what it decides."""
+        """Tells the schedule what happened and carries out its decisions."""
         for decision in self.events.handle(event):
             self._actions[type(decision)](decision)
 
@@ -129,8 +129,8 @@ class Driver:
         self.loop.call_later(grace, self.tell, events.StopForced(reason))
 
     def stop_at_once(self, reason: str) -> None:
-        """Does not even wait for commits under way, nor for storage that fails. What is committed stays, all else is
-        made again by the next driver."""
+        """Ends without waiting for commits under way or for storage that fails. What is committed stays; the next
+        driver makes the rest again."""
         self.at_once = True
         self._ledger.storage.shut_down(0.0)
         self.tell(events.StopForced(reason))
@@ -185,7 +185,7 @@ class Driver:
     # -- clocks -------------------------------------------------------------------------------------------------
 
     async def _enforce_limits(self) -> None:
-        """Kills cards that have passed a limit, and says how it goes."""
+        """Kills cards that have passed a limit, and shows the progress."""
         looked = warned = time.monotonic()
         while True:
             late = time.monotonic() - looked - LIMITS_INTERVAL_S

@@ -1,4 +1,4 @@
-"""The run in an output: begun, resumed, grown, and given shards for rows that are to be made again."""
+"""The run in an output: begun, resumed, grown, or given shards for rows to make again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def begin_run(ledger: Ledger, job: Job, *, overwrite: bool = False) -> tuple[Run
 def open_run(
     ledger: Ledger, job: Job, connect: Callable[[], CardResources], overwrite: bool
 ) -> tuple[RunInfo, list[Shard]]:
-    """Begins a run, or goes on with the one that is there; returns what run.json says, and the plan.
+    """Begins a run or goes on with the existing one; returns the content of its run.json, and its plan.
 
     Args:
         ledger: the output's records.
@@ -73,7 +73,7 @@ def open_run(
     refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
-    if record.stacks is None:  # else the cards' own count, when they are ready
+    if record.stacks is None:  # else as many as the cards themselves use, once they are ready
         for package, version in job.versions().items():
             before = record.versions.get(package)
             if before not in (None, version):
@@ -87,7 +87,7 @@ def open_run(
             log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
         return grown, shards
     if planned_rows(shards) < record.rows:
-        # Another driver's plan took the place of one with more rows, after run.json had said so.
+        # Another driver's plan replaced one with more rows after run.json had counted them.
         shards = [*shards, *plan_rest(shards, record, job)]
         log.warning("the plan had fewer rows than run.json says; the others are planned again")
         ledger.put_plan(shards)
@@ -95,7 +95,7 @@ def open_run(
 
 
 def repair(run: Run) -> None:
-    """Adds shards for the rows that have missing or torn images."""
+    """Adds shards for rows with missing or torn images."""
     report = verify(run.ledger, run.latest_shard_of_row)
     for line in report.lines():
         log.info("%s", line)
@@ -109,7 +109,7 @@ def repair(run: Run) -> None:
 
 
 def retry_failed_rows(run: Run) -> None:
-    """Adds shards for the rows that have failed and are in no shard that is still to be made."""
+    """Adds shards for the failed rows that no uncommitted shard has."""
     job = run.job
     all_failed = failed_rows(run.ledger.commits())
     if all_failed.hopeless:

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: how far it is, at what rate, and what each card does and did."""
+"""What a run reports while it goes on: its progress, its rate, and what each card does and has done."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunProgress:
     ) -> None:
         self.faults: Counter[str] = Counter()
         self.card_s = 0.0
-        """Seconds for which this driver had held cards when the run was last described."""
+        """Seconds for which this driver had held cards at the last report."""
         self._schedule = schedule
         self._tally = tally
         self._failed = failed
@@ -59,7 +59,7 @@ class RunProgress:
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
 
     def introduce(self, slot: Slot) -> None:
-        """A card is up; it counts from now on, whatever it makes."""
+        """A card is up; it is in the reports from now on."""
         assert slot.ready is not None
         self._tally.card(slot.name, slot.ready.node, slot.ready.module)
 
@@ -69,7 +69,7 @@ class RunProgress:
         self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
 
     def committed(self, facts: CommitInfo, table: pa.Table | None) -> None:
-        """A shard's manifest is in place; `table` is that, if rows of it failed."""
+        """A shard is committed; `table` is its manifest if rows of it failed."""
         self._tally.add(facts)
         if table is not None:
             self._failed.add(facts.shard, table)
@@ -79,7 +79,7 @@ class RunProgress:
     def progress(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None
     ) -> Progress:
-        """How far the run is.
+        """The progress of the run, as the terminal shows it.
 
         Args:
             slots: its cards.
@@ -102,7 +102,7 @@ class RunProgress:
     def describe(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
     ) -> ProgressRecord:
-        """The run as progress.json has it.
+        """The content of progress.json.
 
         Args:
             slots: its cards.

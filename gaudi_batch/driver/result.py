@@ -1,4 +1,4 @@
-"""What a run gives to whoever called it."""
+"""What `run` returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run came out.
+    """The outcome of a run.
 
     >>> from gaudi_batch import JobConfig, run
     >>> result = run(JobConfig(prompts="prompts.parquet", output="out", device="simulated"))
@@ -28,8 +28,8 @@ class RunResult:
     """
 
     output: str = field(repr=False)
-    """Where its records are: the absolute path of a local directory, else the job's own URL, also if it has a secret in
-    it."""
+    """The place of its files: the absolute path of a local directory, else the job's own URL, with its secrets if it
+    has any."""
     summary: dict[str, Any]
     """What summary.json says."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -42,7 +42,7 @@ class RunResult:
 
     @property
     def manifest_path(self) -> str:
-        """Where `manifest.parquet` is: a path, or a URL with what `output` has in it."""
+        """Path of `manifest.parquet`, or its URL with whatever secrets `output` has."""
         return f"{self.output}/manifest.parquet"
 
     def manifest(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -58,8 +58,8 @@ class RunResult:
             return file.read(columns=None if columns is None else list(columns))
 
     def failed_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of the manifest that have failed, each a dictionary with its `error`. One row group of the manifest
-        is in memory at a time.
+        """The failed rows of the manifest, each as a dictionary with its `error`. One row group of the manifest is in
+        memory at a time.
 
         Raises:
             StorageError: it can't be read.

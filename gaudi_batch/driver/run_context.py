@@ -1,4 +1,4 @@
-"""A run, as one object that the parts of its driver share."""
+"""A run, as one object that all parts of its driver share."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Run:
     plan: list[Shard]
     """All shards, also those that make rows again."""
     connect: Callable[[], CardResources]
-    """Connects to the cluster at its first call; returns what a card takes of it. Raises InputError."""
+    """Connects to the cluster at its first call; returns what a card takes of the cluster. Raises InputError."""
 
     @property
     def latest_shard_of_row(self) -> Mapping[int, int]:
-        """Rows that are in several shards, each with the highest of these."""
+        """Rows that are in several shards, each with the highest number of these."""
         return latest_shards_of_rows(self.plan, self.job.dataset)
 
     def add(self, shards: list[Shard]) -> None:
-        """Adds shards to the plan, once there is a cluster that may make them."""
+        """Adds shards to the stored plan, after connecting to a cluster that can make them."""
         self.connect()
         self.ledger.put_plan([*self.plan, *shards])
         self.plan = [*self.plan, *shards]
@@ -70,9 +70,9 @@ class Ended:
     reason: str | None
     """Why it stopped; None if every shard is committed."""
     faults: Mapping[str, int] = field(default_factory=dict)
-    """Of the cards, by label."""
+    """Faults of the cards, by label."""
     retries: int = 0
     watch: Stopwatch | None = None
-    """This driver's; None if it had nothing to make, so that its time is not the run's."""
+    """This driver's time; None if it had no shard to make, since its time is then not the run's."""
     card_s: float = 0.0
-    """For how long it held cards, each counted by itself."""
+    """Seconds for which it held cards, summed over the cards."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_S = 30.0
-"""Seconds that what has begun may take to be committed when a run is told to stop."""
+"""Seconds that a run which is told to stop may take to commit what it has begun."""
 
 
 def run(
@@ -112,7 +112,7 @@ def run(
             storage.shut_down()
             raise
         finally:
-            # With a manifest still on its way, nobody is to begin before the lease is stale.
+            # While a manifest may still land, nobody may take the lease before it is stale.
             lease.release(lambda: not ledger.in_doubt)
 
 
@@ -124,7 +124,7 @@ def _try_card(job: Job, ledger: Ledger, resources: CardResources, driver: str) -
 
 
 def _make_missing(run: Run, committed: Committed, watch: Stopwatch, grace: float) -> Ended:
-    """Has the shards made that are not committed, if there are any."""
+    """Makes the shards that are not committed, if there are any."""
     missing = [shard for shard in run.plan if shard.number not in committed.tally.attempts]
     if len(missing) < len(run.plan):
         log.info("%d of %d shards are committed already", len(run.plan) - len(missing), len(run.plan))

@@ -1,4 +1,4 @@
-"""Signals, a request to stop in the output, and notebooks: how a driver's event loop is run and told to end."""
+"""How a driver's event loop runs, and how signals, requests in the output and notebooks end it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted"
-"""The reason of a run that a person ended."""
+"""Why a run stopped that a person ended."""
 
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[Callable[[], None]]:
-    """Leaves signals with the meaning that they had, at its end and when what it yields is called: Ray puts its own in
-    its place when it starts, and an event loop the system's when it ends."""
+    """Restores the handlers of signals at the end, and when the yielded function is called: Ray replaces them when it
+    starts, and an event loop resets them when it ends."""
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS if in_main}
 
@@ -58,8 +58,8 @@ class LoopRunner:
         self._begun = threading.Event()
 
     def run(self) -> tuple[Driver, str | None]:
-        """Returns the driver when it has ended, and why it stopped; also where an event loop is running already, as in
-        a notebook."""
+        """Runs the driver; returns it and why it stopped. Works where an event loop is running already, too, as in a
+        notebook."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -77,7 +77,8 @@ class LoopRunner:
                 return over.result()
 
     async def _until_over(self) -> tuple[Driver, str | None]:
-        """The first signal stops the driver gently, the second at once, and a request in the output as it says."""
+        """The first signal stops the driver gently, the second at once; a request in the output stops it with the grace
+        that it names."""
         try:
             self._driver = driver = self._make_driver()
         finally:

@@ -1,4 +1,4 @@
-"""One card's place in the cluster: where it is, and what became of its process."""
+"""One card's place in the cluster, and its process there."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ class Slot:
     ready: Ready | None = None
     """What the last process that loaded said of itself."""
     up: bool = False
-    """Whether that is the present process, and it lives; it works, or waits for what the others say."""
+    """Whether the present process has loaded and lives; it then works, or waits for other cards."""
     actor: Any = None
-    """The Ray actor of the present process; None between two."""
+    """The Ray actor of the present process; None between two processes."""
     status: CardStatus | None = None
     last_seen: float = 0.0
     """When it last answered, monotonic."""
     passed: PassedLimit | None = None
     """The limit for which its process is being killed."""
     assigning: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Has shards reach the process in the order in which they were sent: its threads take calls side by side."""
+    """Held while a shard is sent: the process takes calls in several threads, and shards must arrive in their order."""
     starting: asyncio.Task[None] | None = None
-    """What has its process started, while Ray does that."""
+    """The task that starts the process, while it does."""
     since: float = field(default_factory=time.monotonic)
-    """When it was asked for, monotonic."""
+    """When the card was asked for, monotonic."""
     placed: float | None = None
-    """When the cluster gave it its card, monotonic."""
+    """When the cluster gave the card, monotonic."""
     given_back: float | None = None
-    """When that was given back, or was lost with its node."""
+    """When the place was given back or lost with its node, monotonic; None before."""
 
     def card_s(self, now: float) -> float:
-        """Seconds for which it has held a card, by `now`, monotonic."""
+        """Seconds for which the slot has held a card by `now`, monotonic."""
         until = now if self.given_back is None else self.given_back
         return 0.0 if self.placed is None else until - self.placed
 
     @property
     def label(self) -> str:
-        """What the card is called in the records; a number until it is up."""
+        """The card's name in the records; a number until its process has loaded."""
         return self.name or str(self.number)
 
     @property
     def where(self) -> str:
-        """The card as a person finds it."""
+        """Where a person finds the card."""
         if self.ready is None:
             return f"card {self.number}"
         module = "" if self.ready.module is None else f", module {self.ready.module}"
@@ -62,7 +62,7 @@ class Slot:
 
 
 def card_name(slot: Slot, ready: Ready, slots: Iterable[Slot]) -> str:
-    """What a card is called: after its place, so that its records mean the same card in the next run, too.
+    """The name of a card: after its node and module, so that records of the next run mean the same card.
 
     Args:
         slot: its slot.
@@ -71,6 +71,6 @@ def card_name(slot: Slot, ready: Ready, slots: Iterable[Slot]) -> str:
     """
     name = f"{ready.node}-{slot.number if ready.module is None else ready.module}"
     if any(other.name == name for other in slots if other is not slot):
-        # Two Ray nodes of one host, or a node that came back under its name.
+        # Two Ray nodes on one host, or a node that came back under its name.
         name = f"{name}-{ready.node_id[-6:]}"
     return name

@@ -18,12 +18,12 @@ from gaudi_batch.output.stop_request import requested_grace
 from gaudi_batch.storage.store import Storage
 
 STOP_INTERVAL_S = 3.0
-"""How often a driver looks for a request."""
+"""Seconds between two looks for a request."""
 
 
 @contextlib.contextmanager
 def watched_for_stop(storage: Storage, stop: Callable[[float], None]) -> Iterator[None]:
-    """Looks for requests to stop this process's submission; none where it is no submitted job.
+    """Looks for requests to stop this process's submission; does nothing if it is no submitted job.
 
     Args:
         storage: the output.
@@ -33,7 +33,7 @@ def watched_for_stop(storage: Storage, stop: Callable[[float], None]) -> Iterato
 
     def look() -> None:
         while not over.wait(STOP_INTERVAL_S):
-            with contextlib.suppress(StorageError, RuntimeError):  # the latter of a loop that has just ended
+            with contextlib.suppress(StorageError, RuntimeError):  # the second is raised by a loop that has just ended
                 grace = requested_grace(storage.once().get(STOP_FILE), submission)
                 if grace is not None:
                     stop(grace)

@@ -1,4 +1,4 @@
-"""One card of the cluster is tried before a run is removed for a new one: a finished run is worth more than no run."""
+"""Tries one card of the cluster before a finished run is removed for a new one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gaudi_batch.text import describe_error
 log = logging.getLogger(__name__)
 
 OTHER_CARD_TIMEOUT_S = 10.0
-"""How long the cluster may take to give another card when one has failed; it may have no other that is free."""
+"""Seconds that the cluster may take to give another card after one has failed; it may have no other that is free."""
 
 
 class _Trial:
@@ -36,8 +36,8 @@ class _Trial:
 
 
 def try_card(job: Job, resources: CardResources, driver: str) -> None:
-    """Has a card load a job's model, and gives it back. One that can't is held meanwhile, so that the next is another,
-    on the node on which the fewest have failed; so it goes on until no other is free.
+    """Has a card load the job's model, and gives it back. A card that can't load is held meanwhile, so that the next
+    one is another card, on the node where the fewest have failed; this goes on until no other card is free.
 
     Args:
         job: the job.
@@ -72,7 +72,7 @@ def try_card(job: Job, resources: CardResources, driver: str) -> None:
 
 
 def _hold(resources: CardResources, name: str, failures: Counter[str]) -> PlacementGroup:
-    """Asks for a card; once some have failed, on the node where the fewest have, if one is free there."""
+    """Asks for a card: once some have failed, on the node where the fewest have, if one is free there."""
     nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]} if failures else {}
     left = [node for node, cards in nodes.items() if cards > failures[node]]
     target = min(left, key=lambda node: failures[node], default=None)
@@ -80,7 +80,7 @@ def _hold(resources: CardResources, name: str, failures: Counter[str]) -> Placem
 
 
 def _failure_to_load(job: Job, resources: CardResources, group: PlacementGroup) -> str:
-    """What went wrong when a card that is held loaded the model; empty if nothing did."""
+    """Why the card that is held could not load the model; empty if it could."""
     strategy = PlacementGroupSchedulingStrategy(group, 0)
     trial = ray.remote(_Trial).options(**card_options(job.config, resources), scheduling_strategy=strategy).remote()
     try:

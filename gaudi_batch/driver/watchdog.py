@@ -1,4 +1,4 @@
-"""When a card has taken too long at what it does, so that nothing hangs."""
+"""The limits that tell when a card has been at one thing for too long, so that nothing hangs."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled
 
 BATCH_LIMIT_FACTOR = 10
 STORAGE_GRACE_S = 60.0
-"""How much longer than the job's patience one operation on storage may take."""
+"""Seconds beyond the job's patience with storage that one operation on storage may take."""
 
 
 @dataclass(frozen=True)
 class PassedLimit:
-    """A card has been at the same thing for too long."""
+    """A card has passed a limit."""
 
     reason: str
     slow: SlowBatch | SlowReading | StorageStalled | None = None
-    """Storage, a reading, or the batch that it was at, if no card has made one of that kind yet."""
+    """What it was at, if that can be slow everywhere: storage, a reading, or a batch of a kind that no card has made
+    yet."""
 
 
 @dataclass
 class BatchTimes:
-    """How long batches take, by their kind, as the cards of a run have reported it."""
+    """How long batches take, by their kind, as the cards of a run report it."""
 
     _longest: dict[BatchKind, float] = field(default_factory=dict)
     _warmup: dict[BatchKind, float] = field(default_factory=dict)
     loading: float | None = None
-    """The longest that a card has loaded, in seconds; None before one has."""
+    """The longest time that a card took to load, in seconds; None before one has loaded."""
 
     def loaded(self, seconds: float) -> None:
-        """A card has loaded in so many seconds."""
+        """Notes that a card has loaded in so many seconds."""
         self.loading = max(seconds, self.loading or 0.0)
 
     def learn(self, status: CardStatus) -> None:
@@ -44,30 +45,31 @@ class BatchTimes:
             self._warmup[kind] = min(seconds, self._warmup.get(kind, seconds))
 
     def of(self, kind: BatchKind | None) -> float | None:
-        """The longest batch of a kind in seconds; before there is one, the shortest that compiled; None before any."""
+        """Seconds of the longest batch of a kind; before there is one, those of the shortest that compiled; None before
+        any."""
         return self._longest.get(kind, self._warmup.get(kind)) if kind is not None else None
 
     def usual(self, phase: str, kind: BatchKind | None) -> float | None:
-        """What a batch of a kind has taken, the first ones and later ones each by themselves; None before any."""
+        """Usual seconds of a batch of a kind, first batches and later ones by themselves; None before any."""
         known = self._warmup if phase == "first batch" else self._longest
         return known.get(kind) if kind is not None else None
 
 
 @dataclass
 class PhaseRules:
-    """By what it is judged how long a card is at something."""
+    """What decides whether a card has been at something for too long."""
 
     config: JobConfig
     need: str
     """What a card takes of the cluster, as `1 HPU`."""
     poll_s: float
-    """Seconds after which a card that has nothing to say answers."""
+    """Seconds after which a card with nothing to report answers."""
     times: BatchTimes = field(default_factory=BatchTimes)
     """How long things have taken so far."""
 
 
 def phase_limit(status: CardStatus | None, config: JobConfig, times: BatchTimes) -> tuple[str, float]:
-    """The limit of what a card's device does, by its name in `limits`, and in seconds."""
+    """The limit of what a card's device does: its name in `limits`, and seconds."""
     limits = config.limits
     phase = status.phase if status else "loading"
     seen = times.of(status.kind if status else None)
@@ -89,7 +91,7 @@ def reading_limit(config: JobConfig) -> float:
 
 
 def passed_limit(status: CardStatus | None, since_seen: float, rules: PhaseRules) -> PassedLimit | None:
-    """Why a card has been at the same thing for too long, or None.
+    """The limit that a card has passed, or None.
 
     Args:
         status: its last answer; None before the first, which comes when it has loaded.
