@@ -1,1 +1,1 @@
-"""The process beside a device."""
+"""The process that holds a card."""

@@ -1,4 +1,4 @@
-"""The Ray actor: one pinned card, one warm pipeline, shards in, images and their record out.
+"""The Ray actor of a card: it pins the card, keeps the pipeline warm, takes shards and returns their records.
 
 Three things run side by side, with bounded queues between them: a thread that fetches the rows of the next shard, the
 one thread that owns the pipeline and the device, and a pool that encodes and stores images. Calls from the driver only
@@ -59,11 +59,11 @@ from gaudi_batch.text import describe_error
 STORE_THREADS = 4
 """Images that a card encodes and stores at the same time."""
 BATCHES_IN_STORE = 2
-"""Batches that may wait for storage before the device does."""
+"""Batches that may wait for storage before the device waits, too."""
 
 
 class Card:
-    """See the module. The driver wraps it in a Ray actor with several threads for its calls.
+    """One card; see the module. The driver makes it a Ray actor whose calls run in several threads.
 
     Args:
         setup: the job.
@@ -95,7 +95,8 @@ class Card:
     # -- calls from the driver ----------------------------------------------------------------------------------
 
     def assign(self, name: str, task: ShardTask) -> None:
-        """Takes a shard, once. `name` is what this card is called in records."""
+        """Takes a shard; an attempt that was taken before is not taken again. `name` is the card's name in the
+        records."""
         self._name = name
         if task.attempt not in self._seen:
             self._seen.add(task.attempt)
@@ -106,8 +107,8 @@ class Card:
         return self._mailbox.recall(attempt)
 
     def poll(self, acknowledged: int, timeout_s: float, now: float) -> CardReport:
-        """What has happened after event number `acknowledged`; waits up to `timeout_s` seconds for something. `now`
-        is what the driver's clock shows, in seconds since the epoch."""
+        """Returns what has happened after event number `acknowledged`, after at most `timeout_s` seconds. `now` is the
+        driver's clock, in seconds since the epoch."""
         self._clock.hear(now)
         return self._mailbox.poll(acknowledged, timeout_s)
 
@@ -117,7 +118,7 @@ class Card:
         try:
             target()
         except BaseException:
-            # A thread that is gone would leave a card that looks alive and does nothing.
+            # Without its thread, a card would look alive and do nothing.
             traceback.print_exc()
             os._exit(70)
 
@@ -212,7 +213,7 @@ class Card:
                 batch = StoredBatch(task.attempt, last_call, len(stored))
                 stored.append(self._store_batch(output, batch, made, storage_failed))
                 if storage_failed.is_set():
-                    break  # more batches would be made for nothing
+                    break  # what is made after that is of no use
         except DeviceError:
             raise
         except CardFault as fault:
@@ -240,7 +241,7 @@ class Card:
     def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, PipelineCall]:
         bucket = shard.bucket
         key = bucket.graph_key
-        self._warmups[key] = self._warmups.pop(key, 0)  # the most recently used is the last
+        self._warmups[key] = self._warmups.pop(key, 0)  # the last is the most recently used
         while len(self._warmups) > self._setup.job.config.gaudi.max_graphs:
             oldest = next(iter(self._warmups))
             del self._warmups[oldest]
@@ -248,7 +249,7 @@ class Card:
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started = time.monotonic()
         wait_s = started - self._idle_since
-        rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe may be of none
+        rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe has no row
         self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind, shard.number, rows)
         try:
             generated = self._pipeline.generate(bucket, items)
@@ -298,7 +299,7 @@ class Card:
 
 
 def _failure(error: Exception) -> ShardFailure:
-    """What the schedule is to know of an exception that ended an attempt."""
+    """What the schedule has to know of an exception that ended an attempt."""
     storage = isinstance(error, StorageError)
     return ShardFailure(
         describe_error(error),
@@ -309,8 +310,8 @@ def _failure(error: Exception) -> ShardFailure:
 
 
 def require_shared(setup: CardSetup) -> None:
-    """Makes sure that this node sees the same output and prompts as the driver: a directory that is there on every
-    node, and another on each, would take images that nobody finds.
+    """Makes sure that this node sees the driver's output and prompts. A directory of the same name on the node's own
+    disk would take images that nobody finds.
 
     Raises:
         RuntimeError: it does not.

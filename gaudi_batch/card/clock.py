@@ -1,4 +1,4 @@
-"""The driver's clock, as a card knows it: clocks of nodes differ, and those of a run are to be compared."""
+"""The driver's clock, as a card knows it. The clocks of nodes differ, and times of different cards are compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class DriverClock:
-    """Follows the driver's clock by what it says at each question for news, which takes milliseconds.
+    """Follows the driver's clock, which each poll brings along within milliseconds.
 
     Args:
         here: this node's clock, in seconds since the epoch.

@@ -1,4 +1,5 @@
-"""What a card's threads and the driver's calls share: events that wait to be acknowledged, and the present state."""
+"""What a card's threads and the driver's calls share: events that are not acknowledged yet, and the card's present
+state."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from gaudi_batch.scheduling.events import ShardFailed
 
 
 class Mailbox:
-    """What happened on a card and what it is doing. Threads of the card write, calls from the driver read.
+    """Events and state of a card. The card's threads write, the driver's calls read.
 
     Args:
         storage_s: tells for how many seconds the oldest operation on storage has been going on.
@@ -52,7 +53,7 @@ class Mailbox:
             return self._last_event
 
     def poll(self, acknowledged: int, timeout_s: float) -> CardReport:
-        """Drops what is acknowledged and waits up to `timeout_s` seconds for there to be more."""
+        """Drops acknowledged events and waits up to `timeout_s` seconds for others."""
         with self._changed:
             self._acknowledged = acknowledged
             self._events = [(number, event) for number, event in self._events if number > acknowledged]
@@ -77,7 +78,7 @@ class Mailbox:
             return CardReport(tuple(self._events), status)
 
     def wait_for_acknowledgement(self, number: int) -> None:
-        """Waits until the driver has said that it knows of an event."""
+        """Waits until the driver has acknowledged an event."""
         with self._changed:
             self._changed.wait_for(lambda: self._acknowledged >= number)
 
@@ -100,13 +101,13 @@ class Mailbox:
     def enter(
         self, phase: str, kind: BatchKind | None = None, shard: int | None = None, rows: tuple[int, ...] = ()
     ) -> None:
-        """The device begins something else; a batch has a kind, a shard and rows."""
+        """Notes that the device begins something else; a batch has a kind, a shard and rows."""
         with self._changed:
             self._phase, self._phase_since, self._kind = phase, time.monotonic(), kind
             self._shard, self._rows = shard, rows
 
     def batch_took(self, kind: BatchKind, seconds: float, warmup: bool) -> None:
-        """A batch has been made; `warmup` says whether it was one of the first of its graph key."""
+        """Notes how long a batch took; `warmup` says whether it was one of the first of its graph key."""
         with self._changed:
             if warmup:
                 self._warmup_s[kind] = min(seconds, self._warmup_s.get(kind, seconds))
@@ -115,7 +116,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def reading(self, shard: int) -> Iterator[None]:
-        """The rows of a shard are being read meanwhile."""
+        """Notes, while it is entered, that the rows of a shard are being read."""
         with self._changed:
             self._reading_since, self._reading_shard = time.monotonic(), shard
         try:
@@ -125,12 +126,12 @@ class Mailbox:
                 self._reading_since = self._reading_shard = None
 
     def store(self, images: int) -> None:
-        """So many more images wait to be stored; fewer, if negative."""
+        """Counts images that wait to be stored; negative if they no longer do."""
         with self._changed:
             self._storing += images
             self._storing_since = time.monotonic()
 
     def stored(self, attempt: str, images: int) -> None:
-        """So many more images of an attempt are in storage."""
+        """Counts images of an attempt that are in storage."""
         with self._changed:
             self._images[attempt] += images

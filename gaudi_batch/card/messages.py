@@ -1,4 +1,4 @@
-"""What the driver and a card say to each other: plain data that Ray carries."""
+"""Messages between the driver and a card: plain data that Ray carries."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from gaudi_batch.storage.store import Storage
 
 @dataclass(frozen=True)
 class CardSetup:
-    """All that a card needs to know of a job."""
+    """What a card needs to know of a job."""
 
     job: Job
-    """With its device resolved."""
+    """The job, its device resolved."""
     storage: Storage
     """The output, as the driver has opened it."""
     run_id: str
-    """That of its run.json, by which a card knows that it sees the same output."""
+    """The run id in run.json, by which a card checks that it sees the same output."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +44,33 @@ class Ready:
     pid: int
     load_s: float
     stack: Mapping[str, str]
-    """What shapes its images, by name; see stack.py."""
+    """The versions and settings that shape its images, by name; see stack.py."""
     model: str
-    """The model that it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
+    """The model that it has loaded: the commit of a hub model, or the SHA-256 of a directory's files."""
     threads: int | None
     """Of torch in its process; None where there is no torch."""
     cpus: int
-    """How many its process may use."""
+    """How many CPUs its process may use."""
     notes: tuple[str, ...] = ()
     """What a person should know of its device and versions."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """The pipeline could not be loaded, or the device has failed: this process is to be replaced."""
+    """The pipeline could not be loaded, or the device has failed: the process has to be replaced."""
 
     error: str
     storage: bool = False
-    """Whether it was storage that went on failing, which says nothing of the card."""
+    """Whether the cause was storage that kept failing, which says nothing of the card."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A shard is made."""
+    """A card has made a shard."""
 
     attempt: str
     manifest: bytes
-    """Ready to be put in place as it is."""
+    """The bytes of the manifest, as they are to be stored."""
     facts: CommitInfo
     outcome: ShardOutcome
 
@@ -78,7 +78,7 @@ class Done:
 Message: TypeAlias = (
     Ready | Broken | Done | ShardBegun | ReadingAnnounced | BatchAnnounced | DoubtsChecked | ShardFailed
 )
-"""What a card tells the driver. Those of an announcement wait until it is acknowledged."""
+"""What a card tells the driver. An announcement makes the card wait until it is acknowledged."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +94,28 @@ class CardStatus:
     images: int
     """Images in storage of shards that are not done yet."""
     kind: BatchKind | None = None
-    """The kind of the batch that it is at."""
+    """The kind of the batch that it is making."""
     reading_s: float = 0.0
-    """Seconds for which it has been reading the rows of a shard."""
+    """Seconds for which it has been reading a shard's rows."""
     batch_s: Mapping[BatchKind, float] = field(default_factory=dict)
-    """The longest batch so far of each kind, the first batches of its graph key left out."""
+    """Seconds of the longest batch so far of each kind, apart from the first batches of its graph key."""
     warmup_s: Mapping[BatchKind, float] = field(default_factory=dict)
-    """The shortest of these first batches."""
+    """Seconds of the shortest of these first batches."""
     shard: int | None = None
-    """That of the batch."""
+    """The shard of the batch."""
     rows: tuple[int, ...] = ()
-    """Of the batch, over all files."""
+    """Rows of the batch, counted over all files."""
     reading_shard: int | None = None
-    """Whose rows it is reading."""
+    """The shard whose rows it is reading."""
     storing: int = 0
-    """Images that are made and not yet in storage."""
+    """Images that are made and not stored yet."""
     storing_s: float = 0.0
-    """Seconds since one of these was made or stored last."""
+    """Seconds since an image was last made or stored."""
 
 
 @dataclass(frozen=True)
 class CardReport:
-    """A card's answer: what has happened since what was acknowledged, numbered, and what it is doing."""
+    """A card's answer to a poll: the numbered events since the acknowledged one, and what the card is doing."""
 
     events: tuple[tuple[int, Message], ...]
     status: CardStatus

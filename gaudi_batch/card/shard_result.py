@@ -1,4 +1,4 @@
-"""The record of a shard that a card has made: its manifest, its throughput lines, and how it came out."""
+"""The record of a shard that a card has made: its manifest, its throughput lines, its outcome."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gaudi_batch.text import describe_error
 
 @dataclass(frozen=True)
 class CardIdentity:
-    """What records call a card."""
+    """How records name a card."""
 
     name: str
     node: str
@@ -39,7 +39,7 @@ class CardIdentity:
 
 @dataclass(frozen=True)
 class ShardRows:
-    """A shard, and its rows as they were read."""
+    """A shard, and its rows as read from the prompts."""
 
     task: ShardTask
     rows: list[PromptRow]
@@ -54,7 +54,7 @@ class PipelineCall:
     phase: str
     """`warmup` or `steady`."""
     generate_s: float
-    """Seconds in it."""
+    """Seconds for which the device was idle before it."""
     wait_s: float
     """Seconds of idling before it."""
 
@@ -66,22 +66,23 @@ class StoredBatch:
     attempt: str
     call: PipelineCall
     number: int
-    """Of the batch, counted in its attempt."""
+    """Number of the batch within its attempt."""
     images: list[tuple[Item, bool | None, bool]] = field(default_factory=list)
-    """Of each image its item, and whether it is not safe for work and its prompt was truncated."""
+    """For each image its item, whether it is not safe for work, and whether its prompt was truncated."""
     futures: list[Future[StoredImage]] = field(default_factory=list)
-    """Of the same images."""
+    """Futures of the same images."""
     finished_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
-    """When the last of them was stored, by this node's clock."""
+    """When the last of its images was stored, by this node's clock."""
 
     def add(self, image: MadeImage, future: Future[StoredImage]) -> None:
-        """An image is on its way. Its pixels are not kept: a shard's images together may be larger than memory."""
+        """Adds an image that is being stored. Its pixels are not kept: the images of a shard may not fit into
+        memory."""
         self.images.append((image.item, image.nsfw, image.truncated))
         self.futures.append(future)
 
 
 class ShardRecorder:
-    """Makes the records of the shards of one card.
+    """Makes the records of the shards that a card makes.
 
     Args:
         setup: the job.
@@ -195,12 +196,12 @@ class ShardRecorder:
 
 
 def encode_error(item: Item, error: BaseException) -> str:
-    """What is said of a row of which an image can't be encoded."""
+    """The error of a row with an image that can't be encoded."""
     return f"image {item.image} can't be encoded: {describe_error(error)}"
 
 
 def _note_encode_errors(batches: list[StoredBatch], maker: ShardMaker) -> None:
-    """Rows of which an image could not be encoded are doubted. Raises StorageError if one could not be stored."""
+    """Doubts the rows with an image that could not be encoded. Raises StorageError if one could not be stored."""
     for batch in batches:
         for (item, _, _), future in zip(batch.images, batch.futures, strict=True):
             error = future.exception()

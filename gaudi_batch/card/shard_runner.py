@@ -23,11 +23,11 @@ from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.text import describe_error
 
 PROBE = Item(-1, 0, "", "", 0)
-"""The probe of a card that has made nothing yet: an empty prompt, of no row."""
+"""The probe of a card that has made nothing yet: an empty prompt of no row."""
 
 
 class CardFault(Exception):
-    """The card, or all that is left of the shard, fails; `failed_alone_once` are the rows that may be at fault."""
+    """The card fails, or all that is left of the shard does; `failed_alone_once` are the rows that may be at fault."""
 
     def __init__(self, error: str, failed_alone_once: Mapping[int, str]) -> None:
         super().__init__(error)
@@ -70,11 +70,11 @@ class ShardMaker:
     failures: dict[int, str] = field(default_factory=dict)
     """Rows that failed, with their errors; complete when `batches` has ended."""
     raised: set[int] = field(default_factory=set)
-    """Those among them that were tried."""
+    """Those of them that the pipeline was called for."""
     doubted: dict[int, str] = field(default_factory=dict)
-    """Those among them on which another card makes it again, and decides."""
+    """Those of them that another card has to make again; its result decides."""
     transient_failures: int = 0
-    """Images that were wrong, and calls that raised, and that worked when they were made again."""
+    """Calls that raised and images that were wrong, and that worked when repeated."""
     _unconfirmed: dict[int, str] = field(default_factory=dict)
 
     def batches(self) -> Iterator[list[MadeImage]]:
@@ -110,7 +110,7 @@ class ShardMaker:
         if self.doubted and self.probe is None:
             raise CardFault(next(iter(self.doubted.values())), self.doubted)
         if self.task.confirm and self.raised:
-            self._make_probe()  # or its word is worth nothing
+            self._make_probe()  # or what it says of rows would be worth nothing
         self.failures.update(self.doubted)
         self.raised.update(self.doubted)
 
@@ -151,7 +151,7 @@ class ShardMaker:
             self._make_probe()
 
     def _make_again(self, item: Item) -> Iterator[list[MadeImage]]:
-        """Makes an image alone that was wrong in its batch."""
+        """Makes an image again, alone, that was wrong in its batch."""
         self.announce((item.row,))
         try:
             made, wrong = self._generate([item])
@@ -170,7 +170,7 @@ class ShardMaker:
             self.doubted[item.row] = wrong[item]
 
     def _generate(self, group: list[Item]) -> tuple[list[MadeImage], dict[Item, str]]:
-        """One call; what is right of it, and what is wrong with the rest."""
+        """One call of the pipeline; returns the right images, and what is wrong with the others."""
         filled = group + [group[-1]] * (self.batch_size - len(group))
         generated = self.call(filled)
         made, wrong = [], {}

@@ -1,7 +1,7 @@
 """The cards of a run in the cluster: their places, their processes, and what the processes report.
 
-A task polls each process; what it reports becomes events of the schedule. Calls of Ray's control service run in a thread
-beside the event loop.
+A task polls each process; what it reports becomes events of the schedule. Calls of Ray's control service run in a
+thread beside the event loop.
 """
 
 from __future__ import annotations

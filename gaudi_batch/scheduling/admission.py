@@ -16,23 +16,23 @@ from gaudi_batch.scheduling.events import LoadedCard
 from gaudi_batch.scheduling.stack_vote import Stack, StackVote, differences
 
 SHOWN_DIGITS = 12
-"""Of a model's SHA-256 or commit that a message shows."""
+"""Digits of a model's SHA-256 or commit that messages show."""
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a card must have to make images of a run."""
+    """What a card must have to make images of this run."""
 
     model: str = ""
     """The job's model, by name."""
     revision: str | None = None
-    """Its commit or SHA-256; None where any will do."""
+    """The model's commit or SHA-256; None if any will do."""
     threads: int | None = None
-    """Threads of a card, on which images depend; None where they do not."""
+    """Threads of a card, on which the images depend; None if they do not."""
     min_cpus: int = 0
     """CPUs that a card's process must be able to use."""
     stack: Mapping[str, str] | None = None
-    """The stack that made the run's last images; None where that is not known."""
+    """The stack that made the run's last images; None if unknown."""
 
     def why_unfit(self, loaded: LoadedCard, stack: Mapping[str, str]) -> str:
         """Why a card may not work; empty if it may.
@@ -57,7 +57,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a card that has loaded."""
+    """Whether a card that has loaded may work."""
 
     card: Card
     refusal: str = ""
@@ -76,12 +76,12 @@ class Admission:
         self._vote = StackVote(requirements.stack)
         self._loaded: dict[int, Card] = {}
         self._stacks: Counter[Stack] = Counter()
-        self._holders: dict[tuple[str, int], Card] = {}  # of a node's modules
-        self._waiting: set[int] = set()  # those that have not been admitted
-        self._judged: tuple[Stack | None, bool] = (None, False)  # the vote as of the last verdicts
+        self._holders: dict[tuple[str, int], Card] = {}  # of the modules of a node
+        self._waiting: set[int] = set()  # loaded and not admitted yet
+        self._judged: tuple[Stack | None, bool] = (None, False)  # what the last verdicts were based on
 
     def holder_of(self, loaded: LoadedCard) -> Card | None:
-        """The card that holds the module that Ray has given to another one, too."""
+        """The card that holds the same module, which Ray has given out twice."""
         return None if loaded.module is None else self._holders.get((loaded.node_id, loaded.module))
 
     def why_unfit(self, loaded: LoadedCard) -> str:
@@ -89,7 +89,7 @@ class Admission:
         return self._requirements.why_unfit(loaded, loaded.stack)
 
     def add(self, card: Card, loaded: LoadedCard) -> None:
-        """A card's process has loaded."""
+        """Notes that a card's process has loaded."""
         card.loaded = loaded
         self._loaded[card.number] = card
         self._waiting.add(card.number)
@@ -98,7 +98,7 @@ class Admission:
             self._holders[loaded.node_id, loaded.module] = card
 
     def remove(self, card: Card) -> None:
-        """A card's process has ended, or its card may not work any more."""
+        """Forgets a card: its process has ended, or it may not work any more."""
         loaded, card.loaded = card.loaded, None
         if loaded is None:
             return
@@ -112,15 +112,15 @@ class Admission:
             del self._holders[loaded.node_id, loaded.module]
 
     def admitted(self, card: Card) -> None:
-        """A card works from now on."""
+        """Notes that a card works from now on."""
         self._waiting.discard(card.number)
 
     def settle(self) -> None:
-        """A card has made a shard: the stack of this run's images stays what it is."""
+        """Notes that a card has made a shard: the stack of this run's images is settled."""
         self._vote.settled = True
 
     def verdicts(self, newcomers: Sequence[Card], starting: int, now: float) -> tuple[list[Decision], list[Verdict]]:
-        """Has cards work, wait or be refused, by the stacks that those have which have loaded.
+        """Decides which of the loaded cards work, wait or are refused, by comparing their stacks.
 
         Args:
             newcomers: cards that have loaded since the last time.

@@ -1,4 +1,4 @@
-"""Which cards have captured which graphs, and when another capture pays.
+"""Which cards have captured which graphs, and when another capture is worth its cost.
 
 A card prefers the graph keys that it has captured. Of others it takes the one with the most work per card that has
 captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. What a
@@ -32,7 +32,7 @@ class Affinity:
         self._cold_shards = 0
 
     def use(self, card: int, key: GraphKey) -> bool:
-        """A card will have a key's graph; returns whether it is new to it.
+        """Notes that a card will have a key's graph; returns whether that is new to it.
 
         For one more than it keeps, the card gives up the least recently used.
         """
@@ -48,15 +48,15 @@ class Affinity:
         return captures
 
     def captured(self, card: int) -> list[GraphKey]:
-        """The keys whose graphs a card has or is about to have, the latest used last."""
+        """The keys whose graphs a card has or will have, the most recently used last."""
         return list(self._captured.get(card, ()))
 
     def forget(self, card: int) -> None:
-        """A card's process is over, and its graphs with it."""
+        """Forgets the graphs of a card whose process is over."""
         self._holders.subtract(list(self._captured.pop(card, ())))
 
     def took(self, seconds: float, images: int, captured: bool) -> None:
-        """How long a shard's pipeline calls took, and whether a graph was captured in them."""
+        """Notes how long the pipeline calls of a shard took, and whether they captured a graph."""
         if captured:
             self._cold_s += seconds
             self._cold_images += images
@@ -83,7 +83,7 @@ class Affinity:
         return max(worthy, key=lambda key: (pending[key][0] / (1 + self._holders[key]), key), default=None)
 
     def is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
-        """Whether a card that captures this key would be done with a shard of it before those that have captured it.
+        """Whether a card that captures this key would finish a shard of it before those that have captured it.
 
         Those share what is pending. What is in flight on them is left out: that keeps captures rarer at little cost.
         The answer is the same for every card.
@@ -97,7 +97,7 @@ class Affinity:
         return not holders or self._capture_cost(images) + 1 <= -(-pending // holders)
 
     def _capture_cost(self, images: int) -> float:
-        """What a capture costs, in shards of this many images; 0 while nobody knows."""
+        """The cost of a capture, in shards of so many images; 0 while it is unknown."""
         if not self._cold_shards or not self._warm_s or not images:
             return 0.0
         image_s = self._warm_s / max(1, self._warm_images)

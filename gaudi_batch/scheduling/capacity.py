@@ -8,11 +8,11 @@ from gaudi_batch.scheduling.events import Capacity
 from gaudi_batch.scheduling.state import RunState
 
 MIN_FAILED_NODES = 2
-"""Nodes whose every card must have failed before nothing more is expected of others."""
+"""No card is expected to do better once every card of so many nodes has failed."""
 
 
 class CapacityPlan:
-    """The cards that a run has asked for, and has.
+    """The cards that a run has asked for and those that it has.
 
     Args:
         state: the run.
@@ -22,10 +22,10 @@ class CapacityPlan:
         self._state = state
         self._cards = state.cards
         self._next_number = 0
-        self._card_seen: float | None = None  # when there last was a card that works, or might
+        self._card_seen: float | None = None  # when there last was a card that works or may
 
     def placed(self, number: int) -> None:
-        """A card with this number has its place."""
+        """Notes that a card has its place."""
         self._cards.unplaced.pop(number, None)
         self._next_number = max(self._next_number, number + 1)
 
@@ -45,7 +45,7 @@ class CapacityPlan:
 
     def wanted(self, capacity: Capacity) -> int:
         """How many places the job should have in the cluster. Quarantined cards keep theirs, or the cluster would give
-        them to this job or to another again, and what is there takes their part."""
+        these cards out again; other cards of the cluster stand in for them."""
         rules = self._state.rules
         quarantined = self._cards.in_states(CardState.QUARANTINED)
         working_nodes = {card.node for card in self._cards.in_states(*LIVE_STATES)}
@@ -55,8 +55,7 @@ class CapacityPlan:
             # No card is asked for that would have nothing to do.
             usual = min(rules.max_cards, self._state.work.demand())
             requested = max(requested, usual)
-        # Once more as many at most: where all fail, the job is wrong. No node is asked for in place of one that still
-        # works in part.
+        # At most as many again: if all fail, the job is wrong. A node that still works in part is not replaced.
         return max(min(usual + min(usual, len(quarantined)), capacity.total_cards), requested + min(requested, lost))
 
     def give_up(self, capacity: Capacity, now: float) -> None:
@@ -73,21 +72,21 @@ class CapacityPlan:
         if now - self._card_seen > timeout:
             error = f"; the last error of one: {self._state.last_error}" if self._state.last_error else ""
             self._state.stop(f"the cluster has had no card that works for {timeout:g} s (limits.cluster){error}")
-        # Where a node has been lost another may come, also for a job that asks for none.
+        # A lost node may be replaced, even if the job asks for none.
         self._state.capacity_expected = bool(self._cards.unplaced or self._cards.in_states(CardState.GONE))
 
     def is_hopeless(self) -> bool:
-        """Whether there is no card, and none will come that may do better."""
+        """Whether there is no card and no better one can be expected."""
         return not self._cards.live_cards() and not (self._state.capacity_expected and self._may_get_better())
 
     def _may_get_better(self) -> bool:
-        """Whether another card may do better: not if every one so far failed, and that on several nodes, nor if one
-        node after the other was lost."""
+        """Whether another card may do better. It may not if every card failed so far, on several nodes, nor if one node
+        after the other was lost."""
         here: list[Card] = self._cards.in_states(*set(CardState) - {CardState.GONE})
         all_failed = all(card.state is CardState.QUARANTINED for card in here)
         failed_nodes = {card.node for card in here}
         return not self._state.node_losses.hopeless and (not all_failed or len(failed_nodes) < MIN_FAILED_NODES)
 
     def _held(self) -> int:
-        """Places that the cluster has given or been asked for, but for those of cards that go."""
+        """Places that the cluster has given or was asked for, without those of cards that leave."""
         return len(self._cards.unplaced) + len(self._cards.in_states(*LIVE_STATES, CardState.QUARANTINED))

@@ -1,4 +1,4 @@
-"""What follows from what happens to cards. Pure, a part of the schedule.
+"""How events of cards change the state of a run. Pure, a part of the schedule.
 
 Each handler changes the state of the run and returns what is to be done at once, or None if the event changes nothing.
 """
@@ -49,14 +49,14 @@ class CardEvents:
     # -- events -------------------------------------------------------------------------------------------------
 
     def seen(self, event: ClusterSeen) -> list[Decision]:
-        """Gives every card that the job should have a place, now and later, and takes leave of those that go."""
+        """Asks for cards up to what the job should have, and lets cards of leaving nodes finish."""
         self._now = event.now
         capacity = event.capacity
         decisions: list[Decision] = []
         for card in list(self._cards.by_number.values()):
             if card.state is CardState.QUARANTINED:
                 if card.node in capacity.leaving or card.node not in capacity.nodes:
-                    # Its place would move on to a card of another node.
+                    # Its place would move to a card of another node.
                     self.change(card, CardChange.NODE_GONE)
                     decisions.append(GiveBack(card.number))
             elif card.node in capacity.leaving:
@@ -74,7 +74,7 @@ class CardEvents:
         self.change(card, CardChange.PLACED)
 
     def loaded(self, event: CardLoaded) -> list[Decision] | None:
-        """A card works from now on, waits for the others, or is refused."""
+        """Lets the card work or wait, or refuses it."""
         self._now = event.now
         card, loaded = self._cards.by_number[event.card], event.loaded
         if card.state is not CardState.STARTING or card.loaded is not None:
@@ -97,7 +97,7 @@ class CardEvents:
         return []
 
     def died(self, event: CardDied) -> list[Decision] | None:
-        """A card is replaced or quarantined, and what was in flight on it is pending again."""
+        """Replaces or quarantines the card; what was in flight on it is pending again."""
         card = self._cards.by_number[event.card]
         if card.state is CardState.LEAVING:
             self.change(card, CardChange.RELEASED)
@@ -123,7 +123,7 @@ class CardEvents:
         return decisions
 
     def broken(self, event: CardBroken) -> list[Decision] | None:
-        """The same of a card that says itself that it can't go on."""
+        """The same for a card that reports itself that it can't go on."""
         card = self._cards.by_number[event.card]
         if event.storage and card.state is CardState.STARTING:
             card.consecutive_failures += 1
@@ -134,7 +134,8 @@ class CardEvents:
         return self.died(CardDied(event.card, event.error))
 
     def gone(self, event: CardGone) -> list[Decision] | None:
-        """That counts against no card. Where it was not announced, it counts for the shards in flight on the card."""
+        """Removes a card that left with its node, which counts against no card. If the node did not announce its end,
+        the loss counts for the shards in flight on it."""
         card = self._cards.by_number[event.card]
         if not card.may(CardChange.NODE_GONE):
             return None
@@ -144,7 +145,7 @@ class CardEvents:
         return []
 
     def leaving(self, event: CardLeaving) -> list[Decision] | None:
-        """The card finishes what it has begun and gets nothing more."""
+        """Lets the card finish what it has begun; it gets nothing more."""
         card = self._cards.by_number[event.card]
         if not card.may(CardChange.NODE_LEAVES):
             return None
@@ -156,7 +157,7 @@ class CardEvents:
     # -- what follows from other events -------------------------------------------------------------------------
 
     def admit(self) -> list[Decision]:
-        """Has cards that have loaded work, wait or be refused, as the others have it."""
+        """Lets loaded cards work or wait, or refuses them, as their stacks compare."""
         newcomers, self._newcomers = self._newcomers, []
         decisions, verdicts = self._admission.verdicts(newcomers, len(self._cards.starting), self._now)
         for verdict in verdicts:
@@ -168,24 +169,24 @@ class CardEvents:
         return decisions
 
     def made(self) -> None:
-        """A card has made a shard: what shapes this run's images is settled."""
+        """Notes that a card has made a shard: the stack of the run's images is settled."""
         self._admission.settle()
 
     def release_leaving(self) -> list[Decision]:
-        """Releases the cards that go and have nothing in flight any more."""
+        """Releases the leaving cards that have nothing in flight any more."""
         free = list(self._cards.leaving_idle.values())
         for card in free:
             self.change(card, CardChange.RELEASED)
         return [Release(card.number) for card in free]
 
     def record_success(self, card: Card) -> None:
-        """A card has made something."""
+        """Notes that a card has made something."""
         card.has_succeeded = card.has_made = True
         card.consecutive_failures = card.start_failures = 0
         self._state.node_losses.made()
 
     def replace_or_quarantine(self, card: Card, error: str) -> list[Decision]:
-        """A card's process is at its end, or makes nothing."""
+        """Replaces or quarantines a card whose process has ended or makes nothing."""
         self._state.last_error = error
         if card.start_failures >= MAX_START_FAILURES:
             return self._quarantine(card, f"it made nothing in {card.start_failures} starts: {error}")
@@ -195,7 +196,7 @@ class CardEvents:
         return [Replace(card.number)]
 
     def made_elsewhere(self, card: Card, maker: Card) -> list[Decision]:
-        """Another card made all that was in flight on this one when it failed."""
+        """Notes that other cards made all that was in flight on this one when it failed."""
         if card is maker or not card.may(CardChange.GIVEN_UP):
             return []
         card.shards_made_elsewhere += 1
@@ -204,17 +205,18 @@ class CardEvents:
         return self._quarantine(card, f"{card.shards_made_elsewhere} shards that it failed were made by other cards")
 
     def count_transient(self, card: Card, images: int, failures: int) -> list[Decision]:
-        """A card has made images, of which some failed and worked when they were made again."""
+        """Counts images of a card that failed and worked when repeated."""
         self._state.transient_failures.add(card, images, failures)
         reason = None
         if failures and card.state is CardState.READY:
             reason = self._state.transient_failures.verdict(card, self._cards.live_cards())
         if reason is None or not self._cards.others({card.number}):
-            return []  # what is right the second time is better than nothing
+            return []  # an image that is right the second time is better than none
         return self._quarantine(card, reason)
 
     def change(self, card: Card, change: CardChange) -> None:
-        """Moves a card on. A ready card alone has graphs captured; a leaving one, too, may have shards in flight."""
+        """Moves a card to another state. Only a ready card keeps captured graphs; a leaving one may still have shards
+        in flight."""
         card.state = state = TRANSITIONS[card.state, change]
         if change is CardChange.ADMITTED:
             self._admission.admitted(card)
@@ -232,7 +234,7 @@ class CardEvents:
         self._cards.file(card)
 
     def _refuse(self, card: Card, reason: str) -> list[Decision]:
-        """A card that has loaded may make nothing of this run, and no other process in its place may."""
+        """Refuses a card: neither it nor another process in its place may work for this run."""
         self._state.last_error = reason
         return [NoteFault(card.number, reason, quiet=True), *self._quarantine(card, reason)]
 
@@ -243,9 +245,9 @@ class CardEvents:
     # -- what was at fault ---------------------------------------------------------------------------------------
 
     def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
-        """A card's process died; `no_row` says that this was no row's doing."""
+        """Counts the death of a card's process for the shards in flight; `no_row` says that no row caused it."""
         in_flight = list(card.in_flight)
-        # It may still store one shard while it makes the next.
+        # A process may still store one shard while it makes the next.
         generating = [attempt for attempt in in_flight if self._work.attempts[attempt].generating]
         at_work = (generating[-1:] or in_flight[:1] or [""])[0]
         shards = {self._work.attempts[attempt].shard for attempt in in_flight}
@@ -263,18 +265,18 @@ class CardEvents:
                     self._blame_reading(failures, self._state.shards[live.shard], at, others)
                 self._state.try_again(live.shard)
             else:
-                # It may have been read or stored at that moment, or not have begun.
+                # That shard may have been read or stored at the moment, or not have begun.
                 failures.announce = True
                 self._state.put_back(live.shard)
 
     def _blame_reading(self, failures: ShardFailures, shard: Shard, at: Reading, others: bool) -> None:
-        """A process died decoding rows that it had announced."""
+        """Counts the death of a process for the row groups that it had announced to decode."""
         if self._work.row_groups.killed(shard, at):
             failures.count_tries_anew()
             self._work.reconsider()
             for number, other in self._work.failures.items():
                 if self._work.row_groups.by_row(self._state.shards[number]):
-                    other.explain()  # it may have been this group that others died of
+                    other.explain()  # this group may have killed the others, too
         nodes = {self._cards.by_number[number].node for number in failures.died_on}
         other_nodes = bool(self._cards.live_on.keys() - nodes)
         if at.by_row and failures.is_certain_of_reading(others) and (len(nodes) > 1 or not other_nodes):
@@ -283,7 +285,7 @@ class CardEvents:
             failures.count_tries_anew()
 
     def _lose_node(self, card: Card) -> None:
-        """A card's node went without notice, and with it all its other cards."""
+        """Removes all cards of a node that went without notice."""
         self._work.keep_off(card.node)
         self._state.node_losses.lost(card)
         for attempt in reversed(list(card.in_flight)):

@@ -1,4 +1,4 @@
-"""The cards of a run as the schedule sees them, filed by what they can take. Pure, a part of the schedule."""
+"""The cards of a run, as the schedule keeps them: filed by what they can take. Pure, a part of the schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CardState(Enum):
 
 
 class CardChange(Enum):
-    """What moves a card from one state to another."""
+    """A change of a card's state."""
 
     PLACED = "the cluster gives it a place"
     ADMITTED = "it has loaded, and is admitted"
@@ -53,14 +53,15 @@ TRANSITIONS: Mapping[tuple[CardState, CardChange], CardState] = {
     (CardState.LEAVING, CardChange.NODE_GONE): CardState.GONE,
     (CardState.QUARANTINED, CardChange.NODE_GONE): CardState.GONE,
 }
-"""The life of a card: its state after each change; a change that is not here can't happen in that state."""
+"""The life of a card: its next state for each state and change. A change that is missing here can't happen in that
+state."""
 
 LIVE_STATES = (CardState.STARTING, CardState.READY)
-"""A card is ready for work, or will be."""
+"""States of cards that work or will."""
 
 
 def state_diagram() -> str:
-    """The life of a card as Mermaid draws it, from `TRANSITIONS`."""
+    """The life of a card as a Mermaid diagram, from `TRANSITIONS`."""
     arrows = [f"    {before.name} --> {after.name}: {change.value}" for (before, change), after in TRANSITIONS.items()]
     return "\n".join(["stateDiagram-v2", "    [*] --> WAITING", *arrows, "    GONE --> [*]"])
 
@@ -73,39 +74,39 @@ class Card:
     node: str
     state: CardState = CardState.WAITING
     loaded: LoadedCard | None = None
-    """What its present process says of itself; None before that has loaded, and when it has ended."""
+    """What its present process reported when it had loaded; None before that, and after its end."""
     in_flight: dict[str, None] = field(default_factory=dict)
     """Attempts, oldest first."""
     suspect: bool = False
-    """Whether what it has in flight is a suspect shard, beside which it gets no other."""
+    """Whether a suspect shard is in flight on it; it then gets no other."""
     reserved_for: int | None = None
-    """The suspect shard that it gets next, when nothing is in flight on it."""
+    """The suspect shard that it gets next, once nothing is in flight on it."""
     has_succeeded: bool = False
-    """Whether it has made a batch since its process began."""
+    """Whether its present process has made a batch."""
     has_made: bool = False
     """Whether it has ever made one."""
     consecutive_failures: int = 0
     """Failures in a row."""
     start_failures: int = 0
-    """Processes in a row that said that they could not make a batch."""
+    """Processes in a row that reported that they could not make a batch."""
     shards_made_elsewhere: int = 0
-    """Times that others made all that it failed."""
+    """Times that other cards made all that it had failed."""
     images: int = 0
     transient_failures: int = 0
-    """Images and calls that failed on it and worked when they were made again."""
+    """Images and calls that failed on it and worked when repeated."""
     fruitless_nodes: int = 0
-    """Nodes that had been lost in a row, with nothing made, when it was started."""
+    """How many nodes in a row had been lost, with nothing made, when it was started."""
     _filed: dict[int, Card] | None = None
     _filed_keys: tuple[dict[int, Card], ...] = ()
     _counted_on: str | None = None
 
     def may(self, change: CardChange) -> bool:
-        """Whether a change can happen in its state."""
+        """Whether a change is possible in its state."""
         return (self.state, change) in TRANSITIONS
 
 
 class Cards:
-    """All cards, filed so that an event costs the same with ten cards or ten thousand.
+    """All cards, filed so that an event costs as much with ten cards as with ten thousand.
 
     Args:
         affinity: which graphs they have captured.
@@ -113,51 +114,51 @@ class Cards:
 
     def __init__(self, affinity: Affinity) -> None:
         self.by_number: dict[int, Card] = {}
-        """Those that the cluster has placed."""
+        """Cards that the cluster has placed."""
         self.unplaced: dict[int, None] = {}
-        """Those that it has been asked for and has not placed, oldest first."""
+        """Cards that the cluster was asked for and has not placed, oldest first."""
         self.starting: dict[int, Card] = {}
         self.open: list[dict[int, Card]] = [{} for _ in range(MAX_IN_FLIGHT)]
-        """Ready and able to take a shard, by the number of shards in flight on them."""
+        """Ready cards that can take a shard, by the number of shards in flight on them."""
         self.open_by_key: list[dict[GraphKey, dict[int, Card]]] = [{} for _ in range(MAX_IN_FLIGHT)]
-        """The same by the graph keys that they have captured."""
+        """The same cards by the graph keys that they have captured."""
         self.full: dict[int, Card] = {}
-        """Ready, with `MAX_IN_FLIGHT` shards."""
+        """Ready cards with `MAX_IN_FLIGHT` shards."""
         self.apart: dict[int, Card] = {}
-        """Ready, and kept free of other shards for the sake of a suspect one."""
+        """Ready cards that are kept free for a suspect shard."""
         self.leaving_idle: dict[int, Card] = {}
-        """Leaving, with nothing in flight."""
+        """Leaving cards with nothing in flight."""
         self.exclusive: dict[str, int] = {}
-        """Nodes that are kept for one suspect shard alone."""
+        """Nodes that are kept free for one suspect shard."""
         self.lost: set[str] = set()
-        """Nodes that went without notice, whose other cards are gone as well, though nobody has said so yet."""
+        """Nodes that went without notice: all their cards are gone, even those whose end is not reported yet."""
         self.attempts_on_node: Counter[str] = Counter()
-        """Attempts on each node."""
+        """Attempts in flight on each node."""
         self.live_on: dict[str, int] = {}
-        """Cards that are ready or starting, by node; none has 0."""
+        """Number of ready or starting cards of each node; no entry is 0."""
         self._on: dict[str, dict[int, Card]] = {}
         self._affinity = affinity
 
     def live_cards(self) -> int:
-        """How many are ready or starting."""
+        """How many cards are ready or starting."""
         return len(self.starting) + len(self.full) + len(self.apart) + sum(map(len, self.open))
 
     def without_work(self) -> int:
-        """How many will take a shard before any gets its second."""
+        """How many cards take a shard before any takes its second."""
         return len(self.starting) + len(self.open[0])
 
     def others(self, than: set[int], starting: bool = True) -> bool:
-        """Whether a card is ready, or starting if that counts, that is none of these."""
+        """Whether there is a ready card, or a starting one if that counts, other than these."""
         filed = (*self.open, self.full, self.apart, *([self.starting] if starting else []))
         return any(number not in than for cards in filed for number in cards)
 
     def add(self, card: Card) -> None:
-        """A card is there."""
+        """Adds a card."""
         self.by_number[card.number] = card
         self._on.setdefault(card.node, {})[card.number] = card
 
     def move(self, card: Card, node: str) -> None:
-        """A card is on another node now."""
+        """Moves a card to another node."""
         del self._on[card.node][card.number]
         card.node = node
         self._on.setdefault(node, {})[card.number] = card
@@ -177,7 +178,7 @@ class Cards:
         return list(self._on.get(node, {}).values())
 
     def file(self, card: Card) -> None:
-        """Puts a card where it belongs, after anything about it has changed."""
+        """Files a card anew; to be called after each change of it."""
         if card._filed is not None:
             del card._filed[card.number]
         for holders in card._filed_keys:
@@ -223,8 +224,8 @@ class Attempt:
 
     shard: int
     card: Card
-    captures: bool  # whether its graph key is new to the card
-    at: Reading | frozenset[int] | None = None  # what it has announced last
+    captures: bool  # whether the card has to capture its graph key
+    at: Reading | frozenset[int] | None = None  # the last announcement
     recallable: bool = True
-    begun: bool = False  # its card has begun to read it
-    generating: bool = False  # its card has begun to make it
+    begun: bool = False  # whether its card has begun to read it
+    generating: bool = False  # whether its card has begun to make it

@@ -11,7 +11,7 @@ from gaudi_batch.plan import Shard
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One attempt at a shard, with all that is known of its rows from earlier ones."""
+    """One attempt at a shard, with what earlier attempts have shown of its rows."""
 
     shard: Shard
     attempt: str
@@ -20,17 +20,17 @@ class ShardTask:
     alone: frozenset[int] = frozenset()
     """Rows to run one at a time."""
     failed_alone_once: Mapping[int, str] = field(default_factory=dict)
-    """Rows that failed alone on another card, with the error; failing alone once more makes them failed rows."""
+    """Rows that failed alone on another card, with their errors; one that fails alone again is a failed row."""
     fail_without_running: Mapping[int, str] = field(default_factory=dict)
-    """Rows to record as failed, with the error, without a try."""
+    """Rows to record as failed, with these errors, without running them."""
     by_row: frozenset[int] = frozenset()
     """Row groups to decode a few rows at a time."""
     unreadable: Mapping[int, tuple[int, str]] = field(default_factory=dict)
-    """Of such groups, the first row, over all files, from which on they are not to be decoded, with the reason."""
+    """Of such groups, the first row, counted over all files, that is not to be decoded any more, with the reason."""
     undecoded: Mapping[int, str] = field(default_factory=dict)
-    """Row groups that another card could not decode; failing once more makes their rows failed ones."""
+    """Row groups that another card could not decode; if this one can't either, their rows fail."""
     confirm: frozenset[int] = frozenset()
-    """If not empty: make these rows alone, one at a time, and say which of them fail; nothing is stored."""
+    """If not empty: make these rows alone, one at a time, and report which of them fail; store nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Admit:
 
 @dataclass(frozen=True)
 class HoldBack:
-    """A card that has loaded waits, as it would make other images than the others."""
+    """A card that has loaded waits, since its images would differ from those of other cards."""
 
     card: int
     reason: str
@@ -73,12 +73,12 @@ class HoldBack:
 
 @dataclass(frozen=True)
 class NoteFault:
-    """Count a fault of a card that the schedule itself has found."""
+    """Count a fault that the schedule itself has found in a card."""
 
     card: int
     error: str
     quiet: bool = False
-    """Whether another decision says the same in the log."""
+    """Whether the log has the same from another decision."""
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,21 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class Release:
-    """Kill the card's process and give its slot back: its node leaves, and nothing is in flight on it."""
+    """Kill the card's process and give back its slot: its node leaves, and nothing is in flight on it."""
 
     card: int
 
 
 @dataclass(frozen=True)
 class GiveBack:
-    """Give the place of a card back: its node is gone."""
+    """Give back the place of a card whose node is gone."""
 
     card: int
 
 
 @dataclass(frozen=True)
 class CheckStorage:
-    """Find out whether storage fails for the driver, too: write to the output, and read the file of this shard."""
+    """Check whether storage fails for the driver, too: write to the output, and read the file of this shard."""
 
     shard: Shard
 

@@ -1,4 +1,4 @@
-"""Who has which shard, and who gets which next. Pure, a part of the schedule.
+"""Which card has which shard, and which card gets which shard next. Pure, a part of the schedule.
 
 * A card holds at most `MAX_IN_FLIGHT` shards, so that it never waits for the next one; it gets the second only while
   there are more shards than cards without one. A queued shard that has not begun is recalled as soon as a card that
@@ -24,17 +24,17 @@ from gaudi_batch.scheduling.pending import Pending
 from gaudi_batch.scheduling.rowgroups import RowGroups
 
 ENOUGH_CARDS = 2
-"""Cards that must have failed a shard before it is tried on one of them again while others start."""
+"""A shard that so many cards have failed may go to one of them again while others start."""
 MAX_LOOKED_AT = 16
-"""Suspect shards for which an event looks for a card."""
+"""Suspect shards for which one event looks for a card."""
 MAX_COMPARED = 64
-"""Cards among which one is chosen by its node."""
+"""Cards among which one is chosen for its node."""
 NODES_PER_EXCLUSIVE = 4
-"""While other work waits, one node in so many at most is kept for a single suspect shard."""
+"""While other work waits, at most one node in so many is kept free for a suspect shard."""
 
 
 class Dispatch:
-    """The shards of a run that are not made yet, on the cards or waiting for one.
+    """The shards of a run that are not made yet, in flight or pending.
 
     Args:
         shards: what is to be made, by number.
@@ -48,15 +48,15 @@ class Dispatch:
         self.pending = Pending(shards)
         self.attempts: dict[str, Attempt] = {}
         self.failures: dict[int, ShardFailures] = {}
-        """What is known of shards that have failed."""
+        """What is known of the shards that have failed."""
         self.row_groups = RowGroups()
         self._shards = shards
         self._prefix = prefix
         self._sent = 0
-        self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # in flight behind another, and not asked back yet
-        self._asked_back: set[str] = set()  # asked back and not answered
-        self._reserved: dict[int, Card] = {}  # the cards that are kept for suspect shards
-        self._due: set[int] = set()  # suspect shards whose card or node may have become free
+        self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # queued behind another shard and not recalled yet
+        self._asked_back: set[str] = set()  # recalled and not answered yet
+        self._reserved: dict[int, Card] = {}  # the cards that are kept free for suspect shards
+        self._due: set[int] = set()  # suspect shards for which a card or node may have become free
 
     def count_pending(self) -> int:
         """How many shards no card has."""
@@ -67,22 +67,22 @@ class Dispatch:
         return [*self.pending.numbers(), *self._reserved]
 
     def demand(self) -> int:
-        """Cards that would have something to do: those that are usable, and one for each shard that is left over when
-        those of them without work have taken one."""
+        """Cards that could work: the usable ones, and one for each shard that is left when each of them without work
+        has taken one."""
         return self.cards.live_cards() + max(0, len(self.pending) - self.cards.without_work())
 
     def next(self) -> list[Decision]:
-        """Gives out what can be given out now, and asks back what another card could begin."""
+        """Assigns what can be assigned now, and recalls what an idle card could begin."""
         decisions = [*self._assign_suspects(), *self._assign()]
-        # Of fresh shards, some may have turned out to be suspect.
+        # Some fresh shards may have become suspect.
         return [*decisions, *self._assign_suspects(), *self._recall_for_idle()]
 
     def recall_all(self) -> list[Recall]:
-        """Asks back all that is queued."""
+        """Recalls all queued shards."""
         return [self._recall(attempt) for queued in list(self._queued.values()) for attempt in list(queued)]
 
     def recall_queued_of(self, card: Card) -> list[Recall]:
-        """Asks back what is queued on one card."""
+        """Recalls what is queued on one card."""
         key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.in_flight}
         return [self._recall(attempt) for attempt, key in key_of.items() if attempt in self._queued.get(key, ())]
 
@@ -91,7 +91,7 @@ class Dispatch:
         self._asked_back.discard(attempt)
 
     def put_back(self, shard: int) -> None:
-        """A shard waits again, before those that have not been tried."""
+        """Makes a shard pending again, before those that have not been tried."""
         failures = self.failures.get(shard)
         if failures is not None and failures.alone_on_node:
             self.pending.node_suspects[shard] = None
@@ -101,22 +101,23 @@ class Dispatch:
             self.pending.returned.appendleft(shard)
 
     def settle(self, shard: int) -> None:
-        """A shard has been read, or given up: what it was to find out about row groups is known, as far as can be."""
+        """Notes that a shard was read or given up: what it was to find out about row groups is known as far as
+        possible."""
         if self.row_groups.settle(shard):
             parked, self.pending.parked = self.pending.parked, {}
-            # The first of a group first: what kills may lie before the rows of all that come after it.
+            # The first shard of a group goes first: the row that kills may lie before the rows of all others.
             for number in sorted(parked):
                 self.put_back(number)
 
     def reconsider(self) -> None:
-        """A row group has killed: of what has come back, its shards are suspect now."""
+        """Notes that a row group has killed: those of its shards that have come back are suspect now."""
         doubted = {shard for shard in self.pending.returned if self.row_groups.doubt(self._shards[shard])}
         if doubted:
             self.pending.returned = deque(shard for shard in self.pending.returned if shard not in doubted)
             self.pending.suspects |= dict.fromkeys(sorted(doubted))
 
     def take_kind(self, kind: BatchKind) -> list[int]:
-        """Takes out all shards of one kind of batch that no card has."""
+        """Takes out all pending shards of one kind of batch."""
         for shard, card in list(self._reserved.items()):
             if self._shards[shard].bucket.batch_kind == kind:
                 self.drop_reservation(card)
@@ -124,28 +125,28 @@ class Dispatch:
         return self.pending.take_kind(kind)
 
     def take(self, shard: int) -> bool:
-        """Takes out one shard; returns whether no card has it and it waits."""
+        """Takes out one shard; returns whether it was pending."""
         if shard in self._reserved:
             self.drop_reservation(card := self._reserved[shard])
             self.cards.file(card)
         return self.pending.take(shard)
 
     def keep_off(self, node: str) -> None:
-        """A node went without notice, and with it all its other cards, which get nothing more."""
+        """Notes a node that went without notice: its cards get nothing more."""
         self.cards.lost.add(node)
         for card in self.cards.on(node):
             self.drop_reservation(card)
             self.cards.file(card)
 
     def release(self, attempt: str) -> Attempt:
-        """An attempt is over; its shard is in flight no more."""
+        """Ends an attempt: its shard is no longer in flight."""
         live = self.attempts.pop(attempt)
         card = live.card
         self._asked_back.discard(attempt)
         self._unqueue(attempt, live)
         del card.in_flight[attempt]
         for first in card.in_flight:
-            self._unqueue(first, self.attempts[first])  # it is no longer behind another
+            self._unqueue(first, self.attempts[first])  # nothing is queued behind it any more
             break
         self.cards.attempts_on_node[card.node] -= 1
         card.suspect = False
@@ -163,7 +164,7 @@ class Dispatch:
     def _assign(self) -> list[Decision]:
         decisions: list[Decision] = []
         for level, cards in enumerate(self.cards.open):
-            # Whoever has nothing comes first, a card that is still starting too.
+            # Cards without any shard come first, also those that are still starting.
             while cards and self.pending.plain > (self.cards.without_work() if level else 0):
                 match = self._match(level)
                 if match is None:
@@ -172,10 +173,10 @@ class Dispatch:
         return decisions
 
     def _match(self, level: int) -> tuple[Card, int] | None:
-        """A card with so many shards in flight, and the shard that it gets next."""
+        """A card with so many shards in flight, and the shard for it."""
         cards = self.cards.open[level]
         for place, shard in enumerate(self.pending.returned):
-            # Rather one that has captured its graph: a few rows to confirm are not worth a capture.
+            # A card that has captured the graph is better: a few rows to confirm are not worth a capture.
             holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
             for card in itertools.chain(holders.values(), cards.values()):
                 if self._may_have(card, shard):
@@ -185,7 +186,7 @@ class Dispatch:
             card = next(iter(cards.values()))
             key = self._choose_key(card)
             if key is None:
-                # No key is worth a capture, whoever asks; those that have captured one may go on with it.
+                # No key is worth a capture for any card; cards that have captured one may go on with it.
                 by_key = map(self.cards.open_by_key[level].get, self.pending.fresh_counts)
                 card = next((next(iter(holders.values())) for holders in by_key if holders), card)
                 key = self._choose_key(card)
@@ -204,7 +205,7 @@ class Dispatch:
         failures = self.failures.get(shard)
         if failures is None or card.number not in failures.failed_on:
             return True
-        # One card may be wrong, so a second is waited for even while it starts; after two cards nobody is waited for.
+        # One card may be wrong, so a starting one is waited for as the second; after two cards none is waited for.
         failed_on = set(failures.failed_on)
         return not self.cards.others(failed_on, starting=len(failed_on) < ENOUGH_CARDS)
 
@@ -212,7 +213,7 @@ class Dispatch:
         """Keeps a card for each suspect shard, and sends it when the card has nothing else in flight."""
         decisions: list[Decision] = []
         for suspects in (self.pending.suspects, self.pending.node_suspects):
-            # A few at a time: an event must not cost more where many wait for the same cards.
+            # A few at a time: an event must not cost more if many wait for the same cards.
             for shard in list(itertools.islice(suspects, MAX_LOOKED_AT)):
                 if not (self.cards.full or any(self.cards.open)):
                     break
@@ -245,7 +246,7 @@ class Dispatch:
         able: Iterator[Card] = (card for card in free if self._may_have(card, shard))
         failures = self.failures.get(shard)
         if failures is not None and failures.died_on:
-            # Rather on another node: one bad node has several cards.
+            # Another node is better: a bad node has several cards.
             nodes = {self.cards.by_number[number].node for number in failures.died_on}
             able = iter(sorted(itertools.islice(able, MAX_COMPARED), key=lambda card: card.node in nodes))
         if self._is_alone_on_node(shard):
@@ -271,7 +272,7 @@ class Dispatch:
         return [recall for card in cards for recall in self.recall_queued_of(card)]
 
     def drop_reservation(self, card: Card) -> None:
-        """Another card is to be kept for what this one was kept for."""
+        """Keeps another card free in place of this one."""
         shard, card.reserved_for = card.reserved_for, None
         if shard is None:
             return
@@ -280,7 +281,7 @@ class Dispatch:
         self._free_node(shard, card.node)
 
     def _free_node(self, shard: int, node: str) -> None:
-        """A node is no longer kept for a shard, if it was."""
+        """Frees a node that was kept for a shard."""
         if self.cards.exclusive.get(node) == shard:
             del self.cards.exclusive[node]
             for card in self.cards.on(node):
@@ -304,7 +305,7 @@ class Dispatch:
         return Assign(card.number, task)
 
     def _recall_for_idle(self) -> list[Decision]:
-        """Asks back a queued shard for each card that has nothing to do, if it is one that the card may have."""
+        """For each idle card, recalls a queued shard that the card may have."""
         decisions: list[Decision] = []
         idle = self.cards.open[0]
         served: set[int] = set()
@@ -319,12 +320,12 @@ class Dispatch:
         return decisions
 
     def _idle_and_queued(self, key: GraphKey, served: set[int]) -> Iterable[tuple[Card, str]]:
-        """Cards that have nothing to do, each with a queued attempt of this key that suits it."""
+        """Idle cards, each with a queued attempt of this key that it may have."""
         idle, queued = self.cards.open[0], self._queued[key]
         if not idle or not queued:
             return
         images = self._shards[next(iter(queued.values())).shard].images
-        # A list, as what is recalled leaves the queue meanwhile.
+        # A list, since recalled attempts leave the queue meanwhile.
         suited = idle if self.affinity.is_worth_it(key, 1, images) else self.cards.open_by_key[0].get(key, {})
         for card in suited.values():
             if card.number in served:

@@ -1,4 +1,4 @@
-"""What a schedule was told and what it decided, so that the decisions of a real run can be made again elsewhere. Pure.
+"""The events of a schedule and its decisions, so that those of a real run can be repeated elsewhere. Pure.
 
     python -m gaudi_batch.scheduling.event_log events.bin
 
@@ -22,12 +22,12 @@ from gaudi_batch.scheduling.events import Event
 from gaudi_batch.scheduling.schedule import Schedule
 
 MAX_EVENTS = 10_000
-"""Events after which a new snapshot is taken. A log holds as many at least, if there were as many, and twice as many at
-most."""
+"""Events after which a new snapshot is taken. A log keeps at least so many, if there were as many, and at most twice as
+many."""
 VERSION = 1
-"""Of what `EventLog.dump` writes."""
+"""Version of the format that `EventLog.dump` writes."""
 PACKAGES = ("gaudi_batch.scheduling.", "gaudi_batch.plan")
-"""Where the classes of a log come from; a log is data, and nothing else in it is loaded."""
+"""The packages whose classes a log may hold: it is data, and nothing else is loaded from it."""
 BUILTINS = {
     ("builtins", "frozenset"),
     ("builtins", "range"),
@@ -39,7 +39,7 @@ BUILTINS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """An event, and what was decided on it."""
+    """An event, and the decisions on it."""
 
     event: Event
     decisions: tuple[Decision, ...]
@@ -47,17 +47,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a schedule does not decide as the log says."""
+    """Where a schedule decides otherwise than the log says."""
 
     number: int
-    """Of the event, counted from the snapshot."""
+    """Number of the event, counted from the snapshot."""
     event: Event
     logged: tuple[Decision, ...]
     decided: tuple[Decision, ...]
 
 
 class EventLog:
-    """A schedule whose events are written down, in memory: a snapshot of it, and what came since.
+    """A schedule whose events are kept in memory: a snapshot, and all events since.
 
     Args:
         schedule: tells it everything through this log alone.
@@ -79,7 +79,7 @@ class EventLog:
         return decisions
 
     def dump(self) -> bytes:
-        """The oldest snapshot that is kept and all that came since, as `load` takes it."""
+        """The oldest snapshot that is kept and all events since, in the form that `load` reads."""
         entries = [entry for _, part in self._parts for entry in part]
         content = (VERSION, list(self.schedule.shards.values()), self._parts[0][0], entries)
         return zlib.compress(pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
@@ -90,7 +90,7 @@ class EventLog:
 
 
 def load(data: bytes) -> tuple[Schedule, list[Entry]]:
-    """A log that `EventLog.dump` wrote: the schedule as it was, and what came since.
+    """Reads what `EventLog.dump` wrote: the schedule at the snapshot, and the events since.
 
     Raises:
         ValueError: it is no such log, or holds anything but data of this package.
@@ -106,8 +106,8 @@ def load(data: bytes) -> tuple[Schedule, list[Entry]]:
 
 
 def replay(data: bytes) -> tuple[int, list[Difference]]:
-    """Tells a schedule, as a log has it, what the log says; returns how many events that were, and where the first
-    decision differs, if one does. What comes after that says nothing.
+    """Tells the schedule of a log the log's events; returns how many there were, and the first difference in its
+    decisions, if there is one. What follows a difference means nothing.
 
     Raises:
         ValueError: see `load`.
@@ -121,7 +121,7 @@ def replay(data: bytes) -> tuple[int, list[Difference]]:
 
 
 class _Snapshots(pickle.Pickler):
-    """Writes a schedule without its shards, of which there may be a million and which never change."""
+    """Writes a schedule without its shards, which never change and may be a million."""
 
     def __init__(self, file: io.BytesIO, shards: object) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -134,7 +134,7 @@ class _Snapshots(pickle.Pickler):
 
 
 class _DataOnly(pickle.Unpickler):
-    """Reads data of this package, and runs no code that comes with it."""
+    """Reads data of this package, and runs no code that the data brings along."""
 
     def __init__(self, file: io.BytesIO, shards: dict[int, Shard] | None = None) -> None:
         super().__init__(file)

@@ -1,4 +1,4 @@
-"""What happens in a run, as the schedule is told of it: plain data without Ray, storage or a clock."""
+"""What happens in a run, told to the schedule as plain data without Ray, storage or a clock."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ class Reading:
     """A card is about to decode rows of a suspect shard."""
 
     group: int
-    """The row group, counted in its file."""
+    """The row group, by its number in the file."""
     span: range
-    """All of its rows, counted in the file."""
+    """All rows of the group, by their numbers in the file."""
     rows: range
-    """Rows of the shard, over all files, that can't be read if this kills the process."""
+    """Rows of the shard, counted over all files, that can't be read if this kills the process."""
     by_row: bool
-    """Whether the group is decoded a few rows at a time, now from the first of `rows` on, and not at once."""
+    """Whether the group is decoded not at once but a few rows at a time, now from the first of `rows` on."""
 
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """What has become of a shard that was made."""
+    """What became of a shard that was made."""
 
     rows: int
     failed_rows: int
     """Rows that failed, for whatever reason."""
     raised_rows: int
-    """Those that failed in the pipeline."""
+    """Failed rows for which the pipeline was called."""
     undecoded_rows: int = 0
-    """Those that could not be read."""
+    """Failed rows that could not be read."""
     seconds: float = 0.0
-    """How long its pipeline calls took."""
+    """Seconds of its pipeline calls."""
     transient_failures: int = 0
-    """Images and calls that failed and worked when they were made again."""
+    """Images and calls that failed and worked when repeated."""
     doubted: Mapping[int, str] = field(default_factory=dict)
-    """Failed rows that another card has to confirm, with their errors: images that came out wrong twice,
-    or could not be encoded."""
+    """Failed rows that another card has to confirm, with their errors: images that were wrong twice, or could not be
+    encoded."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +51,32 @@ class ShardFailure:
 
     error: str
     failed_alone_once: Mapping[int, str] = field(default_factory=dict)
-    """Rows that failed alone, with no other row made afterwards."""
+    """Rows that failed alone, after which the card made no other row."""
     undecoded: Mapping[int, str] = field(default_factory=dict)
     """Row groups that could not be decoded, with their errors."""
     healthy: bool = True
-    """Whether the card has made anything since; a card that has not is replaced."""
+    """Whether the card has made anything since; one that has not is replaced."""
     storage: bool = False
-    """Whether it was storage that failed, or did not have the prompts that were planned."""
+    """Whether storage was the cause: it failed, or did not have the prompts that were planned."""
 
 
 @dataclass(frozen=True)
 class SlowReading:
-    """A card read the rows of a shard for too long, which says nothing of a row."""
+    """A card took too long to read the rows of a shard, which says nothing of a row."""
 
 
 @dataclass(frozen=True)
 class StorageStalled:
-    """An operation on storage did not end on a card, whatever that was at beside it."""
+    """An operation on storage did not end on a card, whatever else the card was doing."""
 
 
 @dataclass(frozen=True)
 class SlowBatch:
-    """A batch that passed its time limit before any card had made one of its kind."""
+    """A batch passed its time limit before any card had made one of its kind."""
 
     kind: BatchKind
     limit: str
-    """The limit, as the reason of an end names it."""
+    """The limit, as reasons for a stop name it."""
 
 
 # -- the cluster ------------------------------------------------------------------------------------------------------
@@ -87,18 +87,18 @@ class Capacity:
     """What the cluster has for a job."""
 
     cards: int
-    """Cards that the job may have of it, held by others or not."""
+    """Cards of the cluster that the job may have, whether others hold them or not."""
     total_cards: int
-    """All that it has, so also those that may take the place of failed ones."""
+    """All cards of the cluster, including those that may replace failed ones."""
     nodes: frozenset[str]
     """Ids of the nodes that are up."""
     leaving: frozenset[str]
-    """Ids of those that have announced their end."""
+    """Ids of the nodes that have announced their end."""
 
 
 @dataclass(frozen=True)
 class ClusterSeen:
-    """The cluster was asked what it has."""
+    """What the cluster has now."""
 
     capacity: Capacity
     now: float
@@ -107,21 +107,21 @@ class ClusterSeen:
 
 @dataclass(frozen=True)
 class RunFailed:
-    """Something without which the run can't go on has failed for the driver: its storage, or Ray."""
+    """Something failed for the driver that the run can't do without: its storage, or Ray."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class StopRequested:
-    """Somebody asked the run to stop: no more work is taken up, and what has begun is finished."""
+    """Somebody asked the run to stop: it begins no more work and finishes what has begun."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class StopForced:
-    """The run is to end now, whatever has begun: the grace is over, a second signal came, or the lease is lost."""
+    """The run ends now, whatever has begun: the grace is over, a second signal came, or the lease is lost."""
 
     reason: str
 
@@ -140,22 +140,22 @@ class CardPlaced:
 
 @dataclass(frozen=True)
 class LoadedCard:
-    """What a card that has loaded its pipeline says of itself."""
+    """What a card reports that has loaded its pipeline."""
 
     name: str
-    """What it is called."""
+    """The card's name."""
     node_id: str
-    """The node on which it is now; Ray may have moved its place."""
+    """The id of its node; Ray may have moved its place since."""
     node: str
     """The node's host name."""
     module: int | None
     """The module that Ray pinned; None where the device has none."""
     stack: Mapping[str, str]
-    """What shapes its images, by name."""
+    """The versions and settings that shape its images, by name."""
     model: str
     """The commit or SHA-256 of the model that it has loaded."""
     cpus: int
-    """How many its process may use."""
+    """How many CPUs its process may use."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ class CardDied:
 
 @dataclass(frozen=True)
 class CardBroken:
-    """A card's process says that it can't go on: it could not load its pipeline, or its device failed."""
+    """A card's process reports that it can't go on: it could not load its pipeline, or its device failed."""
 
     card: int
     error: str
     storage: bool = False
-    """Whether storage went on failing while it loaded, which says little of the card."""
+    """Whether storage kept failing while it loaded, which says little of the card."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +240,11 @@ class ShardMade:
 
 @dataclass(frozen=True)
 class DoubtsChecked:
-    """A card has made the doubted rows of a held record alone."""
+    """A card has made the doubted rows of a held record again, alone."""
 
     attempt: str
     failures: Mapping[int, str]
-    """Those that failed on it, too, with their errors."""
+    """The rows that failed on this card, too, with their errors."""
 
 
 @dataclass(frozen=True)
@@ -257,30 +257,30 @@ class ShardFailed:
 
 @dataclass(frozen=True)
 class RecallAnswered:
-    """A card has answered a recall."""
+    """A card has answered a recall of a shard."""
 
     attempt: str
     given_back: bool
-    """Whether it had not begun the shard and gave it back."""
+    """Whether it gave the shard back because it had not begun it."""
 
 
 @dataclass(frozen=True)
 class ShardCommitted:
-    """The manifest of a shard is in place, from this driver or from another."""
+    """The manifest of a shard is stored, by this driver or another."""
 
     shard: int
 
 
 @dataclass(frozen=True)
 class StorageChecked:
-    """The driver has looked at storage itself, as `CheckStorage` asked."""
+    """The driver has checked storage itself, as `CheckStorage` asked."""
 
     shard: int
     """The shard whose rows it has read."""
     error: str | None = None
-    """How storage failed for it, if it did."""
+    """How storage failed for the driver; None if it did not."""
     of_shard: str | None = None
-    """How these rows alone failed, if they did: no card can make the shard."""
+    """How these rows alone failed; no card can then make the shard. None if they did not."""
 
 
 Event: TypeAlias = (

@@ -31,18 +31,19 @@ MAX_TRIES = 8
 DEATHS_TO_FAIL_A_ROW = 3
 DEATHS_READING_A_ROW = 2
 MAX_SHARED_NODE_LOSSES = 2
-"""Nodes that a shard may be lost with before it runs alone on one."""
+"""A shard that was lost with so many nodes runs alone on a node."""
 
 
 @dataclass
 class Incident:
-    """A failure of a card, with all that was in flight on it. It was the card's fault if others make all of that."""
+    """A failure of a card, with all that was in flight on it. It was the card's fault if other cards make all of
+    that."""
 
     card: int
     shards: set[int]
 
     def made(self, shard: int, cleared: bool) -> bool:
-        """A shard has been made since; returns whether that was the last and the card is at fault.
+        """Notes that a shard was made; returns whether that was the last and the card is at fault.
 
         Args:
             shard: the shard.
@@ -58,7 +59,7 @@ class Incident:
 
 @dataclass(frozen=True)
 class Held:
-    """A record that waits until another card has made the rows that failed."""
+    """A record that waits until another card has made its failed rows again."""
 
     attempt: str
     card: int
@@ -70,40 +71,40 @@ class ShardFailures:
     """The history of one shard's failures."""
 
     failed_on: list[int] = field(default_factory=list)
-    """A card for each failure of any kind."""
+    """The card of each failure of any kind."""
     died_on: list[int] = field(default_factory=list)
-    """A card for each death."""
+    """The card of each death."""
     announce: bool = False
-    """Whether the shard is suspect: its readings and batches are to be announced."""
+    """Whether the shard is suspect: the card announces each reading and each batch."""
     alone_on_node: bool = False
-    """Whether it is to run where no other shard of the run is in flight on its node."""
+    """Whether no other shard of the run may be in flight on its node."""
     alone: frozenset[int] = frozenset()
     """Rows to run one at a time."""
     failed_alone_once: dict[int, str] = field(default_factory=dict)
-    """Rows that failed alone on one card, with the error."""
+    """Rows that failed alone on one card, with their errors."""
     fail_without_running: dict[int, str] = field(default_factory=dict)
-    """Rows that killed, with the error."""
+    """Rows that killed a process, with the error."""
     undecoded: dict[int, str] = field(default_factory=dict)
-    """Row groups that one card could not decode, with the error."""
+    """Row groups that one card could not decode, with their errors."""
     held: Held | None = None
     """The record that waits for a second card."""
     incidents: list[Incident] = field(default_factory=list)
     error: str = ""
-    """The last one."""
+    """The last error."""
     read_deaths: int = 0
     """Deaths while its rows were read a few at a time."""
     hopeless: bool = False
-    """Whether no card can make the shard, as its rows can't be read by the driver either."""
+    """Whether no card can make the shard, since the driver can't read its rows either."""
     _node_losses: int = 0
-    _tries: int = 0  # failures since one has shown something new
+    _tries: int = 0  # failures since one showed something new
 
     @property
     def stuck(self) -> bool:
-        """Whether trying again shows nothing new any more."""
+        """Whether another try would show nothing new."""
         return self.hopeless or self._tries >= MAX_TRIES
 
     def task(self, shard: Shard, attempt: str, row_groups: RowGroups) -> ShardTask:
-        """The next attempt, with all that is known."""
+        """The next attempt, with all that is known of the rows."""
         return ShardTask(
             shard,
             attempt,
@@ -118,8 +119,8 @@ class ShardFailures:
         )
 
     def raised(self, card: int, failure: ShardFailure) -> None:
-        """An attempt failed on a card whose process lives."""
-        # What storage did to one card says nothing of the shard, as long as another can try.
+        """Notes a failure of an attempt on a card whose process lives."""
+        # Storage that fails for one card says nothing of the shard as long as another card can try.
         self._failed(card, failure.error, not failure.storage or card in self.failed_on)
         for known, reported in (
             (self.failed_alone_once, failure.failed_alone_once),
@@ -131,7 +132,7 @@ class ShardFailures:
                     self._tries = 0
 
     def died(self, card: int, error: str, at: Reading | frozenset[int] | None, others: bool) -> None:
-        """A card's process died while it worked on the shard.
+        """Notes that a card's process died while it worked on the shard.
 
         Args:
             card: the card.
@@ -145,7 +146,7 @@ class ShardFailures:
         self.announce = True
         if isinstance(at, Reading):
             self.read_deaths += at.by_row
-            return  # what that says is for all shards of the row group
+            return  # what this says holds for all shards of the row group
         if at and not at <= self.alone:
             self.alone |= at
             self._tries = 0
@@ -154,24 +155,24 @@ class ShardFailures:
             self._tries = 0
 
     def is_certain(self, others: bool) -> bool:
-        """Whether enough processes have died of the shard to put it down to the row that they were at."""
+        """Whether enough processes have died of the shard to blame the row that they were at."""
         return len(self.died_on) >= DEATHS_TO_FAIL_A_ROW and (len(set(self.died_on)) > 1 or not others)
 
     def is_certain_of_reading(self, others: bool) -> bool:
-        """The same of a row that they read. The group has killed before."""
+        """The same for a row that they were reading. The group has killed before."""
         return self.read_deaths >= DEATHS_READING_A_ROW and (len(set(self.died_on)) > 1 or not others)
 
     def explain(self) -> None:
-        """The failures so far were not the cards' fault."""
+        """Notes that the failures so far were not the cards' fault."""
         for incident in self.incidents:
             incident.shards.clear()
 
     def count_tries_anew(self) -> None:
-        """A failure has shown something new, so the tries are counted from here."""
+        """Notes a failure that has shown something new: the tries are counted from here."""
         self._tries = 0
 
     def lost_with_node(self, card: int, at: Reading | frozenset[int] | None, others: bool) -> None:
-        """The card's node went without notice while the shard was in flight on it; see `died`."""
+        """Notes that the card's node went without notice while the shard was in flight there; see `died`."""
         if self.alone_on_node:
             if at:
                 self.died(card, "its node was lost", at, others)
@@ -180,16 +181,16 @@ class ShardFailures:
         self.error = "its node was lost"
         if self._node_losses >= MAX_SHARED_NODE_LOSSES:
             self.announce = self.alone_on_node = True
-            self.died_on.append(card)  # these losses together are the first death
+            self.died_on.append(card)  # these losses together count as the first death
 
     def await_confirmation(self, held: Held) -> None:
-        """A record waits until another card has made its doubted rows."""
+        """Keeps a record until another card has made its doubted rows."""
         self.held = held
         self.failed_on.append(held.card)
 
     def refute(self, failures: Mapping[int, str]) -> None:
-        """Another card made rows of the held record that the first could not; `failures` are those that it could not
-        make either."""
+        """Notes that another card made rows of the held record that the first could not; `failures` are those that it
+        could not make either."""
         assert self.held is not None
         self.failed_alone_once |= failures
         self.error = f"rows that failed on one card work on another: {sorted(self.held.outcome.doubted)[:5]}"

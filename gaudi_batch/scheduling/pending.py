@@ -9,8 +9,8 @@ from gaudi_batch.plan import BatchKind, GraphKey, Shard
 
 
 class Pending:
-    """Three kinds wait: fresh ones by graph key, ones that come back, which are tried before these, and suspect ones,
-    which get a card of their own.
+    """Three kinds of shards are pending: fresh ones, by graph key; those that come back, which go first; and suspect
+    ones, which get a card of their own.
 
     Args:
         shards: all that are to be made, by number.
@@ -21,12 +21,12 @@ class Pending:
         self.returned: deque[int] = deque()
         self.suspects: dict[int, None] = {}
         self.node_suspects: dict[int, None] = {}
-        """Those that are to run alone on a node."""
+        """Shards that have to run alone on a node."""
         self.parked: dict[int, None] = {}
-        """Those that wait for what another shard of their row group finds out."""
+        """Shards that wait for what another shard of their row group finds out."""
         self.fresh: dict[GraphKey, deque[int]] = {}
         self.fresh_counts: dict[GraphKey, tuple[int, int]] = {}
-        """For each key how many fresh shards there are, and the images of the next one."""
+        """For each key the number of fresh shards, and the images of the next one."""
         self._fresh_count = 0
         for number in sorted(shards):
             self.fresh.setdefault(shards[number].bucket.graph_key, deque()).append(number)
@@ -38,13 +38,13 @@ class Pending:
         return self.plain + len(self.suspects) + len(self.node_suspects) + len(self.parked)
 
     def numbers(self) -> list[int]:
-        """All that wait."""
+        """The numbers of all pending shards."""
         fresh = [number for queue in self.fresh.values() for number in queue]
         return [*fresh, *self.returned, *self.suspects, *self.node_suspects, *self.parked]
 
     @property
     def plain(self) -> int:
-        """How many any card may take."""
+        """How many of them any card may take."""
         return len(self.returned) + self._fresh_count
 
     def take_fresh(self, key: GraphKey) -> int:
@@ -55,7 +55,7 @@ class Pending:
         return shard
 
     def take(self, shard: int) -> bool:
-        """Takes out a shard that has come back; returns whether it was here."""
+        """Takes out a shard that has come back; returns whether it was pending."""
         for place in (self.suspects, self.node_suspects, self.parked):
             if shard in place:
                 del place[shard]
@@ -66,7 +66,7 @@ class Pending:
         return False
 
     def take_kind(self, kind: BatchKind) -> list[int]:
-        """All shards of one kind of batch."""
+        """All pending shards of one kind of batch."""
 
         def is_kind(number: int) -> bool:
             return self._shards[number].bucket.batch_kind == kind

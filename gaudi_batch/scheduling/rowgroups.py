@@ -15,24 +15,24 @@ from gaudi_batch.scheduling.events import Reading
 
 @dataclass
 class _Group:
-    span: range  # its rows, counted in its file
-    finder: int | None  # the shard that finds out what of it can be read; None once that is known
-    unreadable: tuple[int, str] | None = None  # the first row that can't be, over all files, and why
+    span: range  # its rows, by their numbers in the file
+    finder: int | None  # the shard that finds out which rows can't be read; None once that is known
+    unreadable: tuple[int, str] | None = None  # the first row that can't be read, over all files, and the reason
 
 
 @dataclass
 class RowGroups:
-    """What is known of them, by file and group."""
+    """What is known of row groups that have killed, by file and group."""
 
     known: int = 0
-    """How many there are."""
+    """How many have killed."""
     undecided: int = 0
-    """How many are being found out about."""
+    """How many are still being found out about."""
     _groups: dict[int, dict[int, _Group]] = field(default_factory=dict)
 
     def killed(self, shard: Shard, reading: Reading) -> bool:
-        """A process died decoding rows of a group for a shard, which finds out about it if no other does; returns
-        whether the group was not known."""
+        """Notes that a process died decoding rows of a group for a shard, which now finds out about it unless another
+        shard does; returns whether the group is new here."""
         groups = self._groups.setdefault(shard.file, {})
         known = reading.group in groups
         self.known += not known
@@ -43,13 +43,13 @@ class RowGroups:
         return not known
 
     def mark_unreadable(self, shard: Shard, reading: Reading, reason: str) -> None:
-        """From the first row of this reading on, the group can't be read."""
+        """Notes that from the first row of this reading on the group can't be read."""
         group = self._groups[shard.file][reading.group]
         if group.unreadable is None or reading.rows.start < group.unreadable[0]:
             group.unreadable = reading.rows.start, reason
 
     def settle(self, shard: int) -> bool:
-        """A shard has been read, or given up; returns whether others may have waited for that."""
+        """Notes that a shard was read or given up; returns whether others may have waited for that."""
         if not self.undecided:
             return False
         own_groups = [group for groups in self._groups.values() for group in groups.values() if group.finder == shard]
@@ -59,22 +59,22 @@ class RowGroups:
         return bool(own_groups)
 
     def block(self, shard: Shard) -> bool:
-        """Whether a shard has to wait for what another finds out."""
+        """Whether a shard has to wait for what another one finds out."""
         if not self.undecided:
             return False
         finders = {group.finder for _, group in self._touched(shard)} - {None}
-        return bool(finders) and shard.number not in finders  # or two that find out would wait for each other
+        return bool(finders) and shard.number not in finders  # else two shards that find out would wait for each other
 
     def doubt(self, shard: Shard) -> bool:
-        """Whether a shard touches a group that has killed, and of which nobody knows yet what can't be read."""
+        """Whether a shard touches a group that has killed and is still being found out about."""
         return bool(self.known) and any(group.unreadable is None for _, group in self._touched(shard))
 
     def by_row(self, shard: Shard) -> frozenset[int]:
-        """The groups that a shard is to read a few rows at a time."""
+        """The groups that a shard has to read a few rows at a time."""
         return frozenset(number for number, _ in self._touched(shard))
 
     def unreadable(self, shard: Shard) -> dict[int, tuple[int, str]]:
-        """For such groups, the first row that can't be read, with the reason."""
+        """For each of these groups the first row that can't be read, with the reason."""
         return {number: group.unreadable for number, group in self._touched(shard) if group.unreadable is not None}
 
     def _touched(self, shard: Shard) -> list[tuple[int, _Group]]:

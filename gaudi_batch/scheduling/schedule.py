@@ -75,7 +75,7 @@ class Schedule:
         self._handlers = self._table()
 
     def _table(self) -> Mapping[type, Callable[[Any], list[Decision] | None]]:
-        """What each event is handled by."""
+        """The handler of each event."""
         return {
             events.ClusterSeen: self._cards.seen,
             events.CardPlaced: self._cards.placed,
@@ -99,7 +99,7 @@ class Schedule:
         }
 
     def handle(self, event: events.Event) -> list[Decision]:
-        """Takes in what happened; returns what is to be done. After `Finish` nothing is."""
+        """Takes in an event; returns the decisions. After `Finish` there are none."""
         if self._state.finished:
             return []
         decisions = self._handlers[type(event)](event)
@@ -111,27 +111,27 @@ class Schedule:
 
     @property
     def shards(self) -> Mapping[int, Shard]:
-        """What was to be made when this driver began, by number."""
+        """The shards that were missing when this driver began, by number."""
         return self._state.shards
 
     @property
     def stuck(self) -> Mapping[int, str]:
-        """Shards that are not tried any more, each with the reason."""
+        """Shards that are not tried any more, with the reasons."""
         return self._state.stuck
 
     @property
     def done_rows(self) -> int:
-        """Rows that are made or were before, failed ones among them."""
+        """Rows that are made or were before, including those that failed."""
         return self._state.done_rows
 
     @property
     def failed_rows(self) -> int:
-        """Rows that failed, of those that are made or were before."""
+        """How many of the done rows failed."""
         return self._state.failed_rows
 
     @property
     def retries(self) -> int:
-        """Times that a shard was tried in vain."""
+        """Attempts that failed."""
         return self._state.retries
 
     @property
@@ -141,11 +141,11 @@ class Schedule:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why no more work is taken up; None while it is."""
+        """Why the run begins no more work; None while it does."""
         return self._state.stop_reason
 
     def state(self, number: int) -> CardState:
-        """Where a card is in its life; one that the cluster has not placed waits for it."""
+        """The state of a card's life; a card that the cluster has not placed is waiting."""
         return self._state.cards.state(number)
 
     def is_live(self, attempt: str) -> bool:
@@ -153,7 +153,7 @@ class Schedule:
         return attempt in self._work.attempts
 
     def pending(self) -> int:
-        """Shards that no card has."""
+        """How many shards no card has."""
         return self._work.count_pending()
 
     # -- the run ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Schedule:
         return [Finish(event.reason)]
 
     def _proceed(self) -> list[Decision]:
-        """Gives out what can be given out now, and ends the run when there is nothing to wait for."""
+        """Assigns what can be assigned now, and ends the run when there is nothing to wait for."""
         state = self._state
         decisions = self._cards.release_leaving()
         if state.stop_reason is None:
@@ -198,8 +198,8 @@ class Schedule:
     # -- invariants ---------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
-        """Raises AssertionError if the parts of the state contradict each other. Its time grows with shards and cards;
-        tests call it after each event."""
+        """Raises AssertionError if parts of the state contradict each other. It takes longer with more shards and
+        cards; tests call it after each event."""
         state, work, cards = self._state, self._work, self._state.cards
         attempts_on_node = [live.shard for live in work.attempts.values()]
         pending = work.unassigned()

@@ -1,4 +1,4 @@
-"""What follows from what happens to attempts at shards. Pure, a part of the schedule.
+"""How events of attempts change the state of a run. Pure, a part of the schedule.
 
 Each handler changes the state of the run and returns what is to be done at once, or None if the event changes nothing,
 as it is of an attempt that is not live.
@@ -41,31 +41,31 @@ class ShardEvents:
     # -- events -------------------------------------------------------------------------------------------------
 
     def begun(self, event: ShardBegun) -> None:
-        """It is known what a card is at when it dies."""
+        """Notes what a card has begun, in case it dies."""
         live = self._work.attempts.get(event.attempt)
         if live is not None:
             live.begun = True
             live.generating = live.generating or event.generating
 
     def reading(self, event: ReadingAnnounced) -> None:
-        """The same of a suspect shard, to its row groups."""
+        """Notes which row group of a suspect shard a card reads, in case it dies."""
         live = self._work.attempts.get(event.attempt)
         if live is not None:
             live.at = event.reading
 
     def batch(self, event: BatchAnnounced) -> list[Decision] | None:
-        """The same to its rows; what was announced before has gone well."""
+        """Notes which rows of a suspect shard a card makes, in case it dies; what it announced before went well."""
         live = self._work.attempts.get(event.attempt)
         if live is None:
             return None
         if isinstance(live.at, frozenset):
-            self._cards.record_success(live.card)  # it has made the batch before
+            self._cards.record_success(live.card)  # it has made what it announced before
         live.at = frozenset(event.rows)
         self._work.settle(live.shard)
         return []
 
     def made(self, event: ShardMade) -> list[Decision] | None:
-        """The shard is committed, or held until another card has made the rows that are doubted."""
+        """Has the shard committed, or holds its record until another card has made the doubted rows."""
         if event.attempt not in self._work.attempts:
             return None
         live, outcome = self._work.release(event.attempt), event.outcome
@@ -86,7 +86,7 @@ class ShardEvents:
         return decisions + self._accept(live.shard, event.attempt, outcome, card)
 
     def doubts_checked(self, event: DoubtsChecked) -> list[Decision] | None:
-        """The held record is committed if the doubted rows failed here, too; else the shard is made again."""
+        """Has the held record committed if the doubted rows failed on this card, too; else the shard is made again."""
         if event.attempt not in self._work.attempts:
             return None
         live = self._work.release(event.attempt)
@@ -104,7 +104,7 @@ class ShardEvents:
         return [Discard(held.attempt), *self._cards.count_transient(first, 0, len(refuted))]
 
     def failed(self, event: ShardFailed) -> list[Decision] | None:
-        """The shard is tried again, and its card replaced if it has not made anything since."""
+        """Has the shard tried again, and replaces a card that has not made anything since."""
         if event.attempt not in self._work.attempts:
             return None
         live, failure = self._work.release(event.attempt), event.failure
@@ -122,7 +122,7 @@ class ShardEvents:
         return decisions
 
     def recall_answered(self, event: RecallAnswered) -> list[Decision] | None:
-        """What was given back goes to another card."""
+        """Assigns what was given back to another card."""
         if event.attempt not in self._work.attempts:
             return None
         self._work.answered(event.attempt)
@@ -131,14 +131,14 @@ class ShardEvents:
         return []
 
     def committed(self, event: ShardCommitted) -> list[Decision] | None:
-        """The shard is done."""
+        """Notes that a shard is committed."""
         if self._state.committing.pop(event.shard, None) is None:
             return None
         self._state.open -= 1
         return []
 
     def storage_checked(self, event: StorageChecked) -> list[Decision]:
-        """The run ends if storage fails for the driver, too; what can't be read at all is given up."""
+        """Ends the run if storage fails for the driver, too; gives up a shard whose rows can't be read at all."""
         self._state.storage_failures.being_checked = False
         if event.error is not None:
             return self._state.end(event.error)
@@ -152,7 +152,7 @@ class ShardEvents:
     # -- records ------------------------------------------------------------------------------------------------
 
     def _accept(self, shard: int, attempt: str, outcome: ShardOutcome, maker: Card) -> list[Decision]:
-        """A record is to be committed; `maker` is the card that decided it."""
+        """Has a record committed; `maker` is the card whose result decided it."""
         state = self._state
         state.committing[shard] = attempt
         state.done_rows += outcome.rows

@@ -1,15 +1,15 @@
-"""Which stack the cards of a driver are to have. Pure: the time is an argument."""
+"""Which stack all cards of a driver must have. Pure: the time is an argument."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 STACK_VOTE_TIMEOUT_S = 60.0
-"""How long the cards that differ may wait for the first record of one that works; a shard may take hours."""
+"""Seconds that cards with another stack wait for the first record of one that works; a shard may take hours."""
 
 
 class Stack(Mapping[str, str]):
-    """What shapes the images of a card, by name; equal and hashed by what it holds."""
+    """The versions and settings that shape a card's images, by name. Stacks compare and hash by their content."""
 
     def __init__(self, versions: Mapping[str, str]) -> None:
         self._versions = dict(versions)
@@ -32,7 +32,7 @@ class Stack(Mapping[str, str]):
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """What two stacks do not have in common: its name, what it is in ours, and in theirs."""
+    """How two stacks differ: each name with its value in ours and in theirs."""
     names = sorted(one.keys() | other.keys())
     pairs = [(name, one.get(name, "missing"), other.get(name, "missing")) for name in names]
     return [(name, here, there_is) for name, here, there_is in pairs if here != there_is]
@@ -52,19 +52,19 @@ class StackVote:
 
     def __init__(self, before: Mapping[str, str] | None) -> None:
         self.stack: Stack | None = None
-        """That of the cards that work; None as long as none does."""
+        """The stack of the cards that work; None as long as none works."""
         self.settled = False
-        """Whether it stays that, so that who differs has nothing to wait for."""
+        """Whether that is final, so that a card with another stack has nothing to wait for."""
         self._before = None if before is None else Stack(before)
         self._since = 0.0
 
     @property
     def expected(self) -> Stack | None:
-        """What a card is compared with now."""
+        """The stack that a card is compared with now."""
         return self._before if self.stack is None else self.stack
 
     def count(self, stacks: Mapping[Stack, int], coming: bool, now: float) -> None:
-        """Decides anew.
+        """Counts again and decides.
 
         Args:
             stacks: how many of the cards that have loaded have each stack, those that wait among them.

@@ -1,4 +1,4 @@
-"""What all parts of the schedule share: the shards of a run, and what is known of failures. Pure."""
+"""The state that all parts of the schedule share: a run's shards, and what is known of failures. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gaudi_batch.scheduling.verdicts import NodeLosses, SlowKinds, StorageFailur
 from gaudi_batch.text import counted
 
 ALL_FAILED_ROWS = 200
-"""A run in which this many rows failed in the pipeline and none was made stops: the job is wrong, not the rows."""
+"""A run stops when so many rows failed in the pipeline and none was made: the job is wrong, not the rows."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class RowCounts:
     """Rows of a run."""
 
     total: int
-    """Of the whole job, of which a share in `max_failed` is taken."""
+    """Rows of the whole job; a share in `max_failed` is a share of these."""
     done: int = 0
-    """Those that were committed before this driver began."""
+    """Rows that were committed before this driver began."""
     failed: int = 0
     """Those among them that failed."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a job says that the schedule goes by."""
+    """What the job prescribes to the schedule."""
 
     max_failed: int | float | None = None
     """Failed rows beyond which the run stops: a count (int), a share (float), or None."""
@@ -73,18 +73,18 @@ class RunState:
         self.done_rows = rows.done
         self.failed_rows = rows.failed
         self.raised_rows = 0
-        """Rows that failed in the pipeline, of those that this driver has had made."""
+        """Rows that failed in the pipeline, among those that were made for this driver."""
         self.retries = 0
         self.stop_reason: str | None = None
         self.finished = False
         self.stuck: dict[int, str] = {}
-        """Shards that are not tried any more, each with the reason."""
+        """Shards that are not tried any more, with the reasons."""
         self.last_error = ""
-        """Why a card failed last."""
+        """The reason of the last failure of a card."""
         self.open = len(self.shards)
         """Shards that are neither committed nor stuck."""
         self.committing: dict[int, str] = {}
-        """Shards that are made and whose commit is under way, each with its attempt."""
+        """Shards whose commit is under way, each with its attempt."""
         self.work = Dispatch(self.shards, prefix, rules.max_graphs)
         self.cards = self.work.cards
         self.storage_failures = StorageFailures()
@@ -92,16 +92,16 @@ class RunState:
         self.transient_failures = TransientFailures()
         self.node_losses = NodeLosses()
         self.capacity_expected = False
-        """Whether the cluster may yet give cards in place of those that are gone."""
+        """Whether the cluster may still give cards in place of those that are gone."""
         for number, reasons in failed_rows.items():
             self.work.failures[number] = ShardFailures(fail_without_running=dict(reasons))
 
     def stop(self, reason: str) -> None:
-        """No more work is taken up; the first reason is the one that counts."""
+        """Begins no more work; the first reason counts."""
         self.stop_reason = self.stop_reason or reason
 
     def end(self, reason: str) -> list[Decision]:
-        """The run ends at once: what has begun can't come to a good end."""
+        """Ends the run at once: what has begun can't be finished."""
         if self.finished:
             return []
         self.stop(reason)
@@ -111,12 +111,12 @@ class RunState:
     # -- shards -------------------------------------------------------------------------------------------------
 
     def try_again(self, shard: int) -> None:
-        """A shard was tried in vain."""
+        """Notes a failed attempt and makes the shard pending again."""
         self.retries += 1
         self.put_back(shard)
 
     def put_back(self, shard: int) -> None:
-        """A shard waits again, before those that have not been tried, unless trying it has become useless."""
+        """Makes a shard pending again, before those that have not been tried, unless another try is useless."""
         kind = self.shards[shard].bucket.batch_kind
         failures = self.work.failures.get(shard)
         if kind in self.slow_kinds.set_aside:
@@ -132,7 +132,7 @@ class RunState:
         self.work.settle(shard)
 
     def lift(self, kind: BatchKind) -> None:
-        """A card has made a kind of batch, which may have been set aside."""
+        """Notes that a card has made a kind of batch; if that was set aside, it no longer is."""
         reason = self.slow_kinds.set_aside.pop(kind, None)
         if reason is not None:
             for shard in [number for number, why in self.stuck.items() if why == reason]:
@@ -153,7 +153,7 @@ class RunState:
             self.stop(f"the first {self.raised_rows} rows that were tried all failed")
 
     def storage_failed(self, node: str, shard: int, error: str) -> list[Decision]:
-        """Storage failed for a card of a node, which may be the node's fault.
+        """Notes that storage failed for a card, which may be the fault of its node.
 
         Args:
             node: the node.

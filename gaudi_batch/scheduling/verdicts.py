@@ -1,4 +1,4 @@
-"""What several failures together say of storage, of a time limit, of a card, of nodes. Pure, a part of the schedule."""
+"""What several failures together say of storage, a time limit, a card or nodes. Pure, a part of the schedule."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from gaudi_batch.scheduling.cards import Card, Cards
 from gaudi_batch.scheduling.events import SlowBatch
 
 MIN_STORAGE_NODES = 2
-"""Nodes for which storage must fail before it is taken for gone on their word."""
+"""Storage counts as gone once it has failed for all nodes, if these are at least so many."""
 MAX_CUTS = 2
-"""Times that batches of a kind pass their limit, and nobody has made one, before they are set aside."""
+"""A kind of batch is set aside once so many batches of it have passed their limit and no card has made one."""
 MAX_FRUITLESS_NODES = 8
-"""Nodes lost one after the other, with nothing made between, before nothing more is expected of others."""
+"""No node is expected to do better once so many were lost one after the other with nothing made between."""
 CHANCE = 1e-6
-"""Of one card of a run to have so many more transient failures than the others by chance, below which it is bad."""
+"""A card is bad if the chance that it has so many more transient failures than the others is below this."""
 
 
 @dataclass
 class StorageFailures:
-    """For which nodes storage has failed since any card last stored a shard.
+    """The nodes for which storage has failed since a card last stored a shard. Storage is gone when it fails for the
+    driver, too, or for every node that has cards, if these are at least two: what one node can't do, another may.
 
     It is gone when it fails for the driver, too, or for every node that has cards, if these are at least two: what one
     node can't do, another may.
     """
 
     being_checked: bool = False
-    """Whether the driver is looking itself."""
+    """Whether the driver is checking storage itself."""
     _nodes: set[str] = field(default_factory=set)
 
     def failed(self, node: str, live_nodes: Set[str]) -> bool:
-        """It failed for a card of a node; returns whether it is gone.
+        """Notes that storage failed for a card of a node; returns whether it is gone.
 
         Args:
             node: the node.
@@ -43,7 +44,7 @@ class StorageFailures:
         return len(self._nodes) >= MIN_STORAGE_NODES and live_nodes <= self._nodes
 
     def works(self) -> None:
-        """A card has stored a shard."""
+        """Notes that a card has stored a shard."""
         self._nodes.clear()
 
 
@@ -56,11 +57,12 @@ class SlowKinds:
     """
 
     set_aside: dict[BatchKind, str] = field(default_factory=dict)
-    """Those that are not tried any more, with the reason."""
+    """Kinds of batch that are not tried any more, with the reasons."""
     _cut: dict[BatchKind, list[Card]] = field(default_factory=dict)
 
     def cut(self, card: Card, slow: SlowBatch, cards: Cards) -> bool:
-        """A card was killed at a batch of a kind that nobody has made; returns whether that kind is now set aside.
+        """Notes that a card was killed at a batch of a kind that no card has made; returns whether the kind is now set
+        aside.
 
         Args:
             card: the card.
@@ -81,14 +83,14 @@ class SlowKinds:
 
 @dataclass
 class TransientFailures:
-    """Images and calls that failed and worked when they were made again on the same card. All cards may have some, if
-    the model is like that; one that has far more than the others is bad."""
+    """Images and calls that failed and worked when repeated on the same card. The model may cause some on every card; a
+    card that has far more than the others is bad."""
 
     _images: int = 0
     _failures: int = 0
 
     def add(self, card: Card, images: int, failures: int) -> None:
-        """A card has made so many images, with so many failures among them."""
+        """Notes that a card has made so many images, with so many failures among them."""
         card.images += images
         card.transient_failures += failures
         self._images += images
@@ -112,7 +114,7 @@ class TransientFailures:
 
 
 def _at_least(count: int, expected: float) -> float:
-    """The chance of so many events or more, where so many are expected: the tail of a Poisson distribution."""
+    """The chance of at least so many events where so many are expected: the tail of a Poisson distribution."""
     if count <= expected:
         return 1.0
     term = math.exp(count * math.log(expected) - expected - math.lgamma(count + 1))
@@ -126,25 +128,25 @@ def _at_least(count: int, expected: float) -> float:
 
 @dataclass
 class NodeLosses:
-    """Nodes that were lost one after the other before a card of theirs had made anything: loading takes them down, or
-    they do not live long enough."""
+    """Nodes that were lost one after the other before a card of theirs had made anything: they die of loading the
+    model, or live too shortly."""
 
     fruitless: int = 0
 
     def started(self, card: Card) -> None:
-        """A card is being started."""
+        """Notes that a card is being started."""
         card.fruitless_nodes = self.fruitless
 
     def lost(self, card: Card) -> None:
-        """A card's node went without notice. Nodes that go at the same time count once."""
+        """Notes that a card's node went without notice. Nodes that go at the same time count once."""
         if not card.has_made and card.fruitless_nodes == self.fruitless:
             self.fruitless += 1
 
     def made(self) -> None:
-        """A card has made something."""
+        """Notes that a card has made something."""
         self.fruitless = 0
 
     @property
     def hopeless(self) -> bool:
-        """Whether nothing is to be expected of more nodes."""
+        """Whether no node is expected to do better."""
         return self.fruitless >= MAX_FRUITLESS_NODES
