@@ -1,4 +1,5 @@
-"""How fast the cards at hand are with a model: latency and throughput of pipeline calls, one card and all at once."""
+"""Measures how fast the available cards are with a model: latency and throughput of pipeline calls, one card and all at
+once."""
 
 from __future__ import annotations
 
@@ -50,11 +51,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured."""
+    """The result of a benchmark."""
 
     job: Job
     device: str
-    """As the card calls itself."""
+    """The device, as the card names it."""
     warmup_calls: int
     latency: Rate
     """Of one card, in batches of 1."""
@@ -65,21 +66,21 @@ class Bench:
 
     @property
     def emulated(self) -> bool:
-        """Whether no real device was there."""
+        """Whether the device was emulated."""
         return "emulated" in self.device
 
     @property
     def together_images_per_s(self) -> float:
-        """Of all cards at once."""
+        """Images a second of all cards at once."""
         return sum(rate.images_per_s for rate in self.together)
 
     @property
     def scaling(self) -> float:
-        """All cards at once as a share of so many times one card alone."""
+        """Throughput of all cards at once, as a share of one card's times their number."""
         return self.together_images_per_s / (len(self.together) * self.throughput.images_per_s)
 
     def describe(self) -> dict[str, Any]:
-        """The figures as JSON has them."""
+        """The figures as JSON."""
         bucket = self.job.rules.bucket
         return {
             "emulated": self.emulated,
@@ -99,7 +100,7 @@ class Bench:
         }
 
     def table(self) -> str:
-        """The figures as a person reads them."""
+        """The figures as a table."""
         job, bucket, batch = self.job, self.job.rules.bucket, self.throughput.batch_size
         slow, fast = max(self.throughput.seconds), min(self.throughput.seconds)
         rows = [
@@ -145,7 +146,7 @@ class Bench:
 
 
 class _BenchCard:
-    """The actor: one card that makes the same images over and over."""
+    """The actor: one card that makes the same images again and again."""
 
     def __init__(self, config: JobConfig, model: ModelInfo, threads: int | None) -> None:
         self._job = config, model, threads

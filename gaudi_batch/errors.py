@@ -62,7 +62,7 @@ class StorageError(GaudiBatchError):
     def __init__(self, message: str, refused: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
-        """Whether trying again would be of no use: no permission, no space, no such place."""
+        """Whether another try would be of no use: no permission, no space, no such place."""
 
 
 class RunStopped(GaudiBatchError):
@@ -91,4 +91,4 @@ class Interrupted(RunStopped):
 
 
 class ForcedInterrupt(Interrupted):
-    """A second one did, which waits for nothing."""
+    """A second signal ended the run at once, without waiting for what had begun."""

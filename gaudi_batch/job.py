@@ -28,7 +28,7 @@ DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
 
 SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
-"""Those of the driver are recorded, for a person to look at; what the cards have, which counts, is in stack.py."""
+"""The driver's versions of these are recorded for people; the cards' versions, which count, are in stack.py."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Fixed:
     bounds: Bounds | None
     """What a row may ask for; None in a run that a version without bounds began."""
     max_pixels: int | None
-    """What the job said, from which the bounds come."""
+    """The job's max_pixels, from which the bounds come."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def rules(self) -> RowRules:
-        """What a row gets where it says nothing."""
+        """What a row gets for the fields that it leaves open."""
         config = self.config
         return RowRules(
             Bucket(
@@ -80,14 +80,14 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         if self.config.dtype is None and self.config.device == "hpu":
             return "autocast to bfloat16" if gaudi_mapping(self.config).get("use_torch_autocast") else "float32"
         return self.config.dtype or "float32"
 
     @property
     def total_rows(self) -> int:
-        """Rows of the dataset that the job is about."""
+        """Rows of the dataset that the job takes."""
         return min(self.dataset.rows, self.config.limit or self.dataset.rows)
 
     def plan(self, since: int = 0, first: int = 0) -> Iterator[Shard]:
@@ -107,7 +107,7 @@ class Job:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides which images the job makes; a run is resumed only by a job with the same."""
+        """All that decides which images the job makes; only a job with the same fingerprint may resume a run."""
         config = self.config
         same = config.model_dump(
             mode="json",
@@ -146,11 +146,11 @@ class Job:
         }
 
     def describe(self) -> dict[str, Any]:
-        """The job as run.json has it, secrets taken out."""
+        """The job as run.json has it, without secrets."""
         return redacted_options(self.config.model_dump(mode="json"))
 
     def versions(self) -> dict[str, str]:
-        """Versions of packages that shape images, as this machine has them; those of cards are in `stacks`."""
+        """Versions of packages that shape images, on this machine; those of the cards are in `stacks`."""
         return versions(SHAPING_PACKAGES)
 
 
@@ -196,7 +196,7 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
 
 
 def _refuse_beyond_bounds(job: Job) -> None:
-    """Holds what the job asks of each row against what a row may ask for. Raises InputError."""
+    """Refuses a job that asks for more than a row may. Raises InputError."""
     values = job.rules.bucket._asdict() | {"prompt": "-", "negative_prompt": job.config.negative_prompt}
     error = make_row(0, values, job.rules).error
     if error is not None:

@@ -1,13 +1,13 @@
-"""The names of what a run writes. They come from numbers and attempts, never from user text."""
+"""The names of a run's files. They come from numbers and attempts, never from user text."""
 
 from __future__ import annotations
 
 import re
 
 STOP_FILE = "stop.json"
-"""Asks a submitted job's driver to stop."""
+"""A request to a submitted job's driver to stop."""
 EVENTS_FILE = "events.bin"
-"""What the last driver that did not complete the run was told, and what it decided."""
+"""The event log of the last driver that did not complete the run."""
 OWN_FILES = (
     "plan.parquet",
     "progress.json",
@@ -18,19 +18,19 @@ OWN_FILES = (
     STOP_FILE,
     EVENTS_FILE,
 )
-"""What a run has once; beside these it has manifests, and what is named after attempts."""
+"""Files that a run has once; it has manifests and files named after attempts beside these."""
 
 _ATTEMPT = re.compile(r"(\d{6,})-([0-9a-z]+)(\.\w+)?")
 _MANIFEST = re.compile(r"(\d{6,})\.parquet")
 
 
 def attempt_name(shard: int, attempt: str) -> str:
-    """What every object of one attempt at a shard is named after."""
+    """The name of every file of one attempt at a shard."""
     return f"{shard:06d}-{attempt}"
 
 
 def parse_attempt(name: str) -> tuple[int, str] | None:
-    """The shard and the attempt that an object or a directory belongs to."""
+    """The shard and the attempt of an object or a directory, from its name."""
     match = _ATTEMPT.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 
@@ -46,7 +46,7 @@ def throughput_path(card: str, shard: int, attempt: str) -> str:
 
 
 def manifest_path(shard: int) -> str:
-    """The manifest of a shard, whose appearance commits it."""
+    """The manifest of a shard; the shard is committed when it appears."""
     return f"manifest/{shard:06d}.parquet"
 
 
@@ -57,7 +57,7 @@ def parse_manifest(name: str) -> int | None:
 
 
 def is_of_run(path: str) -> bool:
-    """Whether a path in an output, or the output itself (""), is of those that a run writes."""
+    """Whether a path in an output, or the output itself (""), is one that a run writes."""
     place, _, rest = path.partition("/")
     if place == "images":
         return not rest or parse_attempt(rest.partition("/")[0]) is not None

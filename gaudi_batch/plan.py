@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TAIL_SHARE = 0.1
-"""The share of the rows, at the plan's end, that goes into smaller shards so that cards finish together."""
+"""The share of the rows, at the end of the plan, that goes into smaller shards, so that the cards finish together."""
 TAIL_DIVISOR = 4
-"""How much smaller those shards are."""
+"""How many times smaller those shards are."""
 
 
 class GraphKey(NamedTuple):
-    """What makes a card capture a new HPU graph."""
+    """A card captures a new HPU graph for each of these."""
 
     width: int
     height: int
@@ -28,7 +28,7 @@ class GraphKey(NamedTuple):
 
 
 class BatchKind(NamedTuple):
-    """What decides how long a batch takes."""
+    """What the duration of a batch depends on."""
 
     width: int
     height: int
@@ -54,7 +54,7 @@ class Bucket(NamedTuple):
 
     @property
     def batch_kind(self) -> BatchKind:
-        """By what the time limits of its batches go."""
+        """The kind of its batches, by which their time limits go."""
         return BatchKind(self.width, self.height, self.steps, self.guidance_scale > 1)
 
     def __str__(self) -> str:
@@ -82,15 +82,15 @@ class Shard:
     start: int
     """First row, counted in its file."""
     stop: int
-    """The row after the last."""
+    """The first row after it."""
     bucket: Bucket
     """What its rows share."""
     rows: int
-    """Rows of the bucket in the range, those that can't be run among them."""
+    """Rows of the bucket in the range, including those that can't be run."""
     images: int
-    """Images that its rows ask for; about so many where it makes rows again."""
+    """Images that its rows ask for; about so many if it makes rows again."""
     only: tuple[int, ...] | None = None
-    """Of a shard that makes rows again: these rows alone, counted in their file."""
+    """If the shard makes rows again: these rows alone, counted in their file."""
     failed_before: int = 0
     """How many of these had failed."""
     images_before: int = 0
@@ -98,7 +98,8 @@ class Shard:
 
     @property
     def is_rerun(self) -> bool:
-        """Whether it makes rows again that are in shards before it. For these rows it counts, and those do not."""
+        """Whether it makes rows of earlier shards again. Its manifest then counts for these rows, and theirs does
+        not."""
         return self.only is not None
 
 
@@ -171,14 +172,14 @@ def _whole_batches(rows: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a plan comes to."""
+    """The size of a plan."""
 
     shards: int
     rows: int
     images: int
     batches: int
     padding: int
-    """Images that short batches are filled up with, and that are dropped."""
+    """Images that fill up short batches and are dropped."""
 
     @property
     def padding_share(self) -> float:
@@ -187,7 +188,7 @@ class PlanSummary:
 
 
 def summarize(shards: Iterable[Shard], batch_size: int) -> dict[Bucket, PlanSummary]:
-    """What a plan comes to, for each bucket in order of first appearance."""
+    """The size of a plan, and of each bucket in order of first appearance."""
     summaries: dict[Bucket, PlanSummary] = {}
     for shard in shards:
         batches = -(-shard.images // batch_size)

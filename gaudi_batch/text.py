@@ -1,4 +1,4 @@
-"""Numbers and foreign text as a person reads them."""
+"""Numbers and foreign text in the form that a person reads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redact
 
 MAX_YAML_VALUES = 100_000
-"""A job has some dozens; nested aliases can make billions of a few lines."""
+"""A job has some dozens of values; nested aliases can make billions of a few lines."""
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
+    """Seconds in words."""
     if seconds is None:
         return "-"
     whole = round(seconds)
@@ -35,19 +35,19 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere with nothing in it that could steer a terminal, turn the line around or forge another."""
+    """Foreign text without anything that could steer a terminal, turn the line around or forge another."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 def one_line(text: object, most: int = 500) -> str:
-    """Text from elsewhere as a part of one line: white space as single spaces, the rest printable, at most so long."""
+    """Foreign text as a part of one line: white space as single spaces, the rest printable, at most so long."""
     return printable(" ".join(str(text)[: 4 * most].split()))[:most]
 
 
 def short_repr(value: object, most: int = 200) -> str:
-    """A foreign value as a message names it, however large or deep it is: printable and at most so long."""
+    """A foreign value for a message, however large or deep it is: printable and at most so long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = most
     with contextlib.suppress(ValueError):  # an integer of more digits than Python writes out
@@ -69,12 +69,12 @@ class OneLineFormatter(logging.Formatter):
 
 
 def quote_if_unprintable(text: str) -> str:
-    """A foreign name within a line: as it is, or quoted if something in it is not printable."""
+    """A foreign name within a line, quoted if something in it is not printable."""
     return text if text.isprintable() else repr(text)
 
 
 def nearest(given: str, known: Iterable[str]) -> str | None:
-    """The known name that somebody may have meant, or None; case, dashes and underscores make no difference."""
+    """The known name that was probably meant, or None; case, dashes and underscores make no difference."""
     plain = {each.lower().replace("_", "-"): each for each in known}
     matches = difflib.get_close_matches(given[:100].lower().replace("_", "-"), plain, 1, 0.7)
     return plain[matches[0]] if matches else None
@@ -87,7 +87,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text says, in plain Python values.
+    """Reads a YAML text into plain Python values.
 
     Raises:
         yaml.YAMLError: it is not YAML, or names a Python object.

@@ -1,1 +1,1 @@
-"""What lies in an output, a file a kind of record."""
+"""The files of an output, a module for each kind."""

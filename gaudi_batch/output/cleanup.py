@@ -1,4 +1,4 @@
-"""What is removed from an output: what attempts left that did not commit, and a run that is to begin anew."""
+"""Removes files from an output: those of attempts that were not committed, and a whole run for a new one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gaudi_batch.output.ledger import Ledger
 
 
 def remove_orphans(ledger: Ledger, committed: Mapping[int, str], may_remove: Callable[[str], bool]) -> int:
-    """Removes what attempts left that did not commit; returns how many objects or directories that were.
+    """Removes the files of attempts that were not committed; returns how many objects or directories that were.
 
     Args:
         ledger: of the run.
@@ -40,7 +40,7 @@ def clear(ledger: Ledger) -> None:
 
 
 def _left_by_attempts(ledger: Ledger) -> Iterator[tuple[str, int, str]]:
-    """What is named after attempts, each with its shard and its attempt."""
+    """The objects and directories named after attempts, each with its shard and its attempt."""
     storage = ledger.storage
     for place in ("images", *(f"throughput/{card}" for card in storage.names("throughput"))):
         for name in storage.names(place):

@@ -1,4 +1,4 @@
-"""What is committed of a run as one dataset, while it goes on and afterwards."""
+"""The committed manifests of a run as one dataset, while the run goes on and afterwards."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ from gaudi_batch.storage.scratch import scratch_directory
 from gaudi_batch.text import one_line
 
 SORTED_BYTES = 512 << 20
-"""Of manifests in memory up to which they are sorted, about two million images; sorting takes as much again."""
+"""Manifests are sorted in memory up to this size, about two million images; sorting takes as much again."""
 GROUP_BYTES = 64 << 20
-"""Of manifests in memory that make one row group."""
+"""Size in memory of the manifests that make one row group."""
 _ORDER = [("row", "ascending"), ("image_index", "ascending")]
 
 
 class JoinedManifest:
-    """Writes the file, in order of row and image where its rows take at most SORTED_BYTES in memory, else as they
-    come."""
+    """Writes the file: in order of row and image if its rows take at most SORTED_BYTES in memory, else in order of
+    shards."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

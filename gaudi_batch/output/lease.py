@@ -37,45 +37,45 @@ log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 60.0
 RENEW_INTERVAL_S = 10.0
-"""How often the holder renews it."""
+"""Seconds between two renewals by the holder."""
 LEASE_POLL_INTERVAL_S = 2.0
 SETTLE_INTERVAL_S = 1.0
-"""Between writing and reading back."""
+"""Seconds between writing the lease and reading it back."""
 RENEW_DEADLINE_S = 30.0
-"""How long a holder that has renewed it may commit. A write that has begun, however large, is given up within
-`KEEP_INTERVAL_S` of that; what is left of `LEASE_TTL_S` is for what the network still has of it."""
+"""Seconds for which a holder that has renewed the lease may commit. A write under way, however large, is given up
+within `KEEP_INTERVAL_S` of that; the rest of `LEASE_TTL_S` is for requests that are still in the network."""
 COMMIT_TIMEOUT_S = 15.0
-"""Of one try at putting a manifest, beside what its size needs."""
+"""Seconds of one try at putting a manifest, beside those that its size needs."""
 LEASE_TIMEOUT_S = 10.0
-"""Of one look at the lease, or one try at writing it. It is not tried for long: what is written late would say
-that a driver lives which may not."""
+"""Seconds of one try at reading or writing the lease. A write is not tried for long: landing late, it would say that a
+driver lives which may not."""
 
 
 class LeaseLost(RunStopped):
-    """Another driver has taken over."""
+    """Another driver has taken over the run."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What lease.json says."""
+    """The content of lease.json."""
 
     driver: str
     """The prefix of the holder's attempts."""
     host: str
     machine: str
-    """The machine's boot, so that a process number means something."""
+    """The machine's boot, since a process number means something only within it."""
     pid: int
     started: str
-    """When the process started, in the machine's own ticks."""
+    """When the process started, in ticks of the machine's clock."""
     beat: int
     dead: tuple[str, ...]
-    """Drivers of this run before this one. They are over, so what they left and no manifest names may be removed."""
+    """Drivers of this run before this one. They are over, so their uncommitted files may be removed."""
     released: bool = False
     """Whether the holder has let go."""
 
     @property
     def holder(self) -> str:
-        """The holder as a person finds it."""
+        """The holder, in words for a person."""
         return f"process {self.pid} on {self.host}"
 
 
@@ -94,7 +94,7 @@ class LeaseKeeper:
         self._storage = storage
         self._over = threading.Event()
         self._kept_up = -math.inf
-        self._silent: Lease | None = None  # whose silence alone says that it is over
+        self._silent: Lease | None = None  # holders whose silence alone says that they are over
         self._lost = ""
         self._beating = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
@@ -128,7 +128,7 @@ class LeaseKeeper:
         if other is not None:
             raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
         self._kept_up = since
-        self._beating.start()  # what follows may take as long as the job's patience
+        self._beating.start()  # the next steps may take as long as the job's patience with storage
         try:
             self._storage.find_out_create("lease.json", self._data(), self.ensure_held, self.holds)
         except (StorageError, LeaseLost):
@@ -158,12 +158,12 @@ class LeaseKeeper:
             self._over.wait(LEASE_POLL_INTERVAL_S / 4)
 
     def holds(self) -> bool:
-        """Whether what `hold` has let begin may go on."""
+        """Whether a write that `hold` admitted may go on."""
         certain = time.monotonic() - self._kept_up < RENEW_DEADLINE_S
         return certain and not self._lost and not self._over.is_set()
 
     def release(self, settled: Callable[[], bool] = lambda: True) -> None:
-        """Leaves the run without a holder. Where storage fails, the lease is left to grow stale.
+        """Gives the lease back. If storage fails, the lease is left to become stale.
 
         Args:
             settled: asked when `hold` lets nothing more through; if False, the lease is left to grow stale, too.
@@ -172,9 +172,9 @@ class LeaseKeeper:
             return
         self.forget()
         if self._beating.ident is None or not settled():
-            return  # it was not taken, or something that it guards is on its way
+            return  # the lease was not taken, or a write that it guards is still under way
         if self._beating.is_alive():
-            self._beating.join()  # renewing it after this would take back what it says
+            self._beating.join()  # a renewal after this would overwrite what it says
         try:
             self._check_holder()
             self._lease = replace(self._lease, released=True)
@@ -185,7 +185,7 @@ class LeaseKeeper:
             log.warning("the lease can't be given back: %s", error)
 
     def forget(self) -> None:
-        """Ends this driver's hold without a word in storage: its process is about to end."""
+        """Ends this driver's hold without writing: its process is about to end."""
         self._over.set()
         _ended.add(self._lease.driver)
 
@@ -204,7 +204,7 @@ class LeaseKeeper:
                 log.warning("the lease can't be kept up: %s", error)
 
     def _check_holder(self) -> None:
-        """Raises LeaseLost if another has taken the lease; StorageError if that can't be seen."""
+        """Raises LeaseLost if another driver has taken the lease, StorageError if that can't be read."""
         other = None if self._lost else self._other_holder(self._quick)
         if other is not None:
             self._lost = f"{other.holder} drives this run now, and one output has one driver"
@@ -212,7 +212,7 @@ class LeaseKeeper:
             raise LeaseLost(self._lost)
 
     def _other_holder(self, storage: Storage) -> Lease | None:
-        """Who has taken the lease since this driver has, if anybody: who is seen twice, a moment apart."""
+        """The driver that has taken the lease since this one did, if any; it must be read twice, a moment apart."""
         held = read_lease(storage)
         if held is None or self._is_old(held):
             return None
@@ -221,8 +221,8 @@ class LeaseKeeper:
         return None if held is None or self._is_old(held) else held
 
     def _is_old(self, held: Lease) -> bool:
-        """Whether this is what was there before: this driver's own, or that of one that is over. One that was taken for
-        over and has renewed it since is not."""
+        """Whether this is an old answer: this driver's own lease, or that of a driver that is over. A lease that was
+        taken for over and was renewed since is not old."""
         if self._silent is not None and held.driver == self._silent.driver:
             return held.beat <= self._silent.beat or held.released
         return held.driver in (self._lease.driver, *self._lease.dead)
@@ -235,8 +235,8 @@ class LeaseKeeper:
         return json.dumps(asdict(self._lease)).encode()
 
     def _read_whole(self, say: Callable[[str], None]) -> Lease | None:
-        """The lease. One that can't be read is waited for as long as for one that does not count: its holder, if it has
-        one, writes it anew."""
+        """Reads the lease. One that can't be read is waited for as long as a stale one: a living holder writes it
+        anew."""
         since, first = time.monotonic(), True
         while (held := self._read()) is None and self._storage.get("lease.json") is not None:
             if first:
@@ -248,8 +248,8 @@ class LeaseKeeper:
         return held
 
     def _wait_until_over(self, say: Callable[[str], None]) -> Lease | None:
-        """The last lease of another driver, once that is over; None if there is none. What says so is looked at twice,
-        as it may be what was there a while ago. Raises InputError."""
+        """The last lease of another driver, once that driver is over; None if there is none. It is read twice, since
+        the first answer may be an old one. Raises InputError."""
         held = self._read_whole(say)
         while held is not None and held.driver != self._lease.driver:
             alive = False if held.released else is_alive(held)
@@ -270,7 +270,7 @@ class LeaseKeeper:
         return None
 
     def _wait_until_stale(self, held: Lease) -> Lease:
-        """Waits for a holder to renew the lease, or to let go; returns the last one there was. Raises InputError."""
+        """Waits for a holder to renew the lease or to give it back; returns the last lease read. Raises InputError."""
         seen = time.monotonic()
         while True:
             time.sleep(LEASE_POLL_INTERVAL_S)
@@ -287,7 +287,7 @@ class LeaseKeeper:
 
     @property
     def _quick(self) -> Storage:
-        """The output as it is known by now, for what is not tried for long."""
+        """The output, for operations that are not tried for long."""
         quick = self._storage.at(self._storage.root)
         quick.retry_timeout_s = quick.try_timeout_s = LEASE_TIMEOUT_S
         return quick
@@ -303,11 +303,11 @@ class LeaseKeeper:
 
 
 _ended: set[str] = set()
-"""Drivers of this process that are over, whether or not storage let them say so."""
+"""Drivers of this process that are over, whether or not storage let them write so."""
 
 
 def read_lease(storage: Storage) -> Lease | None:
-    """Who drives the run in an output, as far as is written down."""
+    """The lease in an output; None if there is none that can be read."""
     data = storage.get("lease.json")
     if data is None:
         return None
@@ -318,12 +318,12 @@ def read_lease(storage: Storage) -> Lease | None:
 
 
 def _is_before(lease: Lease, other: Lease) -> bool:
-    """Whether a lease was there before another, or is it."""
+    """Whether a lease is another one or came before it."""
     return lease.beat <= other.beat if lease.driver == other.driver else lease.driver in other.dead
 
 
 def is_alive(lease: Lease) -> bool | None:
-    """Whether the holder lives, which only its own machine can tell; None on another."""
+    """Whether the holder's process lives, which only its own machine can tell; None on other machines."""
     if lease.driver in _ended:
         return False
     if lease.machine != _machine():
@@ -341,7 +341,7 @@ def _machine() -> str:
 
 
 def _process_started(pid: int) -> str:
-    """When a process started; empty if there is none, or if it is dead and waits to be collected."""
+    """When a process started; empty if there is none, or if it is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -27,7 +27,7 @@ from gaudi_batch.storage.store import Storage
 
 
 class Holder(Protocol):
-    """Who may write: whoever holds the lease of the output."""
+    """Who may write: the holder of the output's lease."""
 
     def ensure_held(self) -> None:
         """Returns while this driver may write. Raises LeaseLost or StorageError if it may not."""
@@ -37,7 +37,7 @@ class Holder(Protocol):
 
 
 class Ledger(OutputReader):
-    """The records in one output, for the driver that holds its lease.
+    """The records of a run in its output, written by the driver that holds the lease.
 
     Args:
         storage: the output.
@@ -48,9 +48,9 @@ class Ledger(OutputReader):
         super().__init__(storage)
         self._lease = lease
         self.in_doubt: set[str] = set()
-        """Attempts whose manifest may or may not be in place, since its put has not ended. Whoever has another thread
-        call `commit` adds the attempt first, so that nobody takes it for left over before that thread begins."""
-        self._unwritten: RunInfo | None = None  # what run.json is to say before the next manifest is put
+        """Attempts whose manifest may or may not be stored, since its put has not ended. A caller that has `commit` run
+        in another thread adds the attempt before, so that nothing counts its files as leftovers in the meantime."""
+        self._unwritten: RunInfo | None = None  # what run.json has to say before the next manifest is put
         self._writing = threading.Lock()
 
     # -- the run ------------------------------------------------------------------------------------------------
@@ -64,13 +64,13 @@ class Ledger(OutputReader):
             )
 
     def begin(self, info: RunInfo, shards: Sequence[Shard]) -> None:
-        """Writes down a new run: its plan, then its run.json."""
+        """Writes a new run: its plan, then its run.json."""
         self._info = info
         self.put_plan(shards)
         self.put("run.json", info.encode())
 
     def grow(self, info: RunInfo, shards: Sequence[Shard]) -> None:
-        """Writes down a plan that holds more rows, then a run.json that says so. What is killed in between leaves
+        """Writes a plan with more rows, then a run.json that counts them. A driver that is killed in between leaves
         shards in the plan that `plan` passes over."""
         self.put_plan(shards)
         self._put_fenced("run.json", info.encode())
@@ -133,7 +133,7 @@ class Ledger(OutputReader):
                     self.storage.put(path, data, abort_if_committed, self._lease.holds, COMMIT_TIMEOUT_S, create=True)
                     break
                 except FileExistsError:
-                    # It may have been removed since, and what is not there now is not removed when it is there again.
+                    # It may have been removed since, and must not be removed again if it comes back.
                     if self.storage.get(path) is not None:
                         self.storage.remove(path, abort_if_committed, self._lease.holds)  # torn, or of another run
             in_doubt = False
@@ -155,11 +155,11 @@ class Ledger(OutputReader):
         self._lease.ensure_held()
 
     def put_json(self, name: str, value: Any) -> None:
-        """Writes a JSON object for people and programs to read."""
+        """Writes a JSON object."""
         self.put(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes an object of the run's own."""
+        """Writes an object of the run."""
         self.storage.put(name, data, self.ensure_held, self._lease.holds)
 
     def put_file(self, name: str, path: Path) -> None:
@@ -171,12 +171,12 @@ class Ledger(OutputReader):
         self.storage.remove(path, self.ensure_held, self._lease.holds)
 
     def _put_fenced(self, name: str, data: bytes) -> None:
-        """Writes what, like a manifest, must not land when another driver has taken over."""
+        """Writes an object that, like a manifest, must not land after another driver has taken over."""
         self.storage.put(name, data, self.ensure_held, self._lease.holds, COMMIT_TIMEOUT_S)
 
 
 class _Committed(Exception):
-    """A shard is committed."""
+    """The shard is committed already."""
 
     def __init__(self, attempt: str) -> None:
         super().__init__(attempt)

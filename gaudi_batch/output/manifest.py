@@ -45,7 +45,8 @@ COLUMNS = pa.schema(
 )
 _METADATA_KEY = b"gaudi_batch"
 MAX_BAD_ROWS = 10_000
-"""Rows that a shard's commit names; a footer that names millions can't be read. Others are tried again in vain."""
+"""Most failed rows that a commit names; a footer that names millions can't be read. The others are tried again in
+vain."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,18 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a manifest says of one image that was made."""
+    """What a manifest says of one image."""
 
     stored: StoredImage
     seed: int
-    """That it was made with."""
+    """The seed that it was made with."""
     nsfw: bool | None
     truncated: bool
 
 
 @dataclass(frozen=True)
 class CommitInfo:
-    """What a shard's manifest says of its attempt, in the Parquet file's metadata."""
+    """What a shard's manifest says of its attempt, in the metadata of the Parquet file."""
 
     shard: int
     attempt: str
@@ -87,24 +88,25 @@ class CommitInfo:
     run: str = ""
     """Id of the run; a manifest of another is no commit of this one."""
     again: bool = False
-    """Whether it makes rows again that are in shards before it. For these rows it counts, and those do not."""
+    """Whether the shard makes rows of earlier shards again. Its manifest then counts for these rows, and theirs does
+    not."""
     failed_before: int = 0
-    """Failed rows of that word."""
+    """Failed rows of the earlier manifests."""
     images_before: int = 0
-    """Images of that word."""
+    """Images of the earlier manifests."""
     finished_at: float | None = None
-    """When its last image was stored, in seconds since the epoch by the driver's clock; None where an older version
-    made it, which has that by the clock of the card's node alone."""
+    """When its last image was stored, in seconds since the epoch by the driver's clock; None from an older version,
+    which has it by the clock of the card's node alone."""
     bad_rows: tuple[int, ...] = ()
-    """Rows that can't be run whoever tries, since what they ask for is against the rules: the first MAX_BAD_ROWS; an
-    older version names none."""
+    """Rows that no card can run, since their own data is against the rules: at most MAX_BAD_ROWS; none from an older
+    version."""
 
 
 _FACTS = TypeAdapter(CommitInfo)
 
 
 def schema(carried: pa.Schema) -> pa.Schema:
-    """The columns of a job's manifest. A carried column that is named like one of ours gets `input_` before it."""
+    """The columns of a job's manifest. A carried column with the name of one of ours gets `input_` before it."""
     names = set(COLUMNS.names) | set(carried.names)
     fields = list(COLUMNS)
     for field in carried:
@@ -180,7 +182,7 @@ def build(
 
 
 def read(data: bytes) -> tuple[pa.Table, CommitInfo]:
-    """A shard's manifest and what it says of its attempt.
+    """Reads a shard's manifest and what it says of its attempt.
 
     Raises:
         ValueError: the bytes are not a whole manifest.
@@ -199,7 +201,7 @@ def read(data: bytes) -> tuple[pa.Table, CommitInfo]:
 
 def finished_at(table: pa.Table, facts: CommitInfo) -> float | None:
     """When the last image of a manifest was stored, in seconds since the epoch, by the driver's clock if the manifest
-    has that, else by that of the card's node; None where it has neither that nor a row."""
+    has that, else by the clock of the card's node; None if it has neither, or no row."""
     if facts.finished_at is not None:
         return facts.finished_at
     last = pc.max(table.column("finished_at")).cast(pa.timestamp("us", tz="UTC")).value
@@ -207,7 +209,7 @@ def finished_at(table: pa.Table, facts: CommitInfo) -> float | None:
 
 
 def require_readable(path: Path, rows: int) -> None:
-    """Reads a file of manifests whole, a part at a time.
+    """Reads a file of manifests whole, part by part.
 
     Args:
         path: of the local file.

@@ -1,4 +1,4 @@
-"""The place of an output, before anything of a run is there: no file in its way, and can it be written?"""
+"""Checks the place of an output before a run is there: no file in its way, and permission to write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _is_object(storage: Storage) -> bool:
     try:
         return bool(storage.info("")["type"] == "file")
     except StorageError as error:
-        if error.refused:  # it is not there, or who may only use objects may not ask
+        if error.refused:  # it does not exist, or this user may use objects but not ask for it
             return False
         raise
 

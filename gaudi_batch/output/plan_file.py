@@ -38,8 +38,8 @@ def encode_plan(shards: Sequence[Shard]) -> bytes:
 
 
 def decode_plan(data: bytes, rows: int) -> list[Shard]:
-    """The plan of a run of so many rows. What is planned beyond them was to be added to the run by a driver that ended
-    before it wrote so into run.json, and is passed over.
+    """Reads the plan of a run with so many rows. Shards of more rows are passed over: a driver ended before it had
+    added these rows to run.json.
 
     Raises:
         ValueError: it can't be read, or a value in it can't be.
@@ -52,7 +52,7 @@ def decode_plan(data: bytes, rows: int) -> list[Shard]:
 
 
 def _of_rows(shards: Sequence[Shard], rows: int) -> list[Shard]:
-    """A plan up to the first shard that holds rows beyond so many; shards that make rows again hold none anew."""
+    """A plan up to the first shard with rows beyond so many; shards that make rows again add none."""
     planned, kept = 0, list[Shard]()
     for shard in shards:
         if not shard.is_rerun:
@@ -64,7 +64,7 @@ def _of_rows(shards: Sequence[Shard], rows: int) -> list[Shard]:
 
 
 def _shard(row: dict[str, Any]) -> Shard:
-    """A shard of the stored plan. Raises KeyError or ValueError where there is none."""
+    """A shard of the stored plan. Raises KeyError or ValueError if the values are none."""
     guidance, only = row["guidance_scale"], row["only"]
     names = ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")
     numbers = [row[name] for name in (*names, "failed_before", "images_before")]

@@ -1,4 +1,4 @@
-"""What progress.json says of a run that goes on: written by its driver every few seconds, read by `status`."""
+"""progress.json: written by the driver every few seconds, read by `status`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class CardProgress(TypedDict):
     state: str
     """A value of `CardState`."""
     phase: str | None
-    """What it is at first, and the next five say more of that; None where it has no part in the run."""
+    """What it does first; the next five fields say more of it. None if it has no part in the run."""
     phase_s: float | None
     limit_s: float | None
     shard: int | None
     bucket: str | None
     rows: str | None
     doing: str | None
-    """All that it is at, in words."""
+    """All that it does, in words."""
     images: int
-    """Committed, and stored of shards that are not made yet."""
+    """Images that are committed, and those that are stored of shards it still makes."""
     images_per_s: float | None
     faults: int
 
@@ -72,12 +72,13 @@ class ProgressRecord(TypedDict):
 _NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left")
 CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
 DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
-"""What it has of the first thing that a card is at."""
+"""The fields of a card for the first thing that it does."""
 CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
 
 
 def sane_progress(written: dict[str, Any]) -> dict[str, Any]:
-    """What a progress.json says, null where it says nothing sensible: it lies where others may write."""
+    """The content of a progress.json, with null for each value that is not sensible: others may be able to write the
+    file."""
     cards, faults = written.get("cards"), written.get("faults")
     return {
         **sane_numbers(written),
@@ -104,7 +105,7 @@ def without_doings(cards: dict[str, Any]) -> dict[str, Any]:
 
 
 def sane_failures(written: Any) -> list[dict[str, Any]] | None:
-    """Failed rows by reason, as `Reasons.describe` has them; None where nothing sensible is said."""
+    """Failed rows by reason, as `Reasons.describe` has them; None if the value is not sensible."""
     if not isinstance(written, list):
         return None
     return [
@@ -121,12 +122,12 @@ def sane_failures(written: Any) -> list[dict[str, Any]] | None:
 
 
 def sane_text(written: Any) -> str | None:
-    """A text as one printable line; None where it is none."""
+    """A text as one printable line; None if the value is no text."""
     return one_line(written) if isinstance(written, str) else None
 
 
 def sane_numbers(written: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
-    """The values under some names, None where one is no finite number."""
+    """The values of some names, None for each that is no finite number."""
     values = {name: written.get(name) for name in names}
     return {
         name: value if isinstance(value, (int, float)) and math.isfinite(value) else None

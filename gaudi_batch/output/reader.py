@@ -1,4 +1,4 @@
-"""What an output says of its run, for whoever only reads it."""
+"""The records of a run, for code that only reads them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class OutputReader:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._info: RunInfo | None = None  # until run.json has been read, manifests of any run count
+        self._info: RunInfo | None = None  # manifests of any run count until run.json has been read
 
     def run(self) -> RunInfo | None:
-        """The run that this output belongs to, or None.
+        """The run of this output, or None.
 
         Raises:
             InputError: run.json is there and can't be read.
@@ -51,7 +51,7 @@ class OutputReader:
         return self._info
 
     def holds_run(self) -> bool:
-        """Whether there is a run here, or what is left of one."""
+        """Whether there is a run here, or a rest of one."""
         return self.storage.get("run.json") is not None or bool(self.committed_shards())
 
     def plan(self, rows: int) -> list[Shard]:
@@ -84,7 +84,7 @@ class OutputReader:
                 if commit is not None:
                     yield commit
         finally:
-            # Where one could not be read, the others would take as long to fail.
+            # If one could not be read, the others would take as long to fail.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def read_commit(self, shard: int) -> tuple[CommitInfo, pa.Table] | None:
@@ -106,7 +106,7 @@ class OutputReader:
         return stacks[-1] or None if stacks else None
 
     def get_json(self, name: str) -> dict[str, Any] | None:
-        """Reads one, None where there is none that is whole."""
+        """Reads a JSON object; None if there is none that is whole."""
         data = self.storage.get(name)
         try:
             loaded = json.loads(data) if data is not None else None
@@ -116,7 +116,7 @@ class OutputReader:
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
-    """Maps in order with a bounded number of results pending, so that memory does not grow with the run."""
+    """Maps in order with a bounded number of pending results, so that memory does not grow with the run."""
     pending = []
     for item in items:
         pending.append(pool.submit(function, item))

@@ -1,4 +1,4 @@
-"""What run.json says of a run."""
+"""run.json: a run's job, versions, and what its cards have."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _BOUNDS = TypeAdapter(Bounds)
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What run.json says."""
+    """The content of run.json."""
 
     job: dict[str, Any]
-    """The job's config, secrets taken out."""
+    """The job's config without secrets."""
     fingerprint: dict[str, Any]
     versions: dict[str, str]
-    """Of the packages of the machine that began the run, which makes no image."""
+    """Versions of packages on the machine that began the run, which makes no image."""
     created_at: str
     rows: int
     images: int
@@ -34,9 +34,9 @@ class RunInfo:
     run_id: str = ""
     """Chosen at random; each manifest of the run has it."""
     stacks: Sequence[Mapping[str, str]] | None = None
-    """What has shaped its images, by the word of its cards (stack.py), in order: one more where the cards of a driver
-    have another than those before, so that one may be there twice; {} for what an older version made, which did not ask
-    them, and None as long as it is alone."""
+    """What shaped the images, as cards report it (stack.py), in order: a new entry whenever the cards of a driver have
+    another stack than those before, so that one may be there twice; {} for images of an older version, which did not
+    ask the cards, and None while that is the only one."""
 
     grown: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """Each time that the run got more rows: `time`, `rows` and `images` that it had until then, and the `files` that
@@ -44,7 +44,7 @@ class RunInfo:
 
     @classmethod
     def of(cls, job: Job, shards: Sequence[Shard]) -> RunInfo:
-        """What is written down of a job whose run begins now, with this plan."""
+        """What is recorded of a job whose run begins now, with this plan."""
         return cls(
             job=job.describe(),
             fingerprint=job.fingerprint(),
@@ -58,8 +58,8 @@ class RunInfo:
 
     @classmethod
     def parse(cls, data: bytes) -> RunInfo:
-        """Reads a run.json. Raises ValueError or TypeError if it is none."""
-        # Names of files that are not UTF-8 are in it, which pydantic's reader of JSON takes for broken.
+        """Reads a run.json. Raises ValueError or TypeError if it is not one."""
+        # It may have file names that are not UTF-8, which pydantic's JSON reader refuses.
         info = cls(**json.loads(data))
         for part in (info.job, info.fingerprint, info.versions):
             if not isinstance(part, dict):
@@ -81,7 +81,7 @@ class RunInfo:
         return info
 
     def encode(self) -> bytes:
-        """The file."""
+        """The bytes of run.json."""
         return (json.dumps(self.__dict__, indent=1) + "\n").encode()
 
     @property
@@ -91,15 +91,16 @@ class RunInfo:
 
     @property
     def bounds(self) -> Bounds | None:
-        """What a row may ask for at most; None where a version without bounds began the run."""
+        """What a row may ask for; None if a version without bounds began the run."""
         return _BOUNDS.validate_python(self.fingerprint) if "max_pixels" in self.fingerprint else None
 
     @property
     def fixed(self) -> Fixed:
-        """What its first driver has fixed for all that come after it."""
+        """What the first driver has fixed for all later ones."""
         return Fixed(self.threads, self.bounds, self.job.get("max_pixels"))
 
     @property
     def asked_no_card(self) -> bool:
-        """Whether a version began the run that did not ask the cards; its threads may be more than any node's CPUs."""
+        """Whether the version that began the run did not ask the cards; its threads may then be more than any node's
+        CPUs."""
         return self.stacks is None or {} in self.stacks

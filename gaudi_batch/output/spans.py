@@ -1,4 +1,4 @@
-"""How long each driver of a run was at it: a list in progress.json, which goes on in the next driver's, and in
+"""How long each driver of a run drove it: a list in progress.json, which the next driver continues, and in
 summary.json."""
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from gaudi_batch.output.reader import OutputReader
 
 @dataclass(frozen=True)
 class Span:
-    """One driver's time with a run."""
+    """The time of one driver with a run."""
 
     driver: str
     """Prefix of its attempts."""
     started_at: str
     """When its command began, ISO 8601, UTC."""
     ended_at: str
-    """When it last wrote this down. A driver that was killed may have gone on for the time between two writes of
-    progress.json, which is 5 s where storage is well."""
+    """When it last wrote this. A driver that was killed may have gone on for up to the interval between two writes of
+    progress.json, 5 s where storage is well."""
     wall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Seconds between the two, by a clock that nobody sets."""
+    """Seconds between the two, by a monotonic clock."""
     card_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Seconds for which it held cards, each counted by itself: from when the cluster gave it one until it gave that
     back or last wrote this down. Loading counts, and so does a quarantined card, which is held so that nothing lands on
@@ -37,7 +37,7 @@ _SPANS = TypeAdapter(list[Span])
 
 
 class Stopwatch:
-    """The span of a driver that goes on.
+    """The span of a driver that is running.
 
     Args:
         driver: prefix of its attempts.
@@ -49,13 +49,13 @@ class Stopwatch:
         self._since = time.monotonic()
 
     def span(self, card_s: float) -> Span:
-        """Its span so far, in which it held cards for so many seconds."""
+        """Its span so far, with the seconds for which it held cards."""
         wall_s = round(time.monotonic() - self._since, 3)
         return Span(self._driver, self._started_at, _now(), wall_s, round(card_s, 3))
 
 
 def read_spans(ledger: OutputReader) -> list[Span]:
-    """The spans of a run's drivers, as far as they are written down; drivers of older code wrote none."""
+    """The recorded spans of a run's drivers; drivers of older code recorded none."""
     spans: dict[str, Span] = {}
     for name in ("progress.json", "summary.json"):
         try:
@@ -69,7 +69,7 @@ def read_spans(ledger: OutputReader) -> list[Span]:
 
 
 def wall_seconds(spans: Collection[Span], drivers: Collection[str]) -> float | None:
-    """The sum of all spans; None where one of the drivers that committed something has none.
+    """The sum of all spans; None if a driver that committed something has none.
 
     Args:
         spans: those that are known.
@@ -81,8 +81,8 @@ def wall_seconds(spans: Collection[Span], drivers: Collection[str]) -> float | N
 
 
 def card_hours(spans: Collection[Span], drivers: Collection[str]) -> float | None:
-    """Hours for which all drivers held cards, each card counted by itself; None where that of one that committed
-    something is not known.
+    """Hours for which all drivers held cards, summed over the cards; None if those of a driver that committed something
+    are unknown.
 
     Args:
         spans: those that are known.

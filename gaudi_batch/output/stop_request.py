@@ -32,13 +32,13 @@ def put_request(storage: Storage, submission: str, grace: float) -> None:
 
 
 def requested_grace(data: bytes | None, submission: str | None) -> float | None:
-    """The grace that a request gives a submission, in seconds; None if there is none for it.
+    """The grace of a request to a submission, in seconds; None if there is no request to it.
 
     Args:
         data: of the object, None where there is none.
         submission: the submission.
     """
-    with contextlib.suppress(Exception):  # whatever somebody has put there
+    with contextlib.suppress(Exception):  # others may have written anything there
         request = json.loads(data or b"null")
         if request.get("submission") == submission and 0 <= float(request["grace"]) < math.inf:
             return float(request["grace"])

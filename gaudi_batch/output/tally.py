@@ -1,4 +1,4 @@
-"""What a run has come to: commits added up card by card, and summary.json."""
+"""Adds up a run's commits by card, for summary.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = {
 }
 """Where everything lies, relative to the output."""
 MAX_KINDS = 100
-"""Kinds of batches that summary.json tells apart, those of the most images."""
+"""Kinds of batch that summary.json lists: those with the most images."""
 CARDS_SHOWN = 16
 REASONS_SHOWN = 10
 
@@ -38,7 +38,7 @@ class CardTally:
     failed_rows: int = 0
     sums: ThroughputTotals = field(default_factory=ThroughputTotals)
     at_work: list[tuple[float, float]] = field(default_factory=list)
-    """From when to when it was at each of them, waiting included, in seconds since the epoch by the driver's clock."""
+    """Start and end of its work on each commit, waiting included, in seconds since the epoch by the driver's clock."""
 
 
 class CommitTotals:
@@ -54,7 +54,7 @@ class CommitTotals:
         self._kinds: dict[BatchKind, ThroughputTotals] = {}
 
     def emptied(self) -> CommitTotals:
-        """A tally of no commits that knows of the same cards."""
+        """A tally without commits that knows the same cards."""
         other = CommitTotals()
         for name, card in self.cards.items():
             other.card(name, card.node, card.module)
@@ -87,12 +87,12 @@ class CommitTotals:
             card.at_work.append((finished_at - spent, finished_at))
 
     def card(self, name: str, node: str, module: int | None) -> CardTally:
-        """A card's own tally; one that has committed nothing counts, too."""
+        """The tally of a card; a card without commits has one, too."""
         return self.cards.setdefault(name, CardTally(node, module))
 
     @property
     def images(self) -> int:
-        """Images of all commits, those that had to be made again counted once."""
+        """Images of all commits; one that was made again counts once."""
         return sum(card.sums.images for card in self.cards.values()) - self._images_again
 
     @property
@@ -161,7 +161,7 @@ class CommitTotals:
 
 
 def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
-    """How a run came out, for a person.
+    """The outcome of a run, in lines for a person.
 
     Args:
         output: where it lies.
@@ -198,12 +198,12 @@ def _totals(summary: Mapping[str, Any]) -> str:
 
 
 def stop_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What a run that stopped has come to so far, for its log."""
+    """The state of a run that stopped, in lines for its log."""
     return [_totals(summary), *failure_lines(summary["failures"])]
 
 
 def failure_lines(failures: list[dict[str, Any]]) -> list[str]:
-    """Why rows failed, a line for each of the most frequent reasons."""
+    """Why rows failed: a line for each of the most frequent reasons."""
     lines = [f"failed: {line}" for line in reason_lines(failures[:REASONS_SHOWN])]
     more = failures[REASONS_SHOWN:]
     rest = sum(group["rows"] for group in more)
@@ -211,7 +211,7 @@ def failure_lines(failures: list[dict[str, Any]]) -> list[str]:
 
 
 def _length(stretches: Iterable[tuple[float, float]]) -> float:
-    """Seconds that are in at least one stretch."""
+    """Seconds that are in at least one of the stretches."""
     length, until = 0.0, -math.inf
     for start, stop in sorted(stretches):
         length += max(0.0, stop - max(start, until))

@@ -31,11 +31,11 @@ class BatchLine:
     generate_s: float
     images_per_s: float
     wait_s: float
-    """Time for which the device was idle before this batch."""
+    """Seconds for which the device was idle before this batch."""
     encode_s: float
-    """Summed over the batch's images, which are encoded side by side."""
+    """Seconds summed over the batch's images, which are encoded in parallel."""
     upload_s: float
-    """The same of uploads."""
+    """The same for uploads."""
 
     def json(self) -> str:
         """The line."""
@@ -44,7 +44,7 @@ class BatchLine:
 
 @dataclass(frozen=True)
 class ThroughputTotals:
-    """Throughput lines added up; sums of sums are made with `+`."""
+    """Sums of throughput lines; sums are added with `+`."""
 
     batches: int = 0
     images: int = 0
@@ -113,5 +113,5 @@ class ThroughputTotals:
 
 
 def rounded(value: float | None) -> float | None:
-    """A figure as the records have it, to four digits."""
+    """A figure rounded to four significant digits, as records have it."""
     return None if value is None else round(value, 4)

@@ -1,4 +1,4 @@
-"""Every image of a run read back and compared with its manifest."""
+"""Reads every image of a run back and compares it with its manifest."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ SHOWN = 10
 
 @dataclass
 class VerifyReport:
-    """What a look at every image has shown; paths are relative to the output."""
+    """The result of reading every image; paths are relative to the output."""
 
     images: int = 0
-    """How many are named by manifests."""
+    """How many images manifests name."""
     missing: list[str] = field(default_factory=list)
-    """Named and not there."""
+    """Images that a manifest names and storage does not have."""
     torn: list[str] = field(default_factory=list)
-    """There, with other bytes than the manifest's SHA-256 says: cut short or changed."""
+    """Images whose bytes do not have the manifest's SHA-256: cut short or changed."""
     foreign: list[str] = field(default_factory=list)
-    """There, and named by no manifest."""
+    """Images that no manifest names."""
     broken: dict[int, int] = field(default_factory=dict)
     """The rows with missing or torn images, each with its shard."""
     images_of: dict[int, int] = field(default_factory=dict)
-    """How many images of each of these rows are named."""
+    """How many images manifests name of each of these rows."""
 
     def describe(self) -> dict[str, Any]:
-        """What verify.json says."""
+        """The content of verify.json."""
         described = asdict(self) | {"broken": sorted(self.broken)}
         del described["images_of"]
         return described
@@ -54,7 +54,7 @@ class VerifyReport:
 
 
 def verify(ledger: OutputReader, latest_shard_of_row: Mapping[int, int]) -> VerifyReport:
-    """Reads every image that a manifest names, and lists what else lies among them.
+    """Reads every image that a manifest names, and lists the other files among them.
 
     Args:
         ledger: of the run.

@@ -23,7 +23,7 @@ def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool
         TimeoutError: `keep` said no.
         OSError: it can't be written.
     """
-    # Named so that who reads the directory as a dataset passes over it.
+    # The name makes readers of the directory as a dataset pass over it.
     part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
     try:
         write(str(part))
@@ -39,13 +39,14 @@ def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool
 
 
 def sync(path: Path) -> None:
-    """Has a file on its disk before its name is, so that a power cut leaves no name of an empty file."""
+    """Flushes a file to its disk before it gets its name, so that a power cut leaves no empty file of that name."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _link(part: Path, path: Path) -> bool:
-    """Gives a file its name unless that is taken; returns whether. Without hard links, what has the name is lost."""
+    """Gives a file its name unless the name is taken; returns whether it did. Where hard links are missing, a file of
+    that name is overwritten."""
     try:
         os.link(part, path)
     except FileExistsError:

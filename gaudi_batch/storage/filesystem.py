@@ -1,4 +1,4 @@
-"""Opening the fsspec filesystem of a URL, and what each of their libraries must be told."""
+"""Opens the fsspec filesystem of a URL, with the settings that each store's library needs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ S3_CONFIG: Mapping[str, Any] = {"connect_timeout": 10, "read_timeout": 20, "retr
 try of ours may take. A few of its own it must have: a listing is many requests, and one that fails would start it all
 over."""
 STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""Protocols whose objects are seen whole or not at all. On file servers what is put is seen half written, and a
-connection serves one thread at a time."""
+"""Protocols whose objects are seen whole or not at all. File servers show half-written files, and their connections
+serve one thread at a time."""
 READ_ONLY = ("http", "https", "hf")
 """Protocols that prompts are read from, too."""
 
@@ -54,8 +54,8 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
                 f" behind {protocol}:// on every node and give its path"
             )
         if protocol in ("s3", "s3a"):
-            # A copy, as botocore changes it. Without concurrency a read is one request, and not one for the size
-            # before it.
+            # A copy, since botocore changes it. Without concurrency a read is one request, without another one before
+            # it for the size.
             config = {**copy.deepcopy(dict(S3_CONFIG)), **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options, "config_kwargs": config}
         waits_for = "connecting" if protocol in READ_ONLY else "looking for credentials"
@@ -94,8 +94,8 @@ def is_google(filesystem: Any) -> bool:
 
 
 def require_bucket(filesystem: Any, path: str, seconds: float) -> None:
-    """Asks Google or Azure for the bucket of a path, where their libraries have not said what it is that is not there.
-    S3's always says.
+    """Asks Google or Azure whether the bucket of a path exists, where their libraries have not said what is missing.
+    S3's library always says.
 
     It asks by a listing of one object: who may only use objects may not ask for a bucket itself. That is one request
     for each object that is absent, beside the hundreds of the images of a shard.
@@ -132,7 +132,7 @@ def subdue(filesystem: Any) -> None:
 
 
 def _is_anonymous_for_want(filesystem: Any) -> bool:
-    """Whether gcsfs has found no credentials, and was not told to do without."""
+    """Whether gcsfs found no credentials and was not told to do without."""
     if not is_google(filesystem):
         return False
     return filesystem.credentials.method == "anon" and filesystem.credentials.token is None
@@ -147,7 +147,8 @@ def lacks_credentials(filesystem: Any, error: BaseException) -> bool:
 
 
 def look_for_credentials_again(filesystem: Any) -> None:
-    """s3fs keeps a client that has found none, and gcsfs that there are none. Otherwise they ask for each request."""
+    """Makes the library look for credentials again: s3fs keeps a client that found none, and gcsfs remembers that there
+    are none. Other libraries look at each request."""
     if is_s3(filesystem):
         filesystem.connect(refresh=True)
     elif _is_anonymous_for_want(filesystem):
@@ -155,7 +156,7 @@ def look_for_credentials_again(filesystem: Any) -> None:
 
 
 def expanded(path: str) -> Path:
-    """A path with `~` filled in; as it is where nobody knows whose home that is, as without HOME in a container."""
+    """A path with `~` filled in; unchanged if the home is unknown, as without HOME in a container."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

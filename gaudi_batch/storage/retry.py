@@ -1,4 +1,4 @@
-"""Trying again what may fail for a while: how long one try may take, what is hopeless, and when the next comes."""
+"""What a retry needs to know: how long one try may take, which errors are permanent, and when the next try comes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 KEEP_INTERVAL_S = 1.0
-"""How often it is asked whether what goes on may go on."""
+"""Seconds between two questions whether an operation under way may go on."""
 CREDENTIALS_TIMEOUT_S = 60.0
-"""How long credentials that were there before are asked for again: a service that serves those of a role answers again
-within seconds, and a node that has lost its role is to say so long before the job's patience is over."""
+"""Seconds for which credentials that were there before are asked for again: a service that gives out those of a role
+answers again within seconds, and a node that has lost its role has to say so long before the job's patience is over."""
 PERMANENT_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -43,20 +43,20 @@ PERMANENT_ERRORS = (
 )
 PERMANENT_NAMES = ("PartialCredentialsError", "ParamValidationError")
 NO_CREDENTIALS_NAMES = ("NoCredentialsError", "CredentialUnavailableError", "ClientAuthenticationError")
-"""Of botocore and Azure, the last one if no answer came with it."""
+"""Names of botocore's and Azure's errors for missing credentials; the last one counts if no answer came with it."""
 GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 TRANSIENT_STATUSES = {408, 409, 425, 429}
 TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
-"""What S3 says with status 400 of a request that broke on its way."""
+"""S3's codes, with status 400, for a request that broke on its way."""
 
 
 class BucketGone(FileNotFoundError):
-    """It is not the object but its bucket that is not there."""
+    """Not the object is missing but its bucket."""
 
 
 def run_with_timeout(operation: Callable[[], T], seconds: float) -> T:
-    """Runs an operation in a thread that is left behind if it does not end: nothing can end one that a disk holds, and
-    one of a pool would keep the process.
+    """Runs an operation in a thread of its own, which is left behind if it does not end: nothing can end an operation
+    that a disk blocks, and a thread of a pool would keep the process alive.
 
     Raises:
         TimeoutError: it has not ended.
@@ -112,7 +112,7 @@ def run_or_cancel(
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that a store has answered with, as its library tells it; None where there is none."""
+    """The HTTP status in an error of a store's library; None if there is none."""
     for cause in (error, error.__cause__):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore's
@@ -125,7 +125,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def code_of(error: BaseException) -> str | None:
-    """The store's own name of an error; None where its library does not tell."""
+    """The store's own name of an error; None if its library does not tell."""
     for cause in (error, error.__cause__):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
@@ -136,17 +136,17 @@ def code_of(error: BaseException) -> str | None:
 
 
 def bucket_is_gone(error: BaseException) -> bool:
-    """Whether a store says that it is not the object but its bucket that is not there."""
+    """Whether a store says that the bucket is missing, and not just the object."""
     return isinstance(error, BucketGone) or code_of(error) in GONE_CODES
 
 
 def no_credentials(error: BaseException) -> bool:
-    """Whether there are no credentials to ask the store with."""
+    """Whether there are no credentials for the store."""
     return type(error).__name__ in NO_CREDENTIALS_NAMES and status_of(error) is None
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether storage would say the same again: it refuses, or what was asked for can't be."""
+    """Whether another try would fail the same way: the store refuses, or what was asked for is impossible."""
     if type(error).__name__ in PERMANENT_NAMES or no_credentials(error):
         return True
     if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
@@ -158,7 +158,8 @@ def is_permanent(error: Exception) -> bool:
 
 
 def delays() -> Iterator[float]:
-    """Seconds between tries: exponential backoff with jitter, as a thousand cards must not come back at one instant."""
+    """Seconds between tries: exponential backoff with jitter, so that a thousand cards do not come back at one
+    instant."""
     longest = FIRST_DELAY_S
     while True:
         yield random.uniform(longest / 2, longest)

@@ -24,17 +24,17 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 TRY_TIMEOUT_S = 60.0
-"""How long one try at reading or writing an object may take, beside what its bytes need."""
+"""Seconds of one try at reading or writing an object, beside those that its bytes need."""
 MANY_TIMEOUT_S = 600.0
-"""The same of what takes many requests, such as a listing."""
+"""Seconds of one try at an operation of many requests, such as a listing."""
 FIRST_WARNING_S = 10.0
-"""How long something is tried in silence; the next warning comes when it has been tried for twice as long."""
+"""Seconds of trying before the first warning; the next comes after twice as long."""
 END_TIMEOUT_S = 10.0
-"""How long a run that stops tries to write down how it ended; storage may be why it stops."""
+"""Seconds for which a run that stops tries to record how it ended; storage may be why it stops."""
 
 
 class Retrying:
-    """A filesystem, and for how long what fails on it is tried again.
+    """A filesystem that repeats operations which fail, for as long as the patience lasts.
 
     Args:
         filesystem: of fsspec.
@@ -50,8 +50,8 @@ class Retrying:
         self.retry_timeout_s = retry_timeout_s
         self.try_timeout_s = TRY_TIMEOUT_S
         self.trouble = ""
-        """What the last try that failed has said, for whoever waits."""
-        self._known = False  # whether the bucket and the credentials have been seen to be there
+        """The error of the last try that failed, for code that waits."""
+        self._known = False  # whether the bucket and the credentials were there before
         self._running: dict[object, float] = {}
         self._lock = threading.Lock()
         subdue(filesystem)
@@ -66,12 +66,12 @@ class Retrying:
         self._running, self._lock = {}, threading.Lock()
 
     def longest_running_s(self) -> float:
-        """Seconds for which the oldest operation that has not ended has been going on; 0 if there is none."""
+        """Seconds for which the oldest operation under way has been going on; 0 if there is none."""
         with self._lock:
             return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
     def shut_down(self, timeout: float = END_TIMEOUT_S) -> None:
-        """Gives operations, those under way among them, no more time than a run has that stops.
+        """Limits all operations, including those under way, to the time that a stopping run has.
 
         Args:
             timeout: seconds that they may be tried; at 0 nothing is tried again.

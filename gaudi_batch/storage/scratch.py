@@ -1,4 +1,4 @@
-"""A directory for files that are needed for a moment."""
+"""Temporary directories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gaudi_batch.errors import StorageError
 
 @contextlib.contextmanager
 def scratch_directory(use: str) -> Iterator[str]:
-    """Makes a directory where TMPDIR says, or in the system's places for temporary files, and removes it at its end.
+    """Makes a directory under TMPDIR, or in the system's places for temporary files, and removes it at the end.
 
     Args:
         use: what it is for, as in "join the manifests".

@@ -71,7 +71,7 @@ class Storage(Retrying):
         self.root = root.rstrip("/") or "/"
         self.query = ""
         self.creates = self.local
-        """Whether a put that is to create an object is refused where there is one."""
+        """Whether the store refuses a put that is to create an object where one exists."""
         self._made: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Storage(Retrying):
         if create and self.creates and not self.local:
             options = {"mode": "create"}
             if not is_azure(self.filesystem):
-                # In one request: not every store that refuses a put refuses to complete an upload in parts.
+                # In one request: some stores refuse a conditional put but not the completion of a multipart upload.
                 options["chunksize"] = len(data) + 1
         seconds, _ = self._limit(len(data), try_timeout_s)
         write = self._given_up("pipe_file", seconds, keep)
@@ -130,7 +130,7 @@ class Storage(Retrying):
         before: Callable[[], None] = lambda: None,
         keep: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Finds out whether the store refuses to create an object that is there, for `put` to rely on.
+        """Finds out whether the store refuses to create an object that exists, so that `put` can rely on it.
 
         Args:
             path: of an object that is there.
@@ -152,7 +152,7 @@ class Storage(Retrying):
         except StorageError as error:
             if not error.refused:
                 raise
-            why = str(error)  # as a rule, it does not know what is asked of it
+            why = str(error)  # an error of this kind usually means that the store does not know the condition
         self.creates = False
         log.info(
             "%s: the store can't create an object only where there is none; the lease alone guards what is committed"
@@ -199,7 +199,7 @@ class Storage(Retrying):
         return RangeReader(lambda start, stop: self.get_range(path, start, stop), int(self.info(path)["size"]))
 
     def info(self, path: str) -> dict[str, Any]:
-        """What the store says of an object, its size in bytes among it. Raises StorageError."""
+        """What the store says of an object, including its size in bytes. Raises StorageError."""
         seconds, limit = self._limit()
 
         def ask() -> dict[str, Any]:
@@ -209,21 +209,21 @@ class Storage(Retrying):
         return self.with_retries(f"read {path}", ask, seconds)
 
     def at(self, root: str, query: str = "") -> Storage:
-        """The same store with another root, given as the filesystem knows it, and a query that every path gets: that
-        of a signed URL, which is a secret and no part of any name."""
+        """The same store with another root, given as the filesystem knows it, and a query that is added to every path:
+        that of a signed URL, which is a secret and no part of a name."""
         other = copy.copy(self)
         other.root = root.rstrip("/") or "/"
         other.query = query
         return other
 
     def once(self) -> Storage:
-        """The same place for operations that are tried only once."""
+        """The same place, for operations that are tried only once."""
         other = copy.copy(self)
         other.retry_timeout_s = 0.0
         return other
 
     def names(self, directory: str) -> list[str]:
-        """Names of what lies directly in a directory, sorted; none where there is no such directory."""
+        """Sorted names of the entries of a directory; none if there is no such directory."""
 
         def listing() -> list[str]:
             with self._none_if_absent():
@@ -255,7 +255,7 @@ class Storage(Retrying):
                     paths = self.filesystem.find(full, **self._many())
                     if not paths:
                         require_bucket(self.filesystem, full, self.try_timeout_s)
-                    # One by one: not every S3 server understands the checksums that bulk deletion is sent with.
+                    # One by one: some S3 servers do not understand the checksums of a bulk deletion.
                     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
                         list(pool.map(delete_one, paths))
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
@@ -263,12 +263,12 @@ class Storage(Retrying):
         self.with_retries(f"remove {path}", delete, MANY_TIMEOUT_S, before)
 
     def full(self, path: str) -> str:
-        """The path that the filesystem knows."""
+        """The path as the filesystem knows it."""
         return (f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}") + self.query
 
     @contextlib.contextmanager
     def _telling_bucket(self) -> Iterator[None]:
-        """Raises BucketGone for an object's absence if it is its bucket that is absent."""
+        """Raises BucketGone for an object's absence if its bucket is absent."""
         try:
             yield
         except FileNotFoundError as error:
@@ -278,7 +278,7 @@ class Storage(Retrying):
 
     @contextlib.contextmanager
     def _none_if_absent(self) -> Iterator[None]:
-        """Passes over the absence of an object; that of its bucket says nothing of the object."""
+        """Ignores the absence of an object, but not that of its bucket."""
         try:
             with self._telling_bucket():
                 yield
@@ -296,8 +296,8 @@ class Storage(Retrying):
         return {"timeout": MANY_TIMEOUT_S} if self.filesystem.async_impl else {}
 
     def _given_up(self, name: str, seconds: float, keep: Callable[[], bool]) -> Callable[..., Any]:
-        """A method of the filesystem. Where it is asynchronous, a call of it raises TimeoutError once it has taken too
-        long or `keep` says no."""
+        """A method of the filesystem; if that is asynchronous, a call raises TimeoutError once it has taken too long or
+        `keep` says no."""
         filesystem = self.filesystem
         if not filesystem.async_impl:
             return getattr(filesystem, name)  # type: ignore[no-any-return]
@@ -317,7 +317,7 @@ class Storage(Retrying):
         keep: Callable[[], bool],
         create: bool = False,
     ) -> None:
-        """Writes by `write`, which takes a path that the filesystem knows."""
+        """Writes by `write`, which takes a path as the filesystem knows it."""
         full = self.full(path)
         exists = False
 

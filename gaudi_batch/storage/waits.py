@@ -1,4 +1,4 @@
-"""Waits that say what is waited for, and whether it is the network that does not answer."""
+"""Log lines about long waits: what is waited for, and whether the network does not answer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 log = logging.getLogger(__name__)
 
 FIRST_LINE_S = 3.0
-"""What takes longer says so."""
+"""Seconds until a wait is logged."""
 LINE_INTERVAL_S = 30.0
-"""How often it says so again."""
+"""Seconds between two lines about a wait."""
 CONNECT_TIMEOUT_S = 10.0
 PORTS = {"https": 443, "http": 80}
 
 
 @contextlib.contextmanager
 def told_if_slow(what: Callable[[], str]) -> Iterator[None]:
-    """Logs what is waited for while that takes long.
+    """Logs what is waited for if it takes long.
 
     Args:
         what: says it, in one line; called in another thread.
@@ -43,7 +43,7 @@ def told_if_slow(what: Callable[[], str]) -> Iterator[None]:
 
 
 def out_of_reach(url: str) -> str | None:
-    """Why the network does not lead to the host of an http(s) or hf URL; None if it does, or if that can't be said, as
+    """Why the network does not reach the host of an http(s) or hf URL; None if it does, or if that can't be told, as
     behind a proxy."""
     if url.startswith("hf://"):
         from huggingface_hub.constants import ENDPOINT

@@ -17,7 +17,7 @@ from gaudi_batch.storage.store import Storage
 
 
 class FilesOutput:
-    """Where one attempt at a shard puts its images.
+    """Where one attempt at a shard stores its images.
 
     Args:
         storage: the job's output.
@@ -47,5 +47,5 @@ class FilesOutput:
         )
 
     def drop(self, stored: StoredImage) -> None:
-        """Removes an image whose row failed after all. Raises StorageError."""
+        """Removes an image whose row failed later. Raises StorageError."""
         self._storage.remove(stored.path)
