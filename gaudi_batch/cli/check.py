@@ -1,4 +1,4 @@
-"""What `check` prints: a job's rows and plan, what is in its output, and a guess at how long it takes."""
+"""The text of `check`: a job's rows and plan, the content of its output, and an estimate of its time."""
 
 from __future__ import annotations
 
@@ -23,40 +23,38 @@ from gaudi_batch.text import counted, duration, printable, quote_if_unprintable
 BUCKETS_SHOWN = 20
 REASONS_SHOWN = 10
 OUTPUT_PATIENCE_S = 10.0
-"""For which an output that fails is tried again."""
+"""Seconds for which an output that fails is tried again."""
 SHARDS_A_CARD = 4
-"""Where a smaller shard_size is recommended, so that cards finish together."""
+"""Shards for each card up to which a smaller shard_size is recommended, so that cards finish together."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check has found."""
+    """The result of a check."""
 
     text: str
-    """All of it, several lines."""
+    """The text, several lines."""
     refused: str | None
     """Why the job would not run; None if it would."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """What is in an output."""
+    """The content of an output."""
 
     lines: list[str]
     refused: str | None = None
     images: int = 0
     """Images that are made already."""
     plan: list[Shard] | None = None
-    """The shards of the run that is there and that the job would resume, with those that it adds; None if there is
-    none."""
+    """The shards of the run that the job would resume, with those that it adds; None if there is no run."""
     complete: bool = False
-    """Whether nothing is left of it to make."""
+    """Whether the run has nothing left to make."""
     summary: Mapping[str, Any] | None = None
 
 
 def check(config: JobConfig, strict: bool = False) -> Checked:
-    """Looks at a job: reads all its rows, and tries whether its output can be written; starts nothing and leaves
-    nothing behind.
+    """Checks a job: reads all its rows and tries to write to its output; starts nothing and leaves nothing behind.
 
     Args:
         config: the job.
@@ -132,7 +130,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
 
 
 def _look_at(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:
-    """What is in the output, which can be written."""
+    """Looks at what is in the output, which can be written."""
     url = ledger.storage.url
     if record is None:
         if ledger.committed_shards():
@@ -163,7 +161,7 @@ def _look_at(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:
 
 
 def _cards(job: Job, place: _Place) -> int | None:
-    """How many cards the job will have, as far as that is known before it begins."""
+    """How many cards the job will have, as far as known before it begins."""
     config = job.config
     if config.cards != "all":
         return config.cards
@@ -174,7 +172,7 @@ def _cards(job: Job, place: _Place) -> int | None:
 
 
 def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _Place) -> list[str]:
-    """A warning if not every card will have something to do."""
+    """A warning if some cards will have nothing to do."""
     if cards is None or place.plan is not None or shards >= cards or not batches:
         return []
     idle = f"cards    {cards - shards} of {cards} cards will be idle: the plan has {counted(shards, 'shard')}"
@@ -202,7 +200,8 @@ def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None
 
 
 def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Place) -> str | None:
-    """The time that is left by what the run's cards have shown, kind by kind; None if they have shown nothing."""
+    """An estimate of the time left from what the run's cards have shown, for each kind of batch; None if they have
+    shown nothing."""
     visible: dict[tuple[Any, ...], tuple[float, bool]] = {}
     for kind in (place.summary or {}).get("buckets") or ():
         rate, steady = kind.get("card_images_per_s"), True
@@ -220,7 +219,7 @@ def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Pla
     if not known:
         return None
     left = max(0, images - place.images)
-    # Sizes that no card has made yet are taken to be as slow as the others.
+    # Sizes that no card has made yet are assumed to be as slow as the others.
     total = seconds * (left / known) / cards
     how = "by its first batches, which compile: it will be less" if not steady_all else "as fast as it went"
     return f"about {duration(total)} for {left} images on {cards} cards, {how}"

@@ -1,4 +1,4 @@
-"""The commands: each takes what the parser has made of its arguments, and returns an exit code.
+"""The commands: each takes the parsed arguments and returns an exit code.
 
 Nothing heavy is imported before the command that needs it is known.
 """
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 NOT_FOLLOWED = 141
-"""As of a command that SIGPIPE ends."""
+"""The exit code of a command that SIGPIPE ends."""
 STATUS_PATIENCE_S = 10.0
 """Seconds for which `status` tries an output that fails again."""
 
@@ -116,7 +116,7 @@ def bench(parsed: argparse.Namespace) -> int:
 
 
 def status(parsed: argparse.Namespace) -> int:
-    """Says how far a run is."""
+    """Shows the progress of a run."""
     from gaudi_batch.output.place import refuse_file
     from gaudi_batch.output.reader import OutputReader
     from gaudi_batch.reporting.status import describe_status, read_status
@@ -158,7 +158,7 @@ def emulate(parsed: argparse.Namespace) -> NoReturn:
 
 
 def _print_result(output: str, summary: dict[str, Any]) -> None:
-    """Prints how a run came out. That nobody takes it changes nothing of the run."""
+    """Prints the outcome of a run. The exit code is the same if nobody reads it."""
     from gaudi_batch.output.tally import result_lines
 
     try:

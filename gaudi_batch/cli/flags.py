@@ -54,7 +54,7 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    """Every field of a job under its dotted name."""
+    """Every field of a job with its dotted name."""
     fields: list[tuple[str, FieldInfo]] = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -67,14 +67,14 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldIn
 
 
 def _short_forms() -> dict[str, str]:
-    """Flags of a section that stand for one of its fields, {section: path of the field}."""
+    """Flags of sections that stand for one of their fields: {section: path of the field}."""
     sections = {name: field.annotation for name, field in JobConfig.model_fields.items()}
     shorts = {name: getattr(kind, "short_for", None) for name, kind in sections.items()}
     return {name: f"{name}.{short}" for name, short in shorts.items() if short}
 
 
 def _metavar(annotation: Any) -> str:
-    """What a flag's help shows in the place of its value: the values that there are, as far as they can be listed."""
+    """The placeholder for a flag's value in the help: the possible values if they can be listed."""
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is Literal:
@@ -114,7 +114,7 @@ def job_from(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None)
 
 
 def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
-    """A flag's text as the config takes it: null is null, mappings and lists are YAML, the rest is as it is."""
+    """The value of a flag for the config: null is null, mappings and lists are YAML, anything else is text."""
     kinds = _kinds(field.annotation)
     if type(None) in kinds and text in ("null", "none", ""):
         return None
@@ -127,7 +127,7 @@ def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
-    """`a.b` and 1 as {"a": {"b": 1}}."""
+    """`a.b` and 1 become {"a": {"b": 1}}."""
     for part in reversed(path.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
@@ -171,7 +171,7 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
             if name in also_text and not value.lstrip().startswith("{"):
                 rest += [name, value]
                 continue
-            # A value, a secret among them, may have a comma in it; the names of columns are told apart by theirs.
+            # A value, also a secret one, may contain commas; pairs of columns are separated by theirs.
             entries = pairs(value, several=name == "--columns")
             if entries is None:
                 joined[name] = merge(joined.get(name, {}), read_yaml(value, dict, flag))

@@ -1,4 +1,4 @@
-"""The installed command: runs one command, and turns whatever happens into an exit code."""
+"""The installed command: runs a command and turns every outcome into an exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gaudi_batch.reporting.console import LossyStream, OutputLost, open_streams,
 from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
-"""That of the whole package, which is set up here."""
+"""The logger of the whole package, which is set up here."""
 
 OPTION_FLAG = re.compile(r"--(prompts-)?storage-options\b")
 
@@ -30,8 +30,8 @@ OPTION_FLAG = re.compile(r"--(prompts-)?storage-options\b")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code, whatever happens."""
     if threading.current_thread() is threading.main_thread():
-        # SIGTERM means the same as Ctrl-C from the first moment on, not only while images are made; and that also in
-        # the background of a shell, which has Ctrl-C ignored.
+        # SIGTERM means the same as Ctrl-C from the first moment, not only while images are made; also in the background
+        # of a shell, which ignores Ctrl-C there.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     _set_up_log()
     parsed: argparse.Namespace | None = None
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _complain(f"gaudi-batch: {one_line(error, 2000)}")
             return error.exit_code
         except SystemExit:
-            say("", end="")  # what argparse has printed of itself, and not yet written
+            say("", end="")  # flushes what argparse has printed itself
             return 0
         if parsed.verbose:
             log.setLevel(logging.DEBUG)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _hide_secrets()
         return COMMANDS[parsed.command](parsed)
     except OutputLost as error:
-        if error.closed:  # by a reader that has what it wanted
+        if error.closed:  # by a reader that has what it wants
             return 0
         log.error("%s", error)
         return error.exit_code
@@ -58,24 +58,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
-        # What else there is makes nothing that could be resumed.
+        # Other commands make nothing that could be resumed.
         resumes = parsed is not None and parsed.command in ("run", "demo")
         log.error("interrupted; the same command resumes" if resumes else "interrupted")
         return INTERRUPTED
-    except BaseException:  # a library may leave by sys.exit
+    except BaseException:  # a library may call sys.exit
         _complain("\n".join(map(printable, redact(traceback.format_exc()).splitlines())))
         return 1
 
 
 def entry() -> NoReturn:
     """What the installed command calls; ends the process."""
-    code = INTERRUPTED  # also of an interrupt while another is told
+    code = INTERRUPTED  # also if a second interrupt comes while the first is reported
     try:
         open_streams()
         code = main()
     finally:
-        # Past the interpreter's own end: threads that wait for storage would keep the process, and one of a library
-        # that asks for the interpreter while it ends would abort it. All that was printed has been flushed.
+        # Skips the interpreter's own end: threads that wait for storage would keep the process, and a library's thread
+        # that asks for the interpreter meanwhile would abort it. Everything printed has been flushed.
         os._exit(code)
 
 
@@ -84,8 +84,8 @@ def _complain(text: str) -> None:
 
 
 def _hide_secrets() -> None:
-    """Takes storage options and what is secret in URLs out of this process's title, which `ps` shows to everybody and
-    Ray keeps."""
+    """Removes storage options and the secrets in URLs from the title of this process, which `ps` shows to everybody and
+    Ray records."""
     visible: list[str] = []
     for argument in sys.orig_argv:
         flag, equals, _ = argument.partition("=")

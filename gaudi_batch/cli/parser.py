@@ -1,4 +1,4 @@
-"""The command line as argparse takes it."""
+"""The command line for argparse."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ADDRESS_HELP = "the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else h
 
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
-        """See `argparse`; what follows a flag that there is not may be a secret, and is not repeated."""
+        """See `argparse`; what follows an unknown flag may be a secret and is not repeated."""
         parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _meant(flag: str, options: Collection[str]) -> str:
-    """What somebody may have meant by a flag that there is not, "" if nothing comes near."""
+    """The flag that was probably meant in place of an unknown one; "" if none is similar."""
     dashes = flag.replace("_", "-")
     below = [option for option in options if option.startswith(f"{dashes}.")]
     if below:
@@ -57,7 +57,7 @@ def _meant(flag: str, options: Collection[str]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """What the arguments say; `command` is the name of the command, `options` its flags. Raises InputError."""
+    """Parses the arguments; `command` is the name of the command, `options` its flags. Raises InputError."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if command not in (*JOB_COMMANDS, "status"):
         return _parser(lambda command: None).parse_args(arguments)
@@ -145,7 +145,7 @@ def _version() -> str:
     try:
         return importlib.metadata.version("gaudi-batch")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # a cluster runs the code that a job brings along
+        return "not installed"  # the cluster runs code that the job brings along
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Stopping a submitted job: what will happen is said first, and how it ended afterwards."""
+"""Stops a submitted job: says what will happen, and afterwards how the job ended."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ask_to_stop(submitted: Submitted, grace: float) -> None:
 
 
 def outlook(submitted: Submitted, grace: float) -> str:
-    """What stopping will do, in one sentence."""
+    """One sentence on what stopping will do."""
     begun = f"what has begun is committed first, for up to {grace:g} s"
     again = "what is not done by then is made again when the job is resumed"
     seconds = _shard_seconds(submitted)
@@ -72,7 +72,7 @@ def outlook(submitted: Submitted, grace: float) -> str:
 
 
 def _shard_seconds(submitted: Submitted) -> float | None:
-    """How long a card takes for a shard: at the rate of the cards, else at the job's own; None if neither says."""
+    """Seconds of a card for a shard, at the rate of the cards, else of the job; None if neither is known."""
     try:
         ledger = OutputReader(_output_of(submitted))
         record, status = ledger.run(), read_status(ledger, 0.0)
@@ -90,5 +90,5 @@ def _output_of(submitted: Submitted) -> Storage:
 
 
 def _ended(info: Any) -> str:
-    """How a job has ended. One that was asked to stop by its output ends by itself, which Ray calls failed."""
+    """How a job has ended. One that was stopped by a request in its output ends by itself, which Ray calls failed."""
     return "STOPPED" if info.driver_exit_code == STOPPED_EXIT_CODE else str(info.status)

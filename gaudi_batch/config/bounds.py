@@ -1,4 +1,4 @@
-"""What a row, and the job for all rows, may ask for at most."""
+"""Bounds of what a row, and the job for all rows, may ask for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 MAX_INT32 = 2**31 - 1
 MAX_IMAGES = 10_000
-"""Images of one row; more is a mistake, and would hold up the neighbours."""
+"""Images of one row; more is a mistake, and would delay the neighbours."""
 MAX_SEED = 2**63 - 1
 """Seeds are 0 .. 2^63 - 1, what a Parquet int64 column and a torch.Generator both hold."""
 USUAL_PIXELS = 2048 * 2048
-"""Pixels that any model may be asked for; the largest models of today are made for 1024 x 1024."""
+"""Pixels that any model may be asked for; today's largest models are made for 1024 x 1024."""
 MAX_SIDE = 8192
 """Pixels of a side: eight times those of the largest models of today."""
 MAX_STEPS = 1000

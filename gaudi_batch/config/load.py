@@ -1,4 +1,4 @@
-"""Reading the fields of a job, merging them, and explaining what is wrong with them."""
+"""Reads the fields of a job, merges them, and explains errors in them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_job_file(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"job file {str(path)!r} can't be read: {reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        # The error's own words quote the file, in which there may be a secret.
+        # The error's own text quotes the file, which may hold a secret.
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"job file {str(path)!r} is not YAML{where}") from None
@@ -66,7 +66,7 @@ def in_full(fields: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]
 
 
 def _sections(model: type[BaseModel]) -> dict[str, Any]:
-    """The fields of a job that have fields of their own."""
+    """The fields of a job that have fields themselves."""
     kinds = {path: field.annotation for path, field in model.model_fields.items()}
     return {path: kind for path, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
@@ -110,7 +110,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         where = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
         where = [part for part in where if part not in ("int", "float", "str", "dict")]
         if problem["type"] == "extra_forbidden":
-            where = [str(part) for part in problem["loc"]]  # a name of the user's may be one of these
+            where = [str(part) for part in problem["loc"]]  # a name that the user chose may be one of these
         field = quote_if_unprintable(".".join(where))[:200] or "job"
         if problem["type"] == "extra_forbidden":
             message = "is not a field of a job"

@@ -1,1 +1,1 @@
-"""The prompts."""
+"""The dataset of prompts."""

@@ -22,8 +22,8 @@ def python_rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def distinct_rows(table: pa.Table, rows: int) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
-    """The distinct rows of a table of few columns, so that Python looks at each once: for each row of the table the
-    place of its like among them, and them as Python values.
+    """The distinct rows of a table with few columns, so that Python looks at each of them once: for each row of the
+    table its place among the distinct rows, and these as Python values.
 
     A column's values are numbered and the numbers of all columns combined.
 
@@ -41,7 +41,7 @@ def distinct_rows(table: pa.Table, rows: int) -> tuple[npt.NDArray[np.int64], li
 
 
 def rows_at(table: pa.Table, places: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Some rows of a table as Python values; one that Python can't hold comes as `Undecodable`."""
+    """Some rows of a table as Python values; a value that Python can't hold comes as `Undecodable`."""
     try:
         return python_rows(table.cast(plain(table.schema)).take(pa.array(places)))
     except pa.ArrowException:  # not every value of a type can be cast
@@ -49,7 +49,7 @@ def rows_at(table: pa.Table, places: npt.NDArray[np.int64]) -> list[dict[str, An
 
 
 def take(table: pa.Table, places: npt.NDArray[np.int64]) -> pa.Table:
-    """Some rows of a table. Of a view, from which Arrow may not be able to take, as what it is a view of."""
+    """Some rows of a table. A view, from which Arrow may not be able to take, is cast to its plain type."""
     if np.array_equal(places, np.arange(len(table))):
         return table
     kinds = plain(table.schema).types
@@ -61,14 +61,14 @@ def take(table: pa.Table, places: npt.NDArray[np.int64]) -> pa.Table:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether values of a type are texts, be it by a dictionary."""
+    """Whether values of a type are texts, also through a dictionary."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _plain_values(column: pa.ChunkedArray) -> pa.Array:
-    """A shape column in a type that Arrow can number the values of."""
+    """A shape column cast to a type whose values Arrow can number."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or is_text(kind):
         plain = pa.string() if is_text(kind) else kind

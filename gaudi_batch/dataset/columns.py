@@ -1,4 +1,4 @@
-"""Types of the columns that a job carries from its prompts into its manifests."""
+"""Types of the columns that a job carries from the prompts into the manifests."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column in a type that others share. Digits that a floating-point number can't hold are lost; any other value
-    that the type can't hold, such as the year 9999 in nanoseconds, becomes null."""
+    """Casts a column to a type that others share. Digits that a floating-point number can't hold are lost; any other
+    value that the type can't hold, such as the year 9999 in nanoseconds, becomes null."""
     try:
         return column.cast(kind)
     except pa.ArrowInvalid:

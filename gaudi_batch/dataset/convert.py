@@ -1,4 +1,4 @@
-"""Prompts that are not Parquet: the line of Python that makes Parquet of them."""
+"""Prompts in other formats: the line of Python that makes Parquet of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ READERS = {
     "json": "pandas.read_json({name!r})",
     "txt": "pandas.DataFrame({{'prompt': open({name!r}, encoding='utf-8').read().splitlines()}})",
 }
-"""What reads a file with a suffix. All but the last take compressed files, too."""
+"""The reader for each suffix. All but the last take compressed files, too."""
 _SUFFIX = re.compile(r"\.(csv|tsv|jsonl|ndjson|json|txt)(\.(gz|bz2|xz|zst|zip))?$", re.IGNORECASE)
 
 
 def how_to_convert(names: Iterable[str]) -> str | None:
-    """What to do with the first of some files that is a table of another kind, as a part of a sentence; None if none is
-    one that is known."""
+    """How to convert the first of some files that is a table in a known format, as a part of a sentence; None if none
+    is."""
     for path in sorted(names):
         name = path.rpartition("/")[2]
         match = _SUFFIX.search(name)

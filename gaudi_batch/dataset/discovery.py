@@ -1,4 +1,4 @@
-"""Finding a job's prompts: its files, their footers and the columns that mean something. No row is read."""
+"""Finds a job's prompts: files, footers and the columns that the job knows. No row is read."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 
 FOOTER_THREADS = 16
 _PARQUET = re.compile(r"\.(parquet|parq|pq)(?=[./]|$)", re.IGNORECASE)
-"""In the path of a file that somebody may have meant, be it `x.parquet/part-0` or `y.parquet.gz`."""
+"""In the path of a file that was probably meant as prompts, such as `x.parquet/part-0` or `y.parquet.gz`."""
 _PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
 MAX_ROWS = 2**31 - 1
-"""Of a job. A footer can claim any number, and the plan grows with it."""
+"""Most rows of a job. A footer can claim any number, and the plan grows with it."""
 _GLOB = re.compile(r"[*?\[{]")
 
 
 def open_prompts(config: JobConfig) -> PromptDataset:
-    """Finds a job's prompt files and checks their columns; reads footers alone.
+    """Finds a job's prompt files and checks their columns; reads only footers.
 
     Raises:
         InputError: no file, no rows, a file that is not Parquet, a missing or mistyped column, files that disagree.
@@ -63,7 +63,7 @@ def open_prompts(config: JobConfig) -> PromptDataset:
     if first_row > MAX_ROWS:
         raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MAX_ROWS}")
     try:
-        # A file without rows, such as an empty data frame's, often has no types worth the name.
+        # A file without rows, such as an empty data frame's, often has no meaningful types.
         schemas = [plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
@@ -118,7 +118,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         options = config.storage_options if same else {}
     whole = Storage(url, options, config.storage_patience, read_only=True)
     filesystem, path = whole.filesystem, whole.root
-    # What stays a URL is http's, and its query often is a signature: a secret, and no part of any name.
+    # Only names of http files stay URLs. Their query often is a signature: a secret, and no part of a name.
     plain, mark, query = path.partition("?") if "://" in path else (path, "", "")
     query = mark + query
     output = _real(str(filesystem._strip_protocol(config.output)), whole)
@@ -147,11 +147,11 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         return holds
 
     def prompts(names: Iterable[str], files: Any) -> list[str]:
-        """The names without links in a circle, and without what runs have written."""
+        """The names, without links in a circle and without files that runs have written."""
         loops = files.loops if isinstance(files, LinkedFileSystem) else ()
         return [name for name in names if not (name in loops or is_of_any_run(name))]
 
-    # Without it, aiohttp would wait for minutes where nothing comes, and http call that no file.
+    # Without it, aiohttp would wait for minutes for a silent server, and http would then report no such file.
     limit = {"timeout": whole.try_timeout_s} if filesystem.async_impl else {}
 
     def look() -> _Found:
@@ -165,7 +165,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
             return _Found(base, files, taken, set(matches) - above.union(taken), "a glob takes files and no directory")
         try:
             info = filesystem.info(path, **limit)
-        except FileNotFoundError:  # also what http makes of a host that it can't find
+        except FileNotFoundError:  # http reports the same for a host that it can't find
             if why := out_of_reach(url):
                 raise ConnectionError(why) from None
             raise
@@ -207,27 +207,27 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a search for prompts has found."""
+    """The result of a search for prompts."""
 
     base: str
-    """The directory that names of files begin from."""
+    """The directory at which names of files begin."""
     filesystem: Any
     taken: list[str]
     left: Collection[str] = ()
-    """What somebody may have meant and is not taken."""
+    """Files that were probably meant as prompts and are not taken."""
     rule: str = ""
-    """Why not."""
+    """Why they are not taken."""
     others: Collection[str] = ()
-    """What is no Parquet by its name."""
+    """Files whose names are not those of Parquet."""
 
 
 def _real(name: str, storage: Storage) -> str:
-    """A name without links in it, where there are links; without a slash at its end."""
+    """A name with its links resolved, without a slash at its end."""
     return os.path.realpath(name) if storage.local else name.rstrip("/")
 
 
 def _say_what_is_passed_over(storage: Storage, located: _Found, of_other_runs: Collection[str]) -> None:
-    """Says what is not taken, so that no rows are missing in silence, and what is taken twice.
+    """Logs what is not taken, so that no rows are missing in silence, and what is taken twice.
 
     Raises:
         InputError: a file is a link that leads nowhere.
@@ -262,7 +262,7 @@ def _some(names: Collection[str], base: str, visible: int = 3) -> str:
 
 
 def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
-    info = storage.info(name)  # stores tell more here than in a listing, and other marks of a version
+    info = storage.info(name)  # some stores tell more here than in a listing, and other marks of a version
     size = int(info["size"] or 0)
     if size == 0 and info.get("size") is not None:
         raise InputError(f"prompts file {name!r} is empty (0 bytes); write it again, or take it out of the prompts")
@@ -273,10 +273,10 @@ def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, st
             raise pa.ArrowInvalid("it does not end as a Parquet file does")
         if length > len(tail):
             tail = storage.get_range(name, size - length, size)
-        # The footer alone is a readable Parquet file as long as no column is asked for.
+        # The footer alone is a readable Parquet file as long as no column is read.
         opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
         metadata, schema = opened.metadata, opened.schema_arrow
-        str(schema)  # raises where a name in it is not UTF-8
+        str(schema)  # raises for a name that is not UTF-8
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
             raise pa.ArrowInvalid("its numbers of rows disagree")

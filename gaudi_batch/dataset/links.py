@@ -1,4 +1,4 @@
-"""Local directories as a person sees them, links among them; fsspec passes over directories that are links."""
+"""Local directories with links followed; fsspec passes over directories that are links."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 FSCK = "lost+found"
-"""The directory that many file systems have at their root, which its owner alone may read."""
+"""The directory at the root of many file systems that only its owner can read."""
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a name in a relative path begins with a dot or an underscore, by which Spark and Hive mark what is no
-    data."""
+    """Whether a name in a relative path begins with a dot or an underscore, the mark of Spark and Hive for files that
+    are no data."""
     return any(part.startswith((".", "_")) for part in path.strip("/").split("/"))
 
 
 class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """The local file system, read through links. It remembers what it could not follow.
+    """The local file system with links followed. It remembers the links that it could not follow.
 
     Args:
         base: the directory that is searched; of what is hidden below it nothing is said.
@@ -32,12 +32,12 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
         super().__init__()
         self._base = base
         self.broken: set[str] = set()
-        """Links that lead nowhere."""
+        """Links to nothing."""
         self.loops: set[str] = set()
-        """Links to a directory that they are in."""
+        """Links to a directory above them."""
 
     def info(self, path: Any, **options: Any) -> dict[str, Any]:
-        """See fsspec; a link to a directory is a directory, unless it is in it."""
+        """See fsspec; a link to a directory counts as a directory, unless it is below that directory."""
         entry: dict[str, Any] = super().info(path, **options)
         if entry["islink"] and entry["type"] == "other":
             link = Path(entry["name"])
@@ -58,7 +58,7 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
         on_error: str | Callable[[OSError], None] = "omit",
         **options: Any,
     ) -> Iterator[Any]:
-        """See fsspec; what can't be read is an error and not empty."""
+        """See fsspec; a directory that can't be read is an error and not empty."""
         return super().walk(path, maxdepth, topdown, self._failed, **options)  # type: ignore[no-any-return]
 
     def _failed(self, error: OSError) -> None:

@@ -27,9 +27,9 @@ from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
 
 READ_BYTES = 1 << 24
-"""Of one request that only finds out whether a file can be read."""
+"""Bytes of a request that only finds out whether a file can be read."""
 MAX_READINGS = 256
-"""Pieces at most into which the rows of a shard are cut that are read a few at a time."""
+"""Most pieces into which the rows of a shard are cut to be read a few at a time."""
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
 
 
@@ -38,7 +38,7 @@ class PromptsChanged(StorageError):
 
 
 class GroupUndecoded(Exception):
-    """A row group could not be decoded here; whether it can elsewhere is not known yet."""
+    """A row group could not be decoded here; another card has to try."""
 
     def __init__(self, group: int, reason: str) -> None:
         super().__init__(reason)
@@ -47,7 +47,7 @@ class GroupUndecoded(Exception):
 
 @dataclass(frozen=True)
 class PromptFile:
-    """One Parquet file of the dataset."""
+    """A Parquet file of the dataset."""
 
     name: str
     """Path below the dataset's base directory."""
@@ -60,7 +60,7 @@ class PromptFile:
 
 
 def content(identity: str) -> str:
-    """What an identity says of a file's content: its size and its footer's SHA-256."""
+    """The part of an identity that depends on the file's content: its size and its footer's SHA-256."""
     return ", ".join(identity.split(", ")[:2])
 
 
@@ -151,7 +151,7 @@ class PromptDataset:
             shapes = self._read_shapes(piece, read, reason)
             places = self._own_places(piece, read, piece.count - read, shapes, rules)
             values = python_rows(take(shapes, places - read)) if shapes.num_columns else [{}] * len(places)
-            # Without these two, the seed follows from the row's number.
+            # Without an id and a seed, the row's seed follows from its number.
             unread = {"seed": Undecodable("")} if {"id", "seed"} & self.columns.keys() else {}
             rows += [
                 make_row(piece.row(place), each | unread, rules, reason)
@@ -181,7 +181,7 @@ class PromptDataset:
         return own[fits[codes[own]]] + first
 
     def _decode_piece(self, piece: _Piece, task: ShardTask, announce: Callable[[Reading], None]) -> pa.Table:
-        """The rows of a piece; of one that is read by row, those before the first that is not to be read."""
+        """The rows of a piece. If it is read by row, only those before the first unreadable one."""
         if piece.group not in task.by_row:
             announce(Reading(piece.group, piece.span, piece.rows(0), by_row=False))
             return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
@@ -194,7 +194,7 @@ class PromptDataset:
             place = max(0, decoded - piece.offset)
             if piece.row(place) >= unreadable:
                 break
-            if decoded == 0 or decoded >= piece.offset:  # all before the shard's own rows is one step
+            if decoded == 0 or decoded >= piece.offset:  # everything before the shard's own rows is one step
                 announce(Reading(piece.group, piece.span, piece.rows(place), by_row=True))
             batch = next(batches, None)
             if batch is None:
@@ -206,7 +206,7 @@ class PromptDataset:
         return pa.Table.from_batches(decoded_batches) if decoded_batches else schema.empty_table()
 
     def read_bytes(self, shard: Shard) -> None:
-        """Reads all that is stored of a shard's row groups, once, and decodes nothing. Raises StorageError."""
+        """Reads all stored bytes of a shard's row groups, once, and decodes nothing. Raises StorageError."""
         storage, name = self.storage.once(), self.files[shard.file].name
         try:
             metadata = pq.ParquetFile(storage.open(name)).metadata
@@ -224,8 +224,8 @@ class PromptDataset:
             first += group.num_rows
 
     def _read_shapes(self, piece: _Piece, first: int, reason: str) -> pa.Table:
-        """The shape columns alone of a piece's rows from a place on, in a group that can't be decoded: whose rows these
-        are. They could be read when the job was planned."""
+        """Only the shape columns of a piece's rows, from a place on, in a group that can't be decoded: they tell which
+        rows are the shard's. They could be read when the job was planned."""
         shapes = [self.columns[name] for name in SHAPE_COLUMNS if name in self.columns]
         if not shapes:
             return pa.table({})
@@ -250,7 +250,7 @@ class PromptDataset:
         return self._group[1]
 
     def require_unchanged(self, file: int, fits: bool = True, storage: Storage | None = None) -> None:
-        """Makes sure that a file still is what its identity says, as far as the store tells without its being read.
+        """Checks that a file still is what its identity says, as far as its store tells without reading it.
 
         Args:
             file: which one.
@@ -277,13 +277,13 @@ class PromptDataset:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def open_file(self, file: int) -> pq.ParquetFile:
-        """One file; the last one that was opened is kept open."""
+        """Opens a file; the last opened file is kept open."""
         if self._opened is None or self._opened[0] != file:
             self._opened = (file, pq.ParquetFile(self.storage.open(self.files[file].name), pre_buffer=True))
         return self._opened[1]
 
     def named_columns(self, table: pa.Table) -> pa.Table:
-        """The columns that mean something to the job, under our names."""
+        """The columns that the job knows, under our names."""
         present = {name: column for name, column in self.columns.items() if column in table.column_names}
         return table.select(list(present.values())).rename_columns(list(present))
 
@@ -299,13 +299,13 @@ class PromptDataset:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one row group holds of a shard."""
+    """The part of a shard that lies in one row group."""
 
     shard: Shard
     group: int
-    span: range  # rows of the group, counted in its file
-    first_row: int  # of the file, over all files
-    start: int  # of the piece, counted in its file
+    span: range  # rows of the group, by their numbers in the file
+    first_row: int  # number of the file's first row over all files
+    start: int  # rows of the piece, by their numbers in the file
     stop: int
 
     @property
@@ -323,12 +323,12 @@ class _Piece:
         return self.first_row + self.start + place
 
     def rows(self, place: int) -> range:
-        """The same of all rows from one on."""
+        """The numbers over all files of the piece's rows from one on."""
         return range(self.row(place), self.row(self.count))
 
 
 def identity_of(info: Mapping[str, Any], footer: bytes) -> str:
-    """A file's identity, from what its store says of it and its footer; see `PromptFile`."""
+    """A file's identity, from its footer and what its store says of it; see `PromptFile`."""
     return f"{_size(info)}, footer {hashlib.sha256(footer).hexdigest()[:16]}, {_version(info)}"
 
 
@@ -337,12 +337,12 @@ def _size(info: Mapping[str, Any]) -> str:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """The store's own mark of a file's version, empty where it has none."""
+    """The store's own mark of a file's version; empty if it has none."""
     return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
 def _rows_between(shard: Shard, start: int, stop: int) -> Sequence[int]:
-    """The rows of a shard's range, or those that it makes again, from one row of its file to before another."""
+    """The rows of a shard's range, or those that it makes again, from one row of its file to the one before another."""
     if shard.only is None:
         return range(max(shard.start, start), min(shard.stop, stop))
     return shard.only[bisect_left(shard.only, start) : bisect_left(shard.only, stop)]

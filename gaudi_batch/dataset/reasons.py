@@ -1,4 +1,4 @@
-"""Failed rows by reason, in bounded memory, however many rows and reasons there are."""
+"""Counts failed rows by reason, in bounded memory, however many rows and reasons there are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from gaudi_batch.text import one_line
 
 MAX_REASONS = 50
-"""Reasons that are told apart; rows that failed for others are counted together."""
+"""Most reasons that are counted separately; rows that failed for others are counted together."""
 FIRST_IDS = 5
 MAX_ID_SHOWN = 80
-"""Characters of an id that are shown; it is the user's text."""
+"""Most characters of an id that are shown; an id is the user's text."""
 MAX_REASON_SHOWN = 300
 OTHERS = "other reasons"
 _VALUES = re.compile(r"""(?<!\w)'[^']*(?:'|$)|"[^"]*(?:"|$)|[-+]?\d+(?:[.,]\d+)*(?:[eE][-+]?\d+)?""")
@@ -40,8 +40,8 @@ class _Rows:
 
 
 class Reasons:
-    """Counts rows by the reason for which they failed. Errors that differ in numbers or in quoted values alone have one
-    reason, which the first of them stands for; if others do differ, it says so."""
+    """Counts rows by the reason of their failure. Errors that differ only in numbers or quoted values have the same
+    reason, named by the first of them; it says so if others differ."""
 
     def __init__(self) -> None:
         self._groups: dict[str, _Rows] = {}
@@ -73,7 +73,7 @@ class Reasons:
 
 
 class FailedRows:
-    """The failed rows of a run by reason, as its manifests have them.
+    """The failed rows of a run by reason, from its manifests.
 
     Args:
         latest_shard_of_row: rows of several shards, with the last of these, which alone counts.
@@ -96,7 +96,7 @@ class FailedRows:
 
 
 def reason_lines(described: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What `Reasons.describe` says, a line for each reason."""
+    """The records of `Reasons.describe`, a line for each."""
     lines = []
     for group in described:
         ids = ", ".join(map(str, group["first_ids"]))

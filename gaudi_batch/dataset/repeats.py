@@ -1,4 +1,4 @@
-"""Ids that repeat: rows of one id get the same seeds, which is a rule of the seeds and seldom what was meant."""
+"""Finds ids that repeat: rows with one id get the same seeds, which is the rule but seldom intended."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gaudi_batch.dataset.columns import plain
 from gaudi_batch.dataset.rows import derived_seed
 
 MAX_IDS = 10_000_000
-"""Ids that are compared, at 8 bytes each; those beyond are not looked at."""
+"""Most ids that are compared, at 8 bytes each."""
 _WAITING_IDS = 1 << 20
 _WAITING_BYTES = 64 << 20
-"""Ids, or bytes of them, that wait to be sorted in among the others."""
+"""Bytes of ids that are collected before they are sorted in among the others."""
 
 
 class RepeatedIds:
@@ -29,7 +29,7 @@ class RepeatedIds:
 
     def __init__(self, most: int = MAX_IDS) -> None:
         self.seen = 0
-        """Ids that were given."""
+        """Number of ids that were given."""
         self._most = most
         self._taken = 0
         self._sorted: npt.NDArray[np.int64] = np.empty(0, np.int64)
@@ -73,8 +73,7 @@ class RepeatedIds:
         self.add(ids)
 
     def describe(self) -> str | None:
-        """What there is to say in one line: how many rows share an id with another, one such id, and the way out;
-        None where no id repeats."""
+        """One line: how many rows share an id with another, one such id, and the way out; None if no id repeats."""
         rows = self.rows()
         if not rows:
             return None
@@ -86,7 +85,7 @@ class RepeatedIds:
         )
 
     def rows(self) -> int:
-        """How many of the rows that were compared share an id with another."""
+        """How many of the compared rows share an id with another."""
         self._sort_in()
         same = self._sorted[1:] == self._sorted[:-1]
         return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
@@ -96,7 +95,7 @@ class RepeatedIds:
         self._waiting.clear()
         self._waiting_ids = self._waiting_bytes = 0
         hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
-        # Stable, as that sort is fast where most is sorted already.
+        # A stable sort is fast where most is sorted already.
         self._sorted = np.sort(np.concatenate([self._sorted, hashes]), kind="stable")
         if self._example is None:
             twice = self._sorted[1:][self._sorted[1:] == self._sorted[:-1]]
@@ -105,7 +104,7 @@ class RepeatedIds:
 
 
 def _binary(ids: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Ids as bytes that are equal where the ids are."""
+    """Ids as bytes, equal if the ids are equal."""
     ids = ids.cast(plain(pa.schema([("id", ids.type)])).field("id").type)
     try:
         if not pa.types.is_binary(ids.type):

@@ -1,4 +1,4 @@
-"""One row of the prompt dataset: what it may ask for, what it gets where it says nothing, and its images' seeds."""
+"""One row of the prompt dataset: the bounds of what it may ask for, its defaults, and its images' seeds."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gaudi_batch.config.bounds import MAX_IMAGES, MAX_INT32, MAX_SEED, Bounds
 from gaudi_batch.plan import Bucket
 
 SHAPE_COLUMNS = ("width", "height", "steps", "guidance_scale", "num_images")
-"""The columns that decide a row's bucket and how many images it asks for."""
+"""The columns that decide a row's bucket and its number of images."""
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """What a row gets where it says nothing, and what it may ask for."""
+    """A row's defaults, and what it may ask for."""
 
     bucket: Bucket
-    """The job's own bucket; a row that can't be run is recorded in a shard of it."""
+    """The job's own bucket. A row that can't be run is recorded in a shard of this bucket."""
     num_images: int
     negative_prompt: str | None
     multiple: int
-    """Pixels of which a side must be a multiple."""
+    """The sides of an image must be multiples of this, in pixels."""
 
     bounds: Bounds | None = None
-    """None in a run that a version without bounds began: it is finished as that would have finished it."""
+    """None in a run that a version without bounds began, which is finished without them."""
 
     def shape(self, values: Mapping[str, Any]) -> tuple[Bucket, int, str | None]:
         """The bucket of a row, its number of images, and why it can't be run (None if it can).
@@ -43,7 +43,7 @@ class RowRules:
         return Bucket(**accepted), images, None
 
     def asked(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What a row asks for, of SHAPE_COLUMNS those that it may ask for."""
+        """The values of a row in SHAPE_COLUMNS, as far as they are allowed."""
         return self._asked(values)[0]
 
     def _asked(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -73,10 +73,10 @@ class RowRules:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of the dataset, as a card sees it."""
+    """A row of the dataset, as a card sees it."""
 
     row: int
-    """Its number over all files in sorted order, the key of everything."""
+    """Its number over all files in sorted order, by which everything refers to it."""
     id: str
     prompt: str
     negative_prompt: str
@@ -84,13 +84,13 @@ class PromptRow:
     bucket: Bucket
     num_images: int
     error: str | None
-    """Why it can't be run, or None."""
+    """Why it can't be run; None if it can."""
     unreadable: bool = False
-    """Whether that is because it could not be read."""
+    """Whether the reason is that it could not be read."""
     asked: Mapping[str, Any] = field(default_factory=dict)
-    """Of a row whose shape is against the rules: what of its shape is not, by the names of SHAPE_COLUMNS."""
+    """If its shape is against the rules: the offending values, by the names of SHAPE_COLUMNS."""
     has_seed: bool = True
-    """Whether the seeds of its images are known, though it can't be run."""
+    """Whether the seeds of its images are known, although it can't be run."""
 
 
 def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
@@ -106,7 +106,7 @@ def image_seed(run_seed: int, row: PromptRow, image: int) -> int:
 
 
 def derived_seed(run_seed: int, identity: str, image: int) -> int:
-    """The seed of an image of a row that has none of its own; see `image_seed`."""
+    """The seed of an image of a row without a seed of its own; see `image_seed`."""
     text = json.dumps([run_seed, identity, image], separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
 
@@ -115,7 +115,7 @@ _RAISES = ", unless the job's max_pixels says otherwise"
 
 
 class Undecodable(str):
-    """A value that Python can't hold, such as text that is not UTF-8, as near as can be."""
+    """A value that Python can't hold, such as text that is not UTF-8, in the nearest readable form."""
 
 
 def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str | None = None) -> PromptRow:
@@ -176,7 +176,7 @@ def _integer(values: Mapping[str, Any], name: str) -> int | None:
     value = values.get(name)
     if value is None:
         return None
-    # Data frames turn a column of whole numbers with a gap in it into floats, so 512.0 is a whole number here.
+    # Data frames make floats of a column of whole numbers with a gap, so 512.0 counts as a whole number.
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
         raise ValueError(f"{name} is {_shown(value)}; it must be a whole number")

@@ -23,7 +23,7 @@ class RowGroup(NamedTuple):
 
     file: int
     number: int
-    """Counted in its file."""
+    """Its number in the file."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class RowsRead:
     table: pa.Table = dataclasses.field(default_factory=lambda: pa.table({}))
     """Their values under our names of the columns."""
     error: str | None = None
-    """Why they can't be read."""
+    """Why they can't be read; None if they can."""
 
 
 def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[RowSpan]:
-    """A dataset as spans of rows for the planner; reads the shape columns, where there are any, and nothing else.
+    """The dataset as spans of rows for the planner. Reads nothing but the shape columns, if there are any.
 
     Args:
         dataset: the dataset.
@@ -93,8 +93,8 @@ def _spans_of(
 
 
 def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:
-    """The columns of ours of all rows, or of the first so many, a record batch at a time. What follows in a row
-    group after what can't be decoded comes with the reason.
+    """All rows, or the first so many, in our columns, a record batch at a time. In a row group, the rows after the
+    first that can't be decoded come with the reason.
 
     Args:
         dataset: the dataset.

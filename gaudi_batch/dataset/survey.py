@@ -28,25 +28,25 @@ Mask = npt.NDArray[np.bool_]
 
 FIRST_ROWS = 5
 VISIBLE = r"[\pL\pN]"
-"""A text with a letter or a digit is not empty. One without is looked at by `make_row`."""
+"""A text with a letter or a digit is not empty. `make_row` judges the others."""
 LONG_TEXT = 4096
-"""Characters; a longer text is looked at by `make_row`, too."""
+"""Characters; `make_row` judges longer texts, too."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the rows of a dataset are like."""
+    """The result of reading all rows."""
 
     rows: int
     """Rows that were read."""
     bad: int
     """Rows that can't be run."""
     reasons: list[dict[str, Any]]
-    """These by reason, as `Reasons.describe` has them."""
+    """The bad rows by reason, as `Reasons.describe` has them."""
     first: list[tuple[int, str]]
-    """Number and error of the first of them."""
+    """Number and error of the first bad row."""
     repeated: str | None
-    """What there is to say of ids that repeat."""
+    """The line about ids that repeat."""
 
     @property
     def examples(self) -> str:
@@ -56,7 +56,7 @@ class Survey:
 
     @property
     def refusal(self) -> str:
-        """Why `--strict` refuses the job."""
+        """The reason of `--strict` to refuse the job; None if there is none."""
         return f"--strict: {self.bad} rows can't be run: {self.examples}"
 
 
@@ -105,7 +105,7 @@ def _ids_without_seed(table: pa.Table) -> pa.ChunkedArray:
 
 
 def _suspects(table: pa.Table, rules: RowRules) -> Mask:
-    """The rows that may be bad, every bad one among them."""
+    """Rows that may be bad; every bad row is among them."""
     suspect = np.zeros(table.num_rows, np.bool_)
     shapes = [name for name in table.column_names if name in SHAPE_COLUMNS]
     if shapes:
@@ -129,7 +129,7 @@ def _suspect_values(name: str, column: pa.ChunkedArray) -> Mask:
         return valid if name != "id" or not pa.types.is_integer(column.type) else np.zeros(len(column), np.bool_)
     try:
         column.validate(full=True)
-    except pa.ArrowInvalid:  # some text in it is not UTF-8
+    except pa.ArrowInvalid:  # a text in it is not UTF-8
         return np.ones(len(column), np.bool_)
     long = _mask(pc.fill_null(pc.greater(pc.utf8_length(column), LONG_TEXT), False))
     if name != "prompt":
@@ -156,7 +156,7 @@ def _mask(column: pa.ChunkedArray) -> Mask:
 
 
 def refuse_bad_rows(dataset: PromptDataset, rules: RowRules, limit: int | None) -> None:
-    """Reads every row and refuses the job if one can't be run: what `run --strict` does.
+    """Reads every row and refuses the job if one of them can't be run, as `run --strict` does.
 
     Raises:
         InputError: with the first few such rows.

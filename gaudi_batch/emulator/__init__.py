@@ -23,21 +23,21 @@ SITE = Path(__file__).parent / "site"
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine to emulate; what is None is as the environment says (GAUDI_EMULATOR_MODULES and so on)."""
+    """The machine to emulate; None leaves a value to the environment (GAUDI_EMULATOR_MODULES and so on)."""
 
     modules: str | None = None
-    """How many modules it has, or their ids after one another with commas, as `4,5,6,7`; 8 if nobody says."""
+    """Number of modules, or their ids separated by commas, as in `4,5,6,7`; default 8."""
     capture_seconds: float | None = None
-    """Seconds that each graph capture costs, as compilation does on a card; 0 if nobody says."""
+    """Seconds that each graph capture takes, as compilation does on a card; default 0."""
     memory_gib: float | None = None
-    """Device memory of one card; 96 if nobody says."""
+    """Device memory of one card; default 96."""
     faults: tuple[str, ...] | None = None
     """Faults to inject, each `acquire`, `oom` or `hang`, then `:MODULE`, `@LAUNCH`, `xTIMES` as wished."""
     state: str | None = None
     """Directory of the module locks and of `counters/<pid>.json`; None for one that all programs of the user share."""
 
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to be on this machine.
+        """The environment of a process on this machine.
 
         Raises:
             InputError: modules, faults or memory make no sense.
@@ -53,7 +53,7 @@ class Machine:
             sys.path.remove(str(SITE))
         try:
             state = Path(self.state or os.environ.get("GAUDI_EMULATOR_STATE") or default_state()).absolute()
-        except (OSError, KeyError):  # no temporary directory, or a user without a name
+        except (OSError, KeyError):  # there is no temporary directory, or the user has no name
             raise InputError("emulate: there is no place for its state; name a directory with --state") from None
         wished = {
             "GAUDI_EMULATOR_MODULES": self._module_ids(),
@@ -79,7 +79,7 @@ class Machine:
         }
 
     def prepare(self) -> dict[str, str]:
-        """Puts `hl-smi` in place and lets every fault happen anew; returns the environment.
+        """Puts `hl-smi` in place and makes every fault possible again; returns the environment.
 
         Raises:
             InputError: as `environment` does, or the state can't be written.
@@ -128,7 +128,7 @@ class Machine:
 
 
 def emulate(command: Sequence[str], machine: Machine) -> NoReturn:
-    """Becomes the command, on the emulated machine; does not return.
+    """Replaces this process by the command, on the emulated machine; does not return.
 
     Raises:
         InputError: there is no command, or no such command.

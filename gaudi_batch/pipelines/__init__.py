@@ -1,4 +1,4 @@
-"""What generates images: one pipeline a device, behind one protocol."""
+"""Pipelines that generate images: one for each device, behind one protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a card asks of a pipeline, whatever the device."""
+"""The protocol between a card and its pipeline, whatever the device."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from gaudi_batch.plan import Bucket, GraphKey
 
 
 class DeviceError(RuntimeError):
-    """The device has failed, whatever rows it was given; its process can't go on."""
+    """The device failed, whatever rows it had; its process can't go on."""
 
 
 class Item(NamedTuple):
     """One image to make."""
 
     row: int
-    """The prompt row that it belongs to."""
+    """The number of its prompt row."""
     image: int
     """Its number within the row, from 0."""
     prompt: str
     negative_prompt: str
     seed: int
-    """Of its own generator, 0 .. 2^63 - 1."""
+    """The seed of its own generator, 0 .. 2^63 - 1."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What one pipeline call returns; each sequence has one entry an item, in order."""
+    """The result of one pipeline call; each sequence has an entry for each item, in order."""
 
     images: npt.NDArray[np.float32]
     """Pixels, shape (batch, height, width, 3), 0 to 1; not finite where the model failed."""
     nsfw: list[bool | None]
-    """Whether the safety checker objects; None where the model has none."""
+    """Whether the safety checker objects; None if the model has none."""
     truncated: list[bool]
     """Whether the prompt was longer than the text encoder reads."""
 
@@ -45,15 +45,15 @@ class Pipeline(Protocol):
     """A warm text-to-image pipeline on one device. All calls come from the one thread that made it."""
 
     device: str
-    """What it runs on, as the throughput lines name it."""
+    """The name of its device in throughput lines."""
     stack: Mapping[str, str]
     """What shapes its images beside the job and the model, by name; see stack.py."""
     model: str
     """What it has loaded: the commit of a hub model, the SHA-256 of a directory's files."""
     threads: int | None
-    """Of torch in this process, None where there is none."""
+    """Threads of torch in this process; None without torch."""
     warmup_batches: int
-    """First batches of a graph key that are left out of rates, since they compile."""
+    """The first batches of a graph key that rates leave out, since they compile."""
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
         """Makes one image for each item. `items` always holds exactly the job's batch size.
@@ -64,7 +64,7 @@ class Pipeline(Protocol):
         """
 
     def forget(self, key: GraphKey) -> None:
-        """Drops what has been compiled for a graph key."""
+        """Drops everything that is compiled for a graph key."""
 
     def notes(self) -> list[str]:
-        """What a person should know of this process's device and versions, a line each."""
+        """Remarks for a person on this process's device and versions, a line each."""

@@ -25,7 +25,7 @@ from gaudi_batch.plan import Bucket, GraphKey
 
 
 class CpuPipeline:
-    """A diffusers text-to-image pipeline of the class that the model's own model_index.json names.
+    """A diffusers text-to-image pipeline, of the class that the model's model_index.json names.
 
     Args:
         model: which model, as resolved by the driver.
@@ -71,16 +71,16 @@ class CpuPipeline:
         return collect(self._pipeline, output, items)
 
     def forget(self, key: GraphKey) -> None:
-        """Nothing is compiled."""
+        """Does nothing, since nothing is compiled."""
 
     def notes(self) -> list[str]:
-        """Nothing to say."""
+        """None."""
         return []
 
 
 def fetch(model: ModelInfo, pipeline_class: Any) -> str:
-    """The directory that a model is loaded from, fetched from the hub if need be. What lies there is looked at once
-    more, now that all of it does: the driver saw the model's JSON files, and maybe on another machine.
+    """The directory from which a model is loaded, fetched from the hub if need be. It is checked again now that all
+    files are there: the driver saw only the model's JSON files, maybe on another machine.
 
     Args:
         model: the model.
@@ -91,7 +91,7 @@ def fetch(model: ModelInfo, pipeline_class: Any) -> str:
     """
     path = model.path
     if model.name.startswith(BUILTIN):
-        path = str(builtin_directory(model.name))  # which may be elsewhere than the driver's
+        path = str(builtin_directory(model.name))  # it may be elsewhere than the driver's
     elif model.hub:
         path = str(
             pipeline_class.download(
@@ -118,7 +118,7 @@ def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
         What waits for the answer: the commit of a hub model, the SHA-256 of a directory's files.
     """
     if model.hub:
-        return lambda: Path(path).name  # a snapshot is called after its commit
+        return lambda: Path(path).name  # a snapshot's directory has the name of its commit
     pool = ThreadPoolExecutor(1, "digest")
     revision = pool.submit(digest, Path(path), model.use_safetensors)
     pool.shutdown(wait=False)
@@ -126,7 +126,7 @@ def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
 
 
 def collect(pipeline: Any, output: Any, items: list[Item]) -> Generated:
-    """What diffusers' output says, with the truncation that it only logs."""
+    """The images of diffusers' output, with the truncation of prompts, which diffusers only logs."""
     flagged = getattr(output, "nsfw_content_detected", None)
     return Generated(
         images=np.asarray(output.images, dtype=np.float32),
@@ -146,7 +146,7 @@ def silence_libraries() -> None:
 
 
 def _describe_cpu() -> str:
-    """The CPU, by whose kind the libraries choose the kernels that round an image's last bits."""
+    """The CPU's name: libraries choose by it the kernels that round an image's last bits."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the product knows of each pipeline class of diffusers, and of schedulers."""
+"""The pipeline classes and schedulers that are supported, with their properties."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PipelineClass:
-    """What the product knows of a pipeline class of diffusers."""
+    """A supported pipeline class of diffusers."""
 
     gaudi_class: str
-    """Its counterpart in optimum-habana."""
+    """The corresponding class of optimum-habana."""
     multiple: int
-    """Pixels of which a side must be a multiple."""
+    """Sides of an image must be multiples of this, in pixels."""
     scheduler: str
-    """Scheduler, by name, of a job that names none."""
+    """The scheduler, by name, if the job names none."""
     gaudi_schedulers: Mapping[str, str]
-    """The schedulers of optimum-habana for it, by name, that take one generator for each image."""
+    """Its schedulers of optimum-habana, by name, that take one generator for each image."""
 
 
 SUPPORTED = {
@@ -34,4 +34,5 @@ SCHEDULERS = {
 """Schedulers of diffusers by name, for the cpu. None of them draws noise while it steps."""
 NOISY_SCHEDULERS = {"ddpm", "euler_ancestral", "euler-ancestral", "lcm", "dpm++_sde", "k_dpm_2_ancestral", "tcd"}
 NOISY_GAUDI_SCHEDULERS = NOISY_SCHEDULERS | {"euler"}
-"""Those of optimum-habana draw noise from a single generator; its Euler does so at every step, needed or not."""
+"""Schedulers of optimum-habana that draw noise from a single generator; its Euler does so at every step, needed or
+not."""

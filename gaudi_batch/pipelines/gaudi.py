@@ -28,11 +28,11 @@ WARMUP_BATCHES = 3
 """First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
 (`throughput_warmup_steps` in its pipelines)."""
 ACQUIRE_TIMEOUT_S = 30.0
-"""For how long a card that is not free is tried again."""
+"""Seconds for which a card that is not free is tried again."""
 OUT_OF_MEMORY = ("PT_DEVMEM", "Allocation failed for size", "out of memory")
-"""What Intel's bridge says when device memory is gone."""
+"""Messages of Intel's bridge when device memory is exhausted."""
 DEVICE_FAILURES = ("synStatus", "FATAL ERROR :: MODULE:", "Graph compile failed", "Device acquire failed")
-"""What it says when the driver, the device or the graph compiler has failed."""
+"""Messages of Intel's bridge when the driver, the device or the graph compiler has failed."""
 
 
 class GaudiPipeline:
@@ -136,7 +136,7 @@ class GaudiPipeline:
             self._pipeline.cache.pop(graph, None)
 
     def notes(self) -> list[str]:
-        """Versions that optimum-habana was not validated with."""
+        """A line for each version that optimum-habana was not validated with."""
         from optimum.habana.utils import CURRENTLY_VALIDATED_SYNAPSE_VERSION, get_driver_version
         from optimum.habana.utils import get_habana_frameworks_version as get_frameworks_version
 
@@ -169,7 +169,7 @@ class GaudiPipeline:
 
 
 def _acquire(hpu: Any) -> None:
-    """Takes the card, which the process before this one may not have let go of yet."""
+    """Acquires the card, which the process before this one may still hold."""
     deadline = time.monotonic() + ACQUIRE_TIMEOUT_S
     while True:
         try:
@@ -194,5 +194,6 @@ def _describe_device(hpu: Any) -> str:
 
 
 def _without_op_lists(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The lists are in place by now; once the bridge is imported, optimum-habana would refuse to be given them."""
+    """Without the lists of operations, which are in place by now: once the bridge is imported, optimum-habana refuses
+    to take them."""
     return {name: value for name, value in mapping.items() if name not in _OP_LISTS.values()}

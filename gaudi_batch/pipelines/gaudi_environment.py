@@ -1,4 +1,5 @@
-"""What must stand in a card's process before Intel's stack is imported. Read by the driver, too; without torch."""
+"""The environment of a card's process, which must be set before Intel's stack is imported. The driver imports this
+module, too; it needs no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ _OP_LISTS = {
     "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST": "autocast_bf16_ops",
     "PT_HPU_AUTOCAST_FP32_OPS_LIST": "autocast_fp32_ops",
 }
-"""Variables of the bridge that name files of operations, and the fields of a Gaudi config that these hold."""
+"""Variables of the bridge that name files of operations, and the fields of a Gaudi config with their content."""
 
 
 def environment(config: JobConfig) -> dict[str, str]:
-    """What a card's process needs in its environment before it imports `habana_frameworks`.
+    """The variables that a card's process needs before it imports `habana_frameworks`.
 
     Args:
         config: the job, its Gaudi config resolved to a mapping.
@@ -43,7 +44,7 @@ def environment(config: JobConfig) -> dict[str, str]:
 
 
 def prepare(config: JobConfig) -> None:
-    """Makes the files and directories that the environment names. The first that a card's process does."""
+    """Makes the files and directories that the environment names, before anything else happens in a card's process."""
     for name, ops in _op_lists(config).items():
         path = Path(os.environ[name])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,21 +57,21 @@ def prepare(config: JobConfig) -> None:
 
 
 def _op_lists(config: JobConfig) -> dict[str, list[str]]:
-    """The operations for each variable; none unless the config has both lists, as optimum-habana wants it."""
+    """The operations for each variable; empty unless the config has both lists, as optimum-habana requires."""
     mapping = gaudi_mapping(config)
     lists = {name: mapping.get(field) for name, field in _OP_LISTS.items()}
     return {} if any(ops is None for ops in lists.values()) else lists  # type: ignore[return-value]
 
 
 def gaudi_mapping(config: JobConfig) -> dict[str, Any]:
-    """A job's Gaudi config, which has been resolved, with what `dtype` changes in it."""
+    """A job's resolved Gaudi config, with the changes that `dtype` makes."""
     assert not isinstance(config.gaudi.config, str)
     autocast = {} if config.dtype is None else {"use_torch_autocast": False}
     return {**config.gaudi.config, **autocast}
 
 
 def require_stack() -> None:
-    """Raises a RuntimeError that says what to do if this Python has not what a Gaudi card needs."""
+    """Raises a RuntimeError, with the way out, if this Python lacks what a Gaudi card needs."""
     if importlib.util.find_spec("habana_frameworks") is None:
         raise RuntimeError(
             "habana_frameworks is not installed here; it comes with Intel's Gaudi container and is on no public index."

@@ -1,4 +1,4 @@
-"""A device that sleeps by the clock of a real card and paints a flat image from the seed; needs no model.
+"""A device that sleeps for the time of a real card and paints flat images from seeds; it needs no model.
 
 It can raise, die, hang and refuse to load on demand, for tests of all that surrounds a pipeline.
 """
@@ -19,7 +19,7 @@ from gaudi_batch.pipelines.stack import PACKAGES, versions
 from gaudi_batch.plan import Bucket, GraphKey
 
 DEFAULT_SIDE = 64
-"""Pixels; simulated images are small unless the job asks for a size."""
+"""Side in pixels of simulated images, unless the job asks for a size."""
 
 
 class SimulatedPipeline:
@@ -70,9 +70,9 @@ class SimulatedPipeline:
         return Generated(images, [None] * len(items), [False] * len(items))
 
     def forget(self, key: GraphKey) -> None:
-        """The next batch of this key captures again."""
+        """Makes the next batch of this key capture again."""
         self._captured.discard(key)
 
     def notes(self) -> list[str]:
-        """Nothing to say."""
+        """None."""
         return []

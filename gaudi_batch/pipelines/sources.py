@@ -1,4 +1,4 @@
-"""What the driver must know of a model before any card is started: read from its JSON files alone, without torch."""
+"""What the driver must know of a model before it starts a card: read from JSON files alone, without torch."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ NOT_LOOKED_AT = "not looked at, as the hub can't be reached from here"
 GAUDI_CONFIG_FILE = "gaudi_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 PICKLED = ".bin"
-"""Weights that a job without `use_safetensors` takes as well, where there are no safetensors."""
+"""Weights that a job without `use_safetensors` also takes if there are no safetensors."""
 MAX_VAE_BLOCKS = 10
-"""Of a VAE, each of which halves the sides; no model has as many."""
+"""Most blocks of a VAE, each of which halves the sides; no model has as many."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -45,28 +45,28 @@ class ModelInfo:
     """A model, resolved."""
 
     name: str
-    """As the job names it."""
+    """The name in the job."""
     path: str
-    """Directory, or hub id."""
+    """Directory or hub id."""
     hub: bool
     revision: str
-    """The commit of a hub model, the SHA-256 of a directory's files."""
+    """The commit of a hub model, or the SHA-256 of a directory's files."""
     pipeline_class: str
     """Its diffusers class, from model_index.json."""
     scheduler: str | None
-    """The diffusers class of the scheduler to put in, or None for the model's own."""
+    """The diffusers class of the scheduler to use; None for the model's own."""
     width: int
     """The model's own width in pixels."""
     height: int
     multiple: int
     """Pixels of which a side must be a multiple."""
     use_safetensors: bool = True
-    """Whether only safetensors are loaded. If not, the libraries take pickles, too, where there are no safetensors, and
-    read them with torch's `weights_only`."""
+    """Whether only safetensors are loaded. If not, libraries also take pickles where there are no safetensors, and read
+    them with torch's `weights_only`."""
 
 
 def describe_model(config: JobConfig) -> ModelInfo:
-    """Finds a job's model and reads what it is.
+    """Finds a job's model and reads its properties.
 
     Raises:
         InputError: it can't be found, is of an unsupported class, has no safetensors, or its scheduler draws noise.
@@ -92,18 +92,18 @@ def describe_model(config: JobConfig) -> ModelInfo:
 
 
 def builtin_directory(name: str) -> Path:
-    """Where the package in this process has a model that comes with it."""
+    """The directory of a model that comes with this package."""
     return BUILTIN_MODELS / name.removeprefix(BUILTIN)
 
 
 def unseen_model(config: JobConfig, width: int, height: int) -> ModelInfo:
-    """A hub model that could not be looked at, for a job that says itself how large its images are."""
+    """The model of a job that names a hub model which can't be looked at, and says itself how large its images are."""
     name = config.model or ""
     return ModelInfo(name, name, True, "not looked at", NOT_LOOKED_AT, config.scheduler, width, height, 8)
 
 
 def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
-    """The folder, named after its commit, of files that are fetched or in the cache already."""
+    """The folder, named after its commit, of a hub model's fetched or cached files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
@@ -200,8 +200,8 @@ def _require_weights(config: JobConfig, directory: Path, commit: str | None, ind
 
 
 def _files(name: str, directory: Path, commit: str | None) -> tuple[set[str], bool]:
-    """The files of a model down to its components' own, and whether these are all that there are: of a hub that can't
-    be reached, only those that were fetched before are known."""
+    """The files of a model, including those of its components, and whether these are all: of a hub that can't be
+    reached, only files fetched before are known."""
     from huggingface_hub import list_repo_files
 
     if commit is not None:
@@ -212,7 +212,7 @@ def _files(name: str, directory: Path, commit: str | None) -> tuple[set[str], bo
 
 
 def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
-    """A Gaudi config as a mapping of the fields that count, from a mapping, a path or a hub id.
+    """A Gaudi config as a mapping of the fields that count, read from a mapping, a path or a hub id.
 
     Raises:
         InputError: it can't be found or read.
@@ -227,7 +227,7 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
             raise InputError(f"gaudi.config {source!r}: there is no such file, and it is not a hub id as 'owner/name'")
         path = _from_hub("gaudi.config", source, None, GAUDI_CONFIG_FILE) / GAUDI_CONFIG_FILE
     fields = read_json(f"gaudi.config {source!r}", path.parent, path.name)
-    # Configs on the hub have fields of older releases, too, which optimum-habana passes over.
+    # Configs on the hub also have fields of older releases, which optimum-habana ignores.
     known = {name: value for name, value in fields.items() if name in GAUDI_FIELDS}
     try:
         check_gaudi_fields(known)
@@ -237,7 +237,7 @@ def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:
 
 
 def digest(directory: Path, use_safetensors: bool) -> str:
-    """The SHA-256, in hexadecimal digits, of those files of a directory that may shape an image, and their names."""
+    """The SHA-256, in hexadecimal digits, of the names and contents of a directory's files that may shape an image."""
     hasher = hashlib.sha256()
     suffixes = WEIGHT_SUFFIXES if use_safetensors else WEIGHT_SUFFIXES | {PICKLED}
     for path in sorted(directory.rglob("*")):

@@ -1,4 +1,4 @@
-"""What shapes an image beside the job and its model: the packages of a card's process, and its device.
+"""The stack: what shapes an image beside the job and its model, namely packages of a card's process, and its device.
 
 All cards of a run must have the same, or an image would depend on which card makes it. The driver's own do not count:
 it makes none, and a head may have other packages. Python and Ray are not here, since Ray lets only nodes with the same
@@ -12,25 +12,25 @@ import sys
 from collections.abc import Iterable
 
 PACKAGES = ("gaudi-batch", "numpy", "pillow")
-"""What makes an image's seed, scales its pixels and encodes it, on any device."""
+"""Packages that make an image's seed, scale its pixels and encode it, on any device."""
 TORCH_PACKAGES = (*PACKAGES, "torch", "diffusers", "transformers", "tokenizers", "ftfy")
 """The same where diffusers generates. transformers has ftfy clean a prompt where it is installed, and else does it
 itself, otherwise (`CLIPTokenizer` of transformers 4.55)."""
 HPU_PACKAGES = (*TORCH_PACKAGES, "optimum-habana", "habana-torch-plugin")
 """The same on Gaudi cards. The plugin's version is that of Intel's release, graph compiler and kernels among it."""
 _MODULES = {"pillow": "PIL"}
-"""Packages whose module has another name."""
+"""Modules of packages whose names differ."""
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those of some packages that this process has: of what it has imported, else of what is installed."""
+    """Versions of some packages in this process: of the imported ones, else of those installed."""
     versions_here = {}
     for package in packages:
         version = getattr(sys.modules.get(_MODULES.get(package, package)), "__version__", None)
         try:
             versions_here[package] = str(
                 version or importlib.metadata.version(package)
-            )  # torch has a type of its own for it
+            )  # torch has its own type for it
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions_here

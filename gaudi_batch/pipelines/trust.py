@@ -1,4 +1,4 @@
-"""Which models are refused, as loading them would run code that came with them."""
+"""Refuses models whose loading would run code that came with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CODE_PLACES = ("None.py", "*/*.py")
 """Where diffusers 0.35.1 runs what it finds in a model's directory, whatever `trust_remote_code` says: a component's
 `<library>.py`, and `None.py` as that of a custom pipeline that nobody asked for."""
 SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
-"""The one component that has its home among diffusers' pipelines."""
+"""The one component whose class lies among diffusers' pipelines."""
 
 
 def refuse_code(name: str, directory: Path) -> None:
@@ -48,14 +48,14 @@ def refuse_code(name: str, directory: Path) -> None:
 
 def _is_plain(library: Any, name: Any) -> bool:
     """Whether a component is a model, a tokenizer, a scheduler or the like of the two libraries. A pipeline is not: it
-    would be loaded by a model_index.json of its own."""
+    would be loaded by its own model_index.json."""
     if not isinstance(name, str) or not name.isidentifier() or "Pipeline" in name:
         return False
     return library in ("diffusers", "transformers") or (library, name) == SAFETY_CHECKER
 
 
 def _names_kernel(config: Any) -> bool:
-    """Whether a config of transformers names an attention that it would fetch from the hub and import."""
+    """Whether a config of transformers names an attention that would be fetched from the hub and imported."""
     remaining = [config]
     while remaining:
         value = remaining.pop()

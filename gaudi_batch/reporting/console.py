@@ -22,11 +22,11 @@ class OutputLost(GaudiBatchError):
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output can't be written: {error.strerror}")
         self.closed = error.errno == errno.EPIPE
-        """Whether its reader has closed it, as `head` does when it has what it wants."""
+        """Whether its reader has closed it, as `head` does once it has what it wants."""
 
 
 def open_streams() -> None:
-    """Has standard input, output and error be there and take every character.
+    """Makes sure that standard input, output and error exist and take every character.
 
     The system gives the number of one that is closed to the next file that is opened, and a library that writes to
     standard error would write into an image.
@@ -35,17 +35,17 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # the file gets the lowest free number
             os.set_inheritable(number, True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
-        with contextlib.suppress(AttributeError):  # whoever put another stream there knows what it takes
+        with contextlib.suppress(AttributeError):  # code that has replaced the stream knows what that takes
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Prints what a command was called for. Raises OutputLost."""
+    """Prints a result of a command. Raises OutputLost."""
     try:
         print(text, end=end, flush=True)
     except OSError as error:
@@ -53,8 +53,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def look_for_reader() -> None:
-    """Raises OutputLost if standard output is a pipe that nobody reads any more, also while there is nothing to
-    write."""
+    """Raises OutputLost if standard output is a pipe that nobody reads any more, even if there is nothing to write."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if poll.poll(0):
@@ -62,7 +61,7 @@ def look_for_reader() -> None:
 
 
 class LossyStream:
-    """A text stream that loses what it can't write, as when a disk is full or a terminal gone.
+    """A text stream that drops what it can't write, as when a disk is full or a terminal is gone.
 
     Args:
         stream: where to write.
@@ -72,13 +71,13 @@ class LossyStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes a text, or loses it."""
+        """Writes a text, or drops it."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Writes what has been kept back, or loses it."""
+        """Writes what is buffered, or drops it."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 

@@ -21,12 +21,12 @@ from gaudi_batch.text import duration, one_line, printable
 log = logging.getLogger(__name__)
 
 WATCH_TIMEOUT_S = 15.0
-"""How long a driver elsewhere, which may be dead, is watched for renewing its lease, which it does every 10 s."""
+"""Seconds for which a driver on another machine, which may be dead, is watched: it renews its lease every 10 s."""
 FRESH_PROGRESS_S = 60.0
-"""Progress that was written within so long of now, by this machine's clock, is that of a driver that lives."""
+"""A driver lives if it has written progress within these seconds, by this machine's clock."""
 LEASE_POLL_INTERVAL_S = 1.0
 MAX_CARDS_SHOWN = 32
-"""Cards that are shown to a person."""
+"""Cards that are listed for a person."""
 REASONS_SHOWN = 10
 
 
@@ -102,7 +102,7 @@ def _state_of(lease: Lease | None) -> str:
 
 
 def _watch(ledger: OutputReader, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
-    """Whether a driver on another machine lives: the state, and for how many seconds it has been silent if it is."""
+    """Whether a driver on another machine lives: the state, and the seconds of silence if it does not."""
     age = _age(written)
     if age is not None and abs(age) < FRESH_PROGRESS_S:
         return "running", None
@@ -121,7 +121,7 @@ def _watch(ledger: OutputReader, lease: Lease, written: Any, watch_s: float) -> 
 
 
 def _age(written: Any) -> float | None:
-    """How many seconds ago progress was written, by this machine's clock; None if it does not say."""
+    """Seconds since progress was written, by this machine's clock; None if unknown."""
     try:
         moment = datetime.fromisoformat(str(written).replace("Z", "+00:00"))
         return (datetime.now(timezone.utc) - moment).total_seconds()
@@ -130,7 +130,7 @@ def _age(written: Any) -> float | None:
 
 
 def _sane_verify(written: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What verify.json says, lists of paths as their lengths; None where nothing sensible is said."""
+    """The content of verify.json, with the lengths of its lists of paths; None if it is not sensible."""
     if written is None or not isinstance(written.get("images"), int):
         return None
     lists = {name: written.get(name) for name in ("missing", "torn", "foreign")}
@@ -149,7 +149,7 @@ def _sane_verify(written: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def describe_status(status: dict[str, Any]) -> str:
-    """The status for a person, several lines."""
+    """The status in lines for a person."""
     reason = status["reason"]
     state = reason if status["state"] == "silent" else f"{status['state']} ({reason})" if reason else status["state"]
     lines = [
@@ -182,7 +182,7 @@ def describe_status(status: dict[str, Any]) -> str:
 
 
 def describe_verify(verified: dict[str, Any], committed: int) -> str:
-    """What `--verify` found, as `status` and `check` say it.
+    """The result of `--verify`, for `status` and `check`.
 
     Args:
         verified: `verify` of the status.

@@ -21,17 +21,17 @@ from gaudi_batch.reporting.console import LossyStream
 from gaudi_batch.text import OneLineFormatter, counted, duration
 
 LINE_INTERVAL_S = 10.0
-"""How often a plain line says how far the run is."""
+"""Seconds between two plain lines about the progress."""
 CARDS_INTERVAL_S = 60.0
-"""How often plain lines say what the cards are doing."""
+"""Seconds between two sets of plain lines about the cards."""
 
 log = logging.getLogger("gaudi_batch")
-"""That of the whole package, whose lines go beside the bar."""
+"""The logger of the whole package, whose lines go above the bar."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     images: int
     images_total: int
@@ -39,21 +39,21 @@ class Progress:
     cards_ready: int
     cards: int
     images_per_s: float | None
-    """Over the last minute; None until something can be said."""
+    """Over the last minute; None until it is known."""
     waits_for: str | None = None
-    """What the run as a whole waits for, if it does."""
+    """What the run as a whole waits for; None if it does not wait."""
     cards_doing: tuple[str, ...] = ()
-    """Lines that say what cards are at; few, however many there are."""
+    """Lines about what cards are doing; few, however many cards there are."""
 
     @property
     def seconds_left(self) -> float | None:
-        """None until something can be said."""
+        """Seconds left; None until they are known."""
         if not self.images_per_s:
             return None
         return max(0, self.images_total - self.images) / self.images_per_s
 
     def line(self) -> str:
-        """All of it in words."""
+        """The progress in one line."""
         rate = "-" if self.images_per_s is None else f"{self.images_per_s:.2f}"
         waits = "" if self.waits_for is None else f"; waits for {self.waits_for}"
         return (
@@ -63,7 +63,7 @@ class Progress:
 
 
 class View(Protocol):
-    """Shows progress and takes log lines meanwhile."""
+    """Shows progress and log lines."""
 
     def __enter__(self) -> View: ...
 
@@ -76,7 +76,7 @@ class View(Protocol):
 
 
 class LineView:
-    """Log lines, for where there is no terminal."""
+    """Plain log lines, where there is no terminal."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -135,9 +135,9 @@ class BarView:
 
 
 def open_view() -> View:
-    """The view that suits this process's standard error. While a bar is there, log lines of the program that would go
-    to the terminal go above it; handlers that write elsewhere are left as they are."""
-    # A terminal may go while the run goes on.
+    """The view for this process's standard error. While a bar is shown, the program's log lines for the terminal go
+    above it; handlers that write elsewhere are left alone."""
+    # A terminal may disappear while the run goes on.
     console = Console(file=cast(TextIO, LossyStream(sys.stderr)))
     if sys.stderr.isatty() and not console.is_dumb_terminal:
         return BarView(console)
