@@ -16,23 +16,25 @@ help: ## list these targets
 
 setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(VENV)/.pandas ## make .venv, with everything for development
 
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
 # The base install is enough for the demo.
-$(VENV)/.base: pyproject.toml constraints.txt constraints-gaudi.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.base: pyproject.toml constraints.txt constraints-gaudi.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base
+$(VENV)/.dev: pyproject.toml constraints.txt constraints-gaudi.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch $(VENV)/.base $@
 
 # The server of Azure Blob Storage that the tests use.
-$(VENV)/.azurite-$(AZURITE): | $(VENV)/.base
+$(VENV)/.azurite-$(AZURITE): | $(BIN)/python
 	npm install --loglevel error --no-save --no-package-lock --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE)
 	touch $@
 
 # Where one test looks for it: beside the packages, since pyarrow imports it in every process that finds it.
-$(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(VENV)/.base
+$(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/pandas pandas pytz tzdata
 	touch $@
 

@@ -133,6 +133,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         started.stop()
 
 
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """The head of a cluster, on which no card fits."""
+    started = RayCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        yield started.start()
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def nodes(head: RayCluster) -> Iterator[RayCluster]:
+    """A cluster of this head and the nodes that a test adds to it."""
+    try:
+        yield head
+    finally:
+        head.remove_nodes()
+
+
 @contextlib.contextmanager
 def serving(server: StoreServer) -> Iterator[StoreServer]:
     """Runs a server of object storage."""

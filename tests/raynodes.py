@@ -179,6 +179,16 @@ class RayCluster:
             self.asked.kill()
             self.asked.communicate()
 
+    def remove_nodes(self) -> None:
+        """Ends all nodes but the head."""
+        for node in self.nodes[1:]:
+            node.kill()
+        until = time.monotonic() + START_SECONDS
+        while len(self.alive()) > 1:
+            if time.monotonic() > until:
+                raise TimeoutError(f"nodes that were killed are still up; see {self.home}")
+            time.sleep(0.3)
+
     def stop(self) -> None:
         """Ends all nodes, the head last."""
         self._ask_no_more()

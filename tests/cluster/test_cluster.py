@@ -57,16 +57,6 @@ AUTOSCALING: dict[str, Any] = {
 """For Ray's autoscaler, whose nodes here are processes of this machine."""
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[RayCluster]:
-    """A head without cards."""
-    cluster = RayCluster(tmp_path / "cluster")
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop()
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.parquet"

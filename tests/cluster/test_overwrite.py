@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from helpers import command_line, read_manifest
+from helpers import command_line, files, read_manifest
 from ray.util.placement_group import remove_placement_group
 from raynodes import RayCluster
 
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
-from gaudi_batch.cli.demo import PROMPTS, demo
 from gaudi_batch.cluster.connection import CardResources, attached
 from gaudi_batch.cluster.placement import node_of
 from gaudi_batch.driver.trial import _hold
@@ -52,12 +51,6 @@ def make(prompts: Path, output: Path, address: str | None, *, flags: tuple[str, 
     fields = {"device": "simulated", "simulated": {"batch_seconds": 0.0}, "shard_size": 16, "cards": 2} | fields
     job = JobConfig(prompts=str(prompts), output=str(output), **fields)
     return run(job, address=address, **dict.fromkeys(flags, True))
-
-
-def files(output: Path) -> dict[str, bytes]:
-    """What an output holds, without the record of who drives."""
-    found = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name != "lease.json"}
 
 
 def test_a_run_is_not_removed_for_cards_whose_stack_is_not_here(prompts: Path, output: Path, cluster: str) -> None:
@@ -158,52 +151,3 @@ def test_rows_are_planned_again_only_with_a_card(flag: str, prompts: Path, outpu
         make(prompts, output, "127.0.0.1:1", flags=(flag,))
     assert files(output) == before
     assert command_line("status", output).stdout.startswith(f"{output}: complete with failed rows\n")
-
-
-@pytest.mark.torch
-def test_the_demo_removes_no_run_but_its_own(
-    prompts: Path, output: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "nobody.invalid:6379")  # the demo is not sent there
-    with pytest.raises(InputError, match="not the demo's"):
-        demo(str(output), 2)
-    shutil.rmtree(output)
-    with attached(cluster):
-        assert demo(str(output), 3).exit_code == 0
-    (output / "notes.txt").write_text("mine")
-    path = output / "run.json"
-    its = json.loads(path.read_text())
-    changes: list[dict[str, Any]] = [
-        {"steps": 50},
-        {"guidance_scale": 7.5},
-        {"seed": 1},
-        {"num_images": 2},
-        {"device": "simulated"},
-        {"cards": "all"},
-        {"shard_size": 256},
-        {"encoding": {"type": "jpeg", "quality": 95}},
-        {"prompts": f"/home/me/{PROMPTS.name}"},
-        {"prompts": 5},
-        {"prompts": None},
-    ]
-    records = [its | {"job": its["job"] | change} for change in changes]
-    for record in (*records, its | {"job": "x"}, its | {"job": None}, [its], {}, "x"):
-        path.write_text(json.dumps(record))
-        before = files(output)
-        with pytest.raises(InputError, match="not the demo's"):
-            demo(str(output), 2)
-        assert files(output) == before
-    refused = command_line("demo", "--output", output, "--prompts-count", "2")
-    assert refused.returncode == 2
-    assert "name another output with --output" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
-    path.unlink()
-    with pytest.raises(InputError, match="not the demo's"):
-        demo(str(output), 2)
-    older = {name: value for name, value in its["job"].items() if name not in ("use_safetensors", "gaudi")}
-    del older["limits"]["answer"]
-    path.write_text(json.dumps(its | {"job": older}))
-    with attached(cluster):
-        assert demo(str(output), 2).exit_code == 0
-    assert len(read_manifest(output)) == 2
-    assert (output / "notes.txt").exists()

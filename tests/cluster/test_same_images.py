@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,6 @@ from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S, Stack, Stack
 from gaudi_batch.storage.store import Storage
 
 OTHER = "0.0.9"
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[RayCluster]:
-    """A head on which no card fits."""
-    cluster = RayCluster(tmp_path / "cluster", ["--num-cpus", "0"])
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -123,16 +122,6 @@ def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Pat
     assert again["drivers"] == summary["drivers"], "a driver that makes nothing adds nothing to the time"
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[RayCluster]:
-    """A cluster that has a head without cards."""
-    cluster = RayCluster(tmp_path / "cluster")
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop()
-
-
 def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rate(
     nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:
@@ -161,20 +150,15 @@ datetime.datetime = Late
 """
 
 
-def test_when_a_shard_was_made_is_known_by_the_drivers_clock(prompts: Path, tmp_path: Path) -> None:
+def test_when_a_shard_was_made_is_known_by_the_drivers_clock(nodes: RayCluster, prompts: Path, tmp_path: Path) -> None:
     """The clock of the node is an hour fast for all Python on it."""
     output, site = tmp_path / "out", tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(WRONG_CLOCK)
-    cluster = RayCluster(tmp_path / "cluster", ["--num-cpus", "0"])
-    try:
-        cluster.start()
-        cluster.add("--num-cpus=1", '--resources={"HPU": 1}', PYTHONPATH=str(site))
-        began = time.time()
-        result = command_line(*job(prompts, output, cluster.address))
-        ended = time.time()
-    finally:
-        cluster.stop()
+    nodes.add("--num-cpus=1", '--resources={"HPU": 1}', PYTHONPATH=str(site))
+    began = time.time()
+    result = command_line(*job(prompts, output, nodes.address))
+    ended = time.time()
     assert result.returncode == 0, result.stderr
     paths = list(output.glob("manifest/*.parquet"))
     assert min(row["finished_at"].timestamp() for row in read_manifest(output)) > ended + 1800, "the clock is wrong"

@@ -74,16 +74,6 @@ def test_threads_follow_from_what_a_run_may_use(prompts: Path, tmp_path: Path) -
     assert "1 threads a card" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[RayCluster]:
-    """A head that has no card and fits none."""
-    cluster = RayCluster(tmp_path / "cluster", ["--num-cpus", "0"])
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop()
-
-
 @several_cpus
 @pytest.mark.torch
 def test_a_gaudi_card_has_the_threads_of_its_own_node_and_not_of_the_head(

@@ -8,6 +8,8 @@ import logging
 import pickle
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,9 +108,19 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr("gaudi_batch.storage.retrying.time", clock)
+    own = threading.local()  # threads of other tests may still be trying something
+    own.now = 0.0
+
+    def monotonic() -> float:
+        return own.now if hasattr(own, "now") else time.monotonic()
+
+    def sleep(seconds: float) -> None:
+        if hasattr(own, "now"):
+            own.now += seconds
+        else:
+            time.sleep(seconds)
+
+    monkeypatch.setattr("gaudi_batch.storage.retrying.time", SimpleNamespace(monotonic=monotonic, sleep=sleep))
     with pytest.raises(StorageError, match="tried for"):
         Storage(str(tmp_path), retry_timeout_s=3600).with_retries("read x", failing(10**6, OSError("503")))
     words = r"can't read x, tried for (\d+) s of 3600 s \(storage_patience\): OSError: 503"
