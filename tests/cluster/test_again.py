@@ -26,7 +26,7 @@ def make(prompts: Path, tmp_path: Path, cluster: str) -> Make:
             device="simulated",
             simulated={"batch_seconds": 0.02, "raise_rows": raising},
             shard_size=16,
-            cards=2,
+            cards=1,
             **(fields or {}),
         )
         return run(job, address=cluster, **flags)

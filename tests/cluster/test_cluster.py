@@ -124,7 +124,7 @@ def test_three_nodes_of_four_cards_of_which_one_is_killed_and_another_joins(
     first, _, _ = (add_cards(nodes, 4) for _ in range(3))
     nodes.wait_for(4)
     output = tmp_path / "out"
-    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "7", "--batch-size", "4")
+    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "12", "--batch-size", "4")
     wait_until(lambda: commits(output) >= 4)
     first.kill()
     add_cards(nodes, 4)
@@ -324,7 +324,7 @@ def test_nodes_come_for_the_job_and_go_after_it(
         return there
 
     output = tmp_path / "out"
-    driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "4", "--max-cards", "8")
+    driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "8", "--max-cards", "8")
     wait_until(lambda: cards() == 8)
     lost = next(node["NodeID"] for node in autoscaled.alive() if "HPU" in node["Resources"])
     wait_until(lambda: commits(output) >= 4)

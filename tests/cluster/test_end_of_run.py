@@ -62,7 +62,7 @@ def test_a_card_is_held_from_when_the_cluster_gives_it_until_it_is_given_back() 
 
 def flags(prompts: Path, output: Path, cluster: str, *more: str) -> tuple[str, ...]:
     job = ("--prompts", str(prompts), "--output", str(output), "--address", cluster, "--device", "simulated")
-    return ("run", *job, "--simulated.batch-seconds", "0.05", "--batch-size", "8", "--cards", "2", *more)
+    return ("run", *job, "--simulated.batch-seconds", "0.05", "--batch-size", "8", "--cards", "1", *more)
 
 
 def test_the_summary_and_the_last_lines_agree_with_the_manifest(

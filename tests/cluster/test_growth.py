@@ -26,7 +26,7 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.pipelines.sources import builtin_directory
 from gaudi_batch.storage.store import Storage
 
-FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 2}
+FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 1}
 SIMULATED: dict[str, Any] = {"batch_seconds": 0.0}
 
 
@@ -39,7 +39,7 @@ def make(prompts: Path | str, output: Path | str, address: str, *flags: str, **f
 
 
 def command(prompts: Path, output: Path, address: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    usual = ("--device", "simulated", "--shard-size", "8", "--batch-size", "4", "--cards", "2")
+    usual = ("--device", "simulated", "--shard-size", "8", "--batch-size", "4", "--cards", "1")
     where = ("--prompts", prompts, "--output", output, "--address", address)
     return command_line("run", *where, *usual, "--simulated.batch-seconds", "0", *flags)
 

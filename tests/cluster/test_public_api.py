@@ -64,7 +64,7 @@ def rows_of(output: Path) -> list[tuple[int, str]]:
 def job(prompts: Path, output: Path, **simulated: Any) -> JobConfig:
     fields: dict[str, Any] = {"simulated": {"batch_seconds": 0.2, **simulated}}
     return JobConfig(
-        prompts=str(prompts), output=str(output), device="simulated", shard_size=8, batch_size=8, cards=2, **fields
+        prompts=str(prompts), output=str(output), device="simulated", shard_size=8, batch_size=8, cards=1, **fields
     )
 
 
