@@ -90,6 +90,11 @@ def the_log_is_as_an_application_finds_it() -> Iterator[None]:
         log.handlers.clear()
         log.propagate = True
         log.setLevel(logging.NOTSET)
+        logging.disable(logging.NOTSET)
+        logging.getLogger().setLevel(logging.WARNING)
+        for name, module in logging.root.manager.loggerDict.items():
+            if name.startswith("gaudi_batch.") and isinstance(module, logging.Logger):
+                module.disabled = False
 
     reset()
     yield
