@@ -197,6 +197,11 @@ class RayCluster:
         shutil.rmtree(self.session, ignore_errors=True)
 
 
+def add_cards(cluster: RayCluster, cards: int, **options: Any) -> RayNode:
+    """Adds a node with so many cards; `options` are those of `RayCluster.add`."""
+    return cluster.add("--num-cpus=1", f'--resources={{"HPU": {cards}}}', **options)
+
+
 def wait_for_card(node: RayNode) -> int:
     """The process of a node's card, once it is there."""
     assert node.process is not None

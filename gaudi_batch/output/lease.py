@@ -94,7 +94,7 @@ class LeaseKeeper:
         self._storage = storage
         self._over = threading.Event()
         self._kept_up = -math.inf
-        self._silent: Lease | None = None  # holders whose silence alone says that they are over
+        self._silent: Lease | None = None  # the holder whose silence alone says that it is over
         self._lost = ""
         self._beating = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()

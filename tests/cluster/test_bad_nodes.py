@@ -10,7 +10,6 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,36 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
 from helpers import S3Server, read_manifest
-from raynodes import RayCluster, RayNode, wait_for_card
+from raynodes import RayCluster, add_cards, wait_for_card
 
 from gaudi_batch.storage.store import Storage
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A head without cards."""
-    cluster = RayCluster(tmp_path_factory.mktemp("cluster"))
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop()
-
-
-@pytest.fixture
-def nodes(head: RayCluster) -> Iterator[RayCluster]:
-    """The same, without the nodes that the test adds once it is over."""
-    before = len(head.nodes)
-    yield head
-    for node in head.nodes[before:]:
-        node.kill()
-    until = time.monotonic() + 60
-    while len(head.alive()) > 1:
-        assert time.monotonic() < until
-        time.sleep(0.3)
-
-
-def add_cards(cluster: RayCluster, cards: int, **options: Any) -> RayNode:
-    return cluster.add("--num-cpus=1", f'--resources={{"HPU": {cards}}}', **options)
 
 
 def in_own_mounts(commands: str) -> tuple[str, ...]:

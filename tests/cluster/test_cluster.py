@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import free_port, read_manifest
-from raynodes import RAY, RayCluster, descendants, wait_for_card
+from raynodes import RAY, RayCluster, add_cards, descendants, wait_for_card
 
 from gaudi_batch import JobConfig
 from gaudi_batch.cluster import devices
@@ -62,10 +62,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.parquet"
     pq.write_table(pa.table({"prompt": [None if row == 13 else f"prompt {row}" for row in range(ROWS)]}), path)
     return path
-
-
-def add_cards(cluster: RayCluster, cards: int, **options: Any) -> Any:
-    return cluster.add("--num-cpus=1", f'--resources={{"HPU": {cards}}}', **options)
 
 
 def start_job(cluster: RayCluster, dataset: Path, output: Path, *flags: str) -> subprocess.Popen[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from helpers import command_line, put_into_hub_cache, read_manifest
 from PIL import Image
 
@@ -95,6 +98,26 @@ def test_the_same_pixels_encode_to_the_same_file(two_outputs: tuple[Path, Path])
     again = io.BytesIO()
     Image.open(io.BytesIO(data)).save(again, "PNG")
     assert again.getvalue() == data
+
+
+def test_a_run_that_finds_out_its_device_connects_once(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections: list[str] = []
+    connect = ray.init
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        connections.append(named["address"])
+        return connect(*arguments, **named)
+
+    monkeypatch.setattr(ray, "init", noted)
+    output = tmp_path / "out"
+    job = JobConfig(prompts=str(prompts), output=str(output), model="builtin:shapes", limit=2, steps=2, cards=1)
+    assert job.device == "auto"
+    assert run(job, address=cluster).summary["images"] == 2
+    assert json.loads((output / "run.json").read_text())["job"]["device"] == "cpu"
+    assert connections == [cluster]
+    assert not ray.is_initialized()
 
 
 def test_a_model_with_broken_weights_stops_the_run_with_the_cards_error(

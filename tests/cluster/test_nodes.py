@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import read_manifest
-from raynodes import QUICK, RayCluster
+from raynodes import QUICK, RayCluster, add_cards
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def nodes(tmp_path: Path) -> Iterator[RayCluster]:
 def test_a_card_taken_for_dead_that_comes_back_changes_nothing(
     nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:
-    lost, _ = [nodes.add("--num-cpus=1", '--resources={"HPU": 1}') for _ in range(2)]
+    lost, _ = [add_cards(nodes, 1) for _ in range(2)]
     output = tmp_path / "out"
     command = (
         *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", nodes.address),

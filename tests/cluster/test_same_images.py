@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import Unfenced, command_line, read_manifest
-from raynodes import RayCluster, follow, start_job, wait_for_card
+from raynodes import RayCluster, add_cards, follow, start_job, wait_for_card
 
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
@@ -67,11 +67,10 @@ def test_a_node_with_another_version_makes_nothing_until_it_is_all_that_there_is
     """The first card's versions count; a driver whose cards all have others goes on, with a warning."""
     output, ready = tmp_path / "out", r"card \S+ \(.*\) is ready"
     job = ("--device", "simulated", "--simulated.batch-seconds", "0.2")
-    hpu = ("--num-cpus=1", '--resources={"HPU": 1}')
-    good = nodes.add(*hpu)
+    good = add_cards(nodes, 1)
     driver = start_job(nodes.address, many, output, *job)
     assert follow(driver, ready)
-    nodes.add(*hpu, wrapper=("unshare", "--uts", "sh", "-c", 'hostname odd-node; exec "$@"', "sh"),
+    add_cards(nodes, 1, wrapper=("unshare", "--uts", "sh", "-c", 'hostname odd-node; exec "$@"', "sh"),
               PYTHONPATH=other_version(tmp_path, "gaudi_batch"))  # fmt: skip
     line = follow(driver, ready, "is quarantined")
     stop(driver)
@@ -99,15 +98,14 @@ def test_an_odd_node_that_loads_first_costs_a_resumed_run_that_node_alone(
 ) -> None:
     output, ready = tmp_path / "out", r"card \S+ \(.*\) is ready"
     job = ("--device", "simulated", "--simulated.batch-seconds", "0.2", "--simulated.load-seconds", "2")
-    hpu = ("--num-cpus=1", '--resources={"HPU": 1}')
-    good = nodes.add(*hpu)
+    good = add_cards(nodes, 1)
     driver = start_job(nodes.address, many, output, *job)
     while not stacks_written(output):
         assert driver.poll() is None
     stop(driver)
     before = stacks(output)
 
-    nodes.add(*hpu, wrapper=("unshare", "--uts", "sh", "-c", 'hostname odd-node; exec "$@"', "sh"),
+    add_cards(nodes, 1, wrapper=("unshare", "--uts", "sh", "-c", 'hostname odd-node; exec "$@"', "sh"),
               PYTHONPATH=other_version(tmp_path, "gaudi_batch"))  # fmt: skip
     nodes.wait_for(3)
     driver = start_job(nodes.address, many, output, *job)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import REPOSITORY, command_line, read_manifest
-from raynodes import RAY, RayCluster
+from raynodes import RAY, RayCluster, add_cards
 
 from gaudi_batch.cluster import jobs_client
 from gaudi_batch.cluster.submission import require_portable
@@ -39,7 +39,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     )
     try:
         cluster.start()
-        cluster.add("--num-cpus=1", '--resources={"HPU": 4}', HABANA_VISIBLE_MODULES="4,5,6,7")
+        add_cards(cluster, 4, HABANA_VISIBLE_MODULES="4,5,6,7")
         cluster.wait_for(2)
         yield cluster
     finally:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
-from raynodes import RayCluster
+from raynodes import RayCluster, add_cards
 
 from gaudi_batch import JobConfig, run
 from gaudi_batch.card.clock import DriverClock
@@ -126,14 +126,13 @@ def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rat
     nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    hpu = ("--num-cpus=1", '--resources={"HPU": 1}')
-    lost = nodes.add(*hpu)
+    lost = add_cards(nodes, 1)
     driver = subprocess.Popen(
         [sys.executable, "-m", "gaudi_batch", *job(prompts, output, nodes.address)], stderr=subprocess.DEVNULL
     )
     wait_for_commits(output, 4)
     lost.kill()
-    nodes.add(*hpu)
+    add_cards(nodes, 1)
     assert driver.wait(timeout=120) == 0
     require_no_sum_of_cards_that_never_met(json.loads((output / "summary.json").read_text()))
 
@@ -155,7 +154,7 @@ def test_when_a_shard_was_made_is_known_by_the_drivers_clock(nodes: RayCluster, 
     output, site = tmp_path / "out", tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(WRONG_CLOCK)
-    nodes.add("--num-cpus=1", '--resources={"HPU": 1}', PYTHONPATH=str(site))
+    add_cards(nodes, 1, PYTHONPATH=str(site))
     began = time.time()
     result = command_line(*job(prompts, output, nodes.address))
     ended = time.time()
