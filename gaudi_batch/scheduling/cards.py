@@ -32,7 +32,7 @@ class CardChange(Enum):
     PLACED = "the cluster gives it a place"
     ADMITTED = "it has loaded, and is admitted"
     REPLACED = "its process failed, and another is started"
-    GIVEN_UP = "it failed too often, or would make other images"
+    GIVEN_UP = "it failed too often, or its images would differ from the run's"
     NODE_LEAVES = "its node announces its end"
     RELEASED = "it has finished what it had begun"
     NODE_GONE = "its node is gone"
