@@ -75,4 +75,4 @@ format: $(VENV)/.dev ## format all code
 	$(BIN)/ruff format .
 
 clean: ## remove what these targets have made
-	rm -rf $(VENV) $(FLOORS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) .coverage build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -386,7 +386,7 @@ class Store:
     def take_prompts(self, path: Path) -> None:
         """Puts the prompts where the job reads them; here they are there already."""
 
-    def facts(self) -> dict[str, int]:
+    def info(self) -> dict[str, int]:
         """What it did to its clients, where nothing else tells."""
         return {}
 
@@ -466,7 +466,7 @@ class S3Store(Store):
         self.refused.append(self._fault(Fault("403", "PUT|POST", code="AccessDenied", client=here), seconds))
         return True
 
-    def facts(self) -> dict[str, int]:
+    def info(self) -> dict[str, int]:
         """How many requests were slow or refused."""
         slow, refused = (sum(fault.hits for fault in faults) for faults in (self.slow, self.refused))
         return {"reads that were slow": slow, "writes of read-only nodes that were refused": refused}
@@ -595,7 +595,7 @@ def main() -> None:
         fire = chaos.under_fire(arguments.faults)
         outcome = chaos.compare()
     fired = sum(count for kind, count in chaos.done.items() if kind in KINDS | STORAGE_KINDS)
-    facts = {
+    info = {
         "seed": arguments.seed,
         "faults": dict(chaos.done),
         "drivers started": chaos.starts,
@@ -603,13 +603,13 @@ def main() -> None:
         "nodes lost under fire": chaos.nodes.lost - lost_calm,
         **outcome,
         **chaos.said(),
-        **store.facts(),
+        **store.info(),
         "shards done again": chaos.retries,
         "shards done again per fault": round(chaos.retries / max(1, fired), 2),
         "seconds undisturbed": round(calm, 1),
         "seconds under fire": round(fire, 1),
     }
-    print(json.dumps(facts, indent=1))
+    print(json.dumps(info, indent=1))
     harm = ("images lost", "images twice", "rows wrong", "files missing", "files that nobody names")
     sys.exit(any(outcome[name] for name in harm))
 

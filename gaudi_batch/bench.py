@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from gaudi_batch.cluster.connection import card_options, card_resources, connected, look_at_cluster
+from gaudi_batch.cluster.connection import card_options, card_resources, cluster_capacity, connected
 from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError, RunStopped
@@ -183,7 +183,7 @@ def bench(job: Job, address: str | None, calls: int) -> Bench:
     """
     with connected(job, address):
         resources = card_resources(job)
-        cards = look_at_cluster(job.config, resources).cards
+        cards = cluster_capacity(job.config, resources).cards
         if not cards:
             raise InputError(f"the cluster has no card for this job, which needs {resources.amount} {resources.name}")
         free = int(ray.available_resources().get(resources.name, 0) // resources.amount)

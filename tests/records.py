@@ -22,7 +22,7 @@ def no_cluster() -> Any:
 
 
 def failed_manifest(shard: int, rows: dict[int, str]) -> bytes:
-    facts = CommitInfo(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, ThroughputTotals())
-    facts = replace(facts, again=shard > 0, failed_before=len(rows) if shard else 0)
+    info = CommitInfo(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, ThroughputTotals())
+    info = replace(info, again=shard > 0, failed_before=len(rows) if shard else 0)
     found = [PromptRow(row, f"r{row}", "p", "", None, BUCKET, 1, error) for row, error in rows.items()]
-    return manifest.build(found, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, facts)
+    return manifest.build(found, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, info)

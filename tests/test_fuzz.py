@@ -326,8 +326,8 @@ def read_all(prompts: Path) -> int:
         assert all(row.error is None or row.error.isprintable() for row in rows)
         count += len(rows)
         failures = {row.row: row.error or "x" for row in rows}
-        facts = CommitInfo(0, "a", "c", "n", None, len(rows), len(rows), 0, ThroughputTotals())
-        assert manifest.read(manifest.build(rows, carried, {}, failures, 0, facts))[1] == facts
+        info = CommitInfo(0, "a", "c", "n", None, len(rows), len(rows), 0, ThroughputTotals())
+        assert manifest.read(manifest.build(rows, carried, {}, failures, 0, info))[1] == info
     assert count == dataset.rows
     return count
 
@@ -464,16 +464,16 @@ def test_any_table_is_a_plan_or_refused(ledger: Ledger, table: pa.Table) -> None
 def _manifest() -> bytes:
     rows = [PromptRow(number, str(number), "p", "", None, RULES.bucket, 1, "bad") for number in range(3)]
     carried = pa.table({"topic": ["a", "b", "c"]})
-    facts = CommitInfo(0, "abcde0", "n-0", "n", None, 3, 3, 0, ThroughputTotals())
-    return manifest.build(rows, carried, {}, {row.row: "bad" for row in rows}, 0, facts)
+    info = CommitInfo(0, "abcde0", "n-0", "n", None, 3, 3, 0, ThroughputTotals())
+    return manifest.build(rows, carried, {}, {row.row: "bad" for row in rows}, 0, info)
 
 
 @given(st.binary(max_size=50) | spoiled(_manifest()))
 @settings(max_examples=200)
 def test_any_manifest_is_a_commit_or_none(data: bytes) -> None:
     with own_errors(ValueError):
-        table, facts = manifest.read(data)
-        assert facts.rows >= 0
+        table, info = manifest.read(data)
+        assert info.rows >= 0
         assert table.num_rows >= 0
 
 
@@ -488,11 +488,11 @@ def test_any_facts_of_a_commit_can_be_added_up_or_are_none(data: bytes) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     with own_errors(ValueError):
-        _, facts = manifest.read(buffer.getvalue())
-        assert isinstance(facts.attempt, str)
-        assert isinstance(facts.card, str)
-        (ThroughputTotals() + facts.sums).describe()
-        assert facts.shard + facts.rows + facts.failed_rows + facts.images >= 0
+        _, info = manifest.read(buffer.getvalue())
+        assert isinstance(info.attempt, str)
+        assert isinstance(info.card, str)
+        (ThroughputTotals() + info.sums).describe()
+        assert info.shard + info.rows + info.failed_rows + info.images >= 0
 
 
 @given(changed(LEASE), changed(PROGRESS), changed({"state": "complete", "reason": None}))

@@ -2,8 +2,7 @@
 
     python tools/check_code.py
 
-Names of stored records are no identifiers here, but for fields of dataclasses that are stored under their own name:
-those are in STORED.
+An identifier is refused as a whole, and for some words also as a part between underscores.
 """
 
 from __future__ import annotations
@@ -70,8 +69,29 @@ RETIRED = {
     "found": "a noun that says what it holds",
     "waiting": "a noun that says what it holds",
 }
-RETIRED_PARTS = {"_SECONDS": "_TIMEOUT_S or _INTERVAL_S", "MOST_": "MAX_"}
-"""Parts of names of constants."""
+RETIRED_PARTS = {
+    "accused": "failed_alone_once",
+    "beating": "renewing",
+    "blame": "note or suspect",
+    "condemned": "fail_without_running",
+    "facts": "info",
+    "findings": "report",
+    "heard": "last_seen",
+    "hurry": "shut_down",
+    "leavings": "uncommitted",
+    "look": "a verb that says for what",
+    "patience": "retry_timeout_s",
+    "proven": "has_succeeded",
+    "strikes": "consecutive_failures",
+    "theirs": "a noun that says what it holds",
+    "trouble": "failures or last_error",
+    "unsettled": "in_doubt",
+    "vindications": "shards_made_elsewhere",
+}
+"""Words that are refused as parts of a name, too."""
+RETIRED_IN_CONSTANTS = {"SECONDS": "TIMEOUT_S or INTERVAL_S", "MOST": "MAX"}
+STORED = {"storage_patience"}
+"""Names that users have in their job files."""
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -85,6 +105,24 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.attr
         elif isinstance(node, ast.arg):
             yield node.lineno, node.arg
+        elif (isinstance(node, ast.ExceptHandler) and node.name is not None) or (
+            isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name is not None
+        ):
+            yield node.lineno, node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((node.lineno, alias.asname) for alias in node.names if alias.asname is not None)
+
+
+def better_name(identifier: str) -> str | None:
+    """What a retired name is to be replaced by; None if it is not retired."""
+    if identifier in STORED:
+        return None
+    bare = identifier.strip("_")
+    if identifier in RETIRED or bare in RETIRED:
+        return RETIRED.get(identifier) or RETIRED[bare]
+    parts = RETIRED_PARTS | (RETIRED_IN_CONSTANTS if identifier.isupper() else {})
+    words = bare.split("_")
+    return next((better for part, better in parts.items() if part in words or part.upper() in words), None)
 
 
 def problems(path: Path, name: str) -> Iterator[str]:
@@ -100,11 +138,9 @@ def problems(path: Path, name: str) -> Iterator[str]:
         yield f"{name}: {lines} lines; a module has {MAX_LINES} at most: which two things is it?"
     tree = ast.parse(text)
     for line, identifier in sorted(set(identifiers(tree))):
-        if identifier in RETIRED:
-            yield f"{name}:{line}: {identifier} is retired; use {RETIRED[identifier]}"
-        for part, better in RETIRED_PARTS.items():
-            if part in identifier and identifier.isupper():
-                yield f"{name}:{line}: {identifier} is named in a retired way; use {better}"
+        better = better_name(identifier)
+        if better is not None:
+            yield f"{name}:{line}: {identifier} is retired; use {better}"
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

@@ -71,7 +71,7 @@ class Done:
     attempt: str
     manifest: bytes
     """The bytes of the manifest, as they are to be stored."""
-    facts: CommitInfo
+    info: CommitInfo
     outcome: ShardOutcome
 
 

@@ -54,9 +54,9 @@ class PipelineCall:
     phase: str
     """`warmup` or `steady`."""
     generate_s: float
-    """Seconds for which the device was idle before it."""
+    """Seconds that it took."""
     wait_s: float
-    """Seconds of idling before it."""
+    """Seconds for which the device was idle before it."""
 
 
 @dataclass
@@ -121,8 +121,8 @@ class ShardRecorder:
                 if item.row in maker.failures:
                     output.drop(future.result())
                 else:
-                    facts = manifest.ImageInfo(future.result(), item.seed, nsfw, truncated)
-                    images[item.row, item.image] = facts
+                    info = manifest.ImageInfo(future.result(), item.seed, nsfw, truncated)
+                    images[item.row, item.image] = info
             lines.append(self._line(card, shard, batch, len(images) - before, stored))
         number, attempt = shard.task.shard.number, shard.task.attempt
         text = "".join(f"{line.json()}\n" for line in lines)

@@ -110,7 +110,7 @@ class ShardMaker:
         if self.doubted and self.probe is None:
             raise CardFault(next(iter(self.doubted.values())), self.doubted)
         if self.task.confirm and self.raised:
-            self._make_probe()  # or what it says of rows would be worth nothing
+            self._make_probe()  # else a faulty card would confirm failures
         self.failures.update(self.doubted)
         self.raised.update(self.doubted)
 
@@ -133,7 +133,7 @@ class ShardMaker:
             raise
         except Exception as error:
             if len(rows) == 1:
-                self._blame(rows[0], describe_error(error))
+                self._suspect(rows[0], describe_error(error))
                 return
             for row in rows:
                 yield from self._make([item for item in group if item.row == row])
@@ -158,13 +158,13 @@ class ShardMaker:
         except DeviceError:
             raise
         except Exception as error:
-            self._blame(item.row, describe_error(error))
+            self._suspect(item.row, describe_error(error))
             return
         if made:
             self.transient_failures += 1
             self._has_made(item)
             yield made
-        elif self._is_second_word(item.row):
+        elif self._confirms_failure(item.row):
             self._fail(item.row, wrong[item])
         else:
             self.doubted[item.row] = wrong[item]
@@ -185,11 +185,11 @@ class ShardMaker:
                 made.append(MadeImage(item, pixels, generated.nsfw[place], generated.truncated[place]))
         return made, wrong
 
-    def _is_second_word(self, row: int) -> bool:
+    def _confirms_failure(self, row: int) -> bool:
         return row in self.task.failed_alone_once or row in self.task.confirm
 
-    def _blame(self, row: int, error: str) -> None:
-        if self._is_second_word(row):
+    def _suspect(self, row: int, error: str) -> None:
+        if self._confirms_failure(row):
             self._fail(row, error)
         else:
             self._unconfirmed.setdefault(row, error)

@@ -22,7 +22,7 @@ from gaudi_batch.text import counted, duration, printable, quote_if_unprintable
 
 BUCKETS_SHOWN = 20
 REASONS_SHOWN = 10
-OUTPUT_PATIENCE_S = 10.0
+CHECK_RETRY_TIMEOUT_S = 10.0
 """Seconds for which an output that fails is tried again."""
 SHARDS_A_CARD = 4
 """Shards for each card up to which a smaller shard_size is recommended, so that cards finish together."""
@@ -65,7 +65,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
         InputError: it can't be run as it is, its shape columns can't be read, or its output can't be where it is to be.
         StorageError: storage failed.
     """
-    storage = Storage(config.output, config.storage_options, min(OUTPUT_PATIENCE_S, config.storage_patience))
+    storage = Storage(config.output, config.storage_options, min(CHECK_RETRY_TIMEOUT_S, config.storage_patience))
     refuse_file(storage)
     require_writable(storage)
     ledger = OutputReader(storage)
@@ -76,7 +76,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
         offline=True,
     )
     config, model = job.config, job.model
-    place = _look_at(ledger, record, job)
+    place = _examine_output(ledger, record, job)
     rows = survey(job.dataset, job.rules, config.limit, every_column=strict)
     buckets = summarize(job.plan() if place.plan is None else place.plan, config.batch_size)
     plans = buckets.values()
@@ -129,7 +129,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     return Checked("\n".join(map(printable, lines)), refused)
 
 
-def _look_at(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:
+def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:
     """Looks at what is in the output, which can be written."""
     url = ledger.storage.url
     if record is None:

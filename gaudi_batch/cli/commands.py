@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gaudi_batch.cli.parser import RUN_SWITCHES
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redact
-from gaudi_batch.reporting.console import OutputLost, look_for_reader, say
+from gaudi_batch.reporting.console import OutputLost, require_reader, say
 
 if TYPE_CHECKING:
     from gaudi_batch.cluster.jobs_client import JobsClient
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 INTERRUPTED = 130
 NOT_FOLLOWED = 141
 """The exit code of a command that SIGPIPE ends."""
-STATUS_PATIENCE_S = 10.0
+STATUS_RETRY_TIMEOUT_S = 10.0
 """Seconds for which `status` tries an output that fails again."""
 
 
@@ -67,7 +67,7 @@ def _follow_job(cluster: JobsClient, job: str, first: str = "", wait: bool = Tru
     goes_on = f"job {job} goes on; `gaudi-batch follow {this}` shows it again, `stop` in its place ends it"
     try:
         say(first, end="")
-        return cluster.follow(job, lambda piece: say(piece, end=""), look_for_reader) if wait else 0
+        return cluster.follow(job, lambda piece: say(piece, end=""), require_reader) if wait else 0
     except KeyboardInterrupt:
         log.warning("%s", goes_on)
         return INTERRUPTED
@@ -124,7 +124,7 @@ def status(parsed: argparse.Namespace) -> int:
     from gaudi_batch.text import read_yaml
 
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
-    storage = Storage(parsed.output, options, STATUS_PATIENCE_S)
+    storage = Storage(parsed.output, options, STATUS_RETRY_TIMEOUT_S)
     refuse_file(storage)
     current = read_status(OutputReader(storage))
     say(json.dumps(current, indent=1) if parsed.json else describe_status(current))

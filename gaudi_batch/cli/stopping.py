@@ -17,7 +17,7 @@ from gaudi_batch.text import duration
 
 log = logging.getLogger(__name__)
 
-OUTPUT_PATIENCE_S = 10.0
+STOP_RETRY_TIMEOUT_S = 10.0
 """Seconds for which an output that fails is tried again."""
 
 
@@ -86,7 +86,7 @@ def _shard_seconds(submitted: Submitted) -> float | None:
 
 
 def _output_of(submitted: Submitted) -> Storage:
-    return Storage(submitted.output, submitted.storage_options, OUTPUT_PATIENCE_S)
+    return Storage(submitted.output, submitted.storage_options, STOP_RETRY_TIMEOUT_S)
 
 
 def _ended(info: Any) -> str:

@@ -30,6 +30,7 @@ OBJECT_STORE_BYTES = 200 * 1024**2
 """Object store of a Ray that is started here. Images never pass through it."""
 VISIBLE_MODULES = "HABANA_VISIBLE_MODULES"
 HL_SMI_TIMEOUT_S = 120.0
+"""Seconds that hl-smi may take to list the modules of this machine."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _on_loopback() -> Iterator[None]:
             os.environ[name] = before[0]
 
 
-def look_at_cluster(config: JobConfig, resources: CardResources) -> Capacity:
+def cluster_capacity(config: JobConfig, resources: CardResources) -> Capacity:
     """What the cluster has for a job now."""
     leaving = frozenset(state.get_draining_nodes())
     nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]}

@@ -16,6 +16,7 @@ from gaudi_batch.text import one_line
 log = logging.getLogger(__name__)
 
 DEVICE_COUNT_TIMEOUT_S = 120.0
+"""Seconds that a process may take to count the cards of its machine, which includes importing torch."""
 NODES_TIMEOUT_S = 60.0
 """Seconds that nodes may take to say what cards they have, which includes the start of a process on each."""
 MAX_NODES_ASKED = 8

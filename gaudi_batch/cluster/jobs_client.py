@@ -29,7 +29,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 STOP_MARGIN_S = 15
 """Seconds that a driver may take beyond its grace before Ray kills it; Ray's own patience is 3 s."""
-POLL_INTERVAL_S = 1.0
+JOB_POLL_INTERVAL_S = 1.0
 """Seconds between two questions for a job's state."""
 SUBMIT_TIMEOUT_S = 60.0
 """Seconds for which a cluster that does not take a job is asked again."""
@@ -40,6 +40,8 @@ ANSWER_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 600.0
 """Seconds that sending a job with its code may take."""
 STOPPED_EXIT_CODE = 130
+RAY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Those of the client of the Jobs API, which log at a level of their own, whatever that of `ray` is."""
 
 
 class JobsClient:
@@ -58,8 +60,8 @@ class JobsClient:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
 
-        for handler in logging.getLogger("ray").handlers:
-            handler.setLevel(logging.ERROR)  # some of its loggers have a level of their own
+        for name in RAY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         if not self.address.startswith(("http://", "https://")):
             raise InputError(f"--address {self.address!r}: jobs are submitted to a dashboard, as in {DEFAULT_ADDRESS}")
@@ -108,7 +110,7 @@ class JobsClient:
                 # An answer may be lost, and a cluster that has just been started has no agent yet.
                 if not (isinstance(error, OSError) or "No available agent" in str(error)) or time.monotonic() > until:
                     raise InputError(f"{redact(self.address)!r} does not take the job: {_reason(error)}") from None
-                time.sleep(POLL_INTERVAL_S)
+                time.sleep(JOB_POLL_INTERVAL_S)
 
     def _is_ours(self, job: str, mark: Mapping[str, str], until: float) -> bool:
         """Whether an existing job is the one that was sent, and only the answer to that was lost."""
@@ -121,7 +123,7 @@ class JobsClient:
                         f"{redact(self.address)!r} has a job {job!r} and does not say which: {_reason(error)};"
                         f" gaudi-batch follow {job} shows it"
                     ) from None
-            time.sleep(POLL_INTERVAL_S)
+            time.sleep(JOB_POLL_INTERVAL_S)
 
     def info(self, job: str) -> Any:
         """What the cluster says of a job. Raises what the client of the Jobs API raises."""
@@ -214,7 +216,7 @@ class JobsClient:
                 last_seen, silent = time.monotonic(), False
                 if info.status.is_terminal():
                     return info
-            time.sleep(POLL_INTERVAL_S)
+            time.sleep(JOB_POLL_INTERVAL_S)
         return None
 
     def _refuse_unknown(self, job: str, error: Exception) -> None:
@@ -247,7 +249,7 @@ class _Log:
         self._job = job
         self._show = show
         self._check_reader = check_reader
-        self._shown = 0
+        self._chars_shown = 0
 
     def show_more(self) -> None:
         """Shows what is new, until the log ends or is silent for a while."""
@@ -261,12 +263,12 @@ class _Log:
         with contextlib.suppress(StopAsyncIteration):
             while time.monotonic() < until:
                 self._check_reader()
-                if not (await asyncio.wait({next_piece}, timeout=POLL_INTERVAL_S))[0]:
+                if not (await asyncio.wait({next_piece}, timeout=JOB_POLL_INTERVAL_S))[0]:
                     continue
                 piece = next_piece.result()
-                self._show(piece[max(0, self._shown - seen) :])
+                self._show(piece[max(0, self._chars_shown - seen) :])
                 seen += len(piece)
-                self._shown = max(self._shown, seen)
+                self._chars_shown = max(self._chars_shown, seen)
                 next_piece = asyncio.ensure_future(anext(pieces))
                 until = time.monotonic() + ANSWER_TIMEOUT_S
         next_piece.cancel()

@@ -47,10 +47,10 @@ def open_prompts(config: JobConfig) -> PromptDataset:
 
     Raises:
         InputError: no file, no rows, a file that is not Parquet, a missing or mistyped column, files that disagree.
-        StorageError: the store failed for longer than the job's patience.
+        StorageError: the store failed for longer than `storage_patience`.
     """
     storage, located = _find_files(config)
-    slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(located)} footers{storage.trouble}")
+    slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(located)} footers{storage.last_error}")
     with slow, ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda name: _footer(storage, name), sorted(located)))
     files: list[PromptFile] = []
@@ -154,7 +154,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     # Without it, aiohttp would wait for minutes for a silent server, and http would then report no such file.
     limit = {"timeout": whole.try_timeout_s} if filesystem.async_impl else {}
 
-    def look() -> _Found:
+    def list_prompts() -> _Found:
         if _GLOB.search(plain) and not filesystem.exists(path):
             base = _GLOB.split(path)[0].rpartition("/")[0]
             files = LinkedFileSystem(base) if whole.local else filesystem
@@ -184,8 +184,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         return _Found(path, files, taken, set(meant) - set(taken), DIRECTORY_RULE, others)
 
     try:
-        with told_if_slow(lambda: f"prompts {whole.url}: still looking for them{whole.trouble}"):
-            files_found = whole.with_retries("find the prompts", look, MANY_TIMEOUT_S)
+        with told_if_slow(lambda: f"prompts {whole.url}: still looking for them{whole.last_error}"):
+            files_found = whole.with_retries("find the prompts", list_prompts, MANY_TIMEOUT_S)
     except StorageError as error:
         if not error.refused and (why := out_of_reach(url)):
             raise StorageError(

@@ -110,7 +110,7 @@ class PromptDataset:
             announce: called before each piece is decoded; may wait.
 
         Raises:
-            StorageError: the store failed for longer than the patience, or the rows are not those that were planned.
+            StorageError: the store failed for longer than `storage_patience`, or the rows are not those of the plan.
             GroupUndecoded: a row group can't be decoded, and no other card has said so yet.
         """
         rows: list[PromptRow] = []

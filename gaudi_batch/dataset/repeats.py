@@ -33,8 +33,8 @@ class RepeatedIds:
         self._most = most
         self._taken = 0
         self._sorted: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self._waiting: list[pa.Array] = []
-        self._waiting_ids = self._waiting_bytes = 0
+        self._buffered: list[pa.Array] = []
+        self._buffered_ids = self._buffered_bytes = 0
         self._example: str | None = None
 
     def add(self, ids: pa.Array | pa.ChunkedArray) -> None:
@@ -47,10 +47,10 @@ class RepeatedIds:
         self.seen += len(ids)
         ids = _binary(ids.slice(0, self._most - self._taken))
         self._taken += len(ids)
-        self._waiting.append(ids)
-        self._waiting_ids += len(ids)
-        self._waiting_bytes += ids.nbytes
-        if self._waiting_ids >= _WAITING_IDS or self._waiting_bytes >= _WAITING_BYTES:
+        self._buffered.append(ids)
+        self._buffered_ids += len(ids)
+        self._buffered_bytes += ids.nbytes
+        if self._buffered_ids >= _WAITING_IDS or self._buffered_bytes >= _WAITING_BYTES:
             self._sort_in()
 
     def add_manifest(self, table: pa.Table, run_seed: int, may_have_seeds: bool) -> None:
@@ -91,9 +91,9 @@ class RepeatedIds:
         return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
 
     def _sort_in(self) -> None:
-        ids = [value for array in self._waiting for value in array.to_pylist()]
-        self._waiting.clear()
-        self._waiting_ids = self._waiting_bytes = 0
+        ids = [value for array in self._buffered for value in array.to_pylist()]
+        self._buffered.clear()
+        self._buffered_ids = self._buffered_bytes = 0
         hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
         # A stable sort is fast where most is sorted already.
         self._sorted = np.sort(np.concatenate([self._sorted, hashes]), kind="stable")

@@ -179,7 +179,7 @@ def _integer(values: Mapping[str, Any], name: str) -> int | None:
     # Data frames make floats of a column of whole numbers with a gap, so 512.0 counts as a whole number.
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
-        raise ValueError(f"{name} is {_shown(value)}; it must be a whole number")
+        raise ValueError(f"{name} is {_short(value)}; it must be a whole number")
     return int(value)
 
 
@@ -206,7 +206,7 @@ def _guidance(values: Mapping[str, Any], default: float, most: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"guidance_scale is {_shown(value)}; it must be a number")
+        raise ValueError(f"guidance_scale is {_short(value)}; it must be a number")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"guidance_scale is {value}; it must be finite and not negative")
     if value > most:
@@ -224,5 +224,5 @@ def _seed(values: Mapping[str, Any]) -> tuple[int | None, str | None]:
     return seed, None
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     return f"{value!r:.80}"

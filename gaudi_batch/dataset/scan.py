@@ -103,7 +103,7 @@ def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool
 
     Raises:
         PromptsChanged: a file can't be read any more.
-        StorageError: the store failed for longer than the patience.
+        StorageError: the store failed for longer than `storage_patience`.
     """
     for index, file in enumerate(dataset.files):
         last = file.first_row + file.rows if limit is None else min(file.first_row + file.rows, limit)

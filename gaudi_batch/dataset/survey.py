@@ -71,7 +71,7 @@ def survey(dataset: PromptDataset, rules: RowRules, limit: int | None, every_col
 
     Raises:
         InputError: a file can't be read any more.
-        StorageError: the store failed for longer than the patience.
+        StorageError: the store failed for longer than `storage_patience`.
     """
     rows = bad = 0
     reasons, first, repeated = Reasons(), list[tuple[int, str]](), RepeatedIds()

@@ -21,7 +21,7 @@ from gaudi_batch.plan import Shard
 log = logging.getLogger(__name__)
 
 COMMIT_THREADS = 8
-COMMIT_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
 """Seconds that the end of a run waits for commits under way."""
 PROBE_BYTES = 1 << 20
 """About as large as an image: a disk without room for an image has none for the probe either."""
@@ -32,7 +32,7 @@ class Committer:
 
     Args:
         ledger: the output's records.
-        account: hears of commits.
+        progress: is told of commits.
     """
 
     def __init__(self, ledger: Ledger, progress: RunProgress) -> None:
@@ -67,26 +67,26 @@ class Committer:
         self._ledger.in_doubt.add(attempt)
 
         def put() -> tuple[bool, pa.Table | None]:
-            is_ours = self._ledger.commit(done.facts, done.manifest)
-            return is_ours, read_manifest(done.manifest)[0] if done.facts.failed_rows else None
+            is_ours = self._ledger.commit(done.info, done.manifest)
+            return is_ours, read_manifest(done.manifest)[0] if done.info.failed_rows else None
 
         is_ours, table = await asyncio.get_running_loop().run_in_executor(self._pool, put)
         del self._records[attempt]
         if is_ours:
-            self._progress.committed(done.facts, table)
+            self._progress.committed(done.info, table)
         else:
-            log.warning("shard %d: another driver has committed it, so its manifest stays", done.facts.shard)
-        return done.facts.shard
+            log.warning("shard %d: another driver has committed it, so its manifest stays", done.info.shard)
+        return done.info.shard
 
     async def close(self, *, wait: bool) -> None:
         """Takes no more commits.
 
         Args:
-            wait: whether those that have been begun are waited for, for COMMIT_TIMEOUT_S.
+            wait: whether those that have been begun are waited for, for CLOSE_TIMEOUT_S.
         """
         # The thread of a commit goes on even if its task is cancelled.
         if self._under_way and wait:
-            await asyncio.wait(self._under_way, timeout=COMMIT_TIMEOUT_S)
+            await asyncio.wait(self._under_way, timeout=CLOSE_TIMEOUT_S)
         self._pool.shutdown(wait=False)
 
 

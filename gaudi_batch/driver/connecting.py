@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REACH_TIMEOUT_S = 10.0
+"""Seconds that a connection to the cluster's head may take, before Ray, which waits for minutes, is asked for one."""
 
 
 def check_reachable(address: str) -> None:
@@ -71,7 +72,7 @@ def _import_all() -> None:
 @contextlib.contextmanager
 def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Callable[[], CardResources]]:
     """Yields a function that returns what a card takes of the cluster; its first call connects, or starts Ray. It is
-    called before anything is written or removed that only a card can make good.
+    called before anything is written or removed that only cards can complete.
 
     Raises:
         InputError: there is no cluster, or it has no card for the job.
@@ -81,7 +82,7 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
         @functools.cache
         def cards() -> CardResources:
             _import_all()
-            from gaudi_batch.cluster.connection import card_resources, connected, look_at_cluster
+            from gaudi_batch.cluster.connection import card_resources, cluster_capacity, connected
             from gaudi_batch.cluster.placement import remove_groups_of
 
             started = time.monotonic()
@@ -92,7 +93,7 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
             restore()
             remove_groups_of(lease.past_holders)
             resources = card_resources(job)
-            count, device = look_at_cluster(job.config, resources).cards, job.config.device
+            count, device = cluster_capacity(job.config, resources).cards, job.config.device
             if count == 0 and not job.config.asks_for_cards:
                 needs = f"{resources.amount} {resources.name} a card"
                 fewer = "take fewer with --cpu.threads, " if resources.name == "CPU" else ""

@@ -131,9 +131,9 @@ def _count(run: Run, tally: CommitTotals) -> Committed:
     )
     failed = FailedRows(latest_shard_of_row)
     kinds = {shard.number: shard.bucket.batch_kind for shard in run.plan}
-    for facts, table in run.ledger.commits():
-        tally.add(facts, finished_at(table, facts), kinds.get(facts.shard))
-        failed.add(facts.shard, table)
+    for info, table in run.ledger.commits():
+        tally.add(info, finished_at(table, info), kinds.get(info.shard))
+        failed.add(info.shard, table)
     return Committed(tally, failed)
 
 
@@ -149,11 +149,11 @@ def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
     """Joins the manifests of a complete run; returns the totals of the joined manifest."""
     job, repeated = run.job, RepeatedIds()
 
-    def look_at_ids(table: pa.Table) -> None:
+    def count_ids(table: pa.Table) -> None:
         if "id" in job.dataset.columns:
             repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
 
-    images, failed_rows = join_manifests(run.ledger, run.latest_shard_of_row, attempts, look_at_ids)
+    images, failed_rows = join_manifests(run.ledger, run.latest_shard_of_row, attempts, count_ids)
     if warning := repeated.describe():
         log.warning("%s", warning)
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}

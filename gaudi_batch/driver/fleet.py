@@ -17,7 +17,7 @@ from typing import Any
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Done, Message, Ready
-from gaudi_batch.cluster.connection import CardResources, look_at_cluster
+from gaudi_batch.cluster.connection import CardResources, cluster_capacity
 from gaudi_batch.cluster.placement import node_is_gone, why_died
 from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.calls import ask_back, send
@@ -33,7 +33,7 @@ from gaudi_batch.scheduling.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 1.0
+CARD_POLL_INTERVAL_S = 1.0
 """Seconds after which a card with nothing to report answers a poll; grows with the number of cards."""
 CARDS_PER_POLL_SECOND = 100
 CLUSTER_INTERVAL_S = 2.0
@@ -67,8 +67,8 @@ class Fleet:
 
     Args:
         cards: what the cards are.
-        schedule: the state of the run, to look at.
-        account: hears of cards that work, and of faults.
+        schedule: the state of the run, which is only read.
+        progress: is told of cards that work, and of faults.
         background: tasks and threads.
         tell: tells the schedule what happened, and carries out what it decides.
         keep: keeps the record of a shard that is made.
@@ -85,14 +85,14 @@ class Fleet:
     ) -> None:
         self.slots: dict[int, Slot] = {}
         setup, resources = cards.setup, cards.resources
-        self.rules = PhaseRules(setup.job.config, f"{resources.amount} {resources.name}", POLL_INTERVAL_S)
+        self.rules = PhaseRules(setup.job.config, f"{resources.amount} {resources.name}", CARD_POLL_INTERVAL_S)
         self._schedule = schedule
         self._progress = progress
         self._background = background
         self._tell = tell
         self._keep = keep
         self._places = Places(setup, resources, schedule.prefix)
-        self._look_at_cluster = functools.partial(look_at_cluster, setup.job.config, resources)
+        self._cluster_capacity = functools.partial(cluster_capacity, setup.job.config, resources)
         self._notes: set[str] = set()
 
     # -- the cluster --------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Fleet:
     async def follow_cluster(self) -> None:
         """Tells the schedule again and again what the cluster has."""
         while True:
-            capacity = await self._background.ask_ray(self._look_at_cluster)
+            capacity = await self._background.ask_ray(self._cluster_capacity)
             self._tell(events.ClusterSeen(capacity, time.monotonic()))
             await asyncio.sleep(CLUSTER_INTERVAL_S)
 
@@ -245,7 +245,7 @@ class Fleet:
             try:
                 report: CardReport = await actor.poll.remote(acknowledged, self.rules.poll_s, time.time())
             except ActorUnavailableError:
-                await asyncio.sleep(POLL_INTERVAL_S)
+                await asyncio.sleep(CARD_POLL_INTERVAL_S)
                 continue
             except (RayActorError, RayError) as error:
                 if slot.actor is actor:
@@ -297,11 +297,11 @@ class Fleet:
         slow = slot.passed.slow if slot.passed else None
         gone = not slot.passed and await self._node_went(slot, error)
         slot.actor = None
-        if gone or self._state(slot) is CardState.LEAVING:
-            self.give_back(decisions.GiveBack(slot.number))
+        if gone:
             self._tell(events.CardGone(slot.number))
             return
-        self.fault(slot.number, f"died: {reason}")
+        if self._state(slot) is not CardState.LEAVING:  # else its node has ended it
+            self.fault(slot.number, f"died: {reason}")
         self._tell(events.CardDied(slot.number, redact(reason), slow))
 
     async def _node_went(self, slot: Slot, error: Exception) -> bool:
@@ -351,7 +351,7 @@ class Fleet:
         return len(self._in_states(CardState.READY))
 
     def _count_slots(self) -> None:
-        self.rules.poll_s = max(POLL_INTERVAL_S, len(self.slots) / CARDS_PER_POLL_SECOND)
+        self.rules.poll_s = max(CARD_POLL_INTERVAL_S, len(self.slots) / CARDS_PER_POLL_SECOND)
 
     def _state(self, slot: Slot) -> CardState:
         return self._schedule.state(slot.number)

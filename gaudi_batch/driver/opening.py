@@ -59,7 +59,7 @@ def open_run(
     Args:
         ledger: the output's records.
         job: the job.
-        connect: connects to the cluster, before anything is written that needs cards to be made good.
+        connect: connects to the cluster, before anything is written that only cards can complete.
         overwrite: whether a run that is there is removed, once the job is planned.
 
     Raises:
@@ -73,7 +73,7 @@ def open_run(
     refuse_another_job(ledger, record, job)
     if record.job.get("shard_size") != job.config.shard_size:
         log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
-    if record.stacks is None:  # else as many as the cards themselves use, once they are ready
+    if record.stacks is None:  # else the schedule compares the versions that the cards report
         for package, version in job.versions().items():
             before = record.versions.get(package)
             if before not in (None, version):

@@ -21,7 +21,7 @@ from gaudi_batch.cluster.connection import CardResources, card_options
 from gaudi_batch.cluster.placement import group_name
 
 CARD_CALLS = 4
-"""Calls that a card takes at the same time: for news, shards, and shards to be given back."""
+"""Calls that a card takes at the same time: polls, shards, and recalls of shards."""
 
 
 class Places:

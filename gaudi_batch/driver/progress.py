@@ -68,13 +68,13 @@ class RunProgress:
         self.faults[slot.label] += 1
         self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
 
-    def committed(self, facts: CommitInfo, table: pa.Table | None) -> None:
+    def committed(self, info: CommitInfo, table: pa.Table | None) -> None:
         """A shard is committed; `table` is its manifest if rows of it failed."""
-        self._tally.add(facts)
+        self._tally.add(info)
         if table is not None:
-            self._failed.add(facts.shard, table)
-        shard = self._schedule.shards[facts.shard]
-        self._missing += (0 if shard.is_rerun else shard.images) - facts.images + facts.images_before
+            self._failed.add(info.shard, table)
+        shard = self._schedule.shards[info.shard]
+        self._missing += (0 if shard.is_rerun else shard.images) - info.images + info.images_before
 
     def progress(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None

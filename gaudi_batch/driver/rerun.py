@@ -36,14 +36,14 @@ def failed_rows(commits: Iterable[tuple[CommitInfo, pa.Table]]) -> RowsToRetry:
     """
     failed: dict[int, int] = {}
     hopeless: set[int] = set()
-    for facts, table in commits:
-        if facts.again:
+    for info, table in commits:
+        if info.again:
             for row in table.column("row").to_pylist():
                 failed.pop(row, None)
-        if facts.failed_rows:
+        if info.failed_rows:
             failures = table.filter(pc.equal(table.column("status"), "failed"))
-            failed.update(dict.fromkeys(failures.column("row").to_pylist(), facts.shard))
-            hopeless.update(facts.bad_rows)
+            failed.update(dict.fromkeys(failures.column("row").to_pylist(), info.shard))
+            hopeless.update(info.bad_rows)
     for row in hopeless:
         failed.pop(row, None)
     return RowsToRetry(failed, len(hopeless))
@@ -61,7 +61,7 @@ def plan_rerun(
 
     Args:
         wanted: rows, each with the shard that counts for it so far.
-        images: how many images that word names of each row; one that is not in it had failed.
+        images: how many images manifests name of each row; a row that is missing here had failed.
         plan: the plan so far, in order.
         dataset: the prompts.
         shard_size: rows of a shard at most.

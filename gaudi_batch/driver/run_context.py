@@ -57,9 +57,9 @@ class Committed:
     def read(cls, run: Run) -> Committed:
         """Reads all manifests."""
         committed = cls(CommitTotals(), FailedRows(run.latest_shard_of_row))
-        for facts, table in run.ledger.commits():
-            committed.tally.add(facts)
-            committed.failed.add(facts.shard, table)
+        for info, table in run.ledger.commits():
+            committed.tally.add(info)
+            committed.failed.add(info.shard, table)
         return committed
 
 

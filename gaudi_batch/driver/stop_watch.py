@@ -31,7 +31,7 @@ def watched_for_stop(storage: Storage, stop: Callable[[float], None]) -> Iterato
     """
     submission, over = os.environ.get(SUBMISSION_VARIABLE), threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         while not over.wait(STOP_INTERVAL_S):
             with contextlib.suppress(StorageError, RuntimeError):  # the second is raised by a loop that has just ended
                 grace = requested_grace(storage.once().get(STOP_FILE), submission)
@@ -40,7 +40,7 @@ def watched_for_stop(storage: Storage, stop: Callable[[float], None]) -> Iterato
                     storage.once().remove(STOP_FILE)
 
     if submission:
-        threading.Thread(target=look, daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gaudi_batch.cluster.connection import CardResources, card_options, look_at_cluster
+from gaudi_batch.cluster.connection import CardResources, card_options, cluster_capacity
 from gaudi_batch.cluster.placement import card_placement, group_name, node_of, why_died
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
@@ -52,8 +52,8 @@ def try_card(job: Job, resources: CardResources, driver: str) -> None:
     failures: Counter[str] = Counter()  # by node
     error = ""
     try:
-        while not error or len(groups) < look_at_cluster(job.config, resources).total_cards:
-            groups.append(_hold(resources, group_name(driver, f"trial-{len(groups)}"), failures))
+        while not error or len(groups) < cluster_capacity(job.config, resources).total_cards:
+            groups.append(_occupy(resources, group_name(driver, f"trial-{len(groups)}"), failures))
             if not groups[-1].wait(OTHER_CARD_TIMEOUT_S if error else limits.cluster):
                 break
             error = _failure_to_load(job, resources, groups[-1])
@@ -71,7 +71,7 @@ def try_card(job: Job, resources: CardResources, driver: str) -> None:
     raise RunStopped(f"stopped before anything was removed, as {why}")
 
 
-def _hold(resources: CardResources, name: str, failures: Counter[str]) -> PlacementGroup:
+def _occupy(resources: CardResources, name: str, failures: Counter[str]) -> PlacementGroup:
     """Asks for a card: once some have failed, on the node where the fewest have, if one is free there."""
     nodes = {node["NodeID"]: resources.on(node) for node in ray.nodes() if node["Alive"]} if failures else {}
     left = [node for node, cards in nodes.items() if cards > failures[node]]

@@ -11,7 +11,7 @@ from gaudi_batch.scheduling.events import SlowBatch, SlowReading, StorageStalled
 
 BATCH_LIMIT_FACTOR = 10
 STORAGE_GRACE_S = 60.0
-"""Seconds beyond the job's patience with storage that one operation on storage may take."""
+"""Seconds beyond the job's `storage_patience` that one operation on storage may take."""
 
 
 @dataclass(frozen=True)

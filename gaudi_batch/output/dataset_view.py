@@ -58,11 +58,11 @@ def load_manifest(
         return ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
     paths: list[str] = []
     superseded: list[ds.Expression] = []
-    for facts, table in reader.commits():
-        paths.append(storage.full(manifest_path(facts.shard)))
-        if facts.again:
+    for commit, table in reader.commits():
+        paths.append(storage.full(manifest_path(commit.shard)))
+        if commit.again:
             rows = pa.array(table.column("row").to_pylist(), pa.int64())
-            superseded.append(ds.field("row").isin(rows) & (ds.field("shard") < facts.shard))
+            superseded.append(ds.field("row").isin(rows) & (ds.field("shard") < commit.shard))
     if not paths:
         return ds.dataset(COLUMNS.empty_table())
     dataset = ds.dataset(paths, filesystem=filesystem, format="parquet")

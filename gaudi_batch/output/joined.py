@@ -33,7 +33,7 @@ class JoinedManifest:
         self._path = path
         self._writer: pq.ParquetWriter | None = None
         self._schema: pa.Schema | None = None
-        self._waiting: list[pa.Table] = []
+        self._buffered: list[pa.Table] = []
         self._bytes = 0
 
     def __enter__(self) -> JoinedManifest:
@@ -53,28 +53,28 @@ class JoinedManifest:
             self._schema = plain(table.schema.remove_metadata())
         columns = [cast(*each) for each in zip(table.columns, self._schema.types, strict=True)]
         table = pa.table(columns, schema=self._schema)
-        self._waiting.append(table)
+        self._buffered.append(table)
         self._bytes += table.nbytes
         if self._bytes >= (SORTED_BYTES if self._writer is None else GROUP_BYTES):
             self._write_waiting()
 
     def _end(self) -> None:
-        if self._writer is None and self._waiting:
-            whole = pa.concat_tables(self._waiting)
-            self._waiting.clear()
+        if self._writer is None and self._buffered:
+            whole = pa.concat_tables(self._buffered)
+            self._buffered.clear()
             order = pc.sort_indices(whole.select([name for name, _ in _ORDER]), _ORDER)
             if not np.array_equal(order.to_numpy(), np.arange(len(whole))):
                 whole = whole.take(order)
-            self._waiting.append(whole)
+            self._buffered.append(whole)
         self._write_waiting()
 
     def _write_waiting(self) -> None:
-        if not self._waiting:
+        if not self._buffered:
             return
         self._writer = self._writer or pq.ParquetWriter(self._path, self._schema, compression="zstd")
-        whole = pa.concat_tables(self._waiting)
+        whole = pa.concat_tables(self._buffered)
         self._writer.write_table(whole, row_group_size=max(1, len(whole) * GROUP_BYTES // max(1, self._bytes)))
-        self._waiting.clear()
+        self._buffered.clear()
         self._bytes = 0
 
 
@@ -126,10 +126,10 @@ def _join_into(
     joined: dict[int, str] = {}
     rows = failed = 0
     with JoinedManifest(path) as file:
-        for facts, table in ledger.commits():
-            joined[facts.shard] = facts.attempt
+        for info, table in ledger.commits():
+            joined[info.shard] = info.attempt
             if latest_shard_of_row:
-                counts = [latest_shard_of_row.get(row, 0) <= facts.shard for row in table.column("row").to_pylist()]
+                counts = [latest_shard_of_row.get(row, 0) <= info.shard for row in table.column("row").to_pylist()]
                 table = table.filter(pa.array(counts, pa.bool_()))
             seen(table)
             file.add(table)

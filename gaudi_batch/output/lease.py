@@ -1,18 +1,20 @@
 """Who drives a run. One driver at a time puts manifests, so nothing that is committed is ever written over.
 
-lease.json names its holder, who renews it while it lives. It is taken by writing, waiting and reading back. One
-that does not count for `LEASE_TTL_S` on the observer's own clock is anybody's; so is, at once, one whose process on
-this machine is gone. A holder that could not renew it for `RENEW_DEADLINE_S` commits nothing until it has, and one that
-finds another's name in its place is done. All that a driver writes or removes it does right after such a look, and what
-takes longer goes on no longer than the holder is certain. What no look can stop, a write that lands when it has been
-given up, does no harm: where the store creates conditionally a manifest takes no other's place, one of another run is
-no commit, and a driver that does not know what became of a manifest keeps the lease.
+lease.json names its holder, who renews it while it lives. It is taken by writing, waiting and reading back. A lease
+that is not renewed for `LEASE_TTL_S` on the observer's own clock may be taken by any driver; one whose process on this
+machine has ended may be taken at once. A holder that could not renew it for `RENEW_DEADLINE_S` commits nothing until it
+has, and one that finds another's name in it writes nothing any more. A driver checks that it holds the lease right
+before all that it writes or removes, and what takes longer goes on no longer than the lease is certain. A write may
+still land after it was given up. That does no harm: where the store creates conditionally a manifest takes no other's
+place, a manifest of another run is no commit, and a driver that does not know what became of a manifest keeps the
+lease.
 
-A store may answer with what lease.json said a while ago. So a name that the holder knows to be over is passed over, and
-one that it has not seen before is looked at twice; so is a holder that is over, before its run is taken.
+A store may answer with what lease.json said a while ago. So the holder ignores the name of a driver that it knows has
+ended, and reads a name that is new to it twice before it believes it; a driver reads twice that a holder has ended
+before it takes the run.
 
-What the holder leaves behind stays when it has let go: the names of all drivers that are over, whose uncommitted
-objects may be removed.
+When the lease is released, lease.json keeps the names of all drivers that have ended, whose uncommitted objects may be
+removed.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ from gaudi_batch.storage.store import Storage
 log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 60.0
+"""Seconds without a renewal after which another driver may take the lease."""
 RENEW_INTERVAL_S = 10.0
 """Seconds between two renewals by the holder."""
 LEASE_POLL_INTERVAL_S = 2.0
+"""Seconds between two readings of a lease that another driver holds."""
 SETTLE_INTERVAL_S = 1.0
 """Seconds between writing the lease and reading it back."""
 RENEW_DEADLINE_S = 30.0
 """Seconds for which a holder that has renewed the lease may commit. A write under way, however large, is given up
-within `KEEP_INTERVAL_S` of that; the rest of `LEASE_TTL_S` is for requests that are still in the network."""
-COMMIT_TIMEOUT_S = 15.0
+within `RENEW_INTERVAL_S` of that; the rest of `LEASE_TTL_S` is for requests that are still in the network."""
+MANIFEST_TIMEOUT_S = 15.0
 """Seconds of one try at putting a manifest, beside those that its size needs."""
 LEASE_TIMEOUT_S = 10.0
 """Seconds of one try at reading or writing the lease. A write is not tried for long: landing late, it would say that a
@@ -96,7 +100,7 @@ class LeaseKeeper:
         self._kept_up = -math.inf
         self._silent: Lease | None = None  # the holder whose silence alone says that it is over
         self._lost = ""
-        self._beating = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
 
@@ -128,7 +132,7 @@ class LeaseKeeper:
         if other is not None:
             raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
         self._kept_up = since
-        self._beating.start()  # the next steps may take as long as the job's patience with storage
+        self._renewing.start()  # the next steps may take as long as `storage_patience`
         try:
             self._storage.find_out_create("lease.json", self._data(), self.ensure_held, self.holds)
         except (StorageError, LeaseLost):
@@ -140,7 +144,7 @@ class LeaseKeeper:
 
         Raises:
             LeaseLost: another drives it.
-            StorageError: that could not be found out for as long as the job's patience lasts.
+            StorageError: that could not be found out for as long as `storage_patience`.
         """
         since = time.monotonic()
         while True:
@@ -158,7 +162,7 @@ class LeaseKeeper:
             self._over.wait(LEASE_POLL_INTERVAL_S / 4)
 
     def holds(self) -> bool:
-        """Whether a write that `hold` admitted may go on."""
+        """Whether a write that `ensure_held` admitted may go on."""
         certain = time.monotonic() - self._kept_up < RENEW_DEADLINE_S
         return certain and not self._lost and not self._over.is_set()
 
@@ -166,15 +170,15 @@ class LeaseKeeper:
         """Gives the lease back. If storage fails, the lease is left to become stale.
 
         Args:
-            settled: asked when `hold` lets nothing more through; if False, the lease is left to grow stale, too.
+            settled: asked when `ensure_held` admits no more writes; if False, the lease is left to become stale, too.
         """
         if self._over.is_set():
             return
         self.forget()
-        if self._beating.ident is None or not settled():
+        if self._renewing.ident is None or not settled():
             return  # the lease was not taken, or a write that it guards is still under way
-        if self._beating.is_alive():
-            self._beating.join()  # a renewal after this would overwrite what it says
+        if self._renewing.is_alive():
+            self._renewing.join()  # a renewal after this would overwrite what it says
         try:
             self._check_holder()
             self._lease = replace(self._lease, released=True)

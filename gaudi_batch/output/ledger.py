@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import manifest_path
-from gaudi_batch.output.lease import COMMIT_TIMEOUT_S
+from gaudi_batch.output.lease import MANIFEST_TIMEOUT_S
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.plan_file import encode_plan
 from gaudi_batch.output.reader import OutputReader
@@ -101,7 +101,7 @@ class Ledger(OutputReader):
 
     # -- commits ------------------------------------------------------------------------------------------------
 
-    def commit(self, facts: CommitInfo, data: bytes) -> bool:
+    def commit(self, info: CommitInfo, data: bytes) -> bool:
         """Puts a shard's manifest unless another attempt's is there; returns whether it is this one's that is there.
 
         Before each try it is made sure that the shard is not committed and then, last, that nobody else drives the run.
@@ -113,14 +113,14 @@ class Ledger(OutputReader):
             LeaseLost: another driver has taken over.
             StorageError: storage failed, and whether the manifest is there is not known.
         """
-        path = manifest_path(facts.shard)
+        path = manifest_path(info.shard)
         checks, in_doubt = 0, False
-        self.in_doubt.add(facts.attempt)
+        self.in_doubt.add(info.attempt)
 
         def abort_if_committed() -> None:
             nonlocal checks, in_doubt
             checks += 1
-            commit = self.read_commit(facts.shard)
+            commit = self.read_commit(info.shard)
             if commit is not None:
                 raise _Committed(commit[0].attempt)
             self.ensure_held()
@@ -130,7 +130,7 @@ class Ledger(OutputReader):
             self._write_stack()
             while True:
                 try:
-                    self.storage.put(path, data, abort_if_committed, self._lease.holds, COMMIT_TIMEOUT_S, create=True)
+                    self.storage.put(path, data, abort_if_committed, self._lease.holds, MANIFEST_TIMEOUT_S, create=True)
                     break
                 except FileExistsError:
                     # It may have been removed since, and must not be removed again if it comes back.
@@ -140,13 +140,13 @@ class Ledger(OutputReader):
             return True
         except _Committed as other:
             in_doubt = False
-            return other.attempt == facts.attempt
+            return other.attempt == info.attempt
         except StorageError as error:
             in_doubt = in_doubt and not (error.refused and checks == 1)
             raise
         finally:
             if not in_doubt:
-                self.in_doubt.discard(facts.attempt)
+                self.in_doubt.discard(info.attempt)
 
     # -- objects ------------------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class Ledger(OutputReader):
 
     def _put_fenced(self, name: str, data: bytes) -> None:
         """Writes an object that, like a manifest, must not land after another driver has taken over."""
-        self.storage.put(name, data, self.ensure_held, self._lease.holds, COMMIT_TIMEOUT_S)
+        self.storage.put(name, data, self.ensure_held, self._lease.holds, MANIFEST_TIMEOUT_S)
 
 
 class _Committed(Exception):

@@ -102,11 +102,11 @@ class CommitInfo:
     version."""
 
 
-_FACTS = TypeAdapter(CommitInfo)
+_INFO = TypeAdapter(CommitInfo)
 
 
 def schema(carried: pa.Schema) -> pa.Schema:
-    """The columns of a job's manifest. A carried column with the name of one of ours gets `input_` before it."""
+    """The columns of a job's manifest. A carried column that has the name of one of its own gets `input_` before it."""
     names = set(COLUMNS.names) | set(carried.names)
     fields = list(COLUMNS)
     for field in carried:
@@ -135,7 +135,7 @@ def build(
         images: what was made, by (row, image number); whole rows only.
         failures: the other rows' errors.
         run_seed: seed of the run, from which a failed row has its first image's.
-        commit: facts of the attempt.
+        commit: what is recorded of the attempt.
     """
     records: list[dict[str, Any]] = []
     take: list[int] = []
@@ -189,21 +189,21 @@ def read(data: bytes) -> tuple[pa.Table, CommitInfo]:
     """
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        facts = _FACTS.validate_json((table.schema.metadata or {})[_METADATA_KEY], strict=True)
-        numbers = [facts.shard, facts.rows, facts.failed_rows, facts.images, *asdict(facts.sums).values()]
-        numbers.append(facts.finished_at or 0)
+        info = _INFO.validate_json((table.schema.metadata or {})[_METADATA_KEY], strict=True)
+        numbers = [info.shard, info.rows, info.failed_rows, info.images, *asdict(info.sums).values()]
+        numbers.append(info.finished_at or 0)
         if not all(0 <= number <= MAX_SEED for number in numbers):
             raise ValueError("a number of its attempt can't be")
-        return table, facts
+        return table, info
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"not a whole manifest: {one_line(error)}") from None
 
 
-def finished_at(table: pa.Table, facts: CommitInfo) -> float | None:
+def finished_at(table: pa.Table, info: CommitInfo) -> float | None:
     """When the last image of a manifest was stored, in seconds since the epoch, by the driver's clock if the manifest
     has that, else by the clock of the card's node; None if it has neither, or no row."""
-    if facts.finished_at is not None:
-        return facts.finished_at
+    if info.finished_at is not None:
+        return info.finished_at
     last = pc.max(table.column("finished_at")).cast(pa.timestamp("us", tz="UTC")).value
     return None if last is None else last / 1e6
 

@@ -19,9 +19,9 @@ def refuse_file(storage: Storage) -> None:
 
     Raises:
         InputError: one is.
-        StorageError: the store failed for longer than the patience.
+        StorageError: the store failed for longer than `storage_patience`.
     """
-    with told_if_slow(lambda: f"output {storage.url}: still looking at it{storage.trouble}"):
+    with told_if_slow(lambda: f"output {storage.url}: still looking at it{storage.last_error}"):
         if storage.local:
             file = storage.with_retries("look at the output", lambda: _file_in_path(Path(storage.root)))
         else:
@@ -52,7 +52,7 @@ def require_writable(storage: Storage) -> None:
 
     Raises:
         InputError: the store refuses.
-        StorageError: the store failed for longer than the patience, or refuses to remove the object.
+        StorageError: the store failed for longer than `storage_patience`, or refuses to remove the object.
     """
     try:
         if storage.local:

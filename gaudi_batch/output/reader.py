@@ -93,11 +93,11 @@ class OutputReader:
         if data is None:
             return None
         try:
-            table, facts = manifest.read(data)
+            table, info = manifest.read(data)
         except ValueError:
             return None
-        of_run = self._info is None or facts.run == self._info.run_id
-        return (facts, table) if facts.shard == shard and of_run else None
+        of_run = self._info is None or info.run == self._info.run_id
+        return (info, table) if info.shard == shard and of_run else None
 
     @property
     def stack(self) -> Mapping[str, str] | None:

@@ -60,30 +60,30 @@ class CommitTotals:
             other.card(name, card.node, card.module)
         return other
 
-    def add(self, facts: CommitInfo, finished_at: float | None = None, kind: BatchKind | None = None) -> None:
+    def add(self, info: CommitInfo, finished_at: float | None = None, kind: BatchKind | None = None) -> None:
         """Adds one commit; the same shard again changes nothing.
 
         Args:
-            facts: of the commit.
+            info: of the commit.
             finished_at: when its last image was stored, in seconds since the epoch. Without it the commit counts in all
                 but the rate of all cards.
             kind: of its batches. Without it the commit counts in all but the rates of these.
         """
-        if facts.shard in self.attempts:
+        if info.shard in self.attempts:
             return
-        self.attempts[facts.shard] = facts.attempt
-        self.failed_rows += facts.failed_rows - facts.failed_before
-        self._images_again += facts.images_before
-        if not facts.again:
-            self.rows += facts.rows
-        card = self.card(facts.card, facts.node, facts.module)
+        self.attempts[info.shard] = info.attempt
+        self.failed_rows += info.failed_rows - info.failed_before
+        self._images_again += info.images_before
+        if not info.again:
+            self.rows += info.rows
+        card = self.card(info.card, info.node, info.module)
         card.shards += 1
-        card.failed_rows += facts.failed_rows
-        card.sums += facts.sums
+        card.failed_rows += info.failed_rows
+        card.sums += info.sums
         if kind is not None:
-            self._kinds[kind] = self._kinds.get(kind, ThroughputTotals()) + facts.sums
+            self._kinds[kind] = self._kinds.get(kind, ThroughputTotals()) + info.sums
         if finished_at is not None:
-            spent = facts.sums.steady_s + facts.sums.warmup_s + facts.sums.wait_s
+            spent = info.sums.steady_s + info.sums.warmup_s + info.sums.wait_s
             card.at_work.append((finished_at - spent, finished_at))
 
     def card(self, name: str, node: str, module: int | None) -> CardTally:

@@ -61,30 +61,30 @@ def verify(ledger: OutputReader, latest_shard_of_row: Mapping[int, int]) -> Veri
         latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
 
     Raises:
-        StorageError: storage failed for longer than the patience.
+        StorageError: storage failed for longer than `storage_patience`.
     """
-    findings = VerifyReport()
+    report = VerifyReport()
     attempts: set[str] = set()
     storage = ledger.storage
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for facts, table in ledger.commits():
-            directory = attempt_name(facts.shard, facts.attempt)
+        for info, table in ledger.commits():
+            directory = attempt_name(info.shard, info.attempt)
             attempts.add(directory)
             named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
-            counts = [path for path, row in named.items() if latest_shard_of_row.get(row["row"], 0) <= facts.shard]
-            findings.images += len(counts)
+            counts = [path for path, row in named.items() if latest_shard_of_row.get(row["row"], 0) <= info.shard]
+            report.images += len(counts)
             images_of = Counter(named[path]["row"] for path in counts)
             for path, data in zip(counts, pool.map(storage.get, counts), strict=True):
                 if data is None:
-                    findings.missing.append(path)
+                    report.missing.append(path)
                 elif hashlib.sha256(data).hexdigest() != named[path]["sha256"]:
-                    findings.torn.append(path)
+                    report.torn.append(path)
                 else:
                     continue
                 row = named[path]["row"]
-                findings.broken[row] = facts.shard
-                findings.images_of[row] = images_of[row]
+                report.broken[row] = info.shard
+                report.images_of[row] = images_of[row]
             paths = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
-            findings.foreign += [path for path in paths if path not in named]
-    findings.foreign += [f"images/{name}" for name in storage.names("images") if name not in attempts]
-    return findings
+            report.foreign += [path for path in paths if path not in named]
+    report.foreign += [f"images/{name}" for name in storage.names("images") if name not in attempts]
+    return report

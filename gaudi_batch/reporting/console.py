@@ -52,7 +52,7 @@ def say(text: str, end: str = "\n") -> None:
         raise OutputLost(error) from None
 
 
-def look_for_reader() -> None:
+def require_reader() -> None:
     """Raises OutputLost if standard output is a pipe that nobody reads any more, even if there is nothing to write."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)

@@ -24,7 +24,8 @@ WATCH_TIMEOUT_S = 15.0
 """Seconds for which a driver on another machine, which may be dead, is watched: it renews its lease every 10 s."""
 FRESH_PROGRESS_S = 60.0
 """A driver lives if it has written progress within these seconds, by this machine's clock."""
-LEASE_POLL_INTERVAL_S = 1.0
+WATCH_INTERVAL_S = 1.0
+"""Seconds between two readings of the lease of a driver that is watched."""
 MAX_CARDS_SHOWN = 32
 """Cards that are listed for a person."""
 REASONS_SHOWN = 10
@@ -36,12 +37,12 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     Args:
         ledger: of the run.
         watch_s: how many seconds to watch the lease of a driver of which it is not known whether it lives; by default
-            WATCH_SECONDS.
+            `WATCH_TIMEOUT_S`.
 
     Returns:
         `state` (`complete`, `complete with failed rows`, `stopped`, `running` or `silent`), the counts of shards and
-        images, and what progress.json, summary.json and verify.json add. `silent` is a run whose driver has let
-        nothing be heard of it, for `silent_s` seconds.
+        images, and what progress.json, summary.json and verify.json add. `silent` is a run whose driver has
+        written nothing for `silent_s` seconds.
 
     Raises:
         InputError: there is no run in the output.
@@ -109,7 +110,7 @@ def _watch(ledger: OutputReader, lease: Lease, written: Any, watch_s: float) -> 
     log.info("looking for up to %.0f s whether its driver, %s, lives", watch_s, lease.holder)
     since = time.monotonic()
     while True:
-        time.sleep(min(LEASE_POLL_INTERVAL_S, watch_s))
+        time.sleep(min(WATCH_INTERVAL_S, watch_s))
         now = read_lease(ledger.storage)
         if now is None or now.released:
             return "stopped", None

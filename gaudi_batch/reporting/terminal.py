@@ -20,7 +20,7 @@ from rich.text import Text
 from gaudi_batch.reporting.console import LossyStream
 from gaudi_batch.text import OneLineFormatter, counted, duration
 
-LINE_INTERVAL_S = 10.0
+PROGRESS_LINE_INTERVAL_S = 10.0
 """Seconds between two plain lines about the progress."""
 CARDS_INTERVAL_S = 60.0
 """Seconds between two sets of plain lines about the cards."""
@@ -91,9 +91,9 @@ class LineView:
         return None
 
     def show(self, progress: Progress) -> None:
-        """Logs a line every `LINE_INTERVAL_S`, and what the cards are doing every `CARDS_INTERVAL_S`."""
+        """Logs a line every `PROGRESS_LINE_INTERVAL_S`, and what the cards are doing every `CARDS_INTERVAL_S`."""
         now = time.monotonic()
-        if now - self._last >= LINE_INTERVAL_S:
+        if now - self._last >= PROGRESS_LINE_INTERVAL_S:
             self._last = now
             log.info("%s", progress.line())
         if now - self._cards_last >= CARDS_INTERVAL_S:

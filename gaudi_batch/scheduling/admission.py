@@ -77,7 +77,7 @@ class Admission:
         self._loaded: dict[int, Card] = {}
         self._stacks: Counter[Stack] = Counter()
         self._holders: dict[tuple[str, int], Card] = {}  # of the modules of a node
-        self._waiting: set[int] = set()  # loaded and not admitted yet
+        self._unadmitted: set[int] = set()  # loaded and not admitted yet
         self._judged: tuple[Stack | None, bool] = (None, False)  # what the last verdicts were based on
 
     def holder_of(self, loaded: LoadedCard) -> Card | None:
@@ -92,7 +92,7 @@ class Admission:
         """Notes that a card's process has loaded."""
         card.loaded = loaded
         self._loaded[card.number] = card
-        self._waiting.add(card.number)
+        self._unadmitted.add(card.number)
         self._stacks[Stack(loaded.stack)] += 1
         if loaded.module is not None:
             self._holders[loaded.node_id, loaded.module] = card
@@ -103,7 +103,7 @@ class Admission:
         if loaded is None:
             return
         del self._loaded[card.number]
-        self._waiting.discard(card.number)
+        self._unadmitted.discard(card.number)
         stack = Stack(loaded.stack)
         self._stacks[stack] -= 1
         if not self._stacks[stack]:
@@ -113,7 +113,7 @@ class Admission:
 
     def admitted(self, card: Card) -> None:
         """Notes that a card works from now on."""
-        self._waiting.discard(card.number)
+        self._unadmitted.discard(card.number)
 
     def settle(self) -> None:
         """Notes that a card has made a shard: the stack of this run's images is settled."""
@@ -131,7 +131,7 @@ class Admission:
             What is to be written down and said, and the cards that are admitted or refused.
         """
         before = self._vote.stack
-        self._vote.count(self._stacks, starting > len(self._waiting), now)
+        self._vote.count(self._stacks, starting > len(self._unadmitted), now)
         stack = self._vote.stack
         decisions: list[Decision] = []
         verdicts: list[Verdict] = []

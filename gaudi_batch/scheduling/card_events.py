@@ -116,7 +116,7 @@ class CardEvents:
             if isinstance(slow, StorageStalled):
                 held = [self._work.attempts[attempt].shard for attempt in card.in_flight]
                 stalled = held[:1] or [next(iter(self._state.shards))]
-            self._blame_death(card, event.error, slow is not None)
+            self._note_death(card, event.error, slow is not None)
         decisions = self.replace_or_quarantine(card, event.error)
         for shard in stalled:
             decisions += self._state.storage_failed(card.node, shard, event.error)
@@ -142,7 +142,7 @@ class CardEvents:
         if card.state in (CardState.STARTING, CardState.READY):
             self._lose_node(card)
         self.change(card, CardChange.NODE_GONE)
-        return []
+        return [GiveBack(card.number)]
 
     def leaving(self, event: CardLeaving) -> list[Decision] | None:
         """Lets the card finish what it has begun; it gets nothing more."""
@@ -244,7 +244,7 @@ class CardEvents:
 
     # -- what was at fault ---------------------------------------------------------------------------------------
 
-    def _blame_death(self, card: Card, error: str, no_row: bool) -> None:
+    def _note_death(self, card: Card, error: str, no_row: bool) -> None:
         """Counts the death of a card's process for the shards in flight; `no_row` says that no row caused it."""
         in_flight = list(card.in_flight)
         # A process may still store one shard while it makes the next.
@@ -262,14 +262,14 @@ class CardEvents:
                 at = None if no_row else live.at
                 failures.died(card.number, error, at, others)
                 if isinstance(at, Reading):
-                    self._blame_reading(failures, self._state.shards[live.shard], at, others)
+                    self._note_deadly_reading(failures, self._state.shards[live.shard], at, others)
                 self._state.try_again(live.shard)
             else:
                 # That shard may have been read or stored at the moment, or not have begun.
                 failures.announce = True
                 self._state.put_back(live.shard)
 
-    def _blame_reading(self, failures: ShardFailures, shard: Shard, at: Reading, others: bool) -> None:
+    def _note_deadly_reading(self, failures: ShardFailures, shard: Shard, at: Reading, others: bool) -> None:
         """Counts the death of a process for the row groups that it had announced to decode."""
         if self._work.row_groups.killed(shard, at):
             failures.count_tries_anew()
@@ -297,5 +297,5 @@ class CardEvents:
                 alone = failures.alone_on_node
                 failures.lost_with_node(card.number, live.at, others)
                 if alone and isinstance(live.at, Reading):
-                    self._blame_reading(failures, self._state.shards[live.shard], live.at, others)
+                    self._note_deadly_reading(failures, self._state.shards[live.shard], live.at, others)
             self._state.put_back(live.shard)

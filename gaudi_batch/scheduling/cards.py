@@ -30,10 +30,10 @@ class CardChange(Enum):
     """A change of a card's state."""
 
     PLACED = "the cluster gives it a place"
-    ADMITTED = "it has loaded, and is admitted"
+    ADMITTED = "it has loaded the model, and is admitted"
     REPLACED = "its process failed, and another is started"
     GIVEN_UP = "it failed too often, or its images would differ from the run's"
-    NODE_LEAVES = "its node announces its end"
+    NODE_LEAVES = "its node announces that it will be shut down"
     RELEASED = "it has finished what it had begun"
     NODE_GONE = "its node is gone"
 

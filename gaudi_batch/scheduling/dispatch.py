@@ -56,7 +56,7 @@ class Dispatch:
         self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # queued behind another shard and not recalled yet
         self._asked_back: set[str] = set()  # recalled and not answered yet
         self._reserved: dict[int, Card] = {}  # the cards that are kept free for suspect shards
-        self._due: set[int] = set()  # suspect shards for which a card or node may have become free
+        self._due: dict[int, None] = {}  # suspect shards for which a card or node may have become free
 
     def count_pending(self) -> int:
         """How many shards no card has."""
@@ -153,9 +153,9 @@ class Dispatch:
         self._free_node(live.shard, card.node)
         self.cards.file(card)
         if card.reserved_for is not None:
-            self._due.add(card.reserved_for)
+            self._due[card.reserved_for] = None
         if card.node in self.cards.exclusive:
-            self._due.add(self.cards.exclusive[card.node])
+            self._due[self.cards.exclusive[card.node]] = None
         return live
 
     def _unqueue(self, attempt: str, live: Attempt) -> None:
@@ -225,7 +225,8 @@ class Dispatch:
                     break
                 decisions += self._reserve(shard)
         while self._due:
-            shard = self._due.pop()
+            shard = next(iter(self._due))
+            del self._due[shard]
             card = self._reserved.get(shard)
             if card is None or card.in_flight:
                 continue
@@ -268,7 +269,7 @@ class Dispatch:
             self.cards.exclusive[chosen.node] = shard
         for card in cards:
             self.cards.file(card)
-        self._due.add(shard)
+        self._due[shard] = None
         return [recall for card in cards for recall in self.recall_queued_of(card)]
 
     def drop_reservation(self, card: Card) -> None:

@@ -1,4 +1,4 @@
-"""The events of a schedule and its decisions, so that those of a real run can be repeated elsewhere. Pure.
+"""The events of a schedule and its decisions, so that those of a real run can be repeated elsewhere.
 
     python -m gaudi_batch.scheduling.event_log events.bin
 

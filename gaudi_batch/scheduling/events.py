@@ -113,6 +113,14 @@ class RunFailed:
 
 
 @dataclass(frozen=True)
+class RaySilent:
+    """Ray has not answered the driver's question yet."""
+
+    seconds: float
+    """For so long."""
+
+
+@dataclass(frozen=True)
 class StopRequested:
     """Somebody asked the run to stop: it begins no more work and finishes what has begun."""
 
@@ -286,6 +294,7 @@ class StorageChecked:
 Event: TypeAlias = (
     ClusterSeen
     | RunFailed
+    | RaySilent
     | StopRequested
     | StopForced
     | CardPlaced

@@ -1,8 +1,9 @@
 """Which card gets which shard next, what is tried again, and which cards may work.
 
-All of the run's decisions are made in this room, and it knows nothing of Ray, of storage or of a clock. The driver
-tells it what happened (`events.py`) and carries out what comes back (`decisions.py`). So every corner can be reached by
-a test, a cluster of 10,000 cards can be simulated in seconds, and the events of a real run can be replayed.
+All of the run's decisions are made in this room, but for one: the driver's watchdog kills what passes a time limit. The
+room knows nothing of Ray, of storage or of a clock. The driver tells it what happened (`events.py`) and carries out
+what comes back (`decisions.py`). So every corner can be reached by a test, a cluster of 10,000 cards can be simulated
+in seconds, and the events of a real run can be replayed.
 
 The rules:
 
@@ -93,6 +94,7 @@ class Schedule:
             events.RecallAnswered: self._shards.recall_answered,
             events.ShardCommitted: self._shards.committed,
             events.StorageChecked: self._shards.storage_checked,
+            events.RaySilent: self._ray_silent,
             events.StopRequested: self._stop_requested,
             events.StopForced: self._ended,
             events.RunFailed: self._ended,
@@ -157,6 +159,12 @@ class Schedule:
         return self._work.count_pending()
 
     # -- the run ------------------------------------------------------------------------------------------------
+
+    def _ray_silent(self, event: events.RaySilent) -> list[Decision] | None:
+        timeout = self._state.rules.cluster_timeout_s
+        if event.seconds <= timeout:
+            return None
+        return self._ended(events.RunFailed(f"Ray has not answered for {timeout:g} s (limits.cluster)"))
 
     def _stop_requested(self, event: events.StopRequested) -> list[Decision]:
         self._state.stop(event.reason)

@@ -32,7 +32,7 @@ class Stack(Mapping[str, str]):
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """How two stacks differ: each name with its value in ours and in theirs."""
+    """How two stacks differ: each name with its value in the first and in the second."""
     names = sorted(one.keys() | other.keys())
     pairs = [(name, one.get(name, "missing"), other.get(name, "missing")) for name in names]
     return [(name, here, there_is) for name, here, there_is in pairs if here != there_is]
@@ -43,7 +43,7 @@ class StackVote:
 
     A card that has another waits. If any card has the stack that made the run's last images, that is it, for good. Else
     none works before all cards that the cluster has given have loaded or failed, and it is the one that most have. In a
-    new run the first card works at once, and the others' word counts until the first record of one is there, or
+    new run the first card works at once. The other cards' stacks count until a card has made the first record, or
     STACK_VOTE_TIMEOUT_S are over: as long as nothing is committed, a stack that more cards have takes its place.
 
     Args:

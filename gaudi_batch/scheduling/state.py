@@ -43,7 +43,7 @@ class Rules:
     max_cards: int | None = None
     """Cards to ask the cluster for as long as there is work for them; None takes what it has."""
     cluster_timeout_s: float = math.inf
-    """Seconds that the run waits for a card that works (`limits.cluster`)."""
+    """Seconds that the run waits for a card that works, and for an answer of Ray (`limits.cluster`)."""
     requirements: Requirements = field(default_factory=Requirements)
     """What a card must have to make images of this run."""
 

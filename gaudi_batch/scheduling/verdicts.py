@@ -22,8 +22,7 @@ CHANCE = 1e-6
 
 @dataclass
 class StorageFailures:
-    """The nodes for which storage has failed since a card last stored a shard. Storage is gone when it fails for the
-    driver, too, or for every node that has cards, if these are at least two: what one node can't do, another may.
+    """The nodes for which storage has failed since a card last stored a shard.
 
     It is gone when it fails for the driver, too, or for every node that has cards, if these are at least two: what one
     node can't do, another may.

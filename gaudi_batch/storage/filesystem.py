@@ -146,7 +146,7 @@ def lacks_credentials(filesystem: Any, error: BaseException) -> bool:
     return _is_anonymous_for_want(filesystem) and status_of(error) in (401, 403)
 
 
-def look_for_credentials_again(filesystem: Any) -> None:
+def search_credentials_again(filesystem: Any) -> None:
     """Makes the library look for credentials again: s3fs keeps a client that found none, and gcsfs remembers that there
     are none. Other libraries look at each request."""
     if is_s3(filesystem):

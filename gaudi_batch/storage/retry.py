@@ -20,7 +20,7 @@ KEEP_INTERVAL_S = 1.0
 """Seconds between two questions whether an operation under way may go on."""
 CREDENTIALS_TIMEOUT_S = 60.0
 """Seconds for which credentials that were there before are asked for again: a service that gives out those of a role
-answers again within seconds, and a node that has lost its role has to say so long before the job's patience is over."""
+answers again within seconds, and a node that has lost its role has to say so long before `storage_patience` is over."""
 PERMANENT_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,

@@ -1,9 +1,9 @@
 """A filesystem whose operations are tried again while they fail.
 
 What a store itself calls impossible (no permission, no such bucket, a full disk) is raised at once; all else that goes
-wrong is tried again with backoff and jitter, for as long as the job's patience lasts. So is a bucket that is not there,
+wrong is tried again with backoff and jitter, for as long as `storage_patience`. So is a bucket that is not there,
 or credentials that are not, once they have been. A try that does not come back is given up and counts as one that
-failed, so nothing waits for storage longer than the patience and one more try.
+failed, so nothing waits for storage longer than that and one more try.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.redaction import learn, redact
-from gaudi_batch.storage.filesystem import lacks_credentials, look_for_credentials_again, subdue
+from gaudi_batch.storage.filesystem import lacks_credentials, search_credentials_again, subdue
 from gaudi_batch.storage.retry import CREDENTIALS_TIMEOUT_S, bucket_is_gone, delays, is_permanent, run_with_timeout
 
 T = TypeVar("T")
@@ -34,13 +34,13 @@ END_TIMEOUT_S = 10.0
 
 
 class Retrying:
-    """A filesystem that repeats operations which fail, for as long as the patience lasts.
+    """A filesystem that repeats operations which fail, for as long as `retry_timeout_s`.
 
     Args:
         filesystem: of fsspec.
         url: what messages call it.
         options: its options, which may be secrets.
-        patience: seconds for which a failing operation is tried again; may be changed while operations go on.
+        retry_timeout_s: seconds for which a failing operation is tried again.
     """
 
     def __init__(self, filesystem: Any, url: str, options: Mapping[str, Any], retry_timeout_s: float) -> None:
@@ -49,7 +49,7 @@ class Retrying:
         self.options = dict(options)
         self.retry_timeout_s = retry_timeout_s
         self.try_timeout_s = TRY_TIMEOUT_S
-        self.trouble = ""
+        self.last_error = ""
         """The error of the last try that failed, for code that waits."""
         self._known = False  # whether the bucket and the credentials were there before
         self._running: dict[object, float] = {}
@@ -87,7 +87,7 @@ class Retrying:
         seconds: float = TRY_TIMEOUT_S,
         before: Callable[[], None] = lambda: None,
     ) -> T:
-        """Runs an operation until it succeeds, storage refuses it, or the patience is over.
+        """Runs an operation until it succeeds, storage refuses it, or `retry_timeout_s` is over.
 
         Args:
             what: the operation, as one says "can't ...".
@@ -109,13 +109,13 @@ class Retrying:
                 before()
                 try:
                     if without_credentials:
-                        look_for_credentials_again(self.filesystem)
+                        search_credentials_again(self.filesystem)
                         without_credentials = False
                     return operation() if self.filesystem.async_impl else run_with_timeout(operation, seconds)
                 except Exception as error:
                     waited = time.monotonic() - started
                     reason = redact(" ".join(f"{type(error).__name__}: {error}".split()), self.options)
-                    self.trouble = f": {reason[:200]}"
+                    self.last_error = f": {reason[:200]}"
                     retry_timeout_s, limit = self.retry_timeout_s, " (storage_patience)"
                     if self._known and lacks_credentials(self.filesystem, error):
                         retry_timeout_s, limit = min(retry_timeout_s, CREDENTIALS_TIMEOUT_S), ""

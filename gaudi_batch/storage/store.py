@@ -53,7 +53,7 @@ class Storage(Retrying):
     Args:
         url: root; a plain path is a local directory.
         options: fsspec storage options.
-        patience: seconds for which a failing operation is tried again; may be changed while operations go on.
+        retry_timeout_s: seconds for which a failing operation is tried again.
         read_only: whether nothing is to be written there.
     """
 

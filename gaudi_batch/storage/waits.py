@@ -14,9 +14,10 @@ log = logging.getLogger(__name__)
 
 FIRST_LINE_S = 3.0
 """Seconds until a wait is logged."""
-LINE_INTERVAL_S = 30.0
+WAIT_LINE_INTERVAL_S = 30.0
 """Seconds between two lines about a wait."""
 CONNECT_TIMEOUT_S = 10.0
+"""Seconds that a connection to a host may take before the network is said not to lead there."""
 PORTS = {"https": 443, "http": 80}
 
 
@@ -33,7 +34,7 @@ def told_if_slow(what: Callable[[], str]) -> Iterator[None]:
         seconds = FIRST_LINE_S
         while not over.wait(seconds):
             log.warning("%s", what())
-            seconds = LINE_INTERVAL_S
+            seconds = WAIT_LINE_INTERVAL_S
 
     threading.Thread(target=tell, daemon=True).start()
     try:

@@ -43,7 +43,7 @@ from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import CardDied, CardLoaded, CardPlaced, LoadedCard
 from gaudi_batch.scheduling.schedule import Schedule
-from gaudi_batch.scheduling.state import RowCounts
+from gaudi_batch.scheduling.state import RowCounts, Rules
 from gaudi_batch.storage.store import Storage
 
 BUCKET = Bucket(64, 64, 20, 7.5)
@@ -217,7 +217,7 @@ async def a_driver(cluster_s: float = 60.0) -> Driver:
     """A driver whose cluster never gives a card."""
     config = JobConfig(prompts="p", output="o", device="simulated", limits={"cluster": cluster_s})
     setup: Any = SimpleNamespace(job=SimpleNamespace(config=config))
-    schedule = Schedule([Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4))
+    schedule = Schedule([Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4), Rules(cluster_timeout_s=cluster_s))
     recorder: Any = Recorder()
     return Driver(CardsOfRun(setup, CardResources("HPU", 1)), schedule, recorder, recorder, recorder)
 

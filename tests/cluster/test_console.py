@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import command_line, read_manifest
 
-from gaudi_batch.reporting.console import OutputLost, look_for_reader
+from gaudi_batch.reporting.console import OutputLost, require_reader
 
 COMMAND = (sys.executable, "-m", "gaudi_batch")
 PATIENCE_SECONDS = 60
@@ -190,8 +190,8 @@ def test_a_pipe_whose_reader_is_gone_is_seen_without_a_word(monkeypatch: pytest.
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        look_for_reader()
+        require_reader()
         os.close(reader)
         with pytest.raises(OutputLost) as lost:
-            look_for_reader()
+            require_reader()
         assert lost.value.closed

@@ -180,8 +180,8 @@ def test_a_card_has_the_built_in_model_of_its_own_package(tmp_path: Path) -> Non
     from gaudi_batch.pipelines.cpu import fetch
 
     shutil.copytree(BUILTIN_MODELS / "shapes", tmp_path / "where the driver has it")
-    facts = vars(describe_model(config("builtin:shapes"))) | {"path": str(tmp_path / "where the driver has it")}
-    assert fetch(ModelInfo(**facts), None) == str(BUILTIN_MODELS / "shapes")
+    info = vars(describe_model(config("builtin:shapes"))) | {"path": str(tmp_path / "where the driver has it")}
+    assert fetch(ModelInfo(**info), None) == str(BUILTIN_MODELS / "shapes")
 
 
 def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +190,8 @@ def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pyte
     commit = put_into_hub_cache(tmp_path, "someone/shapes", BUILTIN_MODELS / "shapes")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    facts = describe_model(config("someone/shapes"))
-    assert (facts.hub, facts.path, facts.revision, facts.width) == (True, "someone/shapes", commit, 64)
+    info = describe_model(config("someone/shapes"))
+    assert (info.hub, info.path, info.revision, info.width) == (True, "someone/shapes", commit, 64)
     with pytest.raises(InputError, match="'someone/other': no such directory here"):
         describe_model(config("someone/other"))
     with pytest.raises(InputError, match="at revision 'v9'"):

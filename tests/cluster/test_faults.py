@@ -382,7 +382,7 @@ def test_a_run_that_is_abandoned_while_commits_are_under_way_keeps_their_images(
         return commit(self, info, data)
 
     monkeypatch.setattr(Ledger, "commit", slow_then_broken)
-    monkeypatch.setattr("gaudi_batch.driver.committer.COMMIT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("gaudi_batch.driver.committer.CLOSE_TIMEOUT_S", 0.1)
     with pytest.raises(RunStopped, match="the store is gone"):
         make(prompts, tmp_path / "out", cluster, {}, shard_size=8)
     time.sleep(2)  # commits that were under way come through now
@@ -407,9 +407,9 @@ def test_what_a_driver_that_was_taken_for_dead_commits_after_all_stays(
     (output / "lease.json").write_text(json.dumps(lease | {"released": True}))
     commit = Ledger.commit
 
-    def overtaken(self: Ledger, facts: CommitInfo, data: bytes) -> bool:
-        theirs[facts.shard].write_bytes(held[facts.shard])
-        return commit(self, facts, data)
+    def overtaken(self: Ledger, info: CommitInfo, data: bytes) -> bool:
+        theirs[info.shard].write_bytes(held[info.shard])
+        return commit(self, info, data)
 
     monkeypatch.setattr(Ledger, "commit", overtaken)
     result = make(prompts, output, cluster, {})

@@ -20,7 +20,7 @@ from raynodes import RayCluster
 from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
 from gaudi_batch.cluster.connection import CardResources, attached
 from gaudi_batch.cluster.placement import node_of
-from gaudi_batch.driver.trial import _hold
+from gaudi_batch.driver.trial import _occupy
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.storage.store import Storage
 
@@ -104,7 +104,7 @@ def test_a_bad_node_is_not_tried_card_after_card_while_another_has_some(two_node
     with attached(two_nodes):
         nodes = [str(node["NodeID"]) for node in ray.nodes()]
         for bad, other in (nodes, nodes[::-1], nodes):
-            group = _hold(CardResources("HPU", 1), "trial", Counter({bad: 1}))
+            group = _occupy(CardResources("HPU", 1), "trial", Counter({bad: 1}))
             assert group.wait(60)
             assert node_of(group) == other
             remove_placement_group(group)

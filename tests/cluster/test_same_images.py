@@ -209,8 +209,8 @@ def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Pa
     ledger = Ledger(output, Seen())
     ledger.run()
     assert ledger.use_stack({"torch": "2"}) == {"torch": "1"}
-    facts = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
-    assert ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
+    info = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
+    assert ledger.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
     assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
     assert OutputReader(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
 
@@ -224,8 +224,8 @@ def test_every_change_between_stacks_warns_that_was_made_before_too(tmp_path: Pa
     assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
     assert ledger.use_stack({"torch": "2"}) == {"torch": "2"}, "another took its place before anything was committed"
     assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
-    facts = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
-    ledger.commit(facts, manifest.build([], pa.table({}), {}, {}, 0, facts))
+    info = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
+    ledger.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
     assert stacks(tmp_path / "out") == [*both, {"torch": "1"}]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
@@ -295,6 +296,18 @@ def wire(to: int) -> Iterator[tuple[int, threading.Event]]:
     threading.Thread(target=listen, daemon=True).start()
     with listener:
         yield listener.getsockname()[1], open_wire
+
+
+def test_the_handlers_that_an_application_has_on_the_log_of_ray_keep_their_level() -> None:
+    handler = logging.NullHandler()
+    logging.getLogger("ray").addHandler(handler)
+    try:
+        with pytest.raises(InputError, match="jobs are submitted to a dashboard"):
+            jobs_client.JobsClient("head:8265")
+        assert handler.level == logging.NOTSET
+        assert not logging.getLogger("ray.dashboard.modules.job.sdk").isEnabledFor(logging.WARNING)
+    finally:
+        logging.getLogger("ray").removeHandler(handler)
 
 
 def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None
         clock.hear(now)
         sums = ThroughputTotals(batches=1, images=10, steady_images=10, steady_s=10.0)
         card, finished = f"card {shard % 2}", clock.convert(now + off)
-        facts = CommitInfo(shard, f"aaaaa{shard}", card, "n", 0, 0, 0, 10, sums, finished_at=finished)
-        table, facts = manifest.read(manifest.build([], pa.table({}), {}, {}, 0, facts))
-        tally.add(facts, manifest.finished_at(table, facts))
+        info = CommitInfo(shard, f"aaaaa{shard}", card, "n", 0, 0, 0, 10, sums, finished_at=finished)
+        table, info = manifest.read(manifest.build([], pa.table({}), {}, {}, 0, info))
+        tally.add(info, manifest.finished_at(table, info))
     assert tally.images_per_s == pytest.approx(2.0)
 
 

@@ -22,7 +22,7 @@ from gaudi_batch.storage.store import Storage
 QUICK = {
     "LEASE_TTL_S": 8,
     "RENEW_DEADLINE_S": 4,
-    "COMMIT_TIMEOUT_S": 2,
+    "MANIFEST_TIMEOUT_S": 2,
     "RENEW_INTERVAL_S": 1,
     "LEASE_POLL_INTERVAL_S": 0.5,
 }
@@ -33,7 +33,7 @@ from gaudi_batch.cli import main as cli
 from gaudi_batch.output import lease
 from gaudi_batch.output import ledger
 vars(lease).update({QUICK!r})
-ledger.COMMIT_TIMEOUT_S = lease.COMMIT_TIMEOUT_S
+ledger.MANIFEST_TIMEOUT_S = lease.MANIFEST_TIMEOUT_S
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -159,7 +159,7 @@ def test_log_and_status_say_what_a_card_does_that_takes_long(
                 told.append(command_line("status", output, "--json").stdout)
                 return
 
-    for name in ("loop.UNUSUAL_INTERVAL_S", "loop.PROGRESS_INTERVAL_S", "fleet.POLL_INTERVAL_S"):
+    for name in ("loop.UNUSUAL_INTERVAL_S", "loop.PROGRESS_INTERVAL_S", "fleet.CARD_POLL_INTERVAL_S"):
         monkeypatch.setattr(f"gaudi_batch.driver.{name}", 0.2)
     monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_INTERVAL_S", 1.0)
     asking = threading.Thread(target=ask)

@@ -69,7 +69,7 @@ def main() -> None:
     rest = ray.get(others)
     os.kill(held[1]["pid"], signal.SIGKILL)
     replacement = ray.get(Card.remote().acquire.remote(IMPORT_ORDERS[0]))
-    facts = {
+    info = {
         "resources": ray.cluster_resources().get("HPU"),
         "held": held,
         "rest": rest,
@@ -77,7 +77,7 @@ def main() -> None:
         "driver": os.getpid(),
     }
     ray.shutdown()
-    json.dump(facts, sys.stdout)
+    json.dump(info, sys.stdout)
 
 
 if __name__ == "__main__":

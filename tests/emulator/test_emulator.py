@@ -167,17 +167,17 @@ def test_ray_finds_the_cards_and_each_actor_holds_its_own(tmp_path: Path) -> Non
         HABANA_VISIBLE_MODULES=MODULES,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    facts = json.loads(run.stdout.splitlines()[-1])
-    assert facts["resources"] == 8
-    for card in [*facts["held"], facts["replacement"]]:
+    info = json.loads(run.stdout.splitlines()[-1])
+    assert info["resources"] == 8
+    for card in [*info["held"], info["replacement"]]:
         assert card["visible"] == card["still_visible"]
         assert (card["count"], card["device"], card["acquired_by_import"]) == (1, "hpu:0", False)
-    all_held = [*facts["held"], *facts["rest"]]
+    all_held = [*info["held"], *info["rest"]]
     assert sorted(int(card["visible"]) for card in all_held) == list(range(2, 10))
-    assert all(card["module"] == int(card["visible"]) for card in facts["rest"])
-    assert facts["replacement"]["visible"] == facts["held"][1]["visible"]
+    assert all(card["module"] == int(card["visible"]) for card in info["rest"])
+    assert info["replacement"]["visible"] == info["held"][1]["visible"]
     counted = [json.loads(path.read_text()) for path in (tmp_path / "counters").glob("*.json")]
-    expected = {card["pid"]: int(card["visible"]) for card in [*all_held, facts["replacement"]]}
+    expected = {card["pid"]: int(card["visible"]) for card in [*all_held, info["replacement"]]}
     assert {record["pid"]: record["module"] for record in counted} == expected  # no driver, no raylet
 
 

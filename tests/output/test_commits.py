@@ -58,9 +58,9 @@ def driver(server: StoreServer, proxy: FaultProxy, output: Storage, monkeypatch:
 
 
 def a_manifest(shard: int, attempt: str, size: int = 0) -> tuple[CommitInfo, bytes]:
-    facts = CommitInfo(shard, attempt, "card", "node", None, 0, 0, 0, ThroughputTotals())
-    data = manifest.build([], pa.table({}), {}, {}, 0, facts)
-    return facts, data[:4] + bytes(size) + data[4:]  # a file without rows is whole whatever is in its midst
+    info = CommitInfo(shard, attempt, "card", "node", None, 0, 0, 0, ThroughputTotals())
+    data = manifest.build([], pa.table({}), {}, {}, 0, info)
+    return info, data[:4] + bytes(size) + data[4:]  # a file without rows is whole whatever is in its midst
 
 
 @pytest.mark.parametrize("server", CREATING, indirect=True)
@@ -68,7 +68,7 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network held it for so long that it was given up, and another driver committed."""
-    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 0.5)
     fault = proxy.add(Fault("late", "PUT|POST", count=1))
     driver._storage.retry_timeout_s = 0.0
     with pytest.raises(StorageError, match="can't write manifest/000003"):
@@ -91,17 +91,17 @@ def test_a_manifest_whose_answer_was_lost_is_committed(
         storage = Storage(output.url, options, retry_timeout_s=10.0)
         storage.creates = driver._storage.creates
         fault = proxy.add(Fault("lost answer", "PUT|POST", count=1))
-        facts, data = a_manifest(shard, f"aaaaa{shard}")
-        assert Ledger(storage, driver).commit(facts, data) is True
+        info, data = a_manifest(shard, f"aaaaa{shard}")
+        assert Ledger(storage, driver).commit(info, data) is True
         assert fault.hits == 1
         assert output.get(manifest_path(shard)) == data
 
 
 @pytest.mark.parametrize("server", [*CREATING, "s3"], indirect=True)
 def test_a_torn_manifest_in_object_storage_is_no_commit(output: Storage, driver: LeaseKeeper) -> None:
-    facts, data = a_manifest(3, "aaaaa1")
+    info, data = a_manifest(3, "aaaaa1")
     output.put(manifest_path(3), data[:100])
-    assert Ledger(driver._storage, driver).commit(facts, data) is True
+    assert Ledger(driver._storage, driver).commit(info, data) is True
     assert output.get(manifest_path(3)) == data
 
 
@@ -205,11 +205,11 @@ def held(driver: LeaseKeeper) -> bool:
 def test_a_manifest_that_takes_long_to_write_is_committed(
     server: StoreServer, proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 0.5)
     storage = Storage(output.url, server.options_at(proxy.port), retry_timeout_s=0.0)
     fault = proxy.add(Fault("slow", "PUT", "/manifest/"))
-    facts, data = a_manifest(3, "aaaaa1", size=3_000_000)
-    assert committed(lambda: Ledger(storage, driver).commit(facts, data))
+    info, data = a_manifest(3, "aaaaa1", size=3_000_000)
+    assert committed(lambda: Ledger(storage, driver).commit(info, data))
     assert fault.hits == 1
     assert output.get(manifest_path(3)) == data
 
@@ -225,7 +225,7 @@ def committed(commit: Callable[[], bool]) -> bool:
 def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
     proxy: FaultProxy, output: Storage, driver: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 600.0)
     monkeypatch.setattr(retry, "KEEP_INTERVAL_S", 0.1)
     given_up = threading.Event()
 

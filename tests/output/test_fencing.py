@@ -64,8 +64,8 @@ def take_over(output: Storage) -> None:
 
 
 def a_manifest(shard: int, attempt: str, run: str = "") -> tuple[CommitInfo, bytes]:
-    facts = CommitInfo(shard, attempt, "card", "node", None, 0, 0, 0, ThroughputTotals(), run)
-    return facts, manifest.build([], pa.table({}), {}, {}, 0, facts)
+    info = CommitInfo(shard, attempt, "card", "node", None, 0, 0, 0, ThroughputTotals(), run)
+    return info, manifest.build([], pa.table({}), {}, {}, 0, info)
 
 
 def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
         sync(path)
 
     monkeypatch.setattr(disk, "sync", slow)
-    monkeypatch.setattr(ledger, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 0.5)
     records = Ledger(output, first)
     with pytest.raises(StorageError, match="no answer"):
         records.commit(*a_manifest(3, "aaaaa1"))
@@ -206,11 +206,11 @@ def test_a_record_with_threads_that_can_t_be_is_refused(threads: object, output:
 def test_a_torn_manifest_and_that_of_another_run_are_no_commit(run: str, output: Storage, first: LeaseKeeper) -> None:
     records = Ledger(output, first)
     records._info = RunInfo({}, {}, {}, "", 4, 4, run_id="this run")
-    facts, data = a_manifest(3, "aaaaa1", run)
+    info, data = a_manifest(3, "aaaaa1", run)
     output.put(manifest_path(3), data if run else data[:100])
     assert list(records.commits()) == []
-    facts, data = a_manifest(3, "aaaaa2", "this run")
-    assert records.commit(facts, data) is True
+    info, data = a_manifest(3, "aaaaa2", "this run")
+    assert records.commit(info, data) is True
     assert [found.attempt for found, _ in records.commits()] == ["aaaaa2"]
 
 
@@ -525,5 +525,5 @@ def test_a_driver_that_can_t_find_out_what_its_store_can_counts_up_no_more(
     keeper = LeaseKeeper(output, "aaaaa")
     with pytest.raises(StorageError, match="it does not answer"):
         keeper.take()
-    keeper._beating.join(10)
-    assert not keeper._beating.is_alive()
+    keeper._renewing.join(10)
+    assert not keeper._renewing.is_alive()

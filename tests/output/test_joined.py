@@ -44,12 +44,12 @@ def commit(ledger: Ledger, shard: int, rows: Sequence[PromptRow], again: bool = 
         for image in range(row.num_images)
     }
     failures = {row.row: row.error for row in rows if row.error is not None}
-    facts = CommitInfo(
+    info = CommitInfo(
         shard, "aaaaa0", "c", "n", None, len(rows), len(failures), len(images), ThroughputTotals(), again=again
     )
     carried = pa.table({"topic": pa.array([f"topic {row.row}" for row in rows])})
-    assert ledger.commit(facts, manifest.build(rows, carried, images, failures, 0, facts))
-    return facts.attempt
+    assert ledger.commit(info, manifest.build(rows, carried, images, failures, 0, info))
+    return info.attempt
 
 
 def rows_of(numbers: Sequence[int], **columns: Sequence[Any]) -> list[PromptRow]:
@@ -121,12 +121,14 @@ def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_pat
     assert json.loads(found.stdout) == expected
 
 
+# It ends past the interpreter's end, at which a thread of pyarrow may abort the process.
 READ_WITH_PANDAS = """
-import json, pandas
+import json, os, pandas
 images = {read}
 values = {{name: [None if pandas.isna(value) else value for value in images[name]] for name in {names}}}
 assert {{type(value) for column in values.values() for value in column}} <= {{int, type(None)}}
-print(json.dumps(values))
+print(json.dumps(values), flush=True)
+os._exit(0)
 """
 
 
@@ -163,14 +165,14 @@ def test_when_the_last_image_was_stored_is_known_to_the_microsecond(ledger: Ledg
 
 
 def test_a_manifest_with_a_number_that_can_t_be_is_none() -> None:
-    for facts, whole in (
+    for info, whole in (
         (CommitInfo(3, "a", "c", "n", None, MAX_SEED, 0, 0, ThroughputTotals()), True),
         (CommitInfo(3, "a", "c", "n", None, 2**63, 0, 0, ThroughputTotals()), False),
         (CommitInfo(3, "a", "c", "n", None, 0, 0, 0, ThroughputTotals(), finished_at=-1.0), False),
     ):
-        data = manifest.build([], pa.table({}), {}, {}, 0, facts)
+        data = manifest.build([], pa.table({}), {}, {}, 0, info)
         if whole:
-            assert manifest.read(data)[1] == facts
+            assert manifest.read(data)[1] == info
         else:
             with pytest.raises(ValueError, match="a number of its attempt can't be"):
                 manifest.read(data)

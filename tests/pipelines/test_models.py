@@ -197,12 +197,12 @@ def test_a_malicious_pickle_is_not_run_by_a_job_that_allows_pickled_weights(
     import torch
 
     pickle_weights(model / component, Malice(ran))
-    facts = describe_model(config(model, use_safetensors=False))
+    info = describe_model(config(model, use_safetensors=False))
     with pytest.raises(Exception, match=r"weights_only|Weights only|Unable to load weights"):
-        load(model, use_safetensors=facts.use_safetensors)
+        load(model, use_safetensors=info.use_safetensors)
     torch.save({"weight": Malice(ran)}, next((model / component).glob("*.bin")))
     with pytest.raises(Exception, match=r"weights_only|Weights only|Unable to load weights"):
-        load(model, use_safetensors=facts.use_safetensors)
+        load(model, use_safetensors=info.use_safetensors)
     assert not ran.exists()
 
 
@@ -260,7 +260,7 @@ def test_the_gaudi_pipeline_looks_at_a_model_in_the_same_way(
     monkeypatch.setitem(sys.modules, "habana_frameworks.torch.hpu", types.SimpleNamespace(get_device_name=str))
     for name in ("require_stack", "_acquire", "_describe_device", "prepare"):
         monkeypatch.setattr(gaudi, name, lambda *_: None)
-    facts = ModelInfo(**vars(describe_model(config("builtin:shapes"))) | {"name": "m", "path": str(model)})
+    info = ModelInfo(**vars(describe_model(config("builtin:shapes"))) | {"name": "m", "path": str(model)})
     with pytest.raises(InputError, match="brings code"):
-        gaudi.GaudiPipeline(config(model, device="hpu"), facts, 1)
+        gaudi.GaudiPipeline(config(model, device="hpu"), info, 1)
     assert not ran.exists()

@@ -89,15 +89,15 @@ def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[in
         do(schedule.handle(CardPlaced(card)))
         later(0.3 * card, "ready", card)
     while events:
-        now, _, (kind, *facts) = heapq.heappop(events)
+        now, _, (kind, *info) = heapq.heappop(events)
         if kind == "ready":
-            do(schedule.handle(loaded(facts[0])))
+            do(schedule.handle(loaded(info[0])))
         elif kind == "recalled":
-            do(schedule.handle(RecallAnswered(*facts)))
+            do(schedule.handle(RecallAnswered(*info)))
         elif kind == "committed":
-            do(schedule.handle(ShardCommitted(facts[0])))
+            do(schedule.handle(ShardCommitted(info[0])))
         else:
-            card, task, seconds = facts
+            card, task, seconds = info
             hands[card].remove(task)
             working.discard(card)
             work(card)

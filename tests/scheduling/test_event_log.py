@@ -45,6 +45,30 @@ def test_a_schedule_decides_the_same_when_it_is_told_the_same(seed: int, count: 
     assert 0 < events_told <= 2 * max_events
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_what_dead_cards_leave_is_assigned_in_the_same_order_from_any_snapshot(seed: int) -> None:
+    rng = Random(seed)
+    log = EventLog(Schedule(shards(8), "a", RowCounts(32), RULES), 3)
+    world = World(log.schedule)
+    world.handle = log.handle
+    for card in range(5):
+        world.join(card, f"node {card % 3}")
+        world.ready(card)
+    while not world.finished:
+        busy = [card for card, tasks in world.hands.items() if tasks]
+        if busy and rng.random() < 0.4:
+            world.die(max(busy, key=lambda card: len(world.hands[card])))
+        elif busy and rng.random() < 0.5:
+            world.finish_first(rng.choice(busy))
+        elif world.commits:
+            world.commit_first()
+        elif world.recalls:
+            world.answer_recall(True)
+        elif world.starting:
+            world.ready(rng.choice(sorted(world.starting)))
+        assert replay(log.dump())[1] == []
+
+
 def test_another_decision_than_the_logged_one_is_found() -> None:
     version, kept, snapshot, entries = pickle.loads(zlib.decompress(play(1, 8, 10_000).dump()))
     number = next(number for number, entry in enumerate(entries) if entry.decisions)

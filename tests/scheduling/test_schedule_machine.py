@@ -41,13 +41,19 @@ ENDS = ("no card is left", "nodes in a row", "no card that works")
 class ScheduleMachine(RuleBasedStateMachine):
     """A run of which anything can happen at any time."""
 
-    @initialize(count=st.integers(1, 12), keys=st.integers(1, 3), graphs=st.integers(1, 3), cards=st.integers(1, 5))
-    def begin(self, count: int, keys: int, graphs: int, cards: int) -> None:
+    @initialize(
+        count=st.integers(1, 12),
+        keys=st.integers(1, 3),
+        graphs=st.integers(1, 3),
+        cards=st.integers(1, 5),
+        max_events=st.sampled_from([3, 10_000]),
+    )
+    def begin(self, count: int, keys: int, graphs: int, cards: int, max_events: int) -> None:
         self.count = count
         schedule = Schedule(
             shards(count, buckets=keys), "a", RowCounts(ROWS * count), replace(RULES, max_graphs=graphs)
         )
-        self.log = EventLog(schedule)
+        self.log = EventLog(schedule, max_events)
         self.world = World(schedule)
         self.world.handle = self.log.handle
         self.lost = [0, 0, 0]  # how often each node was lost; one that comes in its place has another name

@@ -56,7 +56,7 @@ def test_requests_to_s3_have_time_limits_of_their_own_unless_the_job_sets_them()
 
 
 def test_what_a_driver_begins_while_it_is_certain_ends_before_another_may_take_over() -> None:
-    assert lease.RENEW_DEADLINE_S + lease.COMMIT_TIMEOUT_S < lease.LEASE_TTL_S
+    assert lease.RENEW_DEADLINE_S + lease.MANIFEST_TIMEOUT_S < lease.LEASE_TTL_S
     assert lease.RENEW_INTERVAL_S < lease.RENEW_DEADLINE_S / 2
 
 

@@ -36,7 +36,7 @@ from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage import retry, retrying, waits
 from gaudi_batch.storage import store as storage_module
-from gaudi_batch.storage.filesystem import look_for_credentials_again
+from gaudi_batch.storage.filesystem import search_credentials_again
 from gaudi_batch.storage.store import Storage
 
 
@@ -278,13 +278,13 @@ def test_a_card_that_finds_no_credentials_of_google_for_a_moment_looks_again(
     driver.put("run.json", b"{}")
     google_roles.fails = True
     card = pickle.loads(pickle.dumps(driver))
-    again = look_for_credentials_again
+    again = search_credentials_again
 
     def look_again(filesystem: Any) -> None:
         again(filesystem)
         google_roles.fails = False  # after the first look in vain
 
-    monkeypatch.setattr(retrying, "look_for_credentials_again", look_again)
+    monkeypatch.setattr(retrying, "search_credentials_again", look_again)
     assert whatever_it_takes(lambda: card.get("run.json")) == b"{}"
     assert not google_roles.fails
 
@@ -296,13 +296,13 @@ def test_credentials_of_google_that_can_not_be_renewed_for_a_moment_are_waited_f
     driver = Storage(f"gs://bucket/{tmp_path.name}", closed_gcs)
     driver.put("run.json", b"{}")
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=no_sleep))  # it tries again for half a minute
-    again = look_for_credentials_again
+    again = search_credentials_again
 
     def look_again(filesystem: Any) -> None:
         again(filesystem)
         google_roles.fails = False
 
-    monkeypatch.setattr(retrying, "look_for_credentials_again", look_again)
+    monkeypatch.setattr(retrying, "search_credentials_again", look_again)
     google_roles.fails = True
     driver.filesystem.credentials.credentials.expiry = datetime.datetime(2026, 1, 1)
     assert whatever_it_takes(lambda: driver.get("run.json")) == b"{}"

@@ -186,22 +186,22 @@ def _facts(func: Any) -> _Facts:
 
 def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Runs one ATen operation on the values, wraps what is new, and records it if a graph is being captured."""
-    facts = _facts(func)
+    info = _facts(func)
     given: dict[int, torch.Tensor] = {}
     host_args = [_take_values(argument, given) for argument in args]
     host_kwargs = {name: _take_values(value, given) for name, value in kwargs.items()}
-    if not facts.mixes and any(not isinstance(tensor, HpuTensor) and tensor.dim() for tensor in given.values()):
+    if not info.mixes and any(not isinstance(tensor, HpuTensor) and tensor.dim() for tensor in given.values()):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, hpu:0 and cpu!"
             f" (when checking the arguments of {func})"
         )
     if host_kwargs.get("device") is not None and host_kwargs["device"].type == "hpu":
         host_kwargs["device"] = _CPU
-    results = _call(func, facts, host_args, host_kwargs)
+    results = _call(func, info, host_args, host_kwargs)
     recording = getattr(recorder, "active", None)
     if recording is not None:
         recording.add(func, host_args, host_kwargs, results)
-    if facts.mutates:
+    if info.mutates:
         for tensor in given.values():
             _follow_shape(tensor)
     return _give_back(results, given)
@@ -250,13 +250,13 @@ def _follow_shape(tensor: torch.Tensor) -> None:
             torch.Tensor.data.__set__(tensor, HpuTensor(host))  # type: ignore[attr-defined]
 
 
-def _call(func: Any, facts: _Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _call(func: Any, info: _Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.aten.copy_.default and 0 in args[0].stride():
         _copy_into_expanded(args[0], args[1])
         return args[0]
-    if not facts.draws:
+    if not info.draws:
         return func(*args, **kwargs)
-    if not facts.takes_generator:
+    if not info.takes_generator:
         return drawing_from_default(lambda: func(*args, **kwargs))
     generator = kwargs.get("generator")
     if generator is None:
