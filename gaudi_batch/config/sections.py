@@ -50,7 +50,9 @@ class Section(BaseModel):
     """A part of a job: immutable, and with no other fields than it declares."""
 
     # An error that quotes what it was given would show the secrets of a job.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, hide_input_in_errors=True
+    )
 
 
 class EncodingConfig(Section):
