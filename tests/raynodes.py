@@ -134,7 +134,7 @@ class RayCluster:
         """Starts the head and waits until it runs."""
         board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
         options = ["--head", "--port", str(self.port), *board, "--temp-dir", self.session]
-        options += ["--ray-client-server-port", "0"]  # none
+        options += ["--ray-client-server-port", str(free_port())]
         options += ["--system-config", json.dumps(self.system_config), *self.head_options]
         self.add(*options, **self.head_environment)
         return self

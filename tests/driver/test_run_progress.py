@@ -1,0 +1,93 @@
+"""progress.json and the terminal say what the commits, the cards and the faults say."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from world import RULES, shards
+
+from gaudi_batch.card.messages import CardStatus, Ready
+from gaudi_batch.dataset.reasons import FailedRows
+from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts
+
+ROWS = 4
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("gaudi_batch.driver.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def run() -> RunProgress:
+    schedule = Schedule(shards(3), "a", RowCounts(3 * ROWS), RULES)
+    return RunProgress(schedule, CommitTotals(), FailedRows({}), 3 * ROWS, 0, lambda card_s: [])
+
+
+def card(number: int, images: int) -> Slot:
+    ready = Ready("id", "host", number, 1, 0.5, {}, "", None, 1)
+    slot = Slot(number, name=f"host-{number}", ready=ready, actor=object(), placed=0.0)
+    slot.status = CardStatus("batch", 1.0, 0.0, images)
+    return slot
+
+
+def commit(shard: int, images: int) -> CommitInfo:
+    sums = ThroughputTotals(images=images, steady_images=images, steady_s=2.0)
+    return CommitInfo(shard, f"aaaaa{shard}", "host-0", "host", 0, ROWS, ROWS - images, images, sums, "run")
+
+
+def test_images_are_those_of_commits_and_those_that_cards_have_stored(run: RunProgress, clock: list[float]) -> None:
+    run.committed(commit(0, ROWS), None)
+    waits: dict[str, Any] = {}
+    assert run.progress([card(0, 2), card(1, 1)], waits, None).images == ROWS + 3
+    dead = card(2, 3)
+    dead.actor = None
+    assert run.progress([dead], waits, None).images == ROWS, "what a dead process stored is named by no manifest"
+
+
+def test_images_of_failed_rows_are_missing_from_the_total(run: RunProgress, clock: list[float]) -> None:
+    run.committed(commit(0, ROWS - 1), None)
+    run.committed(commit(1, ROWS), None)
+    described = run.describe([], {}, None, "running")
+    assert (described["images"], described["images_total"], described["images_missing"]) == (2 * ROWS - 1, 3 * ROWS, 1)
+
+
+def test_the_rate_is_that_of_the_last_minute(run: RunProgress, clock: list[float]) -> None:
+    rates = []
+    for second in range(120):
+        clock[0] = 1000.0 + second
+        stored = second if second < 60 else 60 + 2 * (second - 60)
+        rates.append(run.progress([card(0, stored)], {}, None).images_per_s)
+    assert rates[:3] == [None, None, None], "a rate of a moment says nothing"
+    known = [rate for rate in rates if rate is not None]
+    assert known[50] == pytest.approx(1.0)
+    assert known[-1] == pytest.approx(2.0, abs=0.05)
+    assert all(later >= before - 1e-9 for before, later in itertools.pairwise(known[60:]))
+
+
+def test_the_latest_faults_are_kept_and_all_are_counted(run: RunProgress, clock: list[float]) -> None:
+    slot = card(0, 0)
+    run.introduce(slot)
+    for number in range(FAULTS_KEPT + 5):
+        run.fault(slot, f"fault {number}")
+    described = run.describe([slot], {}, "a card", "running")
+    assert [fault["what"] for fault in described["faults"]] == [f"fault {n}" for n in range(5, FAULTS_KEPT + 5)]
+    assert described["cards"]["host-0"]["faults"] == FAULTS_KEPT + 5
+    assert described["waits_for"] == "a card"
+
+
+def test_the_hours_of_cards_go_on_until_their_place_is_given_back(run: RunProgress, clock: list[float]) -> None:
+    held, returned, asked = card(0, 0), card(1, 0), Slot(2)
+    held.placed, returned.placed, returned.given_back = 400.0, 400.0, 500.0
+    run.describe([held, returned, asked], {}, None, "running")
+    assert run.card_s == 600.0 + 100.0
