@@ -37,6 +37,7 @@ from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output.formats.encoding import encode
+from gaudi_batch.output.formats.base import OutputFormat
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.reader import OutputReader
@@ -265,7 +266,7 @@ class Card:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(BatchAnnounced(attempt, rows)))
 
     def _store_batch(
-        self, output: FilesOutput, batch: StoredBatch, made: list[MadeImage], storage_failed: threading.Event
+        self, output: OutputFormat, batch: StoredBatch, made: list[MadeImage], storage_failed: threading.Event
     ) -> StoredBatch:
         left = count = len(made)
         lock = threading.Lock()
@@ -289,7 +290,7 @@ class Card:
             future.add_done_callback(finished)
         return batch
 
-    def _finish(self, work: ShardRows, output: FilesOutput, maker: ShardMaker, stored: list[StoredBatch]) -> None:
+    def _finish(self, work: ShardRows, output: OutputFormat, maker: ShardMaker, stored: list[StoredBatch]) -> None:
         """Waits until the shard's images are stored and sends its record to the driver."""
         try:
             card = CardIdentity(self._name, self._node, self._module, self._pipeline.device)

@@ -15,7 +15,7 @@ from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import throughput_path
 from gaudi_batch.output import manifest
-from gaudi_batch.output.formats.files import FilesOutput
+from gaudi_batch.output.formats.base import OutputFormat
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.pipelines.base import Item
@@ -94,7 +94,7 @@ class ShardRecorder:
         self._clock = clock
 
     def record(
-        self, card: CardIdentity, shard: ShardRows, output: FilesOutput, maker: ShardMaker, batches: list[StoredBatch]
+        self, card: CardIdentity, shard: ShardRows, output: OutputFormat, maker: ShardMaker, batches: list[StoredBatch]
     ) -> Done:
         """Waits until the images are stored, removes those of rows that failed after all, and stores the throughput
         lines; returns the record.
