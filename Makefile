@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# uv does the same in a tenth of the time, but does not read pip's configuration.
+INSTALL ?= $(BIN)/python -m pip install --quiet
 DEMO_OUTPUT ?= demo-output
 AZURITE := 3.37.0
 FLOORS := .venv-floors
@@ -21,11 +23,11 @@ $(BIN)/python:
 
 # The base install is enough for the demo.
 $(VENV)/.base: pyproject.toml constraints.txt constraints-gaudi.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt constraints-gaudi.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $(VENV)/.base $@
 
 # The server of Azure Blob Storage that the tests use.
@@ -35,7 +37,7 @@ $(VENV)/.azurite-$(AZURITE): | $(BIN)/python
 
 # Where one test looks for it: beside the packages, since pyarrow imports it in every process that finds it.
 $(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/pandas pandas pytz tzdata
+	$(INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/pandas pandas pytz tzdata
 	touch $@
 
 demo: $(VENV)/.base ## run a job of 200 bundled prompts on two cards of this machine

@@ -102,6 +102,15 @@ def the_log_is_as_an_application_finds_it() -> Iterator[None]:
 
 
 @pytest.fixture
+def thread_cards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process have their cards in it, too; see threadcards.py."""
+    import threadcards  # not before Ray's token is in the environment
+
+    if request.node.get_closest_marker("processes") is None:
+        threadcards.put_in_place(monkeypatch)
+
+
+@pytest.fixture
 def write_prompts(tmp_path: Path) -> Callable[..., Path]:
     """Writes Parquet files of prompts and returns their directory."""
 

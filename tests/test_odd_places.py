@@ -27,6 +27,8 @@ from gaudi_batch.driver.connecting import check_reachable
 from gaudi_batch.driver.runner import run
 from gaudi_batch.reporting.terminal import Progress, open_view
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 log = logging.getLogger("gaudi_batch")
 HALF = Progress(5, 10, 0, 1, 1, 2.0)
 

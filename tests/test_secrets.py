@@ -22,6 +22,8 @@ from gaudi_batch.redaction import has_secret, redact, redacted_options
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import OneLineFormatter, one_line
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 SECRET = "xyzzy-of-somebody"
 SMALL: dict[str, Any] = {"prompts": "p.parquet", "output": "out", "device": "simulated"}
 

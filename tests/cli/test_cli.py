@@ -27,6 +27,7 @@ def test_help_and_version_answer_at_once() -> None:
     assert "Denoising steps. (default: 50)" in " ".join(command_line("run", "--help").stdout.split())
 
 
+@pytest.mark.ray
 def test_code_that_a_job_brings_along_needs_no_installation(prompts: Path, tmp_path: Path) -> None:
     """Here with the packages that it depends on, and without its own."""
     packages = tmp_path / "packages"

@@ -12,6 +12,8 @@ from helpers import read_manifest
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, run
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 Make = Callable[..., RunResult]
 
 

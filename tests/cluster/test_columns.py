@@ -18,6 +18,8 @@ from gaudi_batch import InputError, JobConfig, RunResult, StorageError, run
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.storage.store import Storage
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 UNLIKE: dict[str, tuple[Any, pa.DataType, pa.DataType]] = {
     "integers": (7, pa.int8(), pa.int16()),
     "decimals": (Decimal("7.25"), pa.decimal128(5, 2), pa.decimal128(12, 4)),

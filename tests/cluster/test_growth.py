@@ -26,6 +26,8 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.pipelines.sources import builtin_directory
 from gaudi_batch.storage.store import Storage
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 FIELDS: dict[str, Any] = {"device": "simulated", "shard_size": 8, "batch_size": 4, "cards": 1}
 SIMULATED: dict[str, Any] = {"batch_seconds": 0.0}
 

@@ -24,6 +24,8 @@ from gaudi_batch.driver.trial import _occupy
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.storage.store import Storage
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 NO_CARD: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 4096}, "model": "builtin:shapes"}
 """A job for which no machine has a card."""
 

@@ -18,6 +18,8 @@ from helpers import StoreServer
 import gaudi_batch
 from gaudi_batch import InputError, JobConfig, RunStopped, load_manifest, run
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 PUBLIC = (
     "GaudiBatchError",
     "InputError",

@@ -19,6 +19,8 @@ from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, run
 from gaudi_batch.dataset.rows import PromptRow, image_seed
 from gaudi_batch.plan import Bucket
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 FAST = {"batch_seconds": 0.01}
 
 
@@ -36,6 +38,7 @@ def throughput_lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in output.glob("throughput/*/*.jsonl") for line in path.read_text().splitlines()]
 
 
+@pytest.mark.processes
 def test_every_image_is_there_once_and_named_by_the_manifest(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     result = make(prompts, output, cluster)
@@ -121,6 +124,7 @@ def test_every_card_of_the_cluster_works_on_a_module_of_its_own(prompts: Path, t
     assert min(card["images"] for card in summary["cards"].values()) > 0
 
 
+@pytest.mark.processes
 def test_the_same_job_gives_the_same_bytes_on_any_number_of_cards(prompts: Path, tmp_path: Path, cluster: str) -> None:
     make(prompts, tmp_path / "a", cluster, num_images=3, cards=1, shard_size=7)
     make(prompts, tmp_path / "b", cluster, num_images=3, cards=4, shard_size=50)

@@ -20,6 +20,8 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.storage import retry
 from gaudi_batch.storage.store import Storage
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,8 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 
 def rate(*commits: tuple[str, float, float, int]) -> float | None:
     """The rate of a run whose cards each finished a shard at a time that took them so long and had so many images."""

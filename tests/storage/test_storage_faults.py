@@ -39,6 +39,8 @@ from gaudi_batch.storage import store as storage_module
 from gaudi_batch.storage.filesystem import search_credentials_again
 from gaudi_batch.storage.store import Storage
 
+pytestmark = pytest.mark.usefixtures("thread_cards")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -603,11 +605,11 @@ def test_an_upload_that_nobody_reads_is_given_up_and_tried_again(
 ) -> None:
     monkeypatch.setattr(storage_module, "SLOWEST_BYTES_PER_S", 1e9)
     storage = Storage(f"s3://bucket/{tmp_path.name}", options(s3, proxy))
-    storage.try_timeout_s = 3.0
+    storage.try_timeout_s = 2.0
     fault = proxy.add(Fault("deaf", "PUT", "/big", count=1))
-    storage.put("big", bytes(2**25))
+    storage.put("big", bytes(2**24))
     assert fault.hits == 1
-    assert len(storage.get("big") or b"") == 2**25
+    assert len(storage.get("big") or b"") == 2**24
 
 
 def test_an_object_that_takes_long_to_read_is_read(s3: S3Server, proxy: FaultProxy, tmp_path: Path) -> None:
