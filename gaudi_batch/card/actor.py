@@ -36,8 +36,8 @@ from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.base import OutputFormat
+from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.reader import OutputReader
