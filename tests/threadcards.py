@@ -1,7 +1,7 @@
 """Cards as threads of the tests' own process, where a test is about records, rows or storage and not about processes.
 
-Ray places them, and `Card`, its mailbox, the driver and all messages are the real ones; only the process of each card is
-not started, which costs more than a small job. What a card is given and what it returns is pickled as Ray does.
+Ray places them, and `Card`, its mailbox, the driver and all messages are the real ones. Only the process of a card is
+not started, which costs more than a small job. What a card is given and what it returns is pickled, as Ray does.
 """
 
 from __future__ import annotations
