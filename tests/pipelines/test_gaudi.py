@@ -28,10 +28,10 @@ FLAGS = ("--model", "builtin:shapes", "--batch-size", "4", "--steps", "4", "--sh
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty rows of two shapes, of which one can't be run, so that batches are short in places."""
+    """Rows of two shapes, of which one can't be run, so that batches are short in places."""
     path = tmp_path_factory.mktemp("gaudi") / "prompts.parquet"
-    texts = [f"a large {COLOURS[row % 5]} circle on a yellow background" for row in range(30)]
-    table = {"prompt": [None if row == 11 else text for row, text in enumerate(texts)], "width": [64, 96, 64] * 10}
+    texts = [f"a large {COLOURS[row % 5]} circle on a yellow background" for row in range(18)]
+    table = {"prompt": [None if row == 11 else text for row, text in enumerate(texts)], "width": [64, 96, 64] * 6}
     pq.write_table(pa.table(table), path)
     return path
 
