@@ -84,8 +84,8 @@ def _placement(device: str) -> tuple[str, str, int | None]:
 
 
 def _start(places: Places, number: int) -> ThreadCard:
-    places._actors[number] = ThreadCard(places._setup, number)
-    return places._actors[number]
+    card = places._actors[number] = ThreadCard(places._setup, number)
+    return card
 
 
 def _kill(places: Places, number: int) -> None:
