@@ -48,7 +48,7 @@ quick: setup ## run the tests that need neither Ray nor a model, in under a minu
 
 # Without another worker for one that has crashed, since xdist then never ends.
 test: setup ## run all tests
-	$(BIN)/python -m pytest --numprocesses 5 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/python -m pytest --numprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
 
 # Of what decides about exactly-once. Threads count, other processes do not.
 coverage: setup ## measure branch coverage of scheduling, mailbox, lease and ledger by the quick tests
