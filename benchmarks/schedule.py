@@ -1,9 +1,11 @@
-"""What the schedule costs: simulated clusters of up to 10,000 cards, with slow cards and deaths among them.
+"""What the plan and the schedule cost: simulated clusters of up to 10,000 cards, with slow cards, deaths, lost nodes
+and a card that hangs at the end.
 
     python benchmarks/schedule.py            # all cases
-    python benchmarks/schedule.py --cards 1000 --keys 16
+    python benchmarks/schedule.py --cards 1000 --keys 16 --prompts 2560
 
-Cards are played on a simulated clock; what is measured is the time inside the schedule, for each event that it is told.
+Cards are played on a simulated clock. Measured are how long the run takes beside the ideal, and the time inside the
+schedule for each event that it is told.
 """
 
 from __future__ import annotations
@@ -11,20 +13,32 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.scheduling.state import RowCounts
+from gaudi_batch.scheduling.state import RowCounts, Rules
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gaudi_batch.plan import Bucket, GraphKey, Shard
-from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Quarantine, Recall, Replace, ShardTask
+from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard, ShardSizes, plan_shards
+from gaudi_batch.scheduling.decisions import (
+    Assign,
+    Commit,
+    Decision,
+    Drop,
+    Finish,
+    Quarantine,
+    Recall,
+    Replace,
+    ShardTask,
+)
 from gaudi_batch.scheduling.events import (
+    AttemptEnded,
     CardDied,
     CardGone,
     CardLoaded,
@@ -36,19 +50,25 @@ from gaudi_batch.scheduling.events import (
     ShardCommitted,
     ShardMade,
     ShardOutcome,
+    TimePassed,
 )
 from gaudi_batch.scheduling.schedule import Schedule
 
-CASES = [(256, 1, 10, 0), (256, 6, 10, 0), (1000, 16, 20, 0), (1000, 6, 10, 40), (10_000, 1, 10, 0), (10_000, 6, 10, 0)]
-"""Cards, graph keys, shards a card, and nodes that are lost twice."""
+BATCH = 8
+BATCH_SECONDS = 0.885
+"""As long as a batch of 8 of Stable Diffusion 2 takes a Gaudi 2 (optimum-habana's README)."""
+ROWS_OF_SHAPE = 64
+"""Rows that follow each other with one shape."""
 SHARD_SECONDS = 30.0
+"""Of shards that a case names a number of."""
 CAPTURE_SECONDS = 60.0
 START_SECONDS = 20.0
 SLOW_SHARE, SLOW_FACTOR = 0.01, 3.0
 DEATHS_PER_CARD_HOUR = 0.5
 CARDS_OF_A_NODE = 8
-COMMIT_TIMEOUT_S = 0.05
+COMMIT_SECONDS = 0.05
 RECALL_SECONDS = 0.01
+TICK_SECONDS = 0.2
 
 
 @dataclass
@@ -60,6 +80,7 @@ class _Card:
     graphs: set[GraphKey] = field(default_factory=set)
     working: bool = False
     gone: bool = False
+    hangs: bool = False
 
     @property
     def node(self) -> str:
@@ -72,7 +93,9 @@ class Simulation:
     Args:
         cards: how many.
         keys: graph keys, over which the shards are spread evenly, in random order.
-        shards: how many for each card.
+        shards: how many for each card, all of one size.
+        prompts: if not 0, how many for each card, planned as a job is that names no size, in place of shards.
+        hang: whether a card hangs in the last shard that is assigned.
         seed: of all that is drawn.
         deaths: whether processes die now and then.
         lost_nodes: nodes that are lost, and others come, when a fifth of the run's time is over and again when two are.
@@ -88,13 +111,22 @@ class Simulation:
         deaths: bool = True,
         lost_nodes: int = 0,
         watch: Callable[[Callable[[], list[Decision]]], list[Decision]] = lambda call: call(),
+        prompts: int = 0,
+        hang: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
-        buckets = [Bucket(64 * (1 + key), 64, 20, 7.5) for key in range(keys)]
-        order = [buckets[number % keys] for number in range(cards * shards)]
-        self.rng.shuffle(order)
-        plan = [Shard(number, 0, 8 * number, 8 * number + 8, bucket, 8, 8) for number, bucket in enumerate(order)]
-        self.schedule = Schedule(plan, "a", RowCounts(8 * len(plan)))
+        buckets = [Bucket(512 + 64 * key, 512, 50, 7.5) for key in range(keys)]
+        self.image_s = BATCH_SECONDS / BATCH if prompts else SHARD_SECONDS / BATCH
+        if prompts:
+            plan = list(self._plan(buckets, cards, prompts))
+        else:
+            order = [buckets[number % keys] for number in range(cards * shards)]
+            self.rng.shuffle(order)
+            plan = [Shard(number, 0, 8 * number, 8 * number + 8, bucket, 8, 8) for number, bucket in enumerate(order)]
+        self.images = sum(shard.images for shard in plan)
+        self.hang = hang
+        self.backups = 0
+        self.schedule = Schedule(plan, "a", RowCounts(self.images), Rules(batch_size=BATCH))
         self.cards = [_Card(number, self.rng.random() < SLOW_SHARE) for number in range(cards)]
         self.deaths = deaths
         self.lost_nodes = lost_nodes
@@ -108,11 +140,20 @@ class Simulation:
         self._tie = itertools.count()
         self._queue: list[tuple[float, int, Callable[..., list[Decision]], tuple[Any, ...]]] = []
 
+    def _plan(self, buckets: list[Bucket], cards: int, prompts: int) -> Iterator[Shard]:
+        rows, length = cards * prompts, ROWS_OF_SHAPE if len(buckets) > 1 else cards * prompts
+        spans = [
+            RowSpan(0, start, min(length, rows - start), self.rng.choice(buckets), 1)
+            for start in range(0, rows, length)
+        ]
+        return plan_shards(spans, rows, ShardSizes(BATCH, cards=cards))
+
     @property
     def ideal(self) -> float:
-        """Seconds that the run would take if work could be cut at will, without captures and deaths."""
+        """Seconds that the run would take if work could be cut at will, with the captures that it made and without
+        deaths, once its cards are ready."""
         speed = sum(1 / SLOW_FACTOR if card.slow else 1.0 for card in self.cards)
-        return len(self.schedule.shards) * SHARD_SECONDS / speed
+        return START_SECONDS + (self.images * self.image_s + self.captures * CAPTURE_SECONDS) / speed
 
     def run(self) -> float:
         """Plays it to its end; returns its simulated seconds."""
@@ -123,10 +164,16 @@ class Simulation:
             self._later(self._next_death(), self._die)
         for part in (0.2, 0.4) if self.lost_nodes else ():
             self._later(part * self.ideal, self._lose_nodes)
+        self._later(TICK_SECONDS, self._tick)
         while self._queue and not self.schedule.finished:
             self._now, _, happen, arguments = heapq.heappop(self._queue)
             happen(*arguments)
         return self._now
+
+    def _tick(self) -> None:
+        self._later(TICK_SECONDS, self._tick)
+        if self.schedule.is_waiting_for_time():
+            self._do(TimePassed(self._now))
 
     def _next_death(self) -> float:
         return self.rng.expovariate(DEATHS_PER_CARD_HOUR * len(self.cards) / 3600)
@@ -140,11 +187,14 @@ class Simulation:
             if isinstance(decision, Assign):
                 card = self.cards[decision.card]
                 card.in_flight.append(decision.task)
+                self.backups += decision.task.backup_of is not None
                 self._work(card)
             elif isinstance(decision, Recall):
                 self._later(RECALL_SECONDS, self._answer, decision)
+            elif isinstance(decision, Drop):
+                self._drop(self.cards[decision.card], decision.attempt)
             elif isinstance(decision, Commit):
-                self._later(COMMIT_TIMEOUT_S, self._do, ShardCommitted(decision.shard))
+                self._later(COMMIT_SECONDS, self._do, ShardCommitted(decision.shard))
             elif isinstance(decision, Replace):
                 self._restart(self.cards[decision.card])
             elif isinstance(decision, Finish):
@@ -163,7 +213,12 @@ class Simulation:
             return
         card.working = True
         task = card.in_flight[0]
-        seconds = SHARD_SECONDS * self.rng.uniform(0.95, 1.05) * (SLOW_FACTOR if card.slow else 1.0)
+        seconds = task.shard.images * self.image_s * self.rng.uniform(0.95, 1.05) * (SLOW_FACTOR if card.slow else 1.0)
+        if self.hang and self.schedule.pending() == 0 and not task.announce:
+            self.hang, card.hangs = False, True
+        if card.hangs:
+            seconds = math.inf
+        self._later(0.0, self._begun, task)
         if task.shard.bucket.graph_key not in card.graphs:
             card.graphs.add(task.shard.bucket.graph_key)
             self.captures += 1
@@ -171,12 +226,28 @@ class Simulation:
         self._later(seconds, self._done, card, card.process, task, seconds)
 
     def _done(self, card: _Card, process: int, task: ShardTask, seconds: float) -> None:
-        if card.process != process:
+        if card.process != process or task not in card.in_flight:
             return
         card.in_flight.remove(task)
         card.working = False
         self._work(card)
-        self._do(ShardMade(task.attempt, ShardOutcome(8, 0, 0, seconds=seconds)))
+        self._do(ShardMade(task.attempt, ShardOutcome(task.shard.rows, 0, 0, seconds=seconds)))
+
+    def _begun(self, task: ShardTask) -> None:
+        self._do(ShardBegun(task.attempt, True, self._now))
+
+    def _drop(self, card: _Card, attempt: str) -> None:
+        """A card that works on it ends it after its batch."""
+        working = bool(card.in_flight) and card.in_flight[0].attempt == attempt
+        card.in_flight = [task for task in card.in_flight if task.attempt != attempt]
+        if not card.hangs:
+            self._later(self.image_s * BATCH if working else 0.0, self._dropped, card, card.process, attempt, working)
+
+    def _dropped(self, card: _Card, process: int, attempt: str, was_working: bool) -> None:
+        if card.process == process:
+            card.working = card.working and not was_working
+            self._do(AttemptEnded(card.number, attempt))
+            self._work(card)
 
     def _answer(self, recall: Recall) -> None:
         in_flight = self.cards[recall.card].in_flight
@@ -218,10 +289,34 @@ class Simulation:
         card.process += 1
         card.in_flight.clear()
         card.graphs.clear()
-        card.working = False
+        card.working = card.hangs = False
 
 
-def measure(cards: int, keys: int, shards: int, lost_nodes: int) -> str:
+@dataclass(frozen=True)
+class Case:
+    """What is simulated."""
+
+    cards: int
+    keys: int = 1
+    prompts: int = 1000
+    """For each card."""
+    lost_nodes: int = 0
+    """Nodes that are lost, twice."""
+    hang: bool = False
+
+
+CASES = [
+    *(Case(cards, keys) for cards in (64, 1000) for keys in (1, 6, 16)),
+    Case(256, 1, 2560),
+    Case(1000, 6, lost_nodes=40),
+    *(Case(cards, 1, hang=True) for cards in (64, 1000)),
+    Case(10_000, 1),
+    Case(10_000, 6),
+    Case(10_000, 1, hang=True),
+]
+
+
+def measure(case: Case) -> str:
     """One case, as a line."""
     inside = longest = 0.0
 
@@ -233,13 +328,15 @@ def measure(cards: int, keys: int, shards: int, lost_nodes: int) -> str:
         inside, longest = inside + took, max(longest, took)
         return decisions
 
-    simulation = Simulation(cards, keys, shards, lost_nodes=lost_nodes, watch=watch)
+    simulation = Simulation(
+        case.cards, case.keys, 0, lost_nodes=case.lost_nodes, watch=watch, prompts=case.prompts, hang=case.hang
+    )
     seconds = simulation.run()
     assert simulation.reason is None, simulation.reason
     return (
-        f"{cards:6d} cards  {keys:2d} keys  {len(simulation.schedule.shards):7d} shards  {simulation.dead:4d} deaths  "
-        f"{2 * lost_nodes:3d} nodes lost  "
-        f"{simulation.quarantined} quarantined  "
+        f"{case.cards:6d} cards  {case.keys:2d} keys  {len(simulation.schedule.shards):7d} shards  "
+        f"{simulation.dead:4d} deaths  {2 * case.lost_nodes:3d} nodes lost  {int(case.hang)} hang  "
+        f"{simulation.backups:4d} backups  {simulation.quarantined} quarantined  "
         f"{1e6 * inside / simulation.events:7.1f} us an event  {1e3 * longest:7.1f} ms the longest  "
         f"{simulation.captures:6d} captures  {seconds / simulation.ideal:.3f} of ideal"
     )
@@ -250,12 +347,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=int)
     parser.add_argument("--keys", type=int, default=1)
-    parser.add_argument("--shards", type=int, default=10, help="for each card")
+    parser.add_argument("--prompts", type=int, default=1000, help="for each card")
+    parser.add_argument("--hang", action="store_true", help="a card hangs in the last shard that is assigned")
     parser.add_argument("--lost-nodes", type=int, default=0, help="nodes that are lost, twice")
     arguments = parser.parse_args()
-    cases = [(arguments.cards, arguments.keys, arguments.shards, arguments.lost_nodes)] if arguments.cards else CASES
-    for case in cases:
-        print(measure(*case), flush=True)
+    one = Case(arguments.cards, arguments.keys, arguments.prompts, arguments.lost_nodes, arguments.hang)
+    for case in [one] if arguments.cards else CASES:
+        print(measure(case), flush=True)
 
 
 if __name__ == "__main__":

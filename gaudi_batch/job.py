@@ -20,7 +20,7 @@ from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
 from gaudi_batch.pipelines.sources import ModelInfo, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.pipelines.stack import versions
-from gaudi_batch.plan import Bucket, Shard, plan_shards
+from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.storage.filesystem import open_filesystem
 
@@ -90,20 +90,18 @@ class Job:
         """Rows of the dataset that the job takes."""
         return min(self.dataset.rows, self.config.limit or self.dataset.rows)
 
-    def plan(self, since: int = 0, first: int = 0) -> Iterator[Shard]:
+    def plan(self, cards: int, since: int = 0, first: int = 0) -> Iterator[Shard]:
         """The shards of the job, from the dataset.
 
         Args:
+            cards: how many cards it may have.
             since: the first row to plan.
             first: number of the first shard.
         """
+        config = self.config
+        sizes = ShardSizes(config.batch_size, config.num_images, config.shard_size, cards)
         return plan_shards(
-            row_spans(self.dataset, self.rules, self.config.limit, since),
-            self.total_rows - since,
-            self.config.shard_size,
-            self.config.batch_size,
-            self.config.num_images,
-            first,
+            row_spans(self.dataset, self.rules, config.limit, since), self.total_rows - since, sizes, first
         )
 
     def fingerprint(self) -> dict[str, Any]:

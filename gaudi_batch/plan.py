@@ -13,8 +13,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+PARTS_OF_SHARE = 16
+"""Parts of a card's share of what is left, of which a shard is one."""
+MAX_IMAGES = 1024
+"""Images of a shard at most, where its rows ask for one each."""
+MAX_WORK = 5e9
+"""Pixels times steps of a shard at most, counted twice with guidance: 119 images of 1024 x 1024 in 20 steps with
+guidance, which take a Gaudi 2 two and a half minutes at the 0.782 images/s of MLPerf Inference 4.0 (SDXL), and one that
+runs a larger model up to some ten."""
+MAX_SHARDS = 900_000
+"""Shards of a plan that chooses its sizes, at most, but for those that files and buckets cut."""
+RECUT_FACTOR = 2
+"""A resumed run is cut anew where a shard is so many times larger than it would be planned now."""
+MAX_INT = 2**63 - 1
 TAIL_SHARE = 0.1
-"""The share of the rows, at the end of the plan, that goes into smaller shards, so that the cards finish together."""
+"""Where the job names a size: the share of the rows, at the end of the plan, that goes into smaller shards."""
 TAIL_DIVISOR = 4
 """How many times smaller those shards are."""
 
@@ -46,6 +59,11 @@ class Bucket(NamedTuple):
     height: int
     steps: int
     guidance_scale: float
+
+    @property
+    def work(self) -> int:
+        """Pixels times steps of an image, twice that with guidance."""
+        return self.width * self.height * self.steps * (2 if self.guidance_scale > 1 else 1)
 
     @property
     def graph_key(self) -> GraphKey:
@@ -103,28 +121,92 @@ class Shard:
         return self.only is not None
 
 
-def plan_shards(
-    runs: Iterable[RowSpan], total_rows: int, shard_size: int, batch_size: int, num_images: int = 1, first: int = 0
-) -> Iterator[Shard]:
+@dataclass(frozen=True)
+class ShardSizes:
+    """How large shards are.
+
+    Where the job says nothing, a shard gets one part in `PARTS_OF_SHARE` of a card's share of the images that are left,
+    but at least a batch. So shards shrink towards the end of the plan to single batches, and the cards finish together:
+    guided self-scheduling (Polychronopoulos and Kuck, IEEE Transactions on Computers 36, 1987).
+    """
+
+    batch_size: int
+    """Images of one pipeline call."""
+    num_images: int = 1
+    """Images that a row of the job usually asks for."""
+    rows: int | None = None
+    """About how many rows a shard holds, in whole batches; None follows what is left."""
+    cards: int = 1
+    """Cards that the job may have."""
+
+    def fits(self, shard: Shard, images: int) -> bool:
+        """Whether a shard is not much larger than it would be planned now, with so many images left."""
+        left = _Left(images, 1)
+        return shard.images <= RECUT_FACTOR * self.next(RowSpan(0, 0, 1, shard.bucket, 1), left)[1]
+
+    def next(self, run: RowSpan, left: _Left) -> tuple[int, int]:
+        """How much the next shard may hold.
+
+        Args:
+            run: its first rows.
+            left: what no shard has yet.
+
+        Returns:
+            Rows and images; it is full when it has either.
+        """
+        if self.rows is not None:
+            small = left.rows <= left.total_rows * TAIL_SHARE
+            unit = self.batch_size // math.gcd(self.batch_size, self.num_images)
+            wanted = max(1, self.rows // TAIL_DIVISOR) if small else self.rows
+            return max(1, round(wanted / unit)) * unit, MAX_INT
+        most = min(MAX_IMAGES, MAX_WORK / run.bucket.work)
+        images = max(
+            min(left.images / (self.cards * PARTS_OF_SHARE), most), left.images / max(1, MAX_SHARDS - left.shards_cut)
+        )
+        unit = math.lcm(self.batch_size, max(1, run.num_images))
+        if unit > max(images, self.batch_size):
+            unit = max(1, run.num_images)  # whole batches would take more rows than the shard is to have
+        # Rows that ask for no image are as many as those that ask for one.
+        rows = max(1, int(images // unit)) * unit if run.num_images == 0 else MAX_INT
+        return rows, max(1, int(images // unit)) * unit
+
+
+@dataclass
+class _Left:
+    """What of a dataset no shard has yet."""
+
+    total_rows: int
+    num_images: int
+    rows_seen: int = 0
+    images_seen: int = 0
+    shards_cut: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.total_rows - self.rows_seen
+
+    @property
+    def images(self) -> float:
+        """About how many images: the rows that come ask for as many as those before."""
+        mean = self.images_seen / self.rows_seen if self.rows_seen else self.num_images
+        return self.rows * mean
+
+
+def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, first: int = 0) -> Iterator[Shard]:
     """Cuts a dataset into shards.
 
     Args:
         runs: the rows, in order of file and row.
         total_rows: rows in all runs together.
-        shard_size: about how many rows a shard holds. It is rounded to whole batches, and is never less than one.
-        batch_size: images of one pipeline call.
-        num_images: images that a row of the job usually asks for.
+        sizes: how large shards are.
         first: number of the first shard.
 
     Yields:
         Shards in order of their numbers, which hold every row once.
     """
-    unit = batch_size // math.gcd(batch_size, num_images)
-    full = _whole_batches(shard_size, unit)
-    small = _whole_batches(max(1, shard_size // TAIL_DIVISOR), unit)
-    tail_from = total_rows - total_rows * TAIL_SHARE
+    left = _Left(total_rows, sizes.num_images)
     opened: dict[Bucket, _OpenShard] = {}
-    number, seen = first, 0
+    number = first
     current_file = -1
     for run in runs:
         if run.file != current_file:
@@ -133,20 +215,21 @@ def plan_shards(
                 number += 1
             opened.clear()
             current_file = run.file
-        start, left = run.start, run.rows
-        while left:
-            shard = opened.get(run.bucket) or _OpenShard(
-                run.file, start, run.bucket, small if seen >= tail_from else full
-            )
+        start, rows = run.start, run.rows
+        while rows:
+            shard = opened.get(run.bucket) or _OpenShard(run.file, start, run.bucket, *sizes.next(run, left))
             opened[run.bucket] = shard
-            taken = min(left, shard.capacity - shard.rows)
+            taken = min(rows, shard.room(run.num_images))
             shard.rows += taken
             shard.images += taken * run.num_images
-            start, left, seen = start + taken, left - taken, seen + taken
+            left.rows_seen += taken
+            left.images_seen += taken * run.num_images
+            start, rows = start + taken, rows - taken
             shard.stop = start
-            if shard.rows == shard.capacity:
+            if shard.is_full:
                 yield opened.pop(run.bucket).close(number)
                 number += 1
+                left.shards_cut += 1
     for shard in sorted(opened.values(), key=lambda shard: shard.start):
         yield shard.close(number)
         number += 1
@@ -157,17 +240,23 @@ class _OpenShard:
     file: int
     start: int
     bucket: Bucket
-    capacity: int
+    max_rows: int
+    max_images: int
     rows: int = 0
     images: int = 0
     stop: int = 0
 
+    @property
+    def is_full(self) -> bool:
+        return self.rows >= self.max_rows or self.images >= self.max_images
+
+    def room(self, num_images: int) -> int:
+        """Rows of so many images each that it takes until it is full."""
+        rows = self.max_rows - self.rows
+        return min(rows, -(-(self.max_images - self.images) // num_images)) if num_images else rows
+
     def close(self, number: int) -> Shard:
         return Shard(number, self.file, self.start, self.stop, self.bucket, self.rows, self.images)
-
-
-def _whole_batches(rows: int, unit: int) -> int:
-    return max(1, round(rows / unit)) * unit
 
 
 @dataclass(frozen=True)

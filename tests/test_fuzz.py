@@ -31,7 +31,7 @@ from gaudi_batch.output.lease import read_lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
-from gaudi_batch.plan import Bucket, Shard, plan_shards
+from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
 from gaudi_batch.reporting.status import describe_status, read_status
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import load_yaml
@@ -317,7 +317,7 @@ def read_all(prompts: Path) -> int:
     """Opens, plans and reads a dataset as a job does; returns the number of its rows."""
     config = JobConfig(prompts=str(prompts), output="out", device="simulated")
     dataset = open_prompts(config)
-    shards = list(plan_shards(row_spans(dataset, RULES), dataset.rows, 4, 2))
+    shards = list(plan_shards(row_spans(dataset, RULES), dataset.rows, ShardSizes(2, rows=4)))
     count = 0
     for shard in shards:
         rows, carried = dataset.read(shard, RULES)

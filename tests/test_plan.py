@@ -1,14 +1,27 @@
-"""The plan holds every row once, never mixes buckets, and ends in small shards."""
+"""The plan holds every row once, never mixes buckets, and ends in small shards, of sizes that suit the cards."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
+from collections import Counter, deque
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaudi_batch.plan import TAIL_DIVISOR, Bucket, RowSpan, plan_shards, summarize
+from gaudi_batch.plan import (
+    MAX_IMAGES,
+    MAX_SHARDS,
+    MAX_WORK,
+    PARTS_OF_SHARE,
+    TAIL_DIVISOR,
+    Bucket,
+    RowSpan,
+    ShardSizes,
+    plan_shards,
+    summarize,
+)
 
 BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]
 
@@ -30,7 +43,7 @@ def test_every_row_is_in_one_shard_of_its_own_bucket(
     runs: list[RowSpan], shard_size: int, batch_size: int, num_images: int
 ) -> None:
     total = sum(run.rows for run in runs)
-    shards = list(plan_shards(runs, total, shard_size, batch_size, num_images))
+    shards = list(plan_shards(runs, total, ShardSizes(batch_size, num_images, shard_size)))
     assert [shard.number for shard in shards] == list(range(len(shards)))
     bucket_of = {(run.file, run.start + i): run for run in runs for i in range(run.rows)}
     seen: Counter[tuple[int, int]] = Counter()
@@ -50,7 +63,8 @@ def test_every_row_is_in_one_shard_of_its_own_bucket(
 def test_one_file_without_shapes_is_cut_into_whole_batches(
     rows: int, shard_size: int, batch_size: int, num_images: int
 ) -> None:
-    shards = list(plan_shards([RowSpan(0, 0, rows, BUCKETS[0], num_images)], rows, shard_size, batch_size, num_images))
+    sizes = ShardSizes(batch_size, num_images, shard_size)
+    shards = list(plan_shards([RowSpan(0, 0, rows, BUCKETS[0], num_images)], rows, sizes))
     assert all(shard.images % batch_size == 0 for shard in shards[:-1])
     unit = batch_size // math.gcd(batch_size, num_images)
     assert max(shard.rows for shard in shards) <= max(unit, shard_size + unit)
@@ -60,11 +74,68 @@ def test_one_file_without_shapes_is_cut_into_whole_batches(
 
 
 def test_the_last_tenth_is_in_small_shards() -> None:
-    shards = list(plan_shards([RowSpan(0, 0, 10_000, BUCKETS[0], 1)], 10_000, 256, 8))
+    shards = list(plan_shards([RowSpan(0, 0, 10_000, BUCKETS[0], 1)], 10_000, ShardSizes(8, rows=256)))
     assert {shard.rows for shard in shards if shard.start < 8900} == {256}
     assert {shard.rows for shard in shards[:-1] if shard.start >= 9000} == {256 // TAIL_DIVISOR}
 
 
 def test_a_plan_costs_nothing_per_row_without_shapes() -> None:
-    shards = sum(1 for _ in plan_shards([RowSpan(0, 0, 10**8, BUCKETS[0], 1)], 10**8, 100_000, 8))
+    shards = sum(1 for _ in plan_shards([RowSpan(0, 0, 10**8, BUCKETS[0], 1)], 10**8, ShardSizes(8, rows=100_000)))
     assert shards == 900 + 400
+
+
+@given(datasets(), st.integers(1, 9), st.integers(1, 4), st.integers(1, 50))
+def test_sizes_that_follow_the_cards_hold_every_row_once(
+    runs: list[RowSpan], batch_size: int, num_images: int, cards: int
+) -> None:
+    total = sum(run.rows for run in runs)
+    shards = list(plan_shards(runs, total, ShardSizes(batch_size, num_images, cards=cards)))
+    rows = Counter((shard.file, shard.bucket) for shard in shards for _ in range(shard.rows))
+    assert rows == Counter((run.file, run.bucket) for run in runs for _ in range(run.rows))
+    assert sum(shard.images for shard in shards) == sum(run.rows * run.num_images for run in runs)
+    assert all(shard.rows > 0 for shard in shards)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 32), st.integers(1, 1000))
+def test_shards_shrink_to_single_batches_and_are_no_larger_than_a_part_of_a_cards_share(
+    rows: int, batch_size: int, cards: int
+) -> None:
+    shards = list(plan_shards([RowSpan(0, 0, rows, BUCKETS[0], 1)], rows, ShardSizes(batch_size, cards=cards)))
+    images = [shard.images for shard in shards]
+    assert all(later <= before for before, later in itertools.pairwise(images)), "they only shrink"
+    assert images[0] <= max(batch_size, rows / (cards * PARTS_OF_SHARE))
+    assert images[-1] <= batch_size
+    assert len(shards) < MAX_SHARDS + cards * PARTS_OF_SHARE
+    if rows > cards * PARTS_OF_SHARE * batch_size:
+        last_round = images[-cards:]
+        assert max(last_round) <= batch_size, "what the cards do last takes them one batch each"
+
+
+def test_the_defaults_give_every_card_of_a_small_job_work() -> None:
+    shards = list(plan_shards([RowSpan(0, 0, 200, BUCKETS[0], 1)], 200, ShardSizes(8, cards=8)))
+    assert [shard.images for shard in shards] == [8] * 25
+
+
+def test_a_shard_is_counted_in_images_and_not_in_rows() -> None:
+    runs = [RowSpan(0, 0, 100, BUCKETS[0], 10_000)]
+    shards = list(plan_shards(runs, 100, ShardSizes(8, 10_000, cards=2)))
+    assert {(shard.rows, shard.images) for shard in shards} == {(1, 10_000)}, "a row is never split"
+    runs = [RowSpan(0, 0, 64, BUCKETS[0], 1), RowSpan(0, 64, 64, BUCKETS[0], 50)]
+    sizes = [shard.images for shard in plan_shards(runs, 128, ShardSizes(8, cards=1))]
+    assert max(sizes) <= 200, "rows of many images fill a shard as they come"
+
+
+def test_a_shard_is_no_more_than_some_minutes_of_work() -> None:
+    large = Bucket(1024, 1024, 50, 7.0)
+    shards = list(plan_shards([RowSpan(0, 0, 10**5, large, 1)], 10**5, ShardSizes(4, cards=2)))
+    assert shards[0].images <= MAX_WORK / large.work < 50
+    small = list(plan_shards([RowSpan(0, 0, 10**6, BUCKETS[0], 1)], 10**6, ShardSizes(4, cards=2)))
+    assert small[0].images == MAX_IMAGES
+
+
+@pytest.mark.parametrize("cards", [1, 64, 10_000])
+def test_a_hundred_million_prompts_are_under_a_million_shards(cards: int) -> None:
+    plan = plan_shards([RowSpan(0, 0, 10**8, BUCKETS[0], 1)], 10**8, ShardSizes(8, cards=cards))
+    last = deque(plan, maxlen=1)[0]
+    assert last.number < 10**6
+    assert last.images <= 24

@@ -48,7 +48,9 @@ class ThreadCard:
 
     def __init__(self, setup: CardSetup, module: int) -> None:
         self.threads = ThreadPoolExecutor(CARD_CALLS, "card")
-        self.assign, self.recall, self.poll = (_Call(self, name) for name in ("assign", "recall", "poll"))
+        self.assign, self.recall, self.drop, self.poll = (
+            _Call(self, name) for name in ("assign", "recall", "drop", "poll")
+        )
         self._killed = threading.Event()
         _placed.module = module
         self._setup = _copy(setup)

@@ -17,6 +17,7 @@ from gaudi_batch.scheduling.decisions import (
     Commit,
     Decision,
     Discard,
+    Drop,
     DropCards,
     Finish,
     HoldBack,
@@ -27,6 +28,7 @@ from gaudi_batch.scheduling.decisions import (
     ShardTask,
 )
 from gaudi_batch.scheduling.events import (
+    AttemptEnded,
     BatchAnnounced,
     Capacity,
     CardBroken,
@@ -49,6 +51,7 @@ from gaudi_batch.scheduling.events import (
     ShardMade,
     ShardOutcome,
     StorageChecked,
+    TimePassed,
 )
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S
@@ -87,6 +90,7 @@ class World:
     quarantined: set[int] = field(default_factory=set)
     leaving: set[int] = field(default_factory=set)
     recalls: list[Recall] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
     commits: list[tuple[int, str]] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     checks: list[int] = field(default_factory=list)
@@ -101,6 +105,8 @@ class World:
 
     def do(self, decisions: list[Decision]) -> None:
         self.schedule.validate()
+        alive = self.hands.keys() - {d.card for d in decisions if isinstance(d, (Replace, Quarantine, Release))}
+        self.drops = [drop for drop in self.drops if drop.card in alive]
         for decision in decisions:
             assert not self.finished, f"{decision} after the end"
             if isinstance(decision, AskForCards):
@@ -118,7 +124,9 @@ class World:
                 number = task.shard.number
                 assert number not in self.committed
                 assert number not in [shard for shard, _ in self.commits]
-                assert all(a.shard.number != number for hand in self.hands.values() for a in hand), "in two hands"
+                elsewhere = [a.attempt for hand in self.hands.values() for a in hand if a.shard.number == number]
+                assert elsewhere == ([] if task.backup_of is None else [task.backup_of]), "in two hands"
+                assert decision.card not in [drop.card for drop in self.drops], "a card that drops one gets another"
                 assert decision.card not in self.leaving
                 assert not self.hands[decision.card] or not task.announce, "a suspect shard behind another"
                 assert not any(task.announce for task in self.hands[decision.card]), "a shard behind a suspect one"
@@ -127,6 +135,12 @@ class World:
                 self.assigned_to.setdefault(number, []).append(decision.card)
             elif isinstance(decision, Recall):
                 self.recalls.append(decision)
+            elif isinstance(decision, Drop):
+                self.drops.append(decision)
+                hand = self.hands[decision.card]
+                self.old += [task for task in hand if task.attempt == decision.attempt]
+                self.hands[decision.card] = [task for task in hand if task.attempt != decision.attempt]
+                assert len(self.hands[decision.card]) == len(hand) - 1
             elif isinstance(decision, Commit):
                 assert decision.shard not in self.committed
                 assert self.held.pop(decision.attempt) == decision.shard
@@ -150,6 +164,16 @@ class World:
                 self.starting.discard(decision.card)
             elif isinstance(decision, Finish):
                 self.finished.append(decision.reason)
+
+    def wait(self, seconds: float) -> None:
+        """Nothing happens for so long."""
+        self.now += seconds
+        self.do(self.handle(TimePassed(self.now)))
+
+    def end_drop(self, drop: Drop) -> None:
+        """A card is done with what it was told to drop."""
+        self.drops.remove(drop)
+        self.do(self.handle(AttemptEnded(drop.card, drop.attempt)))
 
     def see(self, more: int = 0, later: float = 0.0) -> None:
         """The driver looks at the cluster, which has so many cards more than the job has or waits for."""
@@ -194,7 +218,7 @@ class World:
     def begin(self, card: int) -> None:
         """A card reads what it has in hand and makes the first of it."""
         for place, task in enumerate(self.hands.get(card, [])):
-            self.do(self.handle(ShardBegun(task.attempt, place == 0)))
+            self.do(self.handle(ShardBegun(task.attempt, place == 0, self.now)))
 
     def check_storage(self, error: str | None = None, of_shard: str | None = None) -> None:
         """The driver looks at storage itself, if it was asked to."""

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Ready
+from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Dropped, Ready
 from gaudi_batch.card.shard_result import (
     CardIdentity,
     PipelineCall,
@@ -107,6 +107,10 @@ class Card:
         """Gives a shard back if it has not begun; returns whether it does."""
         return self._mailbox.recall(attempt)
 
+    def drop(self, attempt: str) -> None:
+        """Ends an attempt that another card has overtaken, after the batch that it is at."""
+        self._mailbox.drop(attempt)
+
     def poll(self, acknowledged: int, timeout_s: float, now: float) -> CardReport:
         """Returns what has happened after event number `acknowledged`, after at most `timeout_s` seconds. `now` is the
         driver's clock, in seconds since the epoch."""
@@ -178,6 +182,8 @@ class Card:
                 except DeviceError as error:
                     self._mailbox.emit(Broken(str(error)[:1000]))
                     return
+            elif self._mailbox.is_dropped(work.task.attempt):
+                self._mailbox.emit(Dropped(work.task.attempt))
 
     def _make(self, work: ShardRows) -> None:
         task, config = work.task, self._setup.job.config
@@ -207,6 +213,9 @@ class Card:
         storage_failed = threading.Event()
         try:
             for made in maker.batches():
+                if self._mailbox.is_dropped(task.attempt):
+                    self._mailbox.emit(Dropped(task.attempt))
+                    return
                 if task.confirm:
                     self._try_to_encode(made, maker)
                     continue

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from gaudi_batch.card.messages import CardReport, CardStatus, Done, Message
+from gaudi_batch.card.messages import CardReport, CardStatus, Done, Dropped, Message
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import ShardFailed
 
@@ -29,6 +29,7 @@ class Mailbox:
         self._acknowledged = 0
         self._begun: set[str] = set()
         self._recalled: set[str] = set()
+        self._dropped: set[str] = set()
         self._phase = "loading"
         self._phase_since = time.monotonic()
         self._images: Counter[str] = Counter()
@@ -47,7 +48,7 @@ class Mailbox:
         with self._changed:
             self._last_event += 1
             self._events.append((self._last_event, event))
-            if isinstance(event, (Done, ShardFailed)):
+            if isinstance(event, (Done, Dropped, ShardFailed)):
                 self._images.pop(event.attempt, None)
             self._changed.notify_all()
             return self._last_event
@@ -83,9 +84,9 @@ class Mailbox:
             self._changed.wait_for(lambda: self._acknowledged >= number)
 
     def begin(self, attempt: str) -> bool:
-        """Begins an attempt, unless it was given back."""
+        """Begins an attempt, unless it was given back or is to be dropped."""
         with self._changed:
-            if attempt in self._recalled:
+            if attempt in self._recalled or attempt in self._dropped:
                 return False
             self._begun.add(attempt)
             return True
@@ -97,6 +98,15 @@ class Mailbox:
                 return False
             self._recalled.add(attempt)
             return True
+
+    def drop(self, attempt: str) -> None:
+        """Notes that an attempt is to be ended."""
+        with self._changed:
+            self._dropped.add(attempt)
+
+    def is_dropped(self, attempt: str) -> bool:
+        """Whether an attempt is to be ended."""
+        return attempt in self._dropped
 
     def enter(
         self, phase: str, kind: BatchKind | None = None, shard: int | None = None, rows: tuple[int, ...] = ()

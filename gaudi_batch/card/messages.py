@@ -75,8 +75,15 @@ class Done:
     outcome: ShardOutcome
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A card is done with an attempt that it was told to drop."""
+
+    attempt: str
+
+
 Message: TypeAlias = (
-    Ready | Broken | Done | ShardBegun | ReadingAnnounced | BatchAnnounced | DoubtsChecked | ShardFailed
+    Ready | Broken | Done | Dropped | ShardBegun | ReadingAnnounced | BatchAnnounced | DoubtsChecked | ShardFailed
 )
 """What a card tells the driver. An announcement makes the card wait until it is acknowledged."""
 

@@ -24,8 +24,8 @@ BUCKETS_SHOWN = 20
 REASONS_SHOWN = 10
 CHECK_RETRY_TIMEOUT_S = 10.0
 """Seconds for which an output that fails is tried again."""
-SHARDS_A_CARD = 4
-"""Shards for each card up to which a smaller shard_size is recommended, so that cards finish together."""
+CARDS_OF_NODE = 8
+"""Cards of a Gaudi node: what a plan is made for where nothing says how many there will be."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     config, model = job.config, job.model
     place = _examine_output(ledger, record, job)
     rows = survey(job.dataset, job.rules, config.limit, every_column=strict)
-    buckets = summarize(job.plan() if place.plan is None else place.plan, config.batch_size)
+    cards = _cards(job, place)
+    plan = job.plan(config.max_cards or cards or CARDS_OF_NODE) if place.plan is None else place.plan
+    buckets = summarize(plan, config.batch_size)
     plans = buckets.values()
-    images, padding = sum(plan.images for plan in plans), sum(plan.padding for plan in plans)
-    batches, shards = sum(plan.batches for plan in plans), sum(plan.shards for plan in plans)
+    images, padding = sum(each.images for each in plans), sum(each.padding for each in plans)
+    batches, shards = sum(each.batches for each in plans), sum(each.shards for each in plans)
     columns = [
         name if name == column else f"{name}={quote_if_unprintable(column)}"
         for name, column in job.dataset.columns.items()
@@ -111,14 +113,13 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
         f" padding {padding / max(1, padding + images):.2%}"
         + (f"; those of {counted(rows.bad, 'row')} that can't be run are counted, too" if rows.bad else ""),
     ]
-    for bucket, plan in list(buckets.items())[:BUCKETS_SHOWN]:
+    for bucket, part in list(buckets.items())[:BUCKETS_SHOWN]:
         lines.append(
-            f"bucket   {bucket}: {counted(plan.rows, 'row')}, {counted(plan.images, 'image')},"
-            f" {counted(plan.shards, 'shard')}, padding {plan.padding_share:.2%}"
+            f"bucket   {bucket}: {counted(part.rows, 'row')}, {counted(part.images, 'image')},"
+            f" {counted(part.shards, 'shard')}, padding {part.padding_share:.2%}"
         )
     if len(buckets) > BUCKETS_SHOWN:
         lines.append(f"bucket   and {len(buckets) - BUCKETS_SHOWN} more")
-    cards = _cards(job, place)
     lines += _idle_cards(job, cards, shards, batches, place)
     lines.append(f"time     {_estimate(job, buckets, cards, place)}")
     refused = place.refused
@@ -133,7 +134,7 @@ def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _
     """Looks at what is in the output, which can be written."""
     url = ledger.storage.url
     if record is None:
-        if ledger.committed_shards():
+        if ledger.manifests():
             return _Place([], f"{url} has manifests of a run and no run.json; bring it back, or name another")
         return _Place(["place    can be written; no run is there"])
     status, summary = read_status(ledger), ledger.get_json("summary.json")
@@ -154,7 +155,8 @@ def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _
     else:
         lines.append("resume   this job finds nothing left to make")
     stored = ledger.plan(record.rows)
-    plan = [*stored, *plan_rest(stored, record, job)] if adds_to(record, job) else stored
+    cards = job.config.max_cards or _cards(job, _Place([], summary=summary)) or CARDS_OF_NODE
+    plan = [*stored, *plan_rest(stored, record, job, cards)] if adds_to(record, job) else stored
     # Shards that make rows again hold none that are not counted already.
     plan = [shard for shard in plan if not shard.is_rerun]
     return _Place(lines, None, max(0, status["images_committed"]), plan, left == 0, summary)
@@ -176,10 +178,9 @@ def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _
     if cards is None or place.plan is not None or shards >= cards or not batches:
         return []
     idle = f"cards    {cards - shards} of {cards} cards will be idle: the plan has {counted(shards, 'shard')}"
-    if batches < cards:
+    if job.config.shard_size is None or batches < cards:
         return [f"{idle} of {counted(batches, 'batch', 'batches')} in all; fewer --cards will do"]
-    size = max(-(-job.config.batch_size // job.config.num_images), job.total_rows // (SHARDS_A_CARD * cards))
-    return [f"{idle}; --shard-size {size} gives every card work"]
+    return [f"{idle}; without --shard-size every card gets work"]
 
 
 def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None, place: _Place) -> str:

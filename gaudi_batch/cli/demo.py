@@ -52,7 +52,6 @@ def demo(output: str, prompts: int) -> RunResult:
             "steps": 20,
             "guidance_scale": 3.0,
             "limit": prompts,
-            "shard_size": 32,
         },
     )
     _refuse_another_run(OutputReader(storage), config)
@@ -66,7 +65,7 @@ def _refuse_another_run(ledger: OutputReader, config: JobConfig) -> None:
         record = ledger.run()
     except InputError:  # it can't be read, so nobody knows whose it is
         record = None
-    wanted = redacted_options(config.model_dump(mode="json", exclude={"output", "limit"}))
+    wanted = redacted_options(config.model_dump(mode="json", exclude={"output", "limit", "shard_size"}))
     if ledger.holds_run() and not (record and _agrees(record.job, wanted)):
         raise InputError(
             f"{ledger.storage.url} has a run that is not the demo's, and the demo would remove it to start afresh; name"

@@ -80,8 +80,9 @@ def _shard_seconds(submitted: Submitted) -> float | None:
         rates = [card["images_per_s"] for card in status["cards"].values() if card["images_per_s"]]
         if not rates and job["device"] == "simulated" and job["simulated"]["batch_seconds"]:
             rates = [job["batch_size"] / job["simulated"]["batch_seconds"]]
-        return float(job["shard_size"] * job["num_images"] * len(rates) / sum(rates)) if rates else None
-    except (GaudiBatchError, KeyError, TypeError):
+        images = max(shard.images for shard in ledger.plan(record.rows)) if record else 0
+        return float(images * len(rates) / sum(rates)) if rates else None
+    except (GaudiBatchError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -214,6 +214,14 @@ def _on_loopback() -> Iterator[None]:
             os.environ[name] = before[0]
 
 
+def cards_expected(config: JobConfig, resources: CardResources) -> int:
+    """How many cards a job may have, at least 1: as many as it names, else those that it asks the cluster for or that
+    the cluster has now."""
+    if config.cards != "all":
+        return config.cards
+    return config.max_cards or max(1, config.min_cards, cluster_capacity(config, resources).cards)
+
+
 def cluster_capacity(config: JobConfig, resources: CardResources) -> Capacity:
     """What the cluster has for a job now."""
     leaving = frozenset(state.get_draining_nodes())

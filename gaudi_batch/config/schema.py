@@ -145,8 +145,8 @@ class JobConfig(Section):
     encoding: EncodingConfig = Field(default_factory=EncodingConfig)
     """How an image becomes bytes."""
 
-    shard_size: PositiveInt = 256
-    """Prompts in a shard, the unit of dispatch and of commit."""
+    shard_size: PositiveInt | None = None
+    """Prompts in a shard, the unit of dispatch and of commit; null follows the images, the batch size and the cards."""
 
     limit: PositiveInt | None = None
     """Only the first n rows, to try a job."""

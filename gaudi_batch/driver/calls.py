@@ -27,12 +27,18 @@ async def send(slot: Slot, actor: Any, task: ShardTask) -> None:
                 return None
 
 
-async def ask_back(actor: Any, attempt: str) -> bool | None:
-    """Asks a card to give a shard back; returns whether it does, or None if the card is gone."""
+async def call_until_answered(method: Any, *arguments: Any) -> Any:
+    """Calls a method of a card that may be called again; returns its answer, or None if the card is gone."""
     while True:
         try:
-            return bool(await actor.recall.remote(attempt))
+            return await method.remote(*arguments)
         except ActorUnavailableError:
-            await asyncio.sleep(RETRY_INTERVAL_S)  # a card gives the same answer again
+            await asyncio.sleep(RETRY_INTERVAL_S)
         except RayError:
             return None
+
+
+async def ask_back(actor: Any, attempt: str) -> bool | None:
+    """Asks a card to give a shard back; returns whether it does, or None if the card is gone."""
+    answer = await call_until_answered(actor.recall, attempt)  # it gives the same answer again
+    return None if answer is None else bool(answer)

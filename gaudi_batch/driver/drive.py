@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from gaudi_batch.card.messages import CardSetup
-from gaudi_batch.driver.fleet import CardsOfRun
 from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
@@ -70,6 +70,7 @@ def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
     min_cpus = job.threads or 0 if fixed_threads else 0
     rules = Rules(
         max_failed=config.max_failed,
+        batch_size=config.batch_size,
         max_graphs=config.gaudi.max_graphs,
         min_cards=config.min_cards,
         max_cards=config.max_cards,

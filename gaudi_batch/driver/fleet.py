@@ -11,18 +11,18 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Done, Message, Ready
-from gaudi_batch.cluster.connection import CardResources, cluster_capacity
+from gaudi_batch.card.messages import Broken, CardReport, Done, Dropped, Message, Ready
+from gaudi_batch.cluster.connection import cluster_capacity
 from gaudi_batch.cluster.placement import node_is_gone, why_died
 from gaudi_batch.driver.background import Background
-from gaudi_batch.driver.calls import ask_back, send
+from gaudi_batch.driver.calls import ask_back, call_until_answered, send
 from gaudi_batch.driver.doing import Doing, doings
-from gaudi_batch.driver.places import Places
+from gaudi_batch.driver.places import CardsOfRun, Places
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.slot import Slot, card_name
 from gaudi_batch.driver.watchdog import PhaseRules, passed_limit
@@ -50,16 +50,6 @@ NODE_INTERVAL_S = 0.5
 """Seconds between two questions for that."""
 CLOSE_TIMEOUT_S = 30.0
 """Seconds that the end of a run waits for Ray to take back the places of its cards."""
-
-
-@dataclass(frozen=True)
-class CardsOfRun:
-    """What all cards of a run have in common."""
-
-    setup: CardSetup
-    """The job, as each card gets it."""
-    resources: CardResources
-    """What one takes of the cluster."""
 
 
 class Fleet:
@@ -193,8 +183,16 @@ class Fleet:
 
     def assign(self, decision: decisions.Assign) -> None:
         """Sends a shard to a card."""
-        slot = self.slots[decision.card]
-        self._background.spawn(send(slot, slot.actor, decision.task))
+        slot, task = self.slots[decision.card], decision.task
+        if task.backup_of is not None:
+            log.info("shard %d takes longer than it should; %s makes it, too", task.shard.number, slot.where)
+        self._background.spawn(send(slot, slot.actor, task))
+
+    def end_attempt(self, decision: decisions.Drop) -> None:
+        """Tells a card to drop an attempt."""
+        actor = self.slots[decision.card].actor
+        if actor is not None:
+            self._background.spawn(call_until_answered(actor.drop, decision.attempt))
 
     def recall(self, decision: decisions.Recall) -> None:
         """Asks a card for a shard back."""
@@ -221,10 +219,7 @@ class Fleet:
     # -- processes ----------------------------------------------------------------------------------------------
 
     def _start(self, slot: Slot) -> None:
-        slot.status = None
-        slot.passed = None
-        slot.up = False
-        slot.last_seen = time.monotonic()
+        slot.forget_process()
         slot.starting = self._background.spawn(self.begin(slot))
 
     async def begin(self, slot: Slot) -> None:
@@ -266,12 +261,17 @@ class Fleet:
         elif isinstance(message, Broken):
             self.fault(slot.number, message.error)
             self._tell(events.CardBroken(slot.number, redact(message.error), message.storage))
+        elif isinstance(message, Dropped) or (
+            isinstance(message, (Done, events.ShardFailed)) and not self._schedule.is_live(message.attempt)
+        ):
+            self._tell(events.AttemptEnded(slot.number, message.attempt))
         elif isinstance(message, Done):
-            if self._schedule.is_live(message.attempt):
-                self._keep(message)
-                if failures := message.outcome.transient_failures:
-                    self.fault(slot.number, f"made wrong what was right when made again, {failures} times")
-                self._tell(events.ShardMade(message.attempt, message.outcome))
+            self._keep(message)
+            if failures := message.outcome.transient_failures:
+                self.fault(slot.number, f"made wrong what was right when made again, {failures} times")
+            self._tell(events.ShardMade(message.attempt, message.outcome))
+        elif isinstance(message, events.ShardBegun):
+            self._tell(replace(message, now=time.monotonic()))
         elif isinstance(message, events.ShardFailed):
             self.fault(slot.number, f"failed at {message.attempt}: {message.failure.error}")
             failure = replace(message.failure, error=redact(message.failure.error))

@@ -69,10 +69,10 @@ def planned_rows(plan: Sequence[Shard]) -> int:
     return sum(shard.rows for shard in plan if not shard.is_rerun)
 
 
-def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard]]:
-    """Adds the rows that its run does not have yet, as shards at the end of the plan."""
+def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo, list[Shard]]:
+    """Adds the rows that its run does not have yet, as shards at the end of the plan; the job may have `cards`."""
     plan = ledger.plan(record.rows)
-    added = plan_rest(plan, record, job)
+    added = plan_rest(plan, record, job, cards)
     fingerprint = job.fingerprint()
     growth = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -92,12 +92,13 @@ def grow(ledger: Ledger, record: RunInfo, job: Job) -> tuple[RunInfo, list[Shard
     return grown, [*plan, *added]
 
 
-def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job) -> list[Shard]:
-    """Shards for the rows that a plan lacks, of the size that the run began with."""
+def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job, cards: int) -> list[Shard]:
+    """Shards for the rows that a plan lacks. They have the size that the run began with, if its job named one; else
+    they follow the cards that the job may have now."""
     size = record.job.get("shard_size")
     if isinstance(size, int) and size > 0:
         job = replace(job, config=job.config.model_copy(update={"shard_size": size}))
-    return list(job.plan(planned_rows(plan), max((shard.number for shard in plan), default=-1) + 1))
+    return list(job.plan(cards, planned_rows(plan), max((shard.number for shard in plan), default=-1) + 1))
 
 
 def _added_files(run: RunInfo, job: Job) -> list[str]:

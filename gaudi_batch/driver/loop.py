@@ -17,7 +17,8 @@ from ray.exceptions import RayError
 from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.committer import Committer, check_storage
 from gaudi_batch.driver.doing import Doing, Watch, waits_for
-from gaudi_batch.driver.fleet import CardsOfRun, Fleet
+from gaudi_batch.driver.fleet import Fleet
+from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import EVENTS_FILE
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 LIMITS_INTERVAL_S = 0.5
 """Seconds between two looks for cards that have passed a limit."""
+TICK_INTERVAL_S = 0.2
+"""Seconds between two looks whether a shard is overdue while a card idles."""
 PROGRESS_INTERVAL_S = 5.0
 """Seconds between two writings of progress.json."""
 UNUSUAL_INTERVAL_S = 10.0
@@ -80,6 +83,7 @@ class Driver:
             decided.HoldBack: self.fleet.hold_back,
             decided.Assign: self.fleet.assign,
             decided.Recall: self.fleet.recall,
+            decided.Drop: self.fleet.end_attempt,
             decided.Replace: self.fleet.replace,
             decided.Quarantine: self.fleet.quarantine,
             decided.Release: self.fleet.release,
@@ -96,7 +100,7 @@ class Driver:
 
     async def run(self) -> str | None:
         """Runs to the end; returns why it stopped, or None if every shard is committed."""
-        for work in (self.fleet.follow_cluster, self.fleet.place, self._enforce_limits, self._report):
+        for work in (self.fleet.follow_cluster, self.fleet.place, self._enforce_limits, self._tick, self._report):
             self._background.spawn(work())
         stopped = True
         try:
@@ -199,6 +203,12 @@ class Driver:
                     log.warning("%s", line)
             self._view.show(self._progress.progress(self.fleet.slots.values(), cards, self._waits_for(cards)))
             await asyncio.sleep(LIMITS_INTERVAL_S)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_INTERVAL_S)
+            if self._schedule.is_waiting_for_time():
+                self.tell(events.TimePassed(time.monotonic()))
 
     def check_ray(self) -> None:
         """Tells the schedule if Ray takes long to answer."""

@@ -15,7 +15,7 @@ from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.verify import verify
-from gaudi_batch.plan import Shard
+from gaudi_batch.plan import MAX_IMAGES, PARTS_OF_SHARE, Shard
 from gaudi_batch.text import counted
 
 if TYPE_CHECKING:
@@ -30,18 +30,19 @@ def refuse_another_job(ledger: Ledger, record: RunInfo, job: Job) -> None:
         raise InputError(refusal)
 
 
-def begin_run(ledger: Ledger, job: Job, *, overwrite: bool = False) -> tuple[RunInfo, list[Shard]]:
+def begin_run(ledger: Ledger, job: Job, cards: int, *, overwrite: bool = False) -> tuple[RunInfo, list[Shard]]:
     """Plans a job and writes down its plan, then its run.json.
 
     Args:
         ledger: the output's records.
         job: the job.
+        cards: how many cards it may have.
         overwrite: whether a run that is there is removed, once the job is planned.
 
     Raises:
         InputError: the job can't be planned, or there are commits of a run whose run.json is not there.
     """
-    shards = list(job.plan())
+    shards = list(job.plan(cards))
     if overwrite:
         clear(ledger)
     else:
@@ -68,11 +69,10 @@ def open_run(
     # Read again, now that the lease is ours: another driver may have begun the run in the meantime.
     record = None if overwrite else ledger.run()
     if record is None:
-        connect()
-        return begin_run(ledger, job, overwrite=overwrite)
+        return begin_run(ledger, job, _cards(job, connect), overwrite=overwrite)
     refuse_another_job(ledger, record, job)
-    if record.job.get("shard_size") != job.config.shard_size:
-        log.info("the stored plan is used, with its shard_size of %s", record.job.get("shard_size"))
+    if job.config.shard_size not in (None, record.job.get("shard_size")):
+        log.info("the stored plan is used, whatever shard_size is now")
     if record.stacks is None:  # else the schedule compares the versions that the cards report
         for package, version in job.versions().items():
             before = record.versions.get(package)
@@ -80,18 +80,24 @@ def open_run(
                 log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
     shards = ledger.plan(record.rows)
     if adds_to(record, job):
-        if job.total_rows > record.rows:
-            connect()
-        grown, shards = grow(ledger, record, job)
+        grown, shards = grow(ledger, record, job, _cards(job, connect) if job.total_rows > record.rows else 1)
         if grown.rows > record.rows:
             log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
         return grown, shards
     if planned_rows(shards) < record.rows:
         # Another driver's plan replaced one with more rows after run.json had counted them.
-        shards = [*shards, *plan_rest(shards, record, job)]
+        shards = [*shards, *plan_rest(shards, record, job, _cards(job, connect))]
         log.warning("the plan had fewer rows than run.json says; the others are planned again")
         ledger.put_plan(shards)
     return record, shards
+
+
+def _cards(job: Job, connect: Callable[[], CardResources]) -> int:
+    resources = connect()
+    # Ray is slow to import, and a run that is complete does not need it.
+    from gaudi_batch.cluster.connection import cards_expected
+
+    return cards_expected(job.config, resources)
 
 
 def repair(run: Run) -> None:
@@ -101,7 +107,8 @@ def repair(run: Run) -> None:
         log.info("%s", line)
     if report.broken:
         job = run.job
-        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, job.config.shard_size)
+        size = _rerun_size(run, len(report.broken))
+        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, size)
         count = len(report.broken)
         rows = counted(count, "row with missing or torn images", "rows with missing or torn images")
         log.info("to make again: %s, in %s", rows, counted(len(added), "new shard"))
@@ -124,6 +131,15 @@ def retry_failed_rows(run: Run) -> None:
     if not failed:
         log.info("no failed row is left to run again")
         return
-    added = plan_rerun(failed, {}, run.plan, job.dataset, job.config.shard_size)
+    added = plan_rerun(failed, {}, run.plan, job.dataset, _rerun_size(run, len(failed)))
     log.info("to run again: %s, in %s", counted(len(failed), "failed row"), counted(len(added), "new shard"))
     run.add(added)
+
+
+def _rerun_size(run: Run, rows: int) -> int:
+    """Rows of a shard that makes rows again."""
+    config = run.job.config
+    if config.shard_size is not None:
+        return config.shard_size
+    share = rows // (run.cards * PARTS_OF_SHARE)
+    return max(1, config.batch_size // config.num_images, min(share, MAX_IMAGES // config.num_images))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,6 +23,16 @@ from gaudi_batch.cluster.placement import group_name
 
 CARD_CALLS = 4
 """Calls that a card takes at the same time: polls, shards, and recalls of shards."""
+
+
+@dataclass(frozen=True)
+class CardsOfRun:
+    """What all cards of a run have in common."""
+
+    setup: CardSetup
+    """The job, as each card gets it."""
+    resources: CardResources
+    """What one takes of the cluster."""
 
 
 class Places:

@@ -39,6 +39,15 @@ class Run:
         """Rows that are in several shards, each with the highest number of these."""
         return latest_shards_of_rows(self.plan, self.job.dataset)
 
+    @property
+    def cards(self) -> int:
+        """How many cards the job may have; connects to the cluster."""
+        resources = self.connect()
+        # Ray is slow to import, and a run that is complete does not need it.
+        from gaudi_batch.cluster.connection import cards_expected
+
+        return cards_expected(self.job.config, resources)
+
     def add(self, shards: list[Shard]) -> None:
         """Adds shards to the stored plan, after connecting to a cluster that can make them."""
         self.connect()
@@ -52,15 +61,20 @@ class Committed:
 
     tally: CommitTotals
     failed: FailedRows
+    retired: frozenset[int] = frozenset()
+    """Shards that are retired and whose rows the plan has in no other shard yet: a driver ended in between."""
 
     @classmethod
     def read(cls, run: Run) -> Committed:
         """Reads all manifests."""
-        committed = cls(CommitTotals(), FailedRows(run.latest_shard_of_row))
-        for info, table in run.ledger.commits():
-            committed.tally.add(info)
-            committed.failed.add(info.shard, table)
-        return committed
+        tally, failed, retired = CommitTotals(), FailedRows(run.latest_shard_of_row), set()
+        for info, table in run.ledger.all_commits():
+            if info.retired:
+                retired.add(info.shard)
+            else:
+                tally.add(info)
+                failed.add(info.shard, table)
+        return cls(tally, failed, frozenset(retired))
 
 
 @dataclass(frozen=True)

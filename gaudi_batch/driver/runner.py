@@ -15,6 +15,7 @@ from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected
 from gaudi_batch.driver.finalize import DRIVER_NAME_LENGTH, sum_up, verify_images
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
+from gaudi_batch.driver.recut import recut
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.errors import ForcedInterrupt, InputError, StorageError
@@ -100,6 +101,7 @@ def run(
                 if retry_failed:
                     retry_failed_rows(this_run)
                 committed = Committed.read(this_run)
+                recut(this_run, committed)
                 ended = _make_missing(this_run, committed, watch, grace)
             result = sum_up(this_run, committed.tally, ended)
             if verify:

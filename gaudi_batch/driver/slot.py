@@ -42,6 +42,12 @@ class Slot:
     given_back: float | None = None
     """When the place was given back or lost with its node, monotonic; None before."""
 
+    def forget_process(self) -> None:
+        """Forgets what the last process said; another is about to be started."""
+        self.status = self.passed = None
+        self.up = False
+        self.last_seen = time.monotonic()
+
     def card_s(self, now: float) -> float:
         """Seconds for which the slot has held a card by `now`, monotonic."""
         until = now if self.given_back is None else self.given_back

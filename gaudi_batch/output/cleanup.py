@@ -31,7 +31,7 @@ def clear(ledger: Ledger) -> None:
     """
     if not ledger.holds_run():
         return
-    for shard in ledger.committed_shards():
+    for shard in ledger.manifests():
         ledger.remove(manifest_path(shard))
     for path, _, _ in list(_left_by_attempts(ledger)):
         ledger.remove(path)

@@ -11,16 +11,20 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import manifest_path
+from gaudi_batch.output import manifest
 from gaudi_batch.output.lease import MANIFEST_TIMEOUT_S
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.plan_file import encode_plan
-from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.reader import READ_THREADS, OutputReader
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Shard
 from gaudi_batch.storage.store import Storage
@@ -57,7 +61,7 @@ class Ledger(OutputReader):
 
     def refuse_leftovers(self) -> None:
         """Raises InputError if there are commits of a run whose run.json is not there."""
-        if self.committed_shards():
+        if self.manifests():
             raise InputError(
                 f"{self.storage.url} has manifests of a run and no run.json; bring it back, or start this output afresh"
                 " with --overwrite"
@@ -77,8 +81,34 @@ class Ledger(OutputReader):
         self._info = info
 
     def put_plan(self, shards: Sequence[Shard]) -> None:
-        """Writes plan.parquet."""
-        self._put_fenced("plan.parquet", encode_plan(shards))
+        """Writes plan.parquet, with the shards that are retired."""
+        retired = {shard.number for shard in self._retired}
+        self._put_fenced("plan.parquet", encode_plan([*self._retired, *shards], retired))
+
+    def put_recut_plan(self, shards: Sequence[Shard], retired: Sequence[Shard]) -> None:
+        """The same, where more shards are retired: those that `retire` has."""
+        self._retired = [*self._retired, *retired]
+        self.put_plan(shards)
+
+    def retire(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Makes sure that shards are never committed; returns those of which that is so.
+
+        A manifest without rows takes the place of theirs, put as a commit is: a driver that was cut off and commits the
+        shard later finds it there. A shard that is committed already stays.
+
+        Raises:
+            LeaseLost: another driver has taken over.
+            StorageError: storage failed.
+        """
+        assert self._info is not None
+        run = self._info.run_id
+
+        def put(shard: Shard) -> bool:
+            info = CommitInfo.retiring(shard.number, run)
+            return self.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return [shard for shard, is_retired in zip(shards, pool.map(put, shards), strict=True) if is_retired]
 
     def use_stack(self, stack: Mapping[str, str]) -> Mapping[str, str]:
         """What this driver's cards have is `stack`: run.json says so before the next manifest is put. Another may take

@@ -100,6 +100,14 @@ class CommitInfo:
     bad_rows: tuple[int, ...] = ()
     """Rows that no card can run, since their own data is against the rules: at most MAX_BAD_ROWS; none from an older
     version."""
+    retired: bool = False
+    """Whether it stands for no images, and only takes the place of any manifest of its shard, whose rows other shards
+    hold now."""
+
+    @classmethod
+    def retiring(cls, shard: int, run: str) -> CommitInfo:
+        """What the manifest says that retires a shard."""
+        return cls(shard, f"retired{shard}", "", "", None, 0, 0, 0, ThroughputTotals(), run, retired=True)
 
 
 _INFO = TypeAdapter(CommitInfo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +13,13 @@ import pyarrow.parquet as pq
 from gaudi_batch.plan import Bucket, Shard
 
 
-def encode_plan(shards: Sequence[Shard]) -> bytes:
-    """The file of a plan."""
+def encode_plan(shards: Sequence[Shard], retired: Collection[int] = ()) -> bytes:
+    """The file of a plan.
+
+    Args:
+        shards: all of it.
+        retired: numbers of those whose rows others hold now.
+    """
     table = pa.table(
         {
             "shard": [shard.number for shard in shards],
@@ -30,6 +35,7 @@ def encode_plan(shards: Sequence[Shard]) -> bytes:
             "only": pa.array([shard.only for shard in shards], pa.list_(pa.int64())),
             "failed_before": [shard.failed_before for shard in shards],
             "images_before": [shard.images_before for shard in shards],
+            "retired": [shard.number in retired for shard in shards],
         }
     )
     buffer = io.BytesIO()
@@ -37,16 +43,20 @@ def encode_plan(shards: Sequence[Shard]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_plan(data: bytes, rows: int) -> list[Shard]:
+def decode_plan(data: bytes, rows: int) -> tuple[list[Shard], list[Shard]]:
     """Reads the plan of a run with so many rows. Shards of more rows are passed over: a driver ended before it had
     added these rows to run.json.
+
+    Returns:
+        The shards, and those that are retired, since others hold their rows now.
 
     Raises:
         ValueError: it can't be read, or a value in it can't be.
     """
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        return _of_rows([_shard(row) for row in table.to_pylist()], rows)
+        stored = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).to_pylist()
+        retired = [_shard(row) for row in stored if row.get("retired")]
+        return _of_rows([_shard(row) for row in stored if not row.get("retired")], rows), retired
     except (pa.ArrowException, OSError, KeyError, OverflowError) as error:
         raise ValueError(str(error)) from None
 

@@ -32,6 +32,7 @@ class OutputReader:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._info: RunInfo | None = None  # manifests of any run count until run.json has been read
+        self._retired: list[Shard] = []  # known once the plan has been read
 
     def run(self) -> RunInfo | None:
         """The run of this output, or None.
@@ -52,10 +53,10 @@ class OutputReader:
 
     def holds_run(self) -> bool:
         """Whether there is a run here, or a rest of one."""
-        return self.storage.get("run.json") is not None or bool(self.committed_shards())
+        return self.storage.get("run.json") is not None or bool(self.manifests())
 
     def plan(self, rows: int) -> list[Shard]:
-        """The stored plan of a run of so many rows, see `decode_plan`.
+        """The shards of a run of so many rows, see `decode_plan`.
 
         Raises:
             InputError: it is missing or can't be read.
@@ -64,20 +65,33 @@ class OutputReader:
         try:
             if data is None:
                 raise ValueError("it is not there")
-            return decode_plan(data, rows)
+            shards, self._retired = decode_plan(data, rows)
+            return shards
         except ValueError as error:
             raise InputError(
                 f"{self.storage.url}/plan.parquet can't be read ({one_line(error)}); --overwrite starts this output"
                 " afresh"
             ) from None
 
-    def committed_shards(self) -> list[int]:
-        """Numbers of the shards that have a manifest, from their names alone."""
+    def manifests(self) -> list[int]:
+        """Numbers of the shards that have a manifest, from their names alone; also of those that are retired."""
         numbers = (parse_manifest(name) for name in self.storage.names("manifest"))
         return sorted(number for number in numbers if number is not None)
 
+    def committed_shards(self) -> list[int]:
+        """The same without those that the plan, if it has been read, says are retired."""
+        retired = {shard.number for shard in self._retired}
+        return [number for number in self.manifests() if number not in retired]
+
     def commits(self) -> Iterator[tuple[CommitInfo, pa.Table]]:
-        """Every whole manifest, in order of its shard. One that was written in part is passed over."""
+        """Every whole manifest, in order of its shard. One that was written in part is passed over, and so is one that
+        says of its shard that it is retired."""
+        for info, table in self.all_commits():
+            if not info.retired:
+                yield info, table
+
+    def all_commits(self) -> Iterator[tuple[CommitInfo, pa.Table]]:
+        """The same with those of shards that are retired and that the plan does not call so yet."""
         pool = ThreadPoolExecutor(READ_THREADS)
         try:
             for commit in _ahead(pool, self.read_commit, self.committed_shards()):

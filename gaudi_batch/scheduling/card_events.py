@@ -229,7 +229,9 @@ class CardEvents:
             self._work.drop_reservation(card)
         if state not in (CardState.READY, CardState.LEAVING):
             self._work.affinity.forget(card.number)
+            self._state.backups.pace.forget(card.number)
             card.has_succeeded = False
+            card.dropping = None
         self._state.capacity_expected |= state in (CardState.GONE, CardState.QUARANTINED)
         self._cards.file(card)
 

@@ -79,6 +79,8 @@ class Card:
     """Attempts, oldest first."""
     suspect: bool = False
     """Whether a suspect shard is in flight on it; it then gets no other."""
+    dropping: str | None = None
+    """An attempt that it was told to drop and has not ended yet; it gets nothing else before."""
     reserved_for: int | None = None
     """The suspect shard that it gets next, once nothing is in flight on it."""
     has_succeeded: bool = False
@@ -213,6 +215,8 @@ class Cards:
             return self.leaving_idle
         if card.state is not CardState.READY:
             return None
+        if card.dropping is not None:
+            return self.apart
         if card.suspect or card.reserved_for is not None or card.node in self.exclusive or card.node in self.lost:
             return self.apart
         return self.open[len(card.in_flight)] if len(card.in_flight) < MAX_IN_FLIGHT else self.full
@@ -229,3 +233,4 @@ class Attempt:
     recallable: bool = True
     begun: bool = False  # whether its card has begun to read it
     generating: bool = False  # whether its card has begun to make it
+    begun_at: float = 0.0  # when that was, or when it began to read, in seconds, monotonic

@@ -31,6 +31,8 @@ class ShardTask:
     """Row groups that another card could not decode; if this one can't either, their rows fail."""
     confirm: frozenset[int] = frozenset()
     """If not empty: make these rows alone, one at a time, and report which of them fail; store nothing."""
+    backup_of: str | None = None
+    """The attempt at the same shard that goes on elsewhere, if this is a second one."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,14 @@ class Assign:
 @dataclass(frozen=True)
 class Recall:
     """Ask a card to give back a shard if it has not begun it."""
+
+    card: int
+    attempt: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Tell a card to end an attempt that another has overtaken; it says when it has."""
 
     card: int
     attempt: str
@@ -164,6 +174,7 @@ Decision: TypeAlias = (
     | NoteFault
     | Assign
     | Recall
+    | Drop
     | Commit
     | Discard
     | Replace

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from gaudi_batch.plan import BatchKind, GraphKey, Shard
 from gaudi_batch.scheduling.affinity import Affinity
@@ -51,6 +52,8 @@ class Dispatch:
         """What is known of the shards that have failed."""
         self.row_groups = RowGroups()
         self._shards = shards
+        self.attempts_at: dict[int, dict[str, None]] = {}
+        """The attempts in flight by shard, the first one first."""
         self._prefix = prefix
         self._sent = 0
         self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # queued behind another shard and not recalled yet
@@ -85,6 +88,10 @@ class Dispatch:
         """Recalls what is queued on one card."""
         key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.in_flight}
         return [self._recall(attempt) for attempt, key in key_of.items() if attempt in self._queued.get(key, ())]
+
+    def is_in_flight(self, shard: int) -> bool:
+        """Whether an attempt at a shard is live."""
+        return bool(self.attempts_at.get(shard))
 
     def answered(self, attempt: str) -> None:
         """A card has answered a recall."""
@@ -145,6 +152,7 @@ class Dispatch:
         self._asked_back.discard(attempt)
         self._unqueue(attempt, live)
         del card.in_flight[attempt]
+        del self.attempts_at[live.shard][attempt]
         for first in card.in_flight:
             self._unqueue(first, self.attempts[first])  # nothing is queued behind it any more
             break
@@ -169,7 +177,7 @@ class Dispatch:
                 match = self._match(level)
                 if match is None:
                     break
-                decisions.append(self._send(*match))
+                decisions.append(self.send(*match))
         return decisions
 
     def _match(self, level: int) -> tuple[Card, int] | None:
@@ -235,7 +243,7 @@ class Dispatch:
                 continue
             del self._reserved[shard]
             card.reserved_for = None
-            decisions.append(self._send(card, shard))
+            decisions.append(self.send(card, shard))
         return decisions
 
     def _may_keep_node(self) -> bool:
@@ -291,12 +299,16 @@ class Dispatch:
     def _is_alone_on_node(self, shard: int) -> bool:
         return shard in self.failures and self.failures[shard].alone_on_node
 
-    def _send(self, card: Card, shard: int) -> Assign:
+    def send(self, card: Card, shard: int, backup_of: str | None = None) -> Assign:
+        """Begins an attempt at a shard on a card; beside another attempt, if that is named."""
         self._sent += 1
         attempt = f"{self._prefix}{self._sent}"
         task = self.failures.get(shard, ShardFailures()).task(self._shards[shard], attempt, self.row_groups)
         key = task.shard.bucket.graph_key
+        if backup_of is not None:
+            task = replace(task, backup_of=backup_of)
         live = self.attempts[attempt] = Attempt(shard, card, self.affinity.use(card.number, key))
+        self.attempts_at.setdefault(shard, {})[attempt] = None
         if card.in_flight:
             self._queued.setdefault(key, {})[attempt] = live
         card.in_flight[attempt] = None

@@ -106,6 +106,14 @@ class ClusterSeen:
 
 
 @dataclass(frozen=True)
+class TimePassed:
+    """Nothing else has happened; the driver says so now and then while a card idles."""
+
+    now: float
+    """Seconds, monotonic."""
+
+
+@dataclass(frozen=True)
 class RunFailed:
     """Something failed for the driver that the run can't do without: its storage, or Ray."""
 
@@ -220,6 +228,8 @@ class ShardBegun:
 
     attempt: str
     generating: bool
+    now: float | None = None
+    """Seconds, monotonic, by the driver's clock; None in the log of a version without it."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,14 @@ class RecallAnswered:
 
 
 @dataclass(frozen=True)
+class AttemptEnded:
+    """A card is done with an attempt that it was told to drop."""
+
+    card: int
+    attempt: str
+
+
+@dataclass(frozen=True)
 class ShardCommitted:
     """The manifest of a shard is stored, by this driver or another."""
 
@@ -293,6 +311,7 @@ class StorageChecked:
 
 Event: TypeAlias = (
     ClusterSeen
+    | TimePassed
     | RunFailed
     | RaySilent
     | StopRequested
@@ -310,6 +329,7 @@ Event: TypeAlias = (
     | DoubtsChecked
     | ShardFailed
     | RecallAnswered
+    | AttemptEnded
     | ShardCommitted
     | StorageChecked
 )

@@ -7,8 +7,8 @@ in seconds, and the events of a real run can be replayed.
 
 The rules:
 
-* A shard is pending, in flight (one live attempt on one card), held, committing, committed, or stuck. Only a live
-  attempt can commit; events of any other attempt change nothing. So no shard is committed twice, and none is lost.
+* A shard is pending, in flight (a live attempt on one card, or on two), held, committing, committed, or stuck. Only a
+  live attempt can commit; events of any other attempt change nothing. So no shard is committed twice, and none is lost.
 * Cards pull. Which card gets which shard next is worked out in `dispatch.py`, and which graph key a card goes on with
   in `affinity.py`.
 * The life of a card is a table, `cards.TRANSITIONS`. What moves it on is in `card_events.py`, which cards may work in
@@ -20,6 +20,8 @@ The rules:
   `MAX_START_FAILURES` starts in a row.
 * What several failures say together, of storage, a time limit, a card that paints wrong now and then, or nodes that go
   one after the other, is worked out in `verdicts.py`.
+* When nothing is pending, a shard that would end later where it is than on an idle card gets a second attempt there
+  (`backups.py`). The first that is made is committed, and the card of the other drops it.
 * A shard is stuck when trying it again shows nothing new: the others go on, and the run ends as stopped.
 * A card whose node has announced its end finishes the shard that it has begun and gets no other.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
@@ -30,6 +32,7 @@ The rules:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -92,9 +95,11 @@ class Schedule:
             events.DoubtsChecked: self._shards.doubts_checked,
             events.ShardFailed: self._shards.failed,
             events.RecallAnswered: self._shards.recall_answered,
+            events.AttemptEnded: self._shards.attempt_ended,
             events.ShardCommitted: self._shards.committed,
             events.StorageChecked: self._shards.storage_checked,
             events.RaySilent: self._ray_silent,
+            events.TimePassed: self._time_passed,
             events.StopRequested: self._stop_requested,
             events.StopForced: self._ended,
             events.RunFailed: self._ended,
@@ -104,6 +109,9 @@ class Schedule:
         """Takes in an event; returns the decisions. After `Finish` there are none."""
         if self._state.finished:
             return []
+        now = getattr(event, "now", None)
+        if now is not None:
+            self._state.now = max(self._state.now, now)
         decisions = self._handlers[type(event)](event)
         if decisions is None or self._state.finished:
             return decisions or []
@@ -154,6 +162,10 @@ class Schedule:
         """Whether an attempt may still commit."""
         return attempt in self._work.attempts
 
+    def is_waiting_for_time(self) -> bool:
+        """Whether the passing of time alone may lead to a decision."""
+        return self._state.stop_reason is None and self._state.backups.is_waiting()
+
     def pending(self) -> int:
         """How many shards no card has."""
         return self._work.count_pending()
@@ -165,6 +177,9 @@ class Schedule:
         if event.seconds <= timeout:
             return None
         return self._ended(events.RunFailed(f"Ray has not answered for {timeout:g} s (limits.cluster)"))
+
+    def _time_passed(self, _: events.TimePassed) -> list[Decision]:
+        return []  # what follows from the time is worked out after each event
 
     def _stop_requested(self, event: events.StopRequested) -> list[Decision]:
         self._state.stop(event.reason)
@@ -180,6 +195,7 @@ class Schedule:
         decisions = self._cards.release_leaving()
         if state.stop_reason is None:
             decisions += self._work.next()
+            decisions += self._state.backups.next(self._state.now)
         else:
             decisions += self._work.recall_all()
         over = state.open == 0 or state.stop_reason is not None or self._cards.capacity.is_hopeless()
@@ -211,7 +227,12 @@ class Schedule:
         state, work, cards = self._state, self._work, self._state.cards
         attempts_on_node = [live.shard for live in work.attempts.values()]
         pending = work.unassigned()
-        everywhere = [*attempts_on_node, *pending, *state.committing, *state.stuck]
+        doubles = Counter(attempts_on_node)
+        assert max(doubles.values(), default=0) <= 2, "a shard has more than one backup"
+        for shard in [shard for shard, count in doubles.items() if count > 1]:
+            holders = {live.card.number for live in work.attempts.values() if live.shard == shard}
+            assert len(holders) == 2, "both attempts at a shard are on one card"
+        everywhere = [*doubles, *pending, *state.committing, *state.stuck]
         assert len(everywhere) == len(set(everywhere)), "a shard is in two places"
         assert set(everywhere) <= state.shards.keys(), "a shard is not of this run"
         assert state.open == len(everywhere) - len(state.stuck), "shards are lost or counted twice"

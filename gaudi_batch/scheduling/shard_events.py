@@ -10,6 +10,7 @@ from gaudi_batch.scheduling.card_events import CardEvents
 from gaudi_batch.scheduling.cards import Card, CardState
 from gaudi_batch.scheduling.decisions import Commit, Decision, Discard
 from gaudi_batch.scheduling.events import (
+    AttemptEnded,
     BatchAnnounced,
     DoubtsChecked,
     ReadingAnnounced,
@@ -45,6 +46,9 @@ class ShardEvents:
         live = self._work.attempts.get(event.attempt)
         if live is not None:
             live.begun = True
+            is_first = next(iter(live.card.in_flight)) == event.attempt
+            if event.now is not None and is_first and not live.generating:
+                self._state.backups.begun(event.attempt, event.now)
             live.generating = live.generating or event.generating
 
     def reading(self, event: ReadingAnnounced) -> None:
@@ -72,12 +76,14 @@ class ShardEvents:
         card, shard = live.card, self._state.shards[live.shard]
         self._cards.made()
         self._work.affinity.took(outcome.seconds, shard.images, live.captures)
+        self._state.backups.took(live, outcome.seconds)
         self._state.storage_failures.works()
         self._cards.record_success(card)
         card.shards_made_elsewhere = max(0, card.shards_made_elsewhere - 1)
         self._work.settle(live.shard)
         self._state.lift(shard.bucket.batch_kind)
-        decisions = self._cards.count_transient(card, shard.images, outcome.transient_failures)
+        decisions: list[Decision] = [*self._state.backups.end_others(live.shard)]
+        decisions += self._cards.count_transient(card, shard.images, outcome.transient_failures)
         if outcome.doubted:
             failures = self._work.failures.setdefault(live.shard, ShardFailures())
             failures.await_confirmation(Held(event.attempt, card.number, outcome))
@@ -128,6 +134,11 @@ class ShardEvents:
         self._work.answered(event.attempt)
         if event.given_back:
             self._state.put_back(self._work.release(event.attempt).shard)
+        return []
+
+    def attempt_ended(self, event: AttemptEnded) -> list[Decision] | None:
+        """Lets a card work again that was told to drop an attempt."""
+        self._state.backups.dropped(self._state.cards.by_number[event.card], event.attempt)
         return []
 
     def committed(self, event: ShardCommitted) -> list[Decision] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.scheduling.admission import Requirements
+from gaudi_batch.scheduling.backups import Backups
 from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
 from gaudi_batch.scheduling.dispatch import Dispatch
 from gaudi_batch.scheduling.failures import ShardFailures
@@ -36,6 +37,8 @@ class Rules:
 
     max_failed: int | float | None = None
     """Failed rows beyond which the run stops: a count (int), a share (float), or None."""
+    batch_size: int = 1
+    """Images of one pipeline call."""
     max_graphs: int = 16
     """Graph keys whose graphs a card keeps."""
     min_cards: int = 0
@@ -87,6 +90,9 @@ class RunState:
         """Shards whose commit is under way, each with its attempt."""
         self.work = Dispatch(self.shards, prefix, rules.max_graphs)
         self.cards = self.work.cards
+        self.backups = Backups(self.work, self.shards, rules.batch_size)
+        self.now = -math.inf
+        """The latest time that an event has told, in seconds, monotonic."""
         self.storage_failures = StorageFailures()
         self.slow_kinds = SlowKinds()
         self.transient_failures = TransientFailures()
@@ -116,7 +122,10 @@ class RunState:
         self.put_back(shard)
 
     def put_back(self, shard: int) -> None:
-        """Makes a shard pending again, before those that have not been tried, unless another try is useless."""
+        """Makes a shard pending again, before those that have not been tried, unless an attempt goes on or another one
+        would be useless."""
+        if self.work.is_in_flight(shard):
+            return  # another attempt goes on
         kind = self.shards[shard].bucket.batch_kind
         failures = self.work.failures.get(shard)
         if kind in self.slow_kinds.set_aside:

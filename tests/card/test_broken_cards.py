@@ -20,6 +20,7 @@ import pytest
 
 from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, require_shared
 from gaudi_batch.card.clock import DriverClock
+from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.shard_result import CardIdentity, PipelineCall, ShardRecorder, ShardRows, StoredBatch
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import EncodingConfig
@@ -109,6 +110,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     card._store_slots, card._storage, card._probes = threading.Semaphore(BATCHES_IN_STORE), None, {}
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
+    card._mailbox = Mailbox(lambda: 0.0)
     card._call = lambda shard, items: (None, PipelineCall("steady", 1.0, 0.0))
     card._store_batch = lambda output, batch, *_: batch  # and none of them ever ends
     work = ShardRows(ShardTask(Shard(0, 0, 0, 20, BUCKET, 20, 20), "aaaaa1"), [], pa.table({}))

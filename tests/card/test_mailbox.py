@@ -79,3 +79,12 @@ def test_the_status_says_what_the_device_is_at_and_how_long_batches_take() -> No
     with mailbox.reading(6):
         assert mailbox.poll(0, 0.0).status.reading_shard == 6
     assert mailbox.poll(0, 0.0).status.reading_shard is None
+
+
+def test_an_attempt_that_is_dropped_before_it_begins_never_does() -> None:
+    mailbox = Mailbox(lambda: 0.0)
+    mailbox.drop("a1")
+    assert mailbox.is_dropped("a1")
+    assert not mailbox.begin("a1")
+    assert mailbox.begin("a2")
+    assert not mailbox.is_dropped("a2")

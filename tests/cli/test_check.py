@@ -113,7 +113,7 @@ def test_arrow_passes_over_no_row_that_a_card_would_not_run(tmp_path: Path, data
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=5)
     config = JobConfig(prompts=str(tmp_path / "p.parquet"), output=str(tmp_path / "out"), device="simulated")
     job = resolve(config)
-    rows = [row for shard in job.plan() for row in job.dataset.read(shard, job.rules)[0]]
+    rows = [row for shard in job.plan(1) for row in job.dataset.read(shard, job.rules)[0]]
     bad = {(row.row, row.error) for row in rows if row.error is not None}
     found = survey(job.dataset, job.rules, None)
     assert (found.rows, found.bad) == (count, len(bad))
@@ -260,9 +260,11 @@ def test_a_run_that_is_there_is_described_and_another_job_refused(
 
 
 def test_cards_that_would_be_idle_are_said(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "8", "--shard-size", "256")
+    assert "cards    5 of 8 cards will be idle: the plan has 3 shards; without --shard-size every card" in printed
     _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "8")
-    assert "cards    5 of 8 cards will be idle: the plan has 3 shards; --shard-size 8 gives every card work" in printed
-    _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "8", "--shard-size", "3", "--batch-size", "1")
+    assert "100 images in 13 shards" in printed
     assert "idle" not in printed
-    _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "99")
-    assert "idle: the plan has 3 shards of 13 batches in all; fewer --cards will do" in printed
+    for size in ((), ("--shard-size", "256")):
+        _, printed = check(capsys, prompts, tmp_path / "out", "--cards", "99", *size)
+        assert " of 13 batches in all; fewer --cards will do" in printed

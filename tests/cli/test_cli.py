@@ -93,8 +93,8 @@ def test_check_prints_the_plan_and_starts_nothing(write_prompts: Callable[..., P
     prompts = write_prompts({"prompt": ["a", "", "c"] * 10, "width": [64, 64, 128] * 10, "mood": ["x"] * 30})
     result = command_line("check", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
     assert result.returncode == 0
-    assert "30 images in 2 shards and 5 batches of 8, padding 25.00%" in result.stdout
-    assert "bucket   128x64, 50 steps, guidance 7.5: 10 rows, 10 images, 1 shard," in result.stdout
+    assert "30 images in 5 shards and 5 batches of 8, padding 25.00%" in result.stdout
+    assert "bucket   128x64, 50 steps, guidance 7.5: 10 rows, 10 images, 2 shards," in result.stdout
     assert "carried: mood" in result.stdout
     assert not (tmp_path / "out").exists()
     strict = command_line("check", "--strict", "--prompts", prompts, "--output", tmp_path / "out", *JOB)

@@ -26,10 +26,9 @@ from gaudi_batch.storage.store import Storage
 @pytest.fixture
 def output(write_prompts: Callable[..., Path], tmp_path: Path) -> Path:
     """Of a run that has just begun: 32 batches of 8 a shard, at 0.885 s a batch."""
-    config = JobConfig(
-        prompts=str(write_prompts({"prompt": ["a"] * 512})), output=f"{tmp_path}/out", device="simulated"
-    )
-    begin_run(Ledger(Storage(config.output), Unfenced()), resolve(config))
+    prompts = str(write_prompts({"prompt": ["a"] * 512}))
+    config = JobConfig(prompts=prompts, output=f"{tmp_path}/out", device="simulated", shard_size=256)
+    begin_run(Ledger(Storage(config.output), Unfenced()), resolve(config), 1)
     return tmp_path / "out"
 
 

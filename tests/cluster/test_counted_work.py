@@ -29,7 +29,7 @@ from gaudi_batch.dataset.rows import PromptRow, RowRules, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.rerun import plan_rerun
 from gaudi_batch.pipelines.base import Generated
-from gaudi_batch.plan import Bucket, Shard, plan_shards
+from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
 
@@ -65,7 +65,7 @@ def dataset(write_prompts: Callable[..., Path]) -> PromptDataset:
 
 
 def test_a_shard_builds_the_rows_of_its_own_bucket_and_no_other(dataset: PromptDataset, built: list[int]) -> None:
-    shards = list(plan_shards(row_spans(dataset, RULES), ROWS, 100, 10))
+    shards = list(plan_shards(row_spans(dataset, RULES), ROWS, ShardSizes(10, rows=100)))
     for shard in shards:
         rows, carried = dataset.read(shard, RULES)
         assert {row.bucket for row in rows} == {shard.bucket}
@@ -94,7 +94,7 @@ def test_rows_that_are_made_again_alone_are_built_and_their_row_groups_alone_dec
 def test_rows_are_planned_again_without_reading_the_prompts(
     dataset: PromptDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = list(plan_shards(row_spans(dataset, RULES), ROWS, 100, 10, num_images=1))
+    plan = list(plan_shards(row_spans(dataset, RULES), ROWS, ShardSizes(10, rows=100)))
     whose = {row: shard.number for shard in plan for row in range(shard.start, shard.stop)
              if 64 + 8 * (row % 5) == shard.bucket.width}  # fmt: skip
     monkeypatch.setattr(PromptDataset, "open_file", lambda *_: pytest.fail("the prompts are read"))

@@ -83,7 +83,6 @@ def test_the_demo_removes_no_run_but_its_own(
         {"num_images": 2},
         {"device": "simulated"},
         {"cards": "all"},
-        {"shard_size": 256},
         {"encoding": {"type": "jpeg", "quality": 95}},
         {"prompts": f"/home/me/{PROMPTS.name}"},
         {"prompts": 5},

@@ -274,7 +274,7 @@ def test_a_model_in_a_directory_is_known_by_what_it_holds(
     shutil.copytree(builtin_directory("builtin:shapes"), tmp_path / "model")
     fields: dict[str, Any] = {"device": "cpu", "cpu": {"threads": 1}}
     begun = resolve(job(prompts, "out", model="model", **fields))
-    record, _ = begin_run(Ledger(Storage(str(tmp_path / "out")), Unfenced()), begun)
+    record, _ = begin_run(Ledger(Storage(str(tmp_path / "out")), Unfenced()), begun, 1)
     shutil.copytree(tmp_path / "model", tmp_path / "copied")
     (tmp_path / "link").symlink_to("model")
     for spelt in ("./model/", str(tmp_path / "model"), "copied", "link", "builtin:shapes"):

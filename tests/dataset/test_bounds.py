@@ -105,7 +105,7 @@ def test_a_run_that_began_without_bounds_is_finished_without_them(
 ) -> None:
     small = {name: values[:3] for name, values in ROWS.items()}
     job = a_job(write_prompts(small), tmp_path / "out")
-    begin_run(Ledger(Storage(job["output"]), Unfenced()), replace(resolve(JobConfig(**job)), bounds=None))
+    begin_run(Ledger(Storage(job["output"]), Unfenced()), replace(resolve(JobConfig(**job)), bounds=None), 1)
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert not [name for name in record["fingerprint"] if name.startswith("max_")]
     assert gaudi_batch("run", job | {"max_pixels": 1_000_000}) == 2

@@ -25,7 +25,7 @@ from gaudi_batch.dataset.reader import GroupUndecoded, PromptDataset
 from gaudi_batch.dataset.rows import PromptRow, RowRules, image_seed, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.plan import Bucket, Shard, plan_shards
+from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
 
@@ -37,7 +37,7 @@ def opened(prompts: Path | str, **fields: Any) -> PromptDataset:
 
 
 def all_rows(dataset: PromptDataset, shard_size: int = 16) -> list[PromptRow]:
-    shards = plan_shards(row_spans(dataset, RULES), dataset.rows, shard_size, 8)
+    shards = plan_shards(row_spans(dataset, RULES), dataset.rows, ShardSizes(8, rows=shard_size))
     rows = [row for shard in shards for row in dataset.read(shard, RULES)[0]]
     return sorted(rows, key=lambda row: row.row)
 
@@ -279,7 +279,7 @@ def test_planned_shards_hold_each_row_once_in_its_own_bucket(
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=group)
     dataset = opened(tmp_path / "p.parquet")
     seen = []
-    for shard in plan_shards(row_spans(dataset, RULES), dataset.rows, shard_size, 8):
+    for shard in plan_shards(row_spans(dataset, RULES), dataset.rows, ShardSizes(8, rows=shard_size)):
         found, carried = dataset.read(shard, RULES)
         assert len(found) == shard.rows == carried.num_rows
         assert {row.bucket for row in found} == {shard.bucket}
@@ -327,7 +327,7 @@ def test_files_that_disagree_are_refused(write_prompts: Callable[..., Path]) -> 
 def test_a_column_that_only_some_files_have_is_null_in_the_others(write_prompts: Callable[..., Path]) -> None:
     dataset = opened(write_prompts({"prompt": ["a"], "seed": [3]}, {"prompt": ["b"], "mood": ["grim"]}))
     assert [row.seed for row in all_rows(dataset)] == [3, None]
-    shards = plan_shards(row_spans(dataset, RULES), 2, 8, 8)
+    shards = plan_shards(row_spans(dataset, RULES), 2, ShardSizes(8, rows=8))
     assert [dataset.read(shard, RULES)[1].to_pylist() for shard in shards] == [[{"mood": None}], [{"mood": "grim"}]]
 
 

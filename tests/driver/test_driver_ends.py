@@ -14,8 +14,8 @@ from ray.exceptions import RaySystemError
 from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.driver import fleet, loop
-from gaudi_batch.driver.fleet import CardsOfRun
 from gaudi_batch.driver.loop import Driver
+from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.events import CardDied, CardLoaded, CardPlaced, LoadedCard

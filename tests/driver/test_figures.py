@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from world import shards
 
-from gaudi_batch.plan import BatchKind, Bucket, GraphKey, PlanSummary, RowSpan, Shard, plan_shards, summarize
+from gaudi_batch.plan import (
+    BatchKind,
+    Bucket,
+    GraphKey,
+    PlanSummary,
+    RowSpan,
+    Shard,
+    ShardSizes,
+    plan_shards,
+    summarize,
+)
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.cards import Card, Cards, CardState
 from gaudi_batch.scheduling.dispatch import NODES_PER_EXCLUSIVE, Dispatch
@@ -43,11 +53,11 @@ def test_guidance_doubles_the_work_only_above_one() -> None:
 
 
 def test_the_last_tenth_of_a_plan_is_in_shards_of_a_quarter() -> None:
-    sizes = [shard.rows for shard in plan_shards([RowSpan(0, 0, 1000, SMALL, 1)], 1000, 50, batch_size=2)]
+    sizes = [shard.rows for shard in plan_shards([RowSpan(0, 0, 1000, SMALL, 1)], 1000, ShardSizes(2, rows=50))]
     assert sizes == [50] * 18 + [12] * 8 + [4]
-    sizes = [shard.rows for shard in plan_shards([RowSpan(0, 0, 100, SMALL, 1)], 100, 10, batch_size=1)]
+    sizes = [shard.rows for shard in plan_shards([RowSpan(0, 0, 100, SMALL, 1)], 100, ShardSizes(1, rows=10))]
     assert sizes == [10] * 9 + [2] * 5, "a quarter of ten is two"
-    sizes = [shard.rows for shard in plan_shards([RowSpan(0, 0, 110, SMALL, 1)], 110, 11, batch_size=1)]
+    sizes = [shard.rows for shard in plan_shards([RowSpan(0, 0, 110, SMALL, 1)], 110, ShardSizes(1, rows=11))]
     assert sizes == [11] * 9 + [2] * 5 + [1], "and of eleven, too"
 
 

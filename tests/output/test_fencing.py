@@ -220,7 +220,7 @@ def test_nobody_writes_or_removes_once_another_drives(
     config = JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated")
     records = Ledger(output, first)
     job = resolve(config)
-    info, shards = begin_run(records, job)
+    info, shards = begin_run(records, job, 1)
     output.put(manifest_path(3), a_manifest(3, "aaaaa1", info.run_id)[1])
     output.put("images/000004-aaaaa2/00000001-00.png", b"image")
     take_over(output)
@@ -246,9 +246,9 @@ def test_a_run_whose_run_json_is_gone_is_not_planned_anew(
     records = Ledger(output, first)
     output.put(manifest_path(3), a_manifest(3, "aaaaa1")[1])
     with pytest.raises(InputError, match=r"has manifests of a run and no run\.json"):
-        begin_run(records, job)
+        begin_run(records, job, 1)
     clear(records)
-    assert begin_run(records, job)[0].run_id
+    assert begin_run(records, job, 1)[0].run_id
 
 
 def test_manifests_that_change_while_they_are_joined_end_the_run(output: Storage, first: LeaseKeeper) -> None:

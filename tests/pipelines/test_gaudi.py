@@ -213,7 +213,7 @@ def test_every_ready_made_job_can_be_checked_without_a_network(config: Path, tmp
     assert result.returncode == 0, result.stderr
     if config.stem.startswith("stable-diffusion"):
         assert "not looked at" in result.stdout
-        assert "plan     20 images in 1 shard and 5 batches of 4" in result.stdout
+        assert "plan     20 images in 2 shards and 6 batches of 4" in result.stdout
 
 
 @pytest.mark.torch

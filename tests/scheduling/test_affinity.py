@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from world import loaded
 
-from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard, plan_shards
+from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard, ShardSizes, plan_shards
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
 from gaudi_batch.scheduling.events import CardPlaced, RecallAnswered, ShardCommitted, ShardMade, ShardOutcome
@@ -39,7 +39,7 @@ def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
     buckets = [Bucket(*SHAPES[row % shapes], 20, 2.0) for row in range(rows)]
     random.Random(0).shuffle(buckets)
     runs = (RowSpan(0, row, 1, bucket, 1) for row, bucket in enumerate(buckets))
-    return list(plan_shards(runs, rows, shard_size, BATCH))
+    return list(plan_shards(runs, rows, ShardSizes(BATCH, rows=shard_size)))
 
 
 def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[int, float]:

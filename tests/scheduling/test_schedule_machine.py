@@ -129,6 +129,21 @@ class ScheduleMachine(RuleBasedStateMachine):
     def a_recall_is_answered(self, given_back: bool) -> None:
         self.world.answer_recall(given_back)
 
+    @precondition(lambda self: self.goes_on() and self.busy())
+    @rule(data=st.data())
+    def a_card_begins(self, data: st.DataObject) -> None:
+        self.world.begin(self.pick(data, self.busy()))
+
+    @precondition(lambda self: self.goes_on())
+    @rule(seconds=st.sampled_from([0.5, 5.0, 100.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.wait(seconds)
+
+    @precondition(lambda self: self.goes_on() and self.world.drops)
+    @rule(data=st.data())
+    def an_attempt_is_dropped(self, data: st.DataObject) -> None:
+        self.world.end_drop(data.draw(st.sampled_from(self.world.drops), "drop"))
+
     @precondition(lambda self: self.goes_on() and self.alive())
     @rule(data=st.data(), by_its_own_word=st.booleans())
     def a_process_dies(self, data: st.DataObject, by_its_own_word: bool) -> None:

@@ -1,0 +1,136 @@
+"""Second attempts at the last shards: when nothing is pending and a card idles, a shard that would end later where it
+is than on the idle card is begun there, too. Pure, a part of the schedule.
+
+These are the backup tasks of MapReduce (Dean and Ghemawat, OSDI 2004). The first attempt that is made is committed, and
+the card of the other is told to drop it. A shard has one backup at most, and none if it has failed before.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+
+from gaudi_batch.plan import BatchKind, Shard
+from gaudi_batch.scheduling.cards import Attempt, Card
+from gaudi_batch.scheduling.decisions import Decision, Drop
+from gaudi_batch.scheduling.dispatch import Dispatch
+from gaudi_batch.scheduling.pace import Pace
+
+OVERDUE_FACTOR = 1.3
+"""A shard is overdue after so many times what its pipeline calls should take. From then on it is taken to need as long
+again as it has taken."""
+OVERDUE_MIN_S = 0.5
+"""Seconds beyond these calls that reading, storing and messages may take."""
+GAIN_FACTOR = 1.1
+"""How many times longer the first attempt has to go on than the second would take."""
+
+
+class Backups:
+    """Watches the attempts of a run for those that are worth a second one.
+
+    Args:
+        work: the shards that are not made yet.
+        shards: all shards, by number.
+        batch_size: images of one pipeline call.
+    """
+
+    def __init__(self, work: Dispatch, shards: Mapping[int, Shard], batch_size: int) -> None:
+        self.pace = Pace(batch_size)
+        self._work = work
+        self._shards = shards
+        self._due: list[tuple[float, str]] = []  # a heap of attempts, by the time from which a backup may be worth it
+        self._unknown: dict[BatchKind, dict[str, None]] = {}  # attempts of kinds of which nothing is known yet
+
+    def is_waiting(self) -> bool:
+        """Whether the passing of time alone may lead to a decision."""
+        return bool(self._due) and bool(self._work.cards.open[0]) and not self._work.pending.plain
+
+    def begun(self, attempt: str, now: float) -> None:
+        """Notes that a card, which has nothing else before it, begins to read or to generate a shard."""
+        live = self._work.attempts[attempt]
+        live.begun_at = now
+        self._watch(attempt, live)
+        while self._due and self._due[0][1] not in self._work.attempts:
+            heapq.heappop(self._due)  # so that they do not gather in a long run
+
+    def took(self, live: Attempt, seconds: float) -> None:
+        """Notes how long the pipeline calls of a shard took."""
+        shard = self._shards[live.shard]
+        if self.pace.took(live.card.number, shard, seconds, live.captures):
+            for attempt in self._unknown.pop(shard.bucket.batch_kind, {}):
+                if (other := self._work.attempts.get(attempt)) is not None:
+                    self._watch(attempt, other)
+
+    def next(self, now: float) -> list[Decision]:
+        """Begins the backups that are worth it now."""
+        decisions: list[Decision] = []
+        later: list[tuple[float, str]] = []
+        while self.is_waiting() and self._due[0][0] <= now:
+            _, attempt = heapq.heappop(self._due)
+            live = self._work.attempts.get(attempt)
+            if live is None or live.shard in self._work.failures or len(self._work.attempts_at[live.shard]) > 1:
+                continue
+            remaining = self._remaining_s(live, now)
+            card = self._best_card(live, remaining)
+            if card is not None:
+                decisions.append(self._work.send(card, live.shard, attempt))
+            else:
+                # What is not overdue yet may become so, and what is overdue is worth more the longer it takes.
+                overdue_at = self._overdue_at(live)
+                later.append((overdue_at if now < overdue_at else now + remaining / 4, attempt))
+        for entry in later:
+            heapq.heappush(self._due, entry)
+        return decisions
+
+    def end_others(self, shard: int) -> list[Decision]:
+        """Has the other attempts at a shard dropped that is made."""
+        decisions: list[Decision] = []
+        for attempt in list(self._work.attempts_at.get(shard, ())):
+            card = self._work.attempts[attempt].card
+            decisions += self._work.recall_queued_of(card)  # which the card, if it hangs, would never begin
+            self._work.release(attempt)
+            card.dropping = attempt
+            self._work.cards.file(card)
+            decisions.append(Drop(card.number, attempt))
+        return decisions
+
+    def dropped(self, card: Card, attempt: str) -> None:
+        """Notes that a card is done with an attempt that it was told to drop."""
+        if card.dropping == attempt:
+            card.dropping = None
+            self._work.cards.file(card)
+
+    def _watch(self, attempt: str, live: Attempt) -> None:
+        shard = self._shards[live.shard]
+        own = self.pace.expected_s(live.card.number, shard, live.captures)
+        if own is None:
+            self._unknown.setdefault(shard.bucket.batch_kind, {})[attempt] = None
+            return
+        usual = self.pace.expected_s(-1, shard, captures=False)
+        slow = usual is not None and own > usual * GAIN_FACTOR
+        heapq.heappush(self._due, (live.begun_at if slow else self._overdue_at(live), attempt))
+
+    def _overdue_at(self, live: Attempt) -> float:
+        own = self.pace.expected_s(live.card.number, self._shards[live.shard], live.captures)
+        return live.begun_at + max(OVERDUE_FACTOR * (own or 0.0), (own or 0.0) + OVERDUE_MIN_S)
+
+    def _remaining_s(self, live: Attempt, now: float) -> float:
+        elapsed = now - live.begun_at
+        if now >= self._overdue_at(live):
+            return elapsed
+        own = self.pace.expected_s(live.card.number, self._shards[live.shard], live.captures)
+        return max(0.0, (own or 0.0) - elapsed)
+
+    def _best_card(self, live: Attempt, remaining: float) -> Card | None:
+        """An idle card that would make the shard sooner than its own."""
+        shard = self._shards[live.shard]
+        key = shard.bucket.graph_key
+        holders = self._work.cards.open_by_key[0].get(key) or {}
+        for cards, captures in ((holders, False), (self._work.cards.open[0], True)):
+            for card in cards.values():
+                seconds = self.pace.expected_s(card.number, shard, captures)
+                if card is not live.card and seconds is not None and seconds * GAIN_FACTOR < remaining:
+                    return card
+                if captures:
+                    break  # a capture costs every card the same
+        return None

@@ -1,0 +1,155 @@
+"""A run that is resumed on more cards is cut anew, and a number keeps its rows or is never committed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from helpers import Unfenced
+
+from gaudi_batch import JobConfig
+from gaudi_batch.driver.opening import begin_run
+from gaudi_batch.driver.recut import recut
+from gaudi_batch.driver.run_context import Committed, Run
+from gaudi_batch.job import Job, resolve
+from gaudi_batch.output import manifest
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.plan import Shard
+from gaudi_batch.storage.store import Storage
+
+ROWS = 2000
+
+
+@pytest.fixture
+def job(write_prompts: Callable[..., Path], tmp_path: Path) -> Job:
+    widths = [64 if row % 50 < 25 else 128 for row in range(ROWS)]
+    texts = [f"prompt {row}" for row in range(ROWS)]
+    cut = 1200
+    prompts = write_prompts(
+        {"prompt": texts[:cut], "width": widths[:cut]}, {"prompt": texts[cut:], "width": widths[cut:]}
+    )
+    return resolve(JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated"))
+
+
+def a_ledger(job: Job) -> Ledger:
+    ledger = Ledger(Storage(job.config.output), Unfenced())
+    ledger.run()
+    return ledger
+
+
+def a_run(job: Job, monkeypatch: pytest.MonkeyPatch, cards: int) -> Run:
+    """The run as a driver finds it that may have so many cards."""
+    ledger = a_ledger(job)
+    info = ledger.run()
+    assert info is not None
+    monkeypatch.setattr(Run, "cards", cards)
+    lease: Any = None
+    connect: Any = None
+    return Run(job, ledger, lease, info, ledger.plan(info.rows), connect)
+
+
+def commit(ledger: Ledger, shard: Shard, attempt: str = "aaaaa1") -> bool:
+    run = ledger.run()
+    assert run is not None
+    info = CommitInfo(shard.number, attempt, "c", "n", 0, shard.rows, 0, shard.images, ThroughputTotals(), run.run_id)
+    return ledger.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
+
+
+def places(shards: list[Shard], job: Job) -> Counter[int]:
+    """How often each row is in these shards."""
+    found: Counter[int] = Counter()
+    for shard in shards:
+        rows, _ = job.dataset.read(shard, job.rules)
+        assert len(rows) == shard.rows
+        found.update(row.row for row in rows)
+    return found
+
+
+def test_what_is_left_is_cut_for_the_cards_that_there_are_now(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, old = begin_run(a_ledger(job), job, 2)
+    assert max(shard.images for shard in old) >= 56
+    for shard in old[:3]:
+        assert commit(a_ledger(job), shard)
+    run = a_run(job, monkeypatch, 20)
+    recut(run, Committed.read(run))
+    assert run.plan[:3] == old[:3], "what is committed stays"
+    assert places(run.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))
+    left = run.plan[3:]
+    assert max(shard.images for shard in left) <= 16
+    again = a_run(job, monkeypatch, 20)
+    assert again.plan == run.plan, "as it is stored"
+    assert again.ledger.committed_shards() == [shard.number for shard in old[:3]]
+    recut(again, Committed.read(again))
+    assert again.plan == run.plan, "there is nothing left to cut"
+    assert sum(info.rows for info, _ in again.ledger.commits()) == sum(shard.rows for shard in old[:3])
+
+
+def test_a_driver_that_comes_back_and_commits_by_the_old_cut_commits_nothing(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, old = begin_run(a_ledger(job), job, 2)
+    cut_off = a_ledger(job)
+    run = a_run(job, monkeypatch, 20)
+    recut(run, Committed.read(run))
+    new = {shard.number for shard in run.plan}
+    retired = [shard for shard in old if shard.number not in new]
+    assert retired
+    assert not any(commit(cut_off, shard, "zombie") for shard in retired)
+    for shard in run.plan:
+        assert commit(run.ledger, shard)
+    rows = sum(info.rows for info, _ in OutputReader(run.ledger.storage).commits())
+    assert rows == ROWS
+
+
+def test_a_shard_that_is_committed_while_it_is_retired_keeps_its_rows(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, old = begin_run(a_ledger(job), job, 2)
+    run = a_run(job, monkeypatch, 20)
+    committed = Committed.read(run)
+    assert commit(a_ledger(job), old[0], "zombie"), "after this driver has read what is committed"
+    recut(run, committed)
+    assert old[0] in run.plan
+    assert places(run.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))
+
+
+def test_a_driver_that_ends_between_retiring_and_planning_leaves_no_row_behind(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_run(a_ledger(job), job, 2)
+    run = a_run(job, monkeypatch, 20)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "put_recut_plan", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recut(run, Committed.read(run))
+    again = a_run(job, monkeypatch, 2)
+    committed = Committed.read(again)
+    assert committed.retired
+    assert committed.tally.rows == 0
+    recut(again, committed)
+    assert not committed.retired & {shard.number for shard in again.plan}
+    assert places(again.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))
+
+
+@pytest.mark.parametrize(("cards", "size"), [(2, None), (1, None), (20, 100)])
+def test_a_run_is_not_cut_for_fewer_cards_nor_if_its_job_names_a_size(
+    job: Job, monkeypatch: pytest.MonkeyPatch, cards: int, size: int | None
+) -> None:
+    config = job.config.model_copy(update={"shard_size": size})
+    named = Job(config, job.dataset, job.model, job.threads, job.bounds)
+    _, old = begin_run(a_ledger(named), named, 2)
+    run = a_run(job, monkeypatch, cards)
+    recut(run, Committed.read(run))
+    assert run.plan == old
+    assert a_ledger(job).manifests() == []

@@ -1,0 +1,201 @@
+"""When nothing is pending, a shard that goes on for too long is made on an idle card, too, and committed once."""
+
+from __future__ import annotations
+
+import pytest
+from world import RULES, World, shards
+
+from gaudi_batch.scheduling.decisions import Drop, ShardTask
+from gaudi_batch.scheduling.events import AttemptEnded, ShardBegun, ShardMade, ShardOutcome
+from gaudi_batch.scheduling.schedule import Schedule
+from gaudi_batch.scheduling.state import RowCounts
+
+SHARD_S = 10.0
+"""Seconds of a shard on a card that is not slow."""
+
+
+class Cards:
+    """Cards that make shards in times that the test chooses."""
+
+    def __init__(self, cards: int, count: int, buckets: int = 1) -> None:
+        self.world = World(Schedule(shards(count, buckets=buckets), "a", RowCounts(4 * count), RULES))
+        for card in range(cards):
+            self.world.join(card)
+        for card in range(cards):
+            self.world.ready(card)
+        self.last = -1  # the last shard, where a test has one
+
+    def begin(self, card: int) -> ShardTask:
+        """A card begins to make what it has."""
+        task = self.world.hands[card][0]
+        self.world.do(self.world.handle(ShardBegun(task.attempt, True, self.world.now)))
+        return task
+
+    def make(self, card: int, seconds: float = SHARD_S) -> None:
+        """A card makes its first shard, and it is committed."""
+        task = self.world.hands[card].pop(0)
+        self.world.held[task.attempt] = task.shard.number
+        self.world.do(self.world.handle(ShardMade(task.attempt, ShardOutcome(4, 0, 0, seconds=seconds))))
+        while self.world.commits:
+            self.world.commit_first()
+        while self.world.recalls:
+            self.world.answer_recall(True)
+
+    def holder(self, shard: int) -> int:
+        """The one card that has a shard."""
+        (card,) = (card for card in self.world.hands if shard in self.has(card))
+        return card
+
+    def has(self, card: int) -> list[int]:
+        return [task.shard.number for task in self.world.hands[card]]
+
+
+@pytest.fixture
+def cards() -> Cards:
+    """Each of two cards has made a shard. Card 0 is at the third and last one, and card 1 idles."""
+    cards = Cards(2, 3)
+    cards.begin(0)
+    cards.begin(1)
+    cards.world.now = SHARD_S
+    cards.make(0)
+    cards.make(1)
+    cards.begin(0)
+    (cards.last,) = cards.has(0)
+    assert cards.has(1) == []
+    return cards
+
+
+def test_a_card_that_hangs_in_the_last_shard_costs_little_more_than_a_shard(cards: Cards) -> None:
+    cards.world.wait(SHARD_S)
+    assert cards.has(1) == [], "it may still be in time"
+    cards.world.wait(SHARD_S * 0.35)
+    assert cards.has(1) == [cards.last]
+    cards.make(1)
+    assert cards.world.committed == {0, 1, 2}
+    assert cards.world.finished == [None], "nobody waits for the card that hangs"
+
+
+def test_the_first_attempt_that_is_made_is_committed_and_the_other_is_dropped(cards: Cards) -> None:
+    cards.world.wait(2 * SHARD_S)
+    (backup,) = cards.world.hands[1]
+    assert backup.backup_of == cards.world.hands[0][0].attempt
+    task = cards.world.hands[0].pop(0)
+    cards.world.held[task.attempt] = cards.last
+    decisions = cards.world.handle(ShardMade(task.attempt, ShardOutcome(4, 0, 0, seconds=20.0)))
+    assert Drop(1, backup.attempt) in decisions
+    cards.world.do(decisions)
+    assert not cards.world.handle(ShardMade(backup.attempt, ShardOutcome(4, 0, 0))), "what comes later changes nothing"
+    cards.world.commit_first()
+    assert cards.world.finished == [None]
+
+
+def test_there_is_one_backup_and_no_more() -> None:
+    cards = Cards(4, 5)
+    for card in range(4):
+        cards.begin(card)
+    cards.world.now = SHARD_S
+    cards.make(0)
+    cards.begin(0)
+    for card in (1, 2, 3):
+        cards.make(card)
+    cards.world.wait(3 * SHARD_S)
+    cards.world.wait(30 * SHARD_S)
+    at_work = [shards for card in range(4) if (shards := cards.has(card))]
+    assert len(at_work) == 2
+    assert at_work[0] == at_work[1]
+
+
+def test_a_card_gets_nothing_before_it_is_done_with_what_it_drops(cards: Cards) -> None:
+    cards = Cards(3, 5)
+    for card in range(3):
+        cards.begin(card)
+    cards.world.now = SHARD_S
+    for card in (0, 1):
+        cards.make(card)
+        cards.begin(card)
+    cards.make(2)
+    cards.world.wait(2 * SHARD_S)  # cards 0 and 1 are overdue, and card 2 backs one of them up
+    (backed_up,) = cards.has(2)
+    first = 0 if cards.has(0) == [backed_up] else 1
+    cards.make(2)
+    assert [drop.card for drop in cards.world.drops] == [first]
+    assert cards.has(first) == []
+    other = 1 - first
+    assert cards.has(2) == cards.has(other), "the next overdue shard goes to the card that is free"
+    cards.make(2)
+    assert cards.world.finished == [None]
+
+
+def test_no_shard_is_made_twice_while_there_is_other_work() -> None:
+    cards = Cards(2, 6)
+    cards.begin(0), cards.begin(1)
+    cards.world.now = SHARD_S
+    cards.make(1)
+    cards.begin(1)
+    cards.world.wait(50 * SHARD_S)
+    assert all(task.backup_of is None for hand in cards.world.hands.values() for task in hand)
+
+
+def test_the_shard_of_a_slow_card_goes_to_a_fast_one_at_once() -> None:
+    cards = Cards(2, 6)
+    for _ in range(2):  # the first of a card captures a graph, which says nothing of its speed
+        for card, seconds in ((0, 3 * SHARD_S), (1, SHARD_S)):
+            cards.begin(card)
+            cards.make(card, seconds)
+    cards.world.now = 100.0
+    cards.begin(0)
+    cards.begin(1)
+    cards.world.now += SHARD_S
+    cards.make(1)
+    assert cards.has(1) == cards.has(0) != [], "card 0 needs 20 s more, and card 1 needs 10"
+    assert cards.world.hands[1][0].backup_of == cards.world.hands[0][0].attempt
+
+
+def test_a_backup_is_not_worth_a_capture_that_takes_longer() -> None:
+    cards = Cards(2, 3, buckets=3)
+    cards.begin(0), cards.begin(1)
+    cards.world.now = 50.0
+    cards.make(0, 50.0)
+    cards.begin(0)
+    cards.make(1, 50.0)
+    cards.world.wait(40.0)
+    assert cards.has(1) == [], "nothing is known of that size: no card has made one"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_shard_of_which_one_attempt_fails_is_left_to_the_other(cards: Cards, first: int) -> None:
+    cards.world.wait(2 * SHARD_S)
+    assert cards.has(0) == cards.has(1) == [cards.last]
+    cards.world.die(first)
+    assert cards.world.schedule.pending() == 0
+    cards.make(1 - first)
+    assert cards.world.committed == {0, 1, 2}
+
+
+def test_a_shard_of_which_both_attempts_fail_is_tried_again(cards: Cards) -> None:
+    cards.world.wait(2 * SHARD_S)
+    cards.world.die(0)
+    cards.world.die(1)
+    assert cards.world.schedule.pending() == 1
+    cards.world.ready(0)
+    assert cards.has(0) == [cards.last]
+    assert cards.world.hands[0][0].announce, "it is suspect now"
+    assert cards.world.hands[0][0].backup_of is None
+
+
+def test_a_suspect_shard_gets_no_backup(cards: Cards) -> None:
+    cards.world.die(0)
+    (task,) = cards.world.hands[1]
+    assert task.announce
+    cards.world.ready(0)
+    cards.begin(1)
+    cards.world.wait(100 * SHARD_S)
+    assert cards.has(0) == []
+
+
+def test_a_drop_that_is_answered_twice_or_late_changes_nothing(cards: Cards) -> None:
+    cards.world.wait(2 * SHARD_S)
+    backup = cards.world.hands[1][0].attempt
+    cards.make(1)
+    assert cards.world.finished == [None]
+    assert cards.world.handle(AttemptEnded(0, backup)) == []
