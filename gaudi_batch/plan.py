@@ -141,8 +141,10 @@ class ShardSizes:
 
     def fits(self, shard: Shard, images: int) -> bool:
         """Whether a shard is not much larger than it would be planned now, with so many images left."""
-        left = _Left(images, 1)
-        return shard.images <= RECUT_FACTOR * self.next(RowSpan(0, 0, 1, shard.bucket, 1), left)[1]
+        num_images = max(1, round(shard.images / shard.rows))
+        row = RowSpan(shard.file, shard.start, 1, shard.bucket, num_images)
+        wanted = self.next(row, _Left(images // num_images, num_images))[1]
+        return shard.rows == 1 or shard.images <= RECUT_FACTOR * wanted
 
     def next(self, run: RowSpan, left: _Left) -> tuple[int, int]:
         """How much the next shard may hold.

@@ -215,10 +215,10 @@ class World:
         self.old += self.hands.pop(card, [])
         self.do(self.handle(CardGone(card)))
 
-    def begin(self, card: int) -> None:
-        """A card reads what it has in hand and makes the first of it."""
+    def begin(self, card: int, all_of_it: bool = False) -> None:
+        """A card reads what it has in hand and makes the first of it, or all of it while the first is stored."""
         for place, task in enumerate(self.hands.get(card, [])):
-            self.do(self.handle(ShardBegun(task.attempt, place == 0, self.now)))
+            self.do(self.handle(ShardBegun(task.attempt, place == 0 or all_of_it, self.now)))
 
     def check_storage(self, error: str | None = None, of_shard: str | None = None) -> None:
         """The driver looks at storage itself, if it was asked to."""

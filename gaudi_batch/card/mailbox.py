@@ -103,6 +103,9 @@ class Mailbox:
         """Notes that an attempt is to be ended."""
         with self._changed:
             self._dropped.add(attempt)
+            self._images.pop(attempt, None)
+            if attempt in self._recalled:
+                self.emit(Dropped(attempt))  # the card's threads may have passed it by
 
     def is_dropped(self, attempt: str) -> bool:
         """Whether an attempt is to be ended."""
@@ -144,4 +147,5 @@ class Mailbox:
     def stored(self, attempt: str, images: int) -> None:
         """Counts images of an attempt that are in storage."""
         with self._changed:
-            self._images[attempt] += images
+            if attempt not in self._dropped:
+                self._images[attempt] += images

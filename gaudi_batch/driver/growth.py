@@ -94,7 +94,7 @@ def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo
 
 def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job, cards: int) -> list[Shard]:
     """Shards for the rows that a plan lacks. They have the size that the run began with, if its job named one; else
-    they follow the cards that the job may have now."""
+    that of the job now, or sizes that follow its cards."""
     size = record.job.get("shard_size")
     if isinstance(size, int) and size > 0:
         job = replace(job, config=job.config.model_copy(update={"shard_size": size}))

@@ -9,11 +9,13 @@ driver that ends between the two leaves retired shards whose rows are in no othe
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 
+from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.run_context import Committed, Run
+from gaudi_batch.errors import StorageError
 from gaudi_batch.plan import RowSpan, Shard, ShardSizes, plan_shards
 from gaudi_batch.text import counted
 
@@ -39,17 +41,32 @@ def recut(run: Run, committed: Committed) -> None:
     config = run.job.config
     sizes = ShardSizes(config.batch_size, config.num_images, cards=run.cards)
     images = sum(shard.images for shard in left)
-    too_large = [shard for shard in left if not sizes.fits(shard, images)]
+    rerun_rows = sorted(run.latest_shard_of_row)
+    too_large = [
+        shard for shard in left if not sizes.fits(shard, images) and not _has_any(shard, rerun_rows, run.job.dataset)
+    ]
     retired = [shard for shard in run.plan if shard.number in committed.retired] + run.ledger.retire(too_large)
     if not retired:
         return
-    kept = [shard for shard in run.plan if shard not in set(retired)]
+    numbers = {shard.number for shard in retired}
+    kept = [shard for shard in run.plan if shard.number not in numbers]
     spans = _spans_of(retired, row_spans(run.job.dataset, run.job.rules, config.limit))
     rows = sum(shard.rows for shard in retired)
-    added = list(plan_shards(spans, rows, sizes, max(shard.number for shard in run.plan) + 1))
+    # A plan that an older version has written again may lack shards that are committed.
+    first = max([shard.number for shard in run.plan] + run.ledger.manifests()) + 1
+    added = list(plan_shards(spans, rows, sizes, first))
+    if sum(shard.rows for shard in added) != rows:
+        raise StorageError(f"{run.job.dataset.storage.url}: the prompts are not those that were planned")
     log.info("%s are cut anew into %d, for %s", counted(len(retired), "shard"), len(added), counted(run.cards, "card"))
     run.ledger.put_recut_plan([*kept, *added], retired)
     run.plan = [*kept, *added]
+
+
+def _has_any(shard: Shard, rows: Sequence[int], dataset: PromptDataset) -> bool:
+    """Whether a shard's range has any of these rows, which are sorted. A row that another shard has made again must not
+    get into one with a higher number, whose manifest would count for it."""
+    first = dataset.files[shard.file].first_row
+    return bisect_left(rows, first + shard.stop) > bisect_left(rows, first + shard.start)
 
 
 def _spans_of(shards: Iterable[Shard], spans: Iterable[RowSpan]) -> Iterator[RowSpan]:
@@ -62,7 +79,8 @@ def _spans_of(shards: Iterable[Shard], spans: Iterable[RowSpan]) -> Iterator[Row
     for span in spans:
         of_bucket = ranges.get((span.file, span.bucket), [])
         stop = span.start + span.rows
-        for start, end in of_bucket[max(0, bisect_right(of_bucket, (span.start, stop)) - 1) :]:
+        for index in range(max(0, bisect_right(of_bucket, (span.start, stop)) - 1), len(of_bucket)):
+            start, end = of_bucket[index]
             if start >= stop:
                 break
             begin, last = max(start, span.start), min(end, stop)

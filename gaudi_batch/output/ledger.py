@@ -70,6 +70,7 @@ class Ledger(OutputReader):
     def begin(self, info: RunInfo, shards: Sequence[Shard]) -> None:
         """Writes a new run: its plan, then its run.json."""
         self._info = info
+        self._retired = []
         self.put_plan(shards)
         self.put("run.json", info.encode())
 

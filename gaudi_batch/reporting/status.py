@@ -58,7 +58,9 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     images = planned - (progress.get("images_missing") or 0)
     reason, silent_s = summary.get("reason") if summary else None, None
     complete = len(committed) == len(plan)
-    if complete and summary is not None and summary.get("state") != "stopped":
+    # Shards may be retired while the plan does not say so yet: the summary of a run with fewer rows is no proof.
+    summed_up = summary is not None and summary.get("rows_planned", record.rows) == record.rows
+    if complete and summary is not None and summed_up and summary.get("state") != "stopped":
         state = str(summary.get("state"))
     else:
         lease = read_lease(ledger.storage)

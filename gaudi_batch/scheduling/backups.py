@@ -8,6 +8,7 @@ the card of the other is told to drop it. A shard has one backup at most, and no
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping
 
 from gaudi_batch.plan import BatchKind, Shard
@@ -21,6 +22,10 @@ OVERDUE_FACTOR = 1.3
 again as it has taken."""
 OVERDUE_MIN_S = 0.5
 """Seconds beyond these calls that reading, storing and messages may take."""
+MAX_LOOKED_AT = 16
+"""Attempts at which one event looks."""
+MAX_COMPARED = 64
+"""Idle cards among which one is chosen."""
 GAIN_FACTOR = 1.1
 """How many times longer the first attempt has to go on than the second would take."""
 
@@ -50,8 +55,10 @@ class Backups:
         live = self._work.attempts[attempt]
         live.begun_at = now
         self._watch(attempt, live)
-        while self._due and self._due[0][1] not in self._work.attempts:
-            heapq.heappop(self._due)  # so that they do not gather in a long run
+        if len(self._due) > 2 * len(self._work.attempts) + MAX_LOOKED_AT:
+            # So that those of attempts that have ended do not gather in a long run.
+            self._due = [entry for entry in self._due if entry[1] in self._work.attempts]
+            heapq.heapify(self._due)
 
     def took(self, live: Attempt, seconds: float) -> None:
         """Notes how long the pipeline calls of a shard took."""
@@ -65,7 +72,10 @@ class Backups:
         """Begins the backups that are worth it now."""
         decisions: list[Decision] = []
         later: list[tuple[float, str]] = []
-        while self.is_waiting() and self._due[0][0] <= now:
+        # A few at a time: an event must not cost more if many are due.
+        for _ in range(MAX_LOOKED_AT):
+            if not self.is_waiting() or self._due[0][0] > now:
+                break
             _, attempt = heapq.heappop(self._due)
             live = self._work.attempts.get(attempt)
             if live is None or live.shard in self._work.failures or len(self._work.attempts_at[live.shard]) > 1:
@@ -104,7 +114,10 @@ class Backups:
         shard = self._shards[live.shard]
         own = self.pace.expected_s(live.card.number, shard, live.captures)
         if own is None:
-            self._unknown.setdefault(shard.bucket.batch_kind, {})[attempt] = None
+            unknown = self._unknown.setdefault(shard.bucket.batch_kind, {})
+            unknown[attempt] = None
+            if len(unknown) > 2 * len(self._work.attempts) + MAX_LOOKED_AT:
+                self._unknown[shard.bucket.batch_kind] = {name: None for name in unknown if name in self._work.attempts}
             return
         usual = self.pace.expected_s(-1, shard, captures=False)
         slow = usual is not None and own > usual * GAIN_FACTOR
@@ -127,7 +140,7 @@ class Backups:
         key = shard.bucket.graph_key
         holders = self._work.cards.open_by_key[0].get(key) or {}
         for cards, captures in ((holders, False), (self._work.cards.open[0], True)):
-            for card in cards.values():
+            for card in itertools.islice(cards.values(), MAX_COMPARED):
                 seconds = self.pace.expected_s(card.number, shard, captures)
                 if card is not live.card and seconds is not None and seconds * GAIN_FACTOR < remaining:
                     return card

@@ -47,7 +47,8 @@ class ShardEvents:
         if live is not None:
             live.begun = True
             is_first = next(iter(live.card.in_flight)) == event.attempt
-            if event.now is not None and is_first and not live.generating:
+            # The shard before it may be on its way to storage.
+            if event.now is not None and (is_first or event.generating) and not live.generating:
                 self._state.backups.begun(event.attempt, event.now)
             live.generating = live.generating or event.generating
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.card.messages import Dropped
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import BatchAnnounced, ShardBegun, ShardFailed, ShardFailure
 
@@ -88,3 +89,20 @@ def test_an_attempt_that_is_dropped_before_it_begins_never_does() -> None:
     assert not mailbox.begin("a1")
     assert mailbox.begin("a2")
     assert not mailbox.is_dropped("a2")
+
+
+def test_an_attempt_that_was_given_back_is_dropped_at_once() -> None:
+    """The card's threads may have passed it by, and would never say that they are done with it."""
+    mailbox = Mailbox(lambda: 0.0)
+    assert mailbox.recall("a1")
+    mailbox.drop("a1")
+    assert [event for _, event in mailbox.poll(0, 0.0).events] == [Dropped("a1")]
+
+
+def test_images_of_an_attempt_that_was_dropped_do_not_count() -> None:
+    mailbox = Mailbox(lambda: 0.0)
+    mailbox.stored("a1", 8)
+    mailbox.drop("a1")
+    mailbox.stored("a1", 8)  # what was on its way
+    mailbox.stored("a2", 4)
+    assert mailbox.poll(0, 0.0).status.images == 4

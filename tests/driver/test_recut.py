@@ -142,6 +142,33 @@ def test_a_driver_that_ends_between_retiring_and_planning_leaves_no_row_behind(
     assert places(again.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))
 
 
+def test_a_shard_of_which_rows_were_made_again_is_not_cut(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows would be in a shard with a higher number, whose manifest would then count for them, too."""
+    _, old = begin_run(a_ledger(job), job, 2)
+    run = a_run(job, monkeypatch, 20)
+    rerun = Shard(len(old), old[0].file, 0, 1, old[0].bucket, 1, 1, only=(0,), failed_before=1)
+    run.plan = [*old, rerun]
+    run.ledger.put_plan(run.plan)
+    assert commit(run.ledger, rerun)
+    recut(run, Committed.read(run))
+    holding = [shard for shard in run.plan if shard.file == old[0].file and shard.start <= 0 < shard.stop]
+    assert [shard.number for shard in holding if shard.bucket == old[0].bucket] == [old[0].number, rerun.number]
+    assert len(run.plan) > len(old) + 1, "the others are"
+
+
+def test_rows_of_many_images_that_can_not_be_cut_are_left_alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job.config.model_copy(update={"num_images": 100})
+    many = Job(config, job.dataset, job.model, job.threads, job.bounds)
+    begin_run(a_ledger(many), many, 2)
+    for _ in range(3):
+        run = a_run(many, monkeypatch, 500)
+        recut(run, Committed.read(run))
+    before = run.plan
+    recut(run, Committed.read(run))
+    assert run.plan == before
+    assert max(shard.rows for shard in before) <= 2
+
+
 @pytest.mark.parametrize(("cards", "size"), [(2, None), (1, None), (20, 100)])
 def test_a_run_is_not_cut_for_fewer_cards_nor_if_its_job_names_a_size(
     job: Job, monkeypatch: pytest.MonkeyPatch, cards: int, size: int | None

@@ -89,6 +89,27 @@ def test_the_first_attempt_that_is_made_is_committed_and_the_other_is_dropped(ca
     assert cards.world.finished == [None]
 
 
+def test_a_shard_that_is_begun_while_the_one_before_is_stored_is_watched_too() -> None:
+    """As cards do: they generate the next shard while the images of the last are on their way."""
+    cards = Cards(2, 5)
+    for card in range(2):
+        cards.begin(card)
+    cards.world.now = SHARD_S
+    for card in range(2):
+        following = cards.world.hands[card][1] if len(cards.has(card)) > 1 else None
+        if following is not None:
+            cards.world.do(cards.world.handle(ShardBegun(following.attempt, True, cards.world.now)))
+        cards.make(card)
+        assert following is None or cards.has(card)[0] == following.shard.number
+        assert following is not None or card == 1, "card 0 has two"
+    while cards.has(1):
+        cards.begin(1)
+        cards.make(1)
+    assert len(cards.has(0)) == 1
+    cards.world.wait(50 * SHARD_S)
+    assert cards.has(1) == cards.has(0)
+
+
 def test_there_is_one_backup_and_no_more() -> None:
     cards = Cards(4, 5)
     for card in range(4):

@@ -15,7 +15,7 @@ from world import RULES, World, anything_happens, let_it_end, shards
 
 from gaudi_batch.scheduling import events
 from gaudi_batch.scheduling.decisions import Finish
-from gaudi_batch.scheduling.event_log import Entry, EventLog, load, main, replay
+from gaudi_batch.scheduling.event_log import VERSION, Entry, EventLog, load, main, replay
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
@@ -106,7 +106,7 @@ def test_a_log_takes_room_for_so_many_events_however_long_the_run_is() -> None:
 
 @pytest.mark.parametrize("code", [exec, eval, Path, zlib.compress])
 def test_a_log_that_somebody_else_made_runs_no_code(code: object) -> None:
-    data = zlib.compress(pickle.dumps((1, [], pickle.dumps(code), [])))
+    data = zlib.compress(pickle.dumps((VERSION, [], pickle.dumps(code), [])))
     with pytest.raises(ValueError, match="no part of a schedule"):
         load(data)
 

@@ -130,9 +130,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.world.answer_recall(given_back)
 
     @precondition(lambda self: self.goes_on() and self.busy())
-    @rule(data=st.data())
-    def a_card_begins(self, data: st.DataObject) -> None:
-        self.world.begin(self.pick(data, self.busy()))
+    @rule(data=st.data(), all_of_it=st.booleans())
+    def a_card_begins(self, data: st.DataObject, all_of_it: bool) -> None:
+        self.world.begin(self.pick(data, self.busy()), all_of_it)
 
     @precondition(lambda self: self.goes_on())
     @rule(seconds=st.sampled_from([0.5, 5.0, 100.0]))
