@@ -43,7 +43,7 @@ $(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(BIN)/python
 demo: $(VENV)/.base ## run a job of 200 bundled prompts on two cards of this machine
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
-quick: setup ## run the tests that need neither Ray nor a model, in under a minute
+quick: setup ## run the tests that need neither Ray nor a model, in about a minute
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m 'not ray and not torch'
 
 # Without another worker for one that has crashed, since xdist then never ends.

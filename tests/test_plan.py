@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import Counter, deque
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,9 +132,8 @@ def test_a_shard_is_no_more_than_some_minutes_of_work() -> None:
     assert small[0].images == MAX_IMAGES
 
 
-@pytest.mark.parametrize("cards", [1, 64, 10_000])
-def test_a_hundred_million_prompts_are_under_a_million_shards(cards: int) -> None:
-    plan = plan_shards([RowSpan(0, 0, 10**8, BUCKETS[0], 1)], 10**8, ShardSizes(8, cards=cards))
+def test_a_hundred_million_prompts_are_under_a_million_shards() -> None:
+    plan = plan_shards([RowSpan(0, 0, 10**8, BUCKETS[0], 1)], 10**8, ShardSizes(8, cards=10_000))
     last = deque(plan, maxlen=1)[0]
     assert last.number < 10**6
     assert last.images <= 24
