@@ -49,10 +49,12 @@ def test_the_defaults_give_every_card_its_share(prompts: Path, tmp_path: Path, c
     assert max(images) <= 4 * 8, "no card has a batch more than its share"
 
 
-def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(prompts: Path, tmp_path: Path, cluster: str) -> None:
-    output = tmp_path / "out"
+def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+) -> None:
+    prompts, output = write_prompts({"prompt": ["p"] * 16}), tmp_path / "out"
     limits = ("--limits.batch", "3000", "--limits.first-batch", "3000", "--limits.answer", "3000")
-    driver = start(prompts, output, cluster, 2, 8.0, "--limit", "16", *limits)
+    driver = start(prompts, output, cluster, 2, 8.0, *limits)
 
     def generating() -> list[int]:
         path = output / "progress.json"
