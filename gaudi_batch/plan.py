@@ -168,9 +168,8 @@ class ShardSizes:
         unit = math.lcm(self.batch_size, max(1, run.num_images))
         if unit > max(images, self.batch_size):
             unit = max(1, run.num_images)  # whole batches would take more rows than the shard is to have
-        # Rows that ask for no image are as many as those that ask for one.
-        rows = max(1, int(images // unit)) * unit if run.num_images == 0 else MAX_INT
-        return rows, max(1, int(images // unit)) * unit
+        size = max(1, int(images // unit)) * unit
+        return (MAX_INT if run.num_images else size), size  # of rows that ask for no image, as many rows
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
 from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_rerun
-from gaudi_batch.driver.run_context import Run
+from gaudi_batch.driver.run_context import Run, cards_of
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
 from gaudi_batch.output.cleanup import clear
@@ -69,7 +69,7 @@ def open_run(
     # Read again, now that the lease is ours: another driver may have begun the run in the meantime.
     record = None if overwrite else ledger.run()
     if record is None:
-        return begin_run(ledger, job, _cards(job, connect), overwrite=overwrite)
+        return begin_run(ledger, job, cards_of(job, connect), overwrite=overwrite)
     refuse_another_job(ledger, record, job)
     if job.config.shard_size not in (None, record.job.get("shard_size")):
         log.info("the stored plan is used, whatever shard_size is now")
@@ -80,24 +80,16 @@ def open_run(
                 log.warning("%s is %s here and was %s when the run began; images may differ", package, version, before)
     shards = ledger.plan(record.rows)
     if adds_to(record, job):
-        grown, shards = grow(ledger, record, job, _cards(job, connect) if job.total_rows > record.rows else 1)
+        grown, shards = grow(ledger, record, job, cards_of(job, connect) if job.total_rows > record.rows else 1)
         if grown.rows > record.rows:
             log.info("the run has %d rows and gets %d more", record.rows, grown.rows - record.rows)
         return grown, shards
     if planned_rows(shards) < record.rows:
         # Another driver's plan replaced one with more rows after run.json had counted them.
-        shards = [*shards, *plan_rest(shards, record, job, _cards(job, connect))]
+        shards = [*shards, *plan_rest(shards, record, job, cards_of(job, connect))]
         log.warning("the plan had fewer rows than run.json says; the others are planned again")
         ledger.put_plan(shards)
     return record, shards
-
-
-def _cards(job: Job, connect: Callable[[], CardResources]) -> int:
-    resources = connect()
-    # Ray is slow to import, and a run that is complete does not need it.
-    from gaudi_batch.cluster.connection import cards_expected
-
-    return cards_expected(job.config, resources)
 
 
 def repair(run: Run) -> None:

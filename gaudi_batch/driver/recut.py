@@ -39,7 +39,8 @@ def recut(run: Run, committed: Committed) -> None:
     if not committed.retired and (not left or run.info.job.get("shard_size", left) is not None):
         return
     config = run.job.config
-    sizes = ShardSizes(config.batch_size, config.num_images, cards=run.cards)
+    cards = run.cards
+    sizes = ShardSizes(config.batch_size, config.num_images, cards=cards)
     images = sum(shard.images for shard in left)
     rerun_rows = sorted(run.latest_shard_of_row)
     too_large = [
@@ -57,7 +58,7 @@ def recut(run: Run, committed: Committed) -> None:
     added = list(plan_shards(spans, rows, sizes, first))
     if sum(shard.rows for shard in added) != rows:
         raise StorageError(f"{run.job.dataset.storage.url}: the prompts are not those that were planned")
-    log.info("%s are cut anew into %d, for %s", counted(len(retired), "shard"), len(added), counted(run.cards, "card"))
+    log.info("%s are cut anew into %d, for %s", counted(len(retired), "shard"), len(added), counted(cards, "card"))
     run.ledger.put_recut_plan([*kept, *added], retired)
     run.plan = [*kept, *added]
 

@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
 
 
+def cards_of(job: Job, connect: Callable[[], CardResources]) -> int:
+    """How many cards a job may have.
+
+    Args:
+        job: the job.
+        connect: connects to the cluster; returns what a card takes of it.
+    """
+    resources = connect()
+    # Ray is slow to import, and a run that is complete does not need it.
+    from gaudi_batch.cluster.connection import cards_expected
+
+    return cards_expected(job.config, resources)
+
+
 @dataclass
 class Run:
     """A run that this process drives."""
@@ -42,11 +56,7 @@ class Run:
     @property
     def cards(self) -> int:
         """How many cards the job may have; connects to the cluster."""
-        resources = self.connect()
-        # Ray is slow to import, and a run that is complete does not need it.
-        from gaudi_batch.cluster.connection import cards_expected
-
-        return cards_expected(self.job.config, resources)
+        return cards_of(self.job, self.connect)
 
     def add(self, shards: list[Shard]) -> None:
         """Adds shards to the stored plan, after connecting to a cluster that can make them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Mapping
 
 from gaudi_batch.plan import BatchKind, Shard
@@ -51,7 +52,8 @@ class Backups:
         return bool(self._due) and bool(self._work.cards.open[0]) and not self._work.pending.plain
 
     def begun(self, attempt: str, now: float) -> None:
-        """Notes that a card, which has nothing else before it, begins to read or to generate a shard."""
+        """Notes that an attempt is to be watched from now on: its card begins to read or to generate the shard, or was
+        asked to give it back."""
         live = self._work.attempts[attempt]
         live.begun_at = now
         self._watch(attempt, live)
@@ -70,6 +72,7 @@ class Backups:
 
     def next(self, now: float) -> list[Decision]:
         """Begins the backups that are worth it now."""
+        self._watch_recalled(now)
         decisions: list[Decision] = []
         later: list[tuple[float, str]] = []
         # A few at a time: an event must not cost more if many are due.
@@ -91,6 +94,14 @@ class Backups:
         for entry in later:
             heapq.heappush(self._due, entry)
         return decisions
+
+    def _watch_recalled(self, now: float) -> None:
+        """Watches what was recalled: a process that stands still never gives it back."""
+        recalled, self._work.just_recalled = self._work.just_recalled, []
+        for attempt in recalled if math.isfinite(now) else ():
+            live = self._work.attempts.get(attempt)
+            if live is not None and not live.generating:
+                self.begun(attempt, now)
 
     def end_others(self, shard: int) -> list[Decision]:
         """Has the other attempts at a shard dropped that is made."""

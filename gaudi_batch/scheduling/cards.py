@@ -233,4 +233,4 @@ class Attempt:
     recallable: bool = True
     begun: bool = False  # whether its card has begun to read it
     generating: bool = False  # whether its card has begun to make it
-    begun_at: float = 0.0  # when that was, or when it began to read, in seconds, monotonic
+    begun_at: float = 0.0  # since when it is watched (`backups.py`), in seconds, monotonic

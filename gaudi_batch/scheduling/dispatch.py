@@ -58,6 +58,8 @@ class Dispatch:
         self._sent = 0
         self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # queued behind another shard and not recalled yet
         self._asked_back: set[str] = set()  # recalled and not answered yet
+        self.just_recalled: list[str] = []
+        """Attempts that were recalled since somebody looked here."""
         self._reserved: dict[int, Card] = {}  # the cards that are kept free for suspect shards
         self._due: dict[int, None] = {}  # suspect shards for which a card or node may have become free
 
@@ -88,10 +90,6 @@ class Dispatch:
         """Recalls what is queued on one card."""
         key_of = {attempt: self._shards[self.attempts[attempt].shard].bucket.graph_key for attempt in card.in_flight}
         return [self._recall(attempt) for attempt, key in key_of.items() if attempt in self._queued.get(key, ())]
-
-    def is_in_flight(self, shard: int) -> bool:
-        """Whether an attempt at a shard is live."""
-        return bool(self.attempts_at.get(shard))
 
     def answered(self, attempt: str) -> None:
         """A card has answered a recall."""
@@ -153,6 +151,8 @@ class Dispatch:
         self._unqueue(attempt, live)
         del card.in_flight[attempt]
         del self.attempts_at[live.shard][attempt]
+        if not self.attempts_at[live.shard]:
+            del self.attempts_at[live.shard]
         for first in card.in_flight:
             self._unqueue(first, self.attempts[first])  # nothing is queued behind it any more
             break
@@ -305,8 +305,7 @@ class Dispatch:
         attempt = f"{self._prefix}{self._sent}"
         task = self.failures.get(shard, ShardFailures()).task(self._shards[shard], attempt, self.row_groups)
         key = task.shard.bucket.graph_key
-        if backup_of is not None:
-            task = replace(task, backup_of=backup_of)
+        task = replace(task, backup_of=backup_of)
         live = self.attempts[attempt] = Attempt(shard, card, self.affinity.use(card.number, key))
         self.attempts_at.setdefault(shard, {})[attempt] = None
         if card.in_flight:
@@ -354,4 +353,5 @@ class Dispatch:
         self._unqueue(attempt, live)
         live.recallable = False
         self._asked_back.add(attempt)
+        self.just_recalled.append(attempt)
         return Recall(live.card.number, attempt)

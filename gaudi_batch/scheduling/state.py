@@ -124,7 +124,7 @@ class RunState:
     def put_back(self, shard: int) -> None:
         """Makes a shard pending again, before those that have not been tried, unless an attempt goes on or another one
         would be useless."""
-        if self.work.is_in_flight(shard):
+        if shard in self.work.attempts_at:
             return  # another attempt goes on
         kind = self.shards[shard].bucket.batch_kind
         failures = self.work.failures.get(shard)

@@ -49,10 +49,12 @@ def test_the_defaults_give_every_card_its_share(prompts: Path, tmp_path: Path, c
     assert max(images) <= 4 * 8, "no card has a batch more than its share"
 
 
+@pytest.mark.parametrize("count", [16, 20])
 def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
-    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
+    count: int, write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
 ) -> None:
-    prompts, output = write_prompts({"prompt": ["p"] * 16}), tmp_path / "out"
+    """With 20 rows there is a third batch, which one of the two cards has in its queue."""
+    prompts, output = write_prompts({"prompt": ["p"] * count}), tmp_path / "out"
     limits = ("--limits.batch", "3000", "--limits.first-batch", "3000", "--limits.answer", "3000")
     driver = start(prompts, output, cluster, 2, 8.0, *limits)
 
@@ -66,10 +68,10 @@ def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
     os.kill(pids[0], signal.SIGSTOP)
     _, log = driver.communicate(timeout=200)
     assert driver.returncode == 0, log
-    assert log.count("takes longer than it should") == 1
-    assert rows(output) == list(range(16))
+    assert "takes longer than it should" in log
+    assert rows(output) == list(range(count))
     images = {path.name for path in (output / "images").glob("*/*")}
-    assert len(images) == 16, "nothing of the card that hung is left"
+    assert len(images) == count, "nothing of the card that hung is left"
 
 
 def test_a_run_that_is_resumed_on_more_cards_is_cut_for_them(prompts: Path, tmp_path: Path, cluster: str) -> None:

@@ -94,7 +94,7 @@ def test_a_start_that_ray_fails_is_that_card_s_failure(monkeypatch: pytest.Monke
         driver = await a_driver()
         told: list[Any] = []
         driver.fleet._tell = told.append
-        driver.fleet._progress = SimpleNamespace(fault=lambda *_: None)  # type: ignore[assignment]
+        monkeypatch.setattr(driver.fleet, "_progress", SimpleNamespace(fault=lambda *_: None))
         monkeypatch.setattr(driver.fleet._places, "start", fails)
         monkeypatch.setattr(fleet, "node_is_gone", lambda *_: False)
         monkeypatch.setattr(fleet, "DEPARTURE_TIMEOUT_S", 0.0)

@@ -110,6 +110,29 @@ def test_a_shard_that_is_begun_while_the_one_before_is_stored_is_watched_too() -
     assert cards.has(1) == cards.has(0)
 
 
+def test_what_a_process_that_stands_still_does_not_give_back_is_made_elsewhere() -> None:
+    """It answers no recall."""
+    cards = Cards(2, 3)
+    cards.world.see()
+    for card in range(2):
+        cards.begin(card)
+    stands_still = 0 if len(cards.has(0)) == 2 else 1
+    works = 1 - stands_still
+    first, queued = cards.has(stands_still)
+    cards.world.now += SHARD_S
+    task = cards.world.hands[works].pop(0)
+    cards.world.held[task.attempt] = task.shard.number
+    cards.world.do(cards.world.handle(ShardMade(task.attempt, ShardOutcome(4, 0, 0, seconds=SHARD_S))))
+    cards.world.commit_first()
+    assert [recall.card for recall in cards.world.recalls] == [stands_still]
+    cards.world.recalls.clear()
+    for shard in (first, queued):
+        cards.world.wait(3 * SHARD_S)
+        assert cards.has(works) == [shard]
+        cards.make(works)
+    assert cards.world.finished == [None]
+
+
 def test_there_is_one_backup_and_no_more() -> None:
     cards = Cards(4, 5)
     for card in range(4):
