@@ -30,7 +30,7 @@ SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 def next_of_the_plan(self: Any, card: object) -> object:
     """`Dispatch._choose_key` without affinity: the key of the plan's next shard."""
     fresh = self.pending.fresh
-    return min(fresh, key=lambda key: fresh[key][0], default=None)
+    return min(fresh, key=lambda key: next(iter(fresh[key])), default=None)
 
 
 def main() -> None:

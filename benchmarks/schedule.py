@@ -25,7 +25,7 @@ from typing import Any
 from gaudi_batch.scheduling.state import RowCounts, Rules
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, GraphKey, GroupRows, RowSpan, Shard, ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import (
     Assign,
     Commit,
@@ -81,6 +81,8 @@ class _Card:
     working: bool = False
     gone: bool = False
     hangs: bool = False
+    group: int = -1  # the row group that it has decoded
+    reads: int = 0
 
     @property
     def node(self) -> str:
@@ -96,6 +98,7 @@ class Simulation:
         shards: how many for each card, all of one size.
         prompts: if not 0, how many for each card, planned as a job is that names no size, in place of shards.
         hang: whether a card hangs in the last shard that is assigned.
+        row_groups: of the prompts.
         seed: of all that is drawn.
         deaths: whether processes die now and then.
         lost_nodes: nodes that are lost, and others come, when a fifth of the run's time is over and again when two are.
@@ -113,8 +116,10 @@ class Simulation:
         watch: Callable[[Callable[[], list[Decision]]], list[Decision]] = lambda call: call(),
         prompts: int = 0,
         hang: bool = False,
+        row_groups: int = 32,
     ) -> None:
         self.rng = random.Random(seed)
+        self.row_groups = row_groups
         buckets = [Bucket(512 + 64 * key, 512, 50, 7.5) for key in range(keys)]
         self.image_s = BATCH_SECONDS / BATCH if prompts else SHARD_SECONDS / BATCH
         if prompts:
@@ -141,12 +146,20 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[..., list[Decision]], tuple[Any, ...]]] = []
 
     def _plan(self, buckets: list[Bucket], cards: int, prompts: int) -> Iterator[Shard]:
-        rows, length = cards * prompts, ROWS_OF_SHAPE if len(buckets) > 1 else cards * prompts
+        rows = cards * prompts
+        edges = [rows * group // self.row_groups for group in range(self.row_groups + 1)]
+        groups = [GroupRows(0, group, *edge) for group, edge in enumerate(itertools.pairwise(edges))]
         spans = [
-            RowSpan(0, start, min(length, rows - start), self.rng.choice(buckets), 1)
-            for start in range(0, rows, length)
+            RowSpan(0, start, min(start + ROWS_OF_SHAPE, group.stop) - start, self.rng.choice(buckets), 1, group.group)
+            for group in groups
+            for start in range(group.start, group.stop, ROWS_OF_SHAPE)
         ]
-        return plan_shards(spans, rows, ShardSizes(BATCH, cards=cards))
+        return plan_shards(spans, rows, ShardSizes(BATCH, cards=cards, groups=groups))
+
+    @property
+    def reads(self) -> float:
+        """How often a row group was decoded, on average."""
+        return sum(card.reads for card in self.cards) / self.row_groups
 
     @property
     def ideal(self) -> float:
@@ -213,6 +226,8 @@ class Simulation:
             return
         card.working = True
         task = card.in_flight[0]
+        card.reads += card.group != task.shard.group
+        card.group = task.shard.group
         seconds = task.shard.images * self.image_s * self.rng.uniform(0.95, 1.05) * (SLOW_FACTOR if card.slow else 1.0)
         if self.hang and self.schedule.pending() == 0 and not task.announce:
             self.hang, card.hangs = False, True
@@ -287,6 +302,7 @@ class Simulation:
 
     def _stop(self, card: _Card) -> None:
         card.process += 1
+        card.group = -1
         card.in_flight.clear()
         card.graphs.clear()
         card.working = card.hangs = False
@@ -303,6 +319,7 @@ class Case:
     lost_nodes: int = 0
     """Nodes that are lost, twice."""
     hang: bool = False
+    row_groups: int = 32
 
 
 CASES = [
@@ -329,7 +346,8 @@ def measure(case: Case) -> str:
         return decisions
 
     simulation = Simulation(
-        case.cards, case.keys, 0, lost_nodes=case.lost_nodes, watch=watch, prompts=case.prompts, hang=case.hang
+        case.cards, case.keys, 0, lost_nodes=case.lost_nodes, watch=watch, prompts=case.prompts, hang=case.hang,
+        row_groups=case.row_groups,
     )
     seconds = simulation.run()
     assert simulation.reason is None, simulation.reason
@@ -338,7 +356,7 @@ def measure(case: Case) -> str:
         f"{simulation.dead:4d} deaths  {2 * case.lost_nodes:3d} nodes lost  {int(case.hang)} hang  "
         f"{simulation.backups:4d} backups  {simulation.quarantined} quarantined  "
         f"{1e6 * inside / simulation.events:7.1f} us an event  {1e3 * longest:7.1f} ms the longest  "
-        f"{simulation.captures:6d} captures  {seconds / simulation.ideal:.3f} of ideal"
+        f"{simulation.captures:6d} captures  {simulation.reads:5.2f} reads  {seconds / simulation.ideal:.3f} of ideal"
     )
 
 
@@ -349,9 +367,10 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=1000, help="for each card")
     parser.add_argument("--hang", action="store_true", help="a card hangs in the last shard that is assigned")
+    parser.add_argument("--row-groups", type=int, default=32, help="of the prompts")
     parser.add_argument("--lost-nodes", type=int, default=0, help="nodes that are lost, twice")
     arguments = parser.parse_args()
-    one = Case(arguments.cards, arguments.keys, arguments.prompts, arguments.lost_nodes, arguments.hang)
+    one = Case(arguments.cards, arguments.keys, arguments.prompts, arguments.lost_nodes, arguments.hang, arguments.row_groups)
     for case in [one] if arguments.cards else CASES:
         print(measure(case), flush=True)
 

@@ -14,7 +14,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import RowRules, make_row
-from gaudi_batch.dataset.scan import row_spans
+from gaudi_batch.dataset.scan import planned_groups, row_spans
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
@@ -41,6 +41,8 @@ class Fixed:
     """What a row may ask for; None in a run that a version without bounds began."""
     max_pixels: int | None
     """The job's max_pixels, from which the bounds come."""
+    carry: tuple[str, ...]
+    """The columns that its manifests carry."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Job:
             first: number of the first shard.
         """
         config = self.config
-        sizes = ShardSizes(config.batch_size, config.num_images, config.shard_size, cards)
+        groups = () if config.shard_size else planned_groups(self.dataset, range(since, self.total_rows))
+        sizes = ShardSizes(config.batch_size, config.num_images, config.shard_size, cards, groups)
         return plan_shards(
             row_spans(self.dataset, self.rules, config.limit, since), self.total_rows - since, sizes, first
         )
@@ -132,6 +135,8 @@ class Job:
             del same["encoding"]["quality"]
         if self.bounds is not None:
             same |= asdict(self.bounds)
+        if not self.dataset.carries_all:
+            same["carry"] = self.dataset.carried.names
         return same | {
             "model": self.model.name,
             "model_revision": self.model.revision,
@@ -187,6 +192,8 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
         bounds = fixed.bounds
     else:
         bounds = bounds_for(*own, config.max_pixels)
+    if fixed and config.carry is None:
+        config = config.model_copy(update={"carry": list(fixed.carry)})
     job = Job(config, open_prompts(config), model, threads, bounds)
     if bounds is not None:
         _refuse_beyond_bounds(job)

@@ -2,14 +2,17 @@
 
 A dataset reaches the planner as runs: stretches of consecutive rows of one file that ask for the same thing. Without
 per-row shape columns a file is one run, so that planning costs nothing per row. The planner keeps one open shard for
-each bucket and closes it when it is full or its file ends. A shard is therefore named by a row range and a bucket
-alone; the ranges of two buckets may overlap, and no row list is stored.
+each bucket and closes it when it is full or its file ends; at the end of a row group, too, where that costs little
+padding, since a card decodes whole row groups. A shard is therefore named by a row range and a bucket alone; the ranges
+of two buckets may overlap, and no row list is stored.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +26,9 @@ guidance, which take a Gaudi 2 two and a half minutes at the 0.782 images/s of M
 runs a larger model up to some ten."""
 MAX_SHARDS = 900_000
 """Shards of a plan that chooses its sizes, at most, but for those that files and buckets cut."""
+BATCHES_BEFORE_CUT = 50
+"""Batches of a bucket after which a shard of it ends with its row group: so a batch that is cut short, half full on
+average, is padding of a hundredth at most."""
 RECUT_FACTOR = 2
 """A resumed run is cut anew where a shard is so many times larger than it would be planned now."""
 MAX_INT = 2**63 - 1
@@ -87,6 +93,19 @@ class RowSpan(NamedTuple):
     rows: int
     bucket: Bucket
     num_images: int
+    group: int = 0
+    """The row group of its file in which they lie."""
+
+
+class GroupRows(NamedTuple):
+    """The rows of a row group between the first and the last one that is to be planned."""
+
+    file: int
+    group: int
+    start: int
+    """The first one, counted in its file."""
+    stop: int
+    """The row after the last one."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,8 @@ class Shard:
     """How many of these had failed."""
     images_before: int = 0
     """How many images of theirs manifests name already, of which at least one of each row is missing or torn."""
+    group: int = 0
+    """The row group of its file in which it begins; 0 in a plan of an older version."""
 
     @property
     def is_rerun(self) -> bool:
@@ -138,6 +159,8 @@ class ShardSizes:
     """About how many rows a shard holds, in whole batches; None follows what is left."""
     cards: int = 1
     """Cards that the job may have."""
+    groups: Sequence[GroupRows] = ()
+    """The row groups, in order, of which cards make `cards` side by side; without them, cards take shards in order."""
 
     def fits(self, shard: Shard, images: int) -> bool:
         """Whether a shard is not much larger than it would be planned now, with so many images left."""
@@ -163,7 +186,8 @@ class ShardSizes:
             return max(1, round(wanted / unit)) * unit, MAX_INT
         most = min(MAX_IMAGES, MAX_WORK / run.bucket.work)
         images = max(
-            min(left.images / (self.cards * PARTS_OF_SHARE), most), left.images / max(1, MAX_SHARDS - left.shards_cut)
+            min(left.images_at(run) / (self.cards * PARTS_OF_SHARE), most),
+            left.images / max(1, MAX_SHARDS - left.shards_cut),
         )
         unit = math.lcm(self.batch_size, max(1, run.num_images))
         if unit > max(images, self.batch_size):
@@ -178,6 +202,7 @@ class _Left:
 
     total_rows: int
     num_images: int
+    order: _SideBySide | None = None
     rows_seen: int = 0
     images_seen: int = 0
     shards_cut: int = 0
@@ -188,9 +213,45 @@ class _Left:
 
     @property
     def images(self) -> float:
-        """About how many images: the rows that come ask for as many as those before."""
-        mean = self.images_seen / self.rows_seen if self.rows_seen else self.num_images
-        return self.rows * mean
+        """About how many images."""
+        return self.rows * self._mean
+
+    def images_at(self, run: RowSpan) -> float:
+        """About how many images are left when a card gets to these rows."""
+        if self.order is None:
+            return self.images
+        return self.order.share_left(run) * self.total_rows * self._mean
+
+    @property
+    def _mean(self) -> float:
+        """Images of a row: those that come ask for as many as those before."""
+        return self.images_seen / self.rows_seen if self.rows_seen else self.num_images
+
+
+class _SideBySide:
+    """How far a run is when a card gets to a row. Cards stay in a row group as long as it has shards, so about as many
+    groups as there are cards are made side by side, and are then equally far.
+
+    Args:
+        groups: the row groups in order.
+        cards: how many cards there are.
+    """
+
+    def __init__(self, groups: Sequence[GroupRows], cards: int) -> None:
+        self._waves: dict[tuple[int, int], tuple[GroupRows, int, int]] = {}
+        """For each row group: its rows, how many rows later waves have, and how many its own has."""
+        waves, rows_after = -(-len(groups) // cards), 0
+        for wave in reversed(range(waves)):
+            members = groups[wave * len(groups) // waves : (wave + 1) * len(groups) // waves]
+            rows = sum(group.stop - group.start for group in members)
+            self._waves |= {(group.file, group.group): (group, rows_after, rows) for group in members}
+            rows_after += rows
+        self._rows = rows_after
+
+    def share_left(self, run: RowSpan) -> float:
+        """The part of all rows that is left when a card gets to these, 0 to 1."""
+        group, rows_after, rows = self._waves[run.file, run.group]
+        return (rows_after + rows * (group.stop - run.start) / (group.stop - group.start)) / self._rows
 
 
 def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, first: int = 0) -> Iterator[Shard]:
@@ -205,47 +266,61 @@ def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, fir
     Yields:
         Shards in order of their numbers, which hold every row once.
     """
-    left = _Left(total_rows, sizes.num_images)
+    numbers = itertools.count(first)
+    left = _Left(total_rows, sizes.num_images, _SideBySide(sizes.groups, sizes.cards) if sizes.groups else None)
     opened: dict[Bucket, _OpenShard] = {}
-    number = first
-    current_file = -1
+    uncut: Counter[Bucket] = Counter()  # images since a row group's end has closed a shard
+    file, group = -1, 0
+
+    def close(shards: Iterable[_OpenShard]) -> Iterator[Shard]:
+        for shard in sorted(shards, key=lambda shard: shard.start):
+            del opened[shard.bucket]
+            yield shard.close(next(numbers))
+
     for run in runs:
-        if run.file != current_file:
-            for shard in sorted(opened.values(), key=lambda shard: shard.start):
-                yield shard.close(number)
-                number += 1
-            opened.clear()
-            current_file = run.file
-        start, rows = run.start, run.rows
-        while rows:
-            shard = opened.get(run.bucket) or _OpenShard(run.file, start, run.bucket, *sizes.next(run, left))
+        if run.file != file:
+            yield from close(list(opened.values()))
+            uncut.clear()
+        elif run.group != group and sizes.groups:
+            ended = [shard for shard in opened.values() if uncut[shard.bucket] >= BATCHES_BEFORE_CUT * sizes.batch_size]
+            yield from close(ended)
+            for shard in ended:
+                uncut[shard.bucket] = 0
+        file, group = run.file, run.group
+        while run.rows:
+            shard = opened.get(run.bucket) or _OpenShard(run, *sizes.next(run, left))
             opened[run.bucket] = shard
-            taken = min(rows, shard.room(run.num_images))
+            taken = min(run.rows, shard.room(run.num_images))
+            images = taken * run.num_images
             shard.rows += taken
-            shard.images += taken * run.num_images
+            shard.images += images
             left.rows_seen += taken
-            left.images_seen += taken * run.num_images
-            start, rows = start + taken, rows - taken
-            shard.stop = start
+            left.images_seen += images
+            uncut[run.bucket] += images
+            run = run._replace(start=run.start + taken, rows=run.rows - taken)
+            shard.stop = run.start
             if shard.is_full:
-                yield opened.pop(run.bucket).close(number)
-                number += 1
                 left.shards_cut += 1
-    for shard in sorted(opened.values(), key=lambda shard: shard.start):
-        yield shard.close(number)
-        number += 1
+                yield from close([shard])
+    yield from close(list(opened.values()))
 
 
 @dataclass
 class _OpenShard:
-    file: int
-    start: int
-    bucket: Bucket
+    first: RowSpan
     max_rows: int
     max_images: int
     rows: int = 0
     images: int = 0
     stop: int = 0
+
+    @property
+    def start(self) -> int:
+        return self.first.start
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.first.bucket
 
     @property
     def is_full(self) -> bool:
@@ -257,7 +332,10 @@ class _OpenShard:
         return min(rows, -(-(self.max_images - self.images) // num_images)) if num_images else rows
 
     def close(self, number: int) -> Shard:
-        return Shard(number, self.file, self.start, self.stop, self.bucket, self.rows, self.images)
+        first = self.first
+        return Shard(
+            number, first.file, first.start, self.stop, first.bucket, self.rows, self.images, group=first.group
+        )
 
 
 @dataclass(frozen=True)

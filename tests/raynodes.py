@@ -22,6 +22,8 @@ from helpers import free_port
 RAY = str(Path(sys.executable).parent / "ray")
 QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 """How soon Ray takes a node that does not answer for dead; by its own settings after half a minute."""
+UNHURRIED = {"prestart_worker_first_driver": False}
+"""Has no node start processes for tasks that no test has: each costs as much as a card's."""
 START_SECONDS = 60.0
 
 

@@ -90,6 +90,10 @@ class JobConfig(Section):
     """Names of the dataset's columns where they are others, as {name: column} or name=column,name=column; a name is
     one of prompt, id, negative_prompt, seed, width, height, steps, guidance_scale, num_images."""
 
+    carry: list[str] | None = None
+    """Columns of the dataset that the manifests carry beside those of the job, as a list or as column,column; * is
+    every one. Null is every one but binary columns and nested ones of over 256 bytes a row; the log names these."""
+
     device: Literal["auto", "hpu", "cpu", "simulated"] = "auto"
     """What generates: hpu (optimum-habana), cpu (diffusers) or simulated (sleeps and paints); auto is hpu where the
     cluster has Gaudi cards, else cpu."""
@@ -196,6 +200,11 @@ class JobConfig(Section):
     @classmethod
     def _columns_in_short(cls, value: Any) -> Any:
         return (pairs(value) or value) if isinstance(value, str) else value
+
+    @field_validator("carry", mode="before")
+    @classmethod
+    def _carry_in_short(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
     @field_validator("columns")
     @classmethod

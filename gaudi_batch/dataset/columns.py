@@ -60,6 +60,13 @@ def can_cast(given: pa.DataType, kind: pa.DataType) -> bool:
     return True
 
 
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column has binary values, itself or nested in it."""
+    if pa.types.is_nested(kind):
+        return any(is_binary(kind.field(index).type) for index in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
 def _cast_value(value: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
     try:
         return value.cast(kind).combine_chunks()

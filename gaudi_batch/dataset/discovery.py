@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.config.schema import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.dataset.arrow import is_text
-from gaudi_batch.dataset.columns import can_cast, plain
+from gaudi_batch.dataset.columns import can_cast, is_binary, plain
 from gaudi_batch.dataset.convert import how_to_convert
 from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
 from gaudi_batch.dataset.reader import PromptDataset, PromptFile, identity_of
@@ -39,6 +39,10 @@ _PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
 MAX_ROWS = 2**31 - 1
 """Most rows of a job. A footer can claim any number, and the plan grows with it."""
+EVERY_COLUMN = "*"
+"""In a job's `carry`: every column of the prompts."""
+NESTED_BYTES = 256
+"""Mean bytes of a nested value, before compression, up to which its column is carried."""
 _GLOB = re.compile(r"[*?\[{]")
 
 
@@ -56,7 +60,8 @@ def open_prompts(config: JobConfig) -> PromptDataset:
     files: list[PromptFile] = []
     first_row = 0
     for name, (metadata, _, identity) in zip(sorted(located), footers, strict=True):
-        files.append(PromptFile(name, metadata.num_rows, first_row, identity))
+        groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        files.append(PromptFile(name, metadata.num_rows, first_row, identity, groups))
         first_row += metadata.num_rows
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")
@@ -76,7 +81,43 @@ def open_prompts(config: JobConfig) -> PromptDataset:
                     f"prompts file {file.name!r}: column {field.name!r} is {one_line(field.type, 100)}, which can't"
                     f" become {one_line(shared, 100)}, in which the manifest has that of all files; give it that type"
                 )
-    return PromptDataset(storage, files, schema, _map_columns(config, schema, [s for _, s, _ in footers], files))
+    columns = _map_columns(config, schema, [s for _, s, _ in footers], files)
+    others = pa.schema([field for field in schema if field.name not in columns.values()])
+    if config.carry is None:
+        carried = _small_columns(storage.url, others, [metadata for metadata, _, _ in footers])
+    else:
+        carried = _named_columns(config.carry, schema, others)
+    return PromptDataset(storage, files, columns, carried, len(carried) == len(others))
+
+
+def _named_columns(carry: Collection[str], schema: pa.Schema, others: pa.Schema) -> pa.Schema:
+    """The columns that a job names, of those that it does not know itself."""
+    if unknown := set(carry) - {EVERY_COLUMN, *schema.names}:
+        raise InputError(f"carry: the prompts have no column {min(unknown)!r}; they have {_named(schema)}")
+    return pa.schema([field for field in others if EVERY_COLUMN in carry or field.name in carry])
+
+
+def _small_columns(url: str, others: pa.Schema, footers: Collection[pq.FileMetaData]) -> pa.Schema:
+    """The columns that are carried where the job names none; the log names the others."""
+    nested = {field.name for field in others if pa.types.is_nested(field.type)}
+    sizes = Counter[str]()
+    for metadata in footers if nested else ():
+        leaves = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)]
+        for index, name in enumerate(leaves):
+            if name in nested:
+                groups = map(metadata.row_group, range(metadata.num_row_groups))
+                sizes[name] += sum(group.column(index).total_uncompressed_size for group in groups)
+    most = NESTED_BYTES * sum(metadata.num_rows for metadata in footers)
+    left_out = {field.name for field in others if is_binary(field.type) or sizes[field.name] > most}
+    if left_out:
+        names = ", ".join(repr(name) for name in others.names if name in left_out)
+        log.info(
+            "prompts %s: the manifests do not carry %s (binary, or nested and over %d bytes a row); carry names columns",
+            url,
+            one_line(names, 400),
+            NESTED_BYTES,
+        )
+    return pa.schema([field for field in others if field.name not in left_out])
 
 
 def _map_columns(

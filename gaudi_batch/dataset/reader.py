@@ -6,7 +6,8 @@ A card reads the row groups that its shard touches, and keeps the last one decod
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,12 @@ class PromptFile:
     identity: str
     """Changes when the file does: its size, its footer's SHA-256, and the store's own mark of its version (an ETag,
     or the time of the last change), which also changes when the file is copied or touched."""
+    groups: tuple[int, ...] = ()
+    """Rows of each of its row groups."""
+
+    def group_of(self, row: int) -> int:
+        """The row group of a row that is counted in the file."""
+        return bisect_right(list(itertools.accumulate(self.groups)), row)
 
 
 def content(identity: str) -> str:
@@ -70,16 +77,24 @@ class PromptDataset:
     Args:
         storage: the base directory.
         files: as `open_prompts` found them.
-        schema: the unified schema of all files.
         columns: what the columns that a job knows are called in the files.
+        carried: the columns that manifests carry, in types that all files share.
+        carries_all: whether these are all that the files have beside `columns`.
     """
 
-    def __init__(self, storage: Storage, files: list[PromptFile], schema: pa.Schema, columns: dict[str, str]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        files: list[PromptFile],
+        columns: dict[str, str],
+        carried: pa.Schema,
+        carries_all: bool,
+    ) -> None:
         self.storage = storage
         self.files = files
         self.columns = columns
-        named = set(columns.values())
-        self.carried = pa.schema([field for field in schema if field.name not in named])
+        self.carried = carried
+        self.carries_all = carries_all
         self._opened: tuple[int, pq.ParquetFile] | None = None
         self._group: tuple[tuple[int, int], pa.Table] | None = None
 
@@ -186,7 +201,8 @@ class PromptDataset:
             announce(Reading(piece.group, piece.span, piece.rows(0), by_row=False))
             return self._decode(piece.shard.file, piece.group).slice(piece.offset, piece.count)
         step = -(-piece.count // MAX_READINGS)
-        batches = self.open_file(piece.shard.file).iter_batches(batch_size=step, row_groups=[piece.group])
+        opened, columns = self.open_file(piece.shard.file), self._needed(piece.shard.file)
+        batches = opened.iter_batches(batch_size=step, row_groups=[piece.group], columns=columns)
         decoded_batches: list[pa.RecordBatch] = []
         stop, decoded = piece.offset + piece.count, 0
         unreadable = task.unreadable.get(piece.group, (piece.row(piece.count), ""))[0]
@@ -202,11 +218,10 @@ class PromptDataset:
             before = min(len(batch), max(0, piece.offset - decoded))
             decoded_batches.append(batch.slice(before, stop - decoded - before))
             decoded += len(batch)
-        schema = self.open_file(piece.shard.file).schema_arrow
-        return pa.Table.from_batches(decoded_batches) if decoded_batches else schema.empty_table()
+        return pa.Table.from_batches(decoded_batches) if decoded_batches else opened.schema_arrow.empty_table()
 
     def read_bytes(self, shard: Shard) -> None:
-        """Reads all stored bytes of a shard's row groups, once, and decodes nothing. Raises StorageError."""
+        """Reads the stored bytes of a shard's row groups, once, and decodes nothing. Raises StorageError."""
         storage, name = self.storage.once(), self.files[shard.file].name
         try:
             metadata = pq.ParquetFile(storage.open(name)).metadata
@@ -243,7 +258,7 @@ class PromptDataset:
     def _decode(self, file: int, group: int) -> pa.Table:
         if self._group is None or self._group[0] != (file, group):
             self._group = None
-            table = self.open_file(file).read_row_group(group)
+            table = self.open_file(file).read_row_group(group, columns=self._needed(file))
             if len(table) != self.group_sizes(file)[group]:
                 raise pa.ArrowInvalid(f"it holds {len(table)} rows and not as many as its footer says")
             self._group = ((file, group), table)
@@ -275,6 +290,11 @@ class PromptDataset:
                 f"prompts file {self.files[file].name!r} can't be read any more: {one_line(error, 300)}"
             ) from None
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def _needed(self, file: int) -> list[str]:
+        """The columns of a file that a card decodes."""
+        needed = {*self.columns.values(), *self.carried.names}
+        return [name for name in self.open_file(file).schema_arrow.names if name in needed]
 
     def open_file(self, file: int) -> pq.ParquetFile:
         """Opens a file; the last opened file is kept open."""

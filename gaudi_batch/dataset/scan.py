@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from gaudi_batch.dataset.arrow import distinct_rows
-from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.reader import PromptDataset, PromptFile
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.plan import RowSpan
+from gaudi_batch.plan import GroupRows, RowSpan
 from gaudi_batch.text import one_line
 
 
@@ -62,13 +64,15 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
                 [name for name in present if name in dataset.open_file(index).schema_arrow.names] if shapes else []
             )
             if not present:
-                yield RowSpan(index, skipped, count - skipped, rules.bucket, rules.num_images)
+                whole = RowSpan(index, skipped, count - skipped, rules.bucket, rules.num_images)
+                yield from _by_group([whole], file)
                 continue
             start = 0
             for batch in dataset.open_file(index).iter_batches(columns=present):
                 batch = batch.slice(0, count - start)
                 unplanned = batch.slice(max(0, skipped - start))
-                yield from _spans_of(dataset, index, start + len(batch) - len(unplanned), unplanned, rules)
+                spans = _spans_of(dataset, index, start + len(batch) - len(unplanned), unplanned, rules)
+                yield from _by_group(spans, file)
                 start += batch.num_rows
                 if start == count:
                     break
@@ -90,6 +94,34 @@ def _spans_of(
         if end > begin:
             bucket, images = shapes[codes[begin]]
             yield RowSpan(file, start + begin, end - begin, bucket, images)
+
+
+def _by_group(spans: Iterable[RowSpan], file: PromptFile) -> Iterator[RowSpan]:
+    """Spans of a file in order, cut where its row groups end."""
+    ends = list(itertools.accumulate(file.groups))
+    for span in spans:
+        stop = span.start + span.rows
+        group = bisect_right(ends, span.start)
+        while span.start < stop:
+            end = min(stop, ends[group])
+            if end > span.start:
+                yield span._replace(rows=end - span.start, group=group)
+            span = span._replace(start=end)
+            group += 1
+
+
+def planned_groups(dataset: PromptDataset, rows: range) -> list[GroupRows]:
+    """The row groups of these rows, which are counted over all files, in order."""
+    groups: list[GroupRows] = []
+    for index, file in enumerate(dataset.files):
+        first = 0
+        for group, count in enumerate(file.groups):
+            start = max(first, rows.start - file.first_row)
+            stop = min(first + count, rows.stop - file.first_row)
+            if start < stop:
+                groups.append(GroupRows(index, group, start, stop))
+            first += count
+    return groups
 
 
 def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool = False) -> Iterator[RowsRead]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.run_context import Committed, Run
 from gaudi_batch.errors import StorageError
-from gaudi_batch.plan import RowSpan, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import GroupRows, RowSpan, Shard, ShardSizes, plan_shards
 from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def recut(run: Run, committed: Committed) -> None:
         return
     numbers = {shard.number for shard in retired}
     kept = [shard for shard in run.plan if shard.number not in numbers]
-    spans = _spans_of(retired, row_spans(run.job.dataset, run.job.rules, config.limit))
+    spans = list(_spans_of(retired, row_spans(run.job.dataset, run.job.rules, config.limit)))
+    sizes = replace(sizes, groups=_groups_of(spans))
     rows = sum(shard.rows for shard in retired)
     # A plan that an older version has written again may lack shards that are committed.
     first = max([shard.number for shard in run.plan] + run.ledger.manifests()) + 1
@@ -86,4 +88,13 @@ def _spans_of(shards: Iterable[Shard], spans: Iterable[RowSpan]) -> Iterator[Row
                 break
             begin, last = max(start, span.start), min(end, stop)
             if begin < last:
-                yield RowSpan(span.file, begin, last - begin, span.bucket, span.num_images)
+                yield span._replace(start=begin, rows=last - begin)
+
+
+def _groups_of(spans: Iterable[RowSpan]) -> list[GroupRows]:
+    """The row groups of spans, which are in order."""
+    groups: dict[tuple[int, int], GroupRows] = {}
+    for span in spans:
+        place, stop = (span.file, span.group), span.start + span.rows
+        groups[place] = groups.get(place, GroupRows(*place, span.start, stop))._replace(stop=stop)
+    return list(groups.values())

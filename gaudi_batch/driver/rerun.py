@@ -91,6 +91,7 @@ def plan_rerun(
                     only=part,
                     failed_before=len(unnamed),
                     images_before=sum(named),
+                    group=dataset.files[file].group_of(part[0]),
                 )
             )
     return planned

@@ -35,6 +35,7 @@ def encode_plan(shards: Sequence[Shard], retired: Collection[int] = ()) -> bytes
             "only": pa.array([shard.only for shard in shards], pa.list_(pa.int64())),
             "failed_before": [shard.failed_before for shard in shards],
             "images_before": [shard.images_before for shard in shards],
+            "group": [shard.group for shard in shards],
             "retired": [shard.number in retired for shard in shards],
         }
     )
@@ -78,6 +79,7 @@ def _shard(row: dict[str, Any]) -> Shard:
     guidance, only = row["guidance_scale"], row["only"]
     names = ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")
     numbers = [row[name] for name in (*names, "failed_before", "images_before")]
+    numbers.append(row.get("group", 0))
     if only is not None:
         numbers += only if isinstance(only, list) else [only]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
@@ -95,4 +97,5 @@ def _shard(row: dict[str, Any]) -> Shard:
         only=None if only is None else tuple(only),
         failed_before=row["failed_before"],
         images_before=row["images_before"],
+        group=row.get("group", 0),
     )

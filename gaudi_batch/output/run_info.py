@@ -71,6 +71,8 @@ class RunInfo:
         if info.threads is not None and not (isinstance(info.threads, int) and info.threads > 0):
             raise ValueError("its threads are no count")
         _ = info.bounds
+        if not all(isinstance(name, str) for name in info.fingerprint.get("carry", [])):
+            raise TypeError("a column that its manifests carry is no text")
         if not isinstance(info.run_id, str):
             raise TypeError("its run_id is no text")
         if not isinstance(info.grown, list | tuple):
@@ -97,7 +99,7 @@ class RunInfo:
     @property
     def fixed(self) -> Fixed:
         """What the first driver has fixed for all later ones."""
-        return Fixed(self.threads, self.bounds, self.job.get("max_pixels"))
+        return Fixed(self.threads, self.bounds, self.job.get("max_pixels"), tuple(self.fingerprint.get("carry", "*")))
 
     @property
     def asked_no_card(self) -> bool:

@@ -229,6 +229,7 @@ class CardEvents:
             self._work.drop_reservation(card)
         if state not in (CardState.READY, CardState.LEAVING):
             self._work.affinity.forget(card.number)
+            self._work.pending.readers.forget(card.number)
             self._state.backups.pace.forget(card.number)
             card.has_succeeded = False
             card.dropping = None

@@ -200,7 +200,7 @@ class Dispatch:
                 key = self._choose_key(card)
             if key is None:
                 return None
-            shard = self.pending.take_fresh(key)
+            shard = self.pending.take_fresh(key, card.number)
             if not self.row_groups.doubt(self._shards[shard]):
                 return card, shard
             self.put_back(shard)
@@ -308,6 +308,7 @@ class Dispatch:
         task = replace(task, backup_of=backup_of)
         live = self.attempts[attempt] = Attempt(shard, card, self.affinity.use(card.number, key))
         self.attempts_at.setdefault(shard, {})[attempt] = None
+        self.pending.readers.move(card.number, (task.shard.file, task.shard.group))
         if card.in_flight:
             self._queued.setdefault(key, {})[attempt] = live
         card.in_flight[attempt] = None

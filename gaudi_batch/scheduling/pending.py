@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from gaudi_batch.plan import BatchKind, GraphKey, Shard
+from gaudi_batch.scheduling.fresh import FreshShards, Readers
 
 
 class Pending:
@@ -24,13 +25,14 @@ class Pending:
         """Shards that have to run alone on a node."""
         self.parked: dict[int, None] = {}
         """Shards that wait for what another shard of their row group finds out."""
-        self.fresh: dict[GraphKey, deque[int]] = {}
+        self.readers = Readers()
+        self.fresh: dict[GraphKey, FreshShards] = {}
         self.fresh_counts: dict[GraphKey, tuple[int, int]] = {}
-        """For each key the number of fresh shards, and the images of the next one."""
+        """For each key the number of fresh shards, and the images of one of the next."""
         self._fresh_count = 0
         for number in sorted(shards):
-            self.fresh.setdefault(shards[number].bucket.graph_key, deque()).append(number)
-        for key in self.fresh:
+            self.fresh.setdefault(shards[number].bucket.graph_key, FreshShards()).add(shards[number])
+        for key in list(self.fresh):
             self._fresh_count += len(self.fresh[key])
             self._count(key)
 
@@ -47,9 +49,9 @@ class Pending:
         """How many of them any card may take."""
         return len(self.returned) + self._fresh_count
 
-    def take_fresh(self, key: GraphKey) -> int:
-        """The next fresh shard of a key."""
-        shard = self.fresh[key].popleft()
+    def take_fresh(self, key: GraphKey, card: int) -> int:
+        """The next fresh shard of a key for a card."""
+        shard = self.fresh[key].take(card, self.readers)
         self._fresh_count -= 1
         self._count(key)
         return shard
@@ -73,12 +75,13 @@ class Pending:
 
         key = GraphKey(kind.width, kind.height, kind.guided)
         others = (self.suspects, self.node_suspects, self.parked)
-        places: list[Iterable[int]] = [self.fresh.get(key, ()), self.returned, *others]
-        taken = [number for place in places for number in place if is_kind(number)]
-        kept = deque(number for number in self.fresh.get(key, ()) if not is_kind(number))
-        self._fresh_count -= len(self.fresh.get(key, ())) - len(kept)
-        self.fresh[key] = kept
-        self._count(key)
+        taken: list[int] = []
+        if key in self.fresh:
+            taken += self.fresh[key].take_all(lambda shard: shard.bucket.batch_kind == kind)
+            self._fresh_count -= len(taken)
+            self._count(key)
+        places: list[Iterable[int]] = [self.returned, *others]
+        taken += [number for place in places for number in place if is_kind(number)]
         self.returned = deque(number for number in self.returned if not is_kind(number))
         for number in taken:
             for place in others:
@@ -86,9 +89,9 @@ class Pending:
         return taken
 
     def _count(self, key: GraphKey) -> None:
-        queue = self.fresh[key]
-        if queue:
-            self.fresh_counts[key] = len(queue), self._shards[queue[0]].images
+        fresh = self.fresh[key]
+        if fresh:
+            self.fresh_counts[key] = len(fresh), fresh.images
         else:
             del self.fresh[key]
             self.fresh_counts.pop(key, None)

@@ -107,11 +107,12 @@ def test_a_card_whose_process_stands_still_is_replaced(prompts: Path, tmp_path: 
     output = tmp_path / "out"
     command = (
         *job(prompts, output, cluster),
-        *("--simulated.batch-seconds", "1", "--shard-size", "8"),
+        *("--simulated.batch-seconds", "0.5", "--shard-size", "8"),
         *("--limits.batch", "3", "--limits.first-batch", "3", "--limits.answer", "3"),
+        *("--cards", "1"),  # another would make the shard, too, and the run would end before the limit
     )
     driver = start_driver(*command)
-    wait_for_commits(output, 2)
+    wait_for_commits(output, 1)
     card = next(iter(read_progress(output)["cards"].values()))
     os.kill(card["pid"], signal.SIGSTOP)
     _, said = driver.communicate(timeout=120)

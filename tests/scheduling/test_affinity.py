@@ -31,7 +31,7 @@ class InPlanOrder(Schedule):
 
     def _next_of_the_plan(self, card: object) -> GraphKey | None:
         fresh = self._work.pending.fresh
-        return min(fresh, key=lambda key: fresh[key][0], default=None)
+        return min(fresh, key=lambda key: next(iter(fresh[key])), default=None)
 
 
 def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
