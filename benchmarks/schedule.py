@@ -25,7 +25,8 @@ from typing import Any
 from gaudi_batch.scheduling.state import RowCounts, Rules
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gaudi_batch.plan import Bucket, GraphKey, GroupRows, RowSpan, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, GraphKey, GroupRows, RowSpan, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import (
     Assign,
     Commit,
@@ -346,7 +347,13 @@ def measure(case: Case) -> str:
         return decisions
 
     simulation = Simulation(
-        case.cards, case.keys, 0, lost_nodes=case.lost_nodes, watch=watch, prompts=case.prompts, hang=case.hang,
+        case.cards,
+        case.keys,
+        0,
+        lost_nodes=case.lost_nodes,
+        watch=watch,
+        prompts=case.prompts,
+        hang=case.hang,
         row_groups=case.row_groups,
     )
     seconds = simulation.run()
@@ -370,7 +377,9 @@ def main() -> None:
     parser.add_argument("--row-groups", type=int, default=32, help="of the prompts")
     parser.add_argument("--lost-nodes", type=int, default=0, help="nodes that are lost, twice")
     arguments = parser.parse_args()
-    one = Case(arguments.cards, arguments.keys, arguments.prompts, arguments.lost_nodes, arguments.hang, arguments.row_groups)
+    one = Case(
+        arguments.cards, arguments.keys, arguments.prompts, arguments.lost_nodes, arguments.hang, arguments.row_groups
+    )
     for case in [one] if arguments.cards else CASES:
         print(measure(case), flush=True)
 

@@ -20,7 +20,8 @@ from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
 from gaudi_batch.pipelines.sources import ModelInfo, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.pipelines.stack import versions
-from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.redaction import redacted_options
 from gaudi_batch.storage.filesystem import open_filesystem
 

@@ -31,7 +31,8 @@ from gaudi_batch.output.lease import read_lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
-from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.reporting.status import describe_status, read_status
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import load_yaml

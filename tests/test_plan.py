@@ -9,17 +9,15 @@ from collections import Counter, deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaudi_batch.plan import (
+from gaudi_batch.plan import Bucket, RowSpan, summarize
+from gaudi_batch.planner import (
     MAX_IMAGES,
     MAX_SHARDS,
     MAX_WORK,
     PARTS_OF_SHARE,
     TAIL_DIVISOR,
-    Bucket,
-    RowSpan,
     ShardSizes,
     plan_shards,
-    summarize,
 )
 
 BUCKETS = [Bucket(64, 64, 20, 7.5), Bucket(64, 64, 20, 1.0), Bucket(128, 64, 20, 7.5)]

@@ -21,7 +21,8 @@ from gaudi_batch.dataset.arrow import is_text
 from gaudi_batch.dataset.columns import can_cast, is_binary, plain
 from gaudi_batch.dataset.convert import how_to_convert
 from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
-from gaudi_batch.dataset.reader import PromptDataset, PromptFile, identity_of
+from gaudi_batch.dataset.prompt_file import PromptFile, identity_of
+from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import OWN_FILES, is_of_run, parse_manifest
 from gaudi_batch.storage.retrying import MANY_TIMEOUT_S
@@ -112,7 +113,7 @@ def _small_columns(url: str, others: pa.Schema, footers: Collection[pq.FileMetaD
     if left_out:
         names = ", ".join(repr(name) for name in others.names if name in left_out)
         log.info(
-            "prompts %s: the manifests do not carry %s (binary, or nested and over %d bytes a row); carry names columns",
+            "prompts %s: the manifests do not carry %s (binary, or nested and over %d bytes a row); `carry` may",
             url,
             one_line(names, 400),
             NESTED_BYTES,

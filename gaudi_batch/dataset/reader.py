@@ -5,10 +5,8 @@ A card reads the row groups that its shard touches, and keeps the last one decod
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.arrow import distinct_rows, python_rows, take
 from gaudi_batch.dataset.columns import cast
+from gaudi_batch.dataset.prompt_file import PromptFile, size_mark, version_mark
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.errors import StorageError
 from gaudi_batch.plan import Shard
@@ -31,7 +30,6 @@ READ_BYTES = 1 << 24
 """Bytes of a request that only finds out whether a file can be read."""
 MAX_READINGS = 256
 """Most pieces into which the rows of a shard are cut to be read a few at a time."""
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
 
 
 class PromptsChanged(StorageError):
@@ -44,31 +42,6 @@ class GroupUndecoded(Exception):
     def __init__(self, group: int, reason: str) -> None:
         super().__init__(reason)
         self.group = group
-
-
-@dataclass(frozen=True)
-class PromptFile:
-    """A Parquet file of the dataset."""
-
-    name: str
-    """Path below the dataset's base directory."""
-    rows: int
-    first_row: int
-    """Its first row's number over all files in sorted order."""
-    identity: str
-    """Changes when the file does: its size, its footer's SHA-256, and the store's own mark of its version (an ETag,
-    or the time of the last change), which also changes when the file is copied or touched."""
-    groups: tuple[int, ...] = ()
-    """Rows of each of its row groups."""
-
-    def group_of(self, row: int) -> int:
-        """The row group of a row that is counted in the file."""
-        return bisect_right(list(itertools.accumulate(self.groups)), row)
-
-
-def content(identity: str) -> str:
-    """The part of an identity that depends on the file's content: its size and its footer's SHA-256."""
-    return ", ".join(identity.split(", ")[:2])
 
 
 class PromptDataset:
@@ -278,7 +251,7 @@ class PromptDataset:
         """
         identity, name = self.files[file].identity, self.files[file].name
         info = (storage or self.storage).info(name)
-        if not (fits and identity.startswith(_size(info)) and identity.endswith(_version(info))):
+        if not (fits and identity.startswith(size_mark(info)) and identity.endswith(version_mark(info))):
             raise PromptsChanged(f"prompts file {name!r} is not what it was when it was planned")
 
     def group_sizes(self, file: int) -> list[int]:
@@ -345,20 +318,6 @@ class _Piece:
     def rows(self, place: int) -> range:
         """The numbers over all files of the piece's rows from one on."""
         return range(self.row(place), self.row(self.count))
-
-
-def identity_of(info: Mapping[str, Any], footer: bytes) -> str:
-    """A file's identity, from its footer and what its store says of it; see `PromptFile`."""
-    return f"{_size(info)}, footer {hashlib.sha256(footer).hexdigest()[:16]}, {_version(info)}"
-
-
-def _size(info: Mapping[str, Any]) -> str:
-    return f"{int(info['size'] or 0)} bytes"
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    """The store's own mark of a file's version; empty if it has none."""
-    return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
 def _rows_between(shard: Shard, start: int, stop: int) -> Sequence[int]:

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from gaudi_batch.dataset.arrow import distinct_rows
-from gaudi_batch.dataset.reader import PromptDataset, PromptFile
+from gaudi_batch.dataset.prompt_file import PromptFile
+from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import GroupRows, RowSpan

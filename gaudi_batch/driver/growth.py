@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from gaudi_batch.dataset.columns import plain
-from gaudi_batch.dataset.reader import content
+from gaudi_batch.dataset.prompt_file import content
 from gaudi_batch.job import Job
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger

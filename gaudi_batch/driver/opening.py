@@ -15,7 +15,8 @@ from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.verify import verify
-from gaudi_batch.plan import MAX_IMAGES, PARTS_OF_SHARE, Shard
+from gaudi_batch.plan import Shard
+from gaudi_batch.planner import MAX_IMAGES, PARTS_OF_SHARE
 from gaudi_batch.text import counted
 
 if TYPE_CHECKING:

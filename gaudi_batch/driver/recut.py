@@ -17,7 +17,8 @@ from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.run_context import Committed, Run
 from gaudi_batch.errors import StorageError
-from gaudi_batch.plan import GroupRows, RowSpan, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import GroupRows, RowSpan, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)

@@ -54,7 +54,9 @@ class FreshShards:
 
     def __init__(self) -> None:
         self._queues: dict[RowGroup, deque[Shard]] = {}
-        self._begun: dict[RowGroup, None] = {}  # groups of which a shard was taken, the one that was joined last at the end
+        self._begun: dict[
+            RowGroup, None
+        ] = {}  # groups of which a shard was taken, the one that was joined last at the end
         self._untouched: dict[RowGroup, None] = {}
         self._count = 0
 

@@ -29,7 +29,8 @@ from gaudi_batch.dataset.rows import PromptRow, RowRules, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.driver.rerun import plan_rerun
 from gaudi_batch.pipelines.base import Generated
-from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
 

@@ -25,7 +25,8 @@ from gaudi_batch.dataset.reader import GroupUndecoded, PromptDataset
 from gaudi_batch.dataset.rows import PromptRow, RowRules, image_seed, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.plan import Bucket, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
 

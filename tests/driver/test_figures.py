@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 from world import shards
 
-from gaudi_batch.plan import (
-    BatchKind,
-    Bucket,
-    GraphKey,
-    PlanSummary,
-    RowSpan,
-    Shard,
-    ShardSizes,
-    plan_shards,
-    summarize,
-)
+from gaudi_batch.plan import BatchKind, Bucket, GraphKey, PlanSummary, RowSpan, Shard, summarize
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.cards import Card, Cards, CardState
 from gaudi_batch.scheduling.dispatch import NODES_PER_EXCLUSIVE, Dispatch

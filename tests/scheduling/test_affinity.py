@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from world import loaded
 
-from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard, ShardSizes, plan_shards
+from gaudi_batch.plan import Bucket, GraphKey, RowSpan, Shard
+from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.decisions import Assign, Commit, Decision, Finish, Recall, ShardTask
 from gaudi_batch.scheduling.events import CardPlaced, RecallAnswered, ShardCommitted, ShardMade, ShardOutcome
@@ -42,8 +43,11 @@ def shuffled_plan(rows: int, shard_size: int, shapes: int = 6) -> list[Shard]:
     return list(plan_shards(runs, rows, ShardSizes(BATCH, rows=shard_size)))
 
 
-def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[int, float]:
-    """Plays cards that take their time; returns the graphs captured and the seconds of the run."""
+def simulate(
+    schedule: Schedule, cards: int, capture_seconds: float, given: dict[int, list[ShardTask]] | None = None
+) -> tuple[int, float]:
+    """Plays cards that take their time; returns the graphs captured and the seconds of the run. `given` gets what each
+    card makes, in order."""
     rng = random.Random(0)
     number = itertools.count()
     events: list[tuple[float, int, tuple[Any, ...]]] = []
@@ -61,6 +65,8 @@ def simulate(schedule: Schedule, cards: int, capture_seconds: float) -> tuple[in
             return
         working.add(card)
         task = hands[card][0]
+        if given is not None:
+            given.setdefault(card, []).append(task)
         seconds = -(-task.shard.images // BATCH) * BATCH_SECONDS * rng.uniform(1, 1.3)
         if task.shard.bucket.graph_key not in graphs[card]:
             graphs[card].add(task.shard.bucket.graph_key)

@@ -1,0 +1,235 @@
+"""From a dataset's row counts and shapes to shards. Pure: no Ray, no torch, no clock, no I/O.
+
+A dataset reaches the planner as spans: stretches of consecutive rows of one file that ask for the same thing. Without
+per-row shape columns a row group is one span, so that planning costs nothing per row. The planner keeps one open shard
+for each bucket and closes it when it is full or its file ends; at the end of a row group, too, where that costs little
+padding, since a card decodes whole row groups. A shard is therefore named by a row range and a bucket alone; the ranges
+of two buckets may overlap, and no row list is stored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from gaudi_batch.plan import Bucket, GroupRows, RowSpan, Shard
+
+PARTS_OF_SHARE = 16
+"""Parts of a card's share of what is left, of which a shard is one."""
+MAX_IMAGES = 1024
+"""Images of a shard at most, where its rows ask for one each."""
+MAX_WORK = 5e9
+"""Pixels times steps of a shard at most, counted twice with guidance: 119 images of 1024 x 1024 in 20 steps with
+guidance, which take a Gaudi 2 two and a half minutes at the 0.782 images/s of MLPerf Inference 4.0 (SDXL), and one that
+runs a larger model up to some ten."""
+MAX_SHARDS = 900_000
+"""Shards of a plan that chooses its sizes, at most, but for those that files and buckets cut."""
+BATCHES_BEFORE_CUT = 50
+"""Batches of a bucket after which a shard of it ends with its row group: so a batch that is cut short, half full on
+average, is padding of a hundredth at most."""
+RECUT_FACTOR = 2
+"""A resumed run is cut anew where a shard is so many times larger than it would be planned now."""
+MAX_INT = 2**63 - 1
+TAIL_SHARE = 0.1
+"""Where the job names a size: the share of the rows, at the end of the plan, that goes into smaller shards."""
+TAIL_DIVISOR = 4
+"""How many times smaller those shards are."""
+
+
+@dataclass(frozen=True)
+class ShardSizes:
+    """How large shards are.
+
+    Where the job says nothing, a shard gets one part in `PARTS_OF_SHARE` of a card's share of the images that are left,
+    but at least a batch. So shards shrink towards the end of the plan to single batches, and the cards finish together:
+    guided self-scheduling (Polychronopoulos and Kuck, IEEE Transactions on Computers 36, 1987).
+    """
+
+    batch_size: int
+    """Images of one pipeline call."""
+    num_images: int = 1
+    """Images that a row of the job usually asks for."""
+    rows: int | None = None
+    """About how many rows a shard holds, in whole batches; None follows what is left."""
+    cards: int = 1
+    """Cards that the job may have."""
+    groups: Sequence[GroupRows] = ()
+    """The row groups, in order, of which cards make `cards` side by side; without them, cards take shards in order."""
+
+    def fits(self, shard: Shard, images: int) -> bool:
+        """Whether a shard is not much larger than it would be planned now, with so many images left."""
+        num_images = max(1, round(shard.images / shard.rows))
+        row = RowSpan(shard.file, shard.start, 1, shard.bucket, num_images)
+        wanted = self.next(row, _Left(images // num_images, num_images))[1]
+        return shard.rows == 1 or shard.images <= RECUT_FACTOR * wanted
+
+    def next(self, run: RowSpan, left: _Left) -> tuple[int, int]:
+        """How much the next shard may hold.
+
+        Args:
+            run: its first rows.
+            left: what no shard has yet.
+
+        Returns:
+            Rows and images; it is full when it has either.
+        """
+        if self.rows is not None:
+            small = left.rows <= left.total_rows * TAIL_SHARE
+            unit = self.batch_size // math.gcd(self.batch_size, self.num_images)
+            wanted = max(1, self.rows // TAIL_DIVISOR) if small else self.rows
+            return max(1, round(wanted / unit)) * unit, MAX_INT
+        most = min(MAX_IMAGES, MAX_WORK / run.bucket.work)
+        images = max(
+            min(left.images_at(run) / (self.cards * PARTS_OF_SHARE), most),
+            left.images / max(1, MAX_SHARDS - left.shards_cut),
+        )
+        unit = math.lcm(self.batch_size, max(1, run.num_images))
+        if unit > max(images, self.batch_size):
+            unit = max(1, run.num_images)  # whole batches would take more rows than the shard is to have
+        size = max(1, int(images // unit)) * unit
+        return (MAX_INT if run.num_images else size), size  # of rows that ask for no image, as many rows
+
+
+@dataclass
+class _Left:
+    """What of a dataset no shard has yet."""
+
+    total_rows: int
+    num_images: int
+    order: _SideBySide | None = None
+    rows_seen: int = 0
+    images_seen: int = 0
+    shards_cut: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.total_rows - self.rows_seen
+
+    @property
+    def images(self) -> float:
+        """About how many images."""
+        return self.rows * self._mean
+
+    def images_at(self, run: RowSpan) -> float:
+        """About how many images are left when a card gets to these rows."""
+        if self.order is None:
+            return self.images
+        return self.order.share_left(run) * self.total_rows * self._mean
+
+    @property
+    def _mean(self) -> float:
+        """Images of a row: those that come ask for as many as those before."""
+        return self.images_seen / self.rows_seen if self.rows_seen else self.num_images
+
+
+class _SideBySide:
+    """How far a run is when a card gets to a row. Cards stay in a row group as long as it has shards, so about as many
+    groups as there are cards are made side by side, and are then equally far.
+
+    Args:
+        groups: the row groups in order.
+        cards: how many cards there are.
+    """
+
+    def __init__(self, groups: Sequence[GroupRows], cards: int) -> None:
+        self._waves: dict[tuple[int, int], tuple[GroupRows, int, int]] = {}
+        """For each row group: its rows, how many rows later waves have, and how many its own has."""
+        waves, rows_after = -(-len(groups) // cards), 0
+        for wave in reversed(range(waves)):
+            members = groups[wave * len(groups) // waves : (wave + 1) * len(groups) // waves]
+            rows = sum(group.stop - group.start for group in members)
+            self._waves |= {(group.file, group.group): (group, rows_after, rows) for group in members}
+            rows_after += rows
+        self._rows = rows_after
+
+    def share_left(self, run: RowSpan) -> float:
+        """The part of all rows that is left when a card gets to these, 0 to 1."""
+        group, rows_after, rows = self._waves[run.file, run.group]
+        return (rows_after + rows * (group.stop - run.start) / (group.stop - group.start)) / self._rows
+
+
+def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, first: int = 0) -> Iterator[Shard]:
+    """Cuts a dataset into shards.
+
+    Args:
+        runs: the rows, in order of file and row.
+        total_rows: rows in all runs together.
+        sizes: how large shards are.
+        first: number of the first shard.
+
+    Yields:
+        Shards in order of their numbers, which hold every row once.
+    """
+    numbers = itertools.count(first)
+    left = _Left(total_rows, sizes.num_images, _SideBySide(sizes.groups, sizes.cards) if sizes.groups else None)
+    opened: dict[Bucket, _OpenShard] = {}
+    uncut: Counter[Bucket] = Counter()  # images since a row group's end has closed a shard
+    file, group = -1, 0
+
+    def close(shards: Iterable[_OpenShard]) -> Iterator[Shard]:
+        for shard in sorted(shards, key=lambda shard: shard.start):
+            del opened[shard.bucket]
+            yield shard.close(next(numbers))
+
+    for run in runs:
+        if run.file != file:
+            yield from close(list(opened.values()))
+            uncut.clear()
+        elif run.group != group and sizes.groups:
+            ended = [shard for shard in opened.values() if uncut[shard.bucket] >= BATCHES_BEFORE_CUT * sizes.batch_size]
+            yield from close(ended)
+            for shard in ended:
+                uncut[shard.bucket] = 0
+        file, group = run.file, run.group
+        while run.rows:
+            shard = opened.get(run.bucket) or _OpenShard(run, *sizes.next(run, left))
+            opened[run.bucket] = shard
+            taken = min(run.rows, shard.room(run.num_images))
+            images = taken * run.num_images
+            shard.rows += taken
+            shard.images += images
+            left.rows_seen += taken
+            left.images_seen += images
+            uncut[run.bucket] += images
+            run = run._replace(start=run.start + taken, rows=run.rows - taken)
+            shard.stop = run.start
+            if shard.is_full:
+                left.shards_cut += 1
+                yield from close([shard])
+    yield from close(list(opened.values()))
+
+
+@dataclass
+class _OpenShard:
+    first: RowSpan
+    max_rows: int
+    max_images: int
+    rows: int = 0
+    images: int = 0
+    stop: int = 0
+
+    @property
+    def start(self) -> int:
+        return self.first.start
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.first.bucket
+
+    @property
+    def is_full(self) -> bool:
+        return self.rows >= self.max_rows or self.images >= self.max_images
+
+    def room(self, num_images: int) -> int:
+        """Rows of so many images each that it takes until it is full."""
+        rows = self.max_rows - self.rows
+        return min(rows, -(-(self.max_images - self.images) // num_images)) if num_images else rows
+
+    def close(self, number: int) -> Shard:
+        first = self.first
+        return Shard(
+            number, first.file, first.start, self.stop, first.bucket, self.rows, self.images, group=first.group
+        )
