@@ -149,7 +149,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         started.stop()
 
 
-@pytest.fixture(scope="session")
+# Not of the session: while it idles, it takes in three minutes as many CPU seconds as a start.
+@pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """The head of a cluster, on which no card fits."""
     started = RayCluster(tmp_path_factory.mktemp("cluster"))

@@ -22,8 +22,11 @@ from helpers import free_port
 RAY = str(Path(sys.executable).parent / "ray")
 QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 """How soon Ray takes a node that does not answer for dead; by its own settings after half a minute."""
-UNHURRIED = {"prestart_worker_first_driver": False}
-"""Has no node start processes for tasks that no test has: each costs as much as a card's."""
+FRUGAL = {"prestart_worker_first_driver": False, "enable_metrics_collection": False}
+"""Has no node start processes for tasks that no test has, each of which costs as much as a card's, nor gather metrics,
+which costs an idle cluster a third of its CPU seconds."""
+REPORTS_LATE = {"REPORTER_UPDATE_INTERVAL_MS": "3600000"}
+"""Has no node look at its processes every 5 s for a dashboard that nobody opens."""
 START_SECONDS = 60.0
 
 
@@ -70,7 +73,7 @@ class RayNode:
             self.process = subprocess.Popen(
                 [*self.wrapper, RAY, "start", *self.options, *small],
                 # As from an activated environment: jobs find their Python on the node's path.
-                env=os.environ | {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"} | self.environment,
+                env=os.environ | REPORTS_LATE | {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"} | self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -137,7 +140,7 @@ class RayCluster:
         board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
         options = ["--head", "--port", str(self.port), *board, "--temp-dir", self.session]
         options += ["--ray-client-server-port", str(free_port())]
-        options += ["--system-config", json.dumps(self.system_config), *self.head_options]
+        options += ["--system-config", json.dumps(FRUGAL | self.system_config), *self.head_options]
         self.add(*options, **self.head_environment)
         return self
 
