@@ -8,12 +8,17 @@ STOP_FILE = "stop.json"
 """A request to a submitted job's driver to stop."""
 EVENTS_FILE = "events.bin"
 """The event log of the last driver that did not complete the run."""
+ROLLUPS = "rollup"
+"""The directory of roll-ups."""
+JOINED = "manifest.parquet"
+"""All manifests of a complete run as one file, or as a directory of them where one would be too large."""
 OWN_FILES = (
     "plan.parquet",
     "progress.json",
     "summary.json",
     "verify.json",
-    "manifest.parquet",
+    JOINED,
+    ROLLUPS,
     "run.json",
     STOP_FILE,
     EVENTS_FILE,
@@ -65,4 +70,4 @@ def is_of_run(path: str) -> bool:
         return not rest or parse_manifest(rest) is not None
     if place == "throughput":
         return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
-    return path in ("", "lease.json", *OWN_FILES)
+    return place in (ROLLUPS, JOINED) or path in ("", "lease.json", *OWN_FILES)

@@ -113,7 +113,7 @@ def _small_columns(url: str, others: pa.Schema, footers: Collection[pq.FileMetaD
     if left_out:
         names = ", ".join(repr(name) for name in others.names if name in left_out)
         log.info(
-            "prompts %s: the manifests do not carry %s (binary, or nested and over %d bytes a row); `carry` may",
+            "prompts %s: the manifests do not carry %s, as binary or as nested and over %d bytes a row (see carry)",
             url,
             one_line(names, 400),
             NESTED_BYTES,

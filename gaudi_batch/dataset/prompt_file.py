@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "blob_id", "LastModified", "mtime")
+from gaudi_batch.storage.listing import mark_of
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,9 @@ def content(identity: str) -> str:
 
 def identity_of(info: Mapping[str, Any], footer: bytes) -> str:
     """A file's identity, from its footer and what its store says of it; see `PromptFile`."""
-    return f"{size_mark(info)}, footer {hashlib.sha256(footer).hexdigest()[:16]}, {version_mark(info)}"
+    return f"{size_mark(info)}, footer {hashlib.sha256(footer).hexdigest()[:16]}, {mark_of(info)}"
 
 
 def size_mark(info: Mapping[str, Any]) -> str:
     """The part of an identity that is the file's size."""
     return f"{int(info['size'] or 0)} bytes"
-
-
-def version_mark(info: Mapping[str, Any]) -> str:
-    """The store's own mark of a file's version; empty if it has none."""
-    return next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")

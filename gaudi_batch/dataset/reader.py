@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.arrow import distinct_rows, python_rows, take
 from gaudi_batch.dataset.columns import cast
-from gaudi_batch.dataset.prompt_file import PromptFile, size_mark, version_mark
+from gaudi_batch.dataset.prompt_file import PromptFile, size_mark
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.errors import StorageError
 from gaudi_batch.plan import Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
+from gaudi_batch.storage.listing import mark_of
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
 
@@ -251,7 +252,7 @@ class PromptDataset:
         """
         identity, name = self.files[file].identity, self.files[file].name
         info = (storage or self.storage).info(name)
-        if not (fits and identity.startswith(size_mark(info)) and identity.endswith(version_mark(info))):
+        if not (fits and identity.startswith(size_mark(info)) and identity.endswith(mark_of(info))):
             raise PromptsChanged(f"prompts file {name!r} is not what it was when it was planned")
 
     def group_sizes(self, file: int) -> list[int]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from gaudi_batch.text import one_line
 
@@ -83,10 +82,10 @@ class FailedRows:
         self._latest_shard_of_row = latest_shard_of_row
         self._reasons = Reasons()
 
-    def add(self, shard: int, table: pa.Table) -> None:
-        """Counts the failed rows of a shard's manifest."""
-        failed = table.filter(pc.equal(table.column("status"), "failed")).select(["row", "id", "error"])
-        for row, row_id, error in zip(*failed.to_pydict().values(), strict=True):
+    def add(self, shard: int, failed: pa.Table) -> None:
+        """Counts the failed rows of a shard's manifest: `row`, `id` and `error` of each."""
+        columns = failed.select(["row", "id", "error"]).to_pydict().values()
+        for row, row_id, error in zip(*columns, strict=True):
             if self._latest_shard_of_row.get(row, shard) == shard:
                 self._reasons.add(error or "", row_id or "")
 

@@ -14,8 +14,8 @@ from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import attempt_name
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import read as read_manifest
 from gaudi_batch.plan import Shard
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,13 @@ class Committer:
     """The records of shards, by their attempts.
 
     Args:
-        ledger: the output's records.
+        commits: those of the run.
         progress: is told of commits.
     """
 
-    def __init__(self, ledger: Ledger, progress: RunProgress) -> None:
-        self._ledger = ledger
+    def __init__(self, commits: Commits, progress: RunProgress) -> None:
+        self._commits = commits
+        self._ledger = commits.ledger
         self._progress = progress
         self._records: dict[str, Done] = {}
         self._pool = ThreadPoolExecutor(COMMIT_THREADS, "commit")
@@ -68,12 +69,12 @@ class Committer:
 
         def put() -> tuple[bool, pa.Table | None]:
             is_ours = self._ledger.commit(done.info, done.manifest)
-            return is_ours, read_manifest(done.manifest)[0] if done.info.failed_rows else None
+            return is_ours, self._commits.add(done.info, done.manifest) if is_ours else None
 
-        is_ours, table = await asyncio.get_running_loop().run_in_executor(self._pool, put)
+        is_ours, failed = await asyncio.get_running_loop().run_in_executor(self._pool, put)
         del self._records[attempt]
         if is_ours:
-            self._progress.committed(done.info, table)
+            self._progress.committed(done.info, failed)
         else:
             log.warning("shard %d: another driver has committed it, so its manifest stays", done.info.shard)
         return done.info.shard

@@ -48,7 +48,7 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
         lambda card_s: [*earlier, watch.span(card_s)],
     )
     with open_view() as view, handlers_kept():
-        loop = LoopRunner(lambda: Driver(cards, schedule, run.ledger, progress, view), grace, run.ledger.storage)
+        loop = LoopRunner(lambda: Driver(cards, schedule, run.commits, progress, view), grace, run.ledger.storage)
         driver, reason = loop.run()
     if driver.at_once and reason == INTERRUPTED:
         raise ForcedInterrupt("interrupted at once; what was committed stays, and the same command resumes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
@@ -19,7 +18,6 @@ from gaudi_batch.driver.signals import INTERRUPTED
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
 from gaudi_batch.output.cleanup import remove_orphans
 from gaudi_batch.output.joined import join_manifests
-from gaudi_batch.output.manifest import finished_at
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.tally import FILES, CommitTotals, stop_lines
 from gaudi_batch.output.throughput import rounded
@@ -69,7 +67,7 @@ def verify_images(run: Run) -> None:
     """Reads every image back and writes verify.json. Raises RunStopped if images are missing or torn."""
     report = verify(run.ledger, run.latest_shard_of_row)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    run.ledger.put_json("verify.json", report.describe() | {"time": now, "shards": len(run.ledger.committed_shards())})
+    run.ledger.put_json("verify.json", report.describe() | {"time": now, "shards": len(run.commits.by_shard)})
     for line in report.lines():
         log.info("%s", line)
     if report.broken:
@@ -107,7 +105,7 @@ def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]
         )
     totals = tally.describe(ended.faults, ended.retries)
     if reason is None:
-        totals |= _join(run, tally.attempts)
+        totals |= _join(run)
     summary = {
         "state": "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete",
         "reason": reason,
@@ -124,16 +122,17 @@ def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]
 
 
 def _count(run: Run, tally: CommitTotals) -> Committed:
-    """Counts the commits by reading all manifests again."""
-    in_place = set(run.ledger.committed_shards())
-    latest_shard_of_row = latest_shards_of_rows(
-        [shard for shard in run.plan if shard.number in in_place], run.job.dataset
-    )
+    """Counts what is committed now."""
+    run.commits.refresh()
+    in_place = [shard for shard in run.plan if shard.number in run.commits.by_shard]
+    latest_shard_of_row = latest_shards_of_rows(in_place, run.job.dataset)
     failed = FailedRows(latest_shard_of_row)
     kinds = {shard.number: shard.bucket.batch_kind for shard in run.plan}
-    for info, table in run.ledger.commits():
-        tally.add(info, finished_at(table, info), kinds.get(info.shard))
-        failed.add(info.shard, table)
+    for commit in run.commits.in_order():
+        info = commit.info
+        tally.add(info, info.finished_at, kinds.get(info.shard))
+        if commit.failed is not None:
+            failed.add(info.shard, commit.failed)
     return Committed(tally, failed)
 
 
@@ -145,7 +144,7 @@ def _why_incomplete(run: Run, tally: CommitTotals, lost: list[int]) -> str | Non
     return None
 
 
-def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
+def _join(run: Run) -> dict[str, Any]:
     """Joins the manifests of a complete run; returns the totals of the joined manifest."""
     job, repeated = run.job, RepeatedIds()
 
@@ -153,7 +152,7 @@ def _join(run: Run, attempts: Mapping[int, str]) -> dict[str, Any]:
         if "id" in job.dataset.columns:
             repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
 
-    images, failed_rows = join_manifests(run.ledger, run.latest_shard_of_row, attempts, count_ids)
+    images, failed_rows = join_manifests(run.commits, run.latest_shard_of_row, count_ids)
     if warning := repeated.describe():
         log.warning("%s", warning)
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}

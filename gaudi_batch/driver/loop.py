@@ -22,8 +22,8 @@ from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import EVENTS_FILE
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseLost
-from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.progress import ProgressRecord
 from gaudi_batch.plan import Shard
 from gaudi_batch.redaction import redact
@@ -53,13 +53,13 @@ class Driver:
     Args:
         cards: what the cards are.
         schedule: the state of the run.
-        ledger: the output's records.
+        commits: those of the run, with the output's records.
         progress: what the run reports of itself.
         view: shows progress.
     """
 
     def __init__(
-        self, cards: CardsOfRun, schedule: Schedule, ledger: Ledger, progress: RunProgress, view: View
+        self, cards: CardsOfRun, schedule: Schedule, commits: Commits, progress: RunProgress, view: View
     ) -> None:
         self.at_once = False
         """Whether the run ends without waiting for anything."""
@@ -68,11 +68,11 @@ class Driver:
         self.events = EventLog(schedule)
         self._cards = cards
         self._schedule = schedule
-        self._ledger = ledger
+        self._ledger = commits.ledger
         self._progress = progress
         self._view = view
         self._background = Background(self._failed)
-        self._committer = Committer(ledger, progress)
+        self._committer = Committer(commits, progress)
         self.fleet = Fleet(cards, schedule, progress, self._background, self.tell, self._committer.keep)
         self._over: asyncio.Future[str | None] = self.loop.create_future()
         self._watch = Watch()

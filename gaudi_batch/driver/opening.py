@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
-from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_rerun
+from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_rerun, rows_of_shards
 from gaudi_batch.driver.run_context import Run, cards_of
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
@@ -111,14 +111,14 @@ def repair(run: Run) -> None:
 def retry_failed_rows(run: Run) -> None:
     """Adds shards for the failed rows that no uncommitted shard has."""
     job = run.job
-    all_failed = failed_rows(run.ledger.commits())
+    all_failed = failed_rows(run.commits.in_order(), rows_of_shards(run.plan, job.dataset))
     if all_failed.hopeless:
         log.info(
             "%s can't be run whatever is tried: what the data asks for is against the rules; `error` in"
             " manifest.parquet says why",
             counted(all_failed.hopeless, "failed row"),
         )
-    committed = set(run.ledger.committed_shards())
+    committed = run.commits.by_shard.keys()
     pending = latest_shards_of_rows([shard for shard in run.plan if shard.number not in committed], job.dataset)
     failed = {row: shard for row, shard in all_failed.worth_a_try.items() if row not in pending}
     if not failed:

@@ -68,11 +68,11 @@ class RunProgress:
         self.faults[slot.label] += 1
         self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
 
-    def committed(self, info: CommitInfo, table: pa.Table | None) -> None:
-        """A shard is committed; `table` is its manifest if rows of it failed."""
+    def committed(self, info: CommitInfo, failed: pa.Table | None) -> None:
+        """A shard is committed; `failed` are its failed rows, if there are any."""
         self._tally.add(info)
-        if table is not None:
-            self._failed.add(info.shard, table)
+        if failed is not None:
+            self._failed.add(info.shard, failed)
         shard = self._schedule.shards[info.shard]
         self._missing += (0 if shard.is_rerun else shard.images) - info.images + info.images_before
 

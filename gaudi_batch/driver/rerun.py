@@ -9,11 +9,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.rollup import Commit
 from gaudi_batch.plan import Bucket, Shard
 
 
@@ -28,22 +25,21 @@ class RowsToRetry:
     committed does not say which of its rows these are; they are tried once more."""
 
 
-def failed_rows(commits: Iterable[tuple[CommitInfo, pa.Table]]) -> RowsToRetry:
+def failed_rows(commits: Iterable[Commit], rows_of_shards: Mapping[int, Sequence[int]]) -> RowsToRetry:
     """The rows that have failed.
 
     Args:
         commits: every commit in order of its shard.
+        rows_of_shards: the rows of each shard that makes rows again.
     """
     failed: dict[int, int] = {}
     hopeless: set[int] = set()
-    for info, table in commits:
-        if info.again:
-            for row in table.column("row").to_pylist():
-                failed.pop(row, None)
-        if info.failed_rows:
-            failures = table.filter(pc.equal(table.column("status"), "failed"))
-            failed.update(dict.fromkeys(failures.column("row").to_pylist(), info.shard))
-            hopeless.update(info.bad_rows)
+    for commit in commits:
+        for row in rows_of_shards.get(commit.info.shard, ()):
+            failed.pop(row, None)
+        if commit.failed is not None:
+            failed.update(dict.fromkeys(commit.failed.column("row").to_pylist(), commit.info.shard))
+            hopeless.update(commit.info.bad_rows)
     for row in hopeless:
         failed.pop(row, None)
     return RowsToRetry(failed, len(hopeless))
@@ -97,10 +93,15 @@ def plan_rerun(
     return planned
 
 
+def rows_of_shards(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, list[int]]:
+    """The rows of each shard that makes rows again, numbered over all files."""
+    return {
+        shard.number: [dataset.files[shard.file].first_row + row for row in shard.only]
+        for shard in plan
+        if shard.only is not None
+    }
+
+
 def latest_shards_of_rows(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:
     """The rows of shards that were planned again, each with the highest of these shards."""
-    return {
-        dataset.files[shard.file].first_row + row: shard.number
-        for shard in sorted(plan, key=lambda shard: shard.number)
-        for row in shard.only or ()
-    }
+    return {row: shard for shard, rows in sorted(rows_of_shards(plan, dataset).items()) for row in rows}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gaudi_batch.layout import JOINED
 from gaudi_batch.storage.store import Storage
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ class RunResult:
         Raises:
             StorageError: it can't be read.
         """
-        with self._opened() as file:
-            return file.read(columns=None if columns is None else list(columns))
+        import pyarrow as pa
+
+        names = None if columns is None else list(columns)
+        return pa.concat_tables(file.read(columns=names) for file in self._opened())
 
     def failed_rows(self) -> Iterator[dict[str, Any]]:
         """The failed rows of the manifest, each as a dictionary with its `error`. One row group of the manifest is in
@@ -66,14 +69,18 @@ class RunResult:
         """
         import pyarrow.compute as pc
 
-        with self._opened() as file:
+        for file in self._opened():
             for number in range(file.num_row_groups):
                 group = file.read_row_group(number)
                 yield from group.filter(pc.equal(group.column("status"), "failed")).to_pylist()
 
-    def _opened(self) -> pq.ParquetFile:
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        """The file, or one after the other those of the directory."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         storage = Storage(self.output, self.storage_options, read_only=True)
-        return pq.ParquetFile(pa.PythonFile(storage.open("manifest.parquet"), mode="r"))
+        names = storage.names(JOINED)
+        for path in [JOINED] if names in ([], [JOINED]) else [f"{JOINED}/{name}" for name in names]:
+            with pq.ParquetFile(pa.PythonFile(storage.open(path), mode="r")) as file:
+                yield file

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.rerun import latest_shards_of_rows
 from gaudi_batch.job import Job
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
@@ -47,6 +48,8 @@ class Run:
     """All shards, also those that make rows again."""
     connect: Callable[[], CardResources]
     """Connects to the cluster at its first call; returns what a card takes of the cluster. Raises InputError."""
+    commits: Commits
+    """What is committed of it."""
 
     @property
     def latest_shard_of_row(self) -> Mapping[int, int]:
@@ -75,16 +78,14 @@ class Committed:
     """Shards that are retired and whose rows the plan has in no other shard yet: a driver ended in between."""
 
     @classmethod
-    def read(cls, run: Run) -> Committed:
-        """Reads all manifests."""
-        tally, failed, retired = CommitTotals(), FailedRows(run.latest_shard_of_row), set()
-        for info, table in run.ledger.all_commits():
-            if info.retired:
-                retired.add(info.shard)
-            else:
-                tally.add(info)
-                failed.add(info.shard, table)
-        return cls(tally, failed, frozenset(retired))
+    def of(cls, run: Run) -> Committed:
+        """Counts what is known to be committed."""
+        tally, failed = CommitTotals(), FailedRows(run.latest_shard_of_row)
+        for commit in run.commits.in_order():
+            tally.add(commit.info)
+            if commit.failed is not None:
+                failed.add(commit.info.shard, commit.failed)
+        return cls(tally, failed, frozenset(run.commits.retired))
 
 
 @dataclass(frozen=True)

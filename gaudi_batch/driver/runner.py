@@ -20,6 +20,7 @@ from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.errors import ForcedInterrupt, InputError, StorageError
 from gaudi_batch.job import Job, resolve
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.place import refuse_file
@@ -95,12 +96,13 @@ def run(
                 if overwrite and ledger.holds_run():
                     _try_card(job, ledger, connect(), driver)
                 info, plan = open_run(ledger, job, connect, overwrite)
-                this_run = Run(job, ledger, lease, info, plan, connect)
+                this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
+                this_run.commits.refresh()
                 if repair:
                     add_broken_rows(this_run)
                 if retry_failed:
                     retry_failed_rows(this_run)
-                committed = Committed.read(this_run)
+                committed = Committed.of(this_run)
                 recut(this_run, committed)
                 ended = _make_missing(this_run, committed, watch, grace)
             result = sum_up(this_run, committed.tally, ended)

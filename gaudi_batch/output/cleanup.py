@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from gaudi_batch.layout import OWN_FILES, manifest_path, parse_attempt
 from gaudi_batch.output.ledger import Ledger
+
+REMOVE_THREADS = 16
 
 
 def remove_orphans(ledger: Ledger, committed: Mapping[int, str], may_remove: Callable[[str], bool]) -> int:
@@ -31,12 +34,16 @@ def clear(ledger: Ledger) -> None:
     """
     if not ledger.holds_run():
         return
-    for shard in ledger.manifests():
-        ledger.remove(manifest_path(shard))
-    for path, _, _ in list(_left_by_attempts(ledger)):
-        ledger.remove(path)
+    with ThreadPoolExecutor(REMOVE_THREADS) as pool:
+        _remove_all(pool, ledger, map(manifest_path, ledger.manifests()))
+        _remove_all(pool, ledger, (path for path, _, _ in list(_left_by_attempts(ledger))))
     for name in OWN_FILES:
         ledger.remove(name)
+
+
+def _remove_all(pool: ThreadPoolExecutor, ledger: Ledger, paths: Iterable[str]) -> None:
+    for _ in pool.map(ledger.remove, paths):
+        pass
 
 
 def _left_by_attempts(ledger: Ledger) -> Iterator[tuple[str, int, str]]:

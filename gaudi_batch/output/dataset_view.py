@@ -13,12 +13,10 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 
 from gaudi_batch.errors import InputError
-from gaudi_batch.layout import manifest_path
+from gaudi_batch.layout import JOINED, manifest_path
 from gaudi_batch.output.manifest import COLUMNS
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.storage.store import Storage
-
-JOINED = "manifest.parquet"
 
 
 def load_manifest(

@@ -1,8 +1,9 @@
-"""manifest.parquet: all manifests of a run as one file, in order of row as far as memory allows."""
+"""manifest.parquet: all manifests of a run as one file, in order of row, or as a directory of files if it is large."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +14,9 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.errors import StorageError
-from gaudi_batch.output import manifest
+from gaudi_batch.layout import JOINED, ROLLUPS
+from gaudi_batch.output import manifest, rollup
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.storage.scratch import scratch_directory
 from gaudi_batch.text import one_line
@@ -79,63 +82,107 @@ class JoinedManifest:
 
 
 def join_manifests(
-    ledger: Ledger,
+    commits: Commits,
     latest_shard_of_row: Mapping[int, int],
-    committed: Mapping[int, str],
     seen: Callable[[pa.Table], None] = lambda table: None,
 ) -> tuple[int, int]:
-    """Writes manifest.parquet, all manifests as one, and makes sure that it can be read.
+    """Writes manifest.parquet, all manifests of a run as one, and makes sure that it can be read. Where it would take
+    more than SORTED_BYTES in memory it is a directory of files, one for each roll-up.
 
     Args:
-        ledger: of the run.
+        commits: what is committed of the run.
         latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
-        committed: the attempt of each committed shard.
-        seen: called with the rows of each manifest that count.
+        seen: called with rows that count, some at a time.
 
     Returns:
         Its images and its failed rows.
 
     Raises:
-        StorageError: the manifests that are there now are others, or what was written is not what is there.
+        StorageError: what was written is not what is there, or a roll-up has not the rows that it had.
     """
+    if not commits.by_shard:
+        return 0, 0
+    counted = _Counted(seen)
+    names = commits.ledger.storage.names(JOINED)
+    if commits.rows_bytes > SORTED_BYTES:
+        if names == [JOINED]:
+            commits.ledger.remove(JOINED)  # the file
+        _join_into_directory(commits, latest_shard_of_row, counted)
+    else:
+        if names not in ([], [JOINED]):
+            commits.ledger.remove(JOINED)  # the directory
+        _join_into_file(commits, latest_shard_of_row, counted)
+    if not latest_shard_of_row:
+        expected = sum(commit.info.images + commit.info.failed_rows for commit in commits.by_shard.values())
+        _require_rows("the joined manifest", counted.rows, expected)
+    return counted.rows - counted.failed, counted.failed
+
+
+@dataclass
+class _Counted:
+    """Counts the rows that count."""
+
+    seen: Callable[[pa.Table], None]
+    rows: int = 0
+    failed: int = 0
+
+    def add(self, table: pa.Table) -> None:
+        self.seen(table)
+        self.rows += len(table)
+        self.failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
+
+
+def _join_into_file(commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted) -> None:
+    ledger = commits.ledger
     with scratch_directory("join the manifests") as directory:
-        path = Path(directory) / "manifest.parquet"
+        path = Path(directory) / JOINED
         try:
-            rows, failed = _join_into(path, ledger, latest_shard_of_row, committed, seen)
-            if not committed:
-                return 0, 0
-            manifest.require_readable(path, rows)
+            with JoinedManifest(path) as file:
+                for table in commits.tables(latest_shard_of_row):
+                    counted.add(table)
+                    file.add(table)
+            manifest.require_readable(path, counted.rows)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise StorageError(
                 f"can't join the manifests in {directory}: {one_line(error)}; those in manifest/ are as they were"
             ) from None
-        ledger.put_file("manifest.parquet", path)
-        written, stored = path.stat().st_size, ledger.storage.info("manifest.parquet")["size"]
-    if stored != written:
-        raise StorageError(f"{ledger.storage.url}: manifest.parquet has {stored} bytes, and {written} were written")
-    return rows - failed, failed
+        ledger.put_file(JOINED, path)
+        _require_size(ledger, JOINED, path.stat().st_size)
 
 
-def _join_into(
-    path: Path,
-    ledger: Ledger,
-    latest_shard_of_row: Mapping[int, int],
-    committed: Mapping[int, str],
-    seen: Callable[[pa.Table], None],
-) -> tuple[int, int]:
-    joined: dict[int, str] = {}
-    rows = failed = 0
-    with JoinedManifest(path) as file:
-        for info, table in ledger.commits():
-            joined[info.shard] = info.attempt
-            if latest_shard_of_row:
-                counts = [latest_shard_of_row.get(row, 0) <= info.shard for row in table.column("row").to_pylist()]
-                table = table.filter(pa.array(counts, pa.bool_()))
-            seen(table)
-            file.add(table)
-            rows += len(table)
-            failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
-        if joined != committed:
-            changed = min(shard for shard, _ in joined.items() ^ committed.items())
-            raise StorageError(f"{ledger.storage.url}: the manifest of shard {changed} is not what it just was")
-    return rows, failed
+def _join_into_directory(commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted) -> None:
+    """Copies the rows of each roll-up, without those that do not count."""
+    ledger = commits.ledger
+    commits.roll_up_rest()
+    schema: pa.Schema | None = None
+    names = {f"{part.name}.parquet" for part in commits.parts}
+    for name in ledger.storage.names(JOINED):
+        if name not in names:
+            ledger.remove(f"{JOINED}/{name}")
+    for part in commits.parts:
+        data = commits.bytes_of(part)
+        rows = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        table = rollup.keep_latest(rows, latest_shard_of_row, None if part.whole else part.shards)
+        schema = schema or table.schema
+        if table is not rows or table.schema != schema:
+            columns = [cast(*each) for each in zip(table.columns, schema.types, strict=True)]
+            data = rollup.encode_rows(pa.table(columns, schema=schema))
+        counted.add(table)
+        path = f"{JOINED}/{part.name}.parquet"
+        ledger.put(path, data)
+        _require_size(ledger, path, len(data))
+
+
+def _require_size(ledger: Ledger, path: str, written: int) -> None:
+    entry = ledger.storage.entry(path)
+    if entry is None or entry.size != written:
+        stored = "is not there" if entry is None else f"has {entry.size} bytes"
+        raise StorageError(f"{ledger.storage.url}: {path} {stored}, and {written} bytes were written")
+
+
+def _require_rows(what: str, rows: int, expected: int) -> None:
+    if rows != expected:
+        raise StorageError(
+            f"{what} has {rows} rows, and the manifests {expected}; remove the directory {ROLLUPS} of the output, and"
+            " the same command reads all manifests"
+        )

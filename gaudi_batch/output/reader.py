@@ -16,6 +16,7 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.plan_file import decode_plan
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.plan import Shard
+from gaudi_batch.storage.listing import Entry
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
 
@@ -78,6 +79,12 @@ class OutputReader:
         numbers = (parse_manifest(name) for name in self.storage.names("manifest"))
         return sorted(number for number in numbers if number is not None)
 
+    def manifest_entries(self) -> dict[int, Entry]:
+        """The manifests in the listing by their shards, without those of shards that the plan says are retired."""
+        retired = {shard.number for shard in self._retired}
+        entries = ((parse_manifest(name), entry) for name, entry in self.storage.entries("manifest").items())
+        return {number: entry for number, entry in entries if number is not None and number not in retired}
+
     def committed_shards(self) -> list[int]:
         """The same without those that the plan, if it has been read, says are retired."""
         retired = {shard.number for shard in self._retired}
@@ -92,9 +99,13 @@ class OutputReader:
 
     def all_commits(self) -> Iterator[tuple[CommitInfo, pa.Table]]:
         """The same with those of shards that are retired and that the plan does not call so yet."""
+        return self.read_commits(self.committed_shards())
+
+    def read_commits(self, shards: Iterable[int]) -> Iterator[tuple[CommitInfo, pa.Table]]:
+        """The whole manifests of some shards, in their order."""
         pool = ThreadPoolExecutor(READ_THREADS)
         try:
-            for commit in _ahead(pool, self.read_commit, self.committed_shards()):
+            for commit in _ahead(pool, self.read_commit, shards):
                 if commit is not None:
                     yield commit
         finally:
@@ -110,8 +121,11 @@ class OutputReader:
             table, info = manifest.read(data)
         except ValueError:
             return None
-        of_run = self._info is None or info.run == self._info.run_id
-        return (info, table) if info.shard == shard and of_run else None
+        return (info, table) if info.shard == shard and self.is_of_run(info) else None
+
+    def is_of_run(self, info: CommitInfo) -> bool:
+        """Whether a manifest is one of this run."""
+        return self._info is None or info.run == self._info.run_id
 
     @property
     def stack(self) -> Mapping[str, str] | None:

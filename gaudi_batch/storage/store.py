@@ -8,46 +8,36 @@ again is in `retrying.py`.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import errno
-import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fsspec.exceptions import FSTimeoutError
-from fsspec.implementations.local import LocalFileSystem
-
 from gaudi_batch.errors import StorageError
-from gaudi_batch.redaction import redact
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.filesystem import (
     is_azure,
-    open_filesystem,
     require_bucket,
 )
-from gaudi_batch.storage.ranges import RangeReader
+from gaudi_batch.storage.reading import ReadableStorage
 from gaudi_batch.storage.retry import (
     BucketGone,
     bucket_is_gone,
-    code_of,
     run_or_cancel,
     status_of,
 )
-from gaudi_batch.storage.retrying import MANY_TIMEOUT_S, Retrying
+from gaudi_batch.storage.retrying import MANY_TIMEOUT_S
 
 log = logging.getLogger(__name__)
 
-SLOWEST_BYTES_PER_S = 1e6
 PRECONDITION_FAILED = 412
 REMOVE_THREADS = 16
 
 
-class Storage(Retrying):
+class Storage(ReadableStorage):
     """A directory of a store or a disk that `open_filesystem` takes, addressed by relative paths with forward slashes.
 
     Args:
@@ -64,12 +54,7 @@ class Storage(Retrying):
         retry_timeout_s: float = 600.0,
         read_only: bool = False,
     ) -> None:
-        filesystem, root = open_filesystem(url, options or {}, read_only)
-        self.local = isinstance(filesystem, LocalFileSystem)
-        self.place = (root if self.local else url).rstrip("/")
-        super().__init__(filesystem, redact(self.place), options or {}, retry_timeout_s)
-        self.root = root.rstrip("/") or "/"
-        self.query = ""
+        super().__init__(url, options, retry_timeout_s, read_only)
         self.creates = self.local
         """Whether the store refuses a put that is to create an object where one exists."""
         self._made: set[str] = set()
@@ -161,79 +146,6 @@ class Storage(Retrying):
             why,
         )
 
-    def get(self, path: str) -> bytes | None:
-        """The bytes of an object, or None where there is none. Raises StorageError."""
-        seconds, limit = self._limit()
-
-        def read() -> bytes | None:
-            with self._none_if_absent():
-                try:
-                    data: bytes = self.filesystem.cat_file(self.full(path), **limit)
-                except FSTimeoutError:
-                    limit["timeout"], _ = self._limit(self.filesystem.info(self.full(path), **limit)["size"])
-                    raise
-                self._known = True
-                return data
-            return None
-
-        return self.with_retries(f"read {path}", read, seconds)
-
-    def get_range(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of an object. Raises StorageError."""
-        if stop <= start:
-            return b""
-        seconds, limit = self._limit(stop - start)
-
-        def read() -> bytes:
-            with self._telling_bucket():
-                data: bytes = self.filesystem.cat_file(self.full(path), start=start, end=stop, **limit)
-            if len(data) != stop - start:
-                raise OSError(errno.EIO, f"{len(data)} bytes came instead of {stop - start}")
-            self._known = True
-            return data
-
-        return self.with_retries(f"read {path}", read, seconds)
-
-    def open(self, path: str) -> io.RawIOBase:
-        """An object as a file to read at any position; each read is tried again like everything here."""
-        return RangeReader(lambda start, stop: self.get_range(path, start, stop), int(self.info(path)["size"]))
-
-    def info(self, path: str) -> dict[str, Any]:
-        """What the store says of an object, including its size in bytes. Raises StorageError."""
-        seconds, limit = self._limit()
-
-        def ask() -> dict[str, Any]:
-            with self._telling_bucket():
-                return dict(self.filesystem.info(self.full(path), **limit))
-
-        return self.with_retries(f"read {path}", ask, seconds)
-
-    def at(self, root: str, query: str = "") -> Storage:
-        """The same store with another root, given as the filesystem knows it, and a query that is added to every path:
-        that of a signed URL, which is a secret and no part of a name."""
-        other = copy.copy(self)
-        other.root = root.rstrip("/") or "/"
-        other.query = query
-        return other
-
-    def once(self) -> Storage:
-        """The same place, for operations that are tried only once."""
-        other = copy.copy(self)
-        other.retry_timeout_s = 0.0
-        return other
-
-    def names(self, directory: str) -> list[str]:
-        """Sorted names of the entries of a directory; none if there is no such directory."""
-
-        def listing() -> list[str]:
-            with self._none_if_absent():
-                names = self.filesystem.ls(self.full(directory), detail=False, **self._many())
-                return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names} - {""})
-            return []
-
-        names = self.with_retries(f"list {directory or '.'}", listing, MANY_TIMEOUT_S)
-        return [name for name in names if ".part-" not in name]
-
     def remove(
         self, path: str, before: Callable[[], None] = lambda: None, keep: Callable[[], bool] = lambda: True
     ) -> None:
@@ -261,39 +173,6 @@ class Storage(Retrying):
             self._made = {made for made in self._made if not f"{made}/".startswith(f"{full}/")}
 
         self.with_retries(f"remove {path}", delete, MANY_TIMEOUT_S, before)
-
-    def full(self, path: str) -> str:
-        """The path as the filesystem knows it."""
-        return (f"{self.root}/{path}".rstrip("/") if self.root != "/" else f"/{path}") + self.query
-
-    @contextlib.contextmanager
-    def _telling_bucket(self) -> Iterator[None]:
-        """Raises BucketGone for an object's absence if its bucket is absent."""
-        try:
-            yield
-        except FileNotFoundError as error:
-            if code_of(error) is None:
-                require_bucket(self.filesystem, self.root, self.try_timeout_s)
-            raise
-
-    @contextlib.contextmanager
-    def _none_if_absent(self) -> Iterator[None]:
-        """Ignores the absence of an object, but not that of its bucket."""
-        try:
-            with self._telling_bucket():
-                yield
-        except FileNotFoundError as error:
-            if bucket_is_gone(error):
-                raise
-
-    def _limit(self, size: int = 0, try_timeout_s: float | None = None) -> tuple[float, dict[str, float]]:
-        """Seconds that a try may take, and the option by which an asynchronous filesystem gives it up itself: its
-        sockets time out where nothing comes, if at all, but not where nothing is taken."""
-        seconds = (self.try_timeout_s if try_timeout_s is None else try_timeout_s) + size / SLOWEST_BYTES_PER_S
-        return seconds, {"timeout": seconds} if self.filesystem.async_impl else {}
-
-    def _many(self) -> dict[str, float]:
-        return {"timeout": MANY_TIMEOUT_S} if self.filesystem.async_impl else {}
 
     def _given_up(self, name: str, seconds: float, keep: Callable[[], bool]) -> Callable[..., Any]:
         """A method of the filesystem; if that is asynchronous, a call raises TimeoutError once it has taken too long or

@@ -187,7 +187,7 @@ def test_a_card_that_has_no_memory_to_decode_costs_no_row(nodes: RayCluster, tmp
     starved = add_cards(nodes, 1)
     add_cards(nodes, 1)
     nodes.wait_for(3)
-    run = Run(nodes, prompts, output, "--shard-size", "8", "--simulated.load-seconds", "8")
+    run = Run(nodes, prompts, output, "--carry", "*", "--shard-size", "8", "--simulated.load-seconds", "8")
     card = wait_for_card(starved)
     used = int(Path(f"/proc/{card}/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + 150_000_000

@@ -19,6 +19,7 @@ from gaudi_batch.driver.finalize import sum_up
 from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import RunStopped
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
@@ -44,7 +45,11 @@ def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
     lease = LeaseKeeper(storage, "aaaaa")
     ledger, record = Ledger(storage, Unfenced()), RunInfo({}, {}, {}, "now", rows=4, images=4)
     with pytest.raises(RunStopped, match="too many"):
-        sum_up(Run(job, ledger, lease, record, plan, no_cluster), CommitTotals(), Ended("too many failed"))
+        sum_up(
+            Run(job, ledger, lease, record, plan, no_cluster, Commits(ledger, "aaaaa")),
+            CommitTotals(),
+            Ended("too many failed"),
+        )
     summary = ledger.get_json("summary.json") or {}
     assert summary["failures"] == [
         {"reason": "boom", "rows": 2, "first_ids": ["r0", "r1"]},

@@ -53,7 +53,10 @@ def test_binary_and_large_nested_columns_are_left_out_and_named(
 ) -> None:
     with caplog.at_level("INFO", "gaudi_batch"):
         assert carried(opened(prompts)) == ["topic", "tags", "point"]
-    assert "do not carry 'embedding', 'thumbnail', 'image', 'key' (binary, or nested and over 256 bytes" in caplog.text
+    assert (
+        "do not carry 'embedding', 'thumbnail', 'image', 'key', as binary or as nested and over 256 bytes"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(

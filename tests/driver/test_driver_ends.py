@@ -31,6 +31,7 @@ class Recorder:
         self.show: Any = self.progress
         self.due: Any = self.progress
         self.storage = SimpleNamespace(longest_running_s=lambda: 0.0)
+        self.ledger = self
 
 
 async def a_driver(cluster_s: float = 60.0) -> Driver:

@@ -17,6 +17,7 @@ from gaudi_batch.driver.recut import recut
 from gaudi_batch.driver.run_context import Committed, Run
 from gaudi_batch.job import Job, resolve
 from gaudi_batch.output import manifest
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
@@ -52,7 +53,12 @@ def a_run(job: Job, monkeypatch: pytest.MonkeyPatch, cards: int) -> Run:
     monkeypatch.setattr(Run, "cards", cards)
     lease: Any = None
     connect: Any = None
-    return Run(job, ledger, lease, info, ledger.plan(info.rows), connect)
+    return Run(job, ledger, lease, info, ledger.plan(info.rows), connect, Commits(ledger, "aaaaa"))
+
+
+def committed_of(run: Run) -> Committed:
+    run.commits.refresh()
+    return Committed.of(run)
 
 
 def commit(ledger: Ledger, shard: Shard, attempt: str = "aaaaa1") -> bool:
@@ -78,7 +84,7 @@ def test_what_is_left_is_cut_for_the_cards_that_there_are_now(job: Job, monkeypa
     for shard in old[:3]:
         assert commit(a_ledger(job), shard)
     run = a_run(job, monkeypatch, 20)
-    recut(run, Committed.read(run))
+    recut(run, committed_of(run))
     assert run.plan[:3] == old[:3], "what is committed stays"
     assert places(run.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))
     left = run.plan[3:]
@@ -86,7 +92,7 @@ def test_what_is_left_is_cut_for_the_cards_that_there_are_now(job: Job, monkeypa
     again = a_run(job, monkeypatch, 20)
     assert again.plan == run.plan, "as it is stored"
     assert again.ledger.committed_shards() == [shard.number for shard in old[:3]]
-    recut(again, Committed.read(again))
+    recut(again, committed_of(again))
     assert again.plan == run.plan, "there is nothing left to cut"
     assert sum(info.rows for info, _ in again.ledger.commits()) == sum(shard.rows for shard in old[:3])
 
@@ -97,7 +103,7 @@ def test_a_driver_that_comes_back_and_commits_by_the_old_cut_commits_nothing(
     _, old = begin_run(a_ledger(job), job, 2)
     cut_off = a_ledger(job)
     run = a_run(job, monkeypatch, 20)
-    recut(run, Committed.read(run))
+    recut(run, committed_of(run))
     new = {shard.number for shard in run.plan}
     retired = [shard for shard in old if shard.number not in new]
     assert retired
@@ -113,7 +119,7 @@ def test_a_shard_that_is_committed_while_it_is_retired_keeps_its_rows(
 ) -> None:
     _, old = begin_run(a_ledger(job), job, 2)
     run = a_run(job, monkeypatch, 20)
-    committed = Committed.read(run)
+    committed = committed_of(run)
     assert commit(a_ledger(job), old[0], "zombie"), "after this driver has read what is committed"
     recut(run, committed)
     assert old[0] in run.plan
@@ -132,9 +138,9 @@ def test_a_driver_that_ends_between_retiring_and_planning_leaves_no_row_behind(
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "put_recut_plan", killed)
         with pytest.raises(KeyboardInterrupt):
-            recut(run, Committed.read(run))
+            recut(run, committed_of(run))
     again = a_run(job, monkeypatch, 2)
-    committed = Committed.read(again)
+    committed = committed_of(again)
     assert committed.retired
     assert committed.tally.rows == 0
     recut(again, committed)
@@ -150,7 +156,7 @@ def test_a_shard_of_which_rows_were_made_again_is_not_cut(job: Job, monkeypatch:
     run.plan = [*old, rerun]
     run.ledger.put_plan(run.plan)
     assert commit(run.ledger, rerun)
-    recut(run, Committed.read(run))
+    recut(run, committed_of(run))
     holding = [shard for shard in run.plan if shard.file == old[0].file and shard.start <= 0 < shard.stop]
     assert [shard.number for shard in holding if shard.bucket == old[0].bucket] == [old[0].number, rerun.number]
     assert len(run.plan) > len(old) + 1, "the others are"
@@ -162,9 +168,9 @@ def test_rows_of_many_images_that_can_not_be_cut_are_left_alone(job: Job, monkey
     begin_run(a_ledger(many), many, 2)
     for _ in range(3):
         run = a_run(many, monkeypatch, 500)
-        recut(run, Committed.read(run))
+        recut(run, committed_of(run))
     before = run.plan
-    recut(run, Committed.read(run))
+    recut(run, committed_of(run))
     assert run.plan == before
     assert max(shard.rows for shard in before) <= 2
 
@@ -177,6 +183,6 @@ def test_a_run_is_not_cut_for_fewer_cards_nor_if_its_job_names_a_size(
     named = Job(config, job.dataset, job.model, job.threads, job.bounds)
     _, old = begin_run(a_ledger(named), named, 2)
     run = a_run(job, monkeypatch, cards)
-    recut(run, Committed.read(run))
+    recut(run, committed_of(run))
     assert run.plan == old
     assert a_ledger(job).manifests() == []

@@ -20,6 +20,7 @@ from gaudi_batch.driver.opening import open_run
 from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
@@ -58,7 +59,7 @@ def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(
     ledger = Ledger(storage, Unfenced())
     for rows in (3, 5):
         record = RunInfo({}, {}, {}, "now", rows=rows, images=rows)
-        run = Run(job, ledger, lease, record, [Shard(0, 0, 0, 4, BUCKET, 4, 4)], no_cluster)
+        run = Run(job, ledger, lease, record, [Shard(0, 0, 0, 4, BUCKET, 4, 4)], no_cluster, Commits(ledger, "aaaaa"))
         with pytest.raises(RunStopped, match=f"the manifests have 4 rows, and the plan {rows}"):
             sum_up(run, CommitTotals(), Ended(None))
         assert (ledger.get_json("summary.json") or {})["state"] == "stopped"

@@ -29,6 +29,7 @@ from gaudi_batch.job import resolve
 from gaudi_batch.layout import manifest_path
 from gaudi_batch.output import lease, ledger, manifest, reader
 from gaudi_batch.output.cleanup import clear, remove_orphans
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
 from gaudi_batch.output.ledger import Ledger
@@ -138,7 +139,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     commit.start()
     record = RunInfo({}, {}, {}, "", rows=1, images=1)
     job: Any = SimpleNamespace(dataset=None)
-    run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"))
+    run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
     write_summary(run, CommitTotals(), Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
@@ -223,12 +224,14 @@ def test_nobody_writes_or_removes_once_another_drives(
     info, shards = begin_run(records, job, 1)
     output.put(manifest_path(3), a_manifest(3, "aaaaa1", info.run_id)[1])
     output.put("images/000004-aaaaa2/00000001-00.png", b"image")
+    commits = Commits(records, "aaaaa")
+    commits.refresh()
     take_over(output)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     actions: list[Callable[[], object]] = [
         lambda: records.put_plan(shards[:1]),
         lambda: records.put_json("summary.json", {}),
-        lambda: join_manifests(records, {}, {3: "aaaaa1"}),
+        lambda: join_manifests(commits, {}),
         lambda: remove_orphans(records, {}, lambda attempt: True),
         lambda: records.commit(*a_manifest(5, "aaaaa3")),
         lambda: clear(records),
@@ -249,17 +252,6 @@ def test_a_run_whose_run_json_is_gone_is_not_planned_anew(
         begin_run(records, job, 1)
     clear(records)
     assert begin_run(records, job, 1)[0].run_id
-
-
-def test_manifests_that_change_while_they_are_joined_end_the_run(output: Storage, first: LeaseKeeper) -> None:
-    records = Ledger(output, first)
-    for shard in (0, 1):
-        records.commit(*a_manifest(shard, f"aaaaa{shard}"))
-    with pytest.raises(StorageError, match="the manifest of shard 2 is not what it just was"):
-        join_manifests(records, {}, {0: "aaaaa0", 1: "aaaaa1", 2: "aaaaa2"})
-    assert output.get("manifest.parquet") is None
-    join_manifests(records, {}, {0: "aaaaa0", 1: "aaaaa1"})
-    assert output.get("manifest.parquet") is not None
 
 
 def test_what_a_driver_has_committed_it_never_removes(

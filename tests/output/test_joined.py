@@ -23,6 +23,7 @@ from gaudi_batch.config.bounds import MAX_SEED, bounds_for
 from gaudi_batch.dataset.repeats import RepeatedIds
 from gaudi_batch.dataset.rows import PromptRow, RowRules, derived_seed, image_seed, make_row
 from gaudi_batch.output import manifest
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.joined import JoinedManifest, join_manifests
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo, ImageInfo, StoredImage
@@ -64,27 +65,21 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(Storage(str(tmp_path / "out")), Unfenced())
 
 
+def known(ledger: Ledger) -> Commits:
+    commits = Commits(ledger, "aaaaa")
+    commits.refresh()
+    return commits
+
+
 def test_the_joined_manifest_is_in_order_of_row_and_image(ledger: Ledger, tmp_path: Path) -> None:
-    committed = {
-        0: commit(ledger, 0, rows_of([0, 2, 4], num_images=[2, 1, 1])),
-        1: commit(ledger, 1, rows_of([1, 3, 5], seed=[None, -1, None])),
-        2: commit(ledger, 2, rows_of([2]), again=True),
-    }
-    assert join_manifests(ledger, {2: 2}, committed) == (6, 1)
+    commit(ledger, 0, rows_of([0, 2, 4], num_images=[2, 1, 1]))
+    commit(ledger, 1, rows_of([1, 3, 5], seed=[None, -1, None]))
+    commit(ledger, 2, rows_of([2]), again=True)
+    assert join_manifests(known(ledger), {2: 2}) == (6, 1)
     table = pq.read_table(tmp_path / "out/manifest.parquet")
     assert table.column("row").to_pylist() == [0, 0, 1, 2, 3, 4, 5]
     assert table.column("image_index").to_pylist() == [0, 1, 0, 0, None, 0, 0]
     assert table.column("topic").to_pylist() == [f"topic {row}" for row in table.column("row").to_pylist()]
-
-
-def test_one_that_is_too_large_for_memory_is_in_order_of_shard(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gaudi_batch.output.joined.SORTED_BYTES", 600)
-    committed = {shard: commit(ledger, shard, rows_of([shard, shard + 10])) for shard in range(5)}
-    assert join_manifests(ledger, {}, committed) == (10, 0)
-    table = pq.read_table(tmp_path / "out/manifest.parquet")
-    assert table.column("row").to_pylist() == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
 
 
 def test_columns_of_every_type_are_as_they_were_after_sorting(tmp_path: Path) -> None:
@@ -100,7 +95,8 @@ def test_columns_of_every_type_are_as_they_were_after_sorting(tmp_path: Path) ->
 def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_path: Path) -> None:
     seeds = [MAX_SEED, 4600196908893600043, None, 2**63]
     rows = rows_of(range(4), seed=seeds, width=[64, 64, 65, 64], prompt=["p", "", "p", "p"])
-    join_manifests(ledger, {}, {0: commit(ledger, 0, rows)})
+    commit(ledger, 0, rows)
+    join_manifests(known(ledger), {})
     lines = re.findall(r"^images = (pandas.*)$", README.read_text(), re.MULTILINE)
     assert len(lines) == 1
     path = str(tmp_path / "out/manifest.parquet")
@@ -135,14 +131,15 @@ os._exit(0)
 def test_ids_that_repeat_are_found_where_manifests_are_joined(ledger: Ledger) -> None:
     ids = ["a", "b", "a", "a", "c", "c"]
     rows = rows_of(range(6), id=ids, seed=[None, None, None, 7, None, None], num_images=[2] * 6)
-    committed = {0: commit(ledger, 0, rows[:3]), 1: commit(ledger, 1, rows[3:])}
+    commit(ledger, 0, rows[:3])
+    commit(ledger, 1, rows[3:])
     for may_have_seeds, said in ((True, "4 of 5 rows share an id"), (False, "5 of 6 rows share an id")):
         repeated = RepeatedIds()
 
         def seen(table: pa.Table, ids: RepeatedIds = repeated, seeds: bool = may_have_seeds) -> None:
             ids.add_manifest(table, 0, seeds)
 
-        join_manifests(ledger, {}, committed, seen)
+        join_manifests(known(ledger), {}, seen)
         assert (repeated.describe() or "").startswith(said)
 
 
