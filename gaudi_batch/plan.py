@@ -77,7 +77,7 @@ class GroupRows(NamedTuple):
     """The row after the last one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """The unit of dispatch and of commit: the rows of `bucket` out of rows `start` to `stop` of one file."""
 

@@ -72,7 +72,7 @@ class ImageInfo:
     truncated: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CommitInfo:
     """What a shard's manifest says of its attempt, in the metadata of the Parquet file."""
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gaudi_batch.plan import Bucket, Shard
+
+_NUMBERS = (
+    *("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images"),
+    *("failed_before", "images_before", "group"),
+)
+_SINCE_LATER = {"group"}
+"""Columns that a plan of an older version does not have; their values are 0."""
 
 
 def encode_plan(shards: Sequence[Shard], retired: Collection[int] = ()) -> bytes:
@@ -55,11 +61,13 @@ def decode_plan(data: bytes, rows: int) -> tuple[list[Shard], list[Shard]]:
         ValueError: it can't be read, or a value in it can't be.
     """
     try:
-        stored = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).to_pylist()
-        retired = [_shard(row) for row in stored if row.get("retired")]
-        return _of_rows([_shard(row) for row in stored if not row.get("retired")], rows), retired
-    except (pa.ArrowException, OSError, KeyError, OverflowError) as error:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        shards = _shards(table)
+        flags = table.column("retired").to_pylist() if "retired" in table.column_names else [False] * len(table)
+    except (pa.ArrowException, OSError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(str(error)) from None
+    kept = [shard for shard, is_retired in zip(shards, flags, strict=True) if not is_retired]
+    return _of_rows(kept, rows), [shard for shard, is_retired in zip(shards, flags, strict=True) if is_retired]
 
 
 def _of_rows(shards: Sequence[Shard], rows: int) -> list[Shard]:
@@ -74,28 +82,44 @@ def _of_rows(shards: Sequence[Shard], rows: int) -> list[Shard]:
     return kept
 
 
-def _shard(row: dict[str, Any]) -> Shard:
-    """A shard of the stored plan. Raises KeyError or ValueError if the values are none."""
-    guidance, only = row["guidance_scale"], row["only"]
-    names = ("shard", "file", "start", "stop", "width", "height", "steps", "rows", "images")
-    numbers = [row[name] for name in (*names, "failed_before", "images_before")]
-    numbers.append(row.get("group", 0))
-    if only is not None:
-        numbers += only if isinstance(only, list) else [only]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError("a number of it can't be")
-    if not isinstance(guidance, float) or not math.isfinite(guidance):
+def _shards(table: pa.Table) -> list[Shard]:
+    """The shards of a stored plan, a column at a time, since there may be a million. Raises KeyError, TypeError,
+    ValueError or ArrowException if the values are none."""
+    columns: dict[str, list[int]] = {}
+    for name in _NUMBERS:
+        if name in _SINCE_LATER and name not in table.column_names:
+            columns[name] = [0] * len(table)
+            continue
+        column = table.column(name)
+        if not pa.types.is_integer(column.type) or column.null_count or (pc.min(column).as_py() or 0) < 0:
+            raise ValueError(f"a number of it can't be: {name}")
+        columns[name] = column.to_pylist()
+    guidance = table.column("guidance_scale")
+    if (
+        not pa.types.is_floating(guidance.type)
+        or guidance.null_count
+        or pc.all(pc.is_finite(guidance)).as_py() is False
+    ):
         raise ValueError("a guidance scale of it can't be")
-    return Shard(
-        number=row["shard"],
-        file=row["file"],
-        start=row["start"],
-        stop=row["stop"],
-        bucket=Bucket(row["width"], row["height"], row["steps"], guidance),
-        rows=row["rows"],
-        images=row["images"],
-        only=None if only is None else tuple(only),
-        failed_before=row["failed_before"],
-        images_before=row["images_before"],
-        group=row.get("group", 0),
-    )
+    buckets: dict[tuple[int, int, int, float], Bucket] = {}
+    shapes = zip(columns["width"], columns["height"], columns["steps"], guidance.to_pylist(), strict=True)
+    bucket_of = [buckets.setdefault(shape, Bucket(*shape)) for shape in shapes]
+    only = table.column("only").to_pylist() if table.column("only").null_count < len(table) else [None] * len(table)
+    if any(rows is not None and not _are_rows(rows) for rows in only):
+        raise ValueError("a row of it can't be")
+    return [
+        Shard(number, file, start, stop, bucket, rows, images, None if again is None else tuple(again), *rest)
+        for number, file, start, stop, bucket, rows, images, again, *rest in zip(
+            *(columns[name] for name in ("shard", "file", "start", "stop")),
+            bucket_of,
+            columns["rows"],
+            columns["images"],
+            only,
+            *(columns[name] for name in ("failed_before", "images_before", "group")),
+            strict=True,
+        )
+    ]
+
+
+def _are_rows(rows: object) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, int) and row >= 0 for row in rows)

@@ -42,7 +42,7 @@ class BatchLine:
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ThroughputTotals:
     """Sums of throughput lines; sums are added with `+`."""
 
