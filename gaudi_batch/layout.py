@@ -6,6 +6,8 @@ import re
 
 STOP_FILE = "stop.json"
 """A request to a submitted job's driver to stop."""
+VERIFYING_FILE = "verifying.json"
+"""How far a verification has come that has not ended."""
 EVENTS_FILE = "events.bin"
 """The event log of the last driver that did not complete the run."""
 ROLLUPS = "rollup"
@@ -22,6 +24,7 @@ OWN_FILES = (
     "run.json",
     STOP_FILE,
     EVENTS_FILE,
+    VERIFYING_FILE,
 )
 """Files that a run has once; it has manifests and files named after attempts beside these."""
 

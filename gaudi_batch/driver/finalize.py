@@ -15,13 +15,13 @@ from gaudi_batch.driver.rerun import latest_shards_of_rows
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
+from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
 from gaudi_batch.output.cleanup import remove_orphans
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.tally import FILES, CommitTotals, stop_lines
 from gaudi_batch.output.throughput import rounded
-from gaudi_batch.output.verify import verify
 from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def sum_up(run: Run, tally: CommitTotals, ended: Ended) -> RunResult:
 
 def verify_images(run: Run) -> None:
     """Reads every image back and writes verify.json. Raises RunStopped if images are missing or torn."""
-    report = verify(run.ledger, run.latest_shard_of_row)
+    report = verify_run(run)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     run.ledger.put_json("verify.json", report.describe() | {"time": now, "shards": len(run.commits.by_shard)})
     for line in report.lines():

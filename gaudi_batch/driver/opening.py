@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
 from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_rerun, rows_of_shards
 from gaudi_batch.driver.run_context import Run, cards_of
+from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
 from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.verify import verify
 from gaudi_batch.plan import Shard
 from gaudi_batch.planner import MAX_IMAGES, PARTS_OF_SHARE
 from gaudi_batch.text import counted
@@ -95,7 +95,7 @@ def open_run(
 
 def repair(run: Run) -> None:
     """Adds shards for rows with missing or torn images."""
-    report = verify(run.ledger, run.latest_shard_of_row)
+    report = verify_run(run)
     for line in report.lines():
         log.info("%s", line)
     if report.broken:

@@ -105,10 +105,10 @@ def run(
                 committed = Committed.of(this_run)
                 recut(this_run, committed)
                 ended = _make_missing(this_run, committed, watch, grace)
-            result = sum_up(this_run, committed.tally, ended)
-            if verify:
-                verify_images(this_run)
-            return result
+                result = sum_up(this_run, committed.tally, ended)
+                if verify:
+                    verify_images(this_run)
+                return result
         except ForcedInterrupt:
             lease.forget()
             raise

@@ -1,19 +1,22 @@
-"""Reads every image of a run back and compares it with its manifest."""
+"""Reads images back and compares them with their manifests."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gaudi_batch.layout import attempt_name
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 
 READ_THREADS = 16
 SHOWN = 10
+PATHS = ("missing", "torn", "foreign")
+"""The lists of paths in a report."""
 
 
 @dataclass
@@ -45,46 +48,73 @@ class VerifyReport:
             f"verified {self.images} images: {len(self.missing)} missing, {len(self.torn)} torn,"
             f" {len(self.foreign)} foreign"
         ]
-        for kind in ("missing", "torn", "foreign"):
+        for kind in PATHS:
             paths = getattr(self, kind)
             lines += [f"  {kind}: {path}" for path in paths[:SHOWN]]
             if len(paths) > SHOWN:
                 lines.append(f"  {kind}: and {len(paths) - SHOWN} more, in verify.json")
         return lines
 
+    def add(self, other: VerifyReport) -> None:
+        """Adds the report of other shards."""
+        self.images += other.images
+        for name in PATHS:
+            getattr(self, name).extend(getattr(other, name))
+        self.broken |= other.broken
+        self.images_of |= other.images_of
 
-def verify(ledger: OutputReader, latest_shard_of_row: Mapping[int, int]) -> VerifyReport:
-    """Reads every image that a manifest names, and lists the other files among them.
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> VerifyReport:
+        """Reads what `as_json` gave. Raises KeyError, TypeError or ValueError if it is not that."""
+        missing, torn, foreign = ([str(path) for path in stored[name]] for name in PATHS)
+        broken, images_of = (
+            {int(row): int(number) for row, number in stored[name].items()} for name in ("broken", "images_of")
+        )
+        return cls(int(stored["images"]), missing, torn, foreign, broken, images_of)
+
+
+def verify(ledger: OutputReader, shards: Iterable[int], latest_shard_of_row: Mapping[int, int]) -> VerifyReport:
+    """Reads every image that the manifests of some shards name, and lists the other files beside these images.
 
     Args:
         ledger: of the run.
+        shards: which shards.
         latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
 
     Raises:
         StorageError: storage failed for longer than `storage_patience`.
     """
     report = VerifyReport()
-    attempts: set[str] = set()
     storage = ledger.storage
+
+    def differs(path: str, sha256: str) -> str:
+        data = storage.get(path)
+        return "missing" if data is None else "" if hashlib.sha256(data).hexdigest() == sha256 else "torn"
+
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for info, table in ledger.commits():
+        for info, table in ledger.read_commits(shards):
             directory = attempt_name(info.shard, info.attempt)
-            attempts.add(directory)
             named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
             counts = [path for path, row in named.items() if latest_shard_of_row.get(row["row"], 0) <= info.shard]
             report.images += len(counts)
             images_of = Counter(named[path]["row"] for path in counts)
-            for path, data in zip(counts, pool.map(storage.get, counts), strict=True):
-                if data is None:
-                    report.missing.append(path)
-                elif hashlib.sha256(data).hexdigest() != named[path]["sha256"]:
-                    report.torn.append(path)
-                else:
-                    continue
-                row = named[path]["row"]
-                report.broken[row] = info.shard
-                report.images_of[row] = images_of[row]
+            sums = [named[path]["sha256"] for path in counts]
+            for path, difference in zip(counts, pool.map(differs, counts, sums), strict=True):
+                if difference:
+                    getattr(report, difference).append(path)
+                    row = named[path]["row"]
+                    report.broken[row] = info.shard
+                    report.images_of[row] = images_of[row]
             paths = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
             report.foreign += [path for path in paths if path not in named]
-    report.foreign += [f"images/{name}" for name in storage.names("images") if name not in attempts]
     return report
+
+
+def foreign_attempts(ledger: OutputReader, commits: Iterable[CommitInfo]) -> list[str]:
+    """What lies in `images` and belongs to none of these commits. Raises StorageError."""
+    attempts = {attempt_name(info.shard, info.attempt) for info in commits}
+    return [f"images/{name}" for name in ledger.storage.names("images") if name not in attempts]

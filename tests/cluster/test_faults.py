@@ -241,7 +241,7 @@ def test_sigterm_means_the_same_when_the_images_are_made_and_where_sigint_is_ign
 ) -> None:
     output = tmp_path / "out"
     slow = "from gaudi_batch.cli import main; from gaudi_batch.driver import finalize; import sys, time;"
-    slow += " finalize.verify = lambda *_: print('verifying', file=sys.stderr, flush=True) or time.sleep(100);"
+    slow += " finalize.verify_run = lambda *_: print('verifying', file=sys.stderr, flush=True) or time.sleep(100);"
     command = (
         *job(prompts, output, cluster),
         *("--simulated.batch-seconds", "0.01", "--verify"),

@@ -11,11 +11,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from test_joined import (
-    Unfenced,
-    commit,
-    rows_of,
-)
+from helpers import Unfenced
+from test_joined import commit, rows_of
 
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.errors import StorageError

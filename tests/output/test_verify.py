@@ -16,7 +16,7 @@ from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo, ImageInfo, StoredImage
 from gaudi_batch.output.throughput import ThroughputTotals
-from gaudi_batch.output.verify import verify
+from gaudi_batch.output.verify import VerifyReport, foreign_attempts, verify
 from gaudi_batch.storage.store import Storage
 
 
@@ -43,8 +43,14 @@ def ledger(tmp_path: Path) -> Ledger:
     return made
 
 
+def verified(ledger: Ledger, latest: dict[int, int]) -> VerifyReport:
+    report = verify(ledger, ledger.manifests(), latest)
+    report.foreign += foreign_attempts(ledger, [info for info, _ in ledger.commits()])
+    return report
+
+
 def test_an_output_that_is_whole_has_nothing_to_name(ledger: Ledger) -> None:
-    report = verify(ledger, {})
+    report = verified(ledger, {})
     assert report.lines() == ["verified 8 images: 0 missing, 0 torn, 0 foreign"]
     assert not report.broken
 
@@ -55,7 +61,7 @@ def test_what_is_missing_torn_and_foreign_is_named_with_its_rows(ledger: Ledger)
     output.put("images/000001-aaaaa1/00000006-00.png", b"im")
     output.put("images/000001-aaaaa1/notes.txt", b"x")
     output.put("images/000009-bbbbb1/00000000-00.png", b"x")
-    report = verify(ledger, {})
+    report = verified(ledger, {})
     assert report.missing == ["images/000000-aaaaa0/00000001-00.png"]
     assert report.torn == ["images/000001-aaaaa1/00000006-00.png"]
     assert report.foreign == ["images/000001-aaaaa1/notes.txt", "images/000009-bbbbb1"]
@@ -66,4 +72,4 @@ def test_what_is_missing_torn_and_foreign_is_named_with_its_rows(ledger: Ledger)
 def test_of_a_row_that_was_made_again_the_last_shard_alone_is_read(ledger: Ledger) -> None:
     ledger.storage.remove("images/000000-aaaaa0/00000001-00.png")
     commit(ledger, 2, [1], again=True)
-    assert not verify(ledger, {1: 2}).broken
+    assert not verified(ledger, {1: 2}).broken
