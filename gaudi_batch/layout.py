@@ -14,6 +14,8 @@ ROLLUPS = "rollup"
 """The directory of roll-ups."""
 JOINED = "manifest.parquet"
 """All manifests of a complete run as one file, or as a directory of them where one would be too large."""
+TIMELINE = "timeline"
+"""The directory of what became of each card."""
 OWN_FILES = (
     "plan.parquet",
     "progress.json",
@@ -21,6 +23,7 @@ OWN_FILES = (
     "verify.json",
     JOINED,
     ROLLUPS,
+    TIMELINE,
     "run.json",
     STOP_FILE,
     EVENTS_FILE,
@@ -53,6 +56,11 @@ def throughput_path(card: str, shard: int, attempt: str) -> str:
     return f"throughput/{card}/{attempt_name(shard, attempt)}.jsonl"
 
 
+def timeline_path(driver: str, number: int) -> str:
+    """Some lines of what became of a driver's cards."""
+    return f"{TIMELINE}/{driver}-{number:06d}.jsonl"
+
+
 def manifest_path(shard: int) -> str:
     """The manifest of a shard; the shard is committed when it appears."""
     return f"manifest/{shard:06d}.parquet"
@@ -73,4 +81,4 @@ def is_of_run(path: str) -> bool:
         return not rest or parse_manifest(rest) is not None
     if place == "throughput":
         return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
-    return place in (ROLLUPS, JOINED) or path in ("", "lease.json", *OWN_FILES)
+    return place in (ROLLUPS, TIMELINE, JOINED) or path in ("", "lease.json", *OWN_FILES)

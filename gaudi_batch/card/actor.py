@@ -257,7 +257,7 @@ class Card:
             del self._warmups[oldest]
             self._pipeline.forget(oldest)
         warmup = self._warmups[key] < self._pipeline.warmup_batches
-        started = time.monotonic()
+        started, began = time.monotonic(), time.time()
         wait_s = started - self._idle_since
         rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe has no row
         self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind, shard.number, rows)
@@ -269,7 +269,7 @@ class Card:
         generate_s = self._idle_since - started
         self._warmups[key] += 1
         self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
-        return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s)
+        return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began)
 
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(BatchAnnounced(attempt, rows)))

@@ -57,6 +57,8 @@ class PipelineCall:
     """Seconds that it took."""
     wait_s: float
     """Seconds for which the device was idle before it."""
+    started: float = 0.0
+    """When it began, by this node's clock, in seconds since the epoch."""
 
 
 @dataclass
@@ -192,6 +194,9 @@ class ShardRecorder:
             wait_s=round(call.wait_s, 6),
             encode_s=round(sum(image.encode_s for image in stored), 6),
             upload_s=round(sum(image.upload_s for image in stored), 6),
+            started_at=datetime.fromtimestamp(self._clock.convert(call.started), timezone.utc).isoformat(
+                timespec="milliseconds"
+            ),
         )
 
 

@@ -13,6 +13,7 @@ from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
 from gaudi_batch.errors import ForcedInterrupt
 from gaudi_batch.output.lease import LeaseLost
 from gaudi_batch.output.spans import Stopwatch, read_spans
+from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.plan import Shard
 from gaudi_batch.reporting.terminal import open_view
 from gaudi_batch.scheduling.admission import Requirements
@@ -41,11 +42,11 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
     earlier = read_spans(run.ledger)
     progress = RunProgress(
         schedule,
-        tally,
-        committed.failed,
+        committed,
         run.info.images,
         planned - tally.images,
         lambda card_s: [*earlier, watch.span(card_s)],
+        Timeline(run.ledger, run.lease.driver),
     )
     with open_view() as view, handlers_kept():
         loop = LoopRunner(lambda: Driver(cards, schedule, run.commits, progress, view), grace, run.ledger.storage)

@@ -18,6 +18,7 @@ from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.committer import Committer, check_storage
 from gaudi_batch.driver.doing import Doing, Watch, waits_for
 from gaudi_batch.driver.fleet import Fleet
+from gaudi_batch.driver.history import note_decision, note_event
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
@@ -43,6 +44,8 @@ TICK_INTERVAL_S = 0.2
 """Seconds between two looks whether a shard is overdue while a card idles."""
 PROGRESS_INTERVAL_S = 5.0
 """Seconds between two writings of progress.json."""
+TIMELINE_INTERVAL_S = 60.0
+"""Seconds between two writings of what has become of the cards."""
 UNUSUAL_INTERVAL_S = 10.0
 """Seconds between two looks for slow things to log."""
 
@@ -100,7 +103,14 @@ class Driver:
 
     async def run(self) -> str | None:
         """Runs to the end; returns why it stopped, or None if every shard is committed."""
-        for work in (self.fleet.follow_cluster, self.fleet.place, self._enforce_limits, self._tick, self._report):
+        for work in (
+            self.fleet.follow_cluster,
+            self.fleet.place,
+            self._enforce_limits,
+            self._tick,
+            self._report,
+            self._write_timeline,
+        ):
             self._background.spawn(work())
         stopped = True
         try:
@@ -119,8 +129,10 @@ class Driver:
 
     def tell(self, event: events.Event) -> None:
         """Tells the schedule what happened and carries out its decisions."""
+        note_event(self._progress.timeline, event)
         for decision in self.events.handle(event):
             self._actions[type(decision)](decision)
+            note_decision(self._progress.timeline, decision, self.fleet.slots)
 
     def stop(self, reason: str, grace: float) -> None:
         """Takes up no more work and ends when what has begun is committed.
@@ -222,8 +234,14 @@ class Driver:
             await self._background.in_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_INTERVAL_S)
 
+    async def _write_timeline(self) -> None:
+        while True:
+            await asyncio.sleep(TIMELINE_INTERVAL_S)
+            await self._background.in_thread(self._progress.timeline.write)
+
     async def _write_end(self, stopped: bool) -> None:
         try:
+            await self._background.in_thread(self._progress.timeline.write)
             await self._background.in_thread(self._ledger.put_json, "progress.json", self._describe("over"))
             if stopped:
                 await self._background.in_thread(self._ledger.put, EVENTS_FILE, self.events.dump())

@@ -10,13 +10,13 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.doing import Doing, card_lines, describe_doings
+from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.progress import DOING_FIELDS, CardProgress, FaultRecord, ProgressRecord
 from gaudi_batch.output.spans import Span
-from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.reporting.terminal import Progress
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.schedule import Schedule
@@ -30,28 +30,29 @@ class RunProgress:
 
     Args:
         schedule: the state of the run.
-        tally: the commits so far; goes on being added to.
-        failed: the failed rows so far; goes on being added to.
+        committed: what is committed so far; goes on being added to.
         images_total: images that the whole plan asks for.
         images_missing: images that committed shards were to have and have not, since rows failed.
         drivers: the times of the run's drivers so far, given the seconds for which this one has held cards.
+        timeline: is told of faults.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        tally: CommitTotals,
-        failed: FailedRows,
+        committed: Committed,
         images_total: int,
         images_missing: int,
         drivers: Callable[[float], list[Span]],
+        timeline: Timeline,
     ) -> None:
+        self.timeline = timeline
         self.faults: Counter[str] = Counter()
         self.card_s = 0.0
         """Seconds for which this driver had held cards at the last report."""
         self._schedule = schedule
-        self._tally = tally
-        self._failed = failed
+        self._tally = committed.tally
+        self._failed = committed.failed
         self._images_total = images_total
         self._missing = images_missing
         self._drivers = drivers
@@ -67,6 +68,7 @@ class RunProgress:
         """A card failed."""
         self.faults[slot.label] += 1
         self._recent_faults.append({"time": _now(), "card": slot.label, "what": what})
+        self.timeline.note(slot.number, slot.name, "fault", error=what)
 
     def committed(self, info: CommitInfo, failed: pa.Table | None) -> None:
         """A shard is committed; `failed` are its failed rows, if there are any."""

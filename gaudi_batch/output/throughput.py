@@ -36,6 +36,8 @@ class BatchLine:
     """Seconds summed over the batch's images, which are encoded in parallel."""
     upload_s: float
     """The same for uploads."""
+    started_at: str = ""
+    """When its pipeline call began, by the driver's clock, ISO 8601, UTC; `time` is by the clock of the card's node."""
 
     def json(self) -> str:
         """The line."""

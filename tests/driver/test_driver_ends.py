@@ -17,6 +17,7 @@ from gaudi_batch.driver import fleet, loop
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.slot import Slot
+from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.events import CardDied, CardLoaded, CardPlaced, LoadedCard
 from gaudi_batch.scheduling.schedule import Schedule
@@ -32,6 +33,8 @@ class Recorder:
         self.due: Any = self.progress
         self.storage = SimpleNamespace(longest_running_s=lambda: 0.0)
         self.ledger = self
+        this: Any = self
+        self.timeline = Timeline(this, "a")
 
 
 async def a_driver(cluster_s: float = 60.0) -> Driver:

@@ -11,10 +11,12 @@ from world import RULES, shards
 from gaudi_batch.card.messages import CardStatus, Ready
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
+from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
@@ -31,7 +33,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def run() -> RunProgress:
     schedule = Schedule(shards(3), "a", RowCounts(3 * ROWS), RULES)
-    return RunProgress(schedule, CommitTotals(), FailedRows({}), 3 * ROWS, 0, lambda card_s: [])
+    no_ledger: Any = None
+    return RunProgress(
+        schedule, Committed(CommitTotals(), FailedRows({})), 3 * ROWS, 0, lambda card_s: [], Timeline(no_ledger, "a")
+    )
 
 
 def card(number: int, images: int) -> Slot:

@@ -1,0 +1,50 @@
+"""What becomes of the cards, for the timeline: the lines that follow from events and decisions of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gaudi_batch.driver.slot import Slot
+from gaudi_batch.output.timeline import Timeline
+from gaudi_batch.scheduling import decisions, events
+
+
+def note_event(timeline: Timeline, event: events.Event) -> None:
+    """Notes that a card's first process is started."""
+    if isinstance(event, events.CardPlaced):
+        timeline.note(event.card, "", "starting")
+
+
+def note_decision(timeline: Timeline, decision: decisions.Decision, slots: Mapping[int, Slot]) -> None:
+    """Notes what a decision means for a card, if it means anything for its life.
+
+    Args:
+        timeline: gets the line.
+        decision: the decision.
+        slots: the cards by number.
+    """
+    news = _line(decision, slots)
+    if news is not None:
+        what, more = news
+        number = decision.card  # type: ignore[union-attr]
+        timeline.note(number, slots[number].name, what, **more)
+
+
+def _line(decision: decisions.Decision, slots: Mapping[int, Slot]) -> tuple[str, dict[str, Any]] | None:
+    if isinstance(decision, decisions.Admit):
+        ready = slots[decision.card].ready
+        assert ready is not None
+        return "ready", {"node": ready.node, "module": ready.module, "load_s": round(ready.load_s, 3)}
+    if isinstance(decision, decisions.Replace):
+        return "starting", {}
+    if isinstance(decision, decisions.Quarantine):
+        return "quarantined", {"error": decision.reason}
+    if isinstance(decision, (decisions.Release, decisions.GiveBack)):
+        return "released", {}
+    if isinstance(decision, decisions.Assign) and decision.task.backup_of is not None:
+        task = decision.task
+        return "backup", {"shard": task.shard.number, "attempt": task.attempt, "backup_of": task.backup_of}
+    if isinstance(decision, decisions.Drop):
+        return "dropped", {"attempt": decision.attempt}
+    return None

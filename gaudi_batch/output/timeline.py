@@ -1,0 +1,63 @@
+"""timeline/<driver>-<number>.jsonl: what became of each card, one line each time that it changed.
+
+With the throughput lines, which say when each batch began and how long it took, this is what each card did and when:
+loading, capturing, generating, waiting, faults and backup attempts.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import datetime, timezone
+from typing import Any
+
+from gaudi_batch.layout import timeline_path
+from gaudi_batch.output.ledger import Ledger
+
+
+class Timeline:
+    """The lines of one driver.
+
+    Args:
+        ledger: of the run.
+        driver: its name.
+    """
+
+    def __init__(self, ledger: Ledger, driver: str) -> None:
+        self._ledger = ledger
+        self._driver = driver
+        self._lines: list[str] = []
+        self._written = 0
+        self._lock = threading.Lock()
+
+    def note(self, slot: int, card: str, what: str, **more: Any) -> None:
+        """Adds a line, with the time of now by the driver's clock.
+
+        Args:
+            slot: number of the card's place in the cluster, among those of its driver.
+            card: its name, as in throughput lines; empty before its first process has loaded.
+            what: `starting` (a process is started, and then loads), `ready` (`load_s`, `module` and `node`), `fault`
+                (`error`), `quarantined` (`error`), `released` (its place is given back), `backup` (it begins a second
+                `attempt` at a `shard` of which `backup_of` is the first), or `dropped` (it ends an `attempt`).
+            more: other fields of the line.
+        """
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "slot": slot, "card": card, "what": what, **more}, separators=(",", ":"))
+        with self._lock:
+            self._lines.append(line)
+
+    def write(self) -> None:
+        """Stores the lines that are new, as an object of their own; those of a try that failed come with the next one.
+
+        Raises:
+            LeaseLost: another driver has taken over.
+            StorageError: storage failed.
+        """
+        with self._lock:
+            lines = list(self._lines)
+        if lines:
+            path = timeline_path(self._driver, self._written + 1)
+            self._ledger.put(path, "".join(f"{line}\n" for line in lines).encode())
+            self._written += 1
+            with self._lock:
+                del self._lines[: len(lines)]
