@@ -10,6 +10,7 @@ Each by itself, in other sizes: `python -m benchmarks.defaults --help`, and so o
 from __future__ import annotations
 
 import argparse
+import sys
 
 from benchmarks import defaults, idle, memory, ray_data, schedule, small_images
 from benchmarks.report import update_page
@@ -18,7 +19,7 @@ BENCHMARKS = [module.BENCHMARK for module in (defaults, ray_data, schedule, smal
 
 
 def main() -> None:
-    """See the module."""
+    """See the module; exit code 1 if a case failed."""
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -27,11 +28,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="runs of each case")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    well = True
     for benchmark in () if options.render else BENCHMARKS:
         if benchmark.name in (options.names or names):
-            benchmark.run(options.repeat)
+            well &= benchmark.run(options.repeat)
             update_page(BENCHMARKS)
     update_page(BENCHMARKS)
+    sys.exit(not well)
 
 
 if __name__ == "__main__":

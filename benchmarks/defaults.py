@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from raynodes import RayCluster
 
 from benchmarks.harness import (
     BATCH_SIZE,
     FIGURES,
     Command,
-    card_processes,
+    RayStarted,
     figures,
     ray_started,
     read_batches,
@@ -64,7 +63,7 @@ class Case:
         cards = f"{self.cards} card{'' if self.cards == 1 else 's'}"
         text = f"{self.prompts:,} prompts, {cards}"
         if self.planned_on:
-            text = f"{self.prompts:,} prompts, planned on {self.planned_on} cards, resumed on {self.cards}"
+            text = f"{self.prompts:,} prompts, planned on {self.planned_on}, resumed on {cards}"
         return text + ", two shapes" * (self.shapes > 1) + ", one hangs at the end" * self.hang
 
 
@@ -138,12 +137,12 @@ def measure_hang(case: Case, home: Path, prompts: Path) -> dict[str, float]:
     raise RuntimeError(f"in {HANG_TRIES} runs the card that was stopped had no shard in flight")
 
 
-def stop_one_card(cluster: RayCluster, command: Command, output: Path, cards: int) -> None:
+def stop_one_card(cluster: RayStarted, command: Command, output: Path, cards: int) -> None:
     """Sends SIGSTOP to one card's process once no more shards are left than there are cards."""
     plan = output / "plan.parquet"
     while command.process.poll() is None:
         if plan.exists() and pq.read_metadata(plan).num_rows - committed(output) <= cards:
-            os.kill(card_processes(cluster)[0], signal.SIGSTOP)
+            os.kill(cluster.cards()[0], signal.SIGSTOP)
             return
         time.sleep(INTERVAL_S)
 

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from helpers import S3Server, free_port
-from raynodes import RayCluster, descendants
+from raynodes import RayNode, descendants
 
 BATCH_SIZE = 8
 """The product's default."""
@@ -39,6 +40,8 @@ RUN_TIMEOUT_S = 7200.0
 """Seconds after which a command is taken for hung."""
 OBJECT_STORE_BYTES = 2 * 1024**3
 """Of a Ray that is started here. The product puts next to nothing there, and Ray Data no image."""
+RAYS_OWN = {"REPORTER_UPDATE_INTERVAL_MS": "5000"}
+"""What tests have otherwise for their Rays, at Ray's own value."""
 _READY = re.compile(r"card (\S+) \(.*\) is ready after")
 
 
@@ -62,22 +65,38 @@ def scratch() -> Iterator[Path]:
         yield Path(directory)
 
 
+@dataclass(frozen=True)
+class RayStarted:
+    """A Ray of one node."""
+
+    address: str
+    """Where drivers connect to."""
+    node: RayNode
+    """Its processes."""
+
+    def cards(self) -> list[int]:
+        """Process ids of its cards."""
+        return [pid for pid in self.node.processes() if is_card(pid)]
+
+
 @contextlib.contextmanager
-def ray_started(home: Path, cards: int) -> Iterator[RayCluster]:
-    """A Ray of one node that `ray start` starts, with Ray's own settings and so many HPUs, which nobody has."""
+def ray_started(home: Path, cards: int) -> Iterator[RayStarted]:
+    """A Ray that `ray start` starts, with Ray's own settings but for the dashboard, which is left out, and with so many
+    HPUs, which nobody has."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns at each start
-    options = ("--resources", json.dumps({"HPU": cards}), "--object-store-memory", str(OBJECT_STORE_BYTES))
-    cluster = RayCluster(home / "ray", options, system_config={})
+    port = free_port()
+    session = tempfile.mkdtemp(prefix="ray-")  # sockets are in it, whose paths must be short
+    ports = ("dashboard", "ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc")
+    options = ["--head", "--port", str(port), *(f"--{name}-port={free_port()}" for name in ports)]
+    options += ["--temp-dir", session, "--include-dashboard=false", "--resources", json.dumps({"HPU": cards})]
+    options += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
+    node = RayNode(home / "ray", options, environment=RAYS_OWN)
     try:
-        yield cluster.start()
+        yield RayStarted(f"127.0.0.1:{port}", node.start())
     finally:
-        cluster.stop()
-
-
-def card_processes(cluster: RayCluster) -> list[int]:
-    """Process ids of the cards of a Ray that was started here."""
-    return [pid for pid in cluster.nodes[0].processes() if _command(pid).startswith(b"ray::Card")]
+        node.kill()
+        shutil.rmtree(session, ignore_errors=True)
 
 
 @dataclass
@@ -152,6 +171,8 @@ class Batch:
     """Seconds for which the device was idle before it; for a card's first batch since the model was loaded."""
     images: int
     shape: tuple[float, ...]
+    upload_s: float = 0.0
+    """Seconds that its images took to be stored, summed over them."""
 
     @property
     def begun(self) -> float:
@@ -171,7 +192,8 @@ def read_batches(output: Path | str, **storage_options: Any) -> list[Batch]:
 def _batch(line: dict[str, Any]) -> Batch:
     stored = pa.scalar(line["time"].replace("+00:00", "Z"), pa.string()).cast(pa.timestamp("ms", "UTC")).value / 1000
     shape = tuple(line["bucket"].values())
-    return Batch(line["card"], stored, line["generate_s"], line["wait_s"], line["images"], shape)
+    uploads = line.get("upload_s", 0.0)
+    return Batch(line["card"], stored, line["generate_s"], line["wait_s"], line["images"], shape, uploads)
 
 
 def ready_times(batches: Iterable[Batch], log: Iterable[tuple[float, str]] = ()) -> dict[str, float]:
@@ -301,13 +323,14 @@ class Sampler:
         return min(self.samples, key=lambda sample: abs(sample.at - moment))
 
 
-def process_kinds(cluster: RayCluster, command: Command) -> Callable[[], Mapping[str, list[int]]]:
+def process_kinds(started: RayStarted, command: Command) -> Callable[[], Mapping[str, list[int]]]:
     """The processes of a run: the driver, the cards, and the rest of Ray."""
 
     def kinds() -> Mapping[str, list[int]]:
-        node = cluster.nodes[0].processes()
-        cards = {pid for pid in node if _command(pid).startswith(b"ray::Card")}
-        return {"driver": [command.process.pid], "cards": sorted(cards), "ray": [p for p in node if p not in cards]}
+        all_of_node = started.node.processes()
+        cards = [pid for pid in all_of_node if is_card(pid)]
+        others = sorted(set(all_of_node).difference(cards))
+        return {"driver": [command.process.pid], "cards": cards, "ray": others}
 
     return kinds
 
@@ -317,10 +340,11 @@ def processes_below(pid: int) -> list[int]:
     return descendants(pid)
 
 
-def _command(pid: int) -> bytes:
+def is_card(pid: int) -> bool:
+    """Whether a process is that of a card."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Card")
+    return False
 
 
 def _cpu_seconds(pid: int) -> float:

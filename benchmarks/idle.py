@@ -10,6 +10,7 @@ What a device waits for after its batch, until its next one, is in the run's thr
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterator
 
 import fsspec
@@ -42,7 +43,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     cards = options.cards or CARDS
     prompts = options.prompts or cards * BATCHES * BATCH_SIZE
     for delay_ms in DELAYS_MS if options.delay_ms is None else [options.delay_ms]:
-        yield f"{prompts:,} prompts, {cards} cards, S3 with {delay_ms} ms", measure_delay(cards, prompts, delay_ms)
+        yield f"{prompts:,} prompts, {cards} cards, S3 with {delay_ms:g} ms", measure_delay(cards, prompts, delay_ms)
 
 
 def measure_delay(cards: int, prompts: int, delay_ms: float) -> dict[str, float]:
@@ -61,7 +62,8 @@ def measure_delay(cards: int, prompts: int, delay_ms: float) -> dict[str, float]
             command.wait()
         batches = read_batches(output, **server.options)
         shown = figures(batches, ready_times(batches, command.log), cards, command)
-        return {"idle_share": idle_share(batches), **{name: shown[name] for name in SHOWN}}
+        upload_ms = 1000 * statistics.median(batch.upload_s / batch.images for batch in batches)
+        return {"idle_share": idle_share(batches), "upload_ms": upload_ms, **{name: shown[name] for name in SHOWN}}
 
 
 def idle_share(batches: list[Batch]) -> float:
@@ -82,7 +84,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 SHOWN = ("device_share", "first_batch_s", "end_s", "wall_s")
-COLUMNS = {"idle_share": ("idle between batches", ".2%"), **{name: FIGURES[name] for name in SHOWN}}
+COLUMNS = {
+    "idle_share": ("idle between batches", ".2%"),
+    "upload_ms": ("an image's upload, ms", ".0f"),
+    **{name: FIGURES[name] for name in SHOWN},
+}
 BENCHMARK = Benchmark("idle", __doc__, COLUMNS, measure, add_flags)
 
 if __name__ == "__main__":

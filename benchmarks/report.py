@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import statistics
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -57,14 +58,21 @@ class Benchmark:
         for case, figures in self.measure(self.parser().parse_args()):
             print(json.dumps({"case": case, "figures": rounded(figures)}), flush=True)
 
-    def run(self, repeat: int, directory: Path = RESULTS) -> None:
-        """Runs all cases so many times, and stores the figures after each case."""
+    def run(self, repeat: int, directory: Path = RESULTS) -> bool:
+        """Runs all cases so many times, and stores the figures after each case; returns whether all went well. A case
+        that fails ends its round; the next one begins with the first case again."""
         results: dict[str, Any] = {"benchmark": self.name, "machine": machine(), "rows": []}
+        well = True
         for _ in range(repeat):
-            for case, figures in self.measure(self.parser().parse_args([])):
-                results["rows"].append({"case": case, "figures": rounded(figures)})
-                store(results, directory)
-                print(f"{self.name}: {case}: {json.dumps(results['rows'][-1]['figures'])}", flush=True)
+            try:
+                for case, figures in self.measure(self.parser().parse_args([])):
+                    results["rows"].append({"case": case, "figures": rounded(figures)})
+                    store(results, directory)
+                    print(f"{self.name}: {case}: {json.dumps(results['rows'][-1]['figures'])}", flush=True)
+            except Exception:
+                traceback.print_exc()
+                well = False
+        return well
 
 
 def size_flags(parser: argparse.ArgumentParser) -> None:
