@@ -24,10 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=f"some of {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)}")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each case")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    if unknown := set(options.names).difference(names):
+        parser.error(f"no benchmark is named {', '.join(sorted(unknown))}; those are {', '.join(names)}")
     well = True
     for benchmark in () if options.render else BENCHMARKS:
         if benchmark.name in (options.names or names):

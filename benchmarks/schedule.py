@@ -67,6 +67,8 @@ CARDS_OF_A_NODE = 8
 COMMIT_SECONDS = 0.05
 RECALL_SECONDS = 0.01
 TICK_SECONDS = 0.2
+HANG_LIMIT_SECONDS = 60.0
+"""After which a card that hangs is killed, as by the product's default of `limits.batch`."""
 
 
 @dataclass
@@ -233,6 +235,7 @@ class Simulation:
             self.hang, card.hangs = False, True
         if card.hangs:
             seconds = math.inf
+            self._later(HANG_LIMIT_SECONDS, self._overrun, card, card.process)
         self._later(0.0, self._begun, task)
         if task.shard.bucket.graph_key not in card.graphs:
             card.graphs.add(task.shard.bucket.graph_key)
@@ -278,6 +281,10 @@ class Simulation:
         if card.in_flight and not card.gone:
             self.dead += 1
             self._do(CardDied(card.number, "killed"))
+
+    def _overrun(self, card: _Card, process: int) -> None:
+        if card.process == process and not card.gone:
+            self._do(CardDied(card.number, "limits.batch"))
 
     def _lose_nodes(self) -> None:
         """As when a rack loses its power; nodes of other names take their place."""
