@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # uv does the same in a tenth of the time, but does not read pip's configuration.
 INSTALL ?= $(BIN)/python -m pip install --quiet
 DEMO_OUTPUT ?= demo-output
+# Names of benchmarks and flags, as in BENCH='defaults --repeat 1'.
+BENCH ?=
 AZURITE := 3.37.0
 FLOORS := .venv-floors
 FLOORS_PYTHON ?= python3.10
@@ -11,7 +13,7 @@ FLOORS_TESTS := test_api.py test_plan.py test_secrets.py card config dataset out
 COVERED := gaudi_batch.scheduling,gaudi_batch.card.mailbox,gaudi_batch.output.lease,gaudi_batch.output.ledger
 COVERING := tests/scheduling tests/card tests/driver tests/output
 
-.PHONY: help setup demo quick test coverage floors check format clean
+.PHONY: help setup demo quick test bench coverage floors check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -49,6 +51,9 @@ quick: setup ## run the tests that need neither Ray nor a model, in about a minu
 # Without another worker for one that has crashed, since xdist then never ends.
 test: setup ## run all tests
 	$(BIN)/python -m pytest --numprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
+
+bench: setup ## measure all benchmarks three times and write the tables of docs/performance.md; takes hours
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # Of what decides about exactly-once. Threads count, other processes do not.
 coverage: setup ## measure branch coverage of scheduling, mailbox, lease and ledger by the quick tests

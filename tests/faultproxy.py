@@ -31,8 +31,8 @@ class Fault:
         kind: a status to answer with; `reset` drops the connection before the server hears of it, `lost answer`
             afterwards; `cut` drops it amid the answer's body; `stall` takes the request and never answers;
             `deaf` does not even read its body; `late` lets the server have it when the proxy is cleared; `slow` takes
-            its body, and gives that of the answer, at `SLOW_BYTES_PER_S`; `delayed` is answered `DELAY_S` later;
-            `kill client` ends the process that asks, if that is a card.
+            its body, and gives that of the answer, at `SLOW_BYTES_PER_S`; `delayed` is answered `delay_s` seconds
+            later; `kill client` ends the process that asks, if that is a card.
         method: pattern of the method.
         path: pattern of the path with its query, found anywhere in it.
         count: how many requests; None is all.
@@ -42,6 +42,7 @@ class Fault:
         first_byte: where the range of a read must begin.
         client: whether it befalls what comes from a port of this machine.
         anonymous: whether it befalls only what comes without credentials.
+        delay_s: of what is delayed.
         over: set when one that was late has been answered.
     """
 
@@ -56,6 +57,7 @@ class Fault:
     first_byte: range | None = None
     client: Callable[[int], bool] = lambda port: True
     anonymous: bool = False
+    delay_s: float = DELAY_S
     hits: int = 0
     seen: int = 0
     over: threading.Event = field(default_factory=threading.Event)
@@ -146,8 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         over = self.server.over
         body = self._body(_bytes_per_s(kind))
-        if kind == "delayed":
-            over.wait(DELAY_S)
+        if fault and kind == "delayed":
+            over.wait(fault.delay_s)
         if kind == "stall":
             self._stall()
         elif kind in ("reset", "kill client"):

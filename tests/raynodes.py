@@ -71,7 +71,7 @@ class RayNode:
         small = ["--object-store-memory", str(100 * 1024**2), "--disable-usage-stats", "--block"]
         with (self.home / "ray.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.wrapper, RAY, "start", *self.options, *small],
+                [*self.wrapper, RAY, "start", *small, *self.options],
                 # As from an activated environment: jobs find their Python on the node's path.
                 env=os.environ | REPORTS_LATE | {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"} | self.environment,
                 stdout=log,

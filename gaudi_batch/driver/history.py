@@ -24,9 +24,9 @@ def note_decision(timeline: Timeline, decision: decisions.Decision, slots: Mappi
         decision: the decision.
         slots: the cards by number.
     """
-    news = _line(decision, slots)
-    if news is not None:
-        what, more = news
+    line = _line(decision, slots)
+    if line is not None:
+        what, more = line
         number = decision.card  # type: ignore[union-attr]
         timeline.note(number, slots[number].name, what, **more)
 
