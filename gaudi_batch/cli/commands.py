@@ -99,7 +99,7 @@ def check(parsed: argparse.Namespace) -> int:
 
 def bench(parsed: argparse.Namespace) -> int:
     """Measures how fast the cards are."""
-    from gaudi_batch.bench import bench as measure
+    from gaudi_batch.bench.bench import bench as measure
     from gaudi_batch.cli.demo import PROMPTS
     from gaudi_batch.cli.flags import job_from
     from gaudi_batch.cluster.address import address_of
