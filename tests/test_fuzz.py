@@ -154,6 +154,7 @@ flags = st.sampled_from(
         "check",
         "status",
         "bench",
+        "tune",
         "demo",
         "emulate",
         "--",

@@ -14,8 +14,17 @@ from gaudi_batch.bench.record import Measurement, encode_record, merged, read_re
 from gaudi_batch.config.edit import with_field
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.disk import write_whole
+from gaudi_batch.text import short_repr
 
 FIELD = "batch_size"
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a file, or a link to one; False for what can't be a path."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 class JobFile:
@@ -29,12 +38,14 @@ class JobFile:
     """
 
     def __init__(self, path: str) -> None:
+        if not is_file(path):
+            raise InputError(
+                f"job file {short_repr(path)} is no file that could be written; give tune a file on a disk"
+            )
         self.path = Path(path)
         self.record = record_path(self.path)
         # A link stays a link, and the file behind it is written.
         self._file, self._record_file = (Path(os.path.realpath(each)) for each in (self.path, self.record))
-        if not self._file.is_file():
-            raise InputError(f"job file {path!r} is no file that could be written; give tune a file on a disk")
         if self._record_file.exists() and not self._record_file.is_file():
             raise InputError(f"{str(self.record)!r} is in the place of the record of tune; give it another name")
         for file in (self._file, self._record_file):

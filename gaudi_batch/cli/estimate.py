@@ -102,7 +102,7 @@ class TuneRecord:
         """Of each kind of batch that was measured as the job makes it; of two measurements of a kind the later one."""
         speeds = {}
         for each in self._measurements:
-            if not self._differences(each):
+            if each.batch_size == self.job.config.batch_size and not self._differences(each):
                 on = "" if each.device_name == each.conditions.device else f" on {each.device_name}"
                 source = f"from tune of {each.time.partition('T')[0]}{on}"
                 speeds[each.kind] = Speed(each.images_per_s, source, fills_up=True)
@@ -113,26 +113,26 @@ class TuneRecord:
         nearest = min(self._measurements, key=lambda each: len(self._differences(each)), default=None)
         if nearest is None:
             return None
-        different = self._differences(nearest)
-        if not different:
-            return f"tune has measured {_listed(self.speeds())}, and the job asks for other sizes"
-        return f"tune of {nearest.time.partition('T')[0]} has measured {'; '.join(different)}"
+        of = f"tune of {nearest.time.partition('T')[0]} has measured"
+        if different := self._differences(nearest):
+            return f"{of} {'; '.join(different)}"
+        if self.speeds():
+            return f"{of} {_listed(self.speeds())}, and the job asks for other sizes"
+        sizes = sorted({each.batch_size for each in self._measurements if not self._differences(each)})
+        return f"{of} batch size {', '.join(map(str, sizes))}, and the job has {self.job.config.batch_size}"
 
     def _differences(self, measurement: Measurement) -> list[str]:
-        """What a measurement has otherwise than the job, but for shape and steps."""
+        """What a measurement has otherwise than the job, but for batch size, shape and steps."""
         was, now = asdict(measurement.conditions), asdict(Conditions.of(self.job))
         if now["revision"] == was["revision"] and len(was["revision"]) == SHA256_DIGITS:
             now["model"] = was["model"]  # a directory is what it holds, wherever it lies
         if self.job.model.pipeline_class == NOT_LOOKED_AT:
             now |= {name: was[name] for name in ("revision", "scheduler")}
-        different = [
+        return [
             f"{name} {short_repr(was[name])}, and the job has {short_repr(now[name])}"
             for name in now
             if was[name] != now[name]
         ]
-        if measurement.batch_size != self.job.config.batch_size:
-            different.append(f"batch size {measurement.batch_size}, and the job has {self.job.config.batch_size}")
-        return different
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Estimate:
         scaled = {(speed.scaled_from, bucket.steps) for bucket, speed in self.speeds.items() if speed.scaled_from}
         parts += [f"scaled from {was} steps to {now}, in proportion" for was, now in sorted(scaled)[:KINDS_SHOWN]]
         if all(speed.steady for speed in self.speeds.values()):
-            parts.append("warm-up left out")
+            parts.append("loading and warm-up left out")
         else:
             parts.append("of first batches, which compile: it will be less")
         return "; ".join(parts)
@@ -219,5 +219,5 @@ def _listed(kinds: Iterable[BatchKind]) -> str:
 
 
 def _span(rates: Sequence[float]) -> str:
-    lowest, highest = (f"{rate:.2g}" if rate < 10 else f"{rate:.0f}" for rate in (min(rates), max(rates)))
+    lowest, highest = (f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}" for rate in (min(rates), max(rates)))
     return lowest if lowest == highest else f"{lowest} to {highest}"

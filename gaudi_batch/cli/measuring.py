@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from gaudi_batch.bench.job_file import FIELD, JobFile
+from gaudi_batch.bench.job_file import FIELD, JobFile, is_file
 from gaudi_batch.bench.tune import Tuned
 from gaudi_batch.bench.tune import tune as measure
 from gaudi_batch.cli.demo import PROMPTS
@@ -62,18 +61,22 @@ def tune(parsed: argparse.Namespace) -> None:
     tuned = measure(job_to_measure(parsed, address), address, parsed.calls, parsed.max_batch_size)
     if parsed.json:
         files = {"job_file": job_file and str(job_file.path), "record": job_file and str(job_file.record)}
-        say(json.dumps(tuned.describe() | files, indent=1))
+        text = json.dumps(tuned.describe() | files, indent=1)
     else:
-        say(tuned.table())
-    written = _write(tuned, job_file)
-    if not parsed.json:
-        say(written)
+        text = tuned.table()
+    try:
+        # Before anything is printed: a reader that closes the pipe ends the command.
+        written = _write(tuned, job_file)
+    except InputError:
+        say(text)  # what took minutes
+        raise
+    say(text if parsed.json else f"{text}\n{written}")
 
 
 def _sort_arguments(parsed: argparse.Namespace) -> None:
     """Finds out which of MODEL and JOB was given where only one was, and makes the model a field of the job."""
     model = parsed.model
-    if model is not None and parsed.job is None and (model.endswith(JOB_FILES) or Path(model).is_file()):
+    if model is not None and parsed.job is None and (model.endswith(JOB_FILES) or is_file(model)):
         parsed.model, parsed.job = None, model
     elif model is not None:
         flag = vars(parsed).setdefault("field:model", model)
@@ -85,7 +88,7 @@ def _write(tuned: Tuned, job_file: JobFile | None) -> str:
     """Writes the choice and the figures; returns what was done, in words."""
     line = f"{FIELD}: {tuned.search.chosen.batch_size}"
     if job_file is None:
-        return f"for the job file:\n\n{line}\n"
+        return f"for the job file:\n\n{line}"
     before = job_file.write(tuned.search.chosen.batch_size, tuned.measurements)
     file, record = (quote_if_unprintable(str(path)) for path in (job_file.path, job_file.record))
     if before == tuned.search.chosen.batch_size:
