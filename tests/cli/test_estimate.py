@@ -175,8 +175,8 @@ def test_sizes_that_nothing_has_measured_are_named_and_not_counted() -> None:
     assert guess is not None
     assert guess.text(2) == (
         "about 30 min 00 s on 2 cards (from tune: 1.0 images/s a card; loading and warm-up left out); not counted, as"
-        " nothing has measured it: 40 images of 64x512, 50 steps, guidance on and 128x512, 50 steps, guidance on and 192x512, 50"
-        " steps, guidance on and 1 more"
+        " nothing has measured it: 40 images of 64x512, 50 steps, guidance on and 128x512, 50 steps, guidance on and"
+        " 192x512, 50 steps, guidance on and 1 more"
     )
     assert estimate({BUCKET: part(1)}, 8, [{}]) is None
     assert estimate({}, 8, [{KIND: Speed(1.0, "")}]) is None
