@@ -6,6 +6,7 @@ GaudiBatchError
     StorageError
     RunStopped
         LeaseLost (output/lease.py)
+        CardFailed (bench/card.py)
         Interrupted
             ForcedInterrupt
 """

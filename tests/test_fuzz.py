@@ -155,6 +155,7 @@ flags = st.sampled_from(
         "check",
         "status",
         "bench",
+        "tune",
         "demo",
         "emulate",
         "--",

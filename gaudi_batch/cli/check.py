@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gaudi_batch.cli.estimate import TuneRecord, estimate, speeds_of_commits, speeds_of_summary
 from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reasons import reason_lines
@@ -26,6 +27,10 @@ CHECK_RETRY_TIMEOUT_S = 10.0
 """Seconds for which an output that fails is tried again."""
 CARDS_OF_NODE = 8
 """Cards of a Gaudi node: what a plan is made for where nothing says how many there will be."""
+WAYS_TO_KNOW = (
+    "`gaudi-batch tune` with the job file measures a card, or run the job with --limit and look again, which makes"
+    " nothing twice"
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,6 @@ class _Place:
 
     lines: list[str]
     refused: str | None = None
-    images: int = 0
-    """Images that are made already."""
     plan: list[Shard] | None = None
     """The shards of the run that the job would resume, with those that it adds; None if there is no run."""
     complete: bool = False
@@ -53,13 +56,14 @@ class _Place:
     summary: Mapping[str, Any] | None = None
 
 
-def check(config: JobConfig, strict: bool = False) -> Checked:
+def check(config: JobConfig, strict: bool = False, job_file: str | None = None) -> Checked:
     """Checks a job: reads all its rows and tries to write to its output; starts nothing and leaves nothing behind.
 
     Args:
         config: the job.
         strict: whether a single row that can't be run refuses it; carried columns are read then, too, as `run
             --strict` does.
+        job_file: the file that the job came from, beside which `tune` keeps its figures; None if there is none.
 
     Raises:
         InputError: it can't be run as it is, its shape columns can't be read, or its output can't be where it is to be.
@@ -121,7 +125,7 @@ def check(config: JobConfig, strict: bool = False) -> Checked:
     if len(buckets) > BUCKETS_SHOWN:
         lines.append(f"bucket   and {len(buckets) - BUCKETS_SHOWN} more")
     lines += _idle_cards(job, cards, shards, batches, place)
-    lines.append(f"time     {_estimate(job, buckets, cards, place)}")
+    lines += _time(place, buckets, cards, TuneRecord(job, job_file), ledger)
     refused = place.refused
     if rows.bad == rows.rows:
         refused = refused or f"no row can be run: {rows.examples}"
@@ -159,7 +163,7 @@ def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _
     plan = [*stored, *plan_rest(stored, record, job, cards)] if adds_to(record, job) else stored
     # Shards that make rows again hold none that are not counted already.
     plan = [shard for shard in plan if not shard.is_rerun]
-    return _Place(lines, None, max(0, status["images_committed"]), plan, left == 0, summary)
+    return _Place(lines, None, plan, left == 0, summary)
 
 
 def _cards(job: Job, place: _Place) -> int | None:
@@ -183,44 +187,30 @@ def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _
     return [f"{idle}; without --shard-size every card gets work"]
 
 
-def _estimate(job: Job, buckets: Mapping[Bucket, PlanSummary], cards: int | None, place: _Place) -> str:
-    config = job.config
+def _time(
+    place: _Place, buckets: Mapping[Bucket, PlanSummary], cards: int | None, record: TuneRecord, ledger: OutputReader
+) -> list[str]:
+    """How long the job will take; never a guess where nothing was measured."""
     if place.complete:
-        return "none: all is made"
-    if place.summary is not None and cards and (measured := _from_summary(buckets, cards, place)):
-        return measured
-    if config.device != "simulated":
-        return (
-            "not known before a first run: run the job with --limit and look again, which makes nothing twice"
-            if place.plan is None
-            else "not known yet"
-        )
-    batches = sum(plan.batches for plan in buckets.values())
-    seconds = -(-batches // (cards or DEFAULT_CARDS)) * config.simulated.batch_seconds
-    return f"about {duration(seconds)} on {cards} cards, warm-up left out"
-
-
-def _from_summary(buckets: Mapping[Bucket, PlanSummary], cards: int, place: _Place) -> str | None:
-    """An estimate of the time left from what the run's cards have shown, for each kind of batch; None if they have
-    shown nothing."""
-    visible: dict[tuple[Any, ...], tuple[float, bool]] = {}
-    for kind in (place.summary or {}).get("buckets") or ():
-        rate, steady = kind.get("card_images_per_s"), True
-        if not rate:
-            rate, steady = kind.get("card_images_per_s_with_warmup"), False
-        if rate:
-            visible[kind.get("width"), kind.get("height"), kind.get("steps"), kind.get("guided")] = (rate, steady)
-    seconds, known, steady_all = 0.0, 0, True
-    images = sum(plan.images for plan in buckets.values())
-    for bucket, plan in buckets.items():
-        if figures := visible.get(tuple(bucket.batch_kind)):
-            seconds += plan.images / figures[0]
-            known += plan.images
-            steady_all = steady_all and figures[1]
-    if not known:
-        return None
-    left = max(0, images - place.images)
-    # Sizes that no card has made yet are assumed to be as slow as the others.
-    total = seconds * (left / known) / cards
-    how = "by its first batches, which compile: it will be less" if not steady_all else "as fast as it went"
-    return f"about {duration(total)} for {left} images on {cards} cards, {how}"
+        return ["time     none: all is made"]
+    config, plan = record.job.config, buckets
+    sources, images = [record.speeds()], ""
+    if place.plan is not None:
+        committed = set(ledger.committed_shards())
+        plan = summarize((shard for shard in place.plan if shard.number not in committed), config.batch_size)
+        images = f" for {counted(sum(part.images for part in plan.values()), 'image')}"
+        of_run = speeds_of_summary(place.summary or {}) or speeds_of_commits(ledger, place.plan)
+        sources.insert(0, of_run)
+    cards = config.max_cards or cards
+    shards = sum(part.shards for part in plan.values())
+    problem = [f"tune     {record.problem}"] if record.problem else []
+    if measured := estimate(plan, config.batch_size, sources):
+        at_work = cards and max(1, min(cards, shards))
+        return [*problem, f"time     {measured.text(at_work, images)}"]
+    if config.device == "simulated":
+        batches = sum(part.batches for part in plan.values())
+        seconds = -(-batches // (cards or DEFAULT_CARDS)) * config.simulated.batch_seconds
+        return [*problem, f"time     about {duration(seconds)} on {cards} cards, warm-up left out"]
+    first = "not known before a first run" if place.plan is None else "not known yet"
+    why = record.why_not()
+    return [*problem, f"time     {first}" + (f": {why}" if why else "") + f"; {WAYS_TO_KNOW}"]

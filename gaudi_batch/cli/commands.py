@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -90,7 +89,7 @@ def check(parsed: argparse.Namespace) -> int:
     from gaudi_batch.cli.check import check as check_job
     from gaudi_batch.cli.flags import job_from
 
-    checked = check_job(job_from(parsed), parsed.strict)
+    checked = check_job(job_from(parsed), parsed.strict, parsed.job)
     say(checked.text)
     if checked.refused is not None:
         raise InputError(checked.refused)
@@ -99,19 +98,22 @@ def check(parsed: argparse.Namespace) -> int:
 
 def bench(parsed: argparse.Namespace) -> int:
     """Measures how fast the cards are."""
-    from gaudi_batch.bench import bench as measure
-    from gaudi_batch.cli.demo import PROMPTS
-    from gaudi_batch.cli.flags import job_from
+    from gaudi_batch.bench.bench import bench as measure
+    from gaudi_batch.cli.measuring import job_to_measure, require_positive
     from gaudi_batch.cluster.address import address_of
-    from gaudi_batch.cluster.devices import with_device
-    from gaudi_batch.job import resolve
 
-    if parsed.calls < 1:
-        raise InputError(f"--calls is {parsed.calls}; it must be 1 or more")
+    require_positive("--calls", parsed.calls)
     address = address_of(parsed.address)
-    config = job_from(parsed, {"prompts": str(PROMPTS), "output": os.curdir})
-    measured = measure(resolve(with_device(config, address)), address, parsed.calls)
+    measured = measure(job_to_measure(parsed, address), address, parsed.calls)
     say(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
+    return 0
+
+
+def tune(parsed: argparse.Namespace) -> int:
+    """Finds the batch size for a model."""
+    from gaudi_batch.cli.measuring import tune as find_batch_size
+
+    find_batch_size(parsed)
     return 0
 
 
@@ -175,6 +177,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "stop": stop,
     "check": check,
     "bench": bench,
+    "tune": tune,
     "status": status,
     "demo": demo,
     "emulate": emulate,

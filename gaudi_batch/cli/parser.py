@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from gaudi_batch.errors import InputError
 from gaudi_batch.text import nearest
 
-JOB_COMMANDS = ("run", "submit", "check", "bench")
+JOB_COMMANDS = ("run", "submit", "check", "bench", "tune")
 """The commands that take a job."""
 COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
 RUN_SWITCHES = {
@@ -113,6 +113,17 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     bench.add_argument("--calls", type=int, default=10, help="timed calls for each figure (default: 10)")
     bench.add_argument("--json", action="store_true", help="as JSON")
     add_job_flags(bench)
+
+    tune = _command(commands, "tune", "find the batch size for a model on a card, and write it into the job file")
+    tune.usage = "gaudi-batch tune [options] [MODEL] [JOB]"
+    tune.add_argument(
+        "model", nargs="?", help="hub id, directory or builtin:shapes; default: the model of the job file"
+    )
+    tune.add_argument("--address", help="as for run")
+    tune.add_argument("--calls", type=int, default=5, help="timed calls for each batch size (default: 5)")
+    tune.add_argument("--max-batch-size", type=int, default=256, help="the largest batch size to try (default: 256)")
+    tune.add_argument("--json", action="store_true", help="as JSON")
+    add_job_flags(tune)
 
     status = _command(commands, "status", "say how far the run in an output is, from the output alone")
     status.add_argument("output", help="the job's output")

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray._private.state import state
 
 from gaudi_batch.cluster.address import refuse_without_stack
@@ -104,17 +105,18 @@ def attached(address: str | None) -> Iterator[None]:
             yield
             return
         _quieten()
-        try:
-            ray.init(address=address, **_QUIET)
-        except Exception as error:
-            raise InputError(
-                f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
-                f" {what_token_lacks()}"
-            ) from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        with _nothing_printed():
+            try:
+                ray.init(address=address, **_QUIET)
+            except Exception as error:
+                raise InputError(
+                    f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
+                    f" {what_token_lacks()}"
+                ) from None
+            try:
+                yield
+            finally:
+                ray.shutdown()
 
 
 _guard = threading.Lock()
@@ -166,10 +168,11 @@ def _started(job: Job) -> Iterator[None]:
             )
         except (OSError, RuntimeError) as error:
             raise InputError(f"Ray can't be started on this machine: {one_line(error)}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with _nothing_printed():
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "gaudi-batch"}
@@ -179,6 +182,18 @@ def _quieten() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray would warn of a coming change of this default at each start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keeps Ray from writing to standard output, which is for a command's result, what its nodes report, such as that a
+    worker died. Whoever uses the worker learns of that, too, and logs it."""
+    printing = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        ray_worker.print_to_stdstream = printing
 
 
 def _name_modules() -> None:

@@ -16,6 +16,19 @@ class DeviceError(RuntimeError):
     """The device failed, whatever rows it had; its process can't go on."""
 
 
+class OutOfDeviceMemory(DeviceError):
+    """The device had no memory left."""
+
+
+class DeviceMemory(NamedTuple):
+    """Memory of a device, in bytes."""
+
+    peak: int
+    """Used at most."""
+    total: int
+    """What the device has."""
+
+
 class Item(NamedTuple):
     """One image to make."""
 
@@ -56,7 +69,7 @@ class Pipeline(Protocol):
     """The first batches of a graph key that rates leave out, since they compile."""
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
-        """Makes one image for each item. `items` always holds exactly the job's batch size.
+        """Makes one image for each item. In a run, `items` always holds exactly the job's batch size.
 
         Raises:
             DeviceError: the device failed, so this process is to be replaced.
@@ -65,6 +78,9 @@ class Pipeline(Protocol):
 
     def forget(self, key: GraphKey) -> None:
         """Drops everything that is compiled for a graph key."""
+
+    def take_memory_peak(self) -> DeviceMemory | None:
+        """The device's memory since this was last called, or since loading; None where the device does not tell."""
 
     def notes(self) -> list[str]:
         """Remarks for a person on this process's device and versions, a line each."""

@@ -73,6 +73,9 @@ class CpuPipeline:
     def forget(self, key: GraphKey) -> None:
         """Does nothing, since nothing is compiled."""
 
+    def take_memory_peak(self) -> None:
+        """Nothing: the host's memory is shared with all else."""
+
     def notes(self) -> list[str]:
         """None."""
         return []

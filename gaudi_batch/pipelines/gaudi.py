@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.pipelines.base import DeviceError, Generated, Item
+from gaudi_batch.pipelines.base import DeviceError, DeviceMemory, Generated, Item, OutOfDeviceMemory
 from gaudi_batch.pipelines.families import SUPPORTED
 from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
 from gaudi_batch.pipelines.sources import ModelInfo
@@ -72,7 +72,7 @@ class GaudiPipeline:
         hpu = importlib.import_module("habana_frameworks.torch.hpu")
         _acquire(hpu)
         self.device = _describe_device(hpu)
-        self._batch_size = config.batch_size
+        self._hpu = hpu
         self._graphs: dict[GraphKey, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, SUPPORTED[model.pipeline_class].gaudi_class)
         path = fetch(model, pipeline_class)
@@ -93,7 +93,7 @@ class GaudiPipeline:
                 log_level=logging.ERROR,
             )
         except RuntimeError as error:
-            raise self._explained(error, None) from error
+            raise _explained(error, None, 0) from error
         self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
@@ -125,7 +125,7 @@ class GaudiPipeline:
                 guidance_scale=bucket.guidance_scale,
             )
         except RuntimeError as error:
-            raise self._explained(error, bucket) from error
+            raise _explained(error, bucket, len(items)) from error
         finally:
             self._graphs.setdefault(bucket.graph_key, set()).update(cache.keys() - before)
         return collect(self._pipeline, output, items)
@@ -134,6 +134,12 @@ class GaudiPipeline:
         """Drops the graphs of a key and with them their device memory; optimum-habana keeps them for ever."""
         for graph in self._graphs.pop(key, ()):
             self._pipeline.cache.pop(graph, None)
+
+    def take_memory_peak(self) -> DeviceMemory:
+        """What tensors have taken of the device's memory, see `Pipeline`."""
+        peak = self._hpu.max_memory_allocated()
+        self._hpu.reset_peak_memory_stats()
+        return DeviceMemory(int(peak), int(self._hpu.mem_get_info()[1]))
 
     def notes(self) -> list[str]:
         """A line for each version that optimum-habana was not validated with."""
@@ -149,23 +155,6 @@ class GaudiPipeline:
             for name, version in versions_here.items()
             if version is not None and version.release[:2] != validated.release[:2]
         ]
-
-    def _explained(self, error: RuntimeError, bucket: Bucket | None) -> RuntimeError:
-        message = " ".join(str(error).split())
-        if bucket is None and any(mark in message for mark in OUT_OF_MEMORY):
-            return DeviceError(f"the model does not fit into the device's memory; try --dtype bfloat16: {message}")
-        if any(mark in message for mark in OUT_OF_MEMORY):
-            smaller = (
-                f"try --batch-size {self._batch_size // 2}"
-                if self._batch_size > 1
-                else "the batch size is 1 already; try smaller images, or --dtype bfloat16"
-            )
-            return DeviceError(
-                f"out of device memory at batch size {self._batch_size} ({bucket}); {smaller}: {message}"
-            )
-        if any(mark in message for mark in DEVICE_FAILURES):
-            return DeviceError(f"the device failed: {message}")
-        return error
 
 
 def _acquire(hpu: Any) -> None:
@@ -197,3 +186,26 @@ def _without_op_lists(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Without the lists of operations, which are in place by now: once the bridge is imported, optimum-habana refuses
     to take them."""
     return {name: value for name, value in mapping.items() if name not in _OP_LISTS.values()}
+
+
+def _explained(error: RuntimeError, bucket: Bucket | None, batch_size: int) -> RuntimeError:
+    """An error of Intel's bridge as what it means; one that means nothing is returned as it is.
+
+    Args:
+        error: the error.
+        bucket: of the batch, None while the model is loaded.
+        batch_size: images of the batch.
+    """
+    message = " ".join(str(error).split())
+    if bucket is None and any(mark in message for mark in OUT_OF_MEMORY):
+        return OutOfDeviceMemory(f"the model does not fit into the device's memory; try --dtype bfloat16: {message}")
+    if any(mark in message for mark in OUT_OF_MEMORY):
+        smaller = (
+            f"try --batch-size {batch_size // 2}"
+            if batch_size > 1
+            else "the batch size is 1 already; try smaller images, or --dtype bfloat16"
+        )
+        return OutOfDeviceMemory(f"out of device memory at batch size {batch_size} ({bucket}); {smaller}: {message}")
+    if any(mark in message for mark in DEVICE_FAILURES):
+        return DeviceError(f"the device failed: {message}")
+    return error

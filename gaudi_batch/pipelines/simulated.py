@@ -73,6 +73,9 @@ class SimulatedPipeline:
         """Makes the next batch of this key capture again."""
         self._captured.discard(key)
 
+    def take_memory_peak(self) -> None:
+        """Nothing: there is no memory."""
+
     def notes(self) -> list[str]:
         """None."""
         return []

@@ -251,7 +251,7 @@ def test_a_run_that_is_there_is_described_and_another_job_refused(
     assert "resume   this job makes the other 3 shards" in printed
     rate = summary["buckets"][0]["card_images_per_s"] or summary["buckets"][0]["card_images_per_s_with_warmup"]
     assert rate
-    assert "for 20 images on 2 cards, " in printed
+    assert "for 20 images on 2 cards (from the run in the output: " in printed
     code, printed = check(capsys, prompts, output, *made, "--limit", "20", "--seed", "7")
     assert code == 2
     assert "belongs to another job; what differs: seed: was 0, is 7." in printed

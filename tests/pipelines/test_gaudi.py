@@ -119,6 +119,25 @@ def test_bench_measures_and_says_that_the_cards_are_emulated(tmp_path: Path) -> 
     assert "published" not in result.stdout
 
 
+@pytest.mark.torch
+def test_tune_ends_where_the_device_s_memory_ends_and_says_how_much_a_size_takes(tmp_path: Path) -> None:
+    """With memory for the model and one image; a batch of 2 fails in a process that has made nothing else, too."""
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text("prompts: p\noutput: o\nmodel: builtin:shapes\nsteps: 2\ncpu: {threads: 1}\n")
+    machine = ("emulate", "--modules", "1", "--memory-gib", "0.0308", "--state", tmp_path / "machine", "--")
+    result = command_line(*machine, "gaudi-batch", "tune", job_file, "--calls", "1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("EMULATED CARDS")
+    assert re.search(r"\| 1 +\| [\d.]+ +\| [\d.]+ \(.*\) \| 0.030\d of 0.0308 GiB \|", result.stdout)
+    assert "stopped: the device has no memory for batch size 2" in result.stdout
+    assert "out of device memory at batch size 2 (64x64, 2 steps, guidance 7.5); try --batch-size 1" in result.stderr
+    assert len(counters(tmp_path / "machine")) == 2, "the process that ran out of memory was replaced"
+    assert "batch_size: 1\n" in job_file.read_text()
+    (measured,) = json.loads((tmp_path / "job.tune.json").read_text())["measurements"]
+    assert measured["device_name"] == "hpu GAUDI2 (emulated)"
+    assert 0.9 * measured["memory_bytes"] < measured["memory_peak_bytes"] <= measured["memory_bytes"]
+
+
 def test_without_intels_stack_the_error_says_where_it_comes_from(tmp_path: Path, prompts: Path) -> None:
     job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--device", "hpu", *FLAGS)
     result = command_line(*job)

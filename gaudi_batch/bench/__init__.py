@@ -1,0 +1,1 @@
+"""Measures cards with a model: `bench` compares them, `tune` finds the batch size."""

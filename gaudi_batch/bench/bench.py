@@ -1,0 +1,130 @@
+"""Measures how fast the available cards are with a model: latency and throughput of pipeline calls, one card and all at
+once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gaudi_batch.bench.card import MeasuredCards, measured_cards
+from gaudi_batch.bench.rate import Rate, caveat, table
+from gaudi_batch.job import Job
+
+PUBLISHED = {"first-generation Gaudi": (4.29, 0.283), "Gaudi2": (1.54, 0.904)}
+"""Seconds for a batch of 1 and images a second in batches of 8: Stable Diffusion 1.5 at 512 x 512, mixed precision
+bf16/fp32 with the config Habana/stable-diffusion, from the page "Habana Gaudi" of the documentation of diffusers."""
+PUBLISHED_CLASS, PUBLISHED_SIDE = "StableDiffusionPipeline", 512
+PUBLISHED_BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The result of a benchmark."""
+
+    job: Job
+    device: str
+    """The device, as the card names it."""
+    warmup_calls: int
+    latency: Rate
+    """Of one card, in batches of 1."""
+    throughput: Rate
+    """Of one card, in batches of the job's size."""
+    together: tuple[Rate, ...]
+    """Of each card while all of them work, in batches of the job's size."""
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the device was emulated."""
+        return "emulated" in self.device
+
+    @property
+    def together_images_per_s(self) -> float:
+        """Images a second of all cards at once."""
+        return sum(rate.images_per_s for rate in self.together)
+
+    @property
+    def scaling(self) -> float:
+        """Throughput of all cards at once, as a share of one card's times their number."""
+        return self.together_images_per_s / (len(self.together) * self.throughput.images_per_s)
+
+    def describe(self) -> dict[str, Any]:
+        """The figures as JSON."""
+        bucket = self.job.rules.bucket
+        return {
+            "emulated": self.emulated,
+            "device": self.device,
+            "model": self.job.model.name,
+            **bucket._asdict(),
+            "dtype": self.job.dtype,
+            "batch_size": self.throughput.batch_size,
+            "warmup_calls": self.warmup_calls,
+            "latency_s": list(self.latency.seconds),
+            "throughput_s": list(self.throughput.seconds),
+            "cards": len(self.together),
+            "together_s": [list(rate.seconds) for rate in self.together],
+            "images_per_s": self.throughput.images_per_s,
+            "together_images_per_s": self.together_images_per_s,
+            "scaling": self.scaling,
+        }
+
+    def table(self) -> str:
+        """The figures as a table."""
+        job, bucket, batch = self.job, self.job.rules.bucket, self.throughput.batch_size
+        slow, fast = max(self.throughput.seconds), min(self.throughput.seconds)
+        rows = [
+            ("", "latency (batch size 1)", f"throughput (batch size {batch})"),
+            (
+                "one card",
+                f"{self.latency.latency:.3g} s ({min(self.latency.seconds):.3g} to {max(self.latency.seconds):.3g})",
+                f"{self.throughput.images_per_s:.3g} images/s ({batch / slow:.3g} to {batch / fast:.3g})",
+            ),
+        ]
+        if len(self.together) > 1:
+            share = f"{self.scaling:.1%} of {len(self.together)} times one card"
+            rows.append(
+                (f"{len(self.together)} cards at once", "", f"{self.together_images_per_s:.3g} images/s, {share}")
+            )
+        if self._compares():
+            for name, (latency, rate) in PUBLISHED.items():
+                rows.append((f"published, {name}", f"{latency} s", f"{rate} images/s"))
+        head = f"{job.model.name}: {bucket}, {job.dtype}, on {self.device}"
+        tail = (
+            f"medians of {len(self.throughput.seconds)} calls after {self.warmup_calls} for warm-up;"
+            " in brackets the slowest and the fastest"
+        )
+        return "\n".join([*caveat(self.device), head, "", *table(rows), "", tail])
+
+    def _compares(self) -> bool:
+        bucket = self.job.rules.bucket
+        return (
+            self.job.config.device == "hpu"
+            and not self.emulated
+            and self.job.model.pipeline_class == PUBLISHED_CLASS
+            and not self.job.model.name.startswith("builtin:")
+            and (bucket.steps, bucket.graph_key.guided, self.job.dtype) == (50, True, "autocast to bfloat16")
+            and (bucket.width, bucket.height) == (PUBLISHED_SIDE, PUBLISHED_SIDE)
+            and (1, self.throughput.batch_size) == PUBLISHED_BATCHES
+        )
+
+
+def bench(job: Job, address: str | None, calls: int) -> Bench:
+    """Measures a job's model, shape and batch size on the cards at hand.
+
+    Args:
+        job: the job; its prompts and its output are not used.
+        address: a Ray cluster, or None for this machine.
+        calls: timed calls for each figure.
+
+    Raises:
+        InputError: there is no card.
+        RunStopped: a card failed.
+    """
+    with measured_cards(job, address) as cards:
+        return _measure(job, cards, calls)
+
+
+def _measure(job: Job, cards: MeasuredCards, calls: int) -> Bench:
+    device, warmup = cards.load()
+    latency, throughput = (cards.rate(size, warmup, calls) for size in (1, job.config.batch_size))
+    together = cards.rates_together(job.config.batch_size, warmup, calls) if cards.count > 1 else (throughput,)
+    return Bench(job, device, warmup, latency, throughput, together)
