@@ -110,6 +110,7 @@ class Backups:
             card = self._work.attempts[attempt].card
             decisions += self._work.recall_queued_of(card)  # which the card, if it hangs, would never begin
             self._work.release(attempt)
+            self._work.drop_reservation(card)  # it may hang
             card.dropping = attempt
             self._work.cards.file(card)
             decisions.append(Drop(card.number, attempt))

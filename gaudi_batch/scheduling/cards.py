@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -178,6 +178,17 @@ class Cards:
     def on(self, node: str) -> list[Card]:
         """The cards of a node."""
         return list(self._on.get(node, {}).values())
+
+    def nodes_of(self, numbers: Iterable[int]) -> set[str]:
+        """The nodes of some cards."""
+        return {self.by_number[number].node for number in numbers}
+
+    def free_node(self, node: str, shard: int) -> None:
+        """Frees a node if it is kept for this shard."""
+        if self.exclusive.get(node) == shard:
+            del self.exclusive[node]
+            for card in self.on(node):
+                self.file(card)
 
     def file(self, card: Card) -> None:
         """Files a card anew; to be called after each change of it."""

@@ -158,7 +158,7 @@ class Dispatch:
             break
         self.cards.attempts_on_node[card.node] -= 1
         card.suspect = False
-        self._free_node(live.shard, card.node)
+        self.cards.free_node(card.node, live.shard)
         self.cards.file(card)
         if card.reserved_for is not None:
             self._due[card.reserved_for] = None
@@ -220,6 +220,7 @@ class Dispatch:
     def _assign_suspects(self) -> list[Decision]:
         """Keeps a card for each suspect shard, and sends it when the card has nothing else in flight."""
         decisions: list[Decision] = []
+        self._free_busy()
         for suspects in (self.pending.suspects, self.pending.node_suspects):
             # A few at a time: an event must not cost more if many wait for the same cards.
             for shard in list(itertools.islice(suspects, MAX_LOOKED_AT)):
@@ -246,6 +247,17 @@ class Dispatch:
             decisions.append(self.send(card, shard))
         return decisions
 
+    def _free_busy(self) -> None:
+        """Ends reservations of cards that still work, which they may do for long, where another idles."""
+        for shard, card in list(itertools.islice(self._reserved.items(), MAX_LOOKED_AT if self.cards.open[0] else 0)):
+            nodes = self.cards.nodes_of(self.failures.get(shard, ShardFailures()).died_on)
+            idle = itertools.islice(self.cards.open[0].values(), MAX_COMPARED)
+            if card.in_flight and any(
+                self._may_have(other, shard) and (other.node not in nodes or card.node in nodes) for other in idle
+            ):
+                self.drop_reservation(card)
+                self.cards.file(card)
+
     def _may_keep_node(self) -> bool:
         kept = len(self.cards.exclusive)
         return not kept or not self.pending.plain or kept < len(self.cards.live_on) // NODES_PER_EXCLUSIVE
@@ -253,10 +265,8 @@ class Dispatch:
     def _reserve(self, shard: int) -> list[Decision]:
         free = (card for cards in (*self.cards.open, self.cards.full) for card in cards.values())
         able: Iterator[Card] = (card for card in free if self._may_have(card, shard))
-        failures = self.failures.get(shard)
-        if failures is not None and failures.died_on:
+        if nodes := self.cards.nodes_of(self.failures.get(shard, ShardFailures()).died_on):
             # Another node is better: a bad node has several cards.
-            nodes = {self.cards.by_number[number].node for number in failures.died_on}
             able = iter(sorted(itertools.islice(able, MAX_COMPARED), key=lambda card: card.node in nodes))
         if self._is_alone_on_node(shard):
             chosen = min(able, key=lambda card: self.cards.attempts_on_node[card.node], default=None)
@@ -287,14 +297,7 @@ class Dispatch:
             return
         del self._reserved[shard]
         self.put_back(shard)
-        self._free_node(shard, card.node)
-
-    def _free_node(self, shard: int, node: str) -> None:
-        """Frees a node that was kept for a shard."""
-        if self.cards.exclusive.get(node) == shard:
-            del self.cards.exclusive[node]
-            for card in self.cards.on(node):
-                self.cards.file(card)
+        self.cards.free_node(card.node, shard)
 
     def _is_alone_on_node(self, shard: int) -> bool:
         return shard in self.failures and self.failures[shard].alone_on_node

@@ -6,7 +6,7 @@ import pytest
 from world import RULES, World, shards
 
 from gaudi_batch.scheduling.decisions import Drop, ShardTask
-from gaudi_batch.scheduling.events import AttemptEnded, ShardBegun, ShardMade, ShardOutcome
+from gaudi_batch.scheduling.events import AttemptEnded, CardDied, ShardBegun, ShardMade, ShardOutcome, TimePassed
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
@@ -243,3 +243,39 @@ def test_a_drop_that_is_answered_twice_or_late_changes_nothing(cards: Cards) -> 
     cards.make(1)
     assert cards.world.finished == [None]
     assert cards.world.handle(AttemptEnded(0, backup)) == []
+
+
+def test_a_suspect_shard_is_not_kept_for_a_card_that_hangs() -> None:
+    cards = Cards(3, 5)
+    for card in range(3):
+        cards.begin(card)
+    cards.world.now = SHARD_S
+    for card in range(3):
+        cards.make(card)
+    idle = next(card for card in range(3) if not cards.has(card))
+    hung, dies = (card for card in range(3) if card != idle)
+    cards.begin(hung)
+    cards.begin(dies)
+    cards.world.now += 1.5 * SHARD_S
+    cards.world.do(cards.world.handle(TimePassed(cards.world.now)))
+    assert cards.has(idle) == cards.has(hung), "the second attempt"
+    cards.world.do(cards.world.handle(CardDied(dies, "killed")))
+    (kept_for,) = cards.world.schedule._work._reserved.values()
+    assert kept_for.number == hung, "of the cards that work, as none idles"
+    cards.begin(idle)
+    cards.make(idle)
+    assert cards.world.schedule._work.cards.by_number[hung].dropping
+    assert [task.announce for task in cards.world.hands[idle]] == [True], "the suspect shard"
+
+
+def test_a_reservation_moves_from_a_card_that_works_to_one_that_idles() -> None:
+    cards = Cards(2, 2)
+    for card in range(2):
+        cards.begin(card)
+    cards.world.join(2)
+    cards.world.do(cards.world.handle(CardDied(1, "killed")))
+    work = cards.world.schedule._work
+    assert [card.number for card in work._reserved.values()] == [0], "no other card is ready"
+    cards.world.ready(2)
+    assert not work._reserved
+    assert [task.announce for task in cards.world.hands[2]] == [True], "it is made alone, on the card that idles"
