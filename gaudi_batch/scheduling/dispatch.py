@@ -251,10 +251,9 @@ class Dispatch:
         """Ends reservations of cards that still work, which they may do for long, where another idles."""
         for shard, card in list(itertools.islice(self._reserved.items(), MAX_LOOKED_AT if self.cards.open[0] else 0)):
             nodes = self.cards.nodes_of(self.failures.get(shard, ShardFailures()).died_on)
-            idle = itertools.islice(self.cards.open[0].values(), MAX_COMPARED)
-            if card.in_flight and any(
-                self._may_have(other, shard) and (other.node not in nodes or card.node in nodes) for other in idle
-            ):
+            idle = [] if self._is_alone_on_node(shard) else itertools.islice(self.cards.open[0].values(), MAX_COMPARED)
+            able = (other for other in idle if other.node not in nodes or card.node in nodes)
+            if card.in_flight and any(self._may_have(other, shard) for other in able):
                 self.drop_reservation(card)
                 self.cards.file(card)
 
