@@ -117,22 +117,22 @@ def undisturbed(dataset: Path, cluster: str, tmp_path_factory: pytest.TempPathFa
 def test_three_nodes_of_which_one_is_killed_and_another_joins(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    first, _, _ = (add_cards(nodes, 2) for _ in range(3))
+    first, _, _ = (add_cards(nodes, cards) for cards in (2, 1, 1))
     nodes.wait_for(4)
     output = tmp_path / "out"
-    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "4", "--batch-size", "4")
+    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "3", "--batch-size", "4")
     wait_until(lambda: commits(output) >= 4)
     first.kill()
-    add_cards(nodes, 2)
+    add_cards(nodes, 1)
     log = end(driver)
     assert content(output) == undisturbed
     assert log.count("left with its node") == 2, log
     ready = re.findall(r"card (\S+) \(node \S+, module (\d)\) is ready", log)
-    assert sorted(module for _, module in ready) == sorted("01" * 4), log
-    assert len({name for name, _ in ready}) == 8
+    assert sorted(module for _, module in ready) == ["0", "0", "0", "0", "1"], log
+    assert len({name for name, _ in ready}) == 5
     assert "quarantined" not in log
     made = {row["card"] for row in read_manifest(output)}
-    assert made & {name for name, _ in ready[6:]}, "the new node's cards made nothing"
+    assert ready[4][0] in made, "the new node's card made nothing"
 
 
 def test_a_node_that_announces_its_end_finishes_what_it_has_begun_and_gets_nothing_more(
