@@ -258,18 +258,19 @@ def test_what_a_driver_has_committed_it_never_removes(
     prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its end a listing lacks a manifest, or all of them."""
-    commits = Ledger.commits
+    entries = Ledger.manifest_entries
     job = JobConfig(
         prompts=str(prompts), output=str(tmp_path / "out"), device="simulated", shard_size=16, cards=2,
         simulated={"batch_seconds": 0.0},
     )  # fmt: skip
 
     def sum_up(*arguments: Any) -> Any:
-        for shown in ([], list(commits(arguments[0].ledger))[1:]):
-            monkeypatch.setattr(Ledger, "commits", lambda self, shown=shown: iter(shown))
+        whole = entries(arguments[0].ledger)
+        for shown in ({}, {shard: entry for shard, entry in whole.items() if shard}):
+            monkeypatch.setattr(Ledger, "manifest_entries", lambda self, shown=shown: shown)
             with pytest.raises(RunStopped, match="are gone or torn, the first of shard 0"):
                 product(*arguments)
-        monkeypatch.setattr(Ledger, "commits", commits)
+        monkeypatch.setattr(Ledger, "manifest_entries", entries)
         return product(*arguments)
 
     product = finalize.sum_up
