@@ -32,6 +32,8 @@ ROLLUP_SHARDS = 4096
 """Shards of a roll-up at most: so many manifests are read one by one where a driver was killed."""
 ROLLUP_BYTES = 64 << 20
 """Size in memory of a roll-up's rows, at which it is written whatever its shards are."""
+HELD_SHARDS, HELD_BYTES = 8 * ROLLUP_SHARDS, 8 * ROLLUP_BYTES
+"""What is kept in memory at most where roll-ups can't be written."""
 
 
 @dataclass
@@ -213,9 +215,13 @@ class Commits:
     def _roll_up_early(self) -> None:
         try:
             self._roll_up()
-        except StorageError as error:
+        except (StorageError, pa.ArrowException, ValueError) as error:
             # The manifests are there, and the next one tries again.
-            log.warning("the manifests of the last shards are not rolled up: %s", error)
+            log.warning("the manifests of the last shards are not rolled up: %s", one_line(error, 300))
+            with self._lock:
+                if self._held_bytes >= HELD_BYTES or len(self._held) >= HELD_SHARDS:
+                    for shard in list(self._held):
+                        self._forget(shard)  # `refresh` reads it again
 
     def _roll_up(self) -> None:
         """Writes a roll-up of what is held, up to ROLLUP_SHARDS."""

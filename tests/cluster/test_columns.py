@@ -33,7 +33,8 @@ UNLIKE: dict[str, tuple[Any, pa.DataType, pa.DataType]] = {
 
 
 def make(prompts: Path, output: Path, cluster: str, **fields: Any) -> RunResult:
-    fields = {"device": "simulated", "simulated": {"batch_seconds": 0.0}, "shard_size": 48, "cards": 1, "carry": ["*"]} | fields
+    simulated: dict[str, Any] = {"device": "simulated", "simulated": {"batch_seconds": 0.0}}
+    fields = simulated | {"shard_size": 48, "cards": 1, "carry": ["*"]} | fields
     return run(JobConfig(prompts=str(prompts), output=str(output), **fields), address=cluster)
 
 

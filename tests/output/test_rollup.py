@@ -221,6 +221,22 @@ def test_a_roll_up_that_can_not_be_written_does_not_end_the_run(
     assert join_manifests(commits, {}) == (30, 10)
 
 
+def test_memory_does_not_grow_with_a_run_that_can_not_write_roll_ups(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits_module, "HELD_SHARDS", 6)
+    commits = known(ledger)
+    monkeypatch.setattr(Ledger, "put", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+    for shard in range(SHARDS, SHARDS + 40):
+        commit(ledger, shard, shard_rows(shard))
+        commits.add(info_of(ledger, shard), ledger.storage.get(manifest_path(shard)) or b"")
+        commits._wait()
+        assert len(commits._held) <= 6
+    monkeypatch.undo()
+    commits.refresh()
+    assert len(rows(commits)) == (SHARDS + 40) * ROWS
+
+
 def joined_rows(place: str) -> list[tuple[Any, ...]]:
     table = pq.read_table(place).sort_by([("row", "ascending"), ("image_index", "ascending")])
     return list(zip(*table.to_pydict().values(), strict=True))

@@ -34,8 +34,8 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.output.lease import read_lease
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
-from gaudi_batch.storage import retry, retrying, waits
 from gaudi_batch.storage import reading as storage_module
+from gaudi_batch.storage import retry, retrying, waits
 from gaudi_batch.storage.filesystem import search_credentials_again
 from gaudi_batch.storage.store import Storage
 
