@@ -50,7 +50,7 @@ def test_a_card_that_is_killed_costs_its_shards_in_hand_and_nothing_else(
         output=f"s3://bucket/{tmp_path.name}/out",
         storage_options=s3.options_at(proxy.port),
         device="simulated",
-        simulated={"batch_seconds": 0.3},
+        simulated={"batch_seconds": 1.0},  # a run that goes on until a card has been killed, on a busy machine, too
         shard_size=8,
         cards=2,
     )
