@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ from gaudi_batch.pipelines.base import DeviceMemory
 CONDITIONS = Conditions("shapes", "abc", "DDIMScheduler", "float32", "cpu", {"threads": 1})
 MEASURED = Measurement("2026-11-28T10:00:00+00:00", CONDITIONS, "cpu", 64, 64, 20, True, 4, 5, 0.5, 8.0, None, None)
 JOB = "# mine\nprompts: p   # where they are\noutput: o\nbatch_size: 8\n"
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -147,16 +151,29 @@ def test_somebody_s_own_file_in_the_place_of_the_record_is_not_written_over(job_
     assert (tmp_path / "job.tune.json").read_text() == "a tune of mine"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+@pytest.fixture
+def somebody() -> Iterator[Path]:
+    """A directory of a user who may not write everywhere, as this process is meanwhile."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        (Path(directory) / "job.yaml").write_text(JOB)
+        was = os.geteuid()
+        user = NOBODY if was == 0 else was
+        for place in (directory, f"{directory}/job.yaml"):
+            os.chown(place, user, -1)
+        os.seteuid(user)
+        try:
+            yield Path(directory)
+        finally:
+            os.seteuid(was)
+            Path(directory).chmod(0o755)
+
+
 @pytest.mark.parametrize("read_only", ["job.yaml", ""])
-def test_a_read_only_file_or_directory_is_refused(job_file: Path, tmp_path: Path, read_only: str) -> None:
-    place = tmp_path / read_only
-    place.chmod(0o555)
-    try:
-        with pytest.raises(InputError, match="can't be written, and tune would write its result there"):
-            JobFile(str(job_file))
-    finally:
-        place.chmod(0o755)
+def test_a_read_only_file_or_directory_is_refused(somebody: Path, read_only: str) -> None:
+    JobFile(str(somebody / "job.yaml"))
+    (somebody / read_only).chmod(0o555)
+    with pytest.raises(InputError, match="can't be written, and tune would write its result there"):
+        JobFile(str(somebody / "job.yaml"))
 
 
 def test_a_directory_that_takes_no_file_is_refused(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
