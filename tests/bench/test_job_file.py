@@ -160,11 +160,11 @@ def somebody() -> Iterator[Path]:
         user = NOBODY if was == 0 else was
         for place in (directory, f"{directory}/job.yaml"):
             os.chown(place, user, -1)
-        os.seteuid(user)
+        os.setresuid(user, user, was)
         try:
             yield Path(directory)
         finally:
-            os.seteuid(was)
+            os.setresuid(was, was, was)
             Path(directory).chmod(0o755)
 
 
