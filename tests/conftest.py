@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, free_port
+from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, examples, free_port
 from hypothesis import HealthCheck, settings
 from raynodes import RayCluster
 
@@ -36,6 +36,7 @@ CLUSTER = Path(__file__).resolve().parent / "cluster"
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
 settings.register_profile(
     "repository",
+    max_examples=examples(100),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -23,6 +23,14 @@ TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 
 
+def examples(count: int) -> int:
+    """How many examples hypothesis tries: fewer in `make quick`, which is for whoever waits."""
+    return max(10, count // QUICK_DIVISOR) if os.environ.get("QUICK") else count
+
+
+QUICK_DIVISOR = 5
+
+
 def read_manifest(output: Path) -> list[dict[str, Any]]:
     """All rows of a run's joined manifest."""
     rows: list[dict[str, Any]] = pq.read_table(output / "manifest.parquet").to_pylist()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import Unfenced
+from helpers import Unfenced, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,7 +191,7 @@ flags = st.sampled_from(
 
 
 @given(st.lists(flags, max_size=8))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_any_command_line_is_parsed_or_refused(arguments: list[str]) -> None:
     # What argparse quotes is made printable where it is printed.
     with contextlib.suppress(SystemExit, InputError):
@@ -335,7 +335,7 @@ def read_all(prompts: Path) -> int:
 
 
 @given(tables())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_any_schema_is_read_or_refused(tmp_path: Path, table: pa.Table) -> None:
     if write(tmp_path / "p.parquet", table, row_group_size=2):
         with own_errors():
@@ -343,7 +343,7 @@ def test_any_schema_is_read_or_refused(tmp_path: Path, table: pa.Table) -> None:
 
 
 @given(tables(), tables())
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_any_two_files_are_read_together_or_refused(tmp_path: Path, one: pa.Table, two: pa.Table) -> None:
     (tmp_path / "d").mkdir(exist_ok=True)
     if write(tmp_path / "d/1.parquet", one) and write(tmp_path / "d/2.parquet", two):
@@ -369,7 +369,7 @@ PARQUETS = [parquet(), parquet(compression="none", use_dictionary=False), parque
 
 
 @given(st.sampled_from(PARQUETS).flatmap(spoiled))
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 def test_a_spoiled_parquet_file_is_read_as_far_as_it_can_be_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "p.parquet"
     path.write_bytes(data)
@@ -434,7 +434,7 @@ def test_any_run_json_is_a_run_or_refused(ledger: Ledger, data: bytes) -> None:
 
 
 @given(st.binary(max_size=50) | st.deferred(lambda: spoiled(_plan())))
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_any_plan_is_a_plan_or_refused(ledger: Ledger, data: bytes) -> None:
     ledger.storage.put("plan.parquet", data)
     with own_errors():
@@ -453,7 +453,7 @@ def _plan() -> bytes:
 
 
 @given(tables())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_any_table_is_a_plan_or_refused(ledger: Ledger, table: pa.Table) -> None:
     buffer = io.BytesIO()
     with contextlib.suppress(pa.ArrowNotImplementedError, pa.ArrowInvalid):
@@ -471,7 +471,7 @@ def _manifest() -> bytes:
 
 
 @given(st.binary(max_size=50) | spoiled(_manifest()))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_any_manifest_is_a_commit_or_none(data: bytes) -> None:
     with own_errors(ValueError):
         table, info = manifest.read(data)
@@ -498,7 +498,7 @@ def test_any_facts_of_a_commit_can_be_added_up_or_are_none(data: bytes) -> None:
 
 
 @given(changed(LEASE), changed(PROGRESS), changed({"state": "complete", "reason": None}))
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_status_says_what_it_can_of_any_records(ledger: Ledger, lease: bytes, progress: bytes, summary: bytes) -> None:
     ledger.storage.put("run.json", json.dumps(RECORD).encode())
     for name, data in (("lease.json", lease), ("progress.json", progress), ("summary.json", summary)):

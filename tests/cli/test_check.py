@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import S3Server, command_line, read_manifest
+from helpers import S3Server, command_line, examples, read_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smalljob import write_dataset
@@ -98,7 +98,7 @@ SEEDS: dict[pa.DataType, Any] = {
 }
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.data())
 def test_arrow_passes_over_no_row_that_a_card_would_not_run(tmp_path: Path, data: st.DataObject) -> None:
     names = ["prompt", *data.draw(st.lists(st.sampled_from(sorted(WILD.keys() - {"prompt"} | {"seed"})), unique=True))]

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -264,7 +265,7 @@ def test_rows_are_numbered_over_the_files_in_sorted_order(prompts: Path) -> None
     shard_size=st.integers(1, 40),
     group=st.integers(1, 30),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_planned_shards_hold_each_row_once_in_its_own_bucket(
     tmp_path: Path, rows: list[tuple[Any, ...]], shard_size: int, group: int
 ) -> None:

@@ -9,6 +9,7 @@ from random import Random
 from typing import get_args
 
 import pytest
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import RULES, World, anything_happens, let_it_end, shards
@@ -37,7 +38,7 @@ def play(seed: int, count: int, max_events: int) -> EventLog:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from([3, 20, 10_000]))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_a_schedule_decides_the_same_when_it_is_told_the_same(seed: int, count: int, max_events: int) -> None:
     log = play(seed, count, max_events)
     events_told, differences = replay(log.dump())

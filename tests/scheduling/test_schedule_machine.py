@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from helpers import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -207,4 +208,4 @@ class ScheduleMachine(RuleBasedStateMachine):
 
 
 TestSchedule = ScheduleMachine.TestCase
-TestSchedule.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestSchedule.settings = settings(max_examples=examples(200), stateful_step_count=50, deadline=None)
