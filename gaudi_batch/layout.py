@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 STOP_FILE = "stop.json"
 """A request to a submitted job's driver to stop."""
@@ -22,8 +23,6 @@ OWN_FILES = (
     "summary.json",
     "verify.json",
     JOINED,
-    ROLLUPS,
-    TIMELINE,
     "run.json",
     STOP_FILE,
     EVENTS_FILE,
@@ -33,6 +32,11 @@ OWN_FILES = (
 
 _ATTEMPT = re.compile(r"(\d{6,})-([0-9a-z]+)(\.\w+)?")
 _MANIFEST = re.compile(r"(\d{6,})\.parquet")
+_OWN_NAMES = {
+    ROLLUPS: re.compile(r"[a-z]{5}\d{6,}(\.index)?\.parquet"),
+    TIMELINE: re.compile(r"[a-z]{5}-\d{6,}\.jsonl"),
+    JOINED: re.compile(r"[a-z]{5}\d{6,}\.parquet"),
+}
 
 
 def attempt_name(shard: int, attempt: str) -> str:
@@ -81,4 +85,11 @@ def is_of_run(path: str) -> bool:
         return not rest or parse_manifest(rest) is not None
     if place == "throughput":
         return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
-    return place in (ROLLUPS, TIMELINE, JOINED) or path in ("", "lease.json", *OWN_FILES)
+    if place in _OWN_NAMES:
+        return not rest or _OWN_NAMES[place].fullmatch(rest) is not None
+    return path in ("", "lease.json", *OWN_FILES)
+
+
+def own_names(place: str, names: Iterable[str]) -> list[str]:
+    """Those of the names in `ROLLUPS`, `TIMELINE` or `JOINED` that a run has given."""
+    return [name for name in names if _OWN_NAMES[place].fullmatch(name)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,9 @@ class _SideBySide:
         return (rows_after + rows * (group.stop - run.start) / (group.stop - group.start)) / self._rows
 
 
-def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, first: int = 0) -> Iterator[Shard]:
+def plan_shards(
+    runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, first: int = 0, others: Iterable[Shard] = ()
+) -> Iterator[Shard]:
     """Cuts a dataset into shards.
 
     Args:
@@ -159,6 +162,7 @@ def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, fir
         total_rows: rows in all runs together.
         sizes: how large shards are.
         first: number of the first shard.
+        others: shards that stay; no new one reaches over their rows, which lie between those of the runs.
 
     Yields:
         Shards in order of their numbers, which hold every row once.
@@ -168,6 +172,14 @@ def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, fir
     opened: dict[Bucket, _OpenShard] = {}
     uncut: Counter[Bucket] = Counter()  # images since a row group's end has closed a shard
     file, group = -1, 0
+    starts: dict[tuple[int, Bucket], list[int]] = {}
+    for other in sorted(others, key=lambda other: other.start):
+        starts.setdefault((other.file, other.bucket), []).append(other.start)
+
+    def is_between(shard: _OpenShard, run: RowSpan) -> bool:
+        """Whether rows of another shard are between the last row of this one and the next."""
+        in_file = starts.get((run.file, run.bucket), [])
+        return bisect_left(in_file, shard.stop) < bisect_left(in_file, run.start)
 
     def close(shards: Iterable[_OpenShard]) -> Iterator[Shard]:
         for shard in sorted(shards, key=lambda shard: shard.start):
@@ -184,6 +196,8 @@ def plan_shards(runs: Iterable[RowSpan], total_rows: int, sizes: ShardSizes, fir
             for shard in ended:
                 uncut[shard.bucket] = 0
         file, group = run.file, run.group
+        if run.bucket in opened and is_between(opened[run.bucket], run):
+            yield from close([opened[run.bucket]])
         while run.rows:
             shard = opened.get(run.bucket) or _OpenShard(run, *sizes.next(run, left))
             opened[run.bucket] = shard

@@ -24,7 +24,7 @@ from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
 from gaudi_batch.dataset.prompt_file import PromptFile, identity_of
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.layout import OWN_FILES, is_of_run, parse_manifest
+from gaudi_batch.layout import JOINED, OWN_FILES, ROLLUPS, is_of_run, own_names, parse_manifest
 from gaudi_batch.storage.retrying import MANY_TIMEOUT_S
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import out_of_reach, told_if_slow
@@ -182,8 +182,10 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         above, _, below = place.rpartition("/")
         if last in OWN_FILES:
             holds = holds_run(place)
+        elif below == "manifest":
+            holds = parse_manifest(last) is not None and holds_run(above)
         else:
-            holds = below == "manifest" and parse_manifest(last) is not None and holds_run(above)
+            holds = below in (ROLLUPS, JOINED) and bool(own_names(below, [last])) and holds_run(above)
         if holds and last.endswith(".parquet"):
             of_other_runs.add(name)
         return holds

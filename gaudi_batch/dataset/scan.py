@@ -150,10 +150,10 @@ def batches(dataset: PromptDataset, limit: int | None = None, every_column: bool
 
 def _group_batches(dataset: PromptDataset, group: RowGroup, rows: range, every_column: bool) -> Iterator[RowsRead]:
     begin, stop = rows.start, rows.stop
-    named = set(dataset.columns.values())
+    wanted = {*dataset.columns.values(), *(dataset.carried.names if every_column else ())}
     try:
         names = dataset.open_file(group.file).schema_arrow.names
-        columns = None if every_column else [name for name in names if name in named]
+        columns = [name for name in names if name in wanted]
         for batch in dataset.open_file(group.file).iter_batches(row_groups=[group.number], columns=columns):
             batch = batch.slice(0, stop - begin)
             yield RowsRead(range(begin, begin + len(batch)), dataset.named_columns(pa.Table.from_batches([batch])))

@@ -58,7 +58,7 @@ def recut(run: Run, committed: Committed) -> None:
     rows = sum(shard.rows for shard in retired)
     # A plan that an older version has written again may lack shards that are committed.
     first = max([shard.number for shard in run.plan] + run.ledger.manifests()) + 1
-    added = list(plan_shards(spans, rows, sizes, first))
+    added = list(plan_shards(spans, rows, sizes, first, [shard for shard in kept if not shard.is_rerun]))
     if sum(shard.rows for shard in added) != rows:
         raise StorageError(f"{run.job.dataset.storage.url}: the prompts are not those that were planned")
     log.info("%s are cut anew into %d, for %s", counted(len(retired), "shard"), len(added), counted(cards, "card"))

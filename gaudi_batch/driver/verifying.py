@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from gaudi_batch.layout import VERIFYING_FILE
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.verify import VerifyReport, foreign_attempts, verify
 from gaudi_batch.storage.store import Storage
-from gaudi_batch.text import counted
+from gaudi_batch.text import counted, describe_error
 
 if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
@@ -63,6 +64,7 @@ def verify_run(run: Run) -> VerifyReport:
         for number, report in reports:
             progress.add(number, report)
     except BaseException:
+        run.ledger.storage.shut_down()  # it may be what failed, or is waited for
         progress.save()
         raise
     report = progress.report
@@ -132,33 +134,33 @@ class _Progress:
 def _on_cards(run: Run, todo: Mapping[int, list[int]]) -> Iterator[tuple[int, VerifyReport]]:
     """Verifies chunks on the cards and in this process; yields the number and the report of each."""
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError
 
     cards = run.cards
     latest = run.latest_shard_of_row
-    submit = _task(run.connect(), run.ledger.storage, latest)
+    submit = _task(run.connect(), run.ledger.storage, run.info.run_id, latest)
     left, open_chunks = deque(todo), dict(todo)
+    failed: deque[int] = deque()  # on a card; this process tries them
     on_cards: dict[Any, int] = {}
     log.info("%s are verified on %s and here", counted(len(todo), "chunk"), counted(cards, "card"))
-    with ThreadPoolExecutor(1, "verify") as pool:
-        here: tuple[int, Future[VerifyReport]] | None = None
+    pool = ThreadPoolExecutor(1, "verify")
+    here: tuple[int, Future[VerifyReport]] | None = None
+    try:
         while open_chunks:
             while left and len(on_cards) < cards:
                 number = left.popleft()
                 on_cards[submit(open_chunks[number])] = number
             if here is None:
-                number = left.pop() if left else next(iter(open_chunks))
+                number = failed.popleft() if failed else left.pop() if left else next(iter(open_chunks))
                 here = number, pool.submit(verify, run.ledger, open_chunks[number], latest)
             ended, _ = ray.wait(list(on_cards), timeout=WAIT_S) if on_cards else ([], None)
             for task in ended:
                 number = on_cards.pop(task)
                 try:
                     report = ray.get(task)
-                except RayTaskError as error:
-                    raise error.cause if isinstance(error.cause, StorageError) else error from None
                 except RayError as error:
-                    log.warning("a card that verified chunk %d is lost: %s", number, error)
-                    left.append(number)
+                    log.warning("a card could not verify chunk %d: %s", number, describe_error(error))
+                    failed.append(number)
                     continue
                 if open_chunks.pop(number, None) is not None:
                     yield number, report
@@ -168,11 +170,15 @@ def _on_cards(run: Run, todo: Mapping[int, list[int]]) -> Iterator[tuple[int, Ve
                 report = future.result()
                 if open_chunks.pop(number, None) is not None:
                     yield number, report
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         for task in on_cards:
             ray.cancel(task, force=True)
 
 
-def _task(resources: CardResources, storage: Storage, latest: Mapping[int, int]) -> Callable[[list[int]], Any]:
+def _task(
+    resources: CardResources, storage: Storage, run_id: str, latest: Mapping[int, int]
+) -> Callable[[list[int]], Any]:
     """What has a card verify shards."""
     import ray
 
@@ -180,12 +186,14 @@ def _task(resources: CardResources, storage: Storage, latest: Mapping[int, int])
     task = ray.remote(_verify_shards).options(
         num_cpus=amount.pop("CPU", 0), resources=amount, max_retries=1, scheduling_strategy="SPREAD"
     )
-    shared = ray.put((storage, latest))
+    shared = ray.put((storage, run_id, latest))
     return lambda shards: task.remote(shared, shards)
 
 
-def _verify_shards(shared: tuple[Storage, Mapping[int, int]], shards: list[int]) -> VerifyReport:
-    storage, latest = shared
+def _verify_shards(shared: tuple[Storage, str, Mapping[int, int]], shards: list[int]) -> VerifyReport:
+    storage, run_id, latest = shared
     reader = OutputReader(storage)
-    reader.run()
+    run = reader.run()
+    if run is None or run.run_id != run_id:
+        raise RuntimeError(f"node {socket.gethostname()} does not see this run in {storage.url}")
     return verify(reader, shards, latest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from gaudi_batch.layout import OWN_FILES, manifest_path, parse_attempt
+from gaudi_batch.layout import OWN_FILES, ROLLUPS, TIMELINE, manifest_path, own_names, parse_attempt
 from gaudi_batch.output.ledger import Ledger
 
 REMOVE_THREADS = 16
@@ -37,6 +37,9 @@ def clear(ledger: Ledger) -> None:
     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
         _remove_all(pool, ledger, map(manifest_path, ledger.manifests()))
         _remove_all(pool, ledger, (path for path, _, _ in list(_left_by_attempts(ledger))))
+        for place in (ROLLUPS, TIMELINE):
+            names = own_names(place, ledger.storage.names(place))
+            _remove_all(pool, ledger, [f"{place}/{name}" for name in names])
     for name in OWN_FILES:
         ledger.remove(name)
 

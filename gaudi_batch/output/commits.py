@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -32,16 +32,20 @@ ROLLUP_SHARDS = 4096
 """Shards of a roll-up at most: so many manifests are read one by one where a driver was killed."""
 ROLLUP_BYTES = 64 << 20
 """Size in memory of a roll-up's rows, at which it is written whatever its shards are."""
-HELD_SHARDS, HELD_BYTES = 8 * ROLLUP_SHARDS, 8 * ROLLUP_BYTES
-"""What is kept in memory at most where roll-ups can't be written."""
+HELD_SHARDS, HELD_BYTES = 4 * ROLLUP_SHARDS, 4 * ROLLUP_BYTES
+"""Manifests whose rows are kept in memory at most, where roll-ups are written slowly or not at all."""
 
 
 @dataclass
 class _Held:
     """A manifest whose rows no roll-up has."""
 
-    table: pa.Table
+    table: pa.Table | None  # None where memory is short; it is then read again
     md5: str | None  # of its bytes; None if it was read from storage, and its entry is known
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.table is None else int(self.table.nbytes)
 
 
 @dataclass
@@ -138,14 +142,24 @@ class Commits:
         """
         self._wait()
         for part in self.parts:
-            rows = self.rows_of(part)
-            yield rollup.keep_latest(rows, latest_shard_of_row, None if part.whole else part.shards)
-        for shard in sorted(self._held):
-            yield rollup.keep_latest(self._held[shard].table, latest_shard_of_row)
+            yield rollup.keep_latest(self.rows_of(part, self.bytes_of(part)), latest_shard_of_row)
+        for table in self._held_tables(sorted(self._held)):
+            yield rollup.keep_latest(table, latest_shard_of_row)
 
-    def rows_of(self, part: Part) -> pa.Table:
-        """All rows of a roll-up. Raises StorageError."""
-        return pq.ParquetFile(pa.BufferReader(self.bytes_of(part))).read(use_threads=False)
+    def rows_of(self, part: Part, data: bytes) -> pa.Table:
+        """The rows of a roll-up that count, from its object. Raises StorageError if these are not as many as the
+        manifests have."""
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        if not part.whole:
+            table = rollup.keep_shards(table, part.shards)
+        infos = [self.by_shard[shard].info for shard in part.shards]
+        expected = sum(info.images + info.failed_rows for info in infos)
+        if len(table) != expected:
+            raise StorageError(
+                f"{self.ledger.storage.url}/{rollup.rows_path(part.name)} has {len(table)} rows, and the manifests"
+                f" {expected}; remove the directory {ROLLUPS} of the output, and the same command reads all manifests"
+            )
+        return table
 
     def bytes_of(self, part: Part) -> bytes:
         """The object of a roll-up's rows. Raises StorageError."""
@@ -170,10 +184,13 @@ class Commits:
         if finished != info.finished_at:
             info = replace(info, finished_at=finished)
         with self._lock:
+            if info.shard in self.by_shard:
+                self._forget(info.shard)
             failed = rollup.failed_rows_of(table) if info.failed_rows else None
             self.by_shard[info.shard] = Commit(info, entry, failed)
-            self._held[info.shard] = _Held(table, md5)
-            self._held_bytes += table.nbytes
+            is_short = len(self._held) >= HELD_SHARDS or self._held_bytes >= HELD_BYTES
+            held = self._held[info.shard] = _Held(None if is_short else table, md5)
+            self._held_bytes += held.nbytes
             is_enough = len(self._held) >= ROLLUP_SHARDS or self._held_bytes >= ROLLUP_BYTES
             if is_enough and (self._under_way is None or self._under_way.done()):
                 self._under_way = self._pool.submit(self._roll_up_early)
@@ -183,7 +200,7 @@ class Commits:
         del self.by_shard[shard]
         held = self._held.pop(shard, None)
         if held is not None:
-            self._held_bytes -= held.table.nbytes
+            self._held_bytes -= held.nbytes
         for part in self.parts:
             if shard in part.shards:
                 part.shards.discard(shard)
@@ -218,10 +235,6 @@ class Commits:
         except (StorageError, pa.ArrowException, ValueError) as error:
             # The manifests are there, and the next one tries again.
             log.warning("the manifests of the last shards are not rolled up: %s", one_line(error, 300))
-            with self._lock:
-                if self._held_bytes >= HELD_BYTES or len(self._held) >= HELD_SHARDS:
-                    for shard in list(self._held):
-                        self._forget(shard)  # `refresh` reads it again
 
     def _roll_up(self) -> None:
         """Writes a roll-up of what is held, up to ROLLUP_SHARDS."""
@@ -236,7 +249,7 @@ class Commits:
             commits = [replace(self.by_shard[shard], entry=entry) for shard, entry in stored.items()]
         if not commits:
             return
-        table = rollup.join_tables([held[shard].table for shard in stored])
+        table = rollup.join_tables(list(self._held_tables(stored)))
         self._written += 1
         name = f"{self._driver}{self._written:06d}"
         self.ledger.put(rollup.rows_path(name), rollup.encode_rows(table))
@@ -245,7 +258,7 @@ class Commits:
             self.parts.append(Part(name, set(stored), table.nbytes))
             for commit in commits:
                 self.by_shard[commit.info.shard] = commit
-                self._held_bytes -= self._held.pop(commit.info.shard).table.nbytes
+                self._held_bytes -= self._held.pop(commit.info.shard).nbytes
 
     def _entry_of(self, shard: int, held: _Held) -> Entry | None:
         """The manifest in the listing; None if it is not the one that is held."""
@@ -258,7 +271,21 @@ class Commits:
             return entry
         data = storage.get(path)
         is_same = data is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() == held.md5
-        return entry if is_same and md5_of(entry.mark) is None else None
+        return entry if is_same and storage.entry(path) == entry else None
+
+    def _held_tables(self, shards: Iterable[int]) -> Iterator[pa.Table]:
+        """The rows of manifests that no roll-up has. Raises StorageError if one that is read again has changed."""
+        shards = list(shards)
+        read = self.ledger.read_commits([shard for shard in shards if self._held[shard].table is None])
+        for shard in shards:
+            table = self._held[shard].table
+            if table is None:
+                info, table = next(read, (None, None))
+                if info is None or (info.shard, info.attempt) != (shard, self.by_shard[shard].info.attempt):
+                    raise StorageError(
+                        f"{self.ledger.storage.url}: the manifest of shard {shard} is not what it just was"
+                    )
+            yield table
 
     def _wait(self) -> None:
         if self._under_way is not None:

@@ -160,18 +160,20 @@ def decode_index(data: bytes) -> tuple[list[Commit], int]:
     ], rows_bytes
 
 
-def keep_latest(table: pa.Table, latest_shard_of_row: Mapping[int, int], shards: set[int] | None = None) -> pa.Table:
-    """The rows of a table of manifests that count.
+def keep_latest(table: pa.Table, latest_shard_of_row: Mapping[int, int]) -> pa.Table:
+    """The rows of a table of manifests that count; the table itself if all do.
 
     Args:
         table: the table.
         latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
-        shards: those whose rows count; None for all.
     """
-    if not latest_shard_of_row and shards is None:
+    if not latest_shard_of_row:
         return table
-    counts = [
-        latest_shard_of_row.get(row, 0) <= shard and (shards is None or shard in shards)
-        for row, shard in zip(table.column("row").to_pylist(), table.column("shard").to_pylist(), strict=True)
-    ]
+    rows, shards = table.column("row").to_pylist(), table.column("shard").to_pylist()
+    counts = [latest_shard_of_row.get(row, 0) <= shard for row, shard in zip(rows, shards, strict=True)]
     return table if all(counts) else table.filter(pa.array(counts, pa.bool_()))
+
+
+def keep_shards(table: pa.Table, shards: Iterable[int]) -> pa.Table:
+    """The rows of some shards in a table of manifests."""
+    return table.filter(pc.is_in(table.column("shard"), pa.array(shards, pa.int64())))

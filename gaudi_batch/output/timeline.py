@@ -29,6 +29,7 @@ class Timeline:
         self._lines: list[str] = []
         self._written = 0
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
 
     def note(self, slot: int, card: str, what: str, **more: Any) -> None:
         """Adds a line, with the time of now by the driver's clock.
@@ -53,11 +54,12 @@ class Timeline:
             LeaseLost: another driver has taken over.
             StorageError: storage failed.
         """
-        with self._lock:
-            lines = list(self._lines)
-        if lines:
-            path = timeline_path(self._driver, self._written + 1)
-            self._ledger.put(path, "".join(f"{line}\n" for line in lines).encode())
-            self._written += 1
+        with self._writing:
             with self._lock:
-                del self._lines[: len(lines)]
+                lines = list(self._lines)
+            if lines:
+                path = timeline_path(self._driver, self._written + 1)
+                self._ledger.put(path, "".join(f"{line}\n" for line in lines).encode())
+                self._written += 1
+                with self._lock:
+                    del self._lines[: len(lines)]

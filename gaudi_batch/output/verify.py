@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import attempt_name
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
@@ -86,17 +87,19 @@ def verify(ledger: OutputReader, shards: Iterable[int], latest_shard_of_row: Map
         latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
 
     Raises:
-        StorageError: storage failed for longer than `storage_patience`.
+        StorageError: storage failed for longer than `storage_patience`, or a manifest is not there.
     """
     report = VerifyReport()
     storage = ledger.storage
+    left = dict.fromkeys(shards)
 
     def differs(path: str, sha256: str) -> str:
         data = storage.get(path)
         return "missing" if data is None else "" if hashlib.sha256(data).hexdigest() == sha256 else "torn"
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for info, table in ledger.read_commits(shards):
+        for info, table in ledger.read_commits(list(left)):
+            del left[info.shard]
             directory = attempt_name(info.shard, info.attempt)
             named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
             counts = [path for path, row in named.items() if latest_shard_of_row.get(row["row"], 0) <= info.shard]
@@ -111,6 +114,8 @@ def verify(ledger: OutputReader, shards: Iterable[int], latest_shard_of_row: Map
                     report.images_of[row] = images_of[row]
             paths = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
             report.foreign += [path for path in paths if path not in named]
+    if left:
+        raise StorageError(f"{storage.url}: {len(left)} manifests are gone or torn, the first of shard {min(left)}")
     return report
 
 

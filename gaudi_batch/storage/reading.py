@@ -135,7 +135,7 @@ class ReadableStorage(Retrying):
                 full = self.full(directory)
                 if self.local:
                     with os.scandir(full) as files:
-                        return {file.name: entry_of_file(file.stat()) for file in files}
+                        return {file.name: entry for file in files if (entry := _entry_of_file(file)) is not None}
                 infos = self.filesystem.ls(full, detail=True, **self._many())
                 return {str(info["name"]).rsplit("/", 1)[-1]: entry_of(info) for info in infos}
             return {}
@@ -186,3 +186,11 @@ class ReadableStorage(Retrying):
 
     def _many(self) -> dict[str, float]:
         return {"timeout": MANY_TIMEOUT_S} if self.filesystem.async_impl else {}
+
+
+def _entry_of_file(file: os.DirEntry[str]) -> Entry | None:
+    """A file in a listing; None if it is one that is being written, or has gone since it was listed."""
+    try:
+        return None if ".part-" in file.name else entry_of_file(file.stat())
+    except FileNotFoundError:
+        return None

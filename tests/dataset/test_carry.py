@@ -14,6 +14,7 @@ from test_prompts import RULES, opened
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import NESTED_BYTES, open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.scan import batches
 from gaudi_batch.errors import InputError
 from gaudi_batch.job import Fixed, resolve
 from gaudi_batch.plan import Shard
@@ -79,7 +80,8 @@ def test_a_column_that_is_not_there_is_refused(prompts: Path) -> None:
         opened(prompts, carry="topics")
 
 
-def test_a_card_decodes_no_column_that_it_does_not_need(prompts: Path) -> None:
+def spoil_thumbnails(prompts: Path) -> None:
+    """Makes one column unreadable."""
     chunk = (
         pq.ParquetFile(prompts)
         .metadata.row_group(0)
@@ -88,6 +90,10 @@ def test_a_card_decodes_no_column_that_it_does_not_need(prompts: Path) -> None:
     data = bytearray(prompts.read_bytes())
     data[chunk.data_page_offset : chunk.data_page_offset + 40] = b"\xff" * 40
     prompts.write_bytes(data)
+
+
+def test_a_card_decodes_no_column_that_it_does_not_need(prompts: Path) -> None:
+    spoil_thumbnails(prompts)
     assert carried(opened(prompts)) == ["topic", "tags", "point"]
     every = opened(prompts, carry="*")
     rows, _ = every.read(SHARD, RULES)
@@ -107,3 +113,23 @@ def test_a_run_carries_the_columns_that_it_began_with(prompts: Path, write_promp
     assert other.fingerprint()["carry"] == ["topic"]
     plain = write_prompts({"prompt": ["a"], "topic": ["t"]}, name="plain")
     assert "carry" not in resolve(JobConfig(prompts=str(plain), output="out", device="simulated")).fingerprint()
+
+
+def test_a_strict_look_at_all_rows_decodes_no_other_column_either(prompts: Path) -> None:
+    spoil_thumbnails(prompts)
+    assert [batch.error for batch in batches(opened(prompts), every_column=True)] == [None]
+    assert all(batch.error for batch in batches(opened(prompts, carry="*"), every_column=True))
+
+
+def test_what_a_large_run_has_written_beside_its_manifests_is_no_prompt(prompts: Path) -> None:
+    out = prompts.parent / "out"
+    for name in (
+        "rollup/aaaaa000001.parquet",
+        "rollup/aaaaa000001.index.parquet",
+        "manifest.parquet/aaaaa000001.parquet",
+    ):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"prompt": ["a row of a manifest"]}), out / name)
+    pq.write_table(pa.table({"prompt": ["one of mine"]}), out / "rollup/mine.parquet")
+    (out / "run.json").write_text('{"fingerprint": {}}')
+    assert [file.name for file in opened(prompts.parent).files] == ["out/rollup/mine.parquet", "prompts.parquet"]

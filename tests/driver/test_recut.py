@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import Unfenced
 
@@ -95,6 +97,25 @@ def test_what_is_left_is_cut_for_the_cards_that_there_are_now(job: Job, monkeypa
     recut(again, committed_of(again))
     assert again.plan == run.plan, "there is nothing left to cut"
     assert sum(info.rows for info, _ in again.ledger.commits()) == sum(shard.rows for shard in old[:3])
+
+
+@pytest.mark.parametrize("group", [100_000, 300])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("which", ["one is in flight", "every other one", "some"])
+def test_a_new_shard_does_not_reach_over_rows_of_one_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, batch_size: int, group: int
+) -> None:
+    prompts = tmp_path / "many.parquet"
+    pq.write_table(pa.table({"prompt": [f"p {row}" for row in range(6000)]}), prompts, row_group_size=group)
+    output = str(tmp_path / "other")
+    job = resolve(JobConfig(prompts=str(prompts), output=output, device="simulated", batch_size=batch_size))
+    _, old = begin_run(a_ledger(job), job, 2)
+    some = random.Random(1).sample(old, len(old) // 2)
+    for shard in {"one is in flight": [old[0], *old[2:6]], "every other one": old[::2], "some": some}[which]:
+        assert commit(a_ledger(job), shard)
+    run = a_run(job, monkeypatch, 7)
+    recut(run, committed_of(run))
+    assert places(run.plan, job) == Counter(dict.fromkeys(range(6000), 1))
 
 
 def test_a_driver_that_comes_back_and_commits_by_the_old_cut_commits_nothing(

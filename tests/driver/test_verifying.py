@@ -21,11 +21,13 @@ from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.driver import verifying
 from gaudi_batch.driver.verifying import verify_run
+from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import VERIFYING_FILE
 from gaudi_batch.output import manifest
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo, ImageInfo, StoredImage
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.verify import verify
 from gaudi_batch.storage.store import Storage
@@ -39,7 +41,14 @@ def a_run(storage: Storage) -> Any:
     commits = Commits(ledger, "aaaaa")
     commits.refresh()
     connect: Any = lambda: CardResources("CPU", 1)  # noqa: E731
-    return SimpleNamespace(ledger=ledger, commits=commits, latest_shard_of_row={}, cards=2, connect=connect)
+    return SimpleNamespace(
+        ledger=ledger,
+        commits=commits,
+        info=SimpleNamespace(run_id="r1"),
+        latest_shard_of_row={},
+        cards=2,
+        connect=connect,
+    )
 
 
 def commit(ledger: Ledger, shard: int) -> None:
@@ -51,7 +60,7 @@ def commit(ledger: Ledger, shard: int) -> None:
         stored = StoredImage(path, hashlib.sha256(data).hexdigest(), datetime.now(timezone.utc), 0.0, 0.0)
         images[row, 0] = ImageInfo(stored, row, None, False)
     rows = [PromptRow(row, str(row), "p", "", None, BUCKET, 1, None) for row, _ in images]
-    info = CommitInfo(shard, "aaaaa1", "c", "n", None, 2, 0, 2, ThroughputTotals())
+    info = CommitInfo(shard, "aaaaa1", "c", "n", None, 2, 0, 2, ThroughputTotals(), "r1")
     assert ledger.commit(info, manifest.build(rows, pa.table({"topic": ["t", "t"]}), images, {}, 0, info))
 
 
@@ -61,6 +70,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     monkeypatch.setattr(verifying, "CHUNK_IMAGES", 2)
     monkeypatch.setattr(verifying, "SAVE_INTERVAL_S", 0.0)
     storage = Storage(str(tmp_path / "out"))
+    storage.put("run.json", RunInfo({"device": "simulated"}, {}, {}, "now", rows=12, images=12, run_id="r1").encode())
     for shard in range(SHARDS):
         commit(Ledger(storage, Unfenced()), shard)
     storage.remove("images/000001-aaaaa1/00000002-00.png")
@@ -150,8 +160,20 @@ def test_a_large_run_is_verified_on_the_cards_too(
         with caplog.at_level("INFO", "gaudi_batch"):
             assert verify_run(a_run(output)).describe() == EXPECTED
         assert "6 chunks are verified on 2 cards and here" in caplog.text
+        assert "could not verify" not in caplog.text
         run = a_run(output)
         run.connect = lambda: CardResources("NOTHING_HAS_THIS", 1)
         assert verify_run(run).describe() == EXPECTED, "what no card takes up is verified here"
+        run = a_run(output)
+        run.info.run_id = "another"  # as on a node that does not see the output
+        assert verify_run(run).describe() == EXPECTED
+        assert "does not see this run" in caplog.text
     finally:
         ray.shutdown()
+
+
+def test_a_manifest_that_is_gone_is_no_shard_without_images(output: Storage) -> None:
+    run = a_run(output)
+    output.remove("manifest/000003.parquet")
+    with pytest.raises(StorageError, match="1 manifests are gone or torn, the first of shard 3"):
+        verify_run(run)

@@ -24,6 +24,7 @@ from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.rollup import index_path, rows_path
+from gaudi_batch.storage.listing import Entry
 from gaudi_batch.storage.store import Storage
 
 SHARDS = 10
@@ -180,8 +181,9 @@ def test_rows_that_are_gone_or_fewer_are_no_result(ledger: Ledger) -> None:
     path = rows_path("aaaaa000002")
     table = pq.read_table(pa.BufferReader(ledger.storage.get(path) or b""))
     pq.write_table(table.slice(1), ledger.storage.full(path))
-    with pytest.raises(StorageError, match="has 39 rows, and the manifests 40; remove the directory rollup"):
-        join_manifests(known(ledger, "bbbbb"), {})
+    for latest in ({}, {0: 0}):
+        with pytest.raises(StorageError, match="has 11 rows, and the manifests 12; remove the directory rollup"):
+            join_manifests(known(ledger, "bbbbb"), latest)
     ledger.storage.remove(path)
     with pytest.raises(StorageError, match="is not there any more; remove the directory rollup"):
         join_manifests(known(ledger, "bbbbb"), {})
@@ -231,10 +233,55 @@ def test_memory_does_not_grow_with_a_run_that_can_not_write_roll_ups(
         commit(ledger, shard, shard_rows(shard))
         commits.add(info_of(ledger, shard), ledger.storage.get(manifest_path(shard)) or b"")
         commits._wait()
-        assert len(commits._held) <= 6
-    monkeypatch.undo()
-    commits.refresh()
-    assert len(rows(commits)) == (SHARDS + 40) * ROWS
+        assert sum(held.table is not None for held in commits._held.values()) <= 6
+    for each in (commits, known(ledger, "bbbbb")):
+        each.refresh()
+        assert len(each.by_shard) == SHARDS + 40, "what is committed is known all the same"
+        assert len(rows(each)) == (SHARDS + 40) * ROWS
+
+
+def test_a_mark_that_looks_like_an_md5_and_is_none_costs_a_look(
+    ledger: Ledger, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ETags of objects that S3 encrypts by a key of the user's."""
+    monkeypatch.setattr(
+        "gaudi_batch.storage.reading.entry_of_file", lambda stat: Entry(stat.st_size, 'ETag "' + "a" * 32)
+    )
+    commits = rolled_up(ledger)
+    for shard in range(SHARDS, SHARDS + 3):
+        commit(ledger, shard, shard_rows(shard))
+        commits.add(info_of(ledger, shard), ledger.storage.get(manifest_path(shard)) or b"")
+    commits._wait()
+    assert len(commits.parts) == 5
+    read.clear()
+    assert len(known(ledger, "bbbbb").by_shard) == SHARDS + 3
+    assert read == []
+
+
+def test_a_listing_leaves_out_what_is_being_written(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = Path(ledger.storage.full("manifest"))
+    (manifests / ".000003.parquet.part-0a").write_bytes(b"half")
+    (manifests / "000099.parquet").symlink_to("nowhere")
+    assert sorted(ledger.manifest_entries()) == list(range(SHARDS))
+
+
+def test_a_directory_that_is_written_again_is_not_taken_for_a_complete_runs(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined, "SORTED_BYTES", 100)
+    join_manifests(known(ledger), {})
+    ledger.storage.put("summary.json", b'{"state": "complete"}')
+    put = Ledger.put
+
+    def die(self: Ledger, name: str, data: bytes) -> None:
+        if name.startswith(JOINED):
+            raise KeyboardInterrupt
+        put(self, name, data)
+
+    monkeypatch.setattr(Ledger, "put", die)
+    with pytest.raises(KeyboardInterrupt):
+        join_manifests(known(ledger, "bbbbb"), {})
+    assert ledger.storage.get("summary.json") is None
 
 
 def joined_rows(place: str) -> list[tuple[Any, ...]]:
@@ -275,7 +322,17 @@ def test_overwriting_removes_the_roll_ups(ledger: Ledger, monkeypatch: pytest.Mo
     monkeypatch.setattr(joined, "SORTED_BYTES", 100)
     join_manifests(known(ledger), {})
     clear(ledger)
-    assert {str(path) for path in Path(ledger.storage.place).rglob("*") if path.is_file()} == set()
+    assert left(ledger) == set()
+    for name in ("rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet"):
+        ledger.storage.put(name, b"somebody's own")
+    rolled_up(filled(ledger))
+    clear(ledger)
+    assert left(ledger) == {"rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet"}
+
+
+def left(ledger: Ledger) -> set[str]:
+    place = Path(ledger.storage.place)
+    return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
