@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
-from helpers import S3Server, free_port
+from helpers import S3Server, StoreServer, free_port, serving
 from raynodes import RayNode, descendants
 
 BATCH_SIZE = 8
@@ -359,16 +359,11 @@ def _rss(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def s3_server(home: Path) -> Iterator[S3Server]:
+def s3_server(home: Path) -> Iterator[StoreServer]:
     """MinIO's S3 in JuiceFS's gateway, with an empty bucket, on this machine's disk."""
-    server = S3Server(home / "s3", free_port())
-    server.home.mkdir()
-    server.start()
-    try:
-        server.make_bucket()
+    (home / "s3").mkdir()
+    with serving(S3Server(home / "s3", free_port())) as server:
         yield server
-    finally:
-        server.kill()
 
 
 def storage_flags(options: Mapping[str, Any]) -> tuple[str, ...]:

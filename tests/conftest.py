@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -15,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, examples, free_port
+from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, examples, free_port, serving
 from hypothesis import HealthCheck, settings
 from raynodes import RayCluster
 
@@ -168,17 +167,6 @@ def nodes(head: RayCluster) -> Iterator[RayCluster]:
         yield head
     finally:
         head.remove_nodes()
-
-
-@contextlib.contextmanager
-def serving(server: StoreServer) -> Iterator[StoreServer]:
-    """Runs a server of object storage."""
-    server.start()
-    try:
-        server.make_bucket()
-        yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="session")

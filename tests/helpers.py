@@ -232,3 +232,14 @@ class Unfenced:
     def holds(self) -> bool:
         """It always does."""
         return True
+
+
+@contextlib.contextmanager
+def serving(server: StoreServer) -> Iterator[StoreServer]:
+    """Runs a server of object storage."""
+    server.start()
+    try:
+        server.make_bucket()
+        yield server
+    finally:
+        server.kill()

@@ -96,7 +96,7 @@ class _Progress:
         self._ledger = run.ledger
         commits = [(commit.info.shard, commit.entry) for commit in run.commits.in_order()]
         reruns = sorted(run.latest_shard_of_row.items())
-        self._digest = hashlib.sha256(json.dumps([commits, reruns]).encode()).hexdigest()
+        self._digest = hashlib.sha256(json.dumps([commits, reruns, CHUNK_IMAGES]).encode()).hexdigest()
         self._saved = time.monotonic()
         stored = run.ledger.get_json(VERIFYING_FILE) or {}
         if stored.get("digest") != self._digest:
@@ -151,6 +151,8 @@ def _on_cards(run: Run, todo: Mapping[int, list[int]]) -> Iterator[tuple[int, Ve
                 number = left.popleft()
                 on_cards[submit(open_chunks[number])] = number
             if here is None:
+                while failed and failed[0] not in open_chunks:
+                    failed.popleft()
                 number = failed.popleft() if failed else left.pop() if left else next(iter(open_chunks))
                 here = number, pool.submit(verify, run.ledger, open_chunks[number], latest)
             ended, _ = ray.wait(list(on_cards), timeout=WAIT_S) if on_cards else ([], None)

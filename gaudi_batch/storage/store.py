@@ -9,9 +9,10 @@ again is in `retrying.py`.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,26 +39,17 @@ REMOVE_THREADS = 16
 
 
 class Storage(ReadableStorage):
-    """A directory of a store or a disk that `open_filesystem` takes, addressed by relative paths with forward slashes.
+    """A directory of a store or a disk that `open_filesystem` takes, to read and to write; see `ReadableStorage`."""
 
-    Args:
-        url: root; a plain path is a local directory.
-        options: fsspec storage options.
-        retry_timeout_s: seconds for which a failing operation is tried again.
-        read_only: whether nothing is to be written there.
-    """
+    @functools.cached_property
+    def creates(self) -> bool:
+        """Whether the store refuses a put that is to create an object where one exists; see `find_out_create`."""
+        return self.local
 
-    def __init__(
-        self,
-        url: str,
-        options: Mapping[str, Any] | None = None,
-        retry_timeout_s: float = 600.0,
-        read_only: bool = False,
-    ) -> None:
-        super().__init__(url, options, retry_timeout_s, read_only)
-        self.creates = self.local
-        """Whether the store refuses a put that is to create an object where one exists."""
-        self._made: set[str] = set()
+    @functools.cached_property
+    def _made(self) -> set[str]:
+        """Directories that are there."""
+        return set()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_made": set()}

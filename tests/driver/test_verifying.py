@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -177,3 +179,37 @@ def test_a_manifest_that_is_gone_is_no_shard_without_images(output: Storage) -> 
     output.remove("manifest/000003.parquet")
     with pytest.raises(StorageError, match="1 manifests are gone or torn, the first of shard 3"):
         verify_run(run)
+
+
+def test_a_chunk_that_a_card_fails_while_it_is_verified_here_is_not_taken_up_again(
+    output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six chunks: the cards keep two, of which one fails just when this process is at it; the other never ends."""
+    import ray
+    from ray.exceptions import WorkerCrashedError
+
+    monkeypatch.setattr(verifying, "ALONE_IMAGES", 4)
+    at_first, has_failed = threading.Event(), threading.Event()
+
+    def verify_here(ledger: Any, shards: list[int], latest: Any) -> Any:
+        if shards == [0]:
+            at_first.set()
+            assert has_failed.wait(30)
+        return verify(ledger, shards, latest)
+
+    def wait(tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        time.sleep(0.01)
+        ended = [0] if at_first.is_set() and 0 in tasks else []
+        return ended, tasks
+
+    def get(task: int) -> Any:
+        has_failed.set()
+        raise WorkerCrashedError
+
+    monkeypatch.setattr(verifying, "verify", verify_here)
+    monkeypatch.setattr(verifying, "_task", lambda *_: lambda shards: shards[0])
+    cancelled: list[int] = []
+    for name, replacement in (("wait", wait), ("get", get), ("cancel", lambda task, force: cancelled.append(task))):
+        monkeypatch.setattr(ray, name, replacement)
+    assert verify_run(a_run(output)).describe() == EXPECTED
+    assert cancelled == [1]
