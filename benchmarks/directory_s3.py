@@ -19,6 +19,7 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,12 +47,12 @@ class DirectoryBucket(ThreadingHTTPServer):
     def __init__(self, root: Path, port: int = 0, latency_s: float = 0.0) -> None:
         self.root, self.latency_s = root, latency_s
         self.lock = threading.Lock()
-        self.requests: dict[str, int] = {}
+        self.requests: Counter[str] = Counter()
         """How many there were, by method, `LIST` among them."""
         self.uploads: dict[str, dict[int, bytes]] = {}
         """Parts by number, of each upload that is not complete."""
-        self.sent = 0
-        """Bytes of objects sent."""
+        self.sent: Counter[str] = Counter()
+        """Bytes sent of each object."""
         self.objects = dict(self._files(root, ""))
         """Size and time of the last change by key."""
         self.keys = sorted(self.objects)
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.latency_s)
         kind = "LIST" if "list-type" in query else self.command
         with self.server.lock:
-            self.server.requests[kind] = self.server.requests.get(kind, 0) + 1
+            self.server.requests[kind] += 1
         return unquote(parts.path)[len(BUCKET) + 2 :], query, body
 
     def _body(self) -> bytes:
@@ -194,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             about["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first : last + 1], 206
         with self.server.lock:
-            self.server.sent += len(data)
+            self.server.sent[key] += len(data)
         self._answer(status, data, **about)
 
     def _list(self, query: dict[str, str]) -> None:
@@ -275,7 +276,7 @@ def main() -> None:
     print(f"http://127.0.0.1:{server.server_port}/{BUCKET}: {len(server.keys)} objects", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    print(f"requests {server.requests}, {server.sent} bytes of objects sent", flush=True)
+    print(f"requests {dict(server.requests)}, {server.sent.total()} bytes of objects sent", flush=True)
 
 
 if __name__ == "__main__":

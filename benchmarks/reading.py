@@ -1,0 +1,82 @@
+"""How many bytes a job reads from the prompts' store, over the size of the files.
+
+    python -m benchmarks.reading --cards 8 --prompts 2560
+
+Files of four row groups each on an S3 server that counts what it sends. 1 would be each byte once. Where there are more
+cards than row groups, several must read the same: with 64 cards and 32 groups 2 is the least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.directory_s3 import BUCKET, DirectoryBucket
+from benchmarks.harness import BATCH_SIZE, ray_started, run_command, scratch, storage_flags
+from benchmarks.report import Benchmark, Row, size_flags
+
+CARDS = 64
+FILES = 8
+GROUPS = 4
+"""Row groups of a file."""
+BATCHES = 40
+"""Of each card."""
+WORDS = 80
+"""Of a prompt, each of 3 to 9 random letters, which no compression makes much smaller."""
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """One job."""
+    cards = options.cards or CARDS
+    prompts = options.prompts or cards * BATCHES * BATCH_SIZE
+    with scratch() as home:
+        bucket = home / "store"
+        (bucket / "prompts").mkdir(parents=True)
+        _write(bucket / "prompts", prompts)
+        stored = sum(path.stat().st_size for path in bucket.rglob("*.parquet"))
+        server = DirectoryBucket(bucket)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
+        credentials = {"key": "any", "secret": "any", "client_kwargs": endpoint}
+        flags = storage_flags(credentials)
+        with (
+            ray_started(home, cards) as cluster,
+            run_command(f"s3://{BUCKET}/prompts", home / "out", cluster.address, *flags) as command,
+        ):
+            command.wait()
+        server.shutdown()
+        read = sum(size for key, size in server.sent.items() if key.startswith("prompts/"))
+        case = f"{prompts:,} prompts, {cards} cards, {FILES} files of {GROUPS} row groups"
+        yield case, {"stored_mb": stored / 1e6, "read_mb": read / 1e6, "read_over_stored": read / stored}
+
+
+def _write(directory: Path, prompts: int) -> None:
+    letters = random.Random(0)
+    rows = -(-prompts // FILES)
+    for number in range(FILES):
+        texts = [_text(letters) for _ in range(min(rows, prompts - number * rows))]
+        table = pa.table({"prompt": texts, "topic": [text[:8] for text in texts]})
+        pq.write_table(table, directory / f"part-{number}.parquet", row_group_size=-(-rows // GROUPS))
+
+
+def _text(letters: random.Random) -> str:
+    return " ".join(
+        "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=letters.randint(3, 9))) for _ in range(WORDS)
+    )
+
+
+COLUMNS = {
+    "stored_mb": ("size of the files, MB", ".1f"),
+    "read_mb": ("bytes read, MB", ".1f"),
+    "read_over_stored": ("read over size", ".2f"),
+}
+BENCHMARK = Benchmark("reading", __doc__, COLUMNS, measure, size_flags)
+
+if __name__ == "__main__":
+    BENCHMARK.alone()
