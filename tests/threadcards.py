@@ -86,7 +86,9 @@ def _placement(device: str) -> tuple[str, str, int | None]:
 
 
 def _start(places: Places, number: int) -> ThreadCard:
-    card = places._actors[number] = ThreadCard(places._setup, number)
+    if number not in places._actors:
+        places._actors[number] = ThreadCard(places._setup, number)
+    card: ThreadCard = places._actors[number]
     return card
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
@@ -21,11 +20,14 @@ from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts, Rules
 
 
-def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: Stopwatch, grace: float) -> Ended:
+def make_missing(
+    run: Run, cards: CardsOfRun, missing: list[Shard], committed: Committed, watch: Stopwatch, grace: float
+) -> Ended:
     """Makes shards.
 
     Args:
         run: the run.
+        cards: its cards, some of which may have started.
         missing: its shards that are not committed.
         committed: what is; goes on being added to.
         watch: the time of this driver.
@@ -35,7 +37,6 @@ def make_missing(run: Run, missing: list[Shard], committed: Committed, watch: St
         ForcedInterrupt: a second signal ended it.
         LeaseLost: another driver has taken over.
     """
-    cards = CardsOfRun(CardSetup(run.job, run.ledger.storage, run.info.run_id), run.connect())
     schedule = _schedule(run, missing, committed)
     tally = committed.tally
     planned = sum(shard.images for shard in run.plan if shard.number in tally.attempts and not shard.is_rerun)

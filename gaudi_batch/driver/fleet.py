@@ -22,7 +22,7 @@ from gaudi_batch.cluster.placement import node_is_gone, why_died
 from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.calls import ask_back, call_until_answered, send
 from gaudi_batch.driver.doing import Doing, doings
-from gaudi_batch.driver.places import CardsOfRun, Places
+from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.slot import Slot, card_name
 from gaudi_batch.driver.watchdog import PhaseRules, passed_limit
@@ -81,7 +81,7 @@ class Fleet:
         self._background = background
         self._tell = tell
         self._keep = keep
-        self._places = Places(setup, resources, schedule.prefix)
+        self._places = cards.places
         self._cluster_capacity = functools.partial(cluster_capacity, setup.job.config, resources)
         self._notes: set[str] = set()
 
@@ -103,7 +103,7 @@ class Fleet:
                 placed = await self._background.ask_ray(self._places.placed, [slot.number for slot in unplaced])
                 for slot in self._in_states(CardState.WAITING):
                     if slot.number in placed:
-                        slot.node_id, slot.placed = placed[slot.number], time.monotonic()
+                        slot.node_id, slot.placed = placed[slot.number], self._places.since[slot.number]
                         self._tell(events.CardPlaced(slot.number, slot.node_id))
                         self._start(slot)
                 unplaced = self._in_states(CardState.WAITING)
@@ -126,7 +126,9 @@ class Fleet:
     # -- what the schedule decides ------------------------------------------------------------------------------
 
     def ask_for(self, decision: decisions.AskForCards) -> None:
-        """Asks the cluster for cards."""
+        """Asks the cluster for cards. Those that started early are among the first, or are not needed."""
+        if not self.slots:
+            self._background.tell_ray(self._places.give_back_others, decision.cards)
         self.slots.update({number: Slot(number) for number in decision.cards})
         self._count_slots()
         self._background.tell_ray(self._places.create, decision.cards)

@@ -7,6 +7,7 @@ in a thread of their own, one after the other, in the order in which it decided 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from gaudi_batch.card.actor import Card
 from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.cluster.connection import CardResources, card_options
 from gaudi_batch.cluster.placement import group_name
+from gaudi_batch.driver.run_context import Run
 
 CARD_CALLS = 4
 """Calls that a card takes at the same time: polls, shards, and recalls of shards."""
@@ -33,10 +35,18 @@ class CardsOfRun:
     """The job, as each card gets it."""
     resources: CardResources
     """What one takes of the cluster."""
+    places: Places
+    """Their places in the cluster."""
+
+    @classmethod
+    def of(cls, run: Run, resources: CardResources) -> CardsOfRun:
+        """The cards of a run, none of which is asked for yet."""
+        setup = CardSetup(run.job, run.ledger.storage, run.info.run_id)
+        return cls(setup, resources, Places(setup, resources, run.lease.driver))
 
 
 class Places:
-    """The places of a run's cards in the cluster, by the numbers of their slots. For one thread.
+    """The places of a run's cards in the cluster, by the numbers of their slots. For one thread at a time.
 
     Args:
         setup: the job, as the cards get it.
@@ -51,12 +61,14 @@ class Places:
         self._options = card_options(setup.job.config, resources)
         self._setup_ref: Any = None
         self._card: Any = None  # exported to the cluster once, not at each start
+        self.since: dict[int, float] = {}
+        """When it was first seen that a slot has its place, monotonic."""
         self._groups: dict[int, PlacementGroup] = {}
         self._actors: dict[int, Any] = {}
 
     def create(self, numbers: Iterable[int]) -> None:
-        """Asks the cluster for a place for each of these slots."""
-        for number in numbers:
+        """Asks the cluster for a place for each of these slots that has none."""
+        for number in sorted(set(numbers).difference(self._groups)):
             name = group_name(self._driver, number)
             self._groups[number] = placement_group([self._resources.bundle], strategy="PACK", name=name)
 
@@ -64,20 +76,29 @@ class Places:
         """Those of these slots that have their place, each with the id of its node. One question for all."""
         table = placement_group_table()
         groups = {number: table.get(self._groups[number].id.hex(), {}) for number in numbers if number in self._groups}
-        return {
+        nodes = {
             number: str(group["bundles_to_node_id"].get(0, ""))
             for number, group in groups.items()
             if group.get("state") == "CREATED"
         }
+        self.since = dict.fromkeys(nodes, time.monotonic()) | self.since
+        return nodes
 
     def start(self, number: int) -> Any:
-        """Starts a process in a slot's place; returns the Ray actor."""
+        """Starts a process in a slot's place, unless there is one; returns the Ray actor."""
+        if number in self._actors:
+            return self._actors[number]
         if self._card is None:
             self._card, self._setup_ref = ray.remote(Card), ray.put(self._setup)
         strategy = PlacementGroupSchedulingStrategy(self._groups[number], 0)
         options = {**self._options, "scheduling_strategy": strategy, "max_concurrency": CARD_CALLS}
         self._actors[number] = self._card.options(**options).remote(self._setup_ref)
         return self._actors[number]
+
+    def give_back_others(self, numbers: Collection[int]) -> None:
+        """Gives back all places but those of these slots."""
+        for number in self._groups.keys() - set(numbers):
+            self.remove(number)
 
     def kill(self, number: int) -> None:
         """Kills a slot's process, if one has been started, and keeps its place."""
@@ -88,6 +109,7 @@ class Places:
     def remove(self, number: int) -> None:
         """Gives a slot's place back, without its process."""
         self.kill(number)
+        self.since.pop(number, None)
         group = self._groups.pop(number, None)
         if group is not None:
             remove_placement_group(group)

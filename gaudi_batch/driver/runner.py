@@ -12,6 +12,7 @@ from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.survey import refuse_bad_rows
 from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected_early
+from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.finalize import DRIVER_NAME_LENGTH, sum_up, verify_images
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
@@ -97,14 +98,15 @@ def run(
                     _try_card(job, ledger, connect(), driver)
                 info, plan = open_run(ledger, job, connect, overwrite)
                 this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
-                this_run.commits.refresh()
-                if repair:
-                    add_broken_rows(this_run)
-                if retry_failed:
-                    retry_failed_rows(this_run)
-                committed = Committed.of(this_run)
-                recut(this_run, committed)
-                ended = _make_missing(this_run, committed, watch, grace)
+                with EarlyCards(this_run) as cards:
+                    cards.read_commits(start_cards=not repair)  # which takes the cluster's cards for itself
+                    if repair:
+                        add_broken_rows(this_run)
+                    if retry_failed:
+                        retry_failed_rows(this_run)
+                    committed = Committed.of(this_run)
+                    recut(this_run, committed)
+                    ended = _make_missing(this_run, cards, committed, watch, grace)
                 result = sum_up(this_run, committed.tally, ended)
                 if verify:
                     verify_images(this_run)
@@ -127,15 +129,15 @@ def _try_card(job: Job, ledger: Ledger, resources: CardResources, driver: str) -
     try_card(job, resources, driver)
 
 
-def _make_missing(run: Run, committed: Committed, watch: Stopwatch, grace: float) -> Ended:
+def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stopwatch, grace: float) -> Ended:
     """Makes the shards that are not committed, if there are any."""
     missing = [shard for shard in run.plan if shard.number not in committed.tally.attempts]
     if len(missing) < len(run.plan):
         log.info("%d of %d shards are committed already", len(run.plan) - len(missing), len(run.plan))
     if not missing:
         return Ended(None)
-    run.connect()
+    taken = cards.take()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 
-    return make_missing(run, missing, committed, watch, grace)
+    return make_missing(run, taken, missing, committed, watch, grace)

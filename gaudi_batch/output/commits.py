@@ -94,15 +94,19 @@ class Commits:
         """The commits in order of their shards."""
         return (self.by_shard[shard] for shard in sorted(self.by_shard))
 
-    def refresh(self) -> None:
+    def refresh(self, listed: Mapping[int, Entry] | None = None) -> None:
         """Brings all in line with what storage lists: what is gone is forgotten, and what is new or another is read.
+
+        Args:
+            listed: the manifests, if they have just been listed.
 
         Raises:
             LeaseLost: another driver has taken over.
             StorageError: storage failed for longer than `storage_patience`.
         """
         self._wait()
-        listed = self.ledger.manifest_entries()
+        if listed is None:
+            listed = self.ledger.manifest_entries()
         with self._lock:
             if not self._looked:
                 self._read_rollups(listed)

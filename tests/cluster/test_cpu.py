@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +99,7 @@ def test_the_same_pixels_encode_to_the_same_file(two_outputs: tuple[Path, Path])
     assert again.getvalue() == data
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_run_that_finds_out_its_device_connects_once(
     prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,14 +198,16 @@ def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pyte
         describe_model(config("someone/shapes", revision="v9"))
 
 
-def test_a_hub_model_runs_from_the_cache(prompts: Path, tmp_path: Path, cluster: str) -> None:
+@pytest.mark.usefixtures("thread_cards")
+def test_a_hub_model_runs_from_the_cache(
+    prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
     commit = put_into_hub_cache(tmp_path / "hub", "someone/shapes", BUILTIN_MODELS / "shapes", "v1")
-    result = command_line(
-        *("run", "--prompts", prompts, "--output", tmp_path / "out", "--device", "cpu", "--model", "someone/shapes"),
-        *("--revision", "v1", "--limit", "3", "--steps", "2", "--cards", "1", "--cpu.threads", "1"),
-        HF_HUB_OFFLINE="1",
-        HF_HUB_CACHE=str(tmp_path / "hub"),
-        HOME=os.environ["HOME"],
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    named = config("someone/shapes", revision="v1")
+    fields = {"prompts": str(prompts), "output": str(tmp_path / "out"), "limit": 3, "steps": 2, "cards": 1}
+    assert run(named.model_copy(update=fields), address=cluster).summary["images"] == 3
     assert commit in (tmp_path / "out/run.json").read_text()

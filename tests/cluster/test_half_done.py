@@ -64,6 +64,7 @@ def test_a_run_of_an_older_version_is_finished_to_the_same_bytes(tmp_path: Path,
 
 
 @pytest.mark.torch
+@pytest.mark.usefixtures("thread_cards")
 def test_a_run_on_the_cpu_of_an_older_version_is_finished_to_the_same_images(tmp_path: Path, cluster: str) -> None:
     kept = KEPT / "cpu"
     output, code = finish(kept, tmp_path / "run", cluster)

@@ -15,7 +15,7 @@ from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.driver import fleet, loop
 from gaudi_batch.driver.loop import Driver
-from gaudi_batch.driver.places import CardsOfRun
+from gaudi_batch.driver.places import CardsOfRun, Places
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.plan import Bucket, Shard
@@ -45,7 +45,9 @@ async def a_driver(cluster_s: float = 60.0) -> Driver:
         [Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4), Rules(cluster_timeout_s=cluster_s)
     )
     recorder: Any = Recorder()
-    return Driver(CardsOfRun(setup, CardResources("HPU", 1)), schedule, recorder, recorder, recorder)
+    resources = CardResources("HPU", 1)
+    cards = CardsOfRun(setup, resources, Places(setup, resources, "a"))
+    return Driver(cards, schedule, recorder, recorder, recorder)
 
 
 def test_a_driver_that_is_stopped_ends_when_its_grace_is_over() -> None:
