@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import random
@@ -53,6 +54,16 @@ def command_line(*arguments: str | Path, **environment: str) -> subprocess.Compl
         env=os.environ | environment,
         check=False,
     )
+
+
+def called(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs `gaudi-batch` in this process, in a third of the CPU time; with `thread_cards` its cards, too."""
+    from gaudi_batch.cli import main as cli  # not before Ray's token is in the environment
+
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = cli.main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "main") -> str:

@@ -140,6 +140,8 @@ class RayCluster:
         board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
         options = ["--head", "--port", str(self.port), *board, "--temp-dir", self.session]
         options += ["--ray-client-server-port", str(free_port())]
+        if "--autoscaling-config" not in self.head_options:
+            options.append("--no-monitor")  # which is the autoscaler
         options += ["--system-config", json.dumps(FRUGAL | self.system_config), *self.head_options]
         self.add(*options, **self.head_environment)
         return self

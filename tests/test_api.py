@@ -78,6 +78,7 @@ def test_a_job_file_with_odd_names_is_refused_with_a_line(job: str, tmp_path: Pa
         JobConfig.load(tmp_path / "job.yaml")
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_result_knows_its_manifest_and_failed_rows(tmp_path: Path, moto: StoreServer, cluster: str) -> None:
     job = small(tmp_path / "prompts", moto.url("api"), storage_options=moto.options)
     result = run(job, address=cluster)

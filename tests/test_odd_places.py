@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import threadcards
 from helpers import REPOSITORY, command_line, free_port
 from smalljob import a_job, write_dataset
 
@@ -159,7 +160,9 @@ def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("finished")
     (home / "prompts").mkdir()
     write_dataset(home / "prompts")
-    run(JobConfig(**a_job(home / "prompts", home / "out")), address=cluster)
+    with pytest.MonkeyPatch.context() as patched:
+        threadcards.put_in_place(patched)
+        run(JobConfig(**a_job(home / "prompts", home / "out")), address=cluster)
     (home / "job.yaml").write_text(json.dumps(a_job("/mnt/prompts", "/mnt/out")))
     return home
 

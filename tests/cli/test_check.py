@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import S3Server, command_line, examples, read_manifest
+from helpers import S3Server, called, command_line, examples, read_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smalljob import write_dataset
@@ -54,6 +54,7 @@ def test_a_job_none_of_whose_rows_can_be_run_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_rows_that_can_t_be_run_are_those_that_fail(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
 ) -> None:
@@ -70,9 +71,9 @@ def test_rows_that_can_t_be_run_are_those_that_fail(
         row_group_size=3,
     )
     job = ("--prompts", prompts, "--output", tmp_path / "out", *JOB)
-    checked = command_line("check", *job)
+    checked = called("check", *job)
     assert checked.returncode == 0, checked.stderr
-    assert command_line("run", *job, "--address", cluster).returncode == 3
+    assert called("run", *job, "--address", cluster).returncode == 3
     failed = [row for row in read_manifest(tmp_path / "out") if row["status"] == "failed"]
     assert f"rows     {8 - len(failed)} can be run, {len(failed)} can't" in checked.stdout
     assert len(failed) == 5
@@ -219,6 +220,7 @@ def test_what_check_tries_leaves_nothing_behind(
     assert "output 's3://no-such-bucket/out' can't be written: " in printed
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_run_that_is_there_is_described_and_another_job_refused(
     tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,6 +189,7 @@ def test_first_batches_alone_are_said_to_be_that() -> None:
     assert guess.text(1).endswith("a card; of first batches, which compile: it will be less)")
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_run_that_was_killed_is_measured_by_its_manifests(
     prompts: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

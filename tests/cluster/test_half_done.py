@@ -53,6 +53,7 @@ def check_records(rows: list[dict[str, Any]], expected: list[dict[str, Any]], ou
     assert there == {row["path"] for row in rows} - {None}
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_run_of_an_older_version_is_finished_to_the_same_bytes(tmp_path: Path, cluster: str) -> None:
     kept = KEPT / "simulated"
     output, code = finish(kept, tmp_path / "run", cluster)

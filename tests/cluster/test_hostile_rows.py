@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest
+from helpers import called, read_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,19 +64,20 @@ def hostile(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_hostile_rows_stay_rows(hostile: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     job = ("--prompts", hostile, "--output", output, "--device", "simulated", "--simulated.batch-seconds", "0.01")
-    run = command_line("run", *job, "--cards", "2", "--address", cluster)
+    run = called("run", *job, "--cards", "2", "--address", cluster)
     assert run.returncode == 3, run.stderr
     others = [
-        command_line("check", *job),
-        command_line("check", *job, "--strict"),
-        command_line("status", output),
-        command_line("status", output, "--json"),
-        command_line("run", *job, "--columns.seed", "\x1b[31m\nforged"),
-        command_line("run", *job, "--seed", "1", "--address", cluster),
+        called("check", *job),
+        called("check", *job, "--strict"),
+        called("status", output),
+        called("status", output, "--json"),
+        called("run", *job, "--columns.seed", "\x1b[31m\nforged"),
+        called("run", *job, "--seed", "1", "--address", cluster),
     ]
     assert [said.returncode for said in others] == [0, 2, 0, 0, 2, 2]
     for said in (run, *others):

@@ -102,7 +102,7 @@ def hub() -> Iterator[Hub]:
 def test_cards_that_start_together_fetch_a_model_once(hub: Hub, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.parquet"
     pq.write_table(pa.table({"prompt": ["a large red circle on a blue background"] * 12}), prompts)
-    job = ("--prompts", prompts, "--output", tmp_path / "out", "--device", "cpu", "--cards", "3", "--steps", "2")
+    job = ("--prompts", prompts, "--output", tmp_path / "out", "--device", "cpu", "--cards", "2", "--steps", "2")
     result = command_line(
         *("run", *job, "--model", "tests/shapes", "--batch-size", "2", "--shard-size", "2", "--cpu.threads", "1"),
         HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from helpers import TESTS, command_line, read_manifest
+from helpers import TESTS, called, read_manifest
 from raynodes import RayCluster, follow, start_job
 
 from gaudi_batch.pipelines.cpus import share_of_node, usable_cpus
@@ -113,7 +113,8 @@ def test_a_node_that_may_use_fewer_cpus_than_a_card_has_threads_is_refused_by_na
 
 
 @pytest.mark.torch
-def test_a_run_whose_threads_an_older_version_fixed_goes_on_with_as_many(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("thread_cards")
+def test_a_run_whose_threads_an_older_version_fixed_goes_on_with_as_many(tmp_path: Path, cluster: str) -> None:
     """That counted the machine's CPUs, of which a container may have fewer."""
     shutil.copytree(HALF_DONE, tmp_path / "run")
     os.utime(tmp_path / "run/prompts/part-0.parquet", (1_700_000_000, 1_700_000_000))
@@ -122,7 +123,7 @@ def test_a_run_whose_threads_an_older_version_fixed_goes_on_with_as_many(tmp_pat
     record["fingerprint"]["threads"] = threads
     path.write_text(json.dumps(record))
     places = ("--prompts", tmp_path / "run/prompts", "--output", tmp_path / "run/output")
-    result = command_line("run", tmp_path / "run/job.yaml", *places, "--cards", "1")
+    result = called("run", tmp_path / "run/job.yaml", *places, "--cards", "1", "--address", cluster)
     assert result.returncode == 0, result.stderr
     assert f", with {threads} threads" in result.stderr
     assert len(read_manifest(tmp_path / "run/output")) == 12

@@ -64,6 +64,7 @@ def gaudi_batch(tmp_path: Path, cluster: str) -> Callable[..., int]:
     return call
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_row_beyond_a_bound_fails_with_its_reason(
     write_prompts: Callable[..., Path], tmp_path: Path, gaudi_batch: Callable[..., int], capsys: Any
 ) -> None:
