@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import command_line
+from helpers import command_line, wait_until
 
 from gaudi_batch.card.actor import Card
 from gaudi_batch.card.mailbox import Mailbox
@@ -25,8 +26,9 @@ from gaudi_batch.cli import main as cli
 from gaudi_batch.driver.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.driver.watchdog import BatchTimes, PhaseRules
-from gaudi_batch.pipelines.base import Item
-from gaudi_batch.plan import BatchKind
+from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.simulated import SimulatedPipeline
+from gaudi_batch.plan import BatchKind, Bucket
 from gaudi_batch.scheduling.cards import CardState
 
 LARGE = BatchKind(1024, 1024, 20, True)
@@ -137,44 +139,38 @@ def test_a_card_counts_images_until_they_are_stored() -> None:
         assert waiting() == left
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_log_and_status_say_what_a_card_does_that_takes_long(
-    write_prompts: Callable[..., Path],
-    tmp_path: Path,
-    cluster: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second of two batches takes until all has been said of it."""
     output = tmp_path / "out"
     prompts = write_prompts({"prompt": ["small", "large"], "width": [64, 128], "height": [64, 128]})
-    told: list[str] = []
+    line = r"card \S+: first batch of 128x128, row 1, \d+ s of 400 s"
+    log, told = io.StringIO(), {}
+    generate = SimulatedPipeline.generate
 
-    def ask() -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            time.sleep(0.1)
-            with_phase = (output / "progress.json").read_text() if (output / "progress.json").exists() else "{}"
-            cards = json.loads(with_phase or "{}").get("cards", {}).values()
-            if any(card.get("bucket") == "128x128" for card in cards):
-                told.append(command_line("status", output).stdout)
-                told.append(command_line("status", output, "--json").stdout)
-                return
+    def generate_until_all_is_said(pipeline: SimulatedPipeline, bucket: Bucket, items: list[Item]) -> Generated:
+        if bucket.width == 128:
+            wait_until(lambda: "128x128" in (output / "progress.json").read_text())
+            told["text"] = command_line("status", output).stdout
+            told["json"] = command_line("status", output, "--json").stdout
+            wait_until(lambda: re.search(rf"{line}; that is longer than is usual\n", log.getvalue()))
+            wait_until(lambda: re.search(rf"{line}\n", log.getvalue()))
+        return generate(pipeline, bucket, items)
 
     for name in ("loop.UNUSUAL_INTERVAL_S", "loop.PROGRESS_INTERVAL_S", "fleet.CARD_POLL_INTERVAL_S"):
         monkeypatch.setattr(f"gaudi_batch.driver.{name}", 0.2)
-    monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_INTERVAL_S", 1.0)
-    asking = threading.Thread(target=ask)
-    asking.start()
+    monkeypatch.setattr("gaudi_batch.reporting.terminal.CARDS_INTERVAL_S", 0.2)
+    monkeypatch.setattr("gaudi_batch.driver.doing.LIMIT_SHARE", 0.005)
+    monkeypatch.setattr(SimulatedPipeline, "generate", generate_until_all_is_said)
     job = ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, "--device", "simulated")
-    slow = ("--simulated.batch-seconds", "7", "--limits.first-batch", "10", "--cards", "2", "--batch-size", "1")
-    assert cli.main([*job, *slow]) == 0
-    asking.join()
-    log = capsys.readouterr().err
-    assert re.search(r"0/2 images, .*; waits for a card", log), log
-    line = r"card \S+: first batch of 128x128, row 1, \d s of 10 s"
-    assert re.search(rf"{line}\n", log), log
-    assert re.search(rf"{line}; that is longer than is usual\n", log), log
-    assert len(re.findall(r"128x128.*longer than is usual", log)) == 1
-    assert re.search(r"card     \S+: ready, first batch of 128x128, row 1, \d s of 10 s; 0 images", told[0]), told[0]
-    (card,) = [card for card in json.loads(told[1])["cards"].values() if card["bucket"] == "128x128"]
-    assert (card["phase"], card["rows"], card["limit_s"]) == ("first batch", "1", 10.0)
-    assert 0 <= card["phase_s"] <= 10
+    slow = ("--simulated.batch-seconds", "0.1", "--limits.first-batch", "400", "--cards", "1", "--batch-size", "1")
+    with contextlib.redirect_stderr(log):
+        assert cli.main([*job, *slow]) == 0
+    said = log.getvalue()
+    assert re.search(r"0/2 images, .*; waits for a card", said), said
+    assert re.search(rf"card     \S+: ready, {line.partition(': ')[2]}; 1 images", told["text"]), told["text"]
+    (card,) = json.loads(told["json"])["cards"].values()
+    assert (card["phase"], card["bucket"], card["rows"], card["limit_s"]) == ("first batch", "128x128", "1", 400.0)
+    assert 0 <= card["phase_s"] <= 400
