@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ def command_line(*arguments: str | Path, **environment: str) -> subprocess.Compl
         env=os.environ | environment,
         check=False,
     )
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 90) -> None:
+    """Waits for something to become true; fails after so many seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not so after {seconds:.0f} s"
+        time.sleep(0.05)
+
+
+def wait_for_commits(output: Path, count: int) -> None:
+    """Waits until so many shards of a run are committed."""
+    wait_until(lambda: len(list(output.glob("manifest/*.parquet"))) >= count, 120)
 
 
 def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "main") -> str:

@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import free_port, read_manifest
+from helpers import free_port, read_manifest, wait_until
 from raynodes import RAY, RayCluster, add_cards, descendants, wait_for_card
 
 from gaudi_batch import JobConfig
@@ -73,13 +73,6 @@ def start_job(cluster: RayCluster, dataset: Path, output: Path, *flags: str) -> 
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def wait_for_progress(output: Path) -> None:

@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import read_manifest
+from helpers import read_manifest, wait_for_commits
 from raynodes import QUICK, RayCluster, add_cards
 
 
@@ -38,10 +37,7 @@ def test_a_card_taken_for_dead_that_comes_back_changes_nothing(
     driver = subprocess.Popen(
         [sys.executable, "-m", "gaudi_batch", *map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    until = time.monotonic() + 120
-    while len(list(output.glob("manifest/*.parquet"))) < 3:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_commits(output, 3)
     stopped = lost.processes()
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)

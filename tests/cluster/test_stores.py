@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
-from helpers import StoreServer
+from helpers import StoreServer, wait_until
 from smalljob import Content, a_job, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
 from gaudi_batch.cluster.connection import attached
@@ -77,11 +76,9 @@ def test_a_killed_driver_s_run_is_finished(
     job.write_text(json.dumps(a_job(dataset, url, storage_options=server.options, simulated={"batch_seconds": 0.3})))
     command = [sys.executable, "-m", "gaudi_batch", "run", str(job), "--address", cluster]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while len(before := output.names("manifest")) < 2:
-        assert driver.poll() is None, driver.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: len(output.names("manifest")) >= 2 or driver.poll() is not None, 120)
+    assert driver.poll() is None, driver.communicate()[1]
+    before = output.names("manifest")
     driver.kill()
     driver.communicate()
     whole = {name: output.get(f"manifest/{name}") for name in before}

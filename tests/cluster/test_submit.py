@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import REPOSITORY, command_line, read_manifest
+from helpers import REPOSITORY, command_line, read_manifest, wait_for_commits, wait_until
 from raynodes import RAY, RayCluster, add_cards
 
 from gaudi_batch.cluster import jobs_client
@@ -104,8 +104,7 @@ def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
     again = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
     assert again.returncode == 2
     assert f"has a job 'night-{os.getpid()}' already" in again.stderr
-    while not list(output.glob("manifest/*")):
-        time.sleep(0.1)
+    wait_for_commits(output, 1)
     stopped = command_line("stop", f"night-{os.getpid()}", "--address", nodes.jobs_address)
     assert stopped.stdout == f"job night-{os.getpid()}: STOPPED\n", stopped.stderr
     assert json.loads((output / "lease.json").read_text())["released"]
@@ -231,10 +230,7 @@ def test_the_grace_that_stop_gives_reaches_the_driver(
     fields = {"simulated.batch-seconds": "1", "batch-size": "1", "cards": "1"}
     given = ("--no-wait", "--job-id", name, "--grace", "2", "--address", nodes.jobs_address)
     assert command_line("submit", *given, *job(prompts, output, **fields)).returncode == 0
-    until = time.monotonic() + 100
-    while not list(output.glob("images/*/*")):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: list(output.glob("images/*/*")))
     began = time.monotonic()
     stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
     assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest
+from helpers import command_line, read_manifest, wait_for_commits
 from raynodes import RayCluster, add_cards
 
 from gaudi_batch import JobConfig, run
@@ -78,13 +78,6 @@ def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None
 def job(prompts: Path, output: Path, cluster: str) -> tuple[str, ...]:
     fields = ("--shard-size", "8", "--cards", "1", "--device", "simulated", "--simulated.batch-seconds", "0.2")
     return ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, *fields)
-
-
-def wait_for_commits(output: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while len(list(output.glob("manifest/*.parquet"))) < count:
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def require_no_sum_of_cards_that_never_met(summary: dict[str, Any]) -> None:
