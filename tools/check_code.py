@@ -83,6 +83,7 @@ RETIRED_PARTS = {
     "patience": "retry_timeout_s",
     "proven": "has_succeeded",
     "strikes": "consecutive_failures",
+    "tally": "totals",
     "theirs": "a noun that says what it holds",
     "trouble": "failures or last_error",
     "unsettled": "in_doubt",

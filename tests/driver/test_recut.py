@@ -163,7 +163,7 @@ def test_a_driver_that_ends_between_retiring_and_planning_leaves_no_row_behind(
     again = a_run(job, monkeypatch, 2)
     committed = committed_of(again)
     assert committed.retired
-    assert committed.tally.rows == 0
+    assert committed.totals.rows == 0
     recut(again, committed)
     assert not committed.retired & {shard.number for shard in again.plan}
     assert places(again.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))

@@ -37,8 +37,8 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.storage import disk, retry, store
