@@ -39,8 +39,8 @@ def read_manifest(output: Path) -> list[dict[str, Any]]:
 
 def files(output: Path) -> dict[str, bytes]:
     """What an output holds, without the record of who drives."""
-    found = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name != "lease.json"}
+    stored = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    return {name: data for name, data in stored.items() if name != "lease.json"}
 
 
 def command_line(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -161,11 +161,11 @@ def test_a_card_looks_whether_its_node_sees_what_the_others_see_before_it_loads(
 
     monkeypatch.setattr("gaudi_batch.card.actor.require_shared", refused)
     monkeypatch.setattr("gaudi_batch.card.actor.load_pipeline", lambda *_: pytest.fail("it loads"))
-    said: list[Any] = []
+    emitted: list[Any] = []
     card: Any = Card.__new__(Card)
-    card._setup, card._mailbox = None, SimpleNamespace(emit=said.append)
+    card._setup, card._mailbox = None, SimpleNamespace(emit=emitted.append)
     card._generate()
-    (broken,) = said
+    (broken,) = emitted
     assert "not on a file system that all nodes share" in broken.error
 
 

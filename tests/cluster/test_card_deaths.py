@@ -105,8 +105,8 @@ def test_secrets_are_written_nowhere(
     for path in written.filesystem.find(written.root):
         data = written.filesystem.cat_file(path)
         assert not any(secret.encode() in data for secret in secrets), path
-    said = capfd.readouterr()
-    assert not any(secret in said.out + said.err for secret in secrets)
+    captured = capfd.readouterr()
+    assert not any(secret in captured.out + captured.err for secret in secrets)
     with attached(cluster):
         session = Path(ray._private.worker._global_node.get_session_dir_path())
     for log in (session / "logs").glob("worker-*"):

@@ -187,8 +187,8 @@ def test_two_jobs_share_a_cluster_and_take_turns(
                 stop = time.mktime(time.strptime(line["time"][:19], "%Y-%m-%dT%H:%M:%S"))
                 spans.append((line["module"], stop - line["generate_s"], stop, str(output)))
     for module in {span[0] for span in spans}:
-        mine = sorted(span[1:] for span in spans if span[0] == module)
-        for (_, stop, one), (start, _, other) in itertools.pairwise(mine):
+        of_module = sorted(span[1:] for span in spans if span[0] == module)
+        for (_, stop, one), (start, _, other) in itertools.pairwise(of_module):
             assert one == other or start > stop - 2, f"module {module} was in two hands"
 
 
@@ -276,10 +276,13 @@ def test_nodes_that_can_t_say_what_cards_they_have_are_named_so(
         time.sleep(60)
         return True
 
-    for look, seconds, said in ((without_this_package, 60, "No module named 'gaudi_batch'"), (silent, 3, "for 3 s")):
+    for has_stack, seconds, message in (
+        (without_this_package, 60, "No module named 'gaudi_batch'"),
+        (silent, 3, "for 3 s"),
+    ):
         monkeypatch.setattr(devices, "NODES_TIMEOUT_S", float(seconds))
-        monkeypatch.setattr(devices, "_has_stack", look)
-        with pytest.raises(InputError, match=rf"device auto: .*{said}.*; name the device"):
+        monkeypatch.setattr(devices, "_has_stack", has_stack)
+        with pytest.raises(InputError, match=rf"device auto: .*{message}.*; name the device"):
             with_device(config, cluster)
 
 
@@ -308,9 +311,9 @@ def test_nodes_come_for_the_job_and_go_after_it(
 
     def cards() -> int:
         nodes = {node["NodeID"]: int(node["Resources"].get("HPU", 0)) for node in autoscaled.alive()}
-        if seen[-1][1] != (there := sum(nodes.values())):
-            seen.append((round(time.monotonic() - began), there))
-        return there
+        if seen[-1][1] != (count := sum(nodes.values())):
+            seen.append((round(time.monotonic() - began), count))
+        return count
 
     output = tmp_path / "out"
     driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "8", "--max-cards", "8")
@@ -324,7 +327,7 @@ def test_nodes_come_for_the_job_and_go_after_it(
     log = end(driver)
     wait_until(lambda: cards() == 0)
     print("seconds and cards:", seen)
-    assert max(there for _, there in seen) <= 12, "one node for another, and none too many"
+    assert max(count for _, count in seen) <= 12, "one node for another, and none too many"
     assert content(output) == undisturbed
     assert log.count("left with its node") == 4, log
     assert "quarantined" not in log

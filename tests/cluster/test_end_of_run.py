@@ -89,8 +89,8 @@ def test_the_summary_and_the_last_lines_agree_with_the_manifest(
 
     failed = {row["id"]: row["error"] for row in rows if row["status"] == "failed"}
     assert len(failed) == 8
-    said = [(group["rows"], group["first_ids"]) for group in summary.get("failures", [])]
-    assert said == [(6, ["id 3", "id 13", "id 23", "id 33", "id 43"]), (2, ["id 20", "id 21"])]
+    groups = [(group["rows"], group["first_ids"]) for group in summary.get("failures", [])]
+    assert groups == [(6, ["id 3", "id 13", "id 23", "id 33", "id 43"]), (2, ["id 20", "id 21"])]
     for group in summary["failures"]:
         reason = group["reason"].removesuffix(" (others differ in the values)")
         assert reason in (failed[group["first_ids"][0]], failed[group["first_ids"][-1]])

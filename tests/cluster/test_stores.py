@@ -40,8 +40,8 @@ def undisturbed(dataset: Path, cluster: str, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(params=["gcs", "azure"], scope="module")
 def server(request: pytest.FixtureRequest) -> StoreServer:
-    found: StoreServer = request.getfixturevalue(request.param)
-    return found
+    store: StoreServer = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_what_the_store_forbids_ends_the_run_at_once(
     fault = proxy.add(Fault("403", method, when=under_way, code="AuthorizationFailure", message="Not any more."))
     assert run(dataset, url, storage_options=options, storage_patience=20) == 1
     assert fault.hits
-    said = said_once(capsys, "Not any more.", "the same command resumes")
-    assert "tried for" not in said
+    line = said_once(capsys, "Not any more.", "the same command resumes")
+    assert "tried for" not in line
     assert [record for record in caplog.records if record.name.startswith(("gcsfs", "azure"))] == []
     proxy.clear()
     assert run(dataset, url, storage_options=options) == 3

@@ -145,12 +145,12 @@ def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(nodes: RayCluster, 
         assert process.stdout.readline()
         process.stdout.close()
         try:
-            said = process.communicate(timeout=60)[1]
+            log = process.communicate(timeout=60)[1]
         except subprocess.TimeoutExpired:
             process.kill()
             pytest.fail("nobody reads what it prints, and it goes on")
-    assert process.returncode == 141, said
-    assert f"job closed goes on; `gaudi-batch follow closed --address {nodes.jobs_address}` shows it again" in said
+    assert process.returncode == 141, log
+    assert f"job closed goes on; `gaudi-batch follow closed --address {nodes.jobs_address}` shows it again" in log
     assert command_line("follow", "closed", *address).returncode == 3
 
 
@@ -253,8 +253,8 @@ def test_following_ends_when_the_cluster_falls_silent(
     nodes: RayCluster, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = job(dataset, tmp_path / "out", **{"simulated.batch-seconds": "2"})
-    said: list[str] = []
-    monkeypatch.setattr(jobs_client.log, "warning", lambda line, *values: said.append(line % values))
+    lines: list[str] = []
+    monkeypatch.setattr(jobs_client.log, "warning", lambda line, *values: lines.append(line % values))
     monkeypatch.setattr(jobs_client, "ANSWER_TIMEOUT_S", 1.5)
     monkeypatch.setattr(jobs_client, "SILENCE_TIMEOUT_S", 10.0)
     with wire(nodes.dashboard_port) as (port, open_wire):
@@ -264,7 +264,7 @@ def test_following_ends_when_the_cluster_falls_silent(
         threading.Timer(3.0, open_wire.clear).start()
         with pytest.raises(RunStopped, match=r"has not answered for .* s; job silent may go on"):
             cluster.follow("silent", print, lambda: None)
-        assert any("does not answer, and is asked again for up to 10 s" in line for line in said)
+        assert any("does not answer, and is asked again for up to 10 s" in line for line in lines)
     assert jobs_client.JobsClient(nodes.jobs_address).follow("silent", print, lambda: None) == 3
 
 
@@ -307,14 +307,14 @@ def test_the_handlers_that_an_application_has_on_the_log_of_ray_keep_their_level
 
 
 def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
-    for address, said in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
+    for address, message in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
         result = command_line("submit", "--address", address, *job(dataset, tmp_path / "out"))
         assert result.returncode == 2
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"prompts": "prompts.parquet"}, "prompts: 'prompts.parquet' is a path of this machine"),
         ({"output": "out"}, "output: 'out' is a path of this machine"),
@@ -332,12 +332,12 @@ def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
-    fields: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "xyzzyxyzzy")
     job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
-    with pytest.raises(InputError, match=said) as refused:
+    with pytest.raises(InputError, match=message) as refused:
         require_portable(JobConfig.model_validate(job))
     assert "xyzzy" not in str(refused.value)
 

@@ -33,8 +33,8 @@ def rate(*commits: tuple[str, float, float, int]) -> float | None:
     for shard, (card, finished_at, seconds, images) in enumerate(commits):
         sums = ThroughputTotals(batches=1, images=images, steady_images=images, steady_s=seconds)
         totals.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, images, 0, images, sums), finished_at)
-    found: float | None = totals.describe({}, 0)["images_per_s"]
-    return found
+    images_per_s: float | None = totals.describe({}, 0)["images_per_s"]
+    return images_per_s
 
 
 def test_cards_at_work_at_one_time_add_up_and_successive_ones_do_not() -> None:

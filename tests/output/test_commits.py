@@ -29,8 +29,8 @@ CREATING = ["moto", "gcs", "azure"]
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> StoreServer:
-    found: StoreServer = request.getfixturevalue(request.param)
-    return found
+    store: StoreServer = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture
@@ -181,8 +181,8 @@ def test_a_store_that_knows_no_conditions_is_used_without(
     assert fault.hits == 1
     assert Ledger(keeper._storage, keeper).commit(*a_manifest(3, "bbbbb1")) is True
     assert keeper._storage.creates is False
-    said = [record.message for record in caplog.records if "the lease alone guards" in record.message]
-    assert ["Made by the proxy." in line for line in said] == [True]
+    lines = [record.message for record in caplog.records if "the lease alone guards" in record.message]
+    assert ["Made by the proxy." in line for line in lines] == [True]
 
 
 @pytest.mark.parametrize("server", ["s3"], indirect=True)

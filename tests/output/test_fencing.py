@@ -99,9 +99,9 @@ def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, m
     read = Ledger.read_commit
 
     def slow(self: Ledger, shard: int) -> Any:
-        found = read(self, shard)
+        commit = read(self, shard)
         take_over(output)
-        return found
+        return commit
 
     monkeypatch.setattr(Ledger, "read_commit", slow)
     records = Ledger(output, first)
@@ -223,11 +223,11 @@ def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
             read.append(number)
             return number
 
-        found = reader._ahead(pool, reads, range(1000))
-        assert [next(found) for _ in range(3)] == [0, 1, 2]
+        numbers = reader._ahead(pool, reads, range(1000))
+        assert [next(numbers) for _ in range(3)] == [0, 1, 2]
         pool.submit(int).result()
         assert len(read) == 4 * reader.READ_THREADS + 2
-        assert list(found) == list(range(3, 1000))
+        assert list(numbers) == list(range(3, 1000))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
@@ -247,7 +247,7 @@ def test_a_torn_manifest_and_that_of_another_run_are_no_commit(run: str, output:
     assert list(records.commits()) == []
     info, data = a_manifest(3, "aaaaa2", "this run")
     assert records.commit(info, data) is True
-    assert [found.attempt for found, _ in records.commits()] == ["aaaaa2"]
+    assert [commit.attempt for commit, _ in records.commits()] == ["aaaaa2"]
 
 
 def test_nobody_writes_or_removes_once_another_drives(
@@ -302,8 +302,8 @@ def test_what_a_driver_has_committed_it_never_removes(
 
     def sum_up(*arguments: Any) -> Any:
         whole = entries(arguments[0].ledger)
-        for shown in ({}, {shard: entry for shard, entry in whole.items() if shard}):
-            monkeypatch.setattr(Ledger, "manifest_entries", lambda self, shown=shown: shown)
+        for listed in ({}, {shard: entry for shard, entry in whole.items() if shard}):
+            monkeypatch.setattr(Ledger, "manifest_entries", lambda self, listed=listed: listed)
             with pytest.raises(RunStopped, match="are gone or torn, the first of shard 0"):
                 product(*arguments)
         monkeypatch.setattr(Ledger, "manifest_entries", entries)
@@ -347,11 +347,11 @@ def test_a_lease_that_can_t_be_read_may_have_a_holder(output: Storage, clock: Cl
     first.forget()
     clock.meanwhile = lambda: None
     output.put("lease.json", whole[:40])
-    said: list[str] = []
+    lines: list[str] = []
     began = clock.now
-    LeaseKeeper(output, "ccccc").take(said.append)
+    LeaseKeeper(output, "ccccc").take(lines.append)
     assert clock.now - began > lease.LEASE_TTL_S
-    assert [line[:25] for line in said] == ["lease.json can't be read;"]
+    assert [line[:25] for line in lines] == ["lease.json can't be read;"]
 
 
 @pytest.mark.parametrize("over", ["released", "gone", "silent"])
