@@ -69,9 +69,9 @@ DEADLY_ROWS = 8
 """Rows of the row group that kills whoever reads it, the first of the file."""
 SLOW_READS = 8
 """Reads of the prompts that are slow each time."""
-LATER_SECONDS = 4.0
-LOOK_SECONDS = 0.1
-REJOIN_SECONDS = 3.0
+MAX_DELAY_S = 4.0
+POLL_INTERVAL_S = 0.1
+REJOIN_S = 3.0
 """How long after the loss of a node another is started in its place."""
 LOADING_FACTOR = 6
 """How much longer than at a batch a card may be at its start, when Python imports."""
@@ -162,11 +162,11 @@ class Chaos:
         return time.monotonic() - started
 
     def under_fire(self, faults: int) -> float:
-        """Runs the job with faults all along: each is due at a random share of the work, and up to `LATER_SECONDS`
+        """Runs the job with faults all along: each is due at a random share of the work, and up to `MAX_DELAY_S`
         after that, so that it may hit a driver that has just begun. Returns the run's seconds."""
         weights = KINDS | STORAGE_KINDS
         kinds = self.rng.choices(self.kinds, [weights[kind] for kind in self.kinds], k=faults)
-        waiting = sorted(((self.rng.random(), kind) for kind in kinds), reverse=True)
+        to_come = sorted(((self.rng.random(), kind) for kind in kinds), reverse=True)
         due: list[tuple[float, str]] = []
         lying = ("--simulated.lying-modules=[0]", f"--simulated.lying-share={self.lying_share}")
         self.done["lying card"] += self.lying_share > 0
@@ -185,7 +185,7 @@ class Chaos:
             if driver.poll() is not None:
                 self._count_retries()
                 if driver.returncode in (0, 3):
-                    self.done["not fired, the run was over"] += len(waiting) + len(due)
+                    self.done["not fired, the run was over"] += len(to_come) + len(due)
                     return time.monotonic() - started
                 # SIGTERM itself ends a driver that was so young that it had not yet said what SIGTERM means to it.
                 if driver.returncode not in (1, 130, -signal.SIGKILL, -signal.SIGTERM):
@@ -194,8 +194,8 @@ class Chaos:
                 continue
             self.nodes.require_kept()
             now = time.monotonic()
-            while waiting and waiting[-1][0] <= self.share:
-                due.append((now + self.rng.uniform(0, LATER_SECONDS), waiting.pop()[1]))
+            while to_come and to_come[-1][0] <= self.share:
+                due.append((now + self.rng.uniform(0, MAX_DELAY_S), to_come.pop()[1]))
             for fault in [fault for fault in due if fault[0] <= now]:
                 if self._fire(fault[1], driver):
                     print(f"{time.strftime('%H:%M:%S')} fault: {fault[1]}", file=log, flush=True)
@@ -204,13 +204,13 @@ class Chaos:
                     idle_starts = 0
                 if driver.poll() is not None:
                     break
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_INTERVAL_S)
 
     def _watch(self) -> None:
         """Keeps up how far the run is; a store that is down takes its time to answer."""
         while True:
             self.share = max(self.share, len(self.store.find("fire/manifest")) * SHARD_SIZE / self.images)
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_INTERVAL_S)
 
     def _fire(self, kind: str, driver: subprocess.Popen[str]) -> bool:
         """Brings a fault about, unless there is nothing yet for it to hit."""
@@ -218,7 +218,7 @@ class Chaos:
             return self.store.fail(kind, self.storage_seconds)
         cards = card_processes(self.nodes.session)
         if kind in ("kill node", "read-only node"):
-            at_work = [node for node in self.nodes.there if not set(cards).isdisjoint(node.processes())]
+            at_work = [node for node in self.nodes.alive if not set(cards).isdisjoint(node.processes())]
             if not at_work:
                 return False
             node = self.rng.choice(at_work)
@@ -259,23 +259,23 @@ class Chaos:
             for name in ("calm", "fire")
         )
         expected = {(row["row"], row["image_index"]): (row["status"], row["sha256"]) for row in calm}
-        found = Counter((row["row"], row["image_index"]) for row in fire)
+        made = Counter((row["row"], row["image_index"]) for row in fire)
         wrong = [
             row for row in fire if expected.get((row["row"], row["image_index"])) != (row["status"], row["sha256"])
         ]
-        there = {path.removeprefix("fire/") for path in self.store.find("fire/images")}
+        stored = {path.removeprefix("fire/") for path in self.store.find("fire/images")}
         named = {row["path"] for row in fire if row["path"]}
         return {
             "images": sum(row["status"] == "ok" for row in fire),
             "failed_rows": sum(row["status"] == "failed" for row in fire),
-            "images lost": len(expected.keys() - found.keys()),
-            "images twice": sum(count - 1 for count in found.values()),
+            "images lost": len(expected.keys() - made.keys()),
+            "images twice": sum(count - 1 for count in made.values()),
             "rows wrong": len(wrong),
-            "files missing": len(named - there),
-            "files that nobody names": len(there - named),
+            "files missing": len(named - stored),
+            "files that nobody names": len(stored - named),
         }
 
-    def said(self) -> dict[str, Any]:
+    def log_summary(self) -> dict[str, Any]:
         """What the log of the run under fire says of cards that were quarantined, nodes, and drivers that gave up."""
         log = (self.home / "fire.log").read_text(errors="replace")
         wrong = re.findall(r"module 0\) made wrong what was right when made again, (\d+) times", log)
@@ -309,7 +309,7 @@ class Nodes:
         self._keeper: Future[None] = self._pool.submit(self._keep)
 
     @property
-    def there(self) -> list[RayNode]:
+    def alive(self) -> list[RayNode]:
         """Those that have not been lost."""
         return [node for node in self._nodes if not node.killed]
 
@@ -333,14 +333,14 @@ class Nodes:
         )
 
     def _keep(self) -> None:
-        while not self._over.wait(LOOK_SECONDS):
+        while not self._over.wait(POLL_INTERVAL_S):
             for place, node in enumerate(self._nodes):
                 assert node.process is not None
                 if node.process.poll() is None:
                     continue
                 self.lost += 1
                 node.kill()  # cards that were stopped have outlived it
-                if self._over.wait(REJOIN_SECONDS):
+                if self._over.wait(REJOIN_S):
                     return
                 self._nodes[place] = self._add(place)
 
@@ -365,10 +365,10 @@ class Store:
     def find(self, directory: str) -> list[str]:
         """All that lies in a directory, by paths below the root; nothing while nobody answers."""
         try:
-            found = self.filesystem.find(f"{self.root}/{directory}")
+            paths = self.filesystem.find(f"{self.root}/{directory}")
         except Exception:  # libraries of stores have errors of their own
             return []
-        return [str(path).removeprefix(f"{self.root}/") for path in sorted(found)]
+        return [str(path).removeprefix(f"{self.root}/") for path in sorted(paths)]
 
     def read(self, path: str) -> bytes:
         """What an object holds."""
@@ -602,7 +602,7 @@ def main() -> None:
         "nodes lost undisturbed": lost_calm,
         "nodes lost under fire": chaos.nodes.lost - lost_calm,
         **outcome,
-        **chaos.said(),
+        **chaos.log_summary(),
         **store.info(),
         "shards done again": chaos.retries,
         "shards done again per fault": round(chaos.retries / max(1, fired), 2),

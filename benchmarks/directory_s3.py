@@ -203,20 +203,20 @@ class _Handler(BaseHTTPRequestHandler):
         most = min(int(query.get("max-keys") or PAGE), PAGE)
         after = query.get("continuation-token") or query.get("start-after", "")
         keys, folders, last = self.server.page(prefix, delimiter, after, most)
-        found = []
+        entries = []
         for key in keys:
             size, changed = self.server.objects[key]
             when = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(changed / 1e9))
-            found.append(
+            entries.append(
                 f"<Contents><Key>{escape(key)}</Key><LastModified>{when}</LastModified>"
                 f"<ETag>{escape(self._etag(key))}</ETag><Size>{size}</Size></Contents>"
             )
-        found += [f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders]
+        entries += [f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders]
         more = f"<NextContinuationToken>{escape(last)}</NextContinuationToken>" if last else ""
         head = f"<Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(keys) + len(folders)}</KeyCount>"
         cut = f"<MaxKeys>{most}</MaxKeys><IsTruncated>{str(bool(last)).lower()}</IsTruncated>{more}"
         self._answer(
-            200, f'<?xml version="1.0"?><ListBucketResult>{head}{cut}{"".join(found)}</ListBucketResult>'.encode()
+            200, f'<?xml version="1.0"?><ListBucketResult>{head}{cut}{"".join(entries)}</ListBucketResult>'.encode()
         )
 
     def do_PUT(self) -> None:
@@ -248,8 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
             upload = secrets.token_hex(8)
             with self.server.lock:
                 self.server.uploads[upload] = {}
-            there = f"<Bucket>{BUCKET}</Bucket><Key>{escape(key)}</Key><UploadId>{upload}</UploadId>"
-            self._answer(200, f"<InitiateMultipartUploadResult>{there}</InitiateMultipartUploadResult>".encode())
+            upload_xml = f"<Bucket>{BUCKET}</Bucket><Key>{escape(key)}</Key><UploadId>{upload}</UploadId>"
+            self._answer(200, f"<InitiateMultipartUploadResult>{upload_xml}</InitiateMultipartUploadResult>".encode())
         else:
             parts = self.server.uploads.pop(query["uploadId"])
             done = f"<CompleteMultipartUploadResult><Key>{escape(key)}</Key></CompleteMultipartUploadResult>"

@@ -23,7 +23,7 @@ from gaudi_batch.driver.loop import Driver
 from gaudi_batch.errors import RunStopped
 from gaudi_batch.scheduling.events import StopForced
 
-TICK_SECONDS = 0.01
+TICK_S = 0.01
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
     async def tick(driver: Driver) -> None:
         last = time.monotonic()
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            late.append(now - last - TICK_SECONDS)
+            late.append(now - last - TICK_S)
             last = now
             if sum(slot.up for slot in driver.fleet.slots.values()) == cards:
                 driver.tell(StopForced("all cards have loaded"))

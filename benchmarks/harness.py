@@ -32,7 +32,7 @@ from raynodes import RayNode, descendants
 
 BATCH_SIZE = 8
 """The product's default."""
-BATCH_SECONDS = 0.885
+BATCH_S = 0.885
 """As long as a batch of 8 of Stable Diffusion 2 takes a Gaudi 2 (optimum-habana's README)."""
 SHAPES = [(64, 64), (128, 64)]
 """Width and height in pixels; the first is what a simulated card paints if nothing is asked for."""

@@ -61,9 +61,9 @@ def measure_delay(cards: int, prompts: int, delay_ms: float) -> dict[str, float]
         ):
             command.wait()
         batches = read_batches(output, **server.options)
-        shown = figures(batches, ready_times(batches, command.log), cards, command)
+        measured = figures(batches, ready_times(batches, command.log), cards, command)
         upload_ms = 1000 * statistics.median(batch.upload_s / batch.images for batch in batches)
-        return {"idle_share": idle_share(batches), "upload_ms": upload_ms, **{name: shown[name] for name in SHOWN}}
+        return {"idle_share": idle_share(batches), "upload_ms": upload_ms, **{name: measured[name] for name in SHOWN}}
 
 
 def idle_share(batches: list[Batch]) -> float:

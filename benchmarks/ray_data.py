@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.harness import (
-    BATCH_SECONDS,
+    BATCH_S,
     BATCH_SIZE,
     FIGURES,
     Command,
@@ -70,7 +70,7 @@ def compare(cards: int, prompts: int, product_first: bool) -> dict[str, float]:
 def ray_data_command(prompts: Path, output: Path, address: str, cards: int) -> Command:
     """The job of ray_data_job.py."""
     job = [sys.executable, "-m", "benchmarks.ray_data_job", "--prompts", str(prompts), "--output", str(output)]
-    size = ["--cards", str(cards), "--batch-size", str(BATCH_SIZE), "--batch-seconds", str(BATCH_SECONDS)]
+    size = ["--cards", str(cards), "--batch-size", str(BATCH_SIZE), "--batch-seconds", str(BATCH_S)]
     return Command([*job, "--address", address, *size], {"PYTHONPATH": str(PANDAS)})
 
 

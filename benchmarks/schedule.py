@@ -53,21 +53,21 @@ from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts, Rules
 
 BATCH = 8
-BATCH_SECONDS = 0.885
+BATCH_S = 0.885
 """As long as a batch of 8 of Stable Diffusion 2 takes a Gaudi 2 (optimum-habana's README)."""
 ROWS_OF_SHAPE = 64
 """Rows that follow each other with one shape."""
-SHARD_SECONDS = 30.0
+SHARD_S = 30.0
 """Of shards that a case names a number of."""
-CAPTURE_SECONDS = 60.0
-START_SECONDS = 20.0
+CAPTURE_S = 60.0
+START_S = 20.0
 SLOW_SHARE, SLOW_FACTOR = 0.01, 3.0
 DEATHS_PER_CARD_HOUR = 0.5
 CARDS_OF_A_NODE = 8
-COMMIT_SECONDS = 0.05
-RECALL_SECONDS = 0.01
-TICK_SECONDS = 0.2
-HANG_LIMIT_SECONDS = 60.0
+COMMIT_S = 0.05
+RECALL_S = 0.01
+TICK_S = 0.2
+HANG_LIMIT_S = 60.0
 """After which a card that hangs is killed, as by the product's default of `limits.batch`."""
 
 
@@ -123,7 +123,7 @@ class Simulation:
         self.rng = random.Random(seed)
         self.row_groups = row_groups
         buckets = [Bucket(512 + 64 * key, 512, 50, 7.5) for key in range(keys)]
-        self.image_s = BATCH_SECONDS / BATCH if prompts else SHARD_SECONDS / BATCH
+        self.image_s = BATCH_S / BATCH if prompts else SHARD_S / BATCH
         if prompts:
             plan = list(self._plan(buckets, cards, prompts))
         else:
@@ -168,25 +168,25 @@ class Simulation:
         """Seconds that the run would take if work could be cut at will, with the captures that it made and without
         deaths, once its cards are ready."""
         speed = sum(1 / SLOW_FACTOR if card.slow else 1.0 for card in self.cards)
-        return START_SECONDS + (self.images * self.image_s + self.captures * CAPTURE_SECONDS) / speed
+        return START_S + (self.images * self.image_s + self.captures * CAPTURE_S) / speed
 
     def run(self) -> float:
         """Plays it to its end; returns its simulated seconds."""
         for card in self.cards:
             self._do(CardPlaced(card.number, card.node))
-            self._later(START_SECONDS * self.rng.uniform(0.5, 1.5), self._ready, card, card.process)
+            self._later(START_S * self.rng.uniform(0.5, 1.5), self._ready, card, card.process)
         if self.deaths:
             self._later(self._next_death(), self._die)
         for part in (0.2, 0.4) if self.lost_nodes else ():
             self._later(part * self.ideal, self._lose_nodes)
-        self._later(TICK_SECONDS, self._tick)
+        self._later(TICK_S, self._tick)
         while self._queue and not self.schedule.finished:
             self._now, _, happen, arguments = heapq.heappop(self._queue)
             happen(*arguments)
         return self._now
 
     def _tick(self) -> None:
-        self._later(TICK_SECONDS, self._tick)
+        self._later(TICK_S, self._tick)
         if self.schedule.is_waiting_for_time():
             self._do(TimePassed(self._now))
 
@@ -205,11 +205,11 @@ class Simulation:
                 self.backups += decision.task.backup_of is not None
                 self._work(card)
             elif isinstance(decision, Recall):
-                self._later(RECALL_SECONDS, self._answer, decision)
+                self._later(RECALL_S, self._answer, decision)
             elif isinstance(decision, Drop):
                 self._drop(self.cards[decision.card], decision.attempt)
             elif isinstance(decision, Commit):
-                self._later(COMMIT_SECONDS, self._do, ShardCommitted(decision.shard))
+                self._later(COMMIT_S, self._do, ShardCommitted(decision.shard))
             elif isinstance(decision, Replace):
                 self._restart(self.cards[decision.card])
             elif isinstance(decision, Finish):
@@ -235,12 +235,12 @@ class Simulation:
             self.hang, card.hangs = False, True
         if card.hangs:
             seconds = math.inf
-            self._later(HANG_LIMIT_SECONDS, self._overrun, card, card.process)
+            self._later(HANG_LIMIT_S, self._overrun, card, card.process)
         self._later(0.0, self._begun, task)
         if task.shard.bucket.graph_key not in card.graphs:
             card.graphs.add(task.shard.bucket.graph_key)
             self.captures += 1
-            seconds += CAPTURE_SECONDS
+            seconds += CAPTURE_S
         self._later(seconds, self._done, card, card.process, task, seconds)
 
     def _done(self, card: _Card, process: int, task: ShardTask, seconds: float) -> None:
@@ -301,11 +301,11 @@ class Simulation:
             other = _Card(len(self.cards), card.slow)
             self.cards.append(other)
             self._do(CardPlaced(other.number, other.node))
-            self._later(START_SECONDS, self._ready, other, other.process)
+            self._later(START_S, self._ready, other, other.process)
 
     def _restart(self, card: _Card) -> None:
         self._stop(card)
-        self._later(START_SECONDS, self._ready, card, card.process)
+        self._later(START_S, self._ready, card, card.process)
 
     def _stop(self, card: _Card) -> None:
         card.process += 1

@@ -268,8 +268,8 @@ def _json(fault: Fault) -> bytes:
 
 
 def _xml(fault: Fault) -> bytes:
-    said = f"<Code>{fault.code}</Code><Message>{fault.message}</Message>"
-    return f'<?xml version="1.0" encoding="UTF-8"?><Error>{said}<RequestId>1</RequestId></Error>'.encode()
+    error = f"<Code>{fault.code}</Code><Message>{fault.message}</Message>"
+    return f'<?xml version="1.0" encoding="UTF-8"?><Error>{error}<RequestId>1</RequestId></Error>'.encode()
 
 
 @contextlib.contextmanager

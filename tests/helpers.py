@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ def read_manifest(output: Path) -> list[dict[str, Any]]:
 
 def files(output: Path) -> dict[str, bytes]:
     """What an output holds, without the record of who drives."""
-    found = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name != "lease.json"}
+    stored = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    return {name: data for name, data in stored.items() if name != "lease.json"}
 
 
 def command_line(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +64,19 @@ def called(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         code = cli.main([*map(str, arguments)])
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 90) -> None:
+    """Waits for something to become true; fails after so many seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not so after {seconds:.0f} s"
+        time.sleep(0.05)
+
+
+def wait_for_commits(output: Path, count: int) -> None:
+    """Waits until so many shards of a run are committed."""
+    wait_until(lambda: len(list(output.glob("manifest/*.parquet"))) >= count, 120)
 
 
 def put_into_hub_cache(cache: Path, name: str, files: Path, revision: str = "main") -> str:

@@ -27,17 +27,17 @@ FRUGAL = {"prestart_worker_first_driver": False, "enable_metrics_collection": Fa
 which costs an idle cluster a third of its CPU seconds."""
 REPORTS_LATE = {"REPORTER_UPDATE_INTERVAL_MS": "3600000"}
 """Has no node look at its processes every 5 s for a dashboard that nobody opens."""
-START_SECONDS = 60.0
+START_TIMEOUT_S = 60.0
 
 
 def descendants(pid: int) -> list[int]:
     """A process and all that it has started, directly or not."""
-    found = [pid]
+    pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in task.read_text().split():
-                found += descendants(int(child))
-    return found
+                pids += descendants(int(child))
+    return pids
 
 
 def session_of(pid: int) -> int:
@@ -78,18 +78,18 @@ class RayNode:
                 stderr=log,
                 start_new_session=True,
             )
-        until = time.monotonic() + START_SECONDS
-        while b"Ray runtime started" not in (said := (self.home / "ray.log").read_bytes()):
+        until = time.monotonic() + START_TIMEOUT_S
+        while b"Ray runtime started" not in (log_text := (self.home / "ray.log").read_bytes()):
             if time.monotonic() > until or self.process.poll() is not None:
-                raise TimeoutError(f"a node does not start: {said[-2000:].decode()}")
+                raise TimeoutError(f"a node does not start: {log_text[-2000:].decode()}")
             time.sleep(0.1)
         return self
 
     def processes(self) -> list[int]:
         """All that runs on it, also what has lost its parent: a node is one session."""
         assert self.process is not None
-        there = sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
-        return [pid for pid in there if session_of(pid) == self.process.pid]
+        pids = sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+        return [pid for pid in pids if session_of(pid) == self.process.pid]
 
     def kill(self) -> None:
         """Ends it with SIGKILL and all that runs on it, as when a machine loses its power."""
@@ -159,7 +159,7 @@ class RayCluster:
 
     def wait_for(self, nodes: int) -> None:
         """Waits until so many nodes are up."""
-        until = time.monotonic() + START_SECONDS
+        until = time.monotonic() + START_TIMEOUT_S
         while len(self.alive()) < nodes:
             if time.monotonic() > until:
                 raise TimeoutError(f"{len(self.alive())} of {nodes} nodes are up; see {self.home}")
@@ -189,7 +189,7 @@ class RayCluster:
         """Ends all nodes but the head."""
         for node in self.nodes[1:]:
             node.kill()
-        until = time.monotonic() + START_SECONDS
+        until = time.monotonic() + START_TIMEOUT_S
         while len(self.alive()) > 1:
             if time.monotonic() > until:
                 raise TimeoutError(f"nodes that were killed are still up; see {self.home}")

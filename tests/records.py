@@ -24,5 +24,5 @@ def no_cluster() -> Any:
 def failed_manifest(shard: int, rows: dict[int, str]) -> bytes:
     info = CommitInfo(shard, f"aaaaa{shard}", "n-0", "n", 0, len(rows), len(rows), 0, ThroughputTotals())
     info = replace(info, again=shard > 0, failed_before=len(rows) if shard else 0)
-    found = [PromptRow(row, f"r{row}", "p", "", None, BUCKET, 1, error) for row, error in rows.items()]
-    return manifest.build(found, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, info)
+    prompts = [PromptRow(row, f"r{row}", "p", "", None, BUCKET, 1, error) for row, error in rows.items()]
+    return manifest.build(prompts, pa.table({"topic": ["t"] * len(rows)}), {}, rows, 0, info)

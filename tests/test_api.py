@@ -35,7 +35,7 @@ def test_dir_lists_what_the_package_offers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"steps": 0}, "steps: 0: input should be greater than or equal to 1"),
         ({"stepz": 3}, "stepz: is not a field of a job"),
@@ -46,7 +46,7 @@ def test_dir_lists_what_the_package_offers() -> None:
         ({"storage_options": {"key": "hidden-value"}, "encoding": "hidden-value"}, "encoding.type: '***': "),
     ],
 )
-def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, Any], said: str) -> None:
+def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, Any], message: str) -> None:
     fields: dict[str, Any] = {"prompts": "p", "output": "o", "device": "simulated"} | wrong
     makes: tuple[Callable[[], JobConfig], ...] = (
         lambda: JobConfig(**fields),
@@ -56,7 +56,7 @@ def test_a_bad_value_in_a_job_is_an_error_of_ours(wrong: dict[str, Any], said: s
         with pytest.raises(Exception) as refused:  # noqa: PT011 of which class is what is asked
             make()
         assert type(refused.value) is InputError
-        assert str(refused.value).startswith(said)
+        assert str(refused.value).startswith(message)
 
 
 def test_paths_are_taken_as_they_are(tmp_path: Path) -> None:

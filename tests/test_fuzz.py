@@ -43,13 +43,13 @@ RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8)
 @contextlib.contextmanager
 def own_errors(*others: type[Exception]) -> Iterator[None]:
     """Lets the product's own errors pass that are one printable line."""
-    said, expected = "", tuple[type[Exception], ...]([InputError, StorageError, *others])
+    message, expected = "", tuple[type[Exception], ...]([InputError, StorageError, *others])
     try:
         yield
     except expected as error:
-        said = str(error)
-    assert said.isprintable(), said
-    assert len(said) < 20_000
+        message = str(error)
+    assert message.isprintable(), message
+    assert len(message) < 20_000
 
 
 texts = st.text(max_size=20) | st.sampled_from(["prompt", "\x1b[31m", "a\nb", "\u202e", "x" * 3000, "1e999"])
@@ -63,15 +63,15 @@ json_values = st.recursive(
 @st.composite
 def spoiled(draw: st.DrawFn, data: bytes) -> bytes:
     """Bytes that are cut, flipped, or have something put in their place."""
-    found = bytearray(data)
+    changed_data = bytearray(data)
     for _ in range(draw(st.integers(0, 6))):
-        place = draw(st.integers(0, len(found) - 1))
-        found[place] = draw(st.integers(0, 255))
+        place = draw(st.integers(0, len(changed_data) - 1))
+        changed_data[place] = draw(st.integers(0, 255))
     if draw(st.booleans()):
         # The footer decides most, and is at the end.
-        place = len(found) - 1 - draw(st.integers(0, min(len(found) - 1, 800)))
-        found[place : place + draw(st.integers(1, 8))] = draw(st.binary(min_size=1, max_size=8))
-    return bytes(found[: draw(st.just(len(found)) | st.integers(0, len(found)))])
+        place = len(changed_data) - 1 - draw(st.integers(0, min(len(changed_data) - 1, 800)))
+        changed_data[place : place + draw(st.integers(1, 8))] = draw(st.binary(min_size=1, max_size=8))
+    return bytes(changed_data[: draw(st.just(len(changed_data)) | st.integers(0, len(changed_data)))])
 
 
 def changed(values: dict[str, Any]) -> st.SearchStrategy[bytes]:
@@ -381,8 +381,8 @@ values = st.none() | texts | st.integers() | st.floats() | st.decimals(allow_nan
 
 
 @given(st.dictionaries(names, values))
-def test_any_row_is_a_row_with_a_printable_reason(found: dict[str, Any]) -> None:
-    row = make_row(3, found, RULES)
+def test_any_row_is_a_row_with_a_printable_reason(cells: dict[str, Any]) -> None:
+    row = make_row(3, cells, RULES)
     assert row.error is None or row.error.isprintable()
 
 
@@ -415,10 +415,10 @@ PROGRESS = {
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """A run of three shards."""
-    found = Ledger(Storage(str(tmp_path / "out"), retry_timeout_s=0.1), Unfenced())
-    found.put_plan([Shard(number, 0, number, number + 1, RULES.bucket, 1, 1) for number in range(3)])
-    found.storage.put("run.json", json.dumps(RECORD).encode())
-    return found
+    records = Ledger(Storage(str(tmp_path / "out"), retry_timeout_s=0.1), Unfenced())
+    records.put_plan([Shard(number, 0, number, number + 1, RULES.bucket, 1, 1) for number in range(3)])
+    records.storage.put("run.json", json.dumps(RECORD).encode())
+    return records
 
 
 @given(changed(RECORD))
@@ -479,13 +479,13 @@ def test_any_manifest_is_a_commit_or_none(data: bytes) -> None:
         assert table.num_rows >= 0
 
 
-FACTS = json.loads(pq.read_schema(io.BytesIO(_manifest())).metadata[b"gaudi_batch"])
+INFO = json.loads(pq.read_schema(io.BytesIO(_manifest())).metadata[b"gaudi_batch"])
 
 
-@given(changed(FACTS) | st.dictionaries(st.sampled_from(sorted(FACTS["sums"])), json_values).map(
-    lambda new: json.dumps(FACTS | {"sums": FACTS["sums"] | new}).encode()
+@given(changed(INFO) | st.dictionaries(st.sampled_from(sorted(INFO["sums"])), json_values).map(
+    lambda new: json.dumps(INFO | {"sums": INFO["sums"] | new}).encode()
 ))  # fmt: skip
-def test_any_facts_of_a_commit_can_be_added_up_or_are_none(data: bytes) -> None:
+def test_any_info_of_a_commit_can_be_added_up_or_is_none(data: bytes) -> None:
     table = pq.read_table(io.BytesIO(_manifest())).replace_schema_metadata({b"gaudi_batch": data})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
@@ -514,9 +514,9 @@ def test_what_argparse_quotes_is_printable(capsys: pytest.CaptureFixture[str]) -
     from gaudi_batch.cli.main import main
 
     assert main(["run", "--\x1b[31m\nforged:\u202e"]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"gaudi-batch: [^\n]*\n", said)
-    assert said[:-1].isprintable()
+    log = capsys.readouterr().err
+    assert re.fullmatch(r"gaudi-batch: [^\n]*\n", log)
+    assert log[:-1].isprintable()
 
 
 def test_check_of_hostile_names_is_printable(tmp_path: Path) -> None:
@@ -524,6 +524,6 @@ def test_check_of_hostile_names_is_printable(tmp_path: Path) -> None:
     config = JobConfig(
         prompts=str(tmp_path), output=str(tmp_path / "out"), device="simulated", model="a\nmodel  forged"
     )
-    said = check(config).text
-    assert all(line.isprintable() for line in said.split("\n"))
-    assert "\nbucket   forged" not in said
+    text = check(config).text
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "\nbucket   forged" not in text

@@ -193,23 +193,23 @@ def without_temporary_files(state: str, home: Path, *arguments: str) -> subproce
 
 @pytest.mark.parametrize("state", ["full", "read-only"])
 def test_the_join_says_that_there_is_no_temporary_directory(state: str, finished: Path) -> None:
-    said = without_temporary_files(state, finished, "run", "/mnt/job.yaml")
-    assert "Traceback" not in said.stderr
-    assert said.returncode == 1, said.stderr
-    assert said.stderr.rstrip().endswith(NO_PLACE)
+    ended = without_temporary_files(state, finished, "run", "/mnt/job.yaml")
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.rstrip().endswith(NO_PLACE)
 
 
 def test_emulate_says_that_there_is_no_place_for_its_state(finished: Path) -> None:
-    said = without_temporary_files("read-only", finished, "emulate", "--", "true")
-    assert "Traceback" not in said.stderr
-    assert said.returncode == 2
-    assert said.stderr.rstrip().endswith("name a directory with --state")
+    ended = without_temporary_files("read-only", finished, "emulate", "--", "true")
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 2
+    assert ended.stderr.rstrip().endswith("name a directory with --state")
 
 
 @pytest.mark.ray
 def test_a_user_without_a_home_reaches_the_jobs_api() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "RAY_AUTH_TOKEN")}
-    said = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "gaudi_batch", "follow", "a-job", "--address", "http://127.0.0.1:1"],
         capture_output=True,
         text=True,
@@ -219,6 +219,6 @@ def test_a_user_without_a_home_reaches_the_jobs_api() -> None:
         preexec_fn=(lambda: os.setresuid(54321, 0, 0)) if os.getuid() == 0 else None,
         check=False,
     )
-    assert "Traceback" not in said.stderr
-    assert said.returncode == 2
-    assert "no cluster takes jobs at" in said.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 2
+    assert "no cluster takes jobs at" in ended.stderr

@@ -45,14 +45,14 @@ def test_every_row_is_in_one_shard_of_its_own_bucket(
     bucket_of = {(run.file, run.start + i): run for run in runs for i in range(run.rows)}
     seen: Counter[tuple[int, int]] = Counter()
     for shard in shards:
-        mine = [
+        places = [
             (shard.file, row)
             for row in range(shard.start, shard.stop)
             if bucket_of[shard.file, row].bucket == shard.bucket
         ]
-        assert len(mine) == shard.rows > 0
-        assert shard.images == sum(bucket_of[place].num_images for place in mine)
-        seen.update(mine)
+        assert len(places) == shard.rows > 0
+        assert shard.images == sum(bucket_of[place].num_images for place in places)
+        seen.update(places)
     assert seen == Counter(dict.fromkeys(bucket_of, 1))
 
 

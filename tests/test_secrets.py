@@ -185,11 +185,11 @@ def test_a_config_that_is_shown_or_refused_keeps_its_secrets() -> None:
 
 
 def test_no_error_and_no_log_line_has_a_secret_whoever_writes_it() -> None:
-    said = f"can't read s3://key:{SECRET}@bucket/out"
-    refused = StorageError(said, refused=True)
-    assert str(refused) == str(InputError(said)) == "can't read s3://***@bucket/out"
+    message = f"can't read s3://key:{SECRET}@bucket/out"
+    refused = StorageError(message, refused=True)
+    assert str(refused) == str(InputError(message)) == "can't read s3://***@bucket/out"
     assert pickle.loads(pickle.dumps(refused)).refused
-    record = logging.LogRecord("gaudi_batch", logging.ERROR, "", 0, "%s", (said,), None)
+    record = logging.LogRecord("gaudi_batch", logging.ERROR, "", 0, "%s", (message,), None)
     assert OneLineFormatter("%(message)s").format(record) == "can't read s3://***@bucket/out"
 
 

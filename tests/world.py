@@ -81,10 +81,10 @@ class World:
 
     schedule: Schedule
     rows: int = 4
-    hands: dict[int, list[ShardTask]] = field(default_factory=dict)
+    in_flight: dict[int, list[ShardTask]] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)
     now: float = 0.0
-    waiting: list[int] = field(default_factory=list)
+    unplaced: list[int] = field(default_factory=list)
     starting: set[int] = field(default_factory=set)
     held_back: set[int] = field(default_factory=set)
     quarantined: set[int] = field(default_factory=set)
@@ -105,42 +105,42 @@ class World:
 
     def do(self, decisions: list[Decision]) -> None:
         self.schedule.validate()
-        alive = self.hands.keys() - {d.card for d in decisions if isinstance(d, (Replace, Quarantine, Release))}
+        alive = self.in_flight.keys() - {d.card for d in decisions if isinstance(d, (Replace, Quarantine, Release))}
         self.drops = [drop for drop in self.drops if drop.card in alive]
         for decision in decisions:
             assert not self.finished, f"{decision} after the end"
             if isinstance(decision, AskForCards):
-                self.waiting += decision.cards
+                self.unplaced += decision.cards
             elif isinstance(decision, DropCards):
-                self.waiting = [card for card in self.waiting if card not in decision.cards]
+                self.unplaced = [card for card in self.unplaced if card not in decision.cards]
             elif isinstance(decision, HoldBack):
                 self.held_back.add(decision.card)
             elif isinstance(decision, Admit):
                 self.starting.remove(decision.card)
                 self.held_back.discard(decision.card)
-                self.hands[decision.card] = []
+                self.in_flight[decision.card] = []
             elif isinstance(decision, Assign):
                 task = decision.task
                 number = task.shard.number
                 assert number not in self.committed
                 assert number not in [shard for shard, _ in self.commits]
-                elsewhere = [a.attempt for hand in self.hands.values() for a in hand if a.shard.number == number]
+                elsewhere = [a.attempt for tasks in self.in_flight.values() for a in tasks if a.shard.number == number]
                 assert elsewhere == ([] if task.backup_of is None else [task.backup_of]), "in two hands"
                 assert decision.card not in [drop.card for drop in self.drops], "a card that drops one gets another"
                 assert decision.card not in self.leaving
-                assert not self.hands[decision.card] or not task.announce, "a suspect shard behind another"
-                assert not any(task.announce for task in self.hands[decision.card]), "a shard behind a suspect one"
-                self.hands[decision.card].append(task)
-                assert len(self.hands[decision.card]) <= MAX_IN_FLIGHT
+                assert not self.in_flight[decision.card] or not task.announce, "a suspect shard behind another"
+                assert not any(task.announce for task in self.in_flight[decision.card]), "a shard behind a suspect one"
+                self.in_flight[decision.card].append(task)
+                assert len(self.in_flight[decision.card]) <= MAX_IN_FLIGHT
                 self.assigned_to.setdefault(number, []).append(decision.card)
             elif isinstance(decision, Recall):
                 self.recalls.append(decision)
             elif isinstance(decision, Drop):
                 self.drops.append(decision)
-                hand = self.hands[decision.card]
-                self.old += [task for task in hand if task.attempt == decision.attempt]
-                self.hands[decision.card] = [task for task in hand if task.attempt != decision.attempt]
-                assert len(self.hands[decision.card]) == len(hand) - 1
+                tasks = self.in_flight[decision.card]
+                self.old += [task for task in tasks if task.attempt == decision.attempt]
+                self.in_flight[decision.card] = [task for task in tasks if task.attempt != decision.attempt]
+                assert len(self.in_flight[decision.card]) == len(tasks) - 1
             elif isinstance(decision, Commit):
                 assert decision.shard not in self.committed
                 assert self.held.pop(decision.attempt) == decision.shard
@@ -150,17 +150,17 @@ class World:
             elif isinstance(decision, CheckStorage):
                 self.checks.append(decision.shard.number)
             elif isinstance(decision, Replace):
-                self.old += self.hands.pop(decision.card, [])
+                self.old += self.in_flight.pop(decision.card, [])
                 self.held_back.discard(decision.card)
                 self.starting.add(decision.card)
             elif isinstance(decision, Quarantine):
-                self.old += self.hands.pop(decision.card, [])
+                self.old += self.in_flight.pop(decision.card, [])
                 self.starting.discard(decision.card)
                 self.held_back.discard(decision.card)
                 self.quarantined.add(decision.card)
             elif isinstance(decision, Release):
                 assert decision.card in self.leaving
-                assert not self.hands.pop(decision.card, [])
+                assert not self.in_flight.pop(decision.card, [])
                 self.starting.discard(decision.card)
             elif isinstance(decision, Finish):
                 self.finished.append(decision.reason)
@@ -180,12 +180,12 @@ class World:
         self.now += later
         states = {card: self.schedule.state(card) for card in self.nodes}
         here = {card for card, state in states.items() if state not in (CardState.GONE, CardState.LEAVING)}
-        cards = len(here) + len(self.waiting) + more
+        cards = len(here) + len(self.unplaced) + more
         nodes = frozenset(self.nodes[card] for card, state in states.items() if state is not CardState.GONE)
         self.do(self.handle(ClusterSeen(Capacity(cards, cards, nodes, frozenset()), self.now)))
 
     def join(self, card: int, node: str = "") -> None:
-        self.waiting = [number for number in self.waiting if number != card]
+        self.unplaced = [number for number in self.unplaced if number != card]
         self.nodes[card] = node or f"node of {card}"
         self.do(self.handle(CardPlaced(card, self.nodes[card])))
         self.starting.add(card)
@@ -196,13 +196,13 @@ class World:
     def die(self, card: int, error: str = "killed") -> None:
         self.starting.discard(card)
         self.held_back.discard(card)
-        self.old += self.hands.pop(card, [])
+        self.old += self.in_flight.pop(card, [])
         self.do(self.handle(CardDied(card, error)))
 
     def break_down(self, card: int, error: str = "out of device memory") -> None:
         self.starting.discard(card)
         self.held_back.discard(card)
-        self.old += self.hands.pop(card, [])
+        self.old += self.in_flight.pop(card, [])
         self.do(self.handle(CardBroken(card, error)))
 
     def refuse(self, card: int) -> None:
@@ -212,12 +212,12 @@ class World:
     def leave(self, card: int) -> None:
         self.starting.discard(card)
         self.held_back.discard(card)
-        self.old += self.hands.pop(card, [])
+        self.old += self.in_flight.pop(card, [])
         self.do(self.handle(CardGone(card)))
 
     def begin(self, card: int, all_of_it: bool = False) -> None:
         """A card reads what it has in hand and makes the first of it, or all of it while the first is stored."""
-        for place, task in enumerate(self.hands.get(card, [])):
+        for place, task in enumerate(self.in_flight.get(card, [])):
             self.do(self.handle(ShardBegun(task.attempt, place == 0 or all_of_it, self.now)))
 
     def check_storage(self, error: str | None = None, of_shard: str | None = None) -> None:
@@ -231,7 +231,7 @@ class World:
             if node == self.nodes[card]:
                 self.begin(number)
         for number, node in self.nodes.items():
-            if node == self.nodes[card] and (number in self.hands or number in self.starting):
+            if node == self.nodes[card] and (number in self.in_flight or number in self.starting):
                 self.leave(number)
 
     def take_leave(self, card: int) -> None:
@@ -239,7 +239,7 @@ class World:
         self.do(self.handle(CardLeaving(card)))
 
     def finish_first(self, card: int, failed: int = 0, undecoded: int = 0, **outcome: Any) -> None:
-        task = self.hands[card].pop(0)
+        task = self.in_flight[card].pop(0)
         if task.confirm:
             self.do(self.handle(DoubtsChecked(task.attempt, dict.fromkeys(task.confirm, "wrong") if failed else {})))
             return
@@ -253,7 +253,7 @@ class World:
         )
 
     def fail_first(self, card: int, failed_alone_once: bool, healthy: bool) -> None:
-        task = self.hands[card].pop(0)
+        task = self.in_flight[card].pop(0)
         rows = {task.shard.start: "boom"} if failed_alone_once else {}
         self.do(self.handle(ShardFailed(task.attempt, ShardFailure("boom", rows, healthy=healthy))))
 
@@ -264,19 +264,19 @@ class World:
 
     def answer_recall(self, give_back: bool) -> None:
         recall = self.recalls.pop(0)
-        hand = self.hands.get(recall.card, [])
-        mine = [task for task in hand if task.attempt == recall.attempt]
+        tasks = self.in_flight.get(recall.card, [])
+        recalled = [task for task in tasks if task.attempt == recall.attempt]
         # A card that is working on a shard already keeps it.
-        given = bool(mine) and give_back and mine[0] is not hand[0]
+        given = bool(recalled) and give_back and recalled[0] is not tasks[0]
         if given:
-            hand.remove(mine[0])
-        if mine:
+            tasks.remove(recalled[0])
+        if recalled:
             self.do(self.handle(RecallAnswered(recall.attempt, given)))
 
 
 def let_it_end(world: World, new_card: int) -> None:
     """From here on nothing goes wrong; the run has to end within a bounded number of events."""
-    if not world.finished and not world.hands.keys() - world.leaving and not world.starting:
+    if not world.finished and not world.in_flight.keys() - world.leaving and not world.starting:
         world.join(new_card)
     world.see()
     for _ in range(10_000):
@@ -286,12 +286,12 @@ def let_it_end(world: World, new_card: int) -> None:
             world.commit_first()
         elif world.recalls:
             world.answer_recall(True)
-        elif world.waiting:
-            world.join(world.waiting[0])
+        elif world.unplaced:
+            world.join(world.unplaced[0])
         elif world.starting - world.held_back:
             world.ready(next(iter(world.starting - world.held_back)))
         else:
-            busy = [card for card, hand in world.hands.items() if hand]
+            busy = [card for card, tasks in world.in_flight.items() if tasks]
             if not busy and world.held_back:
                 world.see(later=STACK_VOTE_TIMEOUT_S)
                 continue
@@ -314,8 +314,8 @@ def start(world: World, cards: int, per_node: int | None = None) -> None:
 
 def anything_happens(world: World, rng: random.Random) -> None:
     """One event of those that can happen now, likely ones more often."""
-    busy = [card for card, hand in world.hands.items() if hand]
-    alive = sorted(world.hands) + sorted(world.starting)
+    busy = [card for card, tasks in world.in_flight.items() if tasks]
+    alive = sorted(world.in_flight) + sorted(world.starting)
     possible = (
         (["ready"] * 4 + ["refuse"]) * bool(world.starting - world.held_back)
         + ["finish"] * 6 * bool(busy)
@@ -336,13 +336,13 @@ def anything_happens(world: World, rng: random.Random) -> None:
         world.refuse(rng.choice(sorted(world.starting - world.held_back)))
     elif event == "finish":
         card = rng.choice(busy)
-        doubted = {world.hands[card][0].shard.start: "wrong"} if rng.random() < 0.2 else {}
+        doubted = {world.in_flight[card][0].shard.start: "wrong"} if rng.random() < 0.2 else {}
         world.finish_first(card, rng.choice([0, 0, 1]), doubted=doubted, transient_failures=rng.choice([0, 0, 2]))
     elif event == "fail":
         world.fail_first(rng.choice(busy), rng.random() < 0.5, rng.random() < 0.5)
     elif event == "announce":
-        first = world.hands[rng.choice(busy)][0]
-        world.begin(next(card for card, hand in world.hands.items() if first in hand))
+        first = world.in_flight[rng.choice(busy)][0]
+        world.begin(next(card for card, tasks in world.in_flight.items() if first in tasks))
         rows = range(first.shard.start, first.shard.start + rng.randint(1, 4))
         world.do(world.handle(BatchAnnounced(first.attempt, tuple(rows))))
         if rng.random() < 0.3:

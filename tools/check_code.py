@@ -2,7 +2,8 @@
 
     python tools/check_code.py
 
-An identifier is refused as a whole, and for some words also as a part between underscores.
+An identifier is refused as a whole, and for some words also as a part between underscores. In tests and
+benchmarks only the words are looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent / "gaudi_batch"
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "gaudi_batch"
+WORDS_ALONE = (REPOSITORY / "tests", REPOSITORY / "benchmarks")
 EXCLUDED = PACKAGE / "emulator/site"
 """Stands in for another package, and has its names."""
 MAX_ARGUMENTS = 6
@@ -83,13 +86,14 @@ RETIRED_PARTS = {
     "patience": "retry_timeout_s",
     "proven": "has_succeeded",
     "strikes": "consecutive_failures",
+    "tally": "totals",
     "theirs": "a noun that says what it holds",
     "trouble": "failures or last_error",
     "unsettled": "in_doubt",
     "vindications": "shards_made_elsewhere",
 }
 """Words that are refused as parts of a name, too."""
-RETIRED_IN_CONSTANTS = {"SECONDS": "TIMEOUT_S or INTERVAL_S", "MOST": "MAX"}
+RETIRED_IN_CONSTANTS = {"SECONDS": "TIMEOUT_S, INTERVAL_S or another name in _S", "MOST": "MAX"}
 STORED = {"storage_patience"}
 """Names that users have in their job files."""
 
@@ -125,23 +129,28 @@ def better_name(identifier: str) -> str | None:
     return next((better for part, better in parts.items() if part in words or part.upper() in words), None)
 
 
-def problems(path: Path, name: str) -> Iterator[str]:
-    """What is wrong with a module.
+def retired_words(path: Path, name: str) -> Iterator[str]:
+    """The names in a module that are retired.
 
     Args:
         path: of the module.
         name: what to call it.
     """
-    text = path.read_text(encoding="utf-8")
-    lines = len(text.splitlines())
-    if lines > MAX_LINES:
-        yield f"{name}: {lines} lines; a module has {MAX_LINES} at most: which two things is it?"
-    tree = ast.parse(text)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for line, identifier in sorted(set(identifiers(tree))):
         better = better_name(identifier)
         if better is not None:
             yield f"{name}:{line}: {identifier} is retired; use {better}"
-    for node in ast.walk(tree):
+
+
+def problems(path: Path, name: str) -> Iterator[str]:
+    """What is wrong with a module of the package; see `retired_words`."""
+    yield from retired_words(path, name)
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    if lines > MAX_LINES:
+        yield f"{name}: {lines} lines; a module has {MAX_LINES} at most: which two things is it?"
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = sum(argument.arg not in ("self", "cls") for argument in arguments)
@@ -156,6 +165,12 @@ def main() -> int:
         for path in sorted(PACKAGE.rglob("*.py"))
         if EXCLUDED not in path.parents
         for problem in problems(path, path.relative_to(PACKAGE).as_posix())
+    ]
+    listed += [
+        problem
+        for folder in WORDS_ALONE
+        for path in sorted(folder.rglob("*.py"))
+        for problem in retired_words(path, path.relative_to(REPOSITORY).as_posix())
     ]
     print("\n".join(listed) or "the words, arguments and lengths are as they should be")
     return 1 if listed else 0

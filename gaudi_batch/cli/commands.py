@@ -161,7 +161,7 @@ def emulate(parsed: argparse.Namespace) -> NoReturn:
 
 def _print_result(output: str, summary: dict[str, Any]) -> None:
     """Prints the outcome of a run. The exit code is the same if nobody reads it."""
-    from gaudi_batch.output.tally import result_lines
+    from gaudi_batch.output.totals import result_lines
 
     try:
         say("\n".join(result_lines(output, summary)))

@@ -38,14 +38,14 @@ def make_missing(
         LeaseLost: another driver has taken over.
     """
     schedule = _schedule(run, missing, committed)
-    tally = committed.tally
-    planned = sum(shard.images for shard in run.plan if shard.number in tally.attempts and not shard.is_rerun)
+    totals = committed.totals
+    planned = sum(shard.images for shard in run.plan if shard.number in totals.attempts and not shard.is_rerun)
     earlier = read_spans(run.ledger)
     progress = RunProgress(
         schedule,
         committed,
         run.info.images,
-        planned - tally.images,
+        planned - totals.images,
         lambda card_s: [*earlier, watch.span(card_s)],
         Timeline(run.ledger, run.lease.driver),
     )
@@ -60,13 +60,13 @@ def make_missing(
 
 
 def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
-    job, config, tally = run.job, run.job.config, committed.tally
+    job, config, totals = run.job, run.job.config, committed.totals
     # Rows that will run again count neither as made nor as failed.
     undecided = [shard for shard in missing if shard.is_rerun]
     rows = RowCounts(
         run.info.rows,
-        tally.rows - sum(shard.rows for shard in undecided),
-        tally.failed_rows - sum(shard.failed_before for shard in undecided),
+        totals.rows - sum(shard.rows for shard in undecided),
+        totals.failed_rows - sum(shard.failed_before for shard in undecided),
     )
     fixed_threads = config.device == "cpu" and not run.info.asked_no_card
     min_cpus = job.threads or 0 if fixed_threads else 0

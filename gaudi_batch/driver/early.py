@@ -78,7 +78,7 @@ class EarlyCards:
         config = self._run.job.config
         count = min(cluster_capacity(config, cards.resources).cards, config.max_cards or missing, missing)
         unplaced = set(range(count))
-        cards.places.create(unplaced)
+        cards.places.create_early(unplaced)
         while unplaced and not reading.done():
             for number in cards.places.placed(unplaced):
                 cards.places.start(number)

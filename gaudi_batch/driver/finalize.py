@@ -20,8 +20,8 @@ from gaudi_batch.errors import Interrupted, RunStopped, StorageError
 from gaudi_batch.output.cleanup import remove_orphans
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
-from gaudi_batch.output.tally import FILES, CommitTotals, stop_lines
 from gaudi_batch.output.throughput import rounded
+from gaudi_batch.output.totals import FILES, CommitTotals, stop_lines
 from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ DRIVER_NAME_LENGTH = 5
 """Letters of a driver's name; the names of its attempts begin with it."""
 
 
-def sum_up(run: Run, tally: CommitTotals, ended: Ended) -> RunResult:
+def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
     """Writes the summary of a run that makes no more images.
 
     Args:
         run: the run.
-        tally: what this driver knows to be committed.
+        totals: what this driver knows to be committed.
         ended: how the making of images ended.
 
     Raises:
@@ -43,9 +43,9 @@ def sum_up(run: Run, tally: CommitTotals, ended: Ended) -> RunResult:
         RunStopped: something else did, or manifests are gone.
         StorageError: the summary of a run that is complete can't be written.
     """
-    reason, rows = ended.reason, tally.rows
+    reason, rows = ended.reason, totals.rows
     try:
-        summary = write_summary(run, tally, ended)
+        summary = write_summary(run, totals, ended)
         rows, reason = summary["rows"], summary["reason"]
     except StorageError as error:
         if reason is None:
@@ -77,13 +77,13 @@ def verify_images(run: Run) -> None:
         )
 
 
-def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]:
+def write_summary(run: Run, totals: CommitTotals, ended: Ended) -> dict[str, Any]:
     """Counts what storage has of a run, removes leftovers, joins the manifests of a complete run, and writes
     summary.json; returns its content.
 
     Args:
         run: the run.
-        tally: what this driver knows to be committed.
+        totals: what this driver knows to be committed.
         ended: how the making of images ended.
     """
     ledger = run.ledger
@@ -91,37 +91,37 @@ def write_summary(run: Run, tally: CommitTotals, ended: Ended) -> dict[str, Any]
     # A manifest may land while the others are read: an attempt that was in doubt before stays in doubt.
     in_doubt = frozenset(ledger.in_doubt)
     # Storage decides what is committed: another driver may have committed, too.
-    committed = _count(run, tally.emptied())
-    lost = sorted(tally.attempts.keys() - committed.tally.attempts.keys())
-    tally = committed.tally
-    reason = ended.reason or _why_incomplete(run, tally, lost)
+    committed = _count(run, totals.emptied())
+    lost = sorted(totals.attempts.keys() - committed.totals.attempts.keys())
+    totals = committed.totals
+    reason = ended.reason or _why_incomplete(run, totals, lost)
     if not lost:
         # Files of a driver that counts as dead are safe to remove only when no shard is left to commit.
         removable = {run.lease.driver} if reason else run.lease.past_holders | {run.lease.driver}
         remove_orphans(
             ledger,
-            tally.attempts,
+            totals.attempts,
             lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in in_doubt,
         )
-    totals = tally.describe(ended.faults, ended.retries)
+    figures = totals.describe(ended.faults, ended.retries)
     if reason is None:
-        totals |= _join(run)
+        figures |= _join(run)
     summary = {
-        "state": "stopped" if reason else "complete with failed rows" if totals["failed_rows"] else "complete",
+        "state": "stopped" if reason else "complete with failed rows" if figures["failed_rows"] else "complete",
         "reason": reason,
         "output": ledger.storage.url,
         "files": FILES,
         "images_planned": run.info.images,
         "rows_planned": run.info.rows,
-        **_times(run, tally, ended, totals["images"]),
+        **_times(run, totals, ended, figures["images"]),
         "failures": committed.failed.describe(),
-        **totals,
+        **figures,
     }
     ledger.put_json("summary.json", summary)
     return summary
 
 
-def _count(run: Run, tally: CommitTotals) -> Committed:
+def _count(run: Run, totals: CommitTotals) -> Committed:
     """Counts what is committed now."""
     run.commits.refresh()
     in_place = [shard for shard in run.plan if shard.number in run.commits.by_shard]
@@ -130,17 +130,17 @@ def _count(run: Run, tally: CommitTotals) -> Committed:
     kinds = {shard.number: shard.bucket.batch_kind for shard in run.plan}
     for commit in run.commits.in_order():
         info = commit.info
-        tally.add(info, info.finished_at, kinds.get(info.shard))
+        totals.add(info, info.finished_at, kinds.get(info.shard))
         if commit.failed is not None:
             failed.add(info.shard, commit.failed)
-    return Committed(tally, failed)
+    return Committed(totals, failed)
 
 
-def _why_incomplete(run: Run, tally: CommitTotals, lost: list[int]) -> str | None:
+def _why_incomplete(run: Run, totals: CommitTotals, lost: list[int]) -> str | None:
     if lost:
         return f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
-    if tally.rows != run.info.rows:
-        return f"the manifests have {tally.rows} rows, and the plan {run.info.rows}"
+    if totals.rows != run.info.rows:
+        return f"the manifests have {totals.rows} rows, and the plan {run.info.rows}"
     return None
 
 
@@ -158,11 +158,11 @@ def _join(run: Run) -> dict[str, Any]:
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}
 
 
-def _times(run: Run, tally: CommitTotals, ended: Ended, images: int) -> dict[str, Any]:
+def _times(run: Run, totals: CommitTotals, ended: Ended, images: int) -> dict[str, Any]:
     """The times of a run, from those of its drivers."""
     spans = [span for span in read_spans(run.ledger) if span.driver != run.lease.driver]
     spans += [ended.watch.span(ended.card_s)] if ended.watch else []
-    drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in tally.attempts.values()}
+    drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in totals.attempts.values()}
     wall_s = wall_seconds(spans, drivers)
     return {
         "started_at": run.info.created_at if wall_s is None else spans[0].started_at,

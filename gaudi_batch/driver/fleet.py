@@ -126,9 +126,7 @@ class Fleet:
     # -- what the schedule decides ------------------------------------------------------------------------------
 
     def ask_for(self, decision: decisions.AskForCards) -> None:
-        """Asks the cluster for cards. Those that started early are among the first, or are not needed."""
-        if not self.slots:
-            self._background.tell_ray(self._places.give_back_others, decision.cards)
+        """Asks the cluster for cards."""
         self.slots.update({number: Slot(number) for number in decision.cards})
         self._count_slots()
         self._background.tell_ray(self._places.create, decision.cards)

@@ -64,11 +64,21 @@ class Places:
         self.since: dict[int, float] = {}
         """When it was first seen that a slot has its place, monotonic."""
         self._groups: dict[int, PlacementGroup] = {}
+        self._early: set[int] = set()
         self._actors: dict[int, Any] = {}
+
+    def create_early(self, numbers: Iterable[int]) -> None:
+        """Asks the cluster for places that the schedule has not asked for yet. They are among those that it asks for
+        first, or are given back then."""
+        self.create(numbers)
+        self._early = set(self._groups)
 
     def create(self, numbers: Iterable[int]) -> None:
         """Asks the cluster for a place for each of these slots that has none."""
-        for number in sorted(set(numbers).difference(self._groups)):
+        asked, early, self._early = set(numbers), self._early, set()
+        for number in early - asked:
+            self.remove(number)
+        for number in sorted(asked.difference(self._groups)):
             name = group_name(self._driver, number)
             self._groups[number] = placement_group([self._resources.bundle], strategy="PACK", name=name)
 
@@ -94,11 +104,6 @@ class Places:
         options = {**self._options, "scheduling_strategy": strategy, "max_concurrency": CARD_CALLS}
         self._actors[number] = self._card.options(**options).remote(self._setup_ref)
         return self._actors[number]
-
-    def give_back_others(self, numbers: Collection[int]) -> None:
-        """Gives back all places but those of these slots."""
-        for number in self._groups.keys() - set(numbers):
-            self.remove(number)
 
     def kill(self, number: int) -> None:
         """Kills a slot's process, if one has been started, and keeps its place."""

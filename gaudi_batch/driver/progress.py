@@ -51,7 +51,7 @@ class RunProgress:
         self.card_s = 0.0
         """Seconds for which this driver had held cards at the last report."""
         self._schedule = schedule
-        self._tally = committed.tally
+        self._totals = committed.totals
         self._failed = committed.failed
         self._images_total = images_total
         self._missing = images_missing
@@ -62,7 +62,7 @@ class RunProgress:
     def introduce(self, slot: Slot) -> None:
         """A card is up; it is in the reports from now on."""
         assert slot.ready is not None
-        self._tally.card(slot.name, slot.ready.node, slot.ready.module)
+        self._totals.card(slot.name, slot.ready.node, slot.ready.module)
 
     def fault(self, slot: Slot, what: str) -> None:
         """A card failed."""
@@ -72,7 +72,7 @@ class RunProgress:
 
     def committed(self, info: CommitInfo, failed: pa.Table | None) -> None:
         """A shard is committed; `failed` are its failed rows, if there are any."""
-        self._tally.add(info)
+        self._totals.add(info)
         if failed is not None:
             self._failed.add(info.shard, failed)
         shard = self._schedule.shards[info.shard]
@@ -88,9 +88,9 @@ class RunProgress:
             cards: what each of them is at, by its label.
             waits_for: what the run as a whole waits for, if it does.
         """
-        images = self._tally.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
+        images = self._totals.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
         now = time.monotonic()
-        if images > self._tally.images or self._rates:
+        if images > self._totals.images or self._rates:
             self._rates.append((now, images))
         while self._rates and now - self._rates[0][0] > RATE_WINDOW_S:
             self._rates.popleft()
@@ -134,7 +134,7 @@ class RunProgress:
         }
 
     def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> CardProgress:
-        tallied = self._tally.cards.get(slot.name)
+        of_card = self._totals.cards.get(slot.name)
         first = at[0].describe() if at else dict.fromkeys(DOING_FIELDS)
         return {
             "node": slot.ready.node if slot.ready else None,
@@ -148,8 +148,8 @@ class RunProgress:
             "bucket": first["bucket"],
             "rows": first["rows"],
             "doing": describe_doings(at) or None,
-            "images": (tallied.sums.images if tallied else 0) + (slot.status.images if slot.status else 0),
-            "images_per_s": tallied.sums.describe()["images_per_s"] if tallied else None,
+            "images": (of_card.sums.images if of_card else 0) + (slot.status.images if slot.status else 0),
+            "images_per_s": of_card.sums.describe()["images_per_s"] if of_card else None,
             "faults": self.faults[slot.label],
         }
 

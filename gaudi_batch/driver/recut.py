@@ -33,11 +33,8 @@ def recut(run: Run, committed: Committed) -> None:
         LeaseLost: another driver has taken over.
         StorageError: storage failed.
     """
-    left = [
-        shard
-        for shard in run.plan
-        if shard.number not in committed.tally.attempts and shard.number not in committed.retired and not shard.is_rerun
-    ]
+    done = committed.totals.attempts.keys() | committed.retired
+    left = [shard for shard in run.plan if shard.number not in done and not shard.is_rerun]
     if not committed.retired and (not left or run.info.job.get("shard_size", left) is not None):
         return
     config = run.job.config

@@ -14,7 +14,7 @@ from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.spans import Stopwatch
-from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Shard
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Run:
 class Committed:
     """What is committed of a run."""
 
-    tally: CommitTotals
+    totals: CommitTotals
     failed: FailedRows
     retired: frozenset[int] = frozenset()
     """Shards that are retired and whose rows the plan has in no other shard yet: a driver ended in between."""
@@ -80,12 +80,12 @@ class Committed:
     @classmethod
     def of(cls, run: Run) -> Committed:
         """Counts what is known to be committed."""
-        tally, failed = CommitTotals(), FailedRows(run.latest_shard_of_row)
+        totals, failed = CommitTotals(), FailedRows(run.latest_shard_of_row)
         for commit in run.commits.in_order():
-            tally.add(commit.info)
+            totals.add(commit.info)
             if commit.failed is not None:
                 failed.add(commit.info.shard, commit.failed)
-        return cls(tally, failed, frozenset(run.commits.retired))
+        return cls(totals, failed, frozenset(run.commits.retired))
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def run(
                     committed = Committed.of(this_run)
                     recut(this_run, committed)
                     ended = _make_missing(this_run, cards, committed, watch, grace)
-                result = sum_up(this_run, committed.tally, ended)
+                result = sum_up(this_run, committed.totals, ended)
                 if verify:
                     verify_images(this_run)
                 return result
@@ -131,7 +131,7 @@ def _try_card(job: Job, ledger: Ledger, resources: CardResources, driver: str) -
 
 def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stopwatch, grace: float) -> Ended:
     """Makes the shards that are not committed, if there are any."""
-    missing = [shard for shard in run.plan if shard.number not in committed.tally.attempts]
+    missing = [shard for shard in run.plan if shard.number not in committed.totals.attempts]
     if len(missing) < len(run.plan):
         log.info("%d of %d shards are committed already", len(run.plan) - len(missing), len(run.plan))
     if not missing:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import datetime, timezone
@@ -89,6 +89,20 @@ def test_the_images_of_a_row_that_failed_after_all_are_removed(tmp_path: Path) -
     assert named == stored == ["images/000003-aaaaa1/00000000-00.png"]
 
 
+class Slots(threading.Semaphore):
+    """A semaphore that notes who waits for it."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value)
+        self.waiters: queue.Queue[int] = queue.Queue()
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        if super().acquire(blocking=False):
+            return True
+        self.waiters.put(1)
+        return super().acquire(blocking, timeout)
+
+
 def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their pixels may be larger than memory."""
     made: list[int] = []
@@ -107,7 +121,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("gaudi_batch.card.actor.ShardMaker", Maker)
     card: Any = Card.__new__(Card)
-    card._store_slots, card._storage, card._probes = threading.Semaphore(BATCHES_IN_STORE), None, {}
+    card._store_slots, card._storage, card._probes = Slots(BATCHES_IN_STORE), None, {}
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._mailbox = Mailbox(lambda: 0.0)
@@ -116,10 +130,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     work = ShardRows(ShardTask(Shard(0, 0, 0, 20, BUCKET, 20, 20), "aaaaa1"), [], pa.table({}))
     threading.Thread(target=card._make, args=(work,), daemon=True).start()
     for waits_with in (BATCHES_IN_STORE + 1, BATCHES_IN_STORE + 2):
-        until = time.monotonic() + 30
-        while len(made) < waits_with and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.2)
+        card._store_slots.waiters.get(timeout=60)
         assert len(made) == waits_with
         card._store_slots.release()
 
@@ -150,11 +161,11 @@ def test_a_card_looks_whether_its_node_sees_what_the_others_see_before_it_loads(
 
     monkeypatch.setattr("gaudi_batch.card.actor.require_shared", refused)
     monkeypatch.setattr("gaudi_batch.card.actor.load_pipeline", lambda *_: pytest.fail("it loads"))
-    said: list[Any] = []
+    emitted: list[Any] = []
     card: Any = Card.__new__(Card)
-    card._setup, card._mailbox = None, SimpleNamespace(emit=said.append)
+    card._setup, card._mailbox = None, SimpleNamespace(emit=emitted.append)
     card._generate()
-    (broken,) = said
+    (broken,) = emitted
     assert "not on a file system that all nodes share" in broken.error
 
 

@@ -68,7 +68,7 @@ def test_a_row_that_raises_fails_alone() -> None:
     assert all(len(call) == 4 for call in device.calls)
 
 
-def test_the_last_row_is_proven_at_fault_by_making_an_earlier_one_again() -> None:
+def test_the_last_row_is_shown_to_be_at_fault_by_making_an_earlier_one_again() -> None:
     device = Device(raises={5})
     shard = maker(device, 6)
     made(shard)
@@ -123,14 +123,14 @@ def test_a_row_fails_whole_with_all_its_images() -> None:
     assert set(shard.failures) == {1}
 
 
-@pytest.mark.parametrize(("wrong", "said"), [("nan", "not finite"), ("black", "black")])
-def test_an_image_that_is_wrong_twice_is_for_another_card_to_judge(wrong: str, said: str) -> None:
+@pytest.mark.parametrize(("wrong", "message"), [("nan", "not finite"), ("black", "black")])
+def test_an_image_that_is_wrong_twice_is_for_another_card_to_judge(wrong: str, message: str) -> None:
     kind: dict[str, Any] = {wrong: {2}}
     device = Device(**kind)
     shard = maker(device, 4)
     assert len(made(shard)) == 3
     assert device.calls == [[0, 1, 2, 3], [2, 2, 2, 2]]
-    assert said in shard.doubted[2]
+    assert message in shard.doubted[2]
     assert shard.failures == shard.doubted
     assert shard.transient_failures == 0
 

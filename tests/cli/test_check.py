@@ -116,9 +116,9 @@ def test_arrow_passes_over_no_row_that_a_card_would_not_run(tmp_path: Path, data
     job = resolve(config)
     rows = [row for shard in job.plan(1) for row in job.dataset.read(shard, job.rules)[0]]
     bad = {(row.row, row.error) for row in rows if row.error is not None}
-    found = survey(job.dataset, job.rules, None)
-    assert (found.rows, found.bad) == (count, len(bad))
-    assert found.first == sorted(bad)[:5]
+    survey_result = survey(job.dataset, job.rules, None)
+    assert (survey_result.rows, survey_result.bad) == (count, len(bad))
+    assert survey_result.first == sorted(bad)[:5]
 
 
 def test_text_that_is_no_text_and_groups_that_can_t_be_decoded_are_counted(

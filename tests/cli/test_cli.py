@@ -63,7 +63,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["run", "--stepz", "3"], "unrecognized arguments: --stepz"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
@@ -80,12 +80,12 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
         (["status", "OUT"], "there is no run here"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_2(prompts: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_bad_usage_is_one_line_and_exit_2(prompts: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     places = {"PROMPTS": str(prompts), "OUT": str(tmp_path / "out")}
     result = command_line(*(places.get(argument, argument) for argument in arguments))
     lines = [line for line in result.stderr.splitlines() if "Ray is" not in line]
     assert result.returncode == 2, result.stderr
-    assert said in lines[-1]
+    assert message in lines[-1]
     assert len(lines) == 1
 
 
@@ -134,8 +134,8 @@ def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, clust
     assert "images:   s3://bucket/runs/me@1/images\n" in result.stdout
     with filesystem.open("bucket/runs/me@1/manifest.parquet") as file:
         rows = pq.read_table(file).to_pylist()
-    there = {name.removeprefix("bucket/runs/me@1/") for name in filesystem.find("bucket/runs/me@1/images")}
-    assert there == {row["path"] for row in rows}
+    stored = {name.removeprefix("bucket/runs/me@1/") for name in filesystem.find("bucket/runs/me@1/images")}
+    assert stored == {row["path"] for row in rows}
     assert len(rows) == 100
     written = [filesystem.cat_file(name) for name in filesystem.find("bucket/runs/me@1") if name.endswith("json")]
     assert not any(s3.options["secret"].encode() in data for data in written)

@@ -171,8 +171,8 @@ def test_documented_commands_and_flags_exist() -> None:
         assert set(re.findall(r" (--[a-z][\w.-]*)", line)) <= flags, line
     for flag in re.findall(r"`(--[a-z][\w.-]*)", (REPOSITORY / "docs/cluster.md").read_text()):
         assert flag in flags
-    found = re.findall(r"(?:^|[`'#&] +|[`']|gaudi-batch )ray ((?:job )?[a-z][a-z-]+)([^`\n#']*)", text, re.MULTILINE)
-    assert {name for name, _ in found} >= {
+    of_ray = re.findall(r"(?:^|[`'#&] +|[`']|gaudi-batch )ray ((?:job )?[a-z][a-z-]+)([^`\n#']*)", text, re.MULTILINE)
+    assert {name for name, _ in of_ray} >= {
         "up",
         "down",
         "dashboard",
@@ -181,7 +181,7 @@ def test_documented_commands_and_flags_exist() -> None:
         "drain-node",
         "get-auth-token",
     }
-    for name, rest in found:
+    for name, rest in of_ray:
         known: Any = ray_cli
         for word in name.split():
             known = known.commands[word]

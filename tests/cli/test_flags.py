@@ -35,7 +35,7 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[i
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["run", "--batch_size", "4"], "--batch_size; did you mean --batch-size?"),
         (["run", "--bath-size=4"], "--bath-size; did you mean --batch-size?"),
@@ -53,16 +53,16 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[i
     ],
 )
 def test_a_misspelt_flag_is_told_the_right_one(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert message in line
     assert "hunter2" not in line
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ("batch-size: 4", "batch-size: is not a field of a job; did you mean batch_size?"),
         ("stepz: 4", "stepz: is not a field of a job; did you mean steps?"),
@@ -74,13 +74,13 @@ def test_a_misspelt_flag_is_told_the_right_one(
     ],
 )
 def test_a_misspelt_field_of_a_job_file_is_told_the_right_one(
-    fields: str, said: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fields: str, message: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(f"prompts: {prompts}\noutput: {tmp_path / 'out'}\ndevice: simulated\n{fields}\n")
     code, printed = check(capsys, file)
     assert code == 2
-    assert said in printed
+    assert message in printed
 
 
 @pytest.mark.parametrize(

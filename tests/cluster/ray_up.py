@@ -36,8 +36,8 @@ HEAD, WORKERS = "gaudi-head", ("gaudi-a", "gaudi-b")
 ADDRESSES = {HEAD: f"{NETWORK}.10", WORKERS[0]: f"{NETWORK}.11", WORKERS[1]: f"{NETWORK}.12"}
 MODULES = {WORKERS[0]: (0, 1), WORKERS[1]: (4, 5)}
 ROWS = 64
-COMMAND_SECONDS = 200
-READY_SECONDS = 60
+COMMAND_TIMEOUT_S = 200
+READY_TIMEOUT_S = 60
 
 HOST = """
 set -eu
@@ -244,13 +244,13 @@ def submit_and_check(home: Path) -> None:
 
 def rays() -> list[str]:
     """Command lines of Ray's processes on all hosts."""
-    found = []
+    commands = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if "raylet" in command or "gcs_server" in command:
-                found.append(command)
-    return found
+                commands.append(command)
+    return commands
 
 
 def show_logs(home: Path) -> None:
@@ -271,7 +271,7 @@ def step(done: str) -> None:
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end; shows what it said if it failed."""
     done = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=COMMAND_SECONDS, check=False
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=COMMAND_TIMEOUT_S, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -280,7 +280,7 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def until(reached: Callable[[], bool], otherwise: str) -> None:
     """Waits for something; raises with the reason if it does not come."""
-    end = time.monotonic() + READY_SECONDS
+    end = time.monotonic() + READY_TIMEOUT_S
     while not reached():
         if time.monotonic() > end:
             raise TimeoutError(otherwise)

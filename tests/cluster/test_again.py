@@ -99,10 +99,10 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     (output / "images/stranger.png").write_bytes(b"who is this")
     with pytest.raises(RunStopped, match=r"missing: 1 image, torn: 1 image; .*--repair"):
         make([], verify=True)
-    found = json.loads((output / "verify.json").read_text())
-    assert (found["missing"], found["torn"]) == ([paths[20]["path"]], [paths[90]["path"]])
-    assert found["foreign"] == ["images/stranger.png"]
-    assert found["broken"] == [20, 90]
+    report = json.loads((output / "verify.json").read_text())
+    assert (report["missing"], report["torn"]) == ([paths[20]["path"]], [paths[90]["path"]])
+    assert report["foreign"] == ["images/stranger.png"]
+    assert report["broken"] == [20, 90]
     kept = {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
 
     assert make([5], repair=True, verify=True).summary["images"] == 99
@@ -110,9 +110,9 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     assert {name: after[name] for name in before} == before
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert len([path for path in (output / "images").rglob("*.png") if path not in kept]) == 2
-    found = json.loads((output / "verify.json").read_text())
-    assert (found["images"], found["missing"], found["torn"]) == (99, [], [])
-    assert found["foreign"] == ["images/stranger.png"]
+    report = json.loads((output / "verify.json").read_text())
+    assert (report["images"], report["missing"], report["torn"]) == (99, [], [])
+    assert report["foreign"] == ["images/stranger.png"]
     hashes = {row["row"]: row["sha256"] for row in read_manifest(output)}
     assert all(hashes[row] == paths[row]["sha256"] for row in paths)
 

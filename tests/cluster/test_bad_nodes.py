@@ -86,7 +86,7 @@ OTHER_PROMPTS = "mount --bind {other} {prompts}"
 
 
 @pytest.mark.parametrize(
-    ("mounts", "said"),
+    ("mounts", "message"),
     [
         (READ_ONLY, "Read-only file system"),
         (NO_ROOM, "No space left on device"),
@@ -94,7 +94,7 @@ OTHER_PROMPTS = "mount --bind {other} {prompts}"
     ],
 )
 def test_a_node_whose_storage_fails_does_not_end_the_run(
-    mounts: str, said: str, nodes: RayCluster, tmp_path: Path
+    mounts: str, message: str, nodes: RayCluster, tmp_path: Path
 ) -> None:
     prompts, output = write_prompts(tmp_path / "prompts.parquet", 320), tmp_path / "out"
     other = write_prompts(tmp_path / "other.parquet", 8)
@@ -106,9 +106,9 @@ def test_a_node_whose_storage_fails_does_not_end_the_run(
     nodes.wait_for(3)
     log = Run(nodes, prompts, output, "--simulated.load-seconds", "1").end(0)
     assert statuses(output) == [(row, "ok") for row in range(320)]
-    assert said in log
-    there = {str(path.relative_to(output)) for path in output.glob("images/*/*.png")}
-    assert there == {row["path"] for row in read_manifest(output)}
+    assert message in log
+    stored = {str(path.relative_to(output)) for path in output.glob("images/*/*.png")}
+    assert stored == {row["path"] for row in read_manifest(output)}
 
 
 def test_a_row_that_takes_its_node_down_costs_four_nodes_and_nobody_else(nodes: RayCluster, tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from faultproxy import Fault, FaultProxy, fault_proxy
-from helpers import S3Server
+from helpers import S3Server, wait_until
 
 from benchmarks.chaos import card_processes
 from gaudi_batch import JobConfig, run
@@ -61,16 +60,14 @@ def test_a_card_that_is_killed_costs_its_shards_in_hand_and_nothing_else(
         return card_processes(ray._private.worker._global_node.get_session_dir_path())
 
     def kill() -> None:
-        while not output.committed_shards():
-            time.sleep(0.05)
+        wait_until(output.committed_shards)
         if phase in HELD:
             method, path = HELD[phase]
             fault = proxy.add(Fault("stall", method, path, count=2))
-            while not fault.hits:
-                time.sleep(0.02)
+            wait_until(lambda: fault.hits)
         killed.append(next(card for card in cards() if card not in before))
         os.kill(killed[0], signal.SIGKILL)
-        time.sleep(0.5)
+        wait_until(lambda: killed[0] not in cards())
         proxy.clear()
 
     with attached(cluster):
@@ -108,8 +105,8 @@ def test_secrets_are_written_nowhere(
     for path in written.filesystem.find(written.root):
         data = written.filesystem.cat_file(path)
         assert not any(secret.encode() in data for secret in secrets), path
-    said = capfd.readouterr()
-    assert not any(secret in said.out + said.err for secret in secrets)
+    captured = capfd.readouterr()
+    assert not any(secret in captured.out + captured.err for secret in secrets)
     with attached(cluster):
         session = Path(ray._private.worker._global_node.get_session_dir_path())
     for log in (session / "logs").glob("worker-*"):

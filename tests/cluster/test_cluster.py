@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import free_port, read_manifest
+from helpers import free_port, read_manifest, wait_until
 from raynodes import RAY, RayCluster, add_cards, descendants, wait_for_card
 
 from gaudi_batch import JobConfig
@@ -73,13 +73,6 @@ def start_job(cluster: RayCluster, dataset: Path, output: Path, *flags: str) -> 
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def wait_for_progress(output: Path) -> None:
@@ -194,8 +187,8 @@ def test_two_jobs_share_a_cluster_and_take_turns(
                 stop = time.mktime(time.strptime(line["time"][:19], "%Y-%m-%dT%H:%M:%S"))
                 spans.append((line["module"], stop - line["generate_s"], stop, str(output)))
     for module in {span[0] for span in spans}:
-        mine = sorted(span[1:] for span in spans if span[0] == module)
-        for (_, stop, one), (start, _, other) in itertools.pairwise(mine):
+        of_module = sorted(span[1:] for span in spans if span[0] == module)
+        for (_, stop, one), (start, _, other) in itertools.pairwise(of_module):
             assert one == other or start > stop - 2, f"module {module} was in two hands"
 
 
@@ -283,10 +276,13 @@ def test_nodes_that_can_t_say_what_cards_they_have_are_named_so(
         time.sleep(60)
         return True
 
-    for look, seconds, said in ((without_this_package, 60, "No module named 'gaudi_batch'"), (silent, 3, "for 3 s")):
+    for has_stack, seconds, message in (
+        (without_this_package, 60, "No module named 'gaudi_batch'"),
+        (silent, 3, "for 3 s"),
+    ):
         monkeypatch.setattr(devices, "NODES_TIMEOUT_S", float(seconds))
-        monkeypatch.setattr(devices, "_has_stack", look)
-        with pytest.raises(InputError, match=rf"device auto: .*{said}.*; name the device"):
+        monkeypatch.setattr(devices, "_has_stack", has_stack)
+        with pytest.raises(InputError, match=rf"device auto: .*{message}.*; name the device"):
             with_device(config, cluster)
 
 
@@ -315,9 +311,9 @@ def test_nodes_come_for_the_job_and_go_after_it(
 
     def cards() -> int:
         nodes = {node["NodeID"]: int(node["Resources"].get("HPU", 0)) for node in autoscaled.alive()}
-        if seen[-1][1] != (there := sum(nodes.values())):
-            seen.append((round(time.monotonic() - began), there))
-        return there
+        if seen[-1][1] != (count := sum(nodes.values())):
+            seen.append((round(time.monotonic() - began), count))
+        return count
 
     output = tmp_path / "out"
     driver = start_job(autoscaled, dataset, output, "--simulated.batch-seconds", "8", "--max-cards", "8")
@@ -331,7 +327,7 @@ def test_nodes_come_for_the_job_and_go_after_it(
     log = end(driver)
     wait_until(lambda: cards() == 0)
     print("seconds and cards:", seen)
-    assert max(there for _, there in seen) <= 12, "one node for another, and none too many"
+    assert max(count for _, count in seen) <= 12, "one node for another, and none too many"
     assert content(output) == undisturbed
     assert log.count("left with its node") == 4, log
     assert "quarantined" not in log

@@ -59,8 +59,8 @@ def test_columns_of_every_type_come_back_as_they_were(
     make(prompts, tmp_path / "out", cluster)
     table = pq.read_table(tmp_path / "out/manifest.parquet").sort_by("row")
     assert set(table.column("error").to_pylist()) == {None}
-    found = values(table.select(files[0].column_names))
-    assert [name for name in expected if found[name] != expected[name]] == []
+    stored = values(table.select(files[0].column_names))
+    assert [name for name in expected if stored[name] != expected[name]] == []
 
 
 def as_older_code_wrote_it(manifest: Path) -> None:
@@ -107,8 +107,8 @@ def test_large_columns_are_joined_a_part_at_a_time(
     with pq.ParquetFile(tmp_path / "out/manifest.parquet") as file:
         groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         assert len(groups) > 1
-        found = file.read().sort_by("row").column("large").to_pylist()
-    assert [value == str(number) * 20_000 for number, value in enumerate(found)] == [True] * ROWS
+        column = file.read().sort_by("row").column("large").to_pylist()
+    assert [value == str(number) * 20_000 for number, value in enumerate(column)] == [True] * ROWS
 
 
 def test_a_file_without_a_column_of_required_parts_costs_no_row(

@@ -20,7 +20,7 @@ from helpers import command_line, read_manifest
 from gaudi_batch.reporting.console import OutputLost, require_reader
 
 COMMAND = (sys.executable, "-m", "gaudi_batch")
-PATIENCE_SECONDS = 60
+TIMEOUT_S = 60
 """For a process that is about to end."""
 
 
@@ -56,7 +56,7 @@ def with_output_to(kind: str, *arguments: str) -> subprocess.CompletedProcess[st
             stdout=number,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=PATIENCE_SECONDS,
+            timeout=TIMEOUT_S,
             check=False,
         )
 
@@ -65,7 +65,7 @@ def with_errors_to(kind: str, *arguments: str) -> int:
     with sink(kind) as number:
         command = [*COMMAND, *arguments]
         return subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=number, timeout=PATIENCE_SECONDS, check=False
+            command, stdout=subprocess.DEVNULL, stderr=number, timeout=TIMEOUT_S, check=False
         ).returncode
 
 
@@ -112,7 +112,7 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     writes = "import os; os.write(1, b'a'); os.write(2, b'b'); os.read(0, 1)"
     emulate = [*COMMAND, "emulate", "--state", str(tmp_path), "--", sys.executable, "-c", writes]
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *emulate]
-    assert subprocess.run(closed, timeout=PATIENCE_SECONDS, check=False).returncode == 0
+    assert subprocess.run(closed, timeout=TIMEOUT_S, check=False).returncode == 0
 
 
 def test_a_run_goes_on_when_its_terminal_is_gone(cluster: str, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_run_goes_on_when_its_terminal_is_gone(cluster: str, tmp_path: Path) -
     while b"images/s" not in os.read(terminal, 65536):
         pass
     os.close(terminal)
-    assert run.wait(PATIENCE_SECONDS) == 0
+    assert run.wait(TIMEOUT_S) == 0
     assert len(read_manifest(tmp_path / "out")) == 64
 
 
@@ -144,7 +144,7 @@ cli.entry()
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         ("ValueError('s3://key:xyzzy-secret@bucket/\\x1b[31m')", "ValueError: s3://***@bucket/\\x1b[31m"),
         ("BrokenPipeError(32, 'of a socket')", "BrokenPipeError: [Errno 32] of a socket"),
@@ -152,7 +152,7 @@ cli.entry()
     ],
 )
 def test_an_error_that_nobody_has_foreseen_ends_the_process_though_storage_hangs(
-    error: str, said: str, tmp_path: Path
+    error: str, message: str, tmp_path: Path
 ) -> None:
     """Opening a FIFO that nobody writes to never ends."""
     os.mkfifo(tmp_path / "fifo")
@@ -164,7 +164,7 @@ def test_an_error_that_nobody_has_foreseen_ends_the_process_though_storage_hangs
         process.kill()
         pytest.fail(f"the process does not end: {process.communicate()[1]}")
     assert process.returncode == 1
-    assert said in stderr
+    assert message in stderr
     assert "xyzzy" not in stderr
 
 
@@ -181,7 +181,7 @@ def test_an_interrupt_ends_a_command_that_waits_for_its_reader(finished: list[st
         while "pipe_write" not in Path(f"/proc/{process.pid}/wchan").read_text():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_SECONDS) == 130
+        assert process.wait(TIMEOUT_S) == 130
     os.close(reader)
     os.close(writer)
 

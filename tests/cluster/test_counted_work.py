@@ -128,7 +128,7 @@ class StoreAtOnce:
         return future
 
 
-def test_a_card_does_not_look_through_all_batches_after_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_does_not_go_through_all_batches_after_each(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = 300
     monkeypatch.setattr(CountedFuture, "asked", 0)
     card = Card.__new__(Card)
@@ -182,9 +182,9 @@ def test_failed_rows_are_run_again_but_those_whose_own_data_is_bad(
     capsys.readouterr()
     code, left = run("--retry-failed")
     assert (code, left) == (3, {row: failed[row] for row in (3, 8, 40)})
-    said = capsys.readouterr().err
-    assert "3 failed rows can't be run whatever is tried" in said
-    assert "to run again: 2 failed rows, in 1 new shard" in said
+    log = capsys.readouterr().err
+    assert "3 failed rows can't be run whatever is tried" in log
+    assert "to run again: 2 failed rows, in 1 new shard" in log
     assert len(list((tmp_path / "out/manifest").iterdir())) == len(shards) + 1
     assert run("--retry-failed") == (3, left)
     assert "no failed row is left to run again" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def config(model: Path | str, **fields: str) -> JobConfig:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda model: (model / "model_index.json").unlink(), "has no model_index.json"),
         (lambda model: (model / "model_index.json").write_text("{"), "can't be read"),
@@ -153,20 +153,20 @@ def config(model: Path | str, **fields: str) -> JobConfig:
     ],
 )
 def test_a_model_that_can_not_run_is_refused_before_any_card(
-    tmp_path: Path, spoil: Callable[[Path], object], said: str
+    tmp_path: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     shutil.copytree(BUILTIN_MODELS / "shapes", tmp_path / "model")
     spoil(tmp_path / "model")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         describe_model(config(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("euler_ancestral", "draws noise while it steps"), ("magic", "is not known for device cpu; use one of")],
 )
-def test_a_scheduler_that_can_not_be_used_is_refused(name: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_scheduler_that_can_not_be_used_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         describe_model(config("builtin:shapes", scheduler=name))
 
 

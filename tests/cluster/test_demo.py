@@ -75,7 +75,7 @@ def test_the_demo_removes_no_run_but_its_own(
     shutil.copytree(made.output, output)
     (output / "notes.txt").write_text("mine")
     path = output / "run.json"
-    its = json.loads(path.read_text())
+    own = json.loads(path.read_text())
     changes: list[dict[str, Any]] = [
         {"steps": 50},
         {"guidance_scale": 7.5},
@@ -88,8 +88,8 @@ def test_the_demo_removes_no_run_but_its_own(
         {"prompts": 5},
         {"prompts": None},
     ]
-    records = [its | {"job": its["job"] | change} for change in changes]
-    for record in (*records, its | {"job": "x"}, its | {"job": None}, [its], {}, "x"):
+    records = [own | {"job": own["job"] | change} for change in changes]
+    for record in (*records, own | {"job": "x"}, own | {"job": None}, [own], {}, "x"):
         path.write_text(json.dumps(record))
         before = files(output)
         with pytest.raises(InputError, match="not the demo's"):
@@ -102,9 +102,9 @@ def test_the_demo_removes_no_run_but_its_own(
     path.unlink()
     with pytest.raises(InputError, match="not the demo's"):
         demo(str(output), 2)
-    older = {name: value for name, value in its["job"].items() if name not in ("use_safetensors", "gaudi")}
+    older = {name: value for name, value in own["job"].items() if name not in ("use_safetensors", "gaudi")}
     del older["limits"]["answer"]
-    path.write_text(json.dumps(its | {"job": older}))
+    path.write_text(json.dumps(own | {"job": older}))
     with attached(cluster):
         assert demo(str(output), 2).exit_code == 0
     assert len(read_manifest(output)) == 2

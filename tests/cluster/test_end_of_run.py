@@ -23,7 +23,7 @@ from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Shard
 from gaudi_batch.storage.store import Storage
 
@@ -90,8 +90,8 @@ def test_the_summary_and_the_last_lines_agree_with_the_manifest(
 
     failed = {row["id"]: row["error"] for row in rows if row["status"] == "failed"}
     assert len(failed) == 8
-    said = [(group["rows"], group["first_ids"]) for group in summary.get("failures", [])]
-    assert said == [(6, ["id 3", "id 13", "id 23", "id 33", "id 43"]), (2, ["id 20", "id 21"])]
+    groups = [(group["rows"], group["first_ids"]) for group in summary.get("failures", [])]
+    assert groups == [(6, ["id 3", "id 13", "id 23", "id 33", "id 43"]), (2, ["id 20", "id 21"])]
     for group in summary["failures"]:
         reason = group["reason"].removesuffix(" (others differ in the values)")
         assert reason in (failed[group["first_ids"][0]], failed[group["first_ids"][-1]])

@@ -50,9 +50,9 @@ def images(output: Path) -> dict[tuple[int, int], str]:
     """What the manifest says of each image; a file of that content is there."""
     rows = [row for row in read_manifest(output) if row["status"] == "ok"]
     assert all((output / row["path"]).exists() for row in rows)
-    found = {(row["row"], row["image_index"]): row["sha256"] for row in rows}
-    assert len(found) == len(rows), "an image is there twice"
-    return found
+    hashes = {(row["row"], row["image_index"]): row["sha256"] for row in rows}
+    assert len(hashes) == len(rows), "an image is there twice"
+    return hashes
 
 
 def paths(output: Path) -> dict[int, str]:
@@ -60,8 +60,8 @@ def paths(output: Path) -> dict[int, str]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 @pytest.fixture
@@ -332,9 +332,9 @@ def test_no_file_of_a_run_is_taken_for_prompts(where: str, made: Path, tmp_path:
     for path in own:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"prompt": ["d"]}), path)
-    found = open_prompts(job(prompts, output))
-    assert {Path(file.name).name for file in found.files} == {path.name for path in own}
-    assert found.rows == 3
+    dataset = open_prompts(job(prompts, output))
+    assert {Path(file.name).name for file in dataset.files} == {path.name for path in own}
+    assert dataset.rows == 3
 
 
 def test_a_run_beside_its_prompts_is_resumed_and_started_afresh(tmp_path: Path, cluster: str) -> None:
@@ -356,5 +356,5 @@ def test_no_file_of_a_run_in_object_storage_is_taken_for_prompts(made: Path, mot
         base.put(name, (made / name).read_bytes())
     base.put("p.parquet", (made.parent / "p.parquet").read_bytes())
     for prompts, output in [("", "/out"), ("/**/*.parquet", "/out"), ("", ""), ("", "/new")]:
-        found = open_prompts(job(base.url + prompts, base.url + output, storage_options=moto.options))
-        assert [file.name for file in found.files] == ["p.parquet"]
+        dataset = open_prompts(job(base.url + prompts, base.url + output, storage_options=moto.options))
+        assert [file.name for file in dataset.files] == ["p.parquet"]

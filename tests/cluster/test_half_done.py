@@ -49,8 +49,8 @@ def check_records(rows: list[dict[str, Any]], expected: list[dict[str, Any]], ou
         assert row["path"] == end["path"] or fnmatch.fnmatch(row["path"], end["path"])
         if row["path"] is not None:
             assert hashlib.sha256((output / row["path"]).read_bytes()).hexdigest() == row["sha256"]
-    there = {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
-    assert there == {row["path"] for row in rows} - {None}
+    stored = {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
+    assert stored == {row["path"] for row in rows} - {None}
 
 
 @pytest.mark.usefixtures("thread_cards")

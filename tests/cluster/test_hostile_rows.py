@@ -79,11 +79,13 @@ def test_hostile_rows_stay_rows(hostile: Path, tmp_path: Path, cluster: str) -> 
         called("run", *job, "--columns.seed", "\x1b[31m\nforged"),
         called("run", *job, "--seed", "1", "--address", cluster),
     ]
-    assert [said.returncode for said in others] == [0, 2, 0, 0, 2, 2]
-    for said in (run, *others):
-        assert harmless(said.stdout), said.stdout
-        assert harmless(said.stderr), said.stderr
-    forged = [line for said in (run, *others) for line in said.stderr.splitlines() if not re.match(r"\d\d:\d\d:", line)]
+    assert [ended.returncode for ended in others] == [0, 2, 0, 0, 2, 2]
+    for ended in (run, *others):
+        assert harmless(ended.stdout), ended.stdout
+        assert harmless(ended.stderr), ended.stderr
+    forged = [
+        line for ended in (run, *others) for line in ended.stderr.splitlines() if not re.match(r"\d\d:\d\d:", line)
+    ]
     assert forged == []
     rows = {(row["row"], row["image_index"]): row for row in read_manifest(output)}
     assert len(rows) == len(TEXTS) * (len(FILES) + 1)
@@ -118,11 +120,11 @@ def test_hostile_prompts_are_only_text_to_a_pipeline() -> None:
 
 @given(st.text() | st.sampled_from(TEXTS) | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")))
 def test_an_error_that_quotes_a_prompt_is_one_printable_line(text: str) -> None:
-    for said in (
+    for line in (
         describe_error(RuntimeError(f"can't do {text}")),
         one_line(text),
         short_repr(text),
         short_repr([text]),
     ):
-        assert said.isprintable()
-        assert len(said) <= 500
+        assert line.isprintable()
+        assert len(line) <= 500

@@ -53,8 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, file in self.server.files.items()
             ]
             self._answer(json.dumps(entries).encode())
-        elif found := re.fullmatch(r"/tests/shapes/resolve/\w+/(.+)", path):
-            self._file(found[1])
+        elif match := re.fullmatch(r"/tests/shapes/resolve/\w+/(.+)", path):
+            self._file(match[1])
         else:
             self.send_error(404)
 

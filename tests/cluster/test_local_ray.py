@@ -49,23 +49,23 @@ class LocalRun:
         for process in self.processes:
             with contextlib.suppress(OSError):
                 sockets |= {str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir()}
-        found = {}
+        addresses = {}
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()
                 address, _, port = fields[1].partition(":")
                 if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                    found[int(port, 16)] = address
-        return found
+                    addresses[int(port, 16)] = address
+        return addresses
 
     @property
     def commands(self) -> dict[int, str]:
         """Their command lines."""
-        found = {}
+        command_lines = {}
         for process in self.processes:
             with contextlib.suppress(OSError):
-                found[process] = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
-        return found
+                command_lines[process] = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+        return command_lines
 
     def connect(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Has another process of this machine join its cluster."""
@@ -151,7 +151,7 @@ def test_its_secrets_are_in_no_file_and_no_command_line(local_run: LocalRun) -> 
         assert [command for command in local_run.commands.values() if secret in command] == []
 
 
-def test_its_user_may_look_at_it(local_run: LocalRun) -> None:
+def test_its_user_may_read_it(local_run: LocalRun) -> None:
     assert local_run.connect(RAY_AUTH_MODE="token").stdout == "connected to 1\n"
 
 

@@ -31,15 +31,15 @@ class Recorder:
         self._part, self._called = part, called
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._part, name)
-        if not callable(found):
-            return found
+        attribute = getattr(self._part, name)
+        if not callable(attribute):
+            return attribute
 
         def call(*arguments: Any, **named: Any) -> Any:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop()
                 self._called.add(name)
-            return found(*arguments, **named)
+            return attribute(*arguments, **named)
 
         return call
 

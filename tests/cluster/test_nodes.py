@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import read_manifest
+from helpers import read_manifest, wait_for_commits
 from raynodes import QUICK, RayCluster, add_cards
 
 
@@ -38,29 +37,26 @@ def test_a_card_taken_for_dead_that_comes_back_changes_nothing(
     driver = subprocess.Popen(
         [sys.executable, "-m", "gaudi_batch", *map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    until = time.monotonic() + 120
-    while len(list(output.glob("manifest/*.parquet"))) < 3:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_commits(output, 3)
     stopped = lost.processes()
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
-        said = []
+        log = []
         assert driver.stderr is not None
         for line in driver.stderr:
-            said.append(line)
+            log.append(line)
             if "left with its node" in line:
                 break
     finally:
         for pid in stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-    said.append(driver.stderr.read())
-    assert driver.wait(timeout=120) == 0, said
-    assert any("left with its node" in line for line in said), said
+    log.append(driver.stderr.read())
+    assert driver.wait(timeout=120) == 0, log
+    assert any("left with its node" in line for line in log), log
     rows = read_manifest(output)
     assert sorted(row["row"] for row in rows) == list(range(100))
     assert {row["status"] for row in rows} == {"ok"}
-    there = {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
-    assert there == {row["path"] for row in rows}
+    stored = {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
+    assert stored == {row["path"] for row in rows}

@@ -65,7 +65,7 @@ def test_a_run_is_not_removed_for_cards_whose_stack_is_not_here(prompts: Path, o
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (NO_CARD, "the cluster has no card for this job"),
         ({"simulated": {"unloadable_modules": [0, 1, 2, 3]}}, "of 4 cards that were free none could load the model"),
@@ -75,13 +75,13 @@ def test_a_run_is_not_removed_for_cards_whose_stack_is_not_here(prompts: Path, o
     ids=["no card", "can't load", "loads for ever", "no stack in the cluster"],
 )
 def test_a_run_is_not_removed_before_a_card_can_be_had(
-    fields: dict[str, Any], said: str, prompts: Path, output: Path, cluster: str
+    fields: dict[str, Any], message: str, prompts: Path, output: Path, cluster: str
 ) -> None:
     before = files(output)
     with pytest.raises((InputError, RunStopped)) as refused:
         make(prompts, output, cluster, flags=("overwrite",), seed=2, **fields)
     assert files(output) == before
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_one_good_card_is_enough_to_start_a_run_afresh(prompts: Path, output: Path, cluster: str) -> None:

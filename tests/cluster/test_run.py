@@ -148,8 +148,8 @@ def test_the_same_command_makes_only_what_is_missing(prompts: Path, tmp_path: Pa
     assert all(
         path.stat().st_mtime_ns == when for path, when in kept.items() if int(path.parent.name[:6]) not in (1, 2, 3)
     )
-    there = {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
-    assert there == set(again), "what the lost manifests named is gone"
+    stored = {str(path.relative_to(output)) for path in (output / "images").rglob("*.png")}
+    assert stored == set(again), "what the lost manifests named is gone"
 
 
 def test_a_finished_run_is_only_summed_up_again(prompts: Path, tmp_path: Path, cluster: str) -> None:
@@ -202,11 +202,11 @@ def test_every_kind_of_bad_row_is_recorded_and_costs_no_other(
     expected = [*(reason for _, reason in bad[:9]), "steps is 'many'; it must be a whole number"]
     result = make(write_prompts(table), tmp_path / "out", cluster)
     assert result.exit_code == 3
-    found = {row["row"]: row for row in read_manifest(tmp_path / "out")}
-    assert [found[0]["status"], found[11]["status"]] == ["ok", "ok"]
+    by_row = {row["row"]: row for row in read_manifest(tmp_path / "out")}
+    assert [by_row[0]["status"], by_row[11]["status"]] == ["ok", "ok"]
     for number, reason in enumerate(expected, 1):
-        assert found[number]["status"] == "failed"
-        assert reason in found[number]["error"]
+        assert by_row[number]["status"] == "failed"
+        assert reason in by_row[number]["error"]
     assert result.summary["failed_rows"] == 10
 
 

@@ -57,8 +57,8 @@ def stop(driver: subprocess.Popen[str]) -> None:
 
 
 def stacks(output: Path) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads((output / "run.json").read_text()).get("stacks", [])
-    return found
+    stored: list[dict[str, str]] = json.loads((output / "run.json").read_text()).get("stacks", [])
+    return stored
 
 
 def test_a_node_with_another_version_makes_nothing_until_it_is_all_that_there_is(

@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
-from helpers import StoreServer
+from helpers import StoreServer, wait_until
 from smalljob import Content, a_job, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
 from gaudi_batch.cluster.connection import attached
@@ -41,8 +40,8 @@ def undisturbed(dataset: Path, cluster: str, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(params=["gcs", "azure"], scope="module")
 def server(request: pytest.FixtureRequest) -> StoreServer:
-    found: StoreServer = request.getfixturevalue(request.param)
-    return found
+    store: StoreServer = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +76,9 @@ def test_a_killed_driver_s_run_is_finished(
     job.write_text(json.dumps(a_job(dataset, url, storage_options=server.options, simulated={"batch_seconds": 0.3})))
     command = [sys.executable, "-m", "gaudi_batch", "run", str(job), "--address", cluster]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while len(before := output.names("manifest")) < 2:
-        assert driver.poll() is None, driver.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: len(output.names("manifest")) >= 2 or driver.poll() is not None, 120)
+    assert driver.poll() is None, driver.communicate()[1]
+    before = output.names("manifest")
     driver.kill()
     driver.communicate()
     whole = {name: output.get(f"manifest/{name}") for name in before}
@@ -126,8 +123,8 @@ def test_what_the_store_forbids_ends_the_run_at_once(
     fault = proxy.add(Fault("403", method, when=under_way, code="AuthorizationFailure", message="Not any more."))
     assert run(dataset, url, storage_options=options, storage_patience=20) == 1
     assert fault.hits
-    said = said_once(capsys, "Not any more.", "the same command resumes")
-    assert "tried for" not in said
+    line = said_once(capsys, "Not any more.", "the same command resumes")
+    assert "tried for" not in line
     assert [record for record in caplog.records if record.name.startswith(("gcsfs", "azure"))] == []
     proxy.clear()
     assert run(dataset, url, storage_options=options) == 3

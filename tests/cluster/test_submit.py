@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import REPOSITORY, command_line, read_manifest
+from helpers import REPOSITORY, command_line, read_manifest, wait_for_commits, wait_until
 from raynodes import RAY, RayCluster, add_cards
 
 from gaudi_batch.cluster import jobs_client
@@ -104,8 +104,7 @@ def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
     again = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
     assert again.returncode == 2
     assert f"has a job 'night-{os.getpid()}' already" in again.stderr
-    while not list(output.glob("manifest/*")):
-        time.sleep(0.1)
+    wait_for_commits(output, 1)
     stopped = command_line("stop", f"night-{os.getpid()}", "--address", nodes.jobs_address)
     assert stopped.stdout == f"job night-{os.getpid()}: STOPPED\n", stopped.stderr
     assert json.loads((output / "lease.json").read_text())["released"]
@@ -146,12 +145,12 @@ def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(nodes: RayCluster, 
         assert process.stdout.readline()
         process.stdout.close()
         try:
-            said = process.communicate(timeout=60)[1]
+            log = process.communicate(timeout=60)[1]
         except subprocess.TimeoutExpired:
             process.kill()
             pytest.fail("nobody reads what it prints, and it goes on")
-    assert process.returncode == 141, said
-    assert f"job closed goes on; `gaudi-batch follow closed --address {nodes.jobs_address}` shows it again" in said
+    assert process.returncode == 141, log
+    assert f"job closed goes on; `gaudi-batch follow closed --address {nodes.jobs_address}` shows it again" in log
     assert command_line("follow", "closed", *address).returncode == 3
 
 
@@ -231,10 +230,7 @@ def test_the_grace_that_stop_gives_reaches_the_driver(
     fields = {"simulated.batch-seconds": "1", "batch-size": "1", "cards": "1"}
     given = ("--no-wait", "--job-id", name, "--grace", "2", "--address", nodes.jobs_address)
     assert command_line("submit", *given, *job(prompts, output, **fields)).returncode == 0
-    until = time.monotonic() + 100
-    while not list(output.glob("images/*/*")):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: list(output.glob("images/*/*")))
     began = time.monotonic()
     stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
     assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
@@ -257,8 +253,8 @@ def test_following_ends_when_the_cluster_falls_silent(
     nodes: RayCluster, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = job(dataset, tmp_path / "out", **{"simulated.batch-seconds": "2"})
-    said: list[str] = []
-    monkeypatch.setattr(jobs_client.log, "warning", lambda line, *values: said.append(line % values))
+    lines: list[str] = []
+    monkeypatch.setattr(jobs_client.log, "warning", lambda line, *values: lines.append(line % values))
     monkeypatch.setattr(jobs_client, "ANSWER_TIMEOUT_S", 1.5)
     monkeypatch.setattr(jobs_client, "SILENCE_TIMEOUT_S", 10.0)
     with wire(nodes.dashboard_port) as (port, open_wire):
@@ -268,7 +264,7 @@ def test_following_ends_when_the_cluster_falls_silent(
         threading.Timer(3.0, open_wire.clear).start()
         with pytest.raises(RunStopped, match=r"has not answered for .* s; job silent may go on"):
             cluster.follow("silent", print, lambda: None)
-        assert any("does not answer, and is asked again for up to 10 s" in line for line in said)
+        assert any("does not answer, and is asked again for up to 10 s" in line for line in lines)
     assert jobs_client.JobsClient(nodes.jobs_address).follow("silent", print, lambda: None) == 3
 
 
@@ -311,14 +307,14 @@ def test_the_handlers_that_an_application_has_on_the_log_of_ray_keep_their_level
 
 
 def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
-    for address, said in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
+    for address, message in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
         result = command_line("submit", "--address", address, *job(dataset, tmp_path / "out"))
         assert result.returncode == 2
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"prompts": "prompts.parquet"}, "prompts: 'prompts.parquet' is a path of this machine"),
         ({"output": "out"}, "output: 'out' is a path of this machine"),
@@ -336,12 +332,12 @@ def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
-    fields: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "xyzzyxyzzy")
     job = {"prompts": "s3://bucket/p", "output": "s3://bucket/out", "model": "some/model"} | fields
-    with pytest.raises(InputError, match=said) as refused:
+    with pytest.raises(InputError, match=message) as refused:
         require_portable(JobConfig.model_validate(job))
     assert "xyzzy" not in str(refused.value)
 

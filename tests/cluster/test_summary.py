@@ -14,27 +14,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest
+from helpers import command_line, read_manifest, wait_for_commits
 from raynodes import RayCluster, add_cards
 
 from gaudi_batch import JobConfig, run
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.output import manifest
 from gaudi_batch.output.manifest import CommitInfo
-from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.output.totals import CommitTotals
 
 pytestmark = pytest.mark.usefixtures("thread_cards")
 
 
 def rate(*commits: tuple[str, float, float, int]) -> float | None:
     """The rate of a run whose cards each finished a shard at a time that took them so long and had so many images."""
-    tally = CommitTotals()
+    totals = CommitTotals()
     for shard, (card, finished_at, seconds, images) in enumerate(commits):
         sums = ThroughputTotals(batches=1, images=images, steady_images=images, steady_s=seconds)
-        tally.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, images, 0, images, sums), finished_at)
-    found: float | None = tally.describe({}, 0)["images_per_s"]
-    return found
+        totals.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, images, 0, images, sums), finished_at)
+    images_per_s: float | None = totals.describe({}, 0)["images_per_s"]
+    return images_per_s
 
 
 def test_cards_at_work_at_one_time_add_up_and_successive_ones_do_not() -> None:
@@ -51,17 +51,17 @@ def test_the_rate_is_an_average_over_the_time_at_work() -> None:
 
 
 def test_waiting_is_part_of_the_time_at_work_and_not_of_a_rate() -> None:
-    tally = CommitTotals()
+    totals = CommitTotals()
     for shard, card in enumerate("ab"):
         sums = ThroughputTotals(batches=2, images=10, steady_images=5, steady_s=5.0, warmup_s=2.0, wait_s=3.0)
-        tally.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, 10, 0, 10, sums), 10.0)
-    assert tally.images_per_s == 2.0
+        totals.add(CommitInfo(shard, f"aaaaa{shard}", card, "node", 0, 10, 0, 10, sums), 10.0)
+    assert totals.images_per_s == 2.0
 
 
 @pytest.mark.parametrize("skew", [120.0, -120.0, 3600.0])
 def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None:
     """Two cards of 1 image/s side by side, each five shards of 10 s; the clock of one node is wrong."""
-    tally = CommitTotals()
+    totals = CommitTotals()
     for shard in range(10):
         now, off = 1e9 + 10.0 * (shard // 2), skew * (shard % 2)
         here = now + off
@@ -71,20 +71,13 @@ def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None
         card, finished = f"card {shard % 2}", clock.convert(now + off)
         info = CommitInfo(shard, f"aaaaa{shard}", card, "n", 0, 0, 0, 10, sums, finished_at=finished)
         table, info = manifest.read(manifest.build([], pa.table({}), {}, {}, 0, info))
-        tally.add(info, manifest.finished_at(table, info))
-    assert tally.images_per_s == pytest.approx(2.0)
+        totals.add(info, manifest.finished_at(table, info))
+    assert totals.images_per_s == pytest.approx(2.0)
 
 
 def job(prompts: Path, output: Path, cluster: str) -> tuple[str, ...]:
     fields = ("--shard-size", "8", "--cards", "1", "--device", "simulated", "--simulated.batch-seconds", "0.2")
     return ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, *fields)
-
-
-def wait_for_commits(output: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while len(list(output.glob("manifest/*.parquet"))) < count:
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def require_no_sum_of_cards_that_never_met(summary: dict[str, Any]) -> None:

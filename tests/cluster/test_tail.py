@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import read_manifest
+from helpers import read_manifest, wait_until
 from raynodes import follow
 
 from gaudi_batch import JobConfig, run
@@ -24,13 +23,6 @@ def start(prompts: Path, output: Path, cluster: str, cards: int, batch_seconds: 
     command = ["run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, "--cards", str(cards)]
     command += ["--device", "simulated", f"--simulated.batch-seconds={batch_seconds}", *flags]
     return subprocess.Popen([sys.executable, "-m", "gaudi_batch", *command], stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def rows(output: Path) -> list[int]:
@@ -63,9 +55,8 @@ def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
         cards = json.loads(path.read_text())["cards"].values() if path.exists() else ()
         return [card["pid"] for card in cards if card["phase"] in ("first batch", "batch")]
 
-    while len(pids := generating()) < 2 and driver.poll() is None:
-        time.sleep(0.05)
-    os.kill(pids[0], signal.SIGSTOP)
+    wait_until(lambda: len(generating()) == 2)
+    os.kill(generating()[0], signal.SIGSTOP)
     _, log = driver.communicate(timeout=200)
     assert driver.returncode == 0, log
     assert "takes longer than it should" in log

@@ -50,7 +50,7 @@ def test_every_kind_of_flag() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"batch_size": 0}, "batch_size: 0: "),
         ({"stepz": 3}, "stepz: is not a field of a job"),
@@ -65,10 +65,10 @@ def test_every_kind_of_flag() -> None:
         ({"device": "cpu"}, "model: is missing"),
     ],
 )
-def test_nonsense_is_refused_with_value_and_rule(fields: dict[str, Any], said: str) -> None:
+def test_nonsense_is_refused_with_value_and_rule(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         JobConfig.load(None, SMALL | fields)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

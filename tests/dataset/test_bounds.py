@@ -94,8 +94,8 @@ def test_a_row_beyond_a_bound_fails_with_its_reason(
 
     # What the job says alone decides, and it is a part of what the run is.
     assert gaudi_batch("run", a_job(prompts, output, max_pixels=524_800)) == 2
-    said = capsys.readouterr().err
-    assert "max_pixels: was 4194304, is 524800" in said
+    log = capsys.readouterr().err
+    assert "max_pixels: was 4194304, is 524800" in log
     assert gaudi_batch("run", a_job(prompts, tmp_path / "wide", max_pixels=524_800)) == 3
     made = {row["prompt"]: row["status"] for row in read_manifest(tmp_path / "wide")}
     assert [name for name, status in made.items() if status == "ok"] == ["small", "wide", "long"]
@@ -120,7 +120,7 @@ def test_a_run_that_began_without_bounds_is_finished_without_them(
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"width": 8200}, "the job's own width is 8200; it must be at most 8192"),
         ({"width": 4096, "height": 4096}, "width x height is 4096x4096, 16777216 pixels; it must be at most 4194304"),
@@ -135,12 +135,12 @@ def test_a_run_that_began_without_bounds_is_finished_without_them(
     ],
 )
 def test_a_job_beyond_a_bound_is_refused_at_once(
-    prompts: Path, tmp_path: Path, capsys: Any, fields: dict[str, Any], said: str
+    prompts: Path, tmp_path: Path, capsys: Any, fields: dict[str, Any], message: str
 ) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(json.dumps(a_job(prompts, tmp_path / "out", **fields)))
     assert cli.main(["run", str(file)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

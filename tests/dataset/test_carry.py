@@ -115,7 +115,7 @@ def test_a_run_carries_the_columns_that_it_began_with(prompts: Path, write_promp
     assert "carry" not in resolve(JobConfig(prompts=str(plain), output="out", device="simulated")).fingerprint()
 
 
-def test_a_strict_look_at_all_rows_decodes_no_other_column_either(prompts: Path) -> None:
+def test_a_strict_check_of_all_rows_decodes_no_other_column_either(prompts: Path) -> None:
     spoil_thumbnails(prompts)
     assert [batch.error for batch in batches(opened(prompts), every_column=True)] == [None]
     assert all(batch.error for batch in batches(opened(prompts, carry="*"), every_column=True))

@@ -51,7 +51,7 @@ def test_files_are_found_by_directory_glob_and_name(prompts: Path) -> None:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """What has been logged."""
     monkeypatch.setattr(logging.getLogger("gaudi_batch"), "propagate", True)
     return lambda: caplog.text
@@ -79,7 +79,7 @@ def test_links_to_directories_and_files_are_followed(linked: Path, tmp_path: Pat
     assert [row.prompt for row in rows[:8]] == ["here", *(f"prompt number {number}" for number in range(7))]
 
 
-def test_links_in_a_circle_are_followed_once(linked: Path, said: Callable[[], str]) -> None:
+def test_links_in_a_circle_are_followed_once(linked: Path, warned: Callable[[], str]) -> None:
     (linked / "self").symlink_to(linked)
     (linked / "here/up").symlink_to("..")
     (linked / "there/back").symlink_to(linked)
@@ -87,29 +87,29 @@ def test_links_in_a_circle_are_followed_once(linked: Path, said: Callable[[], st
     for where in (linked, linked / "**/*.parquet", linked / "**"):
         assert opened(where).rows == 1 + 100 + 7
     assert opened(linked / "*").rows == 7
-    assert "'here/up', 'self', 'self.parquet' and 1 more: not followed" in said()
-    assert "'self': left out" not in said()
+    assert "'here/up', 'self', 'self.parquet' and 1 more: not followed" in warned()
+    assert "'self': left out" not in warned()
 
 
-def test_links_that_lead_nowhere_are_named(linked: Path, said: Callable[[], str]) -> None:
+def test_links_that_lead_nowhere_are_named(linked: Path, warned: Callable[[], str]) -> None:
     (linked / "unmounted").symlink_to("/nowhere/at/all")
     (linked / ".hidden").symlink_to("/nowhere/at/all")
     assert opened(linked).rows == 1 + 100 + 7
-    assert "'unmounted': left out, as it is a link that leads nowhere" in said()
-    assert ".hidden" not in said()
+    assert "'unmounted': left out, as it is a link that leads nowhere" in warned()
+    assert ".hidden" not in warned()
     (linked / "gone.parquet").symlink_to("/nowhere/at/all")
     for where in (linked, linked / "*.parquet"):
         with pytest.raises(InputError, match=r"'gone.parquet' leads nowhere"):
             opened(where)
 
 
-def test_rows_that_are_there_under_two_names_are_named(prompts: Path, said: Callable[[], str]) -> None:
+def test_rows_that_are_there_under_two_names_are_named(prompts: Path, warned: Callable[[], str]) -> None:
     (prompts / "latest.parquet").symlink_to(prompts / "part-0.parquet")
     assert opened(prompts).rows == 107
-    assert "'latest.parquet', 'part-0.parquet': taken under each of these names" in said()
+    assert "'latest.parquet', 'part-0.parquet': taken under each of these names" in warned()
 
 
-def test_what_a_directory_leaves_out_is_named(prompts: Path, said: Callable[[], str]) -> None:
+def test_what_a_directory_leaves_out_is_named(prompts: Path, warned: Callable[[], str]) -> None:
     data = (prompts / "part-0.parquet").read_bytes()
     (prompts / "day=1").mkdir()
     (prompts / "_temporary").mkdir()
@@ -119,24 +119,26 @@ def test_what_a_directory_leaves_out_is_named(prompts: Path, said: Callable[[], 
     for name in ("_SUCCESS", "_metadata", "notes.txt", ".a.parquet.crc", "x.parquet/_SUCCESS", "parquet"):
         (prompts / name).write_bytes(b"")
     assert opened(prompts).rows == 100
-    assert "'.d.parquet', '_temporary/c.parquet', 'a.PARQUET' and 1 more: left out" in said()
-    assert "notes.txt" not in said()
+    assert "'.d.parquet', '_temporary/c.parquet', 'a.PARQUET' and 1 more: left out" in warned()
+    assert "notes.txt" not in warned()
     assert opened(prompts / "*.PARQUET").rows == 7
 
 
-def test_directories_that_a_glob_of_files_leaves_out_are_named(linked: Path, said: Callable[[], str]) -> None:
+def test_directories_that_a_glob_of_files_leaves_out_are_named(linked: Path, warned: Callable[[], str]) -> None:
     assert opened(linked / "**").rows == 1 + 100 + 7
-    assert "left out" not in said()
+    assert "left out" not in warned()
     assert opened(linked / "*").rows == 7
-    assert "'here', 'there': left out, as a glob takes files" in said()
+    assert "'here', 'there': left out, as a glob takes files" in warned()
 
 
 @pytest.mark.parametrize("name", ["x.parquet/part-0", "y.parquet.gz", "z.Parquet.zst"])
-def test_what_may_be_parquet_by_a_part_of_its_name_is_named(name: str, prompts: Path, said: Callable[[], str]) -> None:
+def test_what_may_be_parquet_by_a_part_of_its_name_is_named(
+    name: str, prompts: Path, warned: Callable[[], str]
+) -> None:
     (prompts / name).parent.mkdir(exist_ok=True)
     (prompts / name).write_bytes((prompts / "part-0.parquet").read_bytes())
     assert opened(prompts).rows == 100
-    assert f"'{name}': left out" in said()
+    assert f"'{name}': left out" in warned()
 
 
 @pytest.fixture
@@ -155,13 +157,13 @@ def output(prompts: Path) -> Path:
 
 @pytest.mark.parametrize("where", ["", "**/*.parquet", "**", "*"])
 def test_an_output_among_the_prompts_is_no_prompt_by_any_name(
-    where: str, prompts: Path, output: Path, said: Callable[[], str]
+    where: str, prompts: Path, output: Path, warned: Callable[[], str]
 ) -> None:
     job = JobConfig(prompts=str(prompts / where), output=str(output), device="simulated")
     assert open_prompts(job).rows == 100
     by_link = job.model_copy(update={"output": str(prompts / "link")})
     assert open_prompts(by_link).rows == 100
-    assert said() == ""
+    assert warned() == ""
 
 
 def test_prompts_in_an_output_are_prompts(prompts: Path, output: Path) -> None:
@@ -282,12 +284,12 @@ def test_planned_shards_hold_each_row_once_in_its_own_bucket(
     dataset = opened(tmp_path / "p.parquet")
     seen = []
     for shard in plan_shards(row_spans(dataset, RULES), dataset.rows, ShardSizes(8, rows=shard_size)):
-        found, carried = dataset.read(shard, RULES)
-        assert len(found) == shard.rows == carried.num_rows
-        assert {row.bucket for row in found} == {shard.bucket}
-        assert sum(row.num_images for row in found) == shard.images
-        assert carried.column("place").to_pylist() == [row.row for row in found]
-        seen += [row.row for row in found]
+        own, carried = dataset.read(shard, RULES)
+        assert len(own) == shard.rows == carried.num_rows
+        assert {row.bucket for row in own} == {shard.bucket}
+        assert sum(row.num_images for row in own) == shard.images
+        assert carried.column("place").to_pylist() == [row.row for row in own]
+        seen += [row.row for row in own]
     assert sorted(seen) == list(range(len(rows)))
 
 
@@ -299,7 +301,7 @@ def test_columns_can_have_other_names(write_prompts: Callable[..., Path]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda d: None, "no such file or directory"),
         (lambda d: d.mkdir(), "no Parquet file"),
@@ -314,9 +316,9 @@ def test_columns_can_have_other_names(write_prompts: Callable[..., Path]) -> Non
         (lambda d: (d.mkdir(), pq.write_table(pa.table({"prompt": [1]}), d / "a.parquet")), "must be a string"),
     ],
 )
-def test_what_can_not_be_read_is_refused_in_one_line(tmp_path: Path, make: Callable[[Path], Any], said: str) -> None:
+def test_what_can_not_be_read_is_refused_in_one_line(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     make(tmp_path / "data")
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         opened(tmp_path / "data")
     assert "\n" not in str(caught.value)
 

@@ -15,10 +15,10 @@ def test_rows_that_share_an_id_are_counted_and_one_is_named() -> None:
     ids.add(pa.array(["a", "b", None, "c"]))
     assert ids.describe() is None
     ids.add(pa.chunked_array([["d", "b"], [None, "c", "b"]]))
-    said = ids.describe() or ""
-    assert said.startswith("5 of 7 rows share an id with another row, such as 'b'. Rows of one id get the same seeds;")
+    line = ids.describe() or ""
+    assert line.startswith("5 of 7 rows share an id with another row, such as 'b'. Rows of one id get the same seeds;")
     for way_out in ("make the column id unique", "--columns id=NAME", "add a column seed", "have no column id"):
-        assert way_out in said
+        assert way_out in line
 
 
 def test_ids_beyond_the_bound_are_not_looked_at_and_that_is_said() -> None:
@@ -48,8 +48,8 @@ def test_ids_beyond_the_bound_are_not_looked_at_and_that_is_said() -> None:
 def test_ids_of_all_types_are_compared(ids: pa.Array, rows: int) -> None:
     repeated = RepeatedIds()
     repeated.add(ids)
-    said = repeated.describe()
-    assert (int(said.split(" of ")[0]) if said else 0) == rows
+    line = repeated.describe()
+    assert (int(line.split(" of ")[0]) if line else 0) == rows
 
 
 def test_many_ids_take_little_memory_and_an_example_is_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,34 +61,34 @@ def test_every_phase_is_said_with_its_shard_its_rows_and_its_limit() -> None:
 def test_a_card_that_is_not_up_says_what_it_waits_for() -> None:
     slot = Slot(3, since=100.0, last_seen=100.0)
 
-    def said(state: CardState) -> list[str]:
+    def described(state: CardState) -> list[str]:
         return [str(doing) for doing in doings(slot, state, 145.0, PhaseRules(CONFIG, "1 HPU", 1.0))]
 
-    assert said(CardState.WAITING) == ["waiting, no 1 HPU is free, 45 s"]
-    assert said(CardState.STARTING) == ["starting, 45 s"]
+    assert described(CardState.WAITING) == ["waiting, no 1 HPU is free, 45 s"]
+    assert described(CardState.STARTING) == ["starting, 45 s"]
     slot.actor = object()
-    assert said(CardState.STARTING) == ["loading, 45 s of 1800 s"]
-    assert said(CardState.QUARANTINED) == []
+    assert described(CardState.STARTING) == ["loading, 45 s of 1800 s"]
+    assert described(CardState.QUARANTINED) == []
 
 
 def test_a_run_without_a_card_says_what_it_waits_for() -> None:
-    waiting, loading = [Doing("waiting", 45.0)], [Doing("loading", 5.0)]
-    assert waits_for([waiting, waiting, loading], 0, 0.0, "1 HPU") == "a card: 2 waiting, 1 loading, no 1 HPU is free"
+    unplaced, loading = [Doing("waiting", 45.0)], [Doing("loading", 5.0)]
+    assert waits_for([unplaced, unplaced, loading], 0, 0.0, "1 HPU") == "a card: 2 waiting, 1 loading, no 1 HPU is free"
     assert waits_for([], 0, 0.0, "1 HPU") == "a card"
     assert waits_for([loading], 1, 0.0, "1 HPU") is None
-    said = waits_for([loading], 1, 45.0, "1 HPU")
-    assert said == "storage, which the driver has asked for 45 s"
+    waits = waits_for([loading], 1, 45.0, "1 HPU")
+    assert waits == "storage, which the driver has asked for 45 s"
 
 
 def test_what_takes_long_is_said_once_and_again_when_it_has_taken_twice_as_long() -> None:
-    watch, said = Watch(), []
+    watch, lines = Watch(), []
     for seconds in range(0, 7200, 10):
-        said += watch.due({"a": [Doing("first batch", float(seconds), limit=7200.0, shard=1)]})
-    assert [re.findall(r"(\d+) s of", line) for line in said] == [["3600"]]
-    said.clear()
+        lines += watch.due({"a": [Doing("first batch", float(seconds), limit=7200.0, shard=1)]})
+    assert [re.findall(r"(\d+) s of", line) for line in lines] == [["3600"]]
+    lines.clear()
     for seconds in range(0, 600, 10):
-        said += watch.due({"a": [Doing("batch", float(seconds), limit=7200.0, usual=20.0, shard=2)]})
-    assert [re.findall(r"(\d+) s of", line) for line in said] == [["60"], ["120"], ["240"], ["480"]]
+        lines += watch.due({"a": [Doing("batch", float(seconds), limit=7200.0, usual=20.0, shard=2)]})
+    assert [re.findall(r"(\d+) s of", line) for line in lines] == [["60"], ["120"], ["240"], ["480"]]
     assert watch.due({"a": [Doing("batch", 40.0, limit=7200.0, usual=20.0, shard=3)]}) == [], "another shard"
 
 
@@ -122,7 +122,7 @@ def test_a_card_counts_images_until_they_are_stored() -> None:
         def add(self, *_: Any) -> None:
             goes_on.acquire()
 
-    def waiting() -> int:
+    def storing() -> int:
         return card._mailbox.poll(0, 0.0).status.storing
 
     output: Any = Output()
@@ -130,13 +130,13 @@ def test_a_card_counts_images_until_they_are_stored() -> None:
     batch = card._store_batch(
         output, StoredBatch("aaaaa0", PipelineCall("steady", 1.0, 0.0), 0), made, threading.Event()
     )
-    assert waiting() == 2
+    assert storing() == 2
     batch.futures[0].add_done_callback(lambda _: stored.release())
     batch.futures[1].add_done_callback(lambda _: stored.release())
     for left in (1, 0):
         goes_on.release()
         stored.acquire()
-        assert waiting() == left
+        assert storing() == left
 
 
 @pytest.mark.usefixtures("thread_cards")
@@ -168,8 +168,8 @@ def test_log_and_status_say_what_a_card_does_that_takes_long(
     slow = ("--simulated.batch-seconds", "0.1", "--limits.first-batch", "400", "--cards", "1", "--batch-size", "1")
     with contextlib.redirect_stderr(log):
         assert cli.main([*job, *slow]) == 0
-    said = log.getvalue()
-    assert re.search(r"0/2 images, .*; waits for a card", said), said
+    text = log.getvalue()
+    assert re.search(r"0/2 images, .*; waits for a card", text), text
     assert re.search(rf"card     \S+: ready, {line.partition(': ')[2]}; 1 images", told["text"]), told["text"]
     (card,) = json.loads(told["json"])["cards"].values()
     assert (card["phase"], card["bucket"], card["rows"], card["limit_s"]) == ("first batch", "128x128", "1", 400.0)

@@ -75,7 +75,7 @@ def test_a_driver_that_stood_still_does_not_take_its_cards_for_silent(monkeypatc
     async def stood_still() -> None:
         driver = await a_driver()
         slot = driver.fleet.slots[0] = Slot(0, actor=object(), last_seen=time.monotonic())
-        look = asyncio.create_task(driver._enforce_limits())
+        enforcing = asyncio.create_task(driver._enforce_limits())
         await asyncio.sleep(0.05)
         time.sleep(2.0)
         before = len(silent)
@@ -86,7 +86,7 @@ def test_a_driver_that_stood_still_does_not_take_its_cards_for_silent(monkeypatc
         before = len(silent)
         while len(silent) == before:
             await asyncio.sleep(0.01)
-        look.cancel()
+        enforcing.cancel()
 
     asyncio.run(asyncio.wait_for(stood_still(), 30))
     assert silent[-1] > 90, "one that is silent is still seen to be"
@@ -119,10 +119,10 @@ def test_a_ray_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch
     async def asked() -> None:
         driver = await a_driver(cluster_s=0.2)
         answer = driver._background.ask_ray(held.wait)
-        look = asyncio.create_task(driver._enforce_limits())
+        enforcing = asyncio.create_task(driver._enforce_limits())
         assert await driver._over == "Ray has not answered for 0.2 s (limits.cluster)"
         held.set()
         await answer
-        look.cancel()
+        enforcing.cancel()
 
     asyncio.run(asyncio.wait_for(asked(), 30))

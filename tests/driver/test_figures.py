@@ -29,11 +29,11 @@ def test_what_a_plan_comes_to_is_the_sum_of_its_shards() -> None:
         Shard(2, 0, 4, 9, SMALL, rows=3, images=3),
         Shard(3, 0, 9, 12, LARGE, rows=3, images=9),
     ]
-    found = summarize(plan, batch_size=4)
-    assert list(found) == [SMALL, LARGE]
-    assert found[SMALL] == PlanSummary(shards=2, rows=7, images=11, batches=3, padding=1)
-    assert found[LARGE] == PlanSummary(shards=2, rows=8, images=14, batches=5, padding=6)
-    assert found[LARGE].padding_share == 0.3
+    summaries = summarize(plan, batch_size=4)
+    assert list(summaries) == [SMALL, LARGE]
+    assert summaries[SMALL] == PlanSummary(shards=2, rows=7, images=11, batches=3, padding=1)
+    assert summaries[LARGE] == PlanSummary(shards=2, rows=8, images=14, batches=5, padding=6)
+    assert summaries[LARGE].padding_share == 0.3
 
 
 def test_guidance_doubles_the_work_only_above_one() -> None:
@@ -81,14 +81,14 @@ def test_what_waits_is_counted_wherever_it_waits() -> None:
 
 def ready(*nodes: str) -> tuple[Cards, list[Card]]:
     cards = Cards(Affinity(4))
-    found = []
+    made = []
     for number, node in enumerate(nodes):
         card = Card(number, node)
         card.state, card.has_made = CardState.READY, True
         cards.add(card)
         cards.file(card)
-        found.append(card)
-    return cards, found
+        made.append(card)
+    return cards, made
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_a_kind_of_batch_is_set_aside_when_cards_of_two_nodes_were_killed_at_it(
     nodes: tuple[str, ...], cut: tuple[int, ...], aside: bool
 ) -> None:
     """Where all cards are on one node, two cards; where there is one, twice."""
-    usable, cards = ready(*nodes)
+    live_cards, cards = ready(*nodes)
     slow = SlowKinds()
-    found = [
-        slow.cut(cards[number], SlowBatch(SMALL.batch_kind, "600 s (limits.first_batch)"), usable) for number in cut
+    set_aside = [
+        slow.cut(cards[number], SlowBatch(SMALL.batch_kind, "600 s (limits.first_batch)"), live_cards) for number in cut
     ]
-    assert found == [False] * (len(cut) - 1) + [aside]
+    assert set_aside == [False] * (len(cut) - 1) + [aside]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 2.0), (2, 2.0), (3, 2.0), (8, 2.0), (1, 0.1), (40, 10.0)])

@@ -72,12 +72,12 @@ def commit(ledger: Ledger, shard: Shard, attempt: str = "aaaaa1") -> bool:
 
 def places(shards: list[Shard], job: Job) -> Counter[int]:
     """How often each row is in these shards."""
-    found: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for shard in shards:
         rows, _ = job.dataset.read(shard, job.rules)
         assert len(rows) == shard.rows
-        found.update(row.row for row in rows)
-    return found
+        counts.update(row.row for row in rows)
+    return counts
 
 
 def test_what_is_left_is_cut_for_the_cards_that_there_are_now(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_a_driver_that_ends_between_retiring_and_planning_leaves_no_row_behind(
     again = a_run(job, monkeypatch, 2)
     committed = committed_of(again)
     assert committed.retired
-    assert committed.tally.rows == 0
+    assert committed.totals.rows == 0
     recut(again, committed)
     assert not committed.retired & {shard.number for shard in again.plan}
     assert places(again.plan, job) == Counter(dict.fromkeys(range(ROWS), 1))

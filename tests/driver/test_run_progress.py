@@ -14,9 +14,9 @@ from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
 from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.manifest import CommitInfo
-from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.timeline import Timeline
+from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 

@@ -24,7 +24,7 @@ from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import CommitTotals
+from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.store import Storage
 

@@ -29,10 +29,10 @@ def status(phase: str, seconds: float = 0.0, kind: BatchKind | None = None, **mo
 
 
 def times(*seen: CardStatus) -> BatchTimes:
-    found = BatchTimes()
+    learned = BatchTimes()
     for each in seen:
-        found.learn(each)
-    return found
+        learned.learn(each)
+    return learned
 
 
 def made(longest: dict[BatchKind, float], warmup: dict[BatchKind, float] | None = None) -> CardStatus:
@@ -74,8 +74,8 @@ def test_a_batch_of_a_kind_that_nobody_has_made_is_named() -> None:
             status("batch", 1e6, kind), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times(made({SMALL: 1.0}, {LONG: 9.0})))
         )
 
-    found = {kind: at(kind) for kind in (SMALL, LARGE, LONG)}
-    assert {kind: passed and passed.slow for kind, passed in found.items()} == {
+    limits = {kind: at(kind) for kind in (SMALL, LARGE, LONG)}
+    assert {kind: passed and passed.slow for kind, passed in limits.items()} == {
         SMALL: None,
         LARGE: SlowBatch(LARGE, "50 s (limits.first_batch)"),
         LONG: None,
@@ -84,25 +84,25 @@ def test_a_batch_of_a_kind_that_nobody_has_made_is_named() -> None:
 
 def test_a_card_that_has_never_answered_is_loading() -> None:
     assert passed_limit(None, 99.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
-    said = PassedLimit("its loading took longer than 100 s (limits.loading)")
-    assert passed_limit(None, 101.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) == said
+    limit = PassedLimit("its loading took longer than 100 s (limits.loading)")
+    assert passed_limit(None, 101.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) == limit
 
 
 def test_a_card_that_has_nothing_to_do_must_only_answer() -> None:
     idle = status("idle", 1e9)
     assert passed_limit(idle, 30.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
-    said = PassedLimit("it has not answered for 32 s (limits.answer)")
-    assert passed_limit(idle, 32.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) == said
+    limit = PassedLimit("it has not answered for 32 s (limits.answer)")
+    assert passed_limit(idle, 32.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) == limit
 
 
 @pytest.mark.parametrize("phase", ["idle", "batch"])
-def test_storage_has_the_job_s_patience_and_a_minute(phase: str) -> None:
+def test_storage_has_as_long_as_the_job_says_and_a_minute(phase: str) -> None:
     assert passed_limit(status(phase, storage_s=79.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
-    said = passed_limit(status(phase, storage_s=81.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times()))
-    assert said == PassedLimit("an operation on storage has not ended for 81 s", StorageStalled())
+    limit = passed_limit(status(phase, storage_s=81.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times()))
+    assert limit == PassedLimit("an operation on storage has not ended for 81 s", StorageStalled())
 
 
 def test_a_card_does_not_read_for_ever() -> None:
     assert passed_limit(status("idle", reading_s=119.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times())) is None
-    said = passed_limit(status("idle", reading_s=121.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times()))
-    assert said == PassedLimit("it has been reading the rows of a shard for 121 s (limits.loading)", SlowReading())
+    limit = passed_limit(status("idle", reading_s=121.0), 0.0, PhaseRules(CONFIG, "1 HPU", 1.0, times()))
+    assert limit == PassedLimit("it has been reading the rows of a shard for 121 s (limits.loading)", SlowReading())

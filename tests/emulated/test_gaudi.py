@@ -51,10 +51,10 @@ def plain() -> Iterator[CpuPipeline]:
 
 @pytest.mark.parametrize("bucket", [SQUARE, WIDE, PLAIN])
 def test_images_are_those_of_the_cpu(pipeline: GaudiPipeline, plain: CpuPipeline, bucket: Bucket) -> None:
-    ours, theirs = pipeline.generate(bucket, ITEMS), plain.generate(bucket, ITEMS)
-    assert np.array_equal(ours.images, theirs.images)
+    ours, expected = pipeline.generate(bucket, ITEMS), plain.generate(bucket, ITEMS)
+    assert np.array_equal(ours.images, expected.images)
     assert ours.images.shape == (3, bucket.height, bucket.width, 3)
-    assert ours.truncated == theirs.truncated == [False, False, True]
+    assert ours.truncated == expected.truncated == [False, False, True]
     assert ours.nsfw == [None] * 3
 
 

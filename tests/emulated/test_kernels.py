@@ -66,8 +66,8 @@ def test_attention_with_masks_scales_and_heads_that_are_shared(dtype: torch.dtyp
         ({"attn_mask": allowed, "scale": 0.1}, written_out(query, key, value, bias, scale=0.1)),
     ]
     for options, expected in cases:
-        there = {name: made.to("hpu") if torch.is_tensor(made) else made for name, made in options.items()}
-        made = FusedSDPA.apply(query.to("hpu"), key.to("hpu"), value.to("hpu"), **there)
+        on_device = {name: made.to("hpu") if torch.is_tensor(made) else made for name, made in options.items()}
+        made = FusedSDPA.apply(query.to("hpu"), key.to("hpu"), value.to("hpu"), **on_device)
         torch.testing.assert_close(made.cpu(), expected.to(dtype), atol=0.02, rtol=0.02)
     few_key, few_value = key[:, :2], value[:, :2]
     made = FusedSDPA.apply(query.to("hpu"), few_key.to("hpu"), few_value.to("hpu"))
@@ -122,8 +122,8 @@ def test_rotary_embedding_of_halves(dtype: torch.dtype) -> None:
     turned = torch.polar(torch.ones(2, 1, 5, 4), angle[positions].unsqueeze(1))
     pairs = torch.complex(data[..., :4].float(), data[..., 4:].float()) * turned
     expected = torch.cat([pairs.real, pairs.imag], -1).to(dtype)
-    there = data.to("hpu"), cos[None, None].to("hpu"), sin[None, None].to("hpu"), positions.to("hpu")
-    made = RotaryPosEmbeddingHelperV2.apply(*there)
+    on_device = data.to("hpu"), cos[None, None].to("hpu"), sin[None, None].to("hpu"), positions.to("hpu")
+    made = RotaryPosEmbeddingHelperV2.apply(*on_device)
     assert made.dtype == dtype
     torch.testing.assert_close(made.cpu(), expected)
     looked_up = (table[positions].unsqueeze(1).to("hpu") for table in (cos, sin))

@@ -131,17 +131,17 @@ def scheduler(name: str, pipeline: Any, **options: Any) -> Any:
 def test_images_are_those_of_diffusers_and_each_shape_is_captured_once(
     saved: dict[str, Path], plain: dict[str, Any], name: str
 ) -> None:
-    ours, theirs = gaudi(saved, name), plain[name]
+    ours, of_diffusers = gaudi(saved, name), plain[name]
     captures, replays = counters.captures, counters.replays
     seen: list[np.ndarray] = []
     for options in ({}, {"first_seed": 10}, {"guidance_scale": 9.0}, {"num_inference_steps": STEPS + 2}):
-        expected = images(theirs, **options)
+        expected = images(of_diffusers, **options)
         assert all(differ(expected, others) for others in seen)
         assert np.array_equal(images(ours, **options), expected)
         seen.append(expected)
     assert (counters.captures - captures, counters.replays - replays) == (1, 4 * STEPS + 2 - 1)
     for size in ({"height": 96}, {"width": 96}, {}, {"height": 96}):
-        assert np.array_equal(images(ours, **size), images(theirs, **size))
+        assert np.array_equal(images(ours, **size), images(of_diffusers, **size))
     assert counters.captures - captures == FAMILIES[name].shapes
 
 
@@ -165,15 +165,15 @@ def test_a_short_batch_is_filled_up_and_captures_nothing(
 @each_family
 def test_images_in_bf16_are_those_of_diffusers_in_bf16(saved: dict[str, Path], name: str) -> None:
     low = {"torch_dtype": torch.bfloat16}
-    theirs = quiet(FAMILIES[name].plain.from_pretrained(saved[name], **low))
-    expected, ours = images(theirs), gaudi(saved, name, **low)
+    of_diffusers = quiet(FAMILIES[name].plain.from_pretrained(saved[name], **low))
+    expected, ours = images(of_diffusers), gaudi(saved, name, **low)
     if name == "sd3":  # whose joint attention has a fused RMS norm, which rounds at its end only
         assert 0 < np.abs(images(ours) - expected).mean() < 0.005
-        for block in theirs.transformer.transformer_blocks:
+        for block in of_diffusers.transformer.transformer_blocks:
             for part in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
                 norm = getattr(block.attn, part)
                 norm.forward = partial(FusedRMSNorm.apply, gamma=norm.weight, epsilon=norm.eps)
-        expected = images(theirs)
+        expected = images(of_diffusers)
     assert np.array_equal(images(ours), expected)
     assert np.array_equal(images(ours), expected)
 
@@ -226,24 +226,24 @@ def test_xl_without_guidance_fails_as_it_gives_the_unet_twice_too_many_sizes(
 def test_schedulers_of_xl_that_take_a_generator_for_each_image(
     shared: dict[str, Any], plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    ours, theirs = shared["xl"], plain["xl"]
+    ours, of_diffusers = shared["xl"], plain["xl"]
     monkeypatch.setattr(ours, "scheduler", scheduler(kind, ours))
-    monkeypatch.setattr(theirs, "scheduler", scheduler(kind.removeprefix("Gaudi"), theirs))
+    monkeypatch.setattr(of_diffusers, "scheduler", scheduler(kind.removeprefix("Gaudi"), of_diffusers))
     for steps in (STEPS, STEPS + 2):
-        assert np.array_equal(images(ours, num_inference_steps=steps), images(theirs, num_inference_steps=steps))
+        assert np.array_equal(images(ours, num_inference_steps=steps), images(of_diffusers, num_inference_steps=steps))
 
 
 def test_gaudis_euler_takes_no_list_of_generators_and_needs_none_for_given_latents(
     shared: dict[str, Any], plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = shared["xl"], plain["xl"]
+    ours, of_diffusers = shared["xl"], plain["xl"]
     monkeypatch.setattr(ours, "scheduler", scheduler("GaudiEulerDiscreteScheduler", ours))
     with pytest.raises(TypeError, match="randn"):
         images(ours)
     latents = torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(3))
     for steps in (STEPS, STEPS + 2):
         given = {"latents": latents, "generator": None, "num_inference_steps": steps}
-        assert np.array_equal(images(ours, **given), images(theirs, **given))
+        assert np.array_equal(images(ours, **given), images(of_diffusers, **given))
 
 
 def test_pndm_ends_early_in_xl_which_counts_steps_and_not_evaluations(
@@ -254,10 +254,10 @@ def test_pndm_ends_early_in_xl_which_counts_steps_and_not_evaluations(
         return state
 
     after: list[np.ndarray] = []
-    ours, theirs = shared["xl"], plain["xl"]
-    for pipeline in (ours, theirs):
+    ours, of_diffusers = shared["xl"], plain["xl"]
+    for pipeline in (ours, of_diffusers):
         monkeypatch.setattr(pipeline, "scheduler", scheduler("PNDMScheduler", pipeline, skip_prk_steps=True))
-    images(theirs, callback_on_step_end=keep)
+    images(of_diffusers, callback_on_step_end=keep)
     made = images(ours, output_type="latent")
     assert [np.array_equal(made, latents) for latents in after] == [False] * (STEPS - 1) + [True, False]
 
@@ -265,17 +265,20 @@ def test_pndm_ends_early_in_xl_which_counts_steps_and_not_evaluations(
 def test_sd3_differs_from_diffusers_where_its_prompts_are_filled_up(
     saved: dict[str, Path], shared: dict[str, Any]
 ) -> None:
-    ours, theirs = shared["sd3"], quiet(StableDiffusion3Pipeline.from_pretrained(saved["sd3"]))
-    assert differ(images(ours), images(theirs))
+    ours, of_diffusers = shared["sd3"], quiet(StableDiffusion3Pipeline.from_pretrained(saved["sd3"]))
+    assert differ(images(ours), images(of_diffusers))
     whole = {"max_sequence_length": 256 // 4 - ours.tokenizer_max_length}
-    assert np.array_equal(images(ours, **whole), images(theirs, **whole))
+    assert np.array_equal(images(ours, **whole), images(of_diffusers, **whole))
 
 
 def test_sd3_without_its_t5_and_without_guidance(saved: dict[str, Path]) -> None:
     without = {"text_encoder_3": None, "tokenizer_3": None}
-    ours, theirs = gaudi(saved, "sd3", **without), quiet(FilledSd3Pipeline.from_pretrained(saved["sd3"], **without))
+    ours, of_diffusers = (
+        gaudi(saved, "sd3", **without),
+        quiet(FilledSd3Pipeline.from_pretrained(saved["sd3"], **without)),
+    )
     for guidance in (7.0, 1.0):
-        assert np.array_equal(images(ours, guidance_scale=guidance), images(theirs, guidance_scale=guidance))
+        assert np.array_equal(images(ours, guidance_scale=guidance), images(of_diffusers, guidance_scale=guidance))
     assert len(ours.cache) == 2
 
 

@@ -144,8 +144,8 @@ def test_nonsense_is_refused_with_a_sentence(arguments: list[str], message: str,
 
 def test_the_command_sees_the_stand_in_and_nobody_else_does(tmp_path: Path) -> None:
     show = "import importlib.metadata as m, sys; print(m.version('habana-torch-plugin')); sys.exit(7)"
-    shown = command_line("emulate", "--state", tmp_path, "--", sys.executable, "-c", show)
-    assert (shown.returncode, shown.stdout.strip()) == (7, "1.24.0")
+    printed = command_line("emulate", "--state", tmp_path, "--", sys.executable, "-c", show)
+    assert (printed.returncode, printed.stdout.strip()) == (7, "1.24.0")
     assert str(SITE) not in sys.path
 
 

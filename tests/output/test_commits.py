@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from faultproxy import Fault, FaultProxy, fault_proxy
-from helpers import StoreServer
+from helpers import StoreServer, wait_until
 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import manifest_path
@@ -30,8 +29,8 @@ CREATING = ["moto", "gcs", "azure"]
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> StoreServer:
-    found: StoreServer = request.getfixturevalue(request.param)
-    return found
+    store: StoreServer = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture
@@ -182,8 +181,8 @@ def test_a_store_that_knows_no_conditions_is_used_without(
     assert fault.hits == 1
     assert Ledger(keeper._storage, keeper).commit(*a_manifest(3, "bbbbb1")) is True
     assert keeper._storage.creates is False
-    said = [record.message for record in caplog.records if "the lease alone guards" in record.message]
-    assert ["Made by the proxy." in line for line in said] == [True]
+    lines = [record.message for record in caplog.records if "the lease alone guards" in record.message]
+    assert ["Made by the proxy." in line for line in lines] == [True]
 
 
 @pytest.mark.parametrize("server", ["s3"], indirect=True)
@@ -237,10 +236,7 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
     driver._storage.retry_timeout_s = 0.5
     fault = proxy.add(Fault("deaf", "PUT", "/manifest/"))
     threading.Thread(target=commit, daemon=True).start()
-    until = time.monotonic() + 60
-    while not fault.hits:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: fault.hits)
     assert not given_up.is_set()
     monkeypatch.setattr(lease, "RENEW_DEADLINE_S", 0.0)
     assert given_up.wait(60)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from helpers import wait_until
 from ray.exceptions import ActorUnavailableError
 
 from gaudi_batch import JobConfig
@@ -36,12 +37,36 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.tally import CommitTotals
 from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.storage import disk
+from gaudi_batch.storage import disk, retry, store
 from gaudi_batch.storage.store import Storage
+
+
+class Clock:
+    """The lease's: whoever sleeps waits for nothing, and it is later. Between two looks at it, time passes."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+        self.meanwhile: Callable[[], object] = lambda: None
+        """What happens while somebody sleeps."""
+
+    def monotonic(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(lease, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -74,9 +99,9 @@ def test_a_commit_looks_at_the_lease_last(output: Storage, first: LeaseKeeper, m
     read = Ledger.read_commit
 
     def slow(self: Ledger, shard: int) -> Any:
-        found = read(self, shard)
+        commit = read(self, shard)
         take_over(output)
-        return found
+        return commit
 
     monkeypatch.setattr(Ledger, "read_commit", slow)
     records = Ledger(output, first)
@@ -90,15 +115,24 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its disk held the first driver's write for so long that it was given up, and another driver committed."""
-    arrives, sync = threading.Event(), disk.sync
+    arrives, has_arrived, sync = threading.Event(), threading.Event(), disk.sync
 
     def slow(path: Path) -> None:
-        if "000003.parquet" in path.name and not arrives.is_set():
+        if "000003.parquet" in path.name:
             arrives.wait(30)
         sync(path)
 
+    def write_whole(*arguments: Any, **options: Any) -> bool:
+        try:
+            return disk.write_whole(*arguments, **options)
+        finally:
+            if arrives.is_set():
+                has_arrived.set()
+
     monkeypatch.setattr(disk, "sync", slow)
-    monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(store, "write_whole", write_whole)
+    monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 0.1)
+    output.retry_timeout_s = 0.0
     records = Ledger(output, first)
     with pytest.raises(StorageError, match="no answer"):
         records.commit(*a_manifest(3, "aaaaa1"))
@@ -107,7 +141,7 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     path = Path(output.full(manifest_path(3)))
     path.write_bytes(data)
     arrives.set()
-    time.sleep(1)
+    assert has_arrived.wait(60)
     assert path.read_bytes() == data
     assert Ledger(output, first).commit(*a_manifest(3, "aaaaa2")) is False
     assert Ledger(output, first).commit(other, data) is True
@@ -171,6 +205,7 @@ def test_a_manifest_whose_first_try_may_have_landed_stays_in_doubt(
         raise OSError(last if len(tries) == tried else errno.EIO, "no")
 
     output.retry_timeout_s = 0.0 if tried == 1 else 30.0
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.0)
     monkeypatch.setattr(disk, "sync", failing)
     records = Ledger(output, first)
     with pytest.raises(StorageError):
@@ -188,11 +223,11 @@ def test_manifests_are_read_ahead_no_further_than_is_said() -> None:
             read.append(number)
             return number
 
-        found = reader._ahead(pool, reads, range(1000))
-        assert [next(found) for _ in range(3)] == [0, 1, 2]
+        numbers = reader._ahead(pool, reads, range(1000))
+        assert [next(numbers) for _ in range(3)] == [0, 1, 2]
         pool.submit(int).result()
         assert len(read) == 4 * reader.READ_THREADS + 2
-        assert list(found) == list(range(3, 1000))
+        assert list(numbers) == list(range(3, 1000))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
@@ -212,7 +247,7 @@ def test_a_torn_manifest_and_that_of_another_run_are_no_commit(run: str, output:
     assert list(records.commits()) == []
     info, data = a_manifest(3, "aaaaa2", "this run")
     assert records.commit(info, data) is True
-    assert [found.attempt for found, _ in records.commits()] == ["aaaaa2"]
+    assert [commit.attempt for commit, _ in records.commits()] == ["aaaaa2"]
 
 
 def test_nobody_writes_or_removes_once_another_drives(
@@ -254,6 +289,7 @@ def test_a_run_whose_run_json_is_gone_is_not_planned_anew(
     assert begin_run(records, job, 1)[0].run_id
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_what_a_driver_has_committed_it_never_removes(
     prompts: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,8 +302,8 @@ def test_what_a_driver_has_committed_it_never_removes(
 
     def sum_up(*arguments: Any) -> Any:
         whole = entries(arguments[0].ledger)
-        for shown in ({}, {shard: entry for shard, entry in whole.items() if shard}):
-            monkeypatch.setattr(Ledger, "manifest_entries", lambda self, shown=shown: shown)
+        for listed in ({}, {shard: entry for shard, entry in whole.items() if shard}):
+            monkeypatch.setattr(Ledger, "manifest_entries", lambda self, listed=listed: listed)
             with pytest.raises(RunStopped, match="are gone or torn, the first of shard 0"):
                 product(*arguments)
         monkeypatch.setattr(Ledger, "manifest_entries", entries)
@@ -281,47 +317,48 @@ def test_what_a_driver_has_committed_it_never_removes(
 
 
 def test_a_driver_that_has_not_counted_up_for_a_while_commits_nothing(
-    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+    output: Storage, clock: Clock, first: LeaseKeeper
 ) -> None:
+    output.retry_timeout_s = 0.0
+    clock.now += lease.RENEW_DEADLINE_S - 1
     first.ensure_held()
-    monkeypatch.setattr(lease, "RENEW_DEADLINE_S", 0.1)
-    time.sleep(0.2)
+    clock.now += 2
     with pytest.raises(StorageError, match="the lease can't be kept up"):
         first.ensure_held()
 
 
-def test_who_writes_the_lease_last_has_it(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: take_over(output))
+def test_who_writes_the_lease_last_has_it(output: Storage, clock: Clock) -> None:
+    clock.meanwhile = lambda: take_over(output)
     with pytest.raises(InputError, match="has just started to drive this run"):
         LeaseKeeper(output, "aaaaa").take()
 
 
-def test_a_lease_that_can_t_be_read_may_have_a_holder(
-    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.1)
-    monkeypatch.setattr(lease, "LEASE_TTL_S", 1.0)
-    whole = output.get("lease.json") or b""
+def test_a_lease_that_can_t_be_read_may_have_a_holder(output: Storage, clock: Clock, first: LeaseKeeper) -> None:
+    whole, began = output.get("lease.json") or b"", clock.now
+
+    def written_at_last() -> None:
+        if clock.now - began > lease.LEASE_TTL_S - 5:
+            output.put("lease.json", whole)
+
+    clock.meanwhile = written_at_last
     output.put("lease.json", whole[:40])
-    threading.Timer(0.5, output.put, ("lease.json", whole)).start()
     with pytest.raises(InputError, match="drives this run"):
         LeaseKeeper(output, "bbbbb").take()
     first.forget()
+    clock.meanwhile = lambda: None
     output.put("lease.json", whole[:40])
-    said: list[str] = []
-    began = time.monotonic()
-    LeaseKeeper(output, "ccccc").take(said.append)
-    assert time.monotonic() - began > 1.0
-    assert [line[:25] for line in said] == ["lease.json can't be read;"]
+    lines: list[str] = []
+    began = clock.now
+    LeaseKeeper(output, "ccccc").take(lines.append)
+    assert clock.now - began > lease.LEASE_TTL_S
+    assert [line[:25] for line in lines] == ["lease.json can't be read;"]
 
 
 @pytest.mark.parametrize("over", ["released", "gone", "silent"])
 def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
-    over: str, output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+    over: str, output: Storage, clock: Clock, first: LeaseKeeper
 ) -> None:
     """A store may answer with what lease.json said a while ago."""
-    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.05)
-    monkeypatch.setattr(lease, "LEASE_TTL_S", 0.2)
     if over == "released":
         first.release()
     elif over == "gone":
@@ -330,10 +367,15 @@ def test_an_old_word_of_a_driver_that_is_over_ends_no_other(
         elsewhere(output)
     old = output.get("lease.json") or b""
     second = LeaseKeeper(output, "ccccc")
-    monkeypatch.setattr(time, "sleep", answering_with(output, old, monkeypatch))
+
+    def old_word() -> None:
+        """What was written a moment ago is not there yet when it is read back."""
+        if output.get("lease.json") != old:
+            output.put("lease.json", old)
+
+    clock.meanwhile = old_word
     assert not refused(second.take)
-    monkeypatch.undo()
-    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
+    clock.meanwhile = lambda: None
     output.put("lease.json", old)
     assert not lost(second)
     assert Ledger(output, second).commit(*a_manifest(3, "ccccc1")) is True
@@ -343,18 +385,6 @@ def elsewhere(output: Storage) -> None:
     """Nobody here can tell whether the holder lives."""
     held = json.loads(output.get("lease.json") or b"")
     output.put("lease.json", json.dumps(held | {"machine": "another"}).encode())
-
-
-def answering_with(output: Storage, data: bytes, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """In place of `sleep`: what was written a moment ago is not there yet when it is read back."""
-    sleep, own = time.sleep, output.get("lease.json")
-
-    def late(seconds: float) -> None:
-        sleep(seconds)
-        if output.get("lease.json") != own:
-            output.put("lease.json", data)
-
-    return late
 
 
 def lost(keeper: LeaseKeeper) -> bool:
@@ -373,14 +403,12 @@ def refused(take: Callable[[], None]) -> bool:
     return False
 
 
-def test_one_sight_of_another_driver_is_looked_at_twice(
-    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_sight_of_another_driver_is_looked_at_twice(output: Storage, clock: Clock, first: LeaseKeeper) -> None:
     own = output.get("lease.json") or b""
     take_over(output)
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "sleep", lambda seconds: output.put("lease.json", own))
-        assert not lost(first)
+    clock.meanwhile = lambda: output.put("lease.json", own)
+    assert not lost(first)
+    clock.meanwhile = lambda: None
     take_over(output)
     assert lost(first)
     output.put("lease.json", own)
@@ -388,10 +416,8 @@ def test_one_sight_of_another_driver_is_looked_at_twice(
 
 
 def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
-    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+    output: Storage, clock: Clock, first: LeaseKeeper
 ) -> None:
-    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.05)
-    monkeypatch.setattr(lease, "LEASE_TTL_S", 0.2)
     elsewhere(output)
     held = json.loads(output.get("lease.json") or b"")
     second = LeaseKeeper(output, "ccccc")
@@ -402,9 +428,8 @@ def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
 
 
 def test_a_holder_is_alive_when_it_counts_up_and_not_when_it_lets_go_or_an_old_word_of_it_comes(
-    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+    output: Storage, clock: Clock, first: LeaseKeeper
 ) -> None:
-    monkeypatch.setattr(lease, "LEASE_POLL_INTERVAL_S", 0.05)
     elsewhere(output)
     held = json.loads(output.get("lease.json") or b"") | {"beat": 7}
 
@@ -416,10 +441,9 @@ def test_a_holder_is_alive_when_it_counts_up_and_not_when_it_lets_go_or_an_old_w
 
     with pytest.raises(InputError, match="drives this run"):
         take("bbbbb", beat=8)
-    began = time.monotonic()
+    began = clock.now
     assert take("ccccc", beat=8, released=True).past_holders == {"aaaaa"}
-    assert time.monotonic() - began < lease.LEASE_TTL_S / 2, "it did not wait"
-    monkeypatch.setattr(lease, "LEASE_TTL_S", 0.2)
+    assert clock.now - began < lease.LEASE_TTL_S / 2, "it did not wait"
     assert take("ddddd", beat=6).past_holders == {"aaaaa"}
 
 
@@ -430,21 +454,31 @@ def test_no_beat_comes_after_the_release(output: Storage, first: LeaseKeeper, mo
     assert held.released
     with pytest.raises(LeaseLost):
         first.ensure_held()
-    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.05)
-    began, put = threading.Event(), Storage.put
+    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.0)
+    began, goes_on, put = threading.Event(), threading.Event(), Storage.put
 
     def slow(self: Storage, path: str, data: bytes, *rest: Any) -> None:
         if threading.current_thread().name == "lease":
             began.set()
-            time.sleep(0.5)
+            goes_on.wait(60)
         put(self, path, data, *rest)
+        if began.is_set():
+            goes_on.set()  # whoever releases has not waited for it
 
     monkeypatch.setattr(Storage, "put", slow)
     second = LeaseKeeper(output, "ccccc")
     second.take()
-    began.wait()
+    assert began.wait(60)
+    beats = second._renewing
+    wait_for_beat = beats.join
+
+    def join() -> None:
+        goes_on.set()
+        wait_for_beat()
+
+    monkeypatch.setattr(beats, "join", join)
     second.release()
-    time.sleep(1)
+    wait_for_beat(60)
     held = read_lease(output)
     assert held is not None
     assert (held.driver, held.released, held.dead) == ("ccccc", True, ("aaaaa",))
@@ -491,20 +525,23 @@ def test_a_driver_counts_up_while_it_finds_out_what_its_store_can(
     output: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That may take as long as the job's patience."""
-    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.05)
+    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.0)
+
+    def beat() -> int:
+        held = read_lease(output)
+        assert held is not None
+        return held.beat
 
     def slow(self: Storage, *_: Any) -> None:
-        until = time.monotonic() + 10
-        while time.monotonic() < until and len(beats) < 3:
-            held = read_lease(output)
-            assert held is not None
-            beats.add(held.beat)
+        before = beat()
+        wait_until(lambda: beat() >= before + 3)
+        slow_ones.append(before)
 
-    beats: set[int] = set()
+    slow_ones: list[int] = []
     monkeypatch.setattr(Storage, "find_out_create", slow)
     keeper = LeaseKeeper(output, "aaaaa")
     keeper.take()
-    assert len(beats) == 3
+    assert slow_ones
     keeper.release()
 
 

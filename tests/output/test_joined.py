@@ -106,15 +106,15 @@ def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_pat
     assert expected["steps"] == [20] * 4
     read = lines[0].replace('"manifest.parquet"', repr(path))
     assert read != lines[0]
-    found = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", READ_WITH_PANDAS.format(read=read, names=list(expected))],
         env=os.environ | {"PYTHONPATH": str(Path(sys.executable).parents[1] / "pandas")},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == expected
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == expected
 
 
 # It ends past the interpreter's end, at which a thread of pyarrow may abort the process.
@@ -133,14 +133,14 @@ def test_ids_that_repeat_are_found_where_manifests_are_joined(ledger: Ledger) ->
     rows = rows_of(range(6), id=ids, seed=[None, None, None, 7, None, None], num_images=[2] * 6)
     commit(ledger, 0, rows[:3])
     commit(ledger, 1, rows[3:])
-    for may_have_seeds, said in ((True, "4 of 5 rows share an id"), (False, "5 of 6 rows share an id")):
+    for may_have_seeds, message in ((True, "4 of 5 rows share an id"), (False, "5 of 6 rows share an id")):
         repeated = RepeatedIds()
 
         def seen(table: pa.Table, ids: RepeatedIds = repeated, seeds: bool = may_have_seeds) -> None:
             ids.add_manifest(table, 0, seeds)
 
         join_manifests(known(ledger), {}, seen)
-        assert (repeated.describe() or "").startswith(said)
+        assert (repeated.describe() or "").startswith(message)
 
 
 def test_a_failed_row_of_a_run_that_began_without_bounds_has_no_more_than_its_other_failed_rows() -> None:

@@ -119,9 +119,9 @@ def test_what_a_driver_commits_is_rolled_up_as_it_goes(ledger: Ledger, read: lis
 
 
 def info_of(ledger: Ledger, shard: int) -> Any:
-    found = ledger.read_commit(shard)
-    assert found is not None
-    return found[0]
+    commit = ledger.read_commit(shard)
+    assert commit is not None
+    return commit[0]
 
 
 @pytest.mark.parametrize("how", ["larger", "smaller", "touched"])
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_a_run_that_can_not_write_roll_ups(
         assert len(rows(each)) == (SHARDS + 40) * ROWS
 
 
-def test_a_mark_that_looks_like_an_md5_and_is_none_costs_a_look(
+def test_a_mark_that_looks_like_an_md5_and_is_none_costs_a_read(
     ledger: Ledger, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the ETags of objects that S3 encrypts by a key of the user's."""

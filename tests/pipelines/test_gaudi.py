@@ -154,7 +154,7 @@ def hpu_job(**fields: Any) -> JobConfig:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"scheduler": "euler"}, "'euler' draws noise while it steps.*; use ddim"),
         ({"scheduler": "euler_ancestral"}, "draws noise while it steps"),
@@ -166,10 +166,10 @@ def hpu_job(**fields: Any) -> JobConfig:
     ],
 )
 def test_what_a_gaudi_card_can_not_run_is_refused(
-    fields: dict[str, Any], said: str, prompts: Path, tmp_path: Path
+    fields: dict[str, Any], message: str, prompts: Path, tmp_path: Path
 ) -> None:
     places = {"prompts": str(prompts), "output": str(tmp_path), "device": "hpu", "model": "builtin:shapes"}
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         resolve(JobConfig.load(None, places | fields))
 
 
@@ -200,16 +200,18 @@ def test_a_gaudi_config_is_read_once_and_shapes_the_environment(
     assert resolved.fingerprint()["gaudi"]["config"] == resolved.config.gaudi.config
     assert "device   hpu, autocast to bfloat16" in check(resolved.config).text
 
-    found = environment(resolved.config)
-    assert found["PT_HPU_LAZY_MODE"] == "1"
-    assert found["PT_HPU_RECIPE_CACHE_CONFIG"] == f"{tmp_path}/recipes,false,16384"
-    for name, value in found.items():  # as Ray does it on the node
+    variables = environment(resolved.config)
+    assert variables["PT_HPU_LAZY_MODE"] == "1"
+    assert variables["PT_HPU_RECIPE_CACHE_CONFIG"] == f"{tmp_path}/recipes,false,16384"
+    for name, value in variables.items():  # as Ray does it on the node
         monkeypatch.setenv(name, value.replace("${HOME}", str(tmp_path / "home")))
     prepare(resolved.config)
     assert (tmp_path / "recipes").is_dir()
     for name, ops in (("LOWER_PRECISION", "conv2d\nlinear\n"), ("FP32", "softmax\n")):
         assert (
-            Path(re.sub(r"\$\{HOME\}", str(tmp_path / "home"), found[f"PT_HPU_AUTOCAST_{name}_OPS_LIST"])).read_text()
+            Path(
+                re.sub(r"\$\{HOME\}", str(tmp_path / "home"), variables[f"PT_HPU_AUTOCAST_{name}_OPS_LIST"])
+            ).read_text()
             == ops
         )
 

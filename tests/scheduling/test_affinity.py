@@ -20,7 +20,7 @@ from gaudi_batch.scheduling.state import RowCounts, Rules
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96), (128, 64), (64, 128)]
 BATCH = 8
-BATCH_SECONDS = 0.9
+BATCH_S = 0.9
 
 
 class InPlanOrder(Schedule):
@@ -51,7 +51,7 @@ def simulate(
     rng = random.Random(0)
     number = itertools.count()
     events: list[tuple[float, int, tuple[Any, ...]]] = []
-    hands: dict[int, list[ShardTask]] = {card: [] for card in range(cards)}
+    in_flight: dict[int, list[ShardTask]] = {card: [] for card in range(cards)}
     graphs: dict[int, set[GraphKey]] = {card: set() for card in range(cards)}
     working: set[int] = set()
     now, captures, end = 0.0, 0, 0.0
@@ -61,13 +61,13 @@ def simulate(
 
     def work(card: int) -> None:
         nonlocal captures
-        if card in working or not hands[card]:
+        if card in working or not in_flight[card]:
             return
         working.add(card)
-        task = hands[card][0]
+        task = in_flight[card][0]
         if given is not None:
             given.setdefault(card, []).append(task)
-        seconds = -(-task.shard.images // BATCH) * BATCH_SECONDS * rng.uniform(1, 1.3)
+        seconds = -(-task.shard.images // BATCH) * BATCH_S * rng.uniform(1, 1.3)
         if task.shard.bucket.graph_key not in graphs[card]:
             graphs[card].add(task.shard.bucket.graph_key)
             captures += 1
@@ -78,12 +78,12 @@ def simulate(
         nonlocal end
         for decision in decisions:
             if isinstance(decision, Assign):
-                hands[decision.card].append(decision.task)
+                in_flight[decision.card].append(decision.task)
                 work(decision.card)
             elif isinstance(decision, Recall):
-                queued = [each for each in hands[decision.card][1:] if each.attempt == decision.attempt]
+                queued = [each for each in in_flight[decision.card][1:] if each.attempt == decision.attempt]
                 for each in queued:
-                    hands[decision.card].remove(each)
+                    in_flight[decision.card].remove(each)
                 later(0.01, "recalled", decision.attempt, bool(queued))
             elif isinstance(decision, Commit):
                 later(0.05, "committed", decision.shard)
@@ -104,7 +104,7 @@ def simulate(
             do(schedule.handle(ShardCommitted(info[0])))
         else:
             card, task, seconds = info
-            hands[card].remove(task)
+            in_flight[card].remove(task)
             working.discard(card)
             work(card)
             do(schedule.handle(ShardMade(task.attempt, ShardOutcome(task.shard.rows, 0, 0, seconds=seconds))))
@@ -129,14 +129,14 @@ def test_every_card_helps_with_one_shape_while_that_is_worth_a_capture() -> None
     plan = shuffled_plan(1600, 16, shapes=1)
     captures, seconds = simulate(Schedule(plan, "a", RowCounts(1600)), 8, 5.0)
     assert captures == 8
-    assert seconds < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 15
+    assert seconds < 1600 / BATCH * BATCH_S * 1.3 / 8 + 15
     # The same with a capture that takes as long as forty shards: the second half of the cards would come too late.
-    assert simulate(Schedule(plan, "a", RowCounts(1600)), 8, 100.0)[1] < 1600 / BATCH * BATCH_SECONDS * 1.3 / 8 + 130
+    assert simulate(Schedule(plan, "a", RowCounts(1600)), 8, 100.0)[1] < 1600 / BATCH * BATCH_S * 1.3 / 8 + 130
 
 
 def test_free_captures_leave_no_card_idle() -> None:
     plan = shuffled_plan(480, 16)
-    assert simulate(Schedule(plan, "a", RowCounts(480)), 8, 0.0)[1] < 480 / BATCH * BATCH_SECONDS * 1.3 / 8 + 6
+    assert simulate(Schedule(plan, "a", RowCounts(480)), 8, 0.0)[1] < 480 / BATCH * BATCH_S * 1.3 / 8 + 6
 
 
 def test_a_card_that_keeps_one_graph_counts_on_no_other() -> None:

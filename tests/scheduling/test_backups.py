@@ -27,13 +27,13 @@ class Cards:
 
     def begin(self, card: int) -> ShardTask:
         """A card begins to make what it has."""
-        task = self.world.hands[card][0]
+        task = self.world.in_flight[card][0]
         self.world.do(self.world.handle(ShardBegun(task.attempt, True, self.world.now)))
         return task
 
     def make(self, card: int, seconds: float = SHARD_S) -> None:
         """A card makes its first shard, and it is committed."""
-        task = self.world.hands[card].pop(0)
+        task = self.world.in_flight[card].pop(0)
         self.world.held[task.attempt] = task.shard.number
         self.world.do(self.world.handle(ShardMade(task.attempt, ShardOutcome(4, 0, 0, seconds=seconds))))
         while self.world.commits:
@@ -43,11 +43,11 @@ class Cards:
 
     def holder(self, shard: int) -> int:
         """The one card that has a shard."""
-        (card,) = (card for card in self.world.hands if shard in self.has(card))
+        (card,) = (card for card in self.world.in_flight if shard in self.has(card))
         return card
 
     def has(self, card: int) -> list[int]:
-        return [task.shard.number for task in self.world.hands[card]]
+        return [task.shard.number for task in self.world.in_flight[card]]
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_a_card_that_hangs_in_the_last_shard_costs_little_more_than_a_shard(card
 
 def test_the_first_attempt_that_is_made_is_committed_and_the_other_is_dropped(cards: Cards) -> None:
     cards.world.wait(2 * SHARD_S)
-    (backup,) = cards.world.hands[1]
-    assert backup.backup_of == cards.world.hands[0][0].attempt
-    task = cards.world.hands[0].pop(0)
+    (backup,) = cards.world.in_flight[1]
+    assert backup.backup_of == cards.world.in_flight[0][0].attempt
+    task = cards.world.in_flight[0].pop(0)
     cards.world.held[task.attempt] = cards.last
     decisions = cards.world.handle(ShardMade(task.attempt, ShardOutcome(4, 0, 0, seconds=20.0)))
     assert Drop(1, backup.attempt) in decisions
@@ -96,7 +96,7 @@ def test_a_shard_that_is_begun_while_the_one_before_is_stored_is_watched_too() -
         cards.begin(card)
     cards.world.now = SHARD_S
     for card in range(2):
-        following = cards.world.hands[card][1] if len(cards.has(card)) > 1 else None
+        following = cards.world.in_flight[card][1] if len(cards.has(card)) > 1 else None
         if following is not None:
             cards.world.do(cards.world.handle(ShardBegun(following.attempt, True, cards.world.now)))
         cards.make(card)
@@ -120,7 +120,7 @@ def test_what_a_process_that_stands_still_does_not_give_back_is_made_elsewhere()
     works = 1 - stands_still
     first, queued = cards.has(stands_still)
     cards.world.now += SHARD_S
-    task = cards.world.hands[works].pop(0)
+    task = cards.world.in_flight[works].pop(0)
     cards.world.held[task.attempt] = task.shard.number
     cards.world.do(cards.world.handle(ShardMade(task.attempt, ShardOutcome(4, 0, 0, seconds=SHARD_S))))
     cards.world.commit_first()
@@ -177,7 +177,7 @@ def test_no_shard_is_made_twice_while_there_is_other_work() -> None:
     cards.make(1)
     cards.begin(1)
     cards.world.wait(50 * SHARD_S)
-    assert all(task.backup_of is None for hand in cards.world.hands.values() for task in hand)
+    assert all(task.backup_of is None for tasks in cards.world.in_flight.values() for task in tasks)
 
 
 def test_the_shard_of_a_slow_card_goes_to_a_fast_one_at_once() -> None:
@@ -192,7 +192,7 @@ def test_the_shard_of_a_slow_card_goes_to_a_fast_one_at_once() -> None:
     cards.world.now += SHARD_S
     cards.make(1)
     assert cards.has(1) == cards.has(0) != [], "card 0 needs 20 s more, and card 1 needs 10"
-    assert cards.world.hands[1][0].backup_of == cards.world.hands[0][0].attempt
+    assert cards.world.in_flight[1][0].backup_of == cards.world.in_flight[0][0].attempt
 
 
 def test_a_backup_is_not_worth_a_capture_that_takes_longer() -> None:
@@ -223,13 +223,13 @@ def test_a_shard_of_which_both_attempts_fail_is_tried_again(cards: Cards) -> Non
     assert cards.world.schedule.pending() == 1
     cards.world.ready(0)
     assert cards.has(0) == [cards.last]
-    assert cards.world.hands[0][0].announce, "it is suspect now"
-    assert cards.world.hands[0][0].backup_of is None
+    assert cards.world.in_flight[0][0].announce, "it is suspect now"
+    assert cards.world.in_flight[0][0].backup_of is None
 
 
 def test_a_suspect_shard_gets_no_backup(cards: Cards) -> None:
     cards.world.die(0)
-    (task,) = cards.world.hands[1]
+    (task,) = cards.world.in_flight[1]
     assert task.announce
     cards.world.ready(0)
     cards.begin(1)
@@ -239,7 +239,7 @@ def test_a_suspect_shard_gets_no_backup(cards: Cards) -> None:
 
 def test_a_drop_that_is_answered_twice_or_late_changes_nothing(cards: Cards) -> None:
     cards.world.wait(2 * SHARD_S)
-    backup = cards.world.hands[1][0].attempt
+    backup = cards.world.in_flight[1][0].attempt
     cards.make(1)
     assert cards.world.finished == [None]
     assert cards.world.handle(AttemptEnded(0, backup)) == []
@@ -265,7 +265,7 @@ def test_a_suspect_shard_is_not_kept_for_a_card_that_hangs() -> None:
     cards.begin(idle)
     cards.make(idle)
     assert cards.world.schedule._work.cards.by_number[hung].dropping
-    assert [task.announce for task in cards.world.hands[idle]] == [True], "the suspect shard"
+    assert [task.announce for task in cards.world.in_flight[idle]] == [True], "the suspect shard"
 
 
 def test_a_reservation_moves_from_a_card_that_works_to_one_that_idles() -> None:
@@ -278,4 +278,4 @@ def test_a_reservation_moves_from_a_card_that_works_to_one_that_idles() -> None:
     assert [card.number for card in work._reserved.values()] == [0], "no other card is ready"
     cards.world.ready(2)
     assert not work._reserved
-    assert [task.announce for task in cards.world.hands[2]] == [True], "it is made alone, on the card that idles"
+    assert [task.announce for task in cards.world.in_flight[2]] == [True], "it is made alone, on the card that idles"

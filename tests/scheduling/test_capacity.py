@@ -44,7 +44,7 @@ class Job:
     def __init__(self, count: int, max_cards: int | None = None, min_cards: int = 0, timeout_s: float = 60.0) -> None:
         rules = Rules(max_cards=max_cards, min_cards=min_cards, cluster_timeout_s=timeout_s)
         self.schedule = Schedule(shards(count), "a", RowCounts(4 * count), rules)
-        self.waiting: list[int] = []
+        self.unplaced: list[int] = []
         self.asked = 0
         self.over: list[str | None] = []
 
@@ -53,17 +53,17 @@ class Job:
         decisions = self.schedule.handle(ClusterSeen(Capacity(cards, total, nodes, frozenset()), now))
         for decision in decisions:
             if isinstance(decision, AskForCards):
-                self.waiting += decision.cards
+                self.unplaced += decision.cards
                 self.asked += len(decision.cards)
             elif isinstance(decision, DropCards):
-                self.waiting = [card for card in self.waiting if card not in decision.cards]
+                self.unplaced = [card for card in self.unplaced if card not in decision.cards]
             elif isinstance(decision, Finish):
                 self.over.append(decision.reason)
         return decisions
 
     def place(self, node: str) -> int:
         """The cluster places the next card, which begins to load."""
-        card = self.waiting.pop(0)
+        card = self.unplaced.pop(0)
         self.schedule.handle(CardPlaced(card, node))
         return card
 
@@ -93,8 +93,8 @@ def test_where_every_card_fails_as_many_again_are_tried(per_node: int, cards: in
     while not job.over:
         before = job.asked
         job.see(cards, 64)
-        while job.waiting:
-            job.fail(job.place("ABCDEFGHIJ"[(job.asked - len(job.waiting)) // per_node]))
+        while job.unplaced:
+            job.fail(job.place("ABCDEFGHIJ"[(job.asked - len(job.unplaced)) // per_node]))
         assert job.asked > before or job.over, "nothing happens any more"
     assert job.asked == tried
 
@@ -122,9 +122,9 @@ def test_another_node_is_asked_for_when_nothing_of_one_works(bad: int, total: in
 def test_a_card_that_nothing_would_be_left_for_is_not_waited_for() -> None:
     job = Job(40)
     job.see(4, 4)
-    first = job.waiting[0]
+    first = job.unplaced[0]
     assert job.see(1, 1) == [DropCards((3, 2, 1))], "the newest go first"
-    assert job.waiting == [first]
+    assert job.unplaced == [first]
 
 
 def test_a_cluster_without_a_card_that_works_is_given_up_after_its_limit_and_no_sooner() -> None:

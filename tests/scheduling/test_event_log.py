@@ -56,9 +56,9 @@ def test_what_dead_cards_leave_is_assigned_in_the_same_order_from_any_snapshot(s
         world.join(card, f"node {card % 3}")
         world.ready(card)
     while not world.finished:
-        busy = [card for card, tasks in world.hands.items() if tasks]
+        busy = [card for card, tasks in world.in_flight.items() if tasks]
         if busy and rng.random() < 0.4:
-            world.die(max(busy, key=lambda card: len(world.hands[card])))
+            world.die(max(busy, key=lambda card: len(world.in_flight[card])))
         elif busy and rng.random() < 0.5:
             world.finish_first(rng.choice(busy))
         elif world.commits:

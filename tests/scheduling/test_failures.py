@@ -48,11 +48,11 @@ def settle(world: World) -> None:
 
 
 def busy(world: World) -> list[int]:
-    return [card for card, hand in world.hands.items() if hand]
+    return [card for card, tasks in world.in_flight.items() if tasks]
 
 
 def refuse(world: World, card: int) -> None:
-    task = world.hands[card].pop(0)
+    task = world.in_flight[card].pop(0)
     world.do(world.schedule.handle(ShardFailed(task.attempt, REFUSED)))
 
 
@@ -117,8 +117,8 @@ def test_rows_that_nobody_can_read_stop_their_shard_alone(cards: int, per_node: 
         world.check_storage(of_shard="prompts: can't read part-0.parquet: EIO")
         if world.finished:
             break
-        card = next((c for c in busy(world) if world.hands[c][0].shard.number == 7), busy(world)[0])
-        if world.hands[card][0].shard.number == 7:
+        card = next((c for c in busy(world) if world.in_flight[c][0].shard.number == 7), busy(world)[0])
+        if world.in_flight[card][0].shard.number == 7:
             failures += 1
             refuse(world, card)
         else:
@@ -196,13 +196,13 @@ def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int]
         settle(world)
         if world.finished:
             break
-        if not world.hands and not world.starting:
+        if not world.in_flight and not world.starting:
             for card in range(new, new + size):
                 world.join(card, f"node {card // size}")
             new += size
             continue
         card = busy(world)[0]
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         rows = range(task.shard.start, task.shard.stop)
         rest = [row for row in rows if row not in task.alone]
         batches = [rest[i : i + 4] for i in range(0, len(rest), 4)] + [[row] for row in rows if row in task.alone]
@@ -236,29 +236,31 @@ def test_a_shard_that_was_lost_with_two_nodes_runs_where_nothing_else_is_in_flig
     world = World(schedule, rows=16)
     world.see(more=1)
     start(world, 8, per_node=4)
-    suspect = world.hands[0][0].shard.number
+    suspect = world.in_flight[0][0].shard.number
     for node in range(2, 4):
         settle(world)
-        holder = next(card for card, hand in world.hands.items() if suspect in [task.shard.number for task in hand])
+        holder = next(
+            card for card, tasks in world.in_flight.items() if suspect in [task.shard.number for task in tasks]
+        )
         world.lose_node(holder)
         for card in range(4 * node, 4 * node + 4):
             world.join(card, f"node {node}")
         settle(world)
     for _ in range(200):
         settle(world)
-        holders = [card for card, hand in world.hands.items() if suspect in [task.shard.number for task in hand]]
+        holders = [card for card, tasks in world.in_flight.items() if suspect in [task.shard.number for task in tasks]]
         if holders:
             break
         world.finish_first(busy(world)[0])
     (holder,) = holders
-    beside = [card for card, node in world.nodes.items() if node == world.nodes[holder] and world.hands.get(card)]
+    beside = [card for card, node in world.nodes.items() if node == world.nodes[holder] and world.in_flight.get(card)]
     assert beside == [holder]
-    assert world.hands[holder][0].announce
-    others = [card for card in world.hands if world.nodes[card] != world.nodes[holder]]
-    assert all(world.hands[card] for card in others), "the other node works on"
+    assert world.in_flight[holder][0].announce
+    others = [card for card in world.in_flight if world.nodes[card] != world.nodes[holder]]
+    assert all(world.in_flight[card] for card in others), "the other node works on"
     world.finish_first(holder)
     settle(world)
-    assert all(world.hands[card] for card in world.hands), "its node works again, too"
+    assert all(world.in_flight[card] for card in world.in_flight), "its node works again, too"
 
 
 def test_shards_that_are_lost_with_nodes_that_others_took_down_are_made() -> None:
@@ -318,15 +320,15 @@ def test_reading_that_kills_is_found_within_four_deaths_and_costs_no_other_row(c
         if world.finished:
             break
         # The card reads what it has in hand before it makes the first of it.
-        reader = next((c for c, hand in world.hands.items() if 3 in [task.shard.number for task in hand]), None)
+        reader = next((c for c, tasks in world.in_flight.items() if 3 in [task.shard.number for task in tasks]), None)
         card = busy(world)[0] if reader is None else reader
-        task = next((t for t in world.hands[card] if t.shard.number == 3), world.hands[card][0])
+        task = next((t for t in world.in_flight[card] if t.shard.number == 3), world.in_flight[card][0])
         if task.shard.number == 3:
             if not read(world, task):
                 deaths += 1
                 world.die(card)
                 continue
-            assert task is world.hands[card][0]
+            assert task is world.in_flight[card][0]
             world.finish_first(card, undecoded=4 * len(task.unreadable))
         else:
             world.finish_first(card)
@@ -379,11 +381,11 @@ def test_what_one_shard_finds_out_of_a_row_group_costs_the_others_nothing(cards:
         if world.finished:
             break
         card = busy(world)[deaths % len(busy(world))]
-        if not all(map(lives, world.hands[card])):
+        if not all(map(lives, world.in_flight[card])):
             deaths += 1
             world.die(card)
             continue
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         rows = range(task.shard.start, task.shard.stop)
         lost = sum(row >= task.unreadable.get(0, (960, ""))[0] for row in rows)
         world.finish_first(card, undecoded=lost)
@@ -399,7 +401,7 @@ def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_
     world = World(schedule, rows=8)
     world.join(0)
     world.ready(0)
-    stored, made = world.hands[0]
+    stored, made = world.in_flight[0]
     for task in (stored, made):
         world.do(schedule.handle(ShardBegun(task.attempt, False)))
         world.do(schedule.handle(ShardBegun(task.attempt, True)))
@@ -410,7 +412,7 @@ def test_a_death_is_put_on_the_shard_that_the_card_made_and_not_on_the_one_that_
         if world.finished:
             break
         (card,) = busy(world)
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         if task.shard is not made.shard or made.shard.start in task.fail_without_running:
             world.finish_first(card, failed=len(task.fail_without_running))
             continue
@@ -433,7 +435,7 @@ def test_a_reading_that_takes_too_long_condemns_no_row() -> None:
         if world.finished:
             break
         card = busy(world)[0]
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         if task.shard.number:
             world.finish_first(card)
             continue
@@ -441,7 +443,7 @@ def test_a_reading_that_takes_too_long_condemns_no_row() -> None:
         if task.announce:
             world.do(schedule.handle(ReadingAnnounced(task.attempt, Reading(0, rows, rows, 0 in task.by_row))))
         assert not task.by_row
-        world.hands.pop(card)
+        world.in_flight.pop(card)
         world.do(schedule.handle(CardDied(card, "it has been reading for 2400 s (limits.loading)", SlowReading())))
     assert schedule.failed_rows == 0
     assert "it has been reading" in str(world.finished[0])
@@ -457,10 +459,10 @@ def test_two_shards_that_find_out_about_each_other_s_row_groups_do_not_wait_for_
     for card in (0, 1):
         world.die(card)  # unannounced
     settle(world)
-    holders = {world.hands[card][0].shard.number: card for card in busy(world)}
+    holders = {world.in_flight[card][0].shard.number: card for card in busy(world)}
     assert set(holders) == {0, 1}
     for shard, group in ((0, range(8)), (1, range(8, 16))):
-        task = world.hands[holders[shard]][0]
+        task = world.in_flight[holders[shard]][0]
         world.do(schedule.handle(ReadingAnnounced(task.attempt, Reading(group.start, group, group, by_row=False))))
     for card in holders.values():
         world.die(card)
@@ -479,12 +481,12 @@ def test_storage_that_stalls_while_rows_are_read_condemns_none() -> None:
         if world.finished:
             break
         card = busy(world)[0]
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         if task.announce:
             rows = range(task.shard.start, task.shard.stop)
             world.do(schedule.handle(ReadingAnnounced(task.attempt, Reading(0, rows, rows, 0 in task.by_row))))
         assert not task.by_row
-        world.hands.pop(card)
+        world.in_flight.pop(card)
         world.do(schedule.handle(CardDied(card, "an operation on storage has not ended for 661 s", StorageStalled())))
     assert schedule.failed_rows == 0
     assert world.finished
@@ -500,12 +502,12 @@ def test_one_node_on_which_every_reading_dies_condemns_no_row() -> None:
             break
         card = next((card for card in busy(world) if card < 8), busy(world)[0])
         if card >= 8:
-            for task in list(world.hands[card]):
+            for task in list(world.in_flight[card]):
                 if task.announce:
                     world.do(world.schedule.handle(BatchAnnounced(task.attempt, ())))
             world.finish_first(card)
             continue
-        for task in world.hands[card]:
+        for task in world.in_flight[card]:
             if task.announce:
                 rows = range(task.shard.start, task.shard.stop)
                 world.do(
@@ -526,15 +528,15 @@ def test_a_batch_that_is_too_slow_for_its_limit_condemns_no_row() -> None:
         settle(world)
         if world.finished:
             break
-        card = next((c for c in busy(world) if world.hands[c][0].shard.number == 0), busy(world)[-1])
-        task = world.hands[card][0]
+        card = next((c for c in busy(world) if world.in_flight[c][0].shard.number == 0), busy(world)[-1])
+        task = world.in_flight[card][0]
         if task.shard.number:
             world.finish_first(card)
             continue
         if task.announce:
             world.do(schedule.handle(BatchAnnounced(task.attempt, ())))
             world.do(schedule.handle(BatchAnnounced(task.attempt, (0,))))
-        world.hands.pop(card)
+        world.in_flight.pop(card)
         world.do(schedule.handle(CardDied(card, "its batch took longer than 60 s (limits.first_batch)", slow)))
     assert schedule.failed_rows == 0
     assert "batches of 1024x1024, 50 steps take longer" in str(world.finished[0])
@@ -547,7 +549,7 @@ def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> Non
     world = World(schedule, rows=8)
     world.join(0)
     world.ready(0)
-    queued = world.hands[0][1].shard
+    queued = world.in_flight[0][1].shard
     world.die(0)
     deaths = 0
     for _ in range(100):
@@ -555,7 +557,7 @@ def test_a_queued_shard_keeps_nothing_of_a_death_that_it_had_no_part_in() -> Non
         if world.finished:
             break
         (card,) = busy(world)
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         if task.shard is not queued or queued.start in task.fail_without_running:
             world.finish_first(card, failed=len(task.fail_without_running))
             continue
@@ -574,13 +576,13 @@ def test_a_card_is_not_blamed_for_a_death_that_a_queued_shard_explains() -> None
     work = shards(120)
     world = World(Schedule(work, "a", RowCounts(480)))
     start(world, 3)
-    killers = {task.shard.number for hand in world.hands.values() for task in hand[1:]} | {20, 40, 60, 80, 100}
+    killers = {task.shard.number for tasks in world.in_flight.values() for task in tasks[1:]} | {20, 40, 60, 80, 100}
     for _ in range(2000):
         settle(world)
         if world.finished:
             break
         card = busy(world)[0]
-        deadly = [t for t in world.hands[card] if t.shard.number in killers and not t.unreadable]
+        deadly = [t for t in world.in_flight[card] if t.shard.number in killers and not t.unreadable]
         if deadly:
             if deadly[0].announce:
                 rows = range(deadly[0].shard.start, deadly[0].shard.stop)
@@ -588,7 +590,7 @@ def test_a_card_is_not_blamed_for_a_death_that_a_queued_shard_explains() -> None
                 world.do(world.schedule.handle(ReadingAnnounced(deadly[0].attempt, reading)))
             world.die(card)
         else:
-            world.finish_first(card, undecoded=4 * len(world.hands[card][0].unreadable))
+            world.finish_first(card, undecoded=4 * len(world.in_flight[card][0].unreadable))
     assert world.finished == [None]
     assert not world.quarantined
     assert world.schedule.failed_rows == 4 * len(killers)
@@ -613,17 +615,17 @@ def test_a_kind_of_batch_that_no_card_makes_in_time_is_the_job_s_mistake() -> No
         settle(world)
         if world.finished:
             break
-        ahead = {card: world.hands[card][0].shard.bucket for card in busy(world)}
+        ahead = {card: world.in_flight[card][0].shard.bucket for card in busy(world)}
         card = next((card for card, bucket in ahead.items() if bucket != LARGE), None)
         if card is not None:
             world.finish_first(card)
             continue
         card = next(iter(ahead))
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         if task.announce:
             world.do(world.schedule.handle(BatchAnnounced(task.attempt, ())))
         kills += 1
-        world.hands.pop(card)
+        world.in_flight.pop(card)
         world.do(world.schedule.handle(CardDied(card, "its batch took longer than 60 s (limits.first_batch)", slow)))
     assert len(world.committed) == 32, "the others go on"
     assert world.schedule.failed_rows == 0
@@ -643,10 +645,10 @@ def test_two_cards_of_one_node_set_no_kind_of_batch_aside_while_there_are_others
     slow = SlowBatch(work[0].bucket.batch_kind, "60 s (limits.first_batch)")
     world.finish_first(0)
     for card in (0, 1, 2):
-        world.hands.pop(card)
+        world.in_flight.pop(card)
         world.do(schedule.handle(CardDied(card, "hung", slow)))
     assert not schedule.stuck
-    world.hands.pop(4)
+    world.in_flight.pop(4)
     world.do(schedule.handle(CardDied(4, "hung", slow)))
     assert schedule.stuck, "two nodes say so"
     world.finish_first(5)
@@ -661,12 +663,12 @@ def test_one_card_that_hangs_says_nothing_of_a_kind_of_batch() -> None:
     world = World(schedule)
     start(world, 3)
     world.finish_first(0)
-    kind = world.hands[0][0].shard.bucket.batch_kind
+    kind = world.in_flight[0][0].shard.bucket.batch_kind
     for _ in range(2):
-        world.hands.pop(0)
+        world.in_flight.pop(0)
         world.do(schedule.handle(CardDied(0, "hung", SlowBatch(kind, "60 s (limits.first_batch)"))))
         settle(world)
-        while not world.hands[0]:
+        while not world.in_flight[0]:
             world.finish_first(busy(world)[0])
             settle(world)
     assert not schedule.stuck
@@ -675,14 +677,14 @@ def test_one_card_that_hangs_says_nothing_of_a_kind_of_batch() -> None:
 def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other() -> None:
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 3)
-    slow = SlowBatch(world.hands[0][0].shard.bucket.batch_kind, "60 s (limits.first_batch)")
+    slow = SlowBatch(world.in_flight[0][0].shard.bucket.batch_kind, "60 s (limits.first_batch)")
     for card in range(3):
         assert not world.finished
-        world.hands.pop(card)
+        world.in_flight.pop(card)
         world.do(world.schedule.handle(CardDied(card, "its first batch took longer than 60 s", slow)))
     let_it_end(world, 9)
-    said = "batches of 64x64, 20 steps take longer than 60 s (limits.first_batch); 6 shards are not made"
-    assert world.finished == [said]
+    reason = "batches of 64x64, 20 steps take longer than 60 s (limits.first_batch); 6 shards are not made"
+    assert world.finished == [reason]
     assert not world.quarantined
 
 
@@ -692,14 +694,14 @@ def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other
 def test_a_row_that_one_card_doubts_and_another_makes_is_made() -> None:
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 2)
-    shard = world.hands[0][0].shard
+    shard = world.in_flight[0][0].shard
     world.finish_first(0, failed=1, doubted={shard.start: "black"})
     assert not world.commits, "its record waits"
-    while not world.hands[1][0].confirm:
+    while not world.in_flight[1][0].confirm:
         world.finish_first(1)
         settle(world)
-    assert world.hands[1][0].shard is shard
-    assert world.hands[1][0].confirm == {shard.start}
+    assert world.in_flight[1][0].shard is shard
+    assert world.in_flight[1][0].confirm == {shard.start}
     world.finish_first(1)  # it makes the row
     assert not any(number == shard.number for number, _ in world.commits)
     let_it_end(world, 9)
@@ -711,10 +713,10 @@ def test_a_row_that_one_card_doubts_and_another_makes_is_made() -> None:
 def test_a_row_that_two_cards_make_wrong_fails_and_its_shard_is_not_made_again() -> None:
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 2)
-    shard = world.hands[0][0].shard
-    attempt = world.hands[0][0].attempt
+    shard = world.in_flight[0][0].shard
+    attempt = world.in_flight[0][0].attempt
     world.finish_first(0, failed=1, doubted={shard.start: "black"})
-    while not world.hands[1][0].confirm:
+    while not world.in_flight[1][0].confirm:
         world.finish_first(1)
         settle(world)
     world.finish_first(1, failed=1)
@@ -729,15 +731,15 @@ def test_a_row_is_confirmed_by_a_card_that_has_its_graph_if_there_is_one() -> No
     work = [Shard(number, 0, 4 * number, 4 * number + 4, buckets[number % 2], 4, 4) for number in range(12)]
     world = World(Schedule(work, "a", RowCounts(48)))
     start(world, 4)
-    first = next(card for card in range(4) if world.hands[card][0].shard.bucket == buckets[1])
-    holders = {card for card in range(4) if world.hands[card][0].shard.bucket == buckets[1]} - {first}
+    first = next(card for card in range(4) if world.in_flight[card][0].shard.bucket == buckets[1])
+    holders = {card for card in range(4) if world.in_flight[card][0].shard.bucket == buckets[1]} - {first}
     assert holders
-    while any(len(hand) > 1 for card, hand in world.hands.items() if card != first):
-        world.finish_first(next(card for card, hand in world.hands.items() if card != first and len(hand) > 1))
+    while any(len(tasks) > 1 for card, tasks in world.in_flight.items() if card != first):
+        world.finish_first(next(card for card, tasks in world.in_flight.items() if card != first and len(tasks) > 1))
         settle(world)
-    world.finish_first(first, failed=1, doubted={world.hands[first][0].shard.start: "black"})
+    world.finish_first(first, failed=1, doubted={world.in_flight[first][0].shard.start: "black"})
     settle(world)
-    confirming = [card for card, hand in world.hands.items() for task in hand if task.confirm]
+    confirming = [card for card, tasks in world.in_flight.items() for task in tasks if task.confirm]
     assert set(confirming) <= holders
     assert confirming
 
@@ -745,9 +747,9 @@ def test_a_row_is_confirmed_by_a_card_that_has_its_graph_if_there_is_one() -> No
 def test_where_no_other_card_can_be_had_the_same_one_has_a_second_try() -> None:
     world = World(Schedule(shards(1), "a", RowCounts(4)))
     start(world, 1)
-    start_row = world.hands[0][0].shard.start
+    start_row = world.in_flight[0][0].shard.start
     world.finish_first(0, failed=1, doubted={start_row: "black"})
-    assert world.hands[0][0].confirm == {start_row}
+    assert world.in_flight[0][0].confirm == {start_row}
     world.finish_first(0, failed=1)
     settle(world)
     assert world.finished == [None]
@@ -766,7 +768,7 @@ def test_a_card_that_now_and_then_paints_wrong_is_quarantined_and_costs_no_row(s
         if world.finished:
             break
         card = rng.choice(busy(world))
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         wrong = [row for row in range(task.shard.start, task.shard.stop) if card == 3 and rng.random() < 0.02]
         twice = {row: "black" for row in wrong if rng.random() < 0.02}
         if task.confirm:
@@ -815,16 +817,16 @@ def test_cards_that_all_paint_wrong_as_often_are_not_quarantined(cards: int, sha
 def test_a_row_group_that_one_card_can_t_decode_is_tried_by_another() -> None:
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 2)
-    task = world.hands[0].pop(0)
+    task = world.in_flight[0].pop(0)
     world.do(
         world.schedule.handle(
             ShardFailed(task.attempt, ShardFailure("can't be decoded", undecoded={0: "malloc failed"}))
         )
     )
-    while world.hands[1][0].shard is not task.shard:
+    while world.in_flight[1][0].shard is not task.shard:
         world.finish_first(1)
         settle(world)
-    second = world.hands[1][0]
+    second = world.in_flight[1][0]
     assert second.undecoded == {0: "malloc failed"}
     let_it_end(world, 9)
     assert world.schedule.failed_rows == 0
@@ -839,9 +841,9 @@ def test_a_card_is_blamed_for_what_it_can_t_decode_only_if_others_can(undecoded:
         if world.finished:
             break
         card = busy(world)[0]
-        task = world.hands[card][0]
+        task = world.in_flight[card][0]
         if card == 0 and not task.undecoded and task.shard.number % 4 == 0:
-            world.hands[card].pop(0)
+            world.in_flight[card].pop(0)
             failure = ShardFailure("can't be decoded", undecoded={0: "corrupt"})
             world.do(world.schedule.handle(ShardFailed(task.attempt, failure)))
         else:
@@ -854,7 +856,7 @@ def test_rows_that_never_reach_a_pipeline_do_not_say_that_the_job_is_wrong() -> 
     work = shards(40, rows=256)
     world = World(Schedule(work, "a", RowCounts(40 * 256)), rows=256)
     start(world, 2)
-    first = world.hands[0].pop(0)
+    first = world.in_flight[0].pop(0)
     world.held[first.attempt] = first.shard.number
     world.do(world.schedule.handle(ShardMade(first.attempt, ShardOutcome(256, failed_rows=256, raised_rows=0))))
     let_it_end(world, 9)
@@ -885,7 +887,7 @@ def test_a_shard_that_its_card_had_not_begun_keeps_nothing_of_the_loss_of_a_node
     for card in range(4):
         world.join(card)
         world.ready(card)
-        assert not world.hands[card][0].announce
+        assert not world.in_flight[card][0].announce
         world.leave(card)  # before it has begun anything
 
 

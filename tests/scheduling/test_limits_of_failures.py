@@ -23,7 +23,7 @@ def test_a_shard_that_teaches_nothing_is_given_up_after_eight_tries() -> None:
     start(world, 12)
     tries = 0
     while not world.finished:
-        card = next(card for card, hand in world.hands.items() if hand)
+        card = next(card for card, tasks in world.in_flight.items() if tasks)
         world.fail_first(card, failed_alone_once=False, healthy=True)
         settle(world)
         tries += 1
@@ -58,18 +58,18 @@ def test_what_a_card_makes_in_between_speaks_for_it() -> None:
         for _ in range(MAX_SHARDS_MADE_ELSEWHERE + 2):
             if 0 in world.quarantined:
                 break
-            failed = world.hands[0][0].shard.number
+            failed = world.in_flight[0][0].shard.number
             world.fail_first(0, failed_alone_once=False, healthy=True)
             settle(world)
             for _ in range(60):
                 if failed in world.committed or 0 in world.quarantined:
                     break
-                if any(task.shard.number == failed for task in world.hands[0]):
+                if any(task.shard.number == failed for task in world.in_flight[0]):
                     break
                 world.finish_first(1)
                 settle(world)
             for _ in range(between):
-                if world.hands.get(0):
+                if world.in_flight.get(0):
                     world.finish_first(0)
                     settle(world)
         assert (0 in world.quarantined) is (between == 0), between
@@ -101,19 +101,19 @@ def test_a_death_is_a_try_of_the_shard_that_was_made_and_of_no_other_in_flight()
     """Which of them it was is found out by having both announce what they do."""
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 1)
-    begun, waiting = (task.shard.number for task in world.hands[0])
+    begun, queued = (task.shard.number for task in world.in_flight[0])
     world.begin(0)
     world.die(0)
     assert world.schedule.retries == 1
     world.ready(0)
     announced: dict[int, bool] = {}
     while not world.finished:
-        if world.hands[0]:
-            task = world.hands[0][0]
+        if world.in_flight[0]:
+            task = world.in_flight[0][0]
             announced.setdefault(task.shard.number, task.announce)
             world.finish_first(0)
         settle(world)
-    assert (announced[begun], announced[waiting]) == (True, True)
+    assert (announced[begun], announced[queued]) == (True, True)
     assert sum(announced.values()) == 2
 
 

@@ -27,7 +27,7 @@ from gaudi_batch.scheduling.state import RowCounts, Rules
 def test_a_card_has_the_next_shard_while_it_works_on_one() -> None:
     world = World(Schedule(shards(10), "a", RowCounts(40)))
     start(world, 2)
-    assert [len(hand) for hand in world.hands.values()] == [2, 2]
+    assert [len(tasks) for tasks in world.in_flight.values()] == [2, 2]
 
 
 def test_near_the_end_nothing_queues_behind_a_busy_card() -> None:
@@ -37,7 +37,7 @@ def test_near_the_end_nothing_queues_behind_a_busy_card() -> None:
     world.finish_first(0)
     assert [recall.card for recall in world.recalls] == [1]
     world.answer_recall(True)
-    assert [len(world.hands[card]) for card in (0, 1)] == [1, 1]
+    assert [len(world.in_flight[card]) for card in (0, 1)] == [1, 1]
 
 
 def test_an_idle_card_does_not_ask_back_what_it_may_not_have() -> None:
@@ -45,7 +45,7 @@ def test_an_idle_card_does_not_ask_back_what_it_may_not_have() -> None:
     start(world, 2)
     world.fail_first(1, failed_alone_once=False, healthy=True)
     world.answer_recall(True)
-    assert [task.shard.number for task in world.hands[0]] == [0, 2]
+    assert [task.shard.number for task in world.in_flight[0]] == [0, 2]
     world.finish_first(1)
     assert not world.recalls, "card 1 has failed shard 2, which waits for card 0"
 
@@ -53,10 +53,10 @@ def test_an_idle_card_does_not_ask_back_what_it_may_not_have() -> None:
 def test_a_failed_shard_goes_to_another_card() -> None:
     world = World(Schedule(shards(6), "a", RowCounts(24)))
     start(world, 3)
-    shard = world.hands[1][0].shard.number
+    shard = world.in_flight[1][0].shard.number
     world.fail_first(1, failed_alone_once=False, healthy=True)
     for _ in range(20):
-        busy = [card for card, hand in world.hands.items() if hand]
+        busy = [card for card, tasks in world.in_flight.items() if tasks]
         if world.finished or not busy:
             break
         world.finish_first(busy[0])
@@ -70,7 +70,7 @@ def test_a_shard_that_two_cards_failed_does_not_wait_for_one_that_starts() -> No
         world.join(card)
     world.ready(0)
     world.fail_first(0, failed_alone_once=False, healthy=True)
-    assert not world.hands[0], "cards 1 and 2 may make it"
+    assert not world.in_flight[0], "cards 1 and 2 may make it"
     world.ready(1)
     world.fail_first(1, failed_alone_once=False, healthy=True)
     assert world.assigned_to[0] == [0, 1, 0], "card 2 may take long"
@@ -82,9 +82,9 @@ def test_a_card_keeps_to_the_graph_keys_that_it_has_captured() -> None:
     start(world, 3)
     captured: dict[int, set[object]] = {card: set() for card in range(3)}
     while not world.finished:
-        for card, hand in list(world.hands.items()):
-            if hand:
-                captured[card].add(hand[0].shard.bucket.graph_key)
+        for card, tasks in list(world.in_flight.items()):
+            if tasks:
+                captured[card].add(tasks[0].shard.bucket.graph_key)
                 world.finish_first(card)
         while world.commits:
             world.commit_first()
@@ -111,8 +111,8 @@ def test_rows_that_kill_are_found_and_no_card_is_blamed(cards: int, killers: set
             world.ready(card)
         if world.finished:
             break
-        card = next(card for card, hand in world.hands.items() if hand)
-        first = world.hands[card][0]
+        card = next(card for card, tasks in world.in_flight.items() if tasks)
+        first = world.in_flight[card][0]
         rows = range(first.shard.start, first.shard.stop)
         deadly = killers.intersection(rows) - set(first.fail_without_running)
         if not deadly:
@@ -146,8 +146,8 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row() -> None:
             world.answer_recall(True)
         for card in sorted(world.starting):
             world.ready(card)
-        for card, hand in list(world.hands.items()):
-            if hand and card in world.hands:
+        for card, tasks in list(world.in_flight.items()):
+            if tasks and card in world.in_flight:
                 if card == 1:
                     failures += 1
                     world.fail_first(1, failed_alone_once=True, healthy=False)
@@ -198,13 +198,13 @@ def test_cards_whose_device_fails_before_they_made_anything_end_the_run_and_cost
     world = World(Schedule(shards(4), "a", RowCounts(16)))
     start(world, 3)
     broken = 0
-    while world.starting or world.hands:
+    while world.starting or world.in_flight:
         for card in sorted(world.starting):
             world.ready(card)
-        card = next(card for card, hand in world.hands.items() if hand)
-        if world.hands[card][0].announce:
+        card = next(card for card, tasks in world.in_flight.items() if tasks)
+        if world.in_flight[card][0].announce:
             world.do(
-                world.handle(BatchAnnounced(world.hands[card][0].attempt, ()))
+                world.handle(BatchAnnounced(world.in_flight[card][0].attempt, ()))
             )  # its probe, which it does not make
         world.break_down(card)
         broken += 1
@@ -300,8 +300,8 @@ def test_max_failed_is_a_count_or_a_share(limit: float | None, stops: bool) -> N
             world.commit_first()
         while world.recalls:
             world.answer_recall(True)
-        if world.hands[0]:
-            number = world.hands[0][0].shard.number
+        if world.in_flight[0]:
+            number = world.in_flight[0][0].shard.number
             world.finish_first(0, failed=1 if number < 4 else 0)
     assert (world.finished[0] is not None) is stops
 
@@ -314,8 +314,8 @@ def test_a_run_whose_first_200_rows_all_failed_stops() -> None:
             world.commit_first()
         while world.recalls:
             world.answer_recall(True)
-        for card, hand in list(world.hands.items()):
-            if hand:
+        for card, tasks in list(world.in_flight.items()):
+            if tasks:
                 world.finish_first(card, failed=4)
     assert "all failed" in str(world.finished[0])
     assert world.schedule.done_rows < 220

@@ -74,15 +74,15 @@ class ScheduleMachine(RuleBasedStateMachine):
         return self.world.starting - self.world.held_back
 
     def busy(self) -> set[int]:
-        return {card for card, hand in self.world.hands.items() if hand}
+        return {card for card, tasks in self.world.in_flight.items() if tasks}
 
     def alive(self) -> set[int]:
-        return self.world.hands.keys() | self.world.starting
+        return self.world.in_flight.keys() | self.world.starting
 
     @precondition(lambda self: self.goes_on() and len(self.world.nodes) < MAX_CARDS)
     @rule(node=st.integers(0, 2))
     def a_card_joins(self, node: int) -> None:
-        card = self.world.waiting[0] if self.world.waiting else 100 + len(self.world.nodes)
+        card = self.world.unplaced[0] if self.world.unplaced else 100 + len(self.world.nodes)
         self.join(card, node)
 
     @precondition(lambda self: self.goes_on() and self.loading())
@@ -100,7 +100,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     )
     def a_shard_is_made(self, data: st.DataObject, failed: int, doubted: bool, transient: int) -> None:
         card = self.pick(data, self.busy())
-        rows = {self.world.hands[card][0].shard.start: "wrong"} if doubted else {}
+        rows = {self.world.in_flight[card][0].shard.start: "wrong"} if doubted else {}
         self.world.finish_first(card, failed, doubted=rows, transient_failures=transient)
 
     @precondition(lambda self: self.goes_on() and self.busy())
@@ -112,7 +112,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(data=st.data(), rows=st.integers(1, ROWS), reading=st.sampled_from(["no", "no", "at once", "by row"]))
     def a_card_announces(self, data: st.DataObject, rows: int, reading: str) -> None:
         card = self.pick(data, self.busy())
-        task = self.world.hands[card][0]
+        task = self.world.in_flight[card][0]
         self.world.begin(card)
         span = range(task.shard.start, task.shard.start + rows)
         self.world.do(self.world.handle(BatchAnnounced(task.attempt, tuple(span))))

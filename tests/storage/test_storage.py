@@ -132,7 +132,7 @@ def test_what_is_tried_for_long_is_said_and_more_rarely_the_longer_it_takes(
     assert all(later >= 2 * before - 1 for before, later in itertools.pairwise(seconds))
 
 
-def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trying_again_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
     with pytest.raises(StorageError, match=r"tried for .* s \(storage_patience\): OSError: 503"):
         Storage(str(tmp_path), retry_timeout_s=0.1).with_retries("read x", failing(10**6, OSError("503")))
@@ -148,7 +148,7 @@ def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("nope://x/y", "mount what is behind nope:// on every node"),
         ("memory://x", "lives in one process"),
@@ -161,10 +161,10 @@ def test_secrets_are_not_in_errors(tmp_path: Path) -> None:
         ("gs://b/x", r"gaudi-batch\[gcs\]"),
     ],
 )
-def test_a_url_that_can_not_be_opened_is_refused(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_that_can_not_be_opened_is_refused(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     monkeypatch.delitem(_registry, "gs", raising=False)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         Storage(url)
 
 
@@ -177,15 +177,15 @@ def test_wrong_credentials_are_the_stores_own_words(s3: S3Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("webhdfs://host/x.parquet", "mount what is"),
         ("filecache::sftp://host/x.parquet", "chained"),
         ("zip://*.parquet::s3://bucket/x.zip", "chained"),
     ],
 )
-def test_prompts_that_can_not_be_opened_are_refused(url: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_prompts_that_can_not_be_opened_are_refused(url: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         Storage(url, read_only=True)
 
 

@@ -30,11 +30,11 @@ def test_prompts_behind_a_host_that_is_not_to_be_found_name_the_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waits, "FIRST_LINE_S", 0.2)
-    code, said = check(capsys, "https://host.invalid/prompts.parquet", tmp_path / "out", 1.0)
+    code, lines = check(capsys, "https://host.invalid/prompts.parquet", tmp_path / "out", 1.0)
     assert code == 1
     waits_for = "prompts https://host.invalid/prompts.parquet: still looking for them: ConnectionError: "
-    assert any(waits_for in line for line in said[:-1]), said
-    assert "tried for 1 s: the network does not lead to host.invalid: " in said[-1]
+    assert any(waits_for in line for line in lines[:-1]), lines
+    assert "tried for 1 s: the network does not lead to host.invalid: " in lines[-1]
 
 
 def test_prompts_of_a_hub_that_is_out_of_reach_name_the_network(tmp_path: Path) -> None:
@@ -42,10 +42,10 @@ def test_prompts_of_a_hub_that_is_out_of_reach_name_the_network(tmp_path: Path) 
     flags = ("--prompts", "hf://datasets/owner/name/*.parquet", "--output", tmp_path / "out", *JOB)
     result = command_line("check", *flags, "--storage-patience", "8", HF_ENDPOINT=f"http://127.0.0.1:{port}")
     assert result.returncode == 1
-    said = result.stderr.splitlines()
+    lines = result.stderr.splitlines()
     waits_for = "prompts hf://datasets/owner/name/*.parquet: still looking for them: "
-    assert any(waits_for in line for line in said[:-1]), said
-    assert "the network does not lead to 127.0.0.1: [Errno 111] Connection refused" in said[-1]
+    assert any(waits_for in line for line in lines[:-1]), lines
+    assert "the network does not lead to 127.0.0.1: [Errno 111] Connection refused" in lines[-1]
 
 
 def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
@@ -66,16 +66,16 @@ def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
         threading.Thread(target=take, daemon=True).start()
         began = time.monotonic()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/prompts.parquet"
-        code, said = check(capsys, url, tmp_path / "out", 1.0)
+        code, lines = check(capsys, url, tmp_path / "out", 1.0)
     assert code == 1
-    assert any(f"prompts {url}: still looking for them" in line for line in said[:-1]), said
-    assert "no such file" not in said[-1]
-    assert "imeout" in said[-1]
+    assert any(f"prompts {url}: still looking for them" in line for line in lines[:-1]), lines
+    assert "no such file" not in lines[-1]
+    assert "imeout" in lines[-1]
     assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
-    ("environment", "file", "said"),
+    ("environment", "file", "message"),
     [
         ({}, False, "no token is here: put the cluster's into ~/.ray/auth_token, or into RAY_AUTH_TOKEN"),
         (
@@ -100,7 +100,7 @@ def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
     ],
 )
 def test_a_shell_is_told_what_it_lacks_of_a_token(
-    environment: dict[str, str], file: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], file: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in [name for name in os.environ if name.startswith("RAY_AUTH")]:
         monkeypatch.delenv(variable)
@@ -111,7 +111,7 @@ def test_a_shell_is_told_what_it_lacks_of_a_token(
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray/auth_token").write_text("a" * 32)
     lacks = what_token_lacks()
-    assert lacks.startswith(said)
+    assert lacks.startswith(message)
     assert lacks.endswith("; unset RAY_AUTH_MODE if that cluster asks for none") is (
         environment == {"RAY_AUTH_MODE": "token"}
     )

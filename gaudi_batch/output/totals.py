@@ -29,7 +29,7 @@ REASONS_SHOWN = 10
 
 
 @dataclass
-class CardTally:
+class CardTotals:
     """One card's commits."""
 
     node: str
@@ -50,11 +50,11 @@ class CommitTotals:
         self.rows = 0
         self.failed_rows = 0
         self._images_again = 0
-        self.cards: dict[str, CardTally] = {}
+        self.cards: dict[str, CardTotals] = {}
         self._kinds: dict[BatchKind, ThroughputTotals] = {}
 
     def emptied(self) -> CommitTotals:
-        """A tally without commits that knows the same cards."""
+        """Totals without commits that know the same cards."""
         other = CommitTotals()
         for name, card in self.cards.items():
             other.card(name, card.node, card.module)
@@ -86,9 +86,9 @@ class CommitTotals:
             spent = info.sums.steady_s + info.sums.warmup_s + info.sums.wait_s
             card.at_work.append((finished_at - spent, finished_at))
 
-    def card(self, name: str, node: str, module: int | None) -> CardTally:
-        """The tally of a card; a card without commits has one, too."""
-        return self.cards.setdefault(name, CardTally(node, module))
+    def card(self, name: str, node: str, module: int | None) -> CardTotals:
+        """The totals of a card; a card without commits has some, too."""
+        return self.cards.setdefault(name, CardTotals(node, module))
 
     @property
     def images(self) -> int:
