@@ -62,7 +62,10 @@ def called(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        code = cli.main([*map(str, arguments)])
+        try:
+            code = cli.main([*map(str, arguments)])
+        except SystemExit as end:  # as argparse ends a command
+            code = int(end.code or 0)
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 

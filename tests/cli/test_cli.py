@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import REPOSITORY, S3Server, command_line, read_manifest
+from helpers import REPOSITORY, S3Server, called, command_line, read_manifest
 
 JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", "2")
 
@@ -46,7 +46,7 @@ def test_code_that_a_job_brings_along_needs_no_installation(prompts: Path, tmp_p
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://user:xyzzy@head:8265"])
 def test_an_address_of_another_kind_says_what_to_use(address: str, prompts: Path, tmp_path: Path) -> None:
-    result = command_line("run", "--prompts", prompts, "--output", tmp_path / "out", *JOB, "--address", address)
+    result = called("run", "--prompts", prompts, "--output", tmp_path / "out", *JOB, "--address", address)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "gaudi-batch submit --address http://head:8265" in line
@@ -82,7 +82,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
 )
 def test_bad_usage_is_one_line_and_exit_2(prompts: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     places = {"PROMPTS": str(prompts), "OUT": str(tmp_path / "out")}
-    result = command_line(*(places.get(argument, argument) for argument in arguments))
+    result = called(*(places.get(argument, argument) for argument in arguments))
     lines = [line for line in result.stderr.splitlines() if "Ray is" not in line]
     assert result.returncode == 2, result.stderr
     assert message in lines[-1]
@@ -91,13 +91,13 @@ def test_bad_usage_is_one_line_and_exit_2(prompts: Path, tmp_path: Path, argumen
 
 def test_check_prints_the_plan_and_starts_nothing(write_prompts: Callable[..., Path], tmp_path: Path) -> None:
     prompts = write_prompts({"prompt": ["a", "", "c"] * 10, "width": [64, 64, 128] * 10, "mood": ["x"] * 30})
-    result = command_line("check", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
+    result = called("check", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
     assert result.returncode == 0
     assert "30 images in 5 shards and 5 batches of 8, padding 25.00%" in result.stdout
     assert "bucket   128x64, 50 steps, guidance 7.5: 10 rows, 10 images, 2 shards," in result.stdout
     assert "carried: mood" in result.stdout
     assert not (tmp_path / "out").exists()
-    strict = command_line("check", "--strict", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
+    strict = called("check", "--strict", "--prompts", prompts, "--output", tmp_path / "out", *JOB)
     assert strict.returncode == 2
     assert "10 rows can't be run: row 1: prompt is empty" in strict.stderr
 
@@ -112,13 +112,14 @@ def test_a_job_file_runs_on_a_ray_that_is_started_for_it_and_status_tells(prompt
     assert "complete with failed rows: 99 images, 1 failed row," in result.stdout
     assert f"images:   {output}/images" in result.stdout
     assert len(read_manifest(output)) == 100
-    status = command_line("status", output)
+    status = called("status", output)
     assert status.stdout.startswith(f"{output}: complete with failed rows\nimages   99 of 100 committed")
-    told: dict[str, Any] = json.loads(command_line("status", output, "--json").stdout)
+    told: dict[str, Any] = json.loads(called("status", output, "--json").stdout)
     assert told["summary"]["images"] == told["images_committed"] == 99
     assert told["failed_rows"] == 1
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, cluster: str) -> None:
     import s3fs
 
@@ -129,7 +130,7 @@ def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, clust
         *("run", "--prompts", "s3://bucket/prompts/*.parquet", "--output", "s3://bucket/runs/me@1", *options, *JOB),
         *("--shard-size", "16", "--address", cluster, "--encoding.type", "webp"),
     )
-    result = command_line(*command)
+    result = called(*command)
     assert result.returncode == 0, result.stderr
     assert "images:   s3://bucket/runs/me@1/images\n" in result.stdout
     with filesystem.open("bucket/runs/me@1/manifest.parquet") as file:
@@ -140,5 +141,5 @@ def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, clust
     written = [filesystem.cat_file(name) for name in filesystem.find("bucket/runs/me@1") if name.endswith("json")]
     assert not any(s3.options["secret"].encode() in data for data in written)
     assert s3.options["secret"] not in result.stderr + result.stdout
-    assert "complete" in command_line("status", "s3://bucket/runs/me@1", *options).stdout
-    assert command_line(*command, "--overwrite").returncode == 0
+    assert "complete" in called("status", "s3://bucket/runs/me@1", *options).stdout
+    assert called(*command, "--overwrite").returncode == 0

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import StoreServer, Unfenced, command_line, read_manifest
+from helpers import StoreServer, Unfenced, called, read_manifest
 
 from gaudi_batch import InputError, JobConfig, RunResult, run
 from gaudi_batch.dataset.discovery import open_prompts
@@ -43,7 +43,7 @@ def make(prompts: Path | str, output: Path | str, address: str, *flags: str, **f
 def command(prompts: Path, output: Path, address: str, *flags: str) -> subprocess.CompletedProcess[str]:
     usual = ("--device", "simulated", "--shard-size", "8", "--batch-size", "4", "--cards", "1")
     where = ("--prompts", prompts, "--output", output, "--address", address)
-    return command_line("run", *where, *usual, "--simulated.batch-seconds", "0", *flags)
+    return called("run", *where, *usual, "--simulated.batch-seconds", "0", *flags)
 
 
 def images(output: Path) -> dict[tuple[int, int], str]:
@@ -95,7 +95,7 @@ def test_a_trial_is_not_paid_for_twice(shaped: Path, tmp_path: Path, cluster: st
     assert summary["state"] == "complete with failed rows"
     for name in ("rows", "rows_planned", "images", "images_planned", "failed_rows"):
         assert summary[name] == load(at_once / "summary.json")[name], name
-    status = command_line("status", output, "--json")
+    status = called("status", output, "--json")
     assert (status.returncode, json.loads(status.stdout)["rows"]) == (0, 40)
 
 
@@ -140,7 +140,7 @@ def test_a_driver_that_is_killed_while_a_run_grows_leaves_it_as_it_was(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (output / "run.json").read_bytes() == before
     assert len(pq.read_table(output / "plan.parquet")) > 10
-    status = command_line("status", output, "--json")
+    status = called("status", output, "--json")
     assert (status.returncode, json.loads(status.stdout)["rows"]) == (0, 10)
     result = make(prompts, output, cluster, limit=10)
     assert (result.exit_code, result.summary["rows"]) == (0, 10)
@@ -240,7 +240,7 @@ def test_a_file_that_is_added_to_a_run_that_is_half_done_may_not_bring_columns(
     limited = ("--limit", "50", "--batch-size", "4")
     refused = command(prompts, output, cluster, *limited)
     assert (refused.returncode, "column 'source' is string, and in the manifests" in refused.stderr) == (2, True)
-    checked = command_line("check", "--prompts", prompts, "--output", output, "--device", "simulated", *limited)
+    checked = called("check", "--prompts", prompts, "--output", output, "--device", "simulated", *limited)
     assert (checked.returncode, "column 'source' is string" in checked.stderr) == (2, True), checked.stdout
     pq.write_table(pa.table({"prompt": ["p"], "topic": ["t"]}), added)
     assert make(prompts, output, cluster, limit=50).exit_code == 0
