@@ -420,8 +420,9 @@ def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
 ) -> None:
     elsewhere(output)
     held = json.loads(output.get("lease.json") or b"")
-    second = LeaseKeeper(output, "ccccc")
+    second, began = LeaseKeeper(output, "ccccc"), clock.now
     second.take()
+    assert lease.LEASE_TTL_S < clock.now - began < lease.LEASE_TTL_S + 3 * lease.LEASE_POLL_INTERVAL_S
     assert not lost(second)
     output.put("lease.json", json.dumps(held | {"beat": held["beat"] + 1}).encode())
     assert lost(second)
