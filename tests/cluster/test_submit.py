@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import REPOSITORY, called, command_line, read_manifest, wait_for_commits, wait_until
+from helpers import REPOSITORY, command_line, read_manifest, wait_for_commits, wait_until
 from raynodes import RAY, RayCluster, add_cards
 
 from gaudi_batch.cluster import jobs_client
@@ -99,18 +99,18 @@ def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
         nodes.jobs_address,
         *job(dataset, output, **{"simulated.batch-seconds": "2", "cards": "2"}),
     )
-    begun = called(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
+    begun = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
     assert (begun.returncode, begun.stdout) == (0, f"job: night-{os.getpid()}\n"), begun.stderr
-    again = called(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
+    again = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
     assert again.returncode == 2
     assert f"has a job 'night-{os.getpid()}' already" in again.stderr
     wait_for_commits(output, 1)
-    stopped = called("stop", f"night-{os.getpid()}", "--address", nodes.jobs_address)
+    stopped = command_line("stop", f"night-{os.getpid()}", "--address", nodes.jobs_address)
     assert stopped.stdout == f"job night-{os.getpid()}: STOPPED\n", stopped.stderr
     assert json.loads((output / "lease.json").read_text())["released"]
     assert 0 < len(list(output.glob("manifest/*"))) < 8
     assert not (output / "manifest.parquet").exists()
-    resumed = called(*submit)
+    resumed = command_line(*submit)
     assert resumed.returncode == 3, resumed.stdout
     assert "of 8 shards are committed already" in resumed.stdout
     assert len(read_manifest(output)) == 64
@@ -124,7 +124,7 @@ def test_a_python_without_the_package_is_named_with_the_ways_out(
     bare = str(Path(sys.base_prefix, "bin", "python3").resolve())
     put_python(nodes.home / "bin", f"{bare} -S")  # without whatever is installed in it
     try:
-        without, depending = called(*submit), command_line(*submit, "--ship-code")
+        without, depending = command_line(*submit), command_line(*submit, "--ship-code")
     finally:
         put_python(nodes.home / "bin", sys.executable)
     here = f"the Python of this job, {bare} on node {socket.gethostname()}, has no "
@@ -138,7 +138,7 @@ def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(nodes: RayCluster, 
     """As in `gaudi-batch follow job | head -1`."""
     address = ("--address", nodes.jobs_address)
     submit = ("submit", *address, *job(dataset, tmp_path / "out"), "--no-wait", "--job-id", "closed")
-    assert called(*submit).returncode == 0
+    assert command_line(*submit).returncode == 0
     follow = [sys.executable, "-m", "gaudi_batch", "follow", *address, "closed"]
     with subprocess.Popen(follow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -151,7 +151,7 @@ def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(nodes: RayCluster, 
             pytest.fail("nobody reads what it prints, and it goes on")
     assert process.returncode == 141, log
     assert f"job closed goes on; `gaudi-batch follow closed --address {nodes.jobs_address}` shows it again" in log
-    assert called("follow", "closed", *address).returncode == 3
+    assert command_line("follow", "closed", *address).returncode == 3
 
 
 def test_a_job_whose_id_can_t_be_printed_is_named_all_the_same(
@@ -165,7 +165,7 @@ def test_a_job_whose_id_can_t_be_printed_is_named_all_the_same(
     assert result.returncode == 141
     assert "standard output can't be written: No space left on device; job gaudi-batch-" in result.stderr
     name = result.stderr.partition("; job ")[2].partition(" ")[0]
-    assert called("follow", name, "--address", nodes.jobs_address).returncode == 3
+    assert command_line("follow", name, "--address", nodes.jobs_address).returncode == 3
 
 
 def test_ray_s_own_command_submits_the_script(nodes: RayCluster, dataset: Path, tmp_path: Path) -> None:
@@ -189,11 +189,11 @@ def test_whoever_has_no_token_or_a_wrong_one_is_refused(nodes: RayCluster, datas
 
 
 def test_a_job_that_ray_does_not_know_is_named(nodes: RayCluster) -> None:
-    result = called("stop", "no-such-job", "--address", nodes.jobs_address)
+    result = command_line("stop", "no-such-job", "--address", nodes.jobs_address)
     assert result.returncode == 2
     assert "has no job 'no-such-job'" in result.stderr
     began = time.monotonic()
-    followed = called("follow", "no-such-job", "--address", nodes.jobs_address)
+    followed = command_line("follow", "no-such-job", "--address", nodes.jobs_address)
     assert time.monotonic() - began < 30
     assert followed.returncode == 2
     (line,) = followed.stderr.splitlines()
@@ -204,7 +204,7 @@ def test_an_output_that_is_a_file_ends_a_submitted_job_with_its_line(
     nodes: RayCluster, dataset: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").write_text("mine")
-    result = called("submit", "--address", nodes.jobs_address, *job(dataset, tmp_path / "out"))
+    result = command_line("submit", "--address", nodes.jobs_address, *job(dataset, tmp_path / "out"))
     assert result.returncode == 2
     assert (
         f"output '{tmp_path}/out': '{tmp_path}/out' is a file; an output is a directory, name another" in result.stdout
@@ -229,10 +229,10 @@ def test_the_grace_that_stop_gives_reaches_the_driver(
     pq.write_table(pa.table({"prompt": ["a"] * 16}), prompts)
     fields = {"simulated.batch-seconds": "1", "batch-size": "1", "cards": "1"}
     given = ("--no-wait", "--job-id", name, "--grace", "2", "--address", nodes.jobs_address)
-    assert called("submit", *given, *job(prompts, output, **fields)).returncode == 0
+    assert command_line("submit", *given, *job(prompts, output, **fields)).returncode == 0
     wait_until(lambda: list(output.glob("images/*/*")))
     began = time.monotonic()
-    stopped = called("stop", name, "--address", nodes.jobs_address, "--grace", grace)
+    stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
     assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
     assert f"what has begun is committed first, for up to {grace} s; a shard takes 8 s" in stopped.stderr
     assert ("what is not done by then is made again" in stopped.stderr) == (grace == "0")
@@ -244,7 +244,7 @@ def test_the_grace_that_stop_gives_reaches_the_driver(
 
 def test_an_id_that_would_be_no_part_of_an_address(dataset: Path, tmp_path: Path) -> None:
     for name in ("x#y z", "a/../b", "", ".."):
-        result = called("submit", "--job-id", name, *job(dataset, tmp_path / "out"))
+        result = command_line("submit", "--job-id", name, *job(dataset, tmp_path / "out"))
         assert result.returncode == 2
         assert f"--job-id {name!r}: " in result.stderr
 
@@ -258,7 +258,7 @@ def test_following_ends_when_the_cluster_falls_silent(
     monkeypatch.setattr(jobs_client, "ANSWER_TIMEOUT_S", 1.5)
     monkeypatch.setattr(jobs_client, "SILENCE_TIMEOUT_S", 10.0)
     with wire(nodes.dashboard_port) as (port, open_wire):
-        begun = called("submit", "--address", nodes.jobs_address, "--no-wait", "--job-id", "silent", *flags)
+        begun = command_line("submit", "--address", nodes.jobs_address, "--no-wait", "--job-id", "silent", *flags)
         assert begun.returncode == 0, begun.stderr
         cluster = jobs_client.JobsClient(f"http://127.0.0.1:{port}")
         threading.Timer(3.0, open_wire.clear).start()
@@ -308,7 +308,7 @@ def test_the_handlers_that_an_application_has_on_the_log_of_ray_keep_their_level
 
 def test_an_address_where_no_cluster_is(dataset: Path, tmp_path: Path) -> None:
     for address, message in (("http://127.0.0.1:9", "Failed to connect"), ("127.0.0.1:6379", "http://")):
-        result = called("submit", "--address", address, *job(dataset, tmp_path / "out"))
+        result = command_line("submit", "--address", address, *job(dataset, tmp_path / "out"))
         assert result.returncode == 2
         assert message in result.stderr
 
