@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line, read_manifest, wait_for_commits, wait_until
+import threadcards
+from helpers import called, command_line, read_manifest, wait_for_commits, wait_until
 from ray.util import placement_group_table, remove_placement_group
 from raynodes import follow
 
@@ -30,6 +31,13 @@ from gaudi_batch.storage import disk
 FAST = {"batch_seconds": 0.02}
 AT_ONCE = ("--simulated.batch-seconds", "0.02")
 """Of a run that finishes another."""
+
+
+def finish(*command: str | Path) -> int:
+    """Goes on with a run to its end, here and with cards that are threads; returns the exit code."""
+    with pytest.MonkeyPatch.context() as patched:
+        threadcards.put_in_place(patched)
+        return called(*command, *AT_ONCE).returncode
 
 
 def make(prompts: Path, output: Path, cluster: str, simulated: dict[str, Any], **fields: Any) -> RunResult:
@@ -66,6 +74,7 @@ def test_a_row_that_hangs_is_killed_at_the_limit_and_recorded(prompts: Path, tmp
     assert "limits." in failed[90]
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(
     prompts: Path, tmp_path: Path, cluster: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,10 +94,11 @@ def test_a_card_that_always_fails_is_quarantined_and_costs_no_row(
     assert held[0] >= 3, "its group is held until the end"
     (message,) = [record.getMessage() for record in caplog.records if "is quarantined" in record.getMessage()]
     assert "module 1" in message
-    status = command_line("status", tmp_path / "out").stdout
+    status = called("status", tmp_path / "out").stdout
     assert re.search(r"card     \S+-1: quarantined", status)
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_a_job_that_names_a_number_of_cards_gets_so_many_that_work(prompts: Path, tmp_path: Path, cluster: str) -> None:
     result = make(prompts, tmp_path / "out", cluster, {"unloadable_modules": [0, 1], "batch_seconds": 1}, cards=2)
     assert result.exit_code == 0
@@ -96,11 +106,13 @@ def test_a_job_that_names_a_number_of_cards_gets_so_many_that_work(prompts: Path
     assert {card["module"] for card in result.summary["cards"].values() if card["images"]} == {2, 3}
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_cards_that_can_not_load_stop_the_run_with_their_error(prompts: Path, tmp_path: Path, cluster: str) -> None:
     with pytest.raises(RunStopped, match="simulated failure to load on module"):
         make(prompts, tmp_path / "out", cluster, {"unloadable_modules": [0, 1, 2, 3]})
 
 
+@pytest.mark.usefixtures("thread_cards")
 def test_cards_that_hang_while_they_load_are_given_up_and_named(prompts: Path, tmp_path: Path, cluster: str) -> None:
     with pytest.raises(RunStopped, match=r"loading took longer than 1 s \(limits.loading\)"):
         make(prompts, tmp_path / "out", cluster, {"load_seconds": 600}, limits={"loading": 1}, cards=1)
@@ -183,7 +195,7 @@ def test_a_driver_killed_at_any_moment_leaves_a_run_that_finishes(
     driver.kill()
     driver.communicate()
     before = {path: path.read_bytes() for path in output.glob("manifest/*.parquet")}
-    assert command_line(*command, *AT_ONCE).returncode == 0
+    assert finish(*command) == 0
     assert all(path.read_bytes() == data for path, data in before.items())
     assert outcome(output) == (list(range(100)), {})
     assert files_named(output) == files_there(output)
@@ -204,7 +216,7 @@ def test_a_manifest_that_is_torn_while_the_run_goes_on_is_missed_at_its_end(
     assert driver.returncode == 1, log
     assert "1 manifests that were in place are gone or torn" in log
     assert json.loads((output / "summary.json").read_text())["state"] == "stopped"
-    assert command_line(*command, *AT_ONCE).returncode == 0
+    assert finish(*command) == 0
     assert outcome(output) == (list(range(100)), {})
     assert files_named(output) == files_there(output)
 
@@ -293,8 +305,8 @@ def test_a_killed_driver_costs_nothing_that_was_committed(prompts: Path, tmp_pat
     driver.communicate()
     committed = {path: path.stat().st_mtime_ns for path in output.glob("manifest/*.parquet")}
     assert (output / "lease.json").exists()
-    assert f"stopped (its driver, process {driver.pid} on" in command_line("status", output).stdout
-    assert command_line(*command, *AT_ONCE).returncode == 0
+    assert f"stopped (its driver, process {driver.pid} on" in called("status", output).stdout
+    assert finish(*command) == 0
     assert {path: path.stat().st_mtime_ns for path in committed} == committed
     assert outcome(output) == (list(range(100)), {})
     named = {row["path"] for row in read_manifest(output)}
@@ -318,8 +330,8 @@ def test_an_interrupted_run_commits_what_is_in_hand_and_can_be_resumed(
     assert "the same command resumes" in log
     assert json.loads((output / "lease.json").read_text())["released"]
     assert len(list(output.glob("images/*"))) == len(list(output.glob("manifest/*.parquet")))
-    assert command_line("status", output).stdout.startswith(f"{output}: stopped (interrupted)")
-    assert command_line(*command, *AT_ONCE).returncode == 0
+    assert called("status", output).stdout.startswith(f"{output}: stopped (interrupted)")
+    assert finish(*command) == 0
     assert outcome(output) == (list(range(100)), {})
 
 
@@ -337,7 +349,7 @@ def test_a_second_signal_stops_at_once(prompts: Path, tmp_path: Path, cluster: s
     _, log = driver.communicate(timeout=50)  # before a batch has ended
     assert driver.returncode == 130, log
     assert "interrupted at once" in log
-    assert command_line(*command, *AT_ONCE).returncode == 0
+    assert finish(*command) == 0
     assert outcome(output) == (list(range(100)), {})
     assert files_named(output) == files_there(output)
 
