@@ -28,7 +28,7 @@ def finish(kept: Path, home: Path, cluster: str) -> tuple[Path, int]:
     """Copies a half-done output and its prompts, runs its job to the end, and returns its place and the exit code."""
     shutil.copytree(kept, home)
     os.utime(home / "prompts/part-0.parquet", (CHANGED, CHANGED))
-    places = {"prompts": str(home / "prompts"), "output": str(home / "output")}
+    places = {"prompts": str(home / "prompts"), "output": str(home / "output"), "cards": 1}
     return home / "output", run(JobConfig.load(home / "job.yaml", places), address=cluster).exit_code
 
 
