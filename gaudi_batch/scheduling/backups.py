@@ -150,7 +150,7 @@ class Backups:
         """An idle card that would make the shard sooner than its own."""
         shard = self._shards[live.shard]
         key = shard.bucket.graph_key
-        holders = self._work.cards.open_by_key[0].get(key) or {}
+        holders = self._work.cards.by_key[0].get(key) or {}
         for cards, captures in ((holders, False), (self._work.cards.open[0], True)):
             for card in itertools.islice(cards.values(), MAX_COMPARED):
                 seconds = self.pace.expected_s(card.number, shard, captures)
