@@ -70,7 +70,7 @@ class Affinity:
 
         Args:
             card: which card.
-            pending: for each key how many shards are pending, and the images of the next one.
+            pending: for each key how many images are pending, and how many of them are of the next shard.
         """
         keys = self._captured.get(card, {})
         last = next(reversed(keys), None)
@@ -79,22 +79,22 @@ class Affinity:
         captured = [key for key in keys if key in pending]
         if captured:
             return max(captured, key=lambda key: (pending[key][0], key))
-        worthy = [key for key, (count, images) in pending.items() if self.is_worth_it(key, count, images)]
+        worthy = [key for key, (left, images) in pending.items() if self.is_worth_it(key, left, images)]
         return max(worthy, key=lambda key: (pending[key][0] / (1 + self._holders[key]), key), default=None)
 
     def is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
         """Whether a card that captures this key would finish a shard of it before those that have captured it.
 
         Those share what is pending. What is in flight on them is left out: that keeps captures rarer at little cost.
-        The answer is the same for every card.
+        It is counted in images, since shards shrink towards the end of a plan. The answer is the same for every card.
 
         Args:
             key: the key.
-            pending: how many shards of it wait.
-            images: of the next one.
+            pending: how many images of it wait.
+            images: of the next shard.
         """
         holders = self._holders[key]
-        return not holders or self._capture_cost(images) + 1 <= -(-pending // holders)
+        return not holders or self._capture_cost(images) + 1 <= -(-pending // (holders * max(1, images)))
 
     def _capture_cost(self, images: int) -> float:
         """The cost of a capture, in shards of so many images; 0 while it is unknown."""

@@ -1,5 +1,5 @@
-"""Second attempts at the last shards: when nothing is pending and a card idles, a shard that would end later where it
-is than on the idle card is begun there, too. Pure, a part of the schedule.
+"""Second attempts at the last shards: when a card idles and nothing that waits is worth it, a shard that would end
+later where it is than on the idle card is begun there, too. Pure, a part of the schedule.
 
 These are the backup tasks of MapReduce (Dean and Ghemawat, OSDI 2004). The first attempt that is made is committed, and
 the card of the other is told to drop it. A shard has one backup at most, and none if it has failed before.
@@ -27,6 +27,8 @@ MAX_LOOKED_AT = 16
 """Attempts at which one event looks."""
 MAX_COMPARED = 64
 """Idle cards among which one is chosen."""
+MIN_WAIT_S = 0.1
+"""Seconds after which an attempt is looked at again, at least."""
 GAIN_FACTOR = 1.1
 """How many times longer the first attempt has to go on than the second would take."""
 
@@ -49,7 +51,7 @@ class Backups:
 
     def is_waiting(self) -> bool:
         """Whether the passing of time alone may lead to a decision."""
-        return bool(self._due) and bool(self._work.cards.open[0]) and not self._work.pending.plain
+        return bool(self._due) and bool(self._work.cards.open[0])
 
     def begun(self, attempt: str, now: float) -> None:
         """Notes that an attempt is to be watched from now on: its card begins to read or to generate the shard, or was
@@ -88,9 +90,11 @@ class Backups:
             if card is not None:
                 decisions.append(self._work.send(card, live.shard, attempt))
             else:
-                # What is not overdue yet may become so, and what is overdue is worth more the longer it takes.
+                # What is not overdue yet may become so, what is overdue is worth more the longer it takes, and for what
+                # is slow a card may idle soon that has captured the graph.
                 overdue_at = self._overdue_at(live)
-                later.append((overdue_at if now < overdue_at else now + remaining / 4, attempt))
+                is_late = now >= overdue_at or self._is_slow(live)
+                later.append((now + max(remaining / 4, MIN_WAIT_S) if is_late else overdue_at, attempt))
         for entry in later:
             heapq.heappush(self._due, entry)
         return decisions
@@ -131,9 +135,14 @@ class Backups:
             if len(unknown) > 2 * len(self._work.attempts) + MAX_LOOKED_AT:
                 self._unknown[shard.bucket.batch_kind] = {name: None for name in unknown if name in self._work.attempts}
             return
+        heapq.heappush(self._due, (live.begun_at if self._is_slow(live) else self._overdue_at(live), attempt))
+
+    def _is_slow(self, live: Attempt) -> bool:
+        """Whether a card of the usual speed that has captured the graph would make the shard much sooner."""
+        shard = self._shards[live.shard]
+        own = self.pace.expected_s(live.card.number, shard, live.captures)
         usual = self.pace.expected_s(-1, shard, captures=False)
-        slow = usual is not None and own > usual * GAIN_FACTOR
-        heapq.heappush(self._due, (live.begun_at if slow else self._overdue_at(live), attempt))
+        return own is not None and usual is not None and own > usual * GAIN_FACTOR
 
     def _overdue_at(self, live: Attempt) -> float:
         own = self.pace.expected_s(live.card.number, self._shards[live.shard], live.captures)
@@ -150,7 +159,7 @@ class Backups:
         """An idle card that would make the shard sooner than its own."""
         shard = self._shards[live.shard]
         key = shard.bucket.graph_key
-        holders = self._work.cards.open_by_key[0].get(key) or {}
+        holders = self._work.cards.by_key[0].get(key) or {}
         for cards, captures in ((holders, False), (self._work.cards.open[0], True)):
             for card in itertools.islice(cards.values(), MAX_COMPARED):
                 seconds = self.pace.expected_s(card.number, shard, captures)

@@ -122,10 +122,10 @@ class Cards:
         self.starting: dict[int, Card] = {}
         self.open: list[dict[int, Card]] = [{} for _ in range(MAX_IN_FLIGHT)]
         """Ready cards that can take a shard, by the number of shards in flight on them."""
-        self.open_by_key: list[dict[GraphKey, dict[int, Card]]] = [{} for _ in range(MAX_IN_FLIGHT)]
-        """The same cards by the graph keys that they have captured."""
         self.full: dict[int, Card] = {}
         """Ready cards with `MAX_IN_FLIGHT` shards."""
+        self.by_key: list[dict[GraphKey, dict[int, Card]]] = [{} for _ in range(MAX_IN_FLIGHT + 1)]
+        """Open and full cards by the graph keys that they have captured, by the number of shards in flight on them."""
         self.apart: dict[int, Card] = {}
         """Ready cards that are kept free for a suspect shard."""
         self.leaving_idle: dict[int, Card] = {}
@@ -205,9 +205,8 @@ class Cards:
             card._counted_on = card.node
             self._count(card.node, 1)
         card._filed[card.number] = card
-        for level, open_cards in enumerate(self.open):
-            if card._filed is open_cards:
-                by_key = self.open_by_key[level]
+        for by_key, cards in zip(self.by_key, (*self.open, self.full), strict=True):
+            if card._filed is cards:
                 card._filed_keys = tuple(by_key.setdefault(key, {}) for key in self._affinity.captured(card.number))
         for holders in card._filed_keys:
             holders[card.number] = card

@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from gaudi_batch.plan import BatchKind, GraphKey, Shard
 from gaudi_batch.scheduling.affinity import Affinity
+from gaudi_batch.scheduling.card_choice import CardChoice
 from gaudi_batch.scheduling.cards import Attempt, Card, Cards
 from gaudi_batch.scheduling.decisions import Assign, Decision, Recall
 from gaudi_batch.scheduling.failures import ShardFailures
 from gaudi_batch.scheduling.pending import Pending
 from gaudi_batch.scheduling.rowgroups import RowGroups
 
-ENOUGH_CARDS = 2
-"""A shard that so many cards have failed may go to one of them again while others start."""
 MAX_LOOKED_AT = 16
-"""Suspect shards for which one event looks for a card."""
-MAX_COMPARED = 64
-"""Cards among which one is chosen for its node."""
+"""Shards of one sort for which one event looks for a card."""
 NODES_PER_EXCLUSIVE = 4
 """While other work waits, at most one node in so many is kept free for a suspect shard."""
 
@@ -50,6 +47,7 @@ class Dispatch:
         self.attempts: dict[str, Attempt] = {}
         self.failures: dict[int, ShardFailures] = {}
         """What is known of the shards that have failed."""
+        self._choice = CardChoice(self.cards, self.affinity, self.pending, self.failures, shards)
         self.row_groups = RowGroups()
         self._shards = shards
         self.attempts_at: dict[int, dict[str, None]] = {}
@@ -183,19 +181,17 @@ class Dispatch:
     def _match(self, level: int) -> tuple[Card, int] | None:
         """A card with so many shards in flight, and the shard for it."""
         cards = self.cards.open[level]
-        for place, shard in enumerate(self.pending.returned):
-            # A card that has captured the graph is better: a few rows to confirm are not worth a capture.
-            holders = self.cards.open_by_key[level].get(self._shards[shard].bucket.graph_key) or {}
-            for card in itertools.chain(holders.values(), cards.values()):
-                if self._may_have(card, shard):
-                    del self.pending.returned[place]
-                    return card, shard
-        while cards and self.pending.fresh_counts:
+        for place, shard in enumerate(itertools.islice(self.pending.returned, MAX_LOOKED_AT)):
+            able = next(self._choice.open_for(shard, level), None)
+            if able is not None:
+                del self.pending.returned[place]
+                return able, shard
+        while cards and self.pending.fresh_images:
             card = next(iter(cards.values()))
             key = self._choose_key(card)
             if key is None:
                 # No key is worth a capture for any card; cards that have captured one may go on with it.
-                by_key = map(self.cards.open_by_key[level].get, self.pending.fresh_counts)
+                by_key = map(self.cards.by_key[level].get, self.pending.fresh_images)
                 card = next((next(iter(holders.values())) for holders in by_key if holders), card)
                 key = self._choose_key(card)
             if key is None:
@@ -207,15 +203,7 @@ class Dispatch:
         return None
 
     def _choose_key(self, card: Card) -> GraphKey | None:
-        return self.affinity.choose(card.number, self.pending.fresh_counts)
-
-    def _may_have(self, card: Card, shard: int) -> bool:
-        failures = self.failures.get(shard)
-        if failures is None or card.number not in failures.failed_on:
-            return True
-        # One card may be wrong, so a starting one is waited for as the second; after two cards none is waited for.
-        failed_on = set(failures.failed_on)
-        return not self.cards.others(failed_on, starting=len(failed_on) < ENOUGH_CARDS)
+        return self.affinity.choose(card.number, self.pending.fresh_images)
 
     def _assign_suspects(self) -> list[Decision]:
         """Keeps a card for each suspect shard, and sends it when the card has nothing else in flight."""
@@ -248,25 +236,21 @@ class Dispatch:
         return decisions
 
     def _free_busy(self) -> None:
-        """Ends reservations of cards that still work, which they may do for long, where another idles."""
+        """Ends reservations of cards that still work, which they may do for long, where a better one idles."""
         for shard, card in list(itertools.islice(self._reserved.items(), MAX_LOOKED_AT if self.cards.open[0] else 0)):
-            nodes = self.cards.nodes_of(self.failures.get(shard, ShardFailures()).died_on)
-            idle = [] if self._is_alone_on_node(shard) else itertools.islice(self.cards.open[0].values(), MAX_COMPARED)
-            able = (other for other in idle if other.node not in nodes or card.node in nodes)
-            if card.in_flight and any(self._may_have(other, shard) for other in able):
-                self.drop_reservation(card)
-                self.cards.file(card)
+            if card.in_flight and not self._is_alone_on_node(shard):
+                best = next(self._choice.for_suspect(shard), card)
+                nodes = self._choice.nodes_died_on(shard)
+                if not best.in_flight and (best.node not in nodes or card.node in nodes):
+                    self.drop_reservation(card)
+                    self.cards.file(card)
 
     def _may_keep_node(self) -> bool:
         kept = len(self.cards.exclusive)
         return not kept or not self.pending.plain or kept < len(self.cards.live_on) // NODES_PER_EXCLUSIVE
 
     def _reserve(self, shard: int) -> list[Decision]:
-        free = (card for cards in (*self.cards.open, self.cards.full) for card in cards.values())
-        able: Iterator[Card] = (card for card in free if self._may_have(card, shard))
-        if nodes := self.cards.nodes_of(self.failures.get(shard, ShardFailures()).died_on):
-            # Another node is better: a bad node has several cards.
-            able = iter(sorted(itertools.islice(able, MAX_COMPARED), key=lambda card: card.node in nodes))
+        able = self._choice.for_suspect(shard)
         if self._is_alone_on_node(shard):
             chosen = min(able, key=lambda card: self.cards.attempts_on_node[card.node], default=None)
         else:
@@ -341,11 +325,11 @@ class Dispatch:
             return
         images = self._shards[next(iter(queued.values())).shard].images
         # A list, since recalled attempts leave the queue meanwhile.
-        suited = idle if self.affinity.is_worth_it(key, 1, images) else self.cards.open_by_key[0].get(key, {})
+        suited = idle if self.affinity.is_worth_it(key, images, images) else self.cards.by_key[0].get(key, {})
         for card in suited.values():
             if card.number in served:
                 continue
-            attempt = next((name for name, live in queued.items() if self._may_have(card, live.shard)), None)
+            attempt = next((name for name, live in queued.items() if self._choice.may_have(card, live.shard)), None)
             if attempt is not None:
                 yield card, attempt
             if not queued:

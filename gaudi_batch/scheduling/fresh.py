@@ -1,8 +1,11 @@
 """The shards of a graph key that no card has tried, by row group. Pure, a part of the schedule.
 
 A card decodes whole row groups, so it goes on in the one that it is at while that has shards. After that it begins one
-in which no card has been, and where there is none it joins the cards of another: of that which has the most shards left
-for each card in it.
+in which no card has been, and where there is none it joins the cards of another: of those whose next shard is the
+largest, of that which has the most shards left for each card in it.
+
+Shards shrink towards the end of a row group, so that the cards finish together. A card therefore leaves its row group
+for one that has fallen behind, whose large shards would otherwise be made last.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ RowGroup = tuple[int, int]
 """Index of a file, and number of the row group in it."""
 COMPARED_GROUPS = 64
 """Row groups among which a card chooses one to join."""
+MAX_LAG = 4
+"""A row group has fallen behind where its next shard is more than so many times as large."""
 
 
 class Readers:
@@ -54,11 +59,12 @@ class FreshShards:
 
     def __init__(self) -> None:
         self._queues: dict[RowGroup, deque[Shard]] = {}
-        self._begun: dict[
-            RowGroup, None
-        ] = {}  # groups of which a shard was taken, the one that was joined last at the end
+        self._begun: dict[int, dict[RowGroup, None]] = {}
+        # Groups of which a shard was taken, by the images of their next; the one that was taken from last at the end.
         self._untouched: dict[RowGroup, None] = {}
         self._count = 0
+        self.images = 0
+        """Images of all of them."""
 
     def __len__(self) -> int:
         return self._count
@@ -68,7 +74,7 @@ class FreshShards:
         return (shard.number for queue in self._queues.values() for shard in queue)
 
     @property
-    def images(self) -> int:
+    def next_images(self) -> int:
         """Images of one of the next shards; there has to be one."""
         return next(iter(self._queues.values()))[0].images
 
@@ -80,41 +86,55 @@ class FreshShards:
             self._untouched[group] = None
         self._queues[group].append(shard)
         self._count += 1
+        self.images += shard.images
 
     def take(self, card: int, readers: Readers) -> int:
         """Takes out the next shard for a card; there has to be one."""
-        own = readers.group(card)
-        group = own if own in self._queues else self._choose(readers)
-        assert group is not None
-        queue = self._queues[group]
-        shard = queue.popleft()
+        group = self._choose(readers.group(card), readers)
+        self._unfile(group)
+        shard = self._queues[group].popleft()
         self._count -= 1
-        self._untouched.pop(group, None)
-        self._begun[group] = None
-        if not queue:
-            self._drop(group)
+        self.images -= shard.images
+        self._file(group)
         return shard.number
 
     def take_all(self, chosen: Callable[[Shard], bool]) -> list[int]:
         """Takes out all shards of a kind."""
-        taken: list[int] = []
+        taken: list[Shard] = []
         for group, queue in list(self._queues.items()):
-            taken += [shard.number for shard in queue if chosen(shard)]
+            is_untouched = group in self._untouched
+            self._unfile(group)
+            taken += [shard for shard in queue if chosen(shard)]
             self._queues[group] = deque(shard for shard in queue if not chosen(shard))
-            if not self._queues[group]:
-                self._drop(group)
+            self._file(group, is_untouched)
         self._count -= len(taken)
-        return taken
+        self.images -= sum(shard.images for shard in taken)
+        return [shard.number for shard in taken]
 
-    def _choose(self, readers: Readers) -> RowGroup:
-        if self._untouched:
+    def _choose(self, own: RowGroup | None, readers: Readers) -> RowGroup:
+        largest = max(self._begun, default=0)
+        if own in self._queues:
+            queue = self._queues[own]
+            if len(queue) == 1 or largest <= MAX_LAG * queue[0].images:
+                return own
+        elif self._untouched:
             return next(iter(self._untouched))
-        groups = itertools.islice(self._begun, COMPARED_GROUPS)
-        chosen = max(groups, key=lambda group: len(self._queues[group]) / (1 + readers.cards(group)))
-        del self._begun[chosen]  # and it comes back as the last, so that all are looked at
-        return chosen
+        groups = itertools.islice(self._begun[largest], COMPARED_GROUPS)
+        return max(groups, key=lambda group: len(self._queues[group]) / (1 + readers.cards(group)))
 
-    def _drop(self, group: RowGroup) -> None:
-        del self._queues[group]
-        self._begun.pop(group, None)
+    def _file(self, group: RowGroup, is_untouched: bool = False) -> None:
+        queue = self._queues[group]
+        if not queue:
+            del self._queues[group]
+        elif is_untouched:
+            self._untouched[group] = None
+        else:
+            self._begun.setdefault(queue[0].images, {})[group] = None
+
+    def _unfile(self, group: RowGroup) -> None:
         self._untouched.pop(group, None)
+        images = self._queues[group][0].images
+        if group in self._begun.get(images, {}):
+            del self._begun[images][group]
+            if not self._begun[images]:
+                del self._begun[images]

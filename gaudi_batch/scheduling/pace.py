@@ -11,10 +11,16 @@ from gaudi_batch.plan import BatchKind, Shard
 class _Rate:
     seconds: float = 0.0
     batches: int = 0
+    shards: int = 0
 
     def add(self, seconds: float, batches: int) -> None:
         self.seconds += seconds
         self.batches += batches
+        self.shards += 1
+
+    @property
+    def batch_s(self) -> float:
+        return self.seconds / self.batches
 
 
 @dataclass
@@ -57,9 +63,16 @@ class Pace:
             captures: whether the card has to capture its graph.
         """
         kind = shard.bucket.batch_kind
-        own = None if captures else self._own.get(card, {}).get(kind)
-        rate = own or self._rates.get((kind, captures)) or self._rates.get((kind, True))
-        return rate.seconds / rate.batches * self._batches(shard) if rate else None
+        warm, cold = self._rates.get((kind, False)), self._rates.get((kind, True))
+        if captures:
+            return self._with_capture_s(shard, warm, cold) if cold else None
+        rate = self._own.get(card, {}).get(kind) or warm or cold
+        return rate.batch_s * self._batches(shard) if rate else None
+
+    def _with_capture_s(self, shard: Shard, warm: _Rate | None, cold: _Rate) -> float:
+        """A capture takes as long for a small shard as for a large one."""
+        batch_s = min(warm.batch_s, cold.batch_s) if warm else 0.0
+        return (cold.seconds - batch_s * cold.batches) / cold.shards + batch_s * self._batches(shard)
 
     def _batches(self, shard: Shard) -> int:
         return max(1, -(-shard.images // self.batch_size))

@@ -27,8 +27,8 @@ class Pending:
         """Shards that wait for what another shard of their row group finds out."""
         self.readers = Readers()
         self.fresh: dict[GraphKey, FreshShards] = {}
-        self.fresh_counts: dict[GraphKey, tuple[int, int]] = {}
-        """For each key the number of fresh shards, and the images of one of the next."""
+        self.fresh_images: dict[GraphKey, tuple[int, int]] = {}
+        """For each key the images of all fresh shards, and of one of the next."""
         self._fresh_count = 0
         for number in sorted(shards):
             self.fresh.setdefault(shards[number].bucket.graph_key, FreshShards()).add(shards[number])
@@ -91,7 +91,7 @@ class Pending:
     def _count(self, key: GraphKey) -> None:
         fresh = self.fresh[key]
         if fresh:
-            self.fresh_counts[key] = len(fresh), fresh.images
+            self.fresh_images[key] = fresh.images, fresh.next_images
         else:
             del self.fresh[key]
-            self.fresh_counts.pop(key, None)
+            self.fresh_images.pop(key, None)

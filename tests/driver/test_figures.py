@@ -58,12 +58,12 @@ def test_what_a_capture_costs_is_the_time_beyond_that_of_the_images() -> None:
     affinity.took(30.0, 10, captured=True)
     affinity.took(10.0, 10, captured=False)
     # One second an image, so the capture took 20 s: as long as two shards of 10 images.
-    assert affinity.is_worth_it(KEY, pending=3, images=10)
-    assert not affinity.is_worth_it(KEY, pending=2, images=10)
-    assert affinity.is_worth_it(OTHER, pending=1, images=10), "nobody has captured it"
+    assert affinity.is_worth_it(KEY, pending=30, images=10)
+    assert not affinity.is_worth_it(KEY, pending=20, images=10)
+    assert affinity.is_worth_it(OTHER, pending=10, images=10), "nobody has captured it"
 
 
-def test_a_card_goes_on_with_the_key_of_which_most_shards_wait_for_each_holder() -> None:
+def test_a_card_goes_on_with_the_key_of_which_most_images_wait_for_each_holder() -> None:
     affinity = Affinity(4)
     assert affinity.choose(0, {KEY: (5, 1), OTHER: (4, 9)}) == KEY
     affinity.use(1, KEY)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from world import RULES, World, shards
+from dataclasses import replace
 
+import pytest
+from world import BUCKETS, RULES, World, shards
+
+from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import Drop, ShardTask
 from gaudi_batch.scheduling.events import AttemptEnded, CardDied, ShardBegun, ShardMade, ShardOutcome, TimePassed
+from gaudi_batch.scheduling.pace import Pace
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
@@ -17,8 +21,9 @@ SHARD_S = 10.0
 class Cards:
     """Cards that make shards in times that the test chooses."""
 
-    def __init__(self, cards: int, count: int, buckets: int = 1) -> None:
-        self.world = World(Schedule(shards(count, buckets=buckets), "a", RowCounts(4 * count), RULES))
+    def __init__(self, cards: int, count: int, buckets: int = 1, work: list[Shard] | None = None) -> None:
+        work = work or shards(count, buckets=buckets)
+        self.world = World(Schedule(work, "a", RowCounts(4 * count), RULES))
         for card in range(cards):
             self.world.join(card)
         for card in range(cards):
@@ -180,6 +185,46 @@ def test_no_shard_is_made_twice_while_there_is_other_work() -> None:
     assert all(task.backup_of is None for tasks in cards.world.in_flight.values() for task in tasks)
 
 
+def test_a_card_for_which_no_other_work_is_worth_it_makes_backups() -> None:
+    work = [replace(shard, bucket=BUCKETS[0 if shard.number < 8 else 2]) for shard in shards(14)]
+    cards = Cards(3, 14, work=work)
+    for card in range(3):
+        cards.begin(card)
+    other = next(card for card in range(3) if cards.has(card)[0] >= 8)
+    hangs, idles = (card for card in range(3) if card != other)
+    cards.world.now = 50 * SHARD_S
+    for card in (hangs, idles):  # they capture their graph
+        cards.make(card, 50 * SHARD_S)
+    while len(cards.has(hangs)) > 1 or len(cards.has(idles)) > 0:
+        cards.make(idles)
+    assert cards.world.schedule.pending() > 0, "of the other graph"
+    cards.begin(hangs)
+    cards.world.wait(2 * SHARD_S)
+    assert cards.has(idles) == cards.has(hangs)
+
+
+def test_the_shard_of_a_slow_card_goes_to_a_fast_one_that_is_done_with_its_own_before_it() -> None:
+    cards = Cards(3, 9)
+    for _ in range(2):
+        for card, seconds in ((0, 3 * SHARD_S), (1, SHARD_S), (2, SHARD_S)):
+            cards.begin(card)
+            cards.make(card, seconds + 40 * SHARD_S * (_ == 0))
+    cards.world.now = 1000.0
+    for card in range(3):
+        cards.begin(card)
+    cards.world.die(2)
+    cards.world.ready(2)
+    assert cards.has(2) == [], "it would have to capture the graph"
+    cards.world.wait(1.0)
+    while cards.has(1):
+        cards.begin(1)
+        cards.world.now += 0.45 * SHARD_S
+        cards.make(1)
+    assert len(cards.has(0)) == 1
+    cards.world.wait(1.0)
+    assert cards.has(1) == cards.has(0), "long before it is overdue"
+
+
 def test_the_shard_of_a_slow_card_goes_to_a_fast_one_at_once() -> None:
     cards = Cards(2, 6)
     for _ in range(2):  # the first of a card captures a graph, which says nothing of its speed
@@ -193,6 +238,17 @@ def test_the_shard_of_a_slow_card_goes_to_a_fast_one_at_once() -> None:
     cards.make(1)
     assert cards.has(1) == cards.has(0) != [], "card 0 needs 20 s more, and card 1 needs 10"
     assert cards.world.in_flight[1][0].backup_of == cards.world.in_flight[0][0].attempt
+
+
+def test_a_capture_takes_as_long_for_a_small_shard_as_for_a_large_one() -> None:
+    def shard(images: int) -> Shard:
+        return Shard(0, 0, 0, images, Bucket(64, 64, 20, 7.5), images, images)
+
+    pace = Pace(batch_size=4)
+    pace.took(0, shard(32), 68.0, captured=True)
+    pace.took(0, shard(32), 8.0, captured=False)
+    assert pace.expected_s(1, shard(4), captures=True) == 61.0
+    assert pace.expected_s(1, shard(4), captures=False) == 1.0
 
 
 def test_a_backup_is_not_worth_a_capture_that_takes_longer() -> None:

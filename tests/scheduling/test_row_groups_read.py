@@ -12,6 +12,7 @@ from gaudi_batch.plan import Bucket, GroupRows, RowSpan, Shard
 from gaudi_batch.planner import PARTS_OF_SHARE, ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import Assign, ShardTask
 from gaudi_batch.scheduling.events import CardPlaced
+from gaudi_batch.scheduling.fresh import FreshShards, Readers
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts, Rules
 
@@ -79,3 +80,17 @@ def test_a_shard_ends_with_its_row_group_where_that_costs_little_padding(buckets
     small = plan(64, 30, 4, buckets)
     assert sum(-shard.images % BATCH for shard in small) <= 0.01 * 64 * 30 + BATCH * buckets
     assert any((shard.stop - 1) // 30 != shard.group for shard in small), "small groups are put together"
+
+
+@pytest.mark.parametrize(("sizes", "group"), [([8, 8], 0), ([12, 12], 1), ([8], 1)])
+def test_a_card_leaves_its_row_group_for_one_whose_shards_are_far_larger(sizes: list[int], group: int) -> None:
+    """So that the large ones are not made last; but not for the last shard of its own."""
+    fresh, readers = FreshShards(), Readers()
+    of_group = {0: [40, 40, 40], 1: [40, *sizes]}
+    for number, (where, images) in enumerate((place, size) for place in of_group for size in of_group[place]):
+        fresh.add(Shard(number, 0, number, number + 1, BUCKETS[0], images, images, group=where))
+    for card in range(2):
+        assert fresh.take(card, readers) == 3 * card
+        readers.move(card, (0, card))
+    assert fresh.take(1, readers) == (1 if group == 0 else 4)
+    assert fresh.images == 160 + sum(sizes) - 80 - (40 if group == 0 else sizes[0])
