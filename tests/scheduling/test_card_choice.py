@@ -34,7 +34,7 @@ def make(world: World, card: int) -> None:
 
 
 def has(world: World, card: int) -> list[int]:
-    return [task.shard.number for task in world.hands[card]]
+    return [task.shard.number for task in world.in_flight[card]]
 
 
 def test_a_shard_whose_card_died_waits_for_one_that_has_captured_its_graph() -> None:
