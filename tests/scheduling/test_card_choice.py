@@ -57,7 +57,7 @@ def test_a_card_that_has_to_capture_the_graph_gets_the_shard_while_much_else_is_
         played.begin(card)
     played.die(0)
     played.ready(0)
-    (task,) = played.hands[0]
+    (task,) = played.in_flight[0]
     assert task.announce, "it captures the graph anyway"
 
 
