@@ -46,7 +46,8 @@ demo: $(VENV)/.base ## run a job of 200 bundled prompts on two cards of this mac
 	$(BIN)/gaudi-batch demo --output $(DEMO_OUTPUT)
 
 quick: setup ## run the tests that need neither Ray nor a model, in about a minute
-	QUICK=1 $(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m 'not ray and not torch'
+	QUICK=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m 'not ray and not torch' \
+		--ignore tests/cluster --ignore tests/emulated
 
 # Without another worker for one that has crashed, since xdist then never ends.
 test: setup ## run all tests

@@ -29,7 +29,7 @@ def examples(count: int) -> int:
     return max(10, count // QUICK_DIVISOR) if os.environ.get("QUICK") else count
 
 
-QUICK_DIVISOR = 5
+QUICK_DIVISOR = 10
 
 
 def read_manifest(output: Path) -> list[dict[str, Any]]:
