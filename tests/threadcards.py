@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -87,6 +88,7 @@ def _placement(device: str) -> tuple[str, str, int | None]:
 
 def _start(places: Places, number: int) -> ThreadCard:
     if number not in places._actors:
+        places.started_at[number] = time.monotonic()
         places._actors[number] = ThreadCard(places._setup, number)
     card: ThreadCard = places._actors[number]
     return card

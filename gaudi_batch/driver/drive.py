@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.loop import Driver
-from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
@@ -21,7 +21,7 @@ from gaudi_batch.scheduling.state import RowCounts, Rules
 
 
 def make_missing(
-    run: Run, cards: CardsOfRun, missing: list[Shard], committed: Committed, watch: Stopwatch, grace: float
+    run: Run, cards: EarlyCards, missing: list[Shard], committed: Committed, watch: Stopwatch, grace: float
 ) -> Ended:
     """Makes shards.
 
@@ -50,7 +50,9 @@ def make_missing(
         Timeline(run.ledger, run.lease.driver),
     )
     with open_view() as view, handlers_kept():
-        loop = LoopRunner(lambda: Driver(cards, schedule, run.commits, progress, view), grace, run.ledger.storage)
+        loop = LoopRunner(
+            lambda: Driver(cards.take(), schedule, run.commits, progress, view), grace, run.ledger.storage
+        )
         driver, reason = loop.run()
     if driver.at_once and reason == INTERRUPTED:
         raise ForcedInterrupt("interrupted at once; what was committed stays, and the same command resumes")

@@ -3,21 +3,27 @@ as long as a card's start, and neither needs the other."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import logging
+import threading
 from typing import TYPE_CHECKING
 
 from gaudi_batch.driver.run_context import Run
+from gaudi_batch.text import counted
 
 if TYPE_CHECKING:
     from gaudi_batch.driver.places import CardsOfRun
 
-PLACE_INTERVAL_S = 0.1
-"""Seconds between two questions which cards have their places."""
+log = logging.getLogger(__name__)
+
+MIN_PLACE_INTERVAL_S, MAX_PLACE_INTERVAL_S = 0.1, 2.0
+"""Seconds between two questions which cards have their places; the pause doubles each time."""
+CLOSE_TIMEOUT_S = 30.0
+"""Seconds that Ray may take to take back cards that nobody has taken."""
 
 
 class EarlyCards:
-    """The cards of a run from when it is known that shards are missing; gives them back at its end, unless the driver
-    has taken them.
+    """The cards of a run from when it is known that shards are missing. They are given back at its end, unless the
+    driver has taken them.
 
     Args:
         run: the run.
@@ -26,61 +32,68 @@ class EarlyCards:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._cards: CardsOfRun | None = None
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+        self._taken = False
 
     def __enter__(self) -> EarlyCards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._cards is not None:
-            self._cards.places.close()
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
 
-    def read_commits(self, *, start_cards: bool) -> None:
-        """Reads what is committed of the run. Storage lists the manifests first: if these are fewer than the plan has
-        shards, cards start while the manifests are read.
+    def start(self, count: int) -> None:
+        """Connects, and has a thread start as many of the cards that the cluster has now, while this one goes on.
 
         Args:
-            start_cards: whether they may.
+            count: cards that are of use, at most.
 
         Raises:
             InputError: there is no cluster.
-            LeaseLost: another driver has taken over.
-            StorageError: storage failed for longer than `storage_patience`.
         """
-        run = self._run
-        listed = run.ledger.manifest_entries()
-        missing = len(run.plan) - len(listed)
-        if not (start_cards and listed and missing > 0):
-            run.commits.refresh(listed)
-            return
-        pool = ThreadPoolExecutor(1, "read commits")
-        reading = pool.submit(run.commits.refresh, listed)
-        pool.shutdown(wait=False)  # a signal to stop does not wait for it
-        self._start(missing, reading)
-        reading.result()
-
-    def take(self) -> CardsOfRun:
-        """The cards, which from now on are the caller's to give back; connects to the cluster, if need be."""
-        cards, self._cards = self._cards or self._connect(), None
-        return cards
-
-    def _connect(self) -> CardsOfRun:
-        resources = self._run.connect()
-        # Ray is slow to import, and a run that is complete does not need it.
-        from gaudi_batch.driver.places import CardsOfRun
-
-        return CardsOfRun.of(self._run, resources)
-
-    def _start(self, missing: int, reading: Future[None]) -> None:
-        """Starts the cards that the cluster has now, one for each missing shard at most, until the reading is over."""
-        cards = self._cards = self._connect()
+        cards = self.connect()
         from gaudi_batch.cluster.connection import cluster_capacity
 
         config = self._run.job.config
-        count = min(cluster_capacity(config, cards.resources).cards, config.max_cards or missing, missing)
-        unplaced = set(range(count))
-        cards.places.create_early(unplaced)
-        while unplaced and not reading.done():
-            for number in cards.places.placed(unplaced):
-                cards.places.start(number)
-                unplaced.discard(number)
-            wait([reading], PLACE_INTERVAL_S)
+        count = min(cluster_capacity(config, cards.resources).cards, config.max_cards or count, count)
+        log.info("%s before all records of the run are read", counted(count, "card starts", "cards start"))
+        self._thread = threading.Thread(target=self._start, args=(cards, count), name="early cards", daemon=True)
+        self._thread.start()
+
+    def connect(self) -> CardsOfRun:
+        """The cards, which are not the caller's yet; connects to the cluster, if need be. Raises InputError."""
+        if self._cards is None:
+            resources = self._run.connect()
+            # Ray is slow to import, and a run that is complete does not need it.
+            from gaudi_batch.driver.places import CardsOfRun
+
+            self._cards = CardsOfRun.of(self._run, resources)
+        return self._cards
+
+    def take(self) -> CardsOfRun:
+        """The cards, which from now on are the caller's to give back."""
+        self._taken = True
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        return self.connect()
+
+    def _start(self, cards: CardsOfRun, count: int) -> None:
+        from ray.exceptions import RayError
+
+        places, unplaced, pause = cards.places, set(range(count)), MIN_PLACE_INTERVAL_S
+        try:
+            places.create_early(unplaced)
+            while unplaced and not self._over.wait(pause):
+                for number in places.placed(unplaced):
+                    places.start(number)
+                    unplaced.discard(number)
+                pause = min(2 * pause, MAX_PLACE_INTERVAL_S)
+            self._over.wait()
+        except RayError as error:
+            log.debug("cards do not start early: %s", error)  # the driver tries again, and says what fails
+        finally:
+            if not self._taken:
+                places.close()

@@ -103,7 +103,7 @@ class Fleet:
                 placed = await self._background.ask_ray(self._places.placed, [slot.number for slot in unplaced])
                 for slot in self._in_states(CardState.WAITING):
                     if slot.number in placed:
-                        slot.node_id, slot.placed = placed[slot.number], self._places.since[slot.number]
+                        slot.node_id, slot.placed = placed[slot.number], self._places.placed_at[slot.number]
                         self._tell(events.CardPlaced(slot.number, slot.node_id))
                         self._start(slot)
                 unplaced = self._in_states(CardState.WAITING)
@@ -230,7 +230,7 @@ class Fleet:
             slot.starting = None
             await self._lost(slot, error)
             return
-        slot.starting, slot.last_seen = None, time.monotonic()
+        slot.starting, slot.last_seen = None, self._places.started_at[slot.number]
         await self._listen(slot, slot.actor)
 
     async def _listen(self, slot: Slot, actor: Any) -> None:

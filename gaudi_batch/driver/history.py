@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,17 @@ from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.scheduling import decisions, events
 
 
-def note_event(timeline: Timeline, event: events.Event) -> None:
-    """Notes that a card's first process is started."""
+def note_event(timeline: Timeline, event: events.Event, slots: Mapping[int, Slot]) -> None:
+    """Notes that a card's first process is started, or was before the driver began.
+
+    Args:
+        timeline: gets the line.
+        event: the event.
+        slots: the cards by number.
+    """
     if isinstance(event, events.CardPlaced):
-        timeline.note(event.card, "", "starting")
+        placed = slots[event.card].placed
+        timeline.note(event.card, "", "starting", ago_s=0.0 if placed is None else time.monotonic() - placed)
 
 
 def note_decision(timeline: Timeline, decision: decisions.Decision, slots: Mapping[int, Slot]) -> None:

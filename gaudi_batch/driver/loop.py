@@ -129,7 +129,7 @@ class Driver:
 
     def tell(self, event: events.Event) -> None:
         """Tells the schedule what happened and carries out its decisions."""
-        note_event(self._progress.timeline, event)
+        note_event(self._progress.timeline, event, self.fleet.slots)
         for decision in self.events.handle(event):
             self._actions[type(decision)](decision)
             note_decision(self._progress.timeline, decision, self.fleet.slots)

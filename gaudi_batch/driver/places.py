@@ -1,7 +1,8 @@
 """What Ray is asked to do for the slots of a run: their placement groups, and the actors in these.
 
-Each of these calls may wait for Ray's control service, so the event loop makes none of them: the driver has them made
-in a thread of their own, one after the other, in the order in which it decided on them.
+Each of these calls may wait for Ray's control service, so the event loop makes none of them, nor the main thread, which
+a signal could reach amid one: they are made in a thread of their own, one after the other, in the order in which they
+were decided on.
 """
 
 from __future__ import annotations
@@ -61,15 +62,17 @@ class Places:
         self._options = card_options(setup.job.config, resources)
         self._setup_ref: Any = None
         self._card: Any = None  # exported to the cluster once, not at each start
-        self.since: dict[int, float] = {}
+        self.placed_at: dict[int, float] = {}
         """When it was first seen that a slot has its place, monotonic."""
+        self.started_at: dict[int, float] = {}
+        """When the present process of a slot was started, monotonic."""
         self._groups: dict[int, PlacementGroup] = {}
         self._early: set[int] = set()
         self._actors: dict[int, Any] = {}
 
     def create_early(self, numbers: Iterable[int]) -> None:
-        """Asks the cluster for places that the schedule has not asked for yet. They are among those that it asks for
-        first, or are given back then."""
+        """Asks the cluster for places before the schedule does. Those that the schedule does not ask for with its first
+        question are given back then."""
         self.create(numbers)
         self._early = set(self._groups)
 
@@ -91,7 +94,7 @@ class Places:
             for number, group in groups.items()
             if group.get("state") == "CREATED"
         }
-        self.since = dict.fromkeys(nodes, time.monotonic()) | self.since
+        self.placed_at = dict.fromkeys(nodes, time.monotonic()) | self.placed_at
         return nodes
 
     def start(self, number: int) -> Any:
@@ -102,6 +105,7 @@ class Places:
             self._card, self._setup_ref = ray.remote(Card), ray.put(self._setup)
         strategy = PlacementGroupSchedulingStrategy(self._groups[number], 0)
         options = {**self._options, "scheduling_strategy": strategy, "max_concurrency": CARD_CALLS}
+        self.started_at[number] = time.monotonic()
         self._actors[number] = self._card.options(**options).remote(self._setup_ref)
         return self._actors[number]
 
@@ -114,7 +118,7 @@ class Places:
     def remove(self, number: int) -> None:
         """Gives a slot's place back, without its process."""
         self.kill(number)
-        self.since.pop(number, None)
+        self.placed_at.pop(number, None)
         group = self._groups.pop(number, None)
         if group is not None:
             remove_placement_group(group)

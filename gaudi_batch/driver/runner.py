@@ -99,7 +99,11 @@ def run(
                 info, plan = open_run(ledger, job, connect, overwrite)
                 this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
                 with EarlyCards(this_run) as cards:
-                    cards.read_commits(start_cards=not repair)  # which takes the cluster's cards for itself
+                    manifests = ledger.manifest_entries()
+                    # A repair first needs the cluster's cards to read the images.
+                    if manifests and len(manifests) < len(plan) and not repair:
+                        cards.start(len(plan) - len(manifests))
+                    this_run.commits.refresh(manifests)
                     if repair:
                         add_broken_rows(this_run)
                     if retry_failed:
@@ -136,8 +140,8 @@ def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stop
         log.info("%d of %d shards are committed already", len(run.plan) - len(missing), len(run.plan))
     if not missing:
         return Ended(None)
-    taken = cards.take()
+    cards.connect()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 
-    return make_missing(run, taken, missing, committed, watch, grace)
+    return make_missing(run, cards, missing, committed, watch, grace)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from gaudi_batch.layout import timeline_path
@@ -31,8 +31,8 @@ class Timeline:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
 
-    def note(self, slot: int, card: str, what: str, **more: Any) -> None:
-        """Adds a line, with the time of now by the driver's clock.
+    def note(self, slot: int, card: str, what: str, ago_s: float = 0.0, **more: Any) -> None:
+        """Adds a line, with a time by the driver's clock.
 
         Args:
             slot: number of the card's place in the cluster, among those of its driver.
@@ -40,10 +40,12 @@ class Timeline:
             what: `starting` (a process is started, and then loads), `ready` (`load_s`, `module` and `node`), `fault`
                 (`error`), `quarantined` (`error`), `released` (its place is given back), `backup` (it begins a second
                 `attempt` at a `shard` of which `backup_of` is the first), or `dropped` (it ends an `attempt`).
+            ago_s: seconds since it happened.
             more: other fields of the line.
         """
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "slot": slot, "card": card, "what": what, **more}, separators=(",", ":"))
+        when = datetime.now(timezone.utc) - timedelta(seconds=ago_s)
+        time = when.isoformat(timespec="milliseconds")
+        line = json.dumps({"time": time, "slot": slot, "card": card, "what": what, **more}, separators=(",", ":"))
         with self._lock:
             self._lines.append(line)
 

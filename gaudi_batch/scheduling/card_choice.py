@@ -56,7 +56,7 @@ class CardChoice:
         return not self._cards.others(failed_on, starting=len(failed_on) < ENOUGH_CARDS)
 
     def open_for(self, shard: int, level: int) -> Iterator[Card]:
-        """The cards with so many shards in flight that may have a shard which has come back."""
+        """The cards that may have a shard which has come back, of those with `level` shards in flight."""
         cards = [self._captured(shard, level)]
         if not self._has_holder(shard):
             cards.append(self._cards.open[level].values())
@@ -95,10 +95,9 @@ class CardChoice:
         return self._cards.by_key[level].get(self._shards[shard].bucket.graph_key, {}).values()
 
     def _free_to_capture(self, shard: int) -> Iterable[Card]:
-        """The idle cards, if the work that is left is worth a capture."""
+        """The idle cards, if the work that waits is worth a capture."""
         key, images = self._shards[shard].bucket.graph_key, self._shards[shard].images
-        fresh, _ = self._pending.fresh_images.get(key, (0, 0))
-        is_worth_it = self._affinity.is_worth_it(key, fresh + images, images)
+        is_worth_it = self._affinity.is_worth_it(key, max(images, self._pending.images(key)), images)
         return self._cards.open[0].values() if is_worth_it else ()
 
     def _has_holder(self, shard: int) -> bool:

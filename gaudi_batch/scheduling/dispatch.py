@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ from gaudi_batch.scheduling.pending import Pending
 from gaudi_batch.scheduling.rowgroups import RowGroups
 
 MAX_LOOKED_AT = 16
-"""Shards of one sort for which one event looks for a card."""
+"""Suspect shards for which one event looks for a card."""
 NODES_PER_EXCLUSIVE = 4
 """While other work waits, at most one node in so many is kept free for a suspect shard."""
 
@@ -97,27 +96,24 @@ class Dispatch:
         """Makes a shard pending again, before those that have not been tried."""
         failures = self.failures.get(shard)
         if failures is not None and failures.alone_on_node:
-            self.pending.node_suspects[shard] = None
+            self.pending.put_suspect(shard, alone_on_node=True)
         elif (failures is not None and failures.announce) or self.row_groups.doubt(self._shards[shard]):
-            self.pending.suspects[shard] = None
+            self.pending.put_suspect(shard)
         else:
-            self.pending.returned.appendleft(shard)
+            self.pending.put_returned(shard)
 
     def settle(self, shard: int) -> None:
         """Notes that a shard was read or given up: what it was to find out about row groups is known as far as
         possible."""
         if self.row_groups.settle(shard):
-            parked, self.pending.parked = self.pending.parked, {}
             # The first shard of a group goes first: the row that kills may lie before the rows of all others.
-            for number in sorted(parked):
+            for number in self.pending.take_parked():
                 self.put_back(number)
 
     def reconsider(self) -> None:
         """Notes that a row group has killed: those of its shards that have come back are suspect now."""
-        doubted = {shard for shard in self.pending.returned if self.row_groups.doubt(self._shards[shard])}
-        if doubted:
-            self.pending.returned = deque(shard for shard in self.pending.returned if shard not in doubted)
-            self.pending.suspects |= dict.fromkeys(sorted(doubted))
+        for shard in self.pending.take_returned(lambda shard: bool(self.row_groups.doubt(self._shards[shard]))):
+            self.pending.put_suspect(shard)
 
     def take_kind(self, kind: BatchKind) -> list[int]:
         """Takes out all pending shards of one kind of batch."""
@@ -181,10 +177,10 @@ class Dispatch:
     def _match(self, level: int) -> tuple[Card, int] | None:
         """A card with so many shards in flight, and the shard for it."""
         cards = self.cards.open[level]
-        for place, shard in enumerate(itertools.islice(self.pending.returned, MAX_LOOKED_AT)):
+        for shard in self.pending.first_returned():
             able = next(self._choice.open_for(shard, level), None)
             if able is not None:
-                del self.pending.returned[place]
+                self.pending.take(shard)
                 return able, shard
         while cards and self.pending.fresh_images:
             card = next(iter(cards.values()))
@@ -215,8 +211,8 @@ class Dispatch:
                 if not (self.cards.full or any(self.cards.open)):
                     break
                 if self.row_groups.block(self._shards[shard]):
-                    del suspects[shard]
-                    self.pending.parked[shard] = None
+                    self.pending.take(shard)
+                    self.pending.park(shard)
                     continue
                 if suspects is self.pending.node_suspects and not self._may_keep_node():
                     break
@@ -257,8 +253,7 @@ class Dispatch:
             chosen = next(able, None)
         if chosen is None:
             return []
-        self.pending.suspects.pop(shard, None)
-        self.pending.node_suspects.pop(shard, None)
+        self.pending.take(shard)
         self._reserved[shard] = chosen
         chosen.reserved_for = shard
         cards = [chosen]

@@ -1,11 +1,11 @@
 """The shards of a graph key that no card has tried, by row group. Pure, a part of the schedule.
 
-A card decodes whole row groups, so it goes on in the one that it is at while that has shards. After that it begins one
-in which no card has been, and where there is none it joins the cards of another: of those whose next shard is the
-largest, of that which has the most shards left for each card in it.
+A card decodes whole row groups, so it goes on in the one that it is at. When that has no shard left, it begins one in
+which no card has been. Where there is none, it joins the cards of another: it looks at the row groups whose next shard
+is the largest, and takes the one with the most shards left for each card in it.
 
 Shards shrink towards the end of a row group, so that the cards finish together. A card therefore leaves its row group
-for one that has fallen behind, whose large shards would otherwise be made last.
+before its end for one that has fallen behind, whose large shards would otherwise be made last.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class FreshShards:
 
     def __init__(self) -> None:
         self._queues: dict[RowGroup, deque[Shard]] = {}
+        # Groups of which a shard was taken, by the images of their next one, in the order in which that was last done.
         self._begun: dict[int, dict[RowGroup, None]] = {}
-        # Groups of which a shard was taken, by the images of their next; the one that was taken from last at the end.
         self._untouched: dict[RowGroup, None] = {}
         self._count = 0
         self.images = 0

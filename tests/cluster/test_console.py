@@ -159,7 +159,7 @@ def test_an_error_that_nobody_has_foreseen_ends_the_process_though_storage_hangs
     command = [sys.executable, "-c", UNFORESEEN.format(error=error), "status", str(tmp_path / "fifo")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        stderr = process.communicate(timeout=20)[1]
+        stderr = process.communicate(timeout=120)[1]
     except subprocess.TimeoutExpired:
         process.kill()
         pytest.fail(f"the process does not end: {process.communicate()[1]}")

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import threadcards
 from helpers import read_manifest
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from gaudi_batch import JobConfig, run
@@ -21,40 +23,43 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.storage.listing import Entry
 
-pytestmark = pytest.mark.usefixtures("thread_cards")
+LEFT = 2
+"""Shards that are not committed, of 13."""
 
 
 @pytest.fixture
 def resume(prompts: Path, tmp_path: Path, cluster: str) -> Callable[..., RunResult]:
-    """Goes on with a run of 13 shards of which some are committed."""
-
-    def resume(left: int = 3, **named: Any) -> RunResult:
-        output = tmp_path / "out"
-        fields: dict[str, Any] = {"device": "simulated", "simulated": {"batch_seconds": 0.01}, "shard_size": 8}
-        job = JobConfig(prompts=str(prompts), output=str(output), **fields)
+    """Goes on with a run of which some shards are committed."""
+    output = tmp_path / "out"
+    fields: dict[str, Any] = {"device": "simulated", "simulated": {"batch_seconds": 0.01}, "shard_size": 8, "cards": 2}
+    job = JobConfig(prompts=str(prompts), output=str(output), **fields)
+    with pytest.MonkeyPatch.context() as patched:
+        threadcards.put_in_place(patched)
         run(job, address=cluster)
-        for manifest in sorted(output.glob("manifest/*.parquet"))[-left:]:
-            manifest.unlink()
-        return run(job, address=cluster, **named)
-
-    return resume
+    for manifest in sorted(output.glob("manifest/*.parquet"))[-LEFT:]:
+        manifest.unlink()
+    return lambda **named: run(job, address=cluster, **named)
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The slots in which a process was started; a second run begins with none."""
-    numbers: list[int] = []
-    start = Places.start
+class Started:
+    """The processes that were started, and whether there are as many as shards to make."""
 
-    def noted(places: Places, number: int) -> Any:
-        numbers.append(number)
-        return start(places, number)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.actors: list[tuple[int, Any]] = []
+        self.enough = threading.Event()
+        start = Places.start
 
-    monkeypatch.setattr(Places, "start", noted)
-    return numbers
+        def noted(places: Places, number: int) -> Any:
+            actor = start(places, number)
+            self.actors.append((number, getattr(actor, "_actor_id", actor)))
+            if len({number for number, _ in self.actors}) == LEFT:
+                self.enough.set()
+            return actor
+
+        monkeypatch.setattr(Places, "start", noted)
 
 
-def reading(monkeypatch: pytest.MonkeyPatch, during: Callable[[], None]) -> None:
+def while_reading(monkeypatch: pytest.MonkeyPatch, during: Callable[[], None]) -> None:
     """Has something happen while the records of a resumed run are read."""
     refresh = Commits.refresh
 
@@ -67,57 +72,73 @@ def reading(monkeypatch: pytest.MonkeyPatch, during: Callable[[], None]) -> None
 
 
 def test_cards_start_before_all_is_read_and_go_on_with_the_run(
-    resume: Callable[..., RunResult], started: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resume: Callable[..., RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reading ends when as many cards have started as there are shards to make."""
-    enough = threading.Event()
-    start = Places.start
-
-    def until_enough(places: Places, number: int) -> Any:
-        actor = start(places, number)
-        if len(set(started)) == 2:
-            enough.set()
-        return actor
-
-    early: list[int] = []
+    started = Started(monkeypatch)
+    early: list[tuple[int, Any]] = []
 
     def wait_for_cards() -> None:
-        started.clear()
-        enough.clear()
-        assert enough.wait(60), "no card starts before all is read"
-        early.extend(started)
+        assert started.enough.wait(60), "no card starts before all is read"
+        early.extend(started.actors)
 
-    reading(monkeypatch, wait_for_cards)
-    monkeypatch.setattr(Places, "start", until_enough)
-    result = resume(left=2)
-    assert result.exit_code == 0
+    while_reading(monkeypatch, wait_for_cards)
+    assert resume().exit_code == 0
     assert sorted(row["row"] for row in read_manifest(tmp_path / "out")) == list(range(100))
-    assert sorted(early) == [0, 1], "two shards are left, so that a third is no hurry"
-    assert len(result.summary["cards"]) == 4
+    assert sorted(number for number, _ in early) == [0, 1]
+    assert set(started.actors) == set(early), "the driver takes the processes that are there"
 
 
-def test_cards_that_started_early_are_given_back_if_the_records_can_t_be_read(
-    resume: Callable[..., RunResult], started: list[int], cluster: str, monkeypatch: pytest.MonkeyPatch
+def raises(error: BaseException) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.usefixtures("thread_cards")
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (StorageError("storage failed"), "while they are read"),
+        (KeyboardInterrupt(), "while they are read"),
+        (StorageError("storage failed"), "before the driver begins"),
+    ],
+)
+def test_cards_that_started_early_are_given_back_if_the_run_ends(
+    error: BaseException, where: str, resume: Callable[..., RunResult], cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = threading.Event()
-    create = Places.create_early
+    started = Started(monkeypatch)
 
-    def noted(places: Places, numbers: Any) -> None:
-        create(places, numbers)
-        held.set()
+    def wait_for_cards() -> None:
+        assert started.enough.wait(60)
+        if where == "while they are read":
+            raise error
 
-    def fails() -> None:
-        held.clear()
-        assert held.wait(60)
-        raise StorageError("storage failed")
-
-    monkeypatch.setattr(Places, "create_early", noted)
-    reading(monkeypatch, fails)
+    while_reading(monkeypatch, wait_for_cards)
     with attached(cluster):
-        with pytest.raises(StorageError, match="storage failed"):
+        if where == "before the driver begins":
+            monkeypatch.setattr("gaudi_batch.driver.drive.read_spans", raises(error))
+        with pytest.raises(type(error)):
             resume()
         states = {group["state"] for group in placement_group_table().values()}
+    assert started.actors
     assert states == {"REMOVED"}
+
+
+@pytest.mark.usefixtures("thread_cards")
+def test_what_ray_can_t_do_early_is_tried_again(
+    resume: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Places, "create_early", raises(RayError("no")))
+    assert resume().exit_code == 0
+
+
+@pytest.mark.usefixtures("thread_cards")
+def test_a_run_that_is_repaired_starts_none_beside_the_cards_that_verify(
+    resume: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EarlyCards, "start", raises(AssertionError("cards start before the images are verified")))
+    assert resume(repair=True).exit_code == 0
 
 
 def test_cards_that_started_early_and_are_not_asked_for_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,13 +157,3 @@ def test_cards_that_started_early_and_are_not_asked_for_are_given_back(monkeypat
     places.create((2, 3))
     assert sorted(places._groups) == [0, 1, 2, 3]
     assert removed == [third], "the first question alone settles it"
-
-
-def test_a_run_that_is_repaired_starts_none_beside_the_cards_that_verify(
-    resume: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: Any) -> None:
-        raise AssertionError("cards start before the images are verified")
-
-    monkeypatch.setattr(EarlyCards, "_start", refused)
-    assert resume(repair=True).exit_code == 0

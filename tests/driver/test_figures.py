@@ -72,11 +72,22 @@ def test_a_card_goes_on_with_the_key_of_which_most_images_wait_for_each_holder()
 
 
 def test_what_waits_is_counted_wherever_it_waits() -> None:
-    pending = Pending({shard.number: shard for shard in shards(3)})
+    pending = Pending({shard.number: shard for shard in shards(7)})
+    assert (len(pending), pending.plain) == (7, 7)
+    key = next(iter(pending.fresh))
+    images = pending.images(key)
+    taken = [pending.take_fresh(key, 0) for _ in range(4)]
     assert len(pending) == 3
-    pending.suspects[7] = pending.node_suspects[8] = pending.parked[9] = None
-    assert len(pending) == 6
-    assert pending.plain == 3
+    pending.put_suspect(taken[0])
+    pending.put_suspect(taken[1], alone_on_node=True)
+    pending.park(taken[2])
+    pending.put_returned(taken[3])
+    assert (len(pending), pending.plain) == (7, 4)
+    assert pending.images(key) == images
+    assert all(pending.take(shard) for shard in taken)
+    assert not pending.take(taken[0])
+    assert (len(pending), pending.plain) == (3, 3)
+    assert pending.images(key) == sum(shard.images for shard in shards(7)[4:])
 
 
 def ready(*nodes: str) -> tuple[Cards, list[Card]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -30,13 +32,17 @@ def stored(tmp_path: Path) -> list[dict[str, object]]:
     files = sorted((tmp_path / "timeline").glob("*"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     for line in lines:
-        assert str(line.pop("time")).endswith("+00:00")
+        when = str(line.pop("time"))
+        assert when.endswith("+00:00")
+        ago = (datetime.now(timezone.utc) - datetime.fromisoformat(when)).total_seconds()
+        assert (ago >= 100) == (line == {"slot": 3, "card": "", "what": "starting"}), "it was before the driver began"
     return lines
 
 
 def test_the_life_of_a_card_is_in_the_timeline(timeline: Timeline, tmp_path: Path) -> None:
     slots = {3: Slot(3, name="host-0", ready=Ready("id", "host", 0, 1, 0.5, {}, "", None, 1))}
-    note_event(timeline, events.CardPlaced(3, "id"))
+    slots[3].placed = time.monotonic() - 100.0
+    note_event(timeline, events.CardPlaced(3, "id"), slots)
     for decision in (
         decisions.Admit(3),
         decisions.Assign(3, decisions.ShardTask(TASK.shard, "aaaaa2")),  # no news of the card

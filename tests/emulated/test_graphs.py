@@ -220,9 +220,13 @@ def test_a_capture_costs_what_the_machine_says() -> None:
     assert settings().capture_seconds > 0
     start = time.perf_counter()
     graph, _ = capture(lambda: hpu(1) + 1)
-    captured = time.perf_counter()
-    graph.replay()
-    assert captured - start >= settings().capture_seconds > time.perf_counter() - captured
+    assert time.perf_counter() - start >= settings().capture_seconds
+    replays = []
+    for _ in range(20):  # the shortest one, as a busy machine may hold up any
+        start = time.perf_counter()
+        graph.replay()
+        replays.append(time.perf_counter() - start)
+    assert min(replays) < settings().capture_seconds
 
 
 def test_a_capture_that_fails_leaves_the_device_usable() -> None:

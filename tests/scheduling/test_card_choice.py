@@ -6,9 +6,12 @@ import pytest
 from world import World, shards, start
 
 from benchmarks.schedule import Simulation
+from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.affinity import Affinity
 from gaudi_batch.scheduling.card_choice import CardChoice
 from gaudi_batch.scheduling.cards import Card, Cards, CardState
+from gaudi_batch.scheduling.decisions import Assign
+from gaudi_batch.scheduling.dispatch import Dispatch
 from gaudi_batch.scheduling.failures import ShardFailures
 from gaudi_batch.scheduling.pending import Pending
 from gaudi_batch.scheduling.schedule import Schedule
@@ -133,3 +136,48 @@ def test_deaths_near_the_end_cost_no_capture(keys: int) -> None:
     simulation = Simulation(200, keys, 0, prompts=1000)
     assert simulation.run() <= 1.02 * simulation.ideal
     assert simulation.dead > 2
+
+
+FEW, MANY = 2, 16
+
+
+def returned(counts: dict[Bucket, int], capture: float) -> tuple[Dispatch, list[Assign]]:
+    """Shards of several buckets that come back while card 0 has captured the first bucket's graph and has two shards in
+    flight, and card 1, which idles, the last one's. A shard takes a second, and a capture so many."""
+    buckets = [bucket for bucket, count in counts.items() for _ in range(count)]
+    first, last = buckets[0], buckets[-1]
+    numbered = {n: Shard(n, 0, 4 * n, 4 * n + 4, bucket, 4, 4) for n, bucket in enumerate([first, first, *buckets])}
+    dispatch = Dispatch(numbered, "a", 1)
+    dispatch.affinity.took(1.0 + capture, 4, captured=True)
+    dispatch.affinity.took(1.0, 4, captured=False)
+    for number, bucket in enumerate((first, last)):
+        card = Card(number, f"node {number}", CardState.READY)
+        dispatch.cards.add(card)
+        if number == 0 or bucket != first:
+            dispatch.affinity.use(number, bucket.graph_key)
+        dispatch.cards.file(card)
+    for key in list(dispatch.pending.fresh):
+        while key in dispatch.pending.fresh:
+            shard = dispatch.pending.take_fresh(key, 0)
+            if shard < 2:
+                dispatch.send(dispatch.cards.by_number[0], shard)
+            else:
+                dispatch.pending.put_returned(shard)
+    return dispatch, [decision for decision in dispatch.next() if isinstance(decision, Assign)]
+
+
+def test_a_card_captures_the_graph_for_many_shards_that_came_back_and_not_for_few() -> None:
+    """As when most cards of a run die at its end: those that start again have a part in what these had."""
+    one = Bucket(64, 64, 20, 7.5)
+    assert returned({one: FEW}, capture=3.0)[1] == []
+    _, assigned = returned({one: MANY}, capture=3.0)
+    assert {decision.card for decision in assigned} == {1}
+
+
+@pytest.mark.parametrize("count", [FEW, 200])
+def test_shards_for_which_no_card_is_free_hold_up_none_of_another_graph(count: int) -> None:
+    one, other = Bucket(64, 64, 20, 7.5), Bucket(96, 64, 20, 7.5)
+    dispatch, assigned = returned({one: count, other: 4}, capture=1000.0)
+    assert [decision.card for decision in assigned] == [1, 1]
+    assert {decision.task.shard.bucket for decision in assigned} == {other}
+    assert dispatch.pending.plain == count + 2
