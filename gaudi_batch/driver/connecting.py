@@ -52,7 +52,7 @@ def connected_early(config: JobConfig, address: str | None, device: str | None) 
     if config.device != "auto" or device is not None or not is_cluster(address):
         yield
         return
-    _import_all()
+    import_all()
     from gaudi_batch.cluster.connection import attached
 
     if address:
@@ -62,7 +62,7 @@ def connected_early(config: JobConfig, address: str | None, device: str | None) 
         yield
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Imports all that a run needs before it connects: of a job of the Jobs API, Ray may remove the directory that
     these modules lie in. Ray is slow to import, so this is not done sooner."""
     import gaudi_batch.driver.drive
@@ -81,7 +81,7 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
 
         @functools.cache
         def cards() -> CardResources:
-            _import_all()
+            import_all()
             from gaudi_batch.cluster.connection import card_resources, cluster_capacity, connected
             from gaudi_batch.cluster.placement import remove_groups_of
 

@@ -20,7 +20,7 @@ from gaudi_batch.card.messages import Broken, CardReport, Done, Dropped, Message
 from gaudi_batch.cluster.connection import cluster_capacity
 from gaudi_batch.cluster.placement import node_is_gone, why_died
 from gaudi_batch.driver.background import Background
-from gaudi_batch.driver.calls import ask_back, call_until_answered, send
+from gaudi_batch.driver.calls import ask_back, call_until_answered, node_went, send
 from gaudi_batch.driver.doing import Doing, doings
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
@@ -38,16 +38,12 @@ CARD_POLL_INTERVAL_S = 1.0
 CARDS_PER_POLL_SECOND = 100
 CLUSTER_INTERVAL_S = 2.0
 """Seconds between two looks at what the cluster has."""
-MIN_PLACE_INTERVAL_S = 0.2
+MIN_PLACE_INTERVAL_S = 0.05
 """Least number of seconds between two questions which slots have their places."""
 PLACE_SHARE = 0.1
 """The next question waits for this share of the time that the newest slot has waited."""
 FIRST_WAIT_LINE_S = 30.0
 """Seconds until the log says that cards wait for the cluster; it says so again after twice as long."""
-DEPARTURE_TIMEOUT_S = 3.0
-"""Seconds that the cluster may take to notice the end of a node after that of its card."""
-NODE_INTERVAL_S = 0.5
-"""Seconds between two questions for that."""
 CLOSE_TIMEOUT_S = 30.0
 """Seconds that the end of a run waits for Ray to take back the places of its cards."""
 
@@ -84,6 +80,7 @@ class Fleet:
         self._places = cards.places
         self._cluster_capacity = functools.partial(cluster_capacity, setup.job.config, resources)
         self._notes: set[str] = set()
+        self._asked = asyncio.Event()  # cards were asked for
 
     # -- the cluster --------------------------------------------------------------------------------------------
 
@@ -107,14 +104,17 @@ class Fleet:
                         self._tell(events.CardPlaced(slot.number, slot.node_id))
                         self._start(slot)
                 unplaced = self._in_states(CardState.WAITING)
-            waits = [time.monotonic() - slot.since for slot in unplaced]
-            if not waits:
+            if not unplaced:
                 next_line = FIRST_WAIT_LINE_S
-            elif max(waits) > next_line:
+                self._asked.clear()
+                await self._asked.wait()
+                continue
+            waits = [time.monotonic() - slot.since for slot in unplaced]
+            if max(waits) > next_line:
                 next_line *= 2
                 subject = f"{unplaced[0].where} has" if len(waits) == 1 else f"{len(waits)} cards have"
                 log.info("%s waited %.0f s for the cluster: no %s is free", subject, max(waits), self.rules.need)
-            pause = max(MIN_PLACE_INTERVAL_S, PLACE_SHARE * min(waits, default=0.0))
+            pause = max(MIN_PLACE_INTERVAL_S, PLACE_SHARE * min(waits))
             await asyncio.sleep(min(pause, CLUSTER_INTERVAL_S))
 
     async def close(self) -> None:
@@ -130,6 +130,7 @@ class Fleet:
         self.slots.update({number: Slot(number) for number in decision.cards})
         self._count_slots()
         self._background.tell_ray(self._places.create, decision.cards)
+        self._asked.set()
 
     def drop(self, decision: decisions.DropCards) -> None:
         """Asks for these cards no longer."""
@@ -295,7 +296,8 @@ class Fleet:
         slot.up = False
         reason = slot.passed.reason if slot.passed else why_died(error)
         slow = slot.passed.slow if slot.passed else None
-        gone = not slot.passed and await self._node_went(slot, error)
+        is_gone = functools.partial(self._background.ask_ray, node_is_gone, slot.node_id, error)
+        gone = not slot.passed and await node_went(is_gone, lambda: self._state(slot) is CardState.LEAVING)
         slot.actor = None
         if gone:
             self._tell(events.CardGone(slot.number))
@@ -303,15 +305,6 @@ class Fleet:
         if self._state(slot) is not CardState.LEAVING:  # else its node has ended it
             self.fault(slot.number, f"died: {reason}")
         self._tell(events.CardDied(slot.number, redact(reason), slow))
-
-    async def _node_went(self, slot: Slot, error: Exception) -> bool:
-        """Whether a card died because its node did, which the cluster may notice later."""
-        until = time.monotonic() + DEPARTURE_TIMEOUT_S
-        while not await self._background.ask_ray(node_is_gone, slot.node_id, error):
-            if time.monotonic() > until or self._state(slot) is CardState.LEAVING:
-                return False
-            await asyncio.sleep(NODE_INTERVAL_S)
-        return True
 
     def _kill(self, slot: Slot) -> None:
         if slot.starting is not None:

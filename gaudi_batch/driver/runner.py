@@ -11,7 +11,7 @@ from gaudi_batch.cluster.address import address_of, refuse_without_stack
 from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.survey import refuse_bad_rows
-from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected_early
+from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected_early, import_all
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.finalize import DRIVER_NAME_LENGTH, sum_up, verify_images
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
@@ -92,8 +92,9 @@ def run(
         if strict:
             refuse_bad_rows(job.dataset, job.rules, job.config.limit)
         try:
-            lease.take(log.info)
             with cluster_of(job, address, lease) as connect:
+                # A run that is there may be complete, and then needs no cluster.
+                lease.take(log.info, import_all if record else connect)
                 if overwrite and ledger.holds_run():
                     _try_card(job, ledger, connect(), driver)
                 info, plan = open_run(ledger, job, connect, overwrite)

@@ -114,8 +114,14 @@ class LeaseKeeper:
         """Drivers of this run that are over."""
         return frozenset(self._lease.dead)
 
-    def take(self, say: Callable[[str], None] = lambda line: None) -> None:
+    def take(
+        self, say: Callable[[str], None] = lambda line: None, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
         """Takes the lease once nobody else holds it, and renews it until `release`.
+
+        Args:
+            say: is told what is waited for.
+            meanwhile: is called while a driver that takes the lease at the same moment would show itself; may raise.
 
         Raises:
             InputError: another driver is alive, or takes the lease at the same time.
@@ -125,14 +131,15 @@ class LeaseKeeper:
         held = self._wait_until_over(say)
         if held is not None:
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
-        since = time.monotonic()
+        self._kept_up = time.monotonic()
         self._write(self._storage)
-        time.sleep(SETTLE_INTERVAL_S)
+        settled = time.monotonic() + SETTLE_INTERVAL_S
+        self._renewing.start()  # the next steps may take as long as `storage_patience`
+        meanwhile()
+        time.sleep(max(0.0, settled - time.monotonic()))
         other = self._other_holder(self._storage)
         if other is not None:
             raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
-        self._kept_up = since
-        self._renewing.start()  # the next steps may take as long as `storage_patience`
         try:
             self._storage.find_out_create("lease.json", self._data(), self.ensure_held, self.holds)
         except (StorageError, LeaseLost):

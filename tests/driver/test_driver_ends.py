@@ -13,7 +13,7 @@ from ray.exceptions import RaySystemError
 
 from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.driver import fleet, loop
+from gaudi_batch.driver import calls, fleet, loop
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.places import CardsOfRun, Places
 from gaudi_batch.driver.slot import Slot
@@ -107,7 +107,7 @@ def test_a_start_that_ray_fails_is_that_card_s_failure(monkeypatch: pytest.Monke
         monkeypatch.setattr(driver.fleet, "_progress", SimpleNamespace(fault=lambda *_: None))
         monkeypatch.setattr(driver.fleet._places, "start", fails)
         monkeypatch.setattr(fleet, "node_is_gone", lambda *_: False)
-        monkeypatch.setattr(fleet, "DEPARTURE_TIMEOUT_S", 0.0)
+        monkeypatch.setattr(calls, "DEPARTURE_TIMEOUT_S", 0.0)
         slot = driver.fleet.slots[0] = Slot(0)
         await driver.fleet.begin(slot)
         assert slot.starting is None
