@@ -11,6 +11,8 @@ import pytest
 from helpers import read_manifest
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, run
+from gaudi_batch.cli import main as cli
+from gaudi_batch.dataset.reader import PromptDataset
 
 pytestmark = pytest.mark.usefixtures("thread_cards")
 
@@ -173,3 +175,42 @@ def test_a_retry_that_was_cut_short_goes_on_with_a_plain_resume(
     assert make([]).exit_code == 0
     assert failed(output) == []
     assert len({row["shard"] for row in read_manifest(output)}) == len(list((output / "manifest").iterdir()))
+
+
+def test_failed_rows_are_run_again_but_those_whose_own_data_is_bad(
+    write_prompts: Callable[..., Path],
+    tmp_path: Path,
+    cluster: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = [None if row in (3, 40) else f"prompt {row}" for row in range(60)]
+    job = {
+        "prompts": str(write_prompts({"prompt": texts, "width": [65 if row == 8 else 64 for row in range(60)]})),
+        "output": str(tmp_path / "out"),
+        "device": "simulated",
+        "simulated": {"batch_seconds": 0.01, "raise_rows": [5, 41]},
+        "cards": 2,
+    }
+    file = tmp_path / "job.yaml"
+
+    def run(*flags: str) -> tuple[int, dict[int, str]]:
+        file.write_text(json.dumps(job))
+        code = cli.main(["run", str(file), "--address", cluster, *flags])
+        return code, {row["row"]: row["error"] for row in read_manifest(tmp_path / "out") if row["status"] == "failed"}
+
+    code, failed = run()
+    assert (code, sorted(failed)) == (3, [3, 5, 8, 40, 41])
+    shards = sorted((tmp_path / "out/manifest").iterdir())
+    job["simulated"] = {"batch_seconds": 0.01}
+    # Of this process alone: the cards read rows.
+    monkeypatch.setattr(PromptDataset, "read", lambda *_: pytest.fail("the driver reads rows"))
+    capsys.readouterr()
+    code, left = run("--retry-failed")
+    assert (code, left) == (3, {row: failed[row] for row in (3, 8, 40)})
+    log = capsys.readouterr().err
+    assert "3 failed rows can't be run whatever is tried" in log
+    assert "to run again: 2 failed rows, in 1 new shard" in log
+    assert len(list((tmp_path / "out/manifest").iterdir())) == len(shards) + 1
+    assert run("--retry-failed") == (3, left)
+    assert "no failed row is left to run again" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from gaudi_batch import JobConfig, run
-from gaudi_batch.cluster.connection import CardResources, attached
+from gaudi_batch.cluster.connection import attached
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.places import Places
 from gaudi_batch.driver.result import RunResult
@@ -139,21 +138,3 @@ def test_a_run_that_is_repaired_starts_none_beside_the_cards_that_verify(
 ) -> None:
     monkeypatch.setattr(EarlyCards, "start", raises(AssertionError("cards start before the images are verified")))
     assert resume(repair=True).exit_code == 0
-
-
-def test_cards_that_started_early_and_are_not_asked_for_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Group:
-        id = None
-
-    removed: list[Group] = []
-    monkeypatch.setattr("gaudi_batch.driver.places.placement_group", lambda *_, **__: Group())
-    monkeypatch.setattr("gaudi_batch.driver.places.remove_placement_group", removed.append)
-    setup: Any = SimpleNamespace(job=SimpleNamespace(config=JobConfig(prompts="p", output="o", device="simulated")))
-    places = Places(setup, CardResources("HPU", 1), "a")
-    places.create_early(range(3))
-    third = places._groups[2]
-    places.create((0, 1))
-    assert removed == [third]
-    places.create((2, 3))
-    assert sorted(places._groups) == [0, 1, 2, 3]
-    assert removed == [third], "the first question alone settles it"

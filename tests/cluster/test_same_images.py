@@ -8,28 +8,15 @@ import re
 import shutil
 import signal
 import subprocess
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import Unfenced, command_line
+from helpers import command_line
 from raynodes import RayCluster, add_cards, follow, start_job, wait_for_card
 
-from gaudi_batch.output import manifest
-from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.manifest import CommitInfo
-from gaudi_batch.output.reader import OutputReader
-from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS
-from gaudi_batch.scheduling.admission import Requirements
-from gaudi_batch.scheduling.events import LoadedCard
-from gaudi_batch.scheduling.stack_vote import STACK_VOTE_TIMEOUT_S, Stack, StackVote
-from gaudi_batch.storage.store import Storage
 
 OTHER = "0.0.9"
 
@@ -150,17 +137,6 @@ def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
     assert "images may differ" not in result.stderr
 
 
-def test_another_generation_of_cards_and_a_package_that_is_missing_are_named() -> None:
-    needs = Requirements("m", "r")
-    stack = {"device": "hpu GAUDI2", "torch": "2.10.0"}
-    loaded = LoadedCard("node-2-0", "id", "node-2", 0, stack, model="r", cpus=4)
-    assert needs.why_unfit(loaded, stack) == ""
-    assert needs.why_unfit(loaded, {"device": "hpu GAUDI3", "torch": "2.10.0", "ftfy": "6.3"}) == (
-        "node node-2 would make other images: device is hpu GAUDI2, and hpu GAUDI3 in this run;"
-        " ftfy is missing, and 6.3 in this run; every node needs the same"
-    )
-
-
 @pytest.mark.torch
 def test_a_node_with_another_model_at_the_same_path_makes_nothing(
     nodes: RayCluster, many: Path, tmp_path: Path
@@ -194,55 +170,3 @@ def test_a_node_with_another_model_at_the_same_path_makes_nothing(
         "gaudi-batch",
         "device",
     }
-
-
-def test_what_has_made_an_image_is_written_down_before_its_manifest(tmp_path: Path) -> None:
-    """As the last look before a manifest sees it; so no crash leaves images of a stack that nobody wrote down."""
-    seen: list[Any] = []
-    output = Storage(str(tmp_path / "out"))
-    record = RunInfo({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=[{"torch": "1"}])
-    output.put("run.json", json.dumps(vars(record)).encode())
-
-    class Seen(Unfenced):
-        def ensure_held(self) -> None:
-            seen.append(stacks(tmp_path / "out"))
-
-    ledger = Ledger(output, Seen())
-    ledger.run()
-    assert ledger.use_stack({"torch": "2"}) == {"torch": "1"}
-    info = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
-    assert ledger.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
-    assert seen == [[{"torch": "1"}], [{"torch": "1"}, {"torch": "2"}]]
-    assert OutputReader(output).run() == replace(record, stacks=[{"torch": "1"}, {"torch": "2"}])
-
-
-def test_every_change_between_stacks_warns_that_was_made_before_too(tmp_path: Path) -> None:
-    output, both = Storage(str(tmp_path / "out")), [{"torch": "1"}, {"torch": "2"}]
-    record = RunInfo({"device": "cpu"}, {}, {}, "", rows=1, images=1, run_id="run", stacks=both)
-    output.put("run.json", json.dumps(vars(record)).encode())
-    ledger = Ledger(output, Unfenced())
-    ledger.run()
-    assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
-    assert ledger.use_stack({"torch": "2"}) == {"torch": "2"}, "another took its place before anything was committed"
-    assert ledger.use_stack({"torch": "1"}) == {"torch": "2"}
-    info = CommitInfo(0, "aaaaa1", "card", "node", None, 0, 0, 0, ThroughputTotals(), "run")
-    ledger.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
-    assert stacks(tmp_path / "out") == [*both, {"torch": "1"}]
-
-
-def test_cards_that_differ_wait_for_a_bounded_time() -> None:
-    vote, ours, other = StackVote(None), Stack({"torch": "1"}), Stack({"torch": "2"})
-    vote.count(Counter([ours]), True, 100.0)
-    vote.count(Counter([ours, other]), True, 99.9 + STACK_VOTE_TIMEOUT_S)
-    assert (vote.stack, vote.settled) == (ours, False)
-    vote.count(Counter([ours, other]), True, 100.0 + STACK_VOTE_TIMEOUT_S)
-    vote.count(Counter([ours, other, other]), False, 200.0 + STACK_VOTE_TIMEOUT_S)
-    assert (vote.stack, vote.settled) == (ours, True), "what has made images is not put out by those that come later"
-
-
-def test_the_stack_that_made_the_images_before_comes_before_what_most_have() -> None:
-    vote, before, other = StackVote({"torch": "1"}), Stack({"torch": "1"}), Stack({"torch": "2"})
-    vote.count(Counter([other, other]), False, 0.0)
-    assert (vote.stack, vote.settled) == (other, False)
-    vote.count(Counter([other, other, before]), False, 1.0)
-    assert (vote.stack, vote.settled) == (before, True)
