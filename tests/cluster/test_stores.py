@@ -121,7 +121,9 @@ def test_what_the_store_forbids_ends_the_run_at_once(
         return len(output.names("manifest")) > 1
 
     fault = proxy.add(Fault("403", method, when=under_way, code="AuthorizationFailure", message="Not any more."))
-    assert run(dataset, url, storage_options=options, storage_patience=20) == 1
+    # Slow enough that some shards are not made yet when the store begins to refuse.
+    slow = {"batch_seconds": 0.5}
+    assert run(dataset, url, storage_options=options, storage_patience=20, simulated=slow) == 1
     assert fault.hits
     line = said_once(capsys, "Not any more.", "the same command resumes")
     assert "tried for" not in line

@@ -32,6 +32,7 @@ from s3fs import S3FileSystem
 from smalljob import SHARDS, Content, content, nothing_was_held_against_cards, run, said_once, write_dataset
 
 from gaudi_batch.cluster.connection import attached
+from gaudi_batch.driver.places import Places
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output import lease
 from gaudi_batch.output.lease import read_lease
@@ -390,19 +391,20 @@ def test_storage_that_fails_a_card_as_it_starts_is_not_held_against_the_card(
     tmp_path: Path,
     undisturbed: Content,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A card reads run.json first, and the driver no more by then."""
     url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
     output = Storage(url, s3.options)
-
-    def planned() -> bool:
-        return output.get("progress.json") is not None
-
-    proxy.add(Fault("503", "GET", "/run.json", when=planned))
+    started: list[int] = []
+    start = Places.start
+    monkeypatch.setattr(Places, "start", lambda places, number: started.append(number) or start(places, number))
+    proxy.add(Fault("503", "GET", "/run.json", when=lambda: bool(started)))
     assert run(dataset, url, storage_options=ours, storage_patience=1) == 1
     assert "no card is left" not in said_once(capsys, "can't read run.json, tried for", "storage_patience")
     proxy.clear()
-    output.remove("progress.json")
-    once = proxy.add(Fault("stall", "GET", "/run.json", when=planned, count=1))
+    started.clear()
+    once = proxy.add(Fault("stall", "GET", "/run.json", when=lambda: bool(started), count=1))
     assert run(dataset, url, storage_options=ours, storage_patience=1) == 3
     assert once.hits == 1
     assert content(output) == undisturbed
