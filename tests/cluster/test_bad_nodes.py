@@ -86,27 +86,28 @@ OTHER_PROMPTS = "mount --bind {other} {prompts}"
 
 
 @pytest.mark.parametrize(
-    ("mounts", "message"),
+    "failures",
     [
-        (READ_ONLY, "Read-only file system"),
-        (NO_ROOM, "No space left on device"),
-        (OTHER_PROMPTS, "is not what it was when it was planned"),
+        {READ_ONLY: "Read-only file system", NO_ROOM: "No space left on device"},
+        {OTHER_PROMPTS: "is not what it was when it was planned"},
     ],
+    ids=["output", "prompts"],
 )
-def test_a_node_whose_storage_fails_does_not_end_the_run(
-    mounts: str, message: str, nodes: RayCluster, tmp_path: Path
+def test_nodes_whose_storage_fails_do_not_end_the_run(
+    failures: dict[str, str], nodes: RayCluster, tmp_path: Path
 ) -> None:
     prompts, output = write_prompts(tmp_path / "prompts.parquet", 320), tmp_path / "out"
     other = write_prompts(tmp_path / "other.parquet", 8)
     for place in ("images", "throughput"):
         (output / place).mkdir(parents=True)
     places = {"output": output, "prompts": prompts, "other": other}
-    add_cards(nodes, 2, wrapper=in_own_mounts(mounts.format(**places)))
+    for mounts in failures:
+        add_cards(nodes, 2, wrapper=in_own_mounts(mounts.format(**places)))
     add_cards(nodes, 2)
-    nodes.wait_for(3)
+    nodes.wait_for(2 + len(failures))
     log = Run(nodes, prompts, output, "--simulated.load-seconds", "1").end(0)
     assert statuses(output) == [(row, "ok") for row in range(320)]
-    assert message in log
+    assert all(message in log for message in failures.values()), log
     stored = {str(path.relative_to(output)) for path in output.glob("images/*/*.png")}
     assert stored == {row["path"] for row in read_manifest(output)}
 

@@ -212,16 +212,15 @@ def test_a_node_that_does_not_see_the_output_makes_nothing(
     assert log.count("is quarantined") == 2
 
 
-@pytest.mark.parametrize("flags", [(), ("--max-cards", "2")])
 def test_a_job_that_loses_all_its_nodes_goes_on_with_the_next(
-    flags: tuple[str, ...], nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+    nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     """The first has a card that fails, too, whose place must not be taken along to the next node."""
     broken = add_cards(nodes, 1, HABANA_VISIBLE_MODULES="7")
     first = add_cards(nodes, 1)
     nodes.wait_for(3)
     output = tmp_path / "out"
-    driver = start_job(nodes, dataset, output, "--simulated.unloadable-modules", "[7]", *flags)
+    driver = start_job(nodes, dataset, output, "--simulated.unloadable-modules", "[7]")
     wait_until(lambda: commits(output) >= 6)
     first.kill()
     broken.kill()
