@@ -177,6 +177,7 @@ def test_a_retry_that_was_cut_short_goes_on_with_a_plain_resume(
     assert len({row["shard"] for row in read_manifest(output)}) == len(list((output / "manifest").iterdir()))
 
 
+@pytest.mark.processes  # which read rows, as the driver must not
 def test_failed_rows_are_run_again_but_those_whose_own_data_is_bad(
     write_prompts: Callable[..., Path],
     tmp_path: Path,
