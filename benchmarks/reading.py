@@ -9,6 +9,7 @@ cards than row groups, several must read the same: with 64 cards and 32 groups 2
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.directory_s3 import BUCKET, DirectoryBucket
-from benchmarks.harness import BATCH_SIZE, ray_started, run_command, scratch, storage_flags
+from benchmarks.harness import BATCH_SIZE, ray_started, run_command, scratch
 from benchmarks.report import Benchmark, Row, size_flags
 
 CARDS = 64
@@ -44,7 +45,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
         credentials = {"key": "any", "secret": "any", "client_kwargs": endpoint}
-        flags = storage_flags(credentials)
+        flags = ("--prompts-storage-options", json.dumps(credentials))
         with (
             ray_started(home, cards) as cluster,
             run_command(f"s3://{BUCKET}/prompts", home / "out", cluster.address, *flags) as command,
