@@ -398,7 +398,12 @@ def test_storage_that_fails_a_card_as_it_starts_is_not_held_against_the_card(
     output = Storage(url, s3.options)
     started: list[int] = []
     start = Places.start
-    monkeypatch.setattr(Places, "start", lambda places, number: started.append(number) or start(places, number))
+
+    def noted(places: Places, number: int) -> Any:
+        started.append(number)
+        return start(places, number)
+
+    monkeypatch.setattr(Places, "start", noted)
     proxy.add(Fault("503", "GET", "/run.json", when=lambda: bool(started)))
     assert run(dataset, url, storage_options=ours, storage_patience=1) == 1
     assert "no card is left" not in said_once(capsys, "can't read run.json, tried for", "storage_patience")
