@@ -19,9 +19,16 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
+import pytest
+
+from gaudi_batch.pipelines.cpus import usable_cpus
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+
+
+several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has one CPU")
+"""Of tests that keep a process from all CPUs but one, which shows nothing where there is no other."""
 
 
 def examples(count: int) -> int:

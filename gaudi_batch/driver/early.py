@@ -91,9 +91,9 @@ class EarlyCards:
                     places.start(number)
                     unplaced.discard(number)
                 pause = min(2 * pause, MAX_PLACE_INTERVAL_S)
-            self._over.wait()
         except RayError as error:
             log.debug("cards do not start early: %s", error)  # the driver tries again, and says what fails
         finally:
+            self._over.wait()
             if not self._taken:
                 places.close()

@@ -5,9 +5,8 @@ that is not renewed for `LEASE_TTL_S` on the observer's own clock may be taken b
 machine has ended may be taken at once. A holder that could not renew it for `RENEW_DEADLINE_S` commits nothing until it
 has, and one that finds another's name in it writes nothing any more. A driver checks that it holds the lease right
 before all that it writes or removes, and what takes longer goes on no longer than the lease is certain. A write may
-still land after it was given up. That does no harm: where the store creates conditionally a manifest takes no other's
-place, a manifest of another run is no commit, and a driver that does not know what became of a manifest keeps the
-lease.
+still land later. That does no harm: where the store creates conditionally a manifest takes no other's place, a manifest
+of another run is no commit, and a driver that does not know what became of a manifest keeps the lease.
 
 A store may answer with what lease.json said a while ago. So the holder ignores the name of a driver that it knows has
 ended, and reads a name that is new to it twice before it believes it; a driver reads twice that a holder has ended
@@ -139,6 +138,7 @@ class LeaseKeeper:
         time.sleep(max(0.0, settled - time.monotonic()))
         other = self._other_holder(self._storage)
         if other is not None:
+            self.forget()
             raise InputError(f"{self._storage.url}: {other.holder} has just started to drive this run")
         try:
             self._storage.find_out_create("lease.json", self._data(), self.ensure_held, self.holds)

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import TESTS, called, read_manifest
+from helpers import TESTS, called, read_manifest, several_cpus
 from raynodes import RayCluster, follow, start_job
 
 from gaudi_batch.pipelines.cpus import usable_cpus
 
 HALF_DONE = TESTS / "data/half_done/cpu"
 BUILT_IN = ("--model", "builtin:shapes", "--steps", "2")
-several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has one CPU")
 
 
 @several_cpus

@@ -329,8 +329,27 @@ def test_a_driver_that_has_not_counted_up_for_a_while_commits_nothing(
 
 def test_who_writes_the_lease_last_has_it(output: Storage, clock: Clock) -> None:
     clock.meanwhile = lambda: take_over(output)
+    keeper = LeaseKeeper(output, "aaaaa")
     with pytest.raises(InputError, match="has just started to drive this run"):
-        LeaseKeeper(output, "aaaaa").take()
+        keeper.take()
+    keeper._renewing.join(10)
+    assert not keeper._renewing.is_alive(), "it renews a lease that it has lost"
+    assert not keeper.holds()
+
+
+def test_what_fails_while_the_lease_settles_gives_it_back(output: Storage, clock: Clock) -> None:
+    """As where no cluster answers: the next command need not wait until the lease is stale."""
+
+    def no_cluster() -> None:
+        raise InputError("no Ray cluster answers")
+
+    keeper = LeaseKeeper(output, "aaaaa")
+    with pytest.raises(InputError, match="no Ray cluster"):
+        keeper.take(meanwhile=no_cluster)
+    keeper.release()
+    held = lease.read_lease(output)
+    assert held is not None
+    assert held.released
 
 
 def test_a_lease_that_can_t_be_read_may_have_a_holder(output: Storage, clock: Clock, first: LeaseKeeper) -> None:

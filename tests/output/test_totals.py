@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyarrow as pa
 import pytest
 
@@ -49,8 +51,7 @@ def test_clocks_of_nodes_that_differ_do_not_change_the_rate(skew: float) -> None
     totals = CommitTotals()
     for shard in range(10):
         now, off = 1e9 + 10.0 * (shard // 2), skew * (shard % 2)
-        here = now + off
-        clock = DriverClock(lambda here=here: here)  # type: ignore[misc]
+        clock = DriverClock(itertools.repeat(now + off).__next__)
         clock.hear(now)
         sums = ThroughputTotals(batches=1, images=10, steady_images=10, steady_s=10.0)
         card, finished = f"card {shard % 2}", clock.convert(now + off)

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from helpers import several_cpus
 
 from gaudi_batch.pipelines.cpus import share_of_node, usable_cpus
 
 COUNT = "from gaudi_batch.pipelines.cpus import usable_cpus; print(usable_cpus())"
-BUILT_IN = ("--model", "builtin:shapes", "--steps", "2")
-several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has one CPU")
 
 
 def count(*wrapper: str) -> int:
@@ -64,7 +63,19 @@ def test_the_quota_that_a_container_sees_counts(limit: str, cpus: int) -> None:
 @several_cpus
 def test_threads_follow_from_what_a_run_may_use(prompts: Path, tmp_path: Path) -> None:
     one = str(min(os.sched_getaffinity(0)))
-    check = ("check", "--prompts", prompts, "--output", tmp_path / "out", "--device", "cpu", "--cards", "1", *BUILT_IN)
+    check = (
+        "check",
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--cards",
+        "1",
+        "--model",
+        "builtin:shapes",
+    )
     command = ["taskset", "-c", one, sys.executable, "-m", "gaudi_batch", *map(str, check)]
     assert "1 threads a card" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
