@@ -89,6 +89,11 @@ class Job:
         return self.config.dtype or "float32"
 
     @property
+    def batches(self) -> int:
+        """The batches that its images fill, if none is left half empty."""
+        return -(-self.total_rows * self.config.num_images // self.config.batch_size)
+
+    @property
     def total_rows(self) -> int:
         """Rows of the dataset that the job takes."""
         return min(self.dataset.rows, self.config.limit or self.dataset.rows)

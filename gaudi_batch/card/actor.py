@@ -39,6 +39,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output.formats.base import OutputFormat
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
+from gaudi_batch.output.lease import read_lease
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.pipelines import load_pipeline
@@ -329,11 +330,19 @@ def require_shared(setup: CardSetup) -> None:
     """
     prompts = setup.job.dataset.storage
     way_out = "a local path must be on a file system that all nodes share"
+    if not _sees_run(setup):
+        raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
+    if prompts.local and not Path(prompts.full(setup.job.dataset.files[0].name)).exists():
+        raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
+
+
+def _sees_run(setup: CardSetup) -> bool:
+    """Whether the output has the run's record, or the lease of the driver that is about to write it."""
     try:
         run = OutputReader(setup.storage).run()
     except InputError:
         run = None
-    if run is None or run.run_id != setup.run_id:
-        raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
-    if prompts.local and not Path(prompts.full(setup.job.dataset.files[0].name)).exists():
-        raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
+    if run is not None and run.run_id == setup.run_id:
+        return True
+    lease = read_lease(setup.storage)
+    return lease is not None and lease.driver == setup.driver

@@ -30,6 +30,8 @@ class CardSetup:
     """The output, as the driver has opened it."""
     run_id: str
     """The run id in run.json, by which a card checks that it sees the same output."""
+    driver: str
+    """The prefix of the driver's attempts, which lease.json has before there is a run.json."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ _PARQUET = re.compile(r"\.(parquet|parq|pq)(?=[./]|$)", re.IGNORECASE)
 """In the path of a file that was probably meant as prompts, such as `x.parquet/part-0` or `y.parquet.gz`."""
 _PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
+FOOTER_BYTES = 1 << 24
+"""Bytes of footers that cards get with the job, so that they need not read them; those of further files they read."""
 MAX_ROWS = 2**31 - 1
 """Most rows of a job. A footer can claim any number, and the plan grows with it."""
 EVERY_COLUMN = "*"
@@ -60,9 +62,12 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         footers = list(pool.map(lambda name: _footer(storage, name), sorted(located)))
     files: list[PromptFile] = []
     first_row = 0
+    footer_bytes = 0
     for name, (metadata, _, identity) in zip(sorted(located), footers, strict=True):
         groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        files.append(PromptFile(name, metadata.num_rows, first_row, identity, groups))
+        footer_bytes += metadata.serialized_size
+        footer = metadata if footer_bytes <= FOOTER_BYTES else None
+        files.append(PromptFile(name, metadata.num_rows, first_row, identity, groups, footer))
         first_row += metadata.num_rows
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")

@@ -6,8 +6,10 @@ import hashlib
 import itertools
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from gaudi_batch.storage.listing import mark_of
 
@@ -26,6 +28,13 @@ class PromptFile:
     or the time of the last change), which also changes when the file is copied or touched."""
     groups: tuple[int, ...] = ()
     """Rows of each of its row groups."""
+    footer: pq.FileMetaData | None = field(default=None, compare=False, repr=False)
+    """Its footer as planned; None if whoever reads the file must read the footer, too."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return int(self.identity.split()[0])
 
     def group_of(self, row: int) -> int:
         """The row group of a row that is counted in the file."""

@@ -130,6 +130,7 @@ class PromptDataset:
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            self.require_unchanged(piece.shard.file)  # else the row group may not be to blame
             name = self.files[piece.shard.file].name
             reason = f"row group {piece.group} of {name!r} can't be decoded: {one_line(error, 300)}"
             if not believed and piece.group not in task.undecoded:
@@ -271,9 +272,12 @@ class PromptDataset:
         return [name for name in self.open_file(file).schema_arrow.names if name in needed]
 
     def open_file(self, file: int) -> pq.ParquetFile:
-        """Opens a file; the last opened file is kept open."""
+        """Opens a file that is still what was planned; the last opened file is kept open. Raises PromptsChanged."""
         if self._opened is None or self._opened[0] != file:
-            self._opened = (file, pq.ParquetFile(self.storage.open(self.files[file].name), pre_buffer=True))
+            self.require_unchanged(file)
+            prompts = self.files[file]
+            source = self.storage.open(prompts.name, prompts.size)
+            self._opened = (file, pq.ParquetFile(source, metadata=prompts.footer, pre_buffer=True))
         return self._opened[1]
 
     def named_columns(self, table: pa.Table) -> pa.Table:

@@ -51,7 +51,9 @@ def make_missing(
     )
     with open_view() as view, handlers_kept():
         loop = LoopRunner(
-            lambda: Driver(cards.take(), schedule, run.commits, progress, view), grace, run.ledger.storage
+            lambda: Driver(cards.take(run.info.run_id), schedule, run.commits, progress, view),
+            grace,
+            run.ledger.storage,
         )
         driver, reason = loop.run()
     if driver.at_once and reason == INTERRUPTED:

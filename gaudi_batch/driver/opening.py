@@ -31,7 +31,9 @@ def refuse_another_job(ledger: Ledger, record: RunInfo, job: Job) -> None:
         raise InputError(refusal)
 
 
-def begin_run(ledger: Ledger, job: Job, cards: int, *, overwrite: bool = False) -> tuple[RunInfo, list[Shard]]:
+def begin_run(
+    ledger: Ledger, job: Job, cards: int, *, overwrite: bool = False, run_id: str | None = None
+) -> tuple[RunInfo, list[Shard]]:
     """Plans a job and writes down its plan, then its run.json.
 
     Args:
@@ -39,6 +41,7 @@ def begin_run(ledger: Ledger, job: Job, cards: int, *, overwrite: bool = False) 
         job: the job.
         cards: how many cards it may have.
         overwrite: whether a run that is there is removed, once the job is planned.
+        run_id: of the new run; None chooses one.
 
     Raises:
         InputError: the job can't be planned, or there are commits of a run whose run.json is not there.
@@ -48,13 +51,13 @@ def begin_run(ledger: Ledger, job: Job, cards: int, *, overwrite: bool = False) 
         clear(ledger)
     else:
         ledger.refuse_leftovers()
-    info = RunInfo.of(job, shards)
+    info = RunInfo.of(job, shards, run_id)
     ledger.begin(info, shards)
     return info, shards
 
 
 def open_run(
-    ledger: Ledger, job: Job, connect: Callable[[], CardResources], overwrite: bool
+    ledger: Ledger, job: Job, connect: Callable[[], CardResources], overwrite: bool, run_id: str | None = None
 ) -> tuple[RunInfo, list[Shard]]:
     """Begins a run or goes on with the existing one; returns the content of its run.json, and its plan.
 
@@ -63,6 +66,7 @@ def open_run(
         job: the job.
         connect: connects to the cluster, before anything is written that only cards can complete.
         overwrite: whether a run that is there is removed, once the job is planned.
+        run_id: of a run that begins now; None chooses one.
 
     Raises:
         InputError: the run that is there is another job's, or there is no cluster.
@@ -70,7 +74,7 @@ def open_run(
     # Read again, now that the lease is ours: another driver may have begun the run in the meantime.
     record = None if overwrite else ledger.run()
     if record is None:
-        return begin_run(ledger, job, cards_of(job, connect), overwrite=overwrite)
+        return begin_run(ledger, job, cards_of(job, connect), overwrite=overwrite, run_id=run_id)
     refuse_another_job(ledger, record, job)
     if job.config.shard_size not in (None, record.job.get("shard_size")):
         log.info("the stored plan is used, whatever shard_size is now")

@@ -22,7 +22,6 @@ from gaudi_batch.card.actor import Card
 from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.cluster.connection import CardResources, card_options
 from gaudi_batch.cluster.placement import group_name
-from gaudi_batch.driver.run_context import Run
 
 CARD_CALLS = 4
 """Calls that a card takes at the same time: polls, shards, and recalls of shards."""
@@ -40,10 +39,9 @@ class CardsOfRun:
     """Their places in the cluster."""
 
     @classmethod
-    def of(cls, run: Run, resources: CardResources) -> CardsOfRun:
+    def of(cls, setup: CardSetup, resources: CardResources) -> CardsOfRun:
         """The cards of a run, none of which is asked for yet."""
-        setup = CardSetup(run.job, run.ledger.storage, run.info.run_id)
-        return cls(setup, resources, Places(setup, resources, run.lease.driver))
+        return cls(setup, resources, Places(setup, resources))
 
 
 class Places:
@@ -52,13 +50,11 @@ class Places:
     Args:
         setup: the job, as the cards get it.
         resources: what one card takes of the cluster.
-        driver: prefix of this driver's attempts, after which the groups are called.
     """
 
-    def __init__(self, setup: CardSetup, resources: CardResources, driver: str) -> None:
+    def __init__(self, setup: CardSetup, resources: CardResources) -> None:
         self._setup = setup
         self._resources = resources
-        self._driver = driver
         self._options = card_options(setup.job.config, resources)
         self._setup_ref: Any = None
         self._card: Any = None  # exported to the cluster once, not at each start
@@ -82,7 +78,7 @@ class Places:
         for number in early - asked:
             self.remove(number)
         for number in sorted(asked.difference(self._groups)):
-            name = group_name(self._driver, number)
+            name = group_name(self._setup.driver, number)
             self._groups[number] = placement_group([self._resources.bundle], strategy="PACK", name=name)
 
     def placed(self, numbers: Collection[int]) -> dict[int, str]:

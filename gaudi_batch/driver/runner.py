@@ -25,6 +25,7 @@ from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.place import refuse_file
+from gaudi_batch.output.run_info import new_run_id
 from gaudi_batch.output.spans import Stopwatch
 from gaudi_batch.storage.store import Storage
 
@@ -92,26 +93,34 @@ def run(
         if strict:
             refuse_bad_rows(job.dataset, job.rules, job.config.limit)
         try:
-            with cluster_of(job, address, lease) as connect:
-                # A run that is there may be complete, and then needs no cluster.
-                lease.take(log.info, import_all if record else connect)
+            with cluster_of(job, address, lease) as connect, EarlyCards(job, storage, driver, connect) as cards:
+                run_id = new_run_id()
+
+                def prepare() -> None:
+                    """Connects, unless the run may be complete; starts the cards of a run that is new."""
+                    import_all()
+                    if record is None:
+                        connect()
+                        if not ledger.holds_run():
+                            cards.start(run_id, job.batches, "the run is planned")
+
+                lease.take(log.info, prepare)
                 if overwrite and ledger.holds_run():
                     _try_card(job, ledger, connect(), driver)
-                info, plan = open_run(ledger, job, connect, overwrite)
+                info, plan = open_run(ledger, job, connect, overwrite, run_id)
                 this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
-                with EarlyCards(this_run) as cards:
-                    manifests = ledger.manifest_entries()
-                    # A repair first needs the cluster's cards to read the images.
-                    if manifests and len(manifests) < len(plan) and not repair:
-                        cards.start(len(plan) - len(manifests))
-                    this_run.commits.refresh(manifests)
-                    if repair:
-                        add_broken_rows(this_run)
-                    if retry_failed:
-                        retry_failed_rows(this_run)
-                    committed = Committed.of(this_run)
-                    recut(this_run, committed)
-                    ended = _make_missing(this_run, cards, committed, watch, grace)
+                manifests = ledger.manifest_entries()
+                # A repair first needs the cluster's cards to read the images.
+                if manifests and len(manifests) < len(plan) and not repair:
+                    cards.start(info.run_id, len(plan) - len(manifests), "all records of the run are read")
+                this_run.commits.refresh(manifests)
+                if repair:
+                    add_broken_rows(this_run)
+                if retry_failed:
+                    retry_failed_rows(this_run)
+                committed = Committed.of(this_run)
+                recut(this_run, committed)
+                ended = _make_missing(this_run, cards, committed, watch, grace)
                 result = sum_up(this_run, committed.totals, ended)
                 if verify:
                     verify_images(this_run)
@@ -141,7 +150,7 @@ def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stop
         log.info("%d of %d shards are committed already", len(run.plan) - len(missing), len(run.plan))
     if not missing:
         return Ended(None)
-    cards.connect()
+    run.connect()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 

@@ -18,6 +18,11 @@ from gaudi_batch.plan import Shard
 _BOUNDS = TypeAdapter(Bounds)
 
 
+def new_run_id() -> str:
+    """A run id that no other run has."""
+    return secrets.token_hex(8)
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """The content of run.json."""
@@ -43,8 +48,8 @@ class RunInfo:
     were new to it."""
 
     @classmethod
-    def of(cls, job: Job, shards: Sequence[Shard]) -> RunInfo:
-        """What is recorded of a job whose run begins now, with this plan."""
+    def of(cls, job: Job, shards: Sequence[Shard], run_id: str | None = None) -> RunInfo:
+        """What is recorded of a job whose run begins now, with this plan; without a run id, it gets one."""
         return cls(
             job=job.describe(),
             fingerprint=job.fingerprint(),
@@ -52,7 +57,7 @@ class RunInfo:
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             rows=job.total_rows,
             images=sum(shard.images for shard in shards),
-            run_id=secrets.token_hex(8),
+            run_id=run_id or new_run_id(),
             stacks=[],
         )
 

@@ -87,9 +87,15 @@ class ReadableStorage(Retrying):
 
         return self.with_retries(f"read {path}", read, seconds)
 
-    def open(self, path: str) -> io.RawIOBase:
-        """An object as a file to read at any position; each read is tried again like everything here."""
-        return RangeReader(lambda start, stop: self.get_range(path, start, stop), int(self.info(path)["size"]))
+    def open(self, path: str, size: int | None = None) -> io.RawIOBase:
+        """An object as a file to read at any position; each read is tried again like everything here.
+
+        Args:
+            path: the object.
+            size: its bytes; None asks the store for them.
+        """
+        size = int(self.info(path)["size"]) if size is None else size
+        return RangeReader(lambda start, stop: self.get_range(path, start, stop), size)
 
     def info(self, path: str) -> dict[str, Any]:
         """What the store says of an object, including its size in bytes. Raises StorageError."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from gaudi_batch.driver.committer import check_storage
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
+from gaudi_batch.output.lease import Lease
 from gaudi_batch.output.manifest import StoredImage, read
 from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.pipelines.base import Item
@@ -144,6 +148,7 @@ def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeyp
         ),
         storage=Storage(str(tmp_path / "out")),
         run_id="run",
+        driver="aaaaa",
     )
     monkeypatch.setattr("gaudi_batch.card.actor.OutputReader.run", lambda ledger: SimpleNamespace(run_id="run"))
     with pytest.raises(RuntimeError, match=r"does not see the prompts in .*must be on a file system that all nodes"):
@@ -151,6 +156,19 @@ def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeyp
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/p.parquet").touch()
     require_shared(setup)
+
+
+@pytest.mark.parametrize(("driver", "sees"), [("aaaaa", True), ("bbbbb", False)])
+def test_before_a_run_is_planned_a_node_sees_it_by_the_lease_of_its_driver(
+    driver: str, sees: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "p.parquet").touch()
+    dataset = SimpleNamespace(storage=Storage(str(tmp_path)), files=[SimpleNamespace(name="p.parquet")])
+    output = Storage(str(tmp_path / "out"))
+    output.put("lease.json", json.dumps(asdict(Lease(driver, "host", "machine", 1, "", 1, ()))).encode())
+    setup: Any = SimpleNamespace(job=SimpleNamespace(dataset=dataset), storage=output, run_id="run", driver="aaaaa")
+    with contextlib.nullcontext() if sees else pytest.raises(RuntimeError, match="does not see this run"):
+        require_shared(setup)
 
 
 def test_a_card_looks_whether_its_node_sees_what_the_others_see_before_it_loads(

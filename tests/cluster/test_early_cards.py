@@ -1,4 +1,4 @@
-"""Cards of a run that is resumed start while its records are read."""
+"""Cards start while a run is planned, or while the records of one that is resumed are read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from gaudi_batch import JobConfig, run
+from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.card.messages import Ready
 from gaudi_batch.cluster.connection import attached
 from gaudi_batch.driver.early import EarlyCards
+from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.driver.places import Places
 from gaudi_batch.driver.result import RunResult
-from gaudi_batch.errors import StorageError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output.commits import Commits
+from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.storage.listing import Entry
 
 LEFT = 2
@@ -27,11 +31,15 @@ LEFT = 2
 
 
 @pytest.fixture
-def resume(prompts: Path, tmp_path: Path, cluster: str) -> Callable[..., RunResult]:
+def job(prompts: Path, tmp_path: Path) -> JobConfig:
+    fields: dict[str, Any] = {"device": "simulated", "simulated": {"batch_seconds": 0.01}, "shard_size": 8, "cards": 2}
+    return JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), **fields)
+
+
+@pytest.fixture
+def resume(job: JobConfig, tmp_path: Path, cluster: str) -> Callable[..., RunResult]:
     """Goes on with a run of which some shards are committed."""
     output = tmp_path / "out"
-    fields: dict[str, Any] = {"device": "simulated", "simulated": {"batch_seconds": 0.01}, "shard_size": 8, "cards": 2}
-    job = JobConfig(prompts=str(prompts), output=str(output), **fields)
     with pytest.MonkeyPatch.context() as patched:
         threadcards.put_in_place(patched)
         run(job, address=cluster)
@@ -87,6 +95,34 @@ def test_cards_start_before_all_is_read_and_go_on_with_the_run(
     assert set(started.actors) == set(early), "the driver takes the processes that are there"
 
 
+@pytest.mark.usefixtures("thread_cards")
+def test_cards_start_before_a_new_run_is_planned_and_go_on_with_it(
+    job: JobConfig, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Started(monkeypatch)
+    early: list[tuple[int, Any]] = []
+    loaded = threading.Event()
+    emit = Mailbox.emit
+
+    def noted(mailbox: Mailbox, event: Any) -> int:
+        if isinstance(event, Ready):
+            loaded.set()
+        return emit(mailbox, event)
+
+    def begin_once_a_card_is_ready(*arguments: Any, **named: Any) -> Any:
+        assert started.enough.wait(60), "no card starts before the run is planned"
+        early.extend(started.actors)
+        assert loaded.wait(60), "a card waits for the run to be planned"
+        assert not (tmp_path / "out/run.json").exists()
+        return begin_run(*arguments, **named)
+
+    monkeypatch.setattr(Mailbox, "emit", noted)
+    monkeypatch.setattr("gaudi_batch.driver.opening.begin_run", begin_once_a_card_is_ready)
+    assert run(job, address=cluster).exit_code == 0
+    assert sorted(row["row"] for row in read_manifest(tmp_path / "out")) == list(range(100))
+    assert set(started.actors) == set(early), "the driver takes the processes that are there"
+
+
 def raises(error: BaseException) -> Callable[..., None]:
     def fail(*_: Any) -> None:
         raise error
@@ -122,6 +158,40 @@ def test_cards_that_started_early_are_given_back_if_the_run_ends(
         states = {group["state"] for group in placement_group_table().values()}
     assert started.actors
     assert states == {"REMOVED"}
+
+
+@pytest.mark.usefixtures("thread_cards")
+def test_cards_of_a_new_run_are_given_back_if_it_can_t_be_planned(
+    job: JobConfig, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Started(monkeypatch)
+
+    def fail(*_: Any, **__: Any) -> None:
+        assert started.enough.wait(60)
+        raise InputError("it can't be planned")
+
+    monkeypatch.setattr("gaudi_batch.driver.opening.begin_run", fail)
+    with attached(cluster):
+        with pytest.raises(InputError, match="it can't be planned"):
+            run(job, address=cluster)
+        states = {group["state"] for group in placement_group_table().values()}
+    assert states == {"REMOVED"}
+
+
+@pytest.mark.usefixtures("thread_cards")
+def test_no_card_starts_early_for_a_run_that_another_driver_has_made_meanwhile(
+    job: JobConfig, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = LeaseKeeper.take
+
+    def take_after_another(keeper: LeaseKeeper, *arguments: Any) -> None:
+        monkeypatch.setattr(LeaseKeeper, "take", take)
+        assert run(job, address=cluster).exit_code == 0
+        monkeypatch.setattr(EarlyCards, "start", raises(AssertionError("cards start for a run that is complete")))
+        take(keeper, *arguments)
+
+    monkeypatch.setattr(LeaseKeeper, "take", take_after_another)
+    assert run(job, address=cluster).exit_code == 0
 
 
 @pytest.mark.usefixtures("thread_cards")

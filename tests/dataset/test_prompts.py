@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import pickle
 import tempfile
 import threading
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from gaudi_batch.config.bounds import MAX_SEED
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
-from gaudi_batch.dataset.reader import GroupUndecoded, PromptDataset
+from gaudi_batch.dataset.reader import GroupUndecoded, PromptDataset, PromptsChanged
 from gaudi_batch.dataset.rows import PromptRow, RowRules, image_seed, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import InputError, StorageError
@@ -30,6 +31,7 @@ from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.planner import ShardSizes, plan_shards
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import Reading
+from gaudi_batch.storage.store import Storage
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8)
 
@@ -491,3 +493,40 @@ def test_a_row_group_that_can_t_be_decoded_is_for_another_card_to_try(prompts: P
     assert all(row.unreadable and "row group 1" in str(row.error) for row in rows if row.error)
     rows, _ = dataset.read(Shard(0, 1, 5, 45, RULES.bucket, 40, 40), RULES)
     assert [row.row for row in rows if row.error] == list(range(27, 47)), "the driver asks nobody else"
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["sent along", "too large together"])
+def test_a_card_reads_the_bytes_of_its_columns_and_a_footer_that_it_was_not_sent(
+    sent: bool, write_prompts: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sent:
+        monkeypatch.setattr("gaudi_batch.dataset.discovery.FOOTER_BYTES", 0)
+    texts = [f"prompt {row}" for row in range(64)]
+    file = write_prompts({"prompt": texts, "data": [bytes(1000)] * 64}, row_group_size=32) / "part-0.parquet"
+    dataset: PromptDataset = pickle.loads(pickle.dumps(opened(file.parent)))
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    begin = column.dictionary_page_offset or column.data_page_offset
+    own = range(begin, begin + column.total_compressed_size)
+    read: list[range] = []
+    get_range = Storage.get_range
+
+    def noted(storage: Storage, path: str, start: int, stop: int) -> bytes:
+        read.append(range(start, stop))
+        return get_range(storage, path, start, stop)
+
+    monkeypatch.setattr(Storage, "get_range", noted)
+    rows, _ = dataset.read(Shard(0, 0, 32, 64, RULES.bucket, 32, 32), RULES)
+    assert [row.prompt for row in rows] == texts[32:]
+    footers = [each for each in read if each.stop == file.stat().st_size]
+    assert bool(footers) is not sent
+    assert all(each.start in own and each.stop <= own.stop for each in read if each not in footers)
+
+
+def test_a_file_that_is_replaced_once_it_is_open_is_not_taken_for_undecodable(prompts: Path) -> None:
+    dataset = opened(prompts)
+    read_task(dataset)
+    file = prompts / "part-1.parquet"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    other = Shard(0, 1, 0, 20, RULES.bucket, 20, 20)
+    with pytest.raises(PromptsChanged, match="is not what it was when it was planned"):
+        dataset.read(other, RULES, ShardTask(other, "a1"))

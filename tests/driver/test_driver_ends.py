@@ -40,13 +40,13 @@ class Recorder:
 async def a_driver(cluster_s: float = 60.0) -> Driver:
     """A driver whose cluster never gives a card."""
     config = JobConfig(prompts="p", output="o", device="simulated", limits={"cluster": cluster_s})
-    setup: Any = SimpleNamespace(job=SimpleNamespace(config=config))
+    setup: Any = SimpleNamespace(driver="a", job=SimpleNamespace(config=config))
     schedule = Schedule(
         [Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4), Rules(cluster_timeout_s=cluster_s)
     )
     recorder: Any = Recorder()
     resources = CardResources("HPU", 1)
-    cards = CardsOfRun(setup, resources, Places(setup, resources, "a"))
+    cards = CardsOfRun(setup, resources, Places(setup, resources))
     return Driver(cards, schedule, recorder, recorder, recorder)
 
 

@@ -19,8 +19,9 @@ def test_cards_that_started_early_and_are_not_asked_for_are_given_back(monkeypat
     removed: list[Group] = []
     monkeypatch.setattr("gaudi_batch.driver.places.placement_group", lambda *_, **__: Group())
     monkeypatch.setattr("gaudi_batch.driver.places.remove_placement_group", removed.append)
-    setup: Any = SimpleNamespace(job=SimpleNamespace(config=JobConfig(prompts="p", output="o", device="simulated")))
-    places = Places(setup, CardResources("HPU", 1), "a")
+    job = SimpleNamespace(config=JobConfig(prompts="p", output="o", device="simulated"))
+    setup: Any = SimpleNamespace(driver="a", job=job)
+    places = Places(setup, CardResources("HPU", 1))
     places.create_early(range(3))
     third = places._groups[2]
     places.create((0, 1))
