@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import defaults, idle, memory, one_card, ray_data, reading, schedule, small_images
+from benchmarks import defaults, idle, memory, one_card, ray_data, reading, resuming, schedule, small_images
 from benchmarks.report import update_page
 
-BENCHMARKS = [
-    module.BENCHMARK for module in (defaults, ray_data, schedule, one_card, reading, small_images, idle, memory)
-]
+MODULES = (defaults, ray_data, schedule, one_card, reading, resuming, small_images, idle, memory)
+BENCHMARKS = [module.BENCHMARK for module in MODULES]
 
 
 def main() -> None:

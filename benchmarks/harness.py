@@ -186,10 +186,11 @@ def read_batches(output: Path | str, **storage_options: Any) -> list[Batch]:
     filesystem.invalidate_cache()
     files = filesystem.cat([name for name in filesystem.find(f"{path}/throughput") if name.endswith(".jsonl")])
     lines = [json.loads(line) for data in files.values() for line in data.splitlines()]
-    return sorted((_batch(line) for line in lines), key=lambda batch: batch.stored)
+    return sorted((parse_batch(line) for line in lines), key=lambda batch: batch.stored)
 
 
-def _batch(line: dict[str, Any]) -> Batch:
+def parse_batch(line: Mapping[str, Any]) -> Batch:
+    """The batch of a line of a throughput file."""
     stored = pa.scalar(line["time"].replace("+00:00", "Z"), pa.string()).cast(pa.timestamp("ms", "UTC")).value / 1000
     shape = tuple(line["bucket"].values())
     uploads = line.get("upload_s", 0.0)

@@ -80,13 +80,14 @@ def rows_of(shards: list[Shard]) -> pa.Table:
     return pa.table({name: pa.array(columns[name], COLUMNS.field(name).type) for name in COLUMNS.names})
 
 
-def write(directory: Path, shards: int, committed: float) -> None:
+def write(directory: Path, shards: int, committed: float, quiet: bool = False) -> None:
     """Writes all of it.
 
     Args:
         directory: where; it gets `prompts.parquet` and `out`.
         shards: about how many the plan has.
         committed: the part of them that is committed, 0 to 1.
+        quiet: whether nothing is printed of how far it is.
     """
     directory.mkdir(parents=True)
     rows = shards * IMAGES
@@ -137,7 +138,8 @@ def write(directory: Path, shards: int, committed: float) -> None:
                 name = f"aaaaa{first // ROLLUP_SHARDS:06d}"
                 ledger.put(rollup.rows_path(name), rollup.encode_rows(rollup.join_tables([table])))
                 ledger.put(rollup.index_path(name), rollup.encode_index(commits, table.nbytes))
-            print(f"{first + len(part)} of {len(done)} shards", flush=True)
+            if not quiet:
+                print(f"{first + len(part)} of {len(done)} shards", flush=True)
 
 
 def main() -> None:

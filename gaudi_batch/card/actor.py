@@ -204,8 +204,7 @@ class Card:
         maker = ShardMaker(
             task=task,
             rows=work.rows,
-            batch_size=config.batch_size,
-            run_seed=config.seed,
+            config=config,
             call=call,
             announce=(lambda rows: self._announce(task.attempt, rows)) if task.announce else lambda _: None,
             probe=self._probes.get(bucket),

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.rows import PromptRow, image_seed
 from gaudi_batch.output.formats.encoding import to_pixels
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
@@ -45,37 +46,40 @@ class MadeImage:
     truncated: bool
 
 
-@dataclass
 class ShardMaker:
     """Makes the images of one shard.
 
     Args:
         task: the shard, and what is known of its rows.
         rows: the shard's rows.
-        batch_size: images of each call.
-        run_seed: seed of the run.
+        config: of the job, whose `batch_size` is that of each call.
         call: generates a whole batch.
         announce: called with the rows of a batch before its call; may wait.
         probe: an item of the bucket that this card has made before, if there is one. A suspect shard begins with it,
             announced as no row at all: what the card does to that is no row's fault.
     """
 
-    task: ShardTask
-    rows: Sequence[PromptRow]
-    batch_size: int
-    run_seed: int
-    call: Callable[[list[Item]], Generated]
-    announce: Callable[[tuple[int, ...]], None] = lambda rows: None
-    probe: Item | None = None
-    failures: dict[int, str] = field(default_factory=dict)
-    """Rows that failed, with their errors; complete when `batches` has ended."""
-    raised: set[int] = field(default_factory=set)
-    """Those of them that the pipeline was called for."""
-    doubted: dict[int, str] = field(default_factory=dict)
-    """Those of them that another card has to make again; its result decides."""
-    transient_failures: int = 0
-    """Calls that raised and images that were wrong, and that worked when repeated."""
-    _unconfirmed: dict[int, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        task: ShardTask,
+        rows: Sequence[PromptRow],
+        config: JobConfig,
+        call: Callable[[list[Item]], Generated],
+        announce: Callable[[tuple[int, ...]], None] = lambda rows: None,
+        probe: Item | None = None,
+    ) -> None:
+        self.probe = probe
+        self.failures: dict[int, str] = {}
+        """Rows that failed, with their errors; complete when `batches` has ended."""
+        self.raised: set[int] = set()
+        """Those of them that the pipeline was called for."""
+        self.doubted: dict[int, str] = {}
+        """Those of them that another card has to make again; its result decides."""
+        self.transient_failures = 0
+        """Calls that raised and images that were wrong, and that worked when repeated."""
+        self._task, self._rows, self._call, self._announce = task, rows, call, announce
+        self._batch_size, self._run_seed = config.batch_size, config.seed
+        self._unconfirmed: dict[int, str] = {}
 
     def batches(self) -> Iterator[list[MadeImage]]:
         """Generates the shard; each list holds what one pipeline call made.
@@ -84,39 +88,39 @@ class ShardMaker:
             CardFault: rows failed and nothing shows that it was not the card.
         """
         runnable = []
-        for row in self.rows:
-            if self.task.confirm and row.row not in self.task.confirm:
+        for row in self._rows:
+            if self._task.confirm and row.row not in self._task.confirm:
                 continue
             if row.error is not None:
                 self.failures[row.row] = row.error
-            elif row.row in self.task.fail_without_running:
-                self.failures[row.row] = self.task.fail_without_running[row.row]
+            elif row.row in self._task.fail_without_running:
+                self.failures[row.row] = self._task.fail_without_running[row.row]
                 self.raised.add(row.row)
             else:
                 runnable.append(row)
-        if self.task.announce and runnable:
-            self.announce(())
+        if self._task.announce and runnable:
+            self._announce(())
             self._make_probe()
-        apart = self.task.alone | self.task.failed_alone_once.keys() | self.task.confirm
+        apart = self._task.alone | self._task.failed_alone_once.keys() | self._task.confirm
         together = (item for row in runnable if row.row not in apart for item in self._items(row))
-        for group in _chunks(together, self.batch_size):
+        for group in _chunks(together, self._batch_size):
             yield from self._make(group)
         for row in runnable:
             if row.row in apart:
-                for group in _chunks(self._items(row), self.batch_size):
+                for group in _chunks(self._items(row), self._batch_size):
                     yield from self._make(group)
         if self._unconfirmed:
             self._confirm_by_probe()
         if self.doubted and self.probe is None:
             raise CardFault(next(iter(self.doubted.values())), self.doubted)
-        if self.task.confirm and self.raised:
+        if self._task.confirm and self.raised:
             self._make_probe()  # else a faulty card would confirm failures
         self.failures.update(self.doubted)
         self.raised.update(self.doubted)
 
     def _items(self, row: PromptRow) -> Iterator[Item]:
         for image in range(row.num_images):
-            yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self.run_seed, row, image))
+            yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self._run_seed, row, image))
 
     def _is_lost(self, row: int) -> bool:
         return row in self.failures or row in self._unconfirmed or row in self.doubted
@@ -126,7 +130,7 @@ class ShardMaker:
         if not group:
             return
         rows = tuple(dict.fromkeys(item.row for item in group))
-        self.announce(rows)
+        self._announce(rows)
         try:
             made, wrong = self._generate(group)
         except DeviceError:
@@ -138,7 +142,7 @@ class ShardMaker:
             for row in rows:
                 yield from self._make([item for item in group if item.row == row])
             self.transient_failures += not any(map(self._is_lost, rows))
-            if len(self._unconfirmed) >= self.batch_size and self.probe is not None:
+            if len(self._unconfirmed) >= self._batch_size and self.probe is not None:
                 self._confirm_by_probe()
             return
         if made:
@@ -152,7 +156,7 @@ class ShardMaker:
 
     def _make_again(self, item: Item) -> Iterator[list[MadeImage]]:
         """Makes an image again, alone, that was wrong in its batch."""
-        self.announce((item.row,))
+        self._announce((item.row,))
         try:
             made, wrong = self._generate([item])
         except DeviceError:
@@ -171,8 +175,8 @@ class ShardMaker:
 
     def _generate(self, group: list[Item]) -> tuple[list[MadeImage], dict[Item, str]]:
         """One call of the pipeline; returns the right images, and what is wrong with the others."""
-        filled = group + [group[-1]] * (self.batch_size - len(group))
-        generated = self.call(filled)
+        filled = group + [group[-1]] * (self._batch_size - len(group))
+        generated = self._call(filled)
         made, wrong = [], {}
         for place, item in enumerate(group):
             try:
@@ -186,7 +190,7 @@ class ShardMaker:
         return made, wrong
 
     def _confirms_failure(self, row: int) -> bool:
-        return row in self.task.failed_alone_once or row in self.task.confirm
+        return row in self._task.failed_alone_once or row in self._task.confirm
 
     def _suspect(self, row: int, error: str) -> None:
         if self._confirms_failure(row):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gaudi_batch.card.shard_runner import CardFault, ShardMaker
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
 from gaudi_batch.plan import Bucket, Shard
@@ -51,7 +52,8 @@ def maker(device: Callable[..., Any], count: int, **settings: Any) -> ShardMaker
     known = {name: settings.pop(name) for name in list(settings) if name not in ("announce", "control", "suspect")}
     known["announce"] = settings.pop("suspect", False)
     task = ShardTask(Shard(0, 0, 0, count, BUCKET, count, count * images), "a1", **known)
-    return ShardMaker(task, rows(count, images), batch_size=4, run_seed=0, call=device, **settings)
+    config = JobConfig(prompts="p", output="o", device="simulated", batch_size=4, seed=0)
+    return ShardMaker(task, rows(count, images), config, device, **settings)
 
 
 def test_every_call_is_a_whole_batch() -> None:
