@@ -76,13 +76,13 @@ class Admission:
         self._vote = StackVote(requirements.stack)
         self._loaded: dict[int, Card] = {}
         self._stacks: Counter[Stack] = Counter()
-        self._holders: dict[tuple[str, int], Card] = {}  # of the modules of a node
+        self._card_of_module: dict[tuple[str, int], Card] = {}  # of the modules of a node
         self._unadmitted: set[int] = set()  # loaded and not admitted yet
         self._judged: tuple[Stack | None, bool] = (None, False)  # what the last verdicts were based on
 
-    def holder_of(self, loaded: LoadedCard) -> Card | None:
+    def card_on_module_of(self, loaded: LoadedCard) -> Card | None:
         """The card that holds the same module, which Ray has given out twice."""
-        return None if loaded.module is None else self._holders.get((loaded.node_id, loaded.module))
+        return None if loaded.module is None else self._card_of_module.get((loaded.node_id, loaded.module))
 
     def why_unfit(self, loaded: LoadedCard) -> str:
         """Why a card can't work whatever stack the others have; empty if it may."""
@@ -95,7 +95,7 @@ class Admission:
         self._unadmitted.add(card.number)
         self._stacks[Stack(loaded.stack)] += 1
         if loaded.module is not None:
-            self._holders[loaded.node_id, loaded.module] = card
+            self._card_of_module[loaded.node_id, loaded.module] = card
 
     def remove(self, card: Card) -> None:
         """Forgets a card: its process has ended, or it may not work any more."""
@@ -109,7 +109,7 @@ class Admission:
         if not self._stacks[stack]:
             del self._stacks[stack]
         if loaded.module is not None:
-            del self._holders[loaded.node_id, loaded.module]
+            del self._card_of_module[loaded.node_id, loaded.module]
 
     def admitted(self, card: Card) -> None:
         """Notes that a card works from now on."""
@@ -137,9 +137,9 @@ class Admission:
         verdicts: list[Verdict] = []
         if stack is not None:
             if stack != before:
-                holder = next(card for card in self._loaded.values() if _stack_of(card) == stack)
-                assert holder.loaded is not None
-                decisions.append(UseStack(dict(stack), holder.loaded.node))
+                first = next(card for card in self._loaded.values() if _stack_of(card) == stack)
+                assert first.loaded is not None
+                decisions.append(UseStack(dict(stack), first.loaded.node))
             vote = stack, self._vote.settled
             judged: Iterable[Card] = newcomers
             if vote != self._judged:

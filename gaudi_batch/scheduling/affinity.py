@@ -23,7 +23,7 @@ class Affinity:
     def __init__(self, max_graphs: int) -> None:
         self._max_graphs = max_graphs
         self._captured: dict[int, dict[GraphKey, None]] = {}  # by card; the latest used is the last
-        self._holders: Counter[GraphKey] = Counter()
+        self._cards_with: Counter[GraphKey] = Counter()
         self._warm_s = 0.0
         self._warm_images = 0
         # Of shards that captured a graph.
@@ -40,11 +40,11 @@ class Affinity:
         captures = key not in keys
         keys.pop(key, None)
         keys[key] = None
-        self._holders[key] += captures
+        self._cards_with[key] += captures
         if len(keys) > self._max_graphs:
             oldest = next(iter(keys))
             del keys[oldest]
-            self._holders[oldest] -= 1
+            self._cards_with[oldest] -= 1
         return captures
 
     def captured(self, card: int) -> list[GraphKey]:
@@ -53,7 +53,7 @@ class Affinity:
 
     def forget(self, card: int) -> None:
         """Forgets the graphs of a card whose process is over."""
-        self._holders.subtract(list(self._captured.pop(card, ())))
+        self._cards_with.subtract(list(self._captured.pop(card, ())))
 
     def took(self, seconds: float, images: int, captured: bool) -> None:
         """Notes how long the pipeline calls of a shard took, and whether they captured a graph."""
@@ -80,7 +80,7 @@ class Affinity:
         if captured:
             return max(captured, key=lambda key: (pending[key][0], key))
         worthy = [key for key, (left, images) in pending.items() if self.is_worth_it(key, left, images)]
-        return max(worthy, key=lambda key: (pending[key][0] / (1 + self._holders[key]), key), default=None)
+        return max(worthy, key=lambda key: (pending[key][0] / (1 + self._cards_with[key]), key), default=None)
 
     def is_worth_it(self, key: GraphKey, pending: int, images: int) -> bool:
         """Whether a card that captures this key would finish a shard of it before those that have captured it.
@@ -93,8 +93,8 @@ class Affinity:
             pending: how many images of it wait.
             images: of the next shard.
         """
-        holders = self._holders[key]
-        return not holders or self._capture_cost(images) + 1 <= -(-pending // (holders * max(1, images)))
+        captured_by = self._cards_with[key]
+        return not captured_by or self._capture_cost(images) + 1 <= -(-pending // (captured_by * max(1, images)))
 
     def _capture_cost(self, images: int) -> float:
         """The cost of a capture, in shards of so many images; 0 while it is unknown."""

@@ -159,8 +159,8 @@ class Backups:
         """An idle card that would make the shard sooner than its own."""
         shard = self._shards[live.shard]
         key = shard.bucket.graph_key
-        holders = self._work.cards.by_key[0].get(key) or {}
-        for cards, captures in ((holders, False), (self._work.cards.open[0], True)):
+        captured = self._work.cards.by_key[0].get(key) or {}
+        for cards, captures in ((captured, False), (self._work.cards.open[0], True)):
             for card in itertools.islice(cards.values(), MAX_COMPARED):
                 seconds = self.pace.expected_s(card.number, shard, captures)
                 if card is not live.card and seconds is not None and seconds * GAIN_FACTOR < remaining:

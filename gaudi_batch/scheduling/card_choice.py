@@ -58,7 +58,7 @@ class CardChoice:
     def open_for(self, shard: int, level: int) -> Iterator[Card]:
         """The cards that may have a shard which has come back, of those with `level` shards in flight."""
         cards = [self._captured(shard, level)]
-        if not self._has_holder(shard):
+        if not self._has_captured_card(shard):
             cards.append(self._cards.open[level].values())
         elif level == 0:
             cards.append(self._free_to_capture(shard))
@@ -79,7 +79,7 @@ class CardChoice:
         yield self._free_to_capture(shard)
         for level in range(1, len(self._cards.by_key)):
             yield self._captured(shard, level)
-        if not self._has_holder(shard):
+        if not self._has_captured_card(shard):
             for cards in (*self._cards.open, self._cards.full):
                 yield cards.values()
 
@@ -100,7 +100,7 @@ class CardChoice:
         is_worth_it = self._affinity.is_worth_it(key, max(images, self._pending.images(key)), images)
         return self._cards.open[0].values() if is_worth_it else ()
 
-    def _has_holder(self, shard: int) -> bool:
+    def _has_captured_card(self, shard: int) -> bool:
         """Whether a card that has captured the graph could make the shard, soon and as well as any other."""
         failures = self._failures.get(shard)
         failed_on = failures.failed_on if failures else ()

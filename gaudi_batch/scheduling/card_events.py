@@ -79,10 +79,10 @@ class CardEvents:
         card, loaded = self._cards.by_number[event.card], event.loaded
         if card.state is not CardState.STARTING or card.loaded is not None:
             return None
-        holder = self._admission.holder_of(loaded)
-        if holder is not None and holder is not card:
-            holder_name = holder.loaded.name if holder.loaded else holder.number
-            error = f"Ray gave it module {loaded.module} of node {loaded.node}, which card {holder_name} holds"
+        other = self._admission.card_on_module_of(loaded)
+        if other is not None and other is not card:
+            other_name = other.loaded.name if other.loaded else other.number
+            error = f"Ray gave it module {loaded.module} of node {loaded.node}, which card {other_name} holds"
             return [NoteFault(card.number, error), *(self.died(CardDied(card.number, error)) or [])]
         if loaded.node_id != card.node:
             self._cards.move(card, loaded.node_id)

@@ -194,8 +194,8 @@ class Cards:
         """Files a card anew; to be called after each change of it."""
         if card._filed is not None:
             del card._filed[card.number]
-        for holders in card._filed_keys:
-            del holders[card.number]
+        for cards in card._filed_keys:
+            del cards[card.number]
         if card._counted_on is not None:
             self._count(card._counted_on, -1)
         card._filed, card._filed_keys, card._counted_on = self._place(card), (), None
@@ -208,8 +208,8 @@ class Cards:
         for by_key, cards in zip(self.by_key, (*self.open, self.full), strict=True):
             if card._filed is cards:
                 card._filed_keys = tuple(by_key.setdefault(key, {}) for key in self._affinity.captured(card.number))
-        for holders in card._filed_keys:
-            holders[card.number] = card
+        for cards in card._filed_keys:
+            cards[card.number] = card
 
     def _count(self, node: str, change: int) -> None:
         count = self.live_on.get(node, 0) + change

@@ -188,7 +188,7 @@ class Dispatch:
             if key is None:
                 # No key is worth a capture for any card; cards that have captured one may go on with it.
                 by_key = map(self.cards.by_key[level].get, self.pending.fresh_images)
-                card = next((next(iter(holders.values())) for holders in by_key if holders), card)
+                card = next((next(iter(cards.values())) for cards in by_key if cards), card)
                 key = self._choose_key(card)
             if key is None:
                 return None
@@ -223,8 +223,8 @@ class Dispatch:
             card = self._reserved.get(shard)
             if card is None or card.in_flight:
                 continue
-            holder = self.cards.exclusive.get(card.node, shard)
-            if holder != shard or (self._is_alone_on_node(shard) and self.cards.attempts_on_node[card.node]):
+            exclusive_shard = self.cards.exclusive.get(card.node, shard)
+            if exclusive_shard != shard or (self._is_alone_on_node(shard) and self.cards.attempts_on_node[card.node]):
                 continue
             del self._reserved[shard]
             card.reserved_for = None

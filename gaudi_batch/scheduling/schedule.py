@@ -230,8 +230,8 @@ class Schedule:
         doubles = Counter(attempts_on_node)
         assert max(doubles.values(), default=0) <= 2, "a shard has more than one backup"
         for shard in [shard for shard, count in doubles.items() if count > 1]:
-            holders = {live.card.number for live in work.attempts.values() if live.shard == shard}
-            assert len(holders) == 2, "both attempts at a shard are on one card"
+            on_cards = {live.card.number for live in work.attempts.values() if live.shard == shard}
+            assert len(on_cards) == 2, "both attempts at a shard are on one card"
         everywhere = [*doubles, *pending, *state.committing, *state.stuck]
         assert len(everywhere) == len(set(everywhere)), "a shard is in two places"
         assert set(everywhere) <= state.shards.keys(), "a shard is not of this run"
