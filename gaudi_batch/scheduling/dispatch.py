@@ -188,7 +188,7 @@ class Dispatch:
             if key is None:
                 # No key is worth a capture for any card; cards that have captured one may go on with it.
                 by_key = map(self.cards.by_key[level].get, self.pending.fresh_images)
-                card = next((next(iter(cards.values())) for cards in by_key if cards), card)
+                card = next((next(iter(captured.values())) for captured in by_key if captured), card)
                 key = self._choose_key(card)
             if key is None:
                 return None
