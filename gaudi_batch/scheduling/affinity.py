@@ -1,16 +1,23 @@
 """Which cards have captured which graphs, and when another capture is worth its cost.
 
 A card prefers the graph keys that it has captured. Of others it takes the one with the most work per card that has
-captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. What a
+captured it, if any is worth a capture: if the card would be done before those that have captured it get to it. It also
+leaves a key with work for one that would be done so much later that the run ends sooner in spite of the capture. What a
 capture costs shows in how much longer a card's first shard of a key takes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
 from gaudi_batch.plan import GraphKey
+
+MAX_COMPARED_KEYS = 64
+"""Graph keys among which a card looks for one that is late."""
+MIN_GAIN = 0.9
+"""A card leaves its key if the later of two keys then ends in less than this share of the time."""
 
 
 class Affinity:
@@ -24,12 +31,20 @@ class Affinity:
         self._max_graphs = max_graphs
         self._captured: dict[int, dict[GraphKey, None]] = {}  # by card; the latest used is the last
         self._cards_with: Counter[GraphKey] = Counter()
+        self._choices = 0
+        self._cards_at: Counter[GraphKey] = Counter()  # by the key that a card used last
         self._warm_s = 0.0
         self._warm_images = 0
+        self._warm_of: dict[GraphKey, tuple[float, int]] = {}  # the same for each key
+        self._image_s: dict[GraphKey, float] = {}
         # Of shards that captured a graph.
         self._cold_s = 0.0
         self._cold_images = 0
         self._cold_shards = 0
+        self._capture_s = 0.0
+        """Seconds of a capture; 0 while that is unknown."""
+        self._capture_images = 0.0
+        """Images that a card makes in that time."""
 
     def use(self, card: int, key: GraphKey) -> bool:
         """Notes that a card will have a key's graph; returns whether that is new to it.
@@ -38,6 +53,9 @@ class Affinity:
         """
         keys = self._captured.setdefault(card, {})
         captures = key not in keys
+        if keys:
+            self._cards_at[next(reversed(keys))] -= 1
+        self._cards_at[key] += 1
         keys.pop(key, None)
         keys[key] = None
         self._cards_with[key] += captures
@@ -53,9 +71,11 @@ class Affinity:
 
     def forget(self, card: int) -> None:
         """Forgets the graphs of a card whose process is over."""
-        self._cards_with.subtract(list(self._captured.pop(card, ())))
+        keys = list(self._captured.pop(card, ()))
+        self._cards_with.subtract(keys)
+        self._cards_at.subtract(keys[-1:])
 
-    def took(self, seconds: float, images: int, captured: bool) -> None:
+    def took(self, key: GraphKey, seconds: float, images: int, captured: bool) -> None:
         """Notes how long the pipeline calls of a shard took, and whether they captured a graph."""
         if captured:
             self._cold_s += seconds
@@ -64,6 +84,13 @@ class Affinity:
         else:
             self._warm_s += seconds
             self._warm_images += images
+            seconds_of_key, images_of_key = self._warm_of.get(key, (0.0, 0))
+            self._warm_of[key] = seconds_of_key + seconds, images_of_key + images
+            self._image_s[key] = (seconds_of_key + seconds) / max(1, images_of_key + images)
+        if self._cold_shards and self._warm_s:
+            image_s = self._warm_s / max(1, self._warm_images)
+            self._capture_s = max(0.0, (self._cold_s - image_s * self._cold_images) / self._cold_shards)
+            self._capture_images = self._capture_s / image_s
 
     def choose(self, card: int, pending: Mapping[GraphKey, tuple[int, int]]) -> GraphKey | None:
         """The key that a card should go on with, or None if none is worth it.
@@ -74,8 +101,10 @@ class Affinity:
         """
         keys = self._captured.get(card, {})
         last = next(reversed(keys), None)
-        if last in pending:
-            return last
+        if last is not None and last in pending:
+            # One choice in so many as there are keys, so that a choice costs no more where there are many.
+            self._choices += 1
+            return (self._choices % len(pending) == 0 and self._late_key(last, pending)) or last
         captured = [key for key in keys if key in pending]
         if captured:
             return max(captured, key=lambda key: (pending[key][0], key))
@@ -93,13 +122,28 @@ class Affinity:
             pending: how many images of it wait.
             images: of the next shard.
         """
-        captured_by = self._cards_with[key]
-        return not captured_by or self._capture_cost(images) + 1 <= -(-pending // (captured_by * max(1, images)))
+        captured_by, images = self._cards_with[key], images or 1
+        return not captured_by or self._capture_images / images + 1 <= -(-pending // (captured_by * images))
 
-    def _capture_cost(self, images: int) -> float:
-        """The cost of a capture, in shards of so many images; 0 while it is unknown."""
-        if not self._cold_shards or not self._warm_s or not images:
-            return 0.0
-        image_s = self._warm_s / max(1, self._warm_images)
-        capture_s = (self._cold_s - image_s * self._cold_images) / self._cold_shards
-        return max(0.0, capture_s / (image_s * images))
+    def _late_key(self, key: GraphKey, pending: Mapping[GraphKey, tuple[int, int]]) -> GraphKey | None:
+        """A key for which a card should leave its own, which has work: the run ends sooner.
+
+        Args:
+            key: of the card.
+            pending: as for `choose`.
+        """
+        cards = self._cards_at[key]
+        if len(pending) == 1 or cards < 2 or not self._cold_shards or key not in self._image_s:
+            return None
+        late, late_s = key, 0.0
+        for other in itertools.islice(pending, MAX_COMPARED_KEYS):
+            at_other = self._cards_at[other]
+            seconds = pending[other][0] * self._image_s.get(other, 0.0) / at_other if at_other else 0.0
+            if seconds > late_s:
+                late, late_s = other, seconds
+        if late == key:
+            return None
+        with_it_s = (late_s * self._cards_at[late] + self._capture_s) / (self._cards_at[late] + 1)
+        without_it_s = pending[key][0] * self._image_s[key] / (cards - 1)
+        ends_sooner = max(with_it_s, without_it_s) < MIN_GAIN * late_s
+        return late if ends_sooner and self._capture_s < with_it_s else None

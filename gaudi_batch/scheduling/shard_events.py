@@ -76,7 +76,7 @@ class ShardEvents:
         live, outcome = self._work.release(event.attempt), event.outcome
         card, shard = live.card, self._state.shards[live.shard]
         self._cards.made()
-        self._work.affinity.took(outcome.seconds, shard.images, live.captures)
+        self._work.affinity.took(shard.bucket.graph_key, outcome.seconds, shard.images, live.captures)
         self._state.backups.took(live, outcome.seconds)
         self._state.storage_failures.works()
         self._cards.record_success(card)

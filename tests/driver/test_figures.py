@@ -55,8 +55,8 @@ def test_the_last_tenth_of_a_plan_is_in_shards_of_a_quarter() -> None:
 def test_what_a_capture_costs_is_the_time_beyond_that_of_the_images() -> None:
     affinity = Affinity(4)
     affinity.use(0, KEY)
-    affinity.took(30.0, 10, captured=True)
-    affinity.took(10.0, 10, captured=False)
+    affinity.took(KEY, 30.0, 10, captured=True)
+    affinity.took(KEY, 10.0, 10, captured=False)
     # One second an image, so the capture took 20 s: as long as two shards of 10 images.
     assert affinity.is_worth_it(KEY, pending=30, images=10)
     assert not affinity.is_worth_it(KEY, pending=20, images=10)

@@ -148,3 +148,52 @@ def test_a_card_that_keeps_one_graph_counts_on_no_other() -> None:
     assert affinity.use(0, first)
     plan = shuffled_plan(480, 16, shapes=2)
     assert simulate(Schedule(plan, "a", RowCounts(480), Rules(max_graphs=1)), 1, 5.0)[0] == 2
+
+
+LATE, EARLY = GraphKey(64, 64, True), GraphKey(96, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("cards_early", "left_early", "late_batch_s", "capture_s", "goes"),
+    [
+        pytest.param(4, 100, 1.0, 60.0, True, id="each end of the two is then sooner"),
+        pytest.param(4, 100, 1.0, 140.0, False, id="a capture takes too long"),
+        pytest.param(1, 100, 1.0, 60.0, False, id="nobody would be left"),
+        pytest.param(2, 350, 1.0, 60.0, False, id="its own key would be late then"),
+        pytest.param(4, 100, 0.25, 60.0, False, id="the late key's images take less time"),
+        pytest.param(4, 100, 0.0, 60.0, False, id="how long they take is not known"),
+    ],
+)
+def test_a_card_leaves_its_key_for_a_late_one_where_the_run_then_ends_sooner(
+    cards_early: int, left_early: int, late_batch_s: float, capture_s: float, goes: bool
+) -> None:
+    """The late key has two cards with 200 batches each to make."""
+    affinity = Affinity(4)
+    for card in range(2):
+        affinity.use(card, LATE)
+    for card in range(2, 2 + cards_early):
+        affinity.use(card, EARLY)
+    affinity.took(EARLY, 1.0, BATCH, captured=False)
+    if late_batch_s:
+        affinity.took(LATE, late_batch_s, BATCH, captured=False)
+    affinity.took(EARLY, capture_s + 1.0, BATCH, captured=True)
+    pending = {LATE: (400 * BATCH, BATCH), EARLY: (left_early * BATCH, BATCH)}
+    assert {affinity.choose(2, pending) for _ in pending} == ({LATE, EARLY} if goes else {EARLY})
+    assert {affinity.choose(0, pending) for _ in pending} == {LATE}
+
+
+def test_cards_that_leave_for_a_late_key_are_no_more_than_are_of_use() -> None:
+    affinity = Affinity(4)
+    affinity.use(0, LATE)
+    for card in range(1, 16):
+        affinity.use(card, EARLY)
+    for key in (LATE, EARLY):
+        affinity.took(key, 1.0, BATCH, captured=False)
+    affinity.took(EARLY, 61.0, BATCH, captured=True)
+    pending = {LATE: (400 * BATCH, BATCH), EARLY: (1500 * BATCH, BATCH)}
+    left = 0
+    for card in [card for card in range(1, 16) for _ in pending]:
+        chosen = affinity.choose(card, pending)
+        assert chosen is not None
+        left += affinity.use(card, chosen)
+    assert left == 2, "400 s with one card, 150 s with three and their captures; 1500 s on 13 cards take 115 s"

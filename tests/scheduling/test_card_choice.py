@@ -98,8 +98,8 @@ def test_a_shard_that_a_node_has_died_of_rather_goes_to_a_card_of_another_that_h
 def chosen(work_on: int, died_on: list[int], dropping: str | None = None) -> int:
     """The card that a suspect shard gets: card 0 has captured the graph and works, card 1 idles, all on one node."""
     affinity, work = Affinity(4), {shard.number: shard for shard in shards(1)}
-    affinity.took(50.0, 4, captured=True)
-    affinity.took(1.0, 4, captured=False)
+    affinity.took(work[0].bucket.graph_key, 50.0, 4, captured=True)
+    affinity.took(work[0].bucket.graph_key, 1.0, 4, captured=False)
     affinity.use(0, work[0].bucket.graph_key)
     cards = Cards(affinity)
     for number in range(3):
@@ -148,8 +148,8 @@ def returned(counts: dict[Bucket, int], capture: float) -> tuple[Dispatch, list[
     first, last = buckets[0], buckets[-1]
     numbered = {n: Shard(n, 0, 4 * n, 4 * n + 4, bucket, 4, 4) for n, bucket in enumerate([first, first, *buckets])}
     dispatch = Dispatch(numbered, "a", 1)
-    dispatch.affinity.took(1.0 + capture, 4, captured=True)
-    dispatch.affinity.took(1.0, 4, captured=False)
+    dispatch.affinity.took(first.graph_key, 1.0 + capture, 4, captured=True)
+    dispatch.affinity.took(first.graph_key, 1.0, 4, captured=False)
     for number, bucket in enumerate((first, last)):
         card = Card(number, f"node {number}", CardState.READY)
         dispatch.cards.add(card)
