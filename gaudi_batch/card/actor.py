@@ -32,6 +32,7 @@ from gaudi_batch.card.shard_result import (
     encode_error,
 )
 from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker
+from gaudi_batch.card.store_pool import StorePool
 from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
@@ -59,7 +60,9 @@ from gaudi_batch.scheduling.events import (
 from gaudi_batch.text import describe_error
 
 STORE_THREADS = 4
-"""Images that a card encodes and stores at the same time."""
+"""Images that a card encodes and stores at the same time, at most."""
+STORE_SHARE = 0.5
+"""Part of the time of a batch's generation in which the images of the one before should be stored."""
 BATCHES_IN_STORE = 2
 """Batches that may wait for storage before the device waits, too."""
 
@@ -84,7 +87,7 @@ class Card:
         self._recorder = ShardRecorder(setup, self._clock)
         self._inbox: queue.Queue[ShardTask] = queue.Queue()
         self._fetched: queue.Queue[ShardRows] = queue.Queue(maxsize=1)
-        self._store = ThreadPoolExecutor(STORE_THREADS, "store")
+        self._store = StorePool(STORE_THREADS)
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
         self._probes: dict[Bucket, Item] = {}
@@ -219,7 +222,9 @@ class Card:
                 if task.confirm:
                     self._try_to_encode(made, maker)
                     continue
-                self._store_slots.acquire()
+                if not self._store_slots.acquire(blocking=False):
+                    self._store.widen()
+                    self._store_slots.acquire()
                 batch = StoredBatch(task.attempt, last_call, len(stored))
                 stored.append(self._store_batch(output, batch, made, storage_failed))
                 if storage_failed.is_set():
@@ -293,6 +298,7 @@ class Card:
                     self._store_slots.release()
 
         self._mailbox.store(count)
+        self._store.keep_up(count, STORE_SHARE * batch.call.generate_s)
         for image in made:
             future = self._store.submit(output.add, image.item.row, image.item.image, image.pixels)
             batch.add(image, future)

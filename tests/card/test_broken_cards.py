@@ -25,6 +25,7 @@ from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, require_shared
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.shard_result import CardIdentity, PipelineCall, ShardRecorder, ShardRows, StoredBatch
+from gaudi_batch.card.store_pool import StorePool
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import EncodingConfig
 from gaudi_batch.dataset.discovery import open_prompts
@@ -103,7 +104,8 @@ class Slots(threading.Semaphore):
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         if super().acquire(blocking=False):
             return True
-        self.waiters.put(1)
+        if blocking:
+            self.waiters.put(1)
         return super().acquire(blocking, timeout)
 
 
@@ -126,6 +128,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     monkeypatch.setattr("gaudi_batch.card.actor.ShardMaker", Maker)
     card: Any = Card.__new__(Card)
     card._store_slots, card._storage, card._probes = Slots(BATCHES_IN_STORE), None, {}
+    card._store = StorePool(2)
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._mailbox = Mailbox(lambda: 0.0)

@@ -8,7 +8,6 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.card.shard_result import PipelineCall, StoredBatch
 from gaudi_batch.card.shard_runner import MadeImage
+from gaudi_batch.card.store_pool import StorePool
 from gaudi_batch.cli import main as cli
 from gaudi_batch.driver.doing import CARDS_SHOWN, WAITS_SAID, Doing, Watch, card_lines, doings, doings_of, waits_for
 from gaudi_batch.driver.slot import Slot
@@ -116,7 +116,7 @@ def test_a_card_tells_what_it_reads_and_what_waits_to_be_stored() -> None:
 
 def test_a_card_counts_images_until_they_are_stored() -> None:
     card, stored, goes_on = Card.__new__(Card), threading.Semaphore(0), threading.Semaphore(0)
-    card._mailbox, card._store, card._store_slots = Mailbox(lambda: 0.0), ThreadPoolExecutor(1), threading.Semaphore(1)
+    card._mailbox, card._store, card._store_slots = Mailbox(lambda: 0.0), StorePool(1), threading.Semaphore(1)
 
     class Output:
         def add(self, *_: Any) -> None:
