@@ -42,7 +42,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         output, records = home / "run/out", home / "records"
         committed = len(list((output / "manifest").iterdir()))
         shutil.copytree(output, records, ignore=shutil.ignore_patterns(*LARGE))
-        case = f"{committed:,} of {shards:,} shards committed"
+        case = f"{committed:,} shards of {round(committed / COMMITTED):,} committed"
         yield f"{case}, local disk", _resume(home, str(output), ())
         _restore(output, records, committed)
         server = DirectoryBucket(home / "run", latency_s=LATENCY_S)

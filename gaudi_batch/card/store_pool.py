@@ -31,7 +31,7 @@ class StorePool:
         self._pool = ThreadPoolExecutor(threads, "store")
         self._threads = self._width = threads
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._tasks: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
         self._working = 0
         self._task_s: float | None = None
         self._needed: tuple[int, float] = (threads, 0.0)
@@ -45,7 +45,7 @@ class StorePool:
         """Runs a task as soon as a thread may."""
         future: Future[T] = Future()
         with self._lock:
-            self._waiting.append((future, task, arguments))
+            self._tasks.append((future, task, arguments))
             self._start_threads()
         return future
 
@@ -69,17 +69,17 @@ class StorePool:
         self._start_threads()
 
     def _start_threads(self) -> None:
-        for _ in range(min(self._width - self._working, len(self._waiting))):
+        for _ in range(min(self._width - self._working, len(self._tasks))):
             self._working += 1
             self._pool.submit(self._work)
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting or self._working > self._width:
+                if not self._tasks or self._working > self._width:
                     self._working -= 1
                     return
-                future, task, arguments = self._waiting.popleft()
+                future, task, arguments = self._tasks.popleft()
             started = time.monotonic()
             try:
                 result = task(*arguments)
