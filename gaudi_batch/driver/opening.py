@@ -11,6 +11,7 @@ from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_re
 from gaudi_batch.driver.run_context import Run, cards_of
 from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import InputError
+from gaudi_batch.garbage import no_collections
 from gaudi_batch.job import Job
 from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.ledger import Ledger
@@ -46,7 +47,8 @@ def begin_run(
     Raises:
         InputError: the job can't be planned, or there are commits of a run whose run.json is not there.
     """
-    shards = list(job.plan(cards))
+    with no_collections():
+        shards = list(job.plan(cards))
     if overwrite:
         clear(ledger)
     else:

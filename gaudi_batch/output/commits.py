@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.errors import StorageError
+from gaudi_batch.garbage import no_collections
 from gaudi_batch.layout import ROLLUPS, manifest_path
 from gaudi_batch.output import manifest, rollup
 from gaudi_batch.output.ledger import Ledger
@@ -94,6 +95,7 @@ class Commits:
         """The commits in order of their shards."""
         return (self.by_shard[shard] for shard in sorted(self.by_shard))
 
+    @no_collections()
     def refresh(self, listed: Mapping[int, Entry] | None = None) -> None:
         """Brings all in line with what storage lists: what is gone is forgotten, and what is new or another is read.
 

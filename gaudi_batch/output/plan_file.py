@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gaudi_batch.garbage import no_collections
 from gaudi_batch.plan import Bucket, Shard
 
 _NUMBERS = (
@@ -50,6 +51,7 @@ def encode_plan(shards: Sequence[Shard], retired: Collection[int] = ()) -> bytes
     return buffer.getvalue()
 
 
+@no_collections()
 def decode_plan(data: bytes, rows: int) -> tuple[list[Shard], list[Shard]]:
     """Reads the plan of a run with so many rows. Shards of more rows are passed over: a driver ended before it had
     added these rows to run.json.

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from gaudi_batch.errors import InputError
+from gaudi_batch.garbage import no_collections
 from gaudi_batch.layout import manifest_path, parse_manifest
 from gaudi_batch.output import manifest
 from gaudi_batch.output.manifest import CommitInfo
@@ -79,6 +80,7 @@ class OutputReader:
         numbers = (parse_manifest(name) for name in self.storage.names("manifest"))
         return sorted(number for number in numbers if number is not None)
 
+    @no_collections()
     def manifest_entries(self) -> dict[int, Entry]:
         """The manifests in the listing by their shards, without those of shards that the plan says are retired."""
         retired = {shard.number for shard in self._retired}
