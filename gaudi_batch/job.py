@@ -13,7 +13,7 @@ from gaudi_batch.config.bounds import Bounds, bounds_for
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
-from gaudi_batch.dataset.rows import RowRules, make_row
+from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules, make_row
 from gaudi_batch.dataset.scan import planned_groups, row_spans
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.cpus import usable_cpus
@@ -90,8 +90,13 @@ class Job:
 
     @property
     def batches(self) -> int:
-        """The batches that its images fill, if none is left half empty."""
+        """The batches that its images fill, if no row asks for a number of its own and none is left half empty."""
         return -(-self.total_rows * self.config.num_images // self.config.batch_size)
+
+    @property
+    def reads_shapes(self) -> bool:
+        """Whether columns of the prompts are read to plan it."""
+        return not self.dataset.columns.keys().isdisjoint(SHAPE_COLUMNS)
 
     @property
     def total_rows(self) -> int:

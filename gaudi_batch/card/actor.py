@@ -40,7 +40,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output.formats.base import OutputFormat
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
-from gaudi_batch.output.lease import read_lease
+from gaudi_batch.output.lease import SETTLE_INTERVAL_S, read_lease
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.pipelines import load_pipeline
@@ -61,8 +61,6 @@ from gaudi_batch.text import describe_error
 
 STORE_THREADS = 4
 """Images that a card encodes and stores at the same time, at most."""
-STORE_SHARE = 0.5
-"""Part of the time of a batch's generation in which the images of the one before should be stored."""
 BATCHES_IN_STORE = 2
 """Batches that may wait for storage before the device waits, too."""
 
@@ -178,6 +176,8 @@ class Card:
         self._idle_since = time.monotonic()
         while True:
             self._mailbox.enter("idle")
+            if self._fetched.empty():
+                self._store.let_all_work()
             work = self._fetched.get()
             if self._mailbox.begin(work.task.attempt):
                 self._mailbox.emit(ShardBegun(work.task.attempt, generating=True))
@@ -298,7 +298,7 @@ class Card:
                     self._store_slots.release()
 
         self._mailbox.store(count)
-        self._store.keep_up(count, STORE_SHARE * batch.call.generate_s)
+        self._store.adjust()
         for image in made:
             future = self._store.submit(output.add, image.item.row, image.item.image, image.pixels)
             batch.add(image, future)
@@ -342,12 +342,17 @@ def require_shared(setup: CardSetup) -> None:
 
 
 def _sees_run(setup: CardSetup) -> bool:
-    """Whether the output has the run's record, or the lease of the driver that is about to write it."""
-    try:
-        run = OutputReader(setup.storage).run()
-    except InputError:
-        run = None
-    if run is not None and run.run_id == setup.run_id:
-        return True
-    lease = read_lease(setup.storage)
-    return lease is not None and lease.driver == setup.driver
+    """Whether the output has the run's record, or the lease of the driver that is about to write it. What says no is
+    read twice, since storage may answer with what was there a moment ago."""
+    for pause in (0.0, SETTLE_INTERVAL_S):
+        time.sleep(pause)
+        try:
+            run = OutputReader(setup.storage).run()
+        except InputError:
+            run = None
+        if run is not None and run.run_id == setup.run_id:
+            return True
+        lease = read_lease(setup.storage)
+        if lease is not None and lease.driver == setup.driver:
+            return True
+    return False

@@ -21,7 +21,7 @@ from gaudi_batch.dataset.arrow import is_text
 from gaudi_batch.dataset.columns import can_cast, is_binary, plain
 from gaudi_batch.dataset.convert import how_to_convert
 from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
-from gaudi_batch.dataset.prompt_file import PromptFile, identity_of
+from gaudi_batch.dataset.prompt_file import PromptFile, identity_of, parse_footer, read_footer
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import JOINED, OWN_FILES, ROLLUPS, is_of_run, own_names, parse_manifest
@@ -38,8 +38,8 @@ _PARQUET = re.compile(r"\.(parquet|parq|pq)(?=[./]|$)", re.IGNORECASE)
 """In the path of a file that was probably meant as prompts, such as `x.parquet/part-0` or `y.parquet.gz`."""
 _PARQUET_SUFFIX = re.compile(rf"{_PARQUET.pattern}$", re.IGNORECASE)
 DIRECTORY_RULE = "a directory's prompts are *.parquet, nothing in it beginning with . or _; a glob takes any name"
-FOOTER_BYTES = 1 << 24
-"""Bytes of footers that cards get with the job, so that they need not read them; those of further files they read."""
+FOOTER_BYTES = 1 << 22
+"""Bytes of footers that each card gets with the job and need not read; one of an ordinary file has about a thousand."""
 MAX_ROWS = 2**31 - 1
 """Most rows of a job. A footer can claim any number, and the plan grows with it."""
 EVERY_COLUMN = "*"
@@ -63,11 +63,11 @@ def open_prompts(config: JobConfig) -> PromptDataset:
     files: list[PromptFile] = []
     first_row = 0
     footer_bytes = 0
-    for name, (metadata, _, identity) in zip(sorted(located), footers, strict=True):
+    for name, (metadata, _, footer, identity) in zip(sorted(located), footers, strict=True):
         groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        footer_bytes += metadata.serialized_size
-        footer = metadata if footer_bytes <= FOOTER_BYTES else None
-        files.append(PromptFile(name, metadata.num_rows, first_row, identity, groups, footer))
+        sent = footer if footer_bytes + len(footer) <= FOOTER_BYTES else b""
+        footer_bytes += len(sent)
+        files.append(PromptFile(name, metadata.num_rows, first_row, identity, groups, sent))
         first_row += metadata.num_rows
     if first_row == 0:
         raise InputError(f"prompts {storage.url!r}: the files hold no rows")
@@ -75,11 +75,11 @@ def open_prompts(config: JobConfig) -> PromptDataset:
         raise InputError(f"prompts {storage.url!r}: the files hold {first_row} rows; a job takes at most {MAX_ROWS}")
     try:
         # A file without rows, such as an empty data frame's, often has no meaningful types.
-        schemas = [plain(schema) for metadata, schema, _ in footers if metadata.num_rows]
+        schemas = [plain(schema) for metadata, schema, *_ in footers if metadata.num_rows]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"prompts {storage.url!r}: the files' columns disagree: {one_line(error, 300)}") from None
-    for file, (_, file_schema, _) in zip(files, footers, strict=True):
+    for file, (_, file_schema, *_) in zip(files, footers, strict=True):
         for field in file_schema if file.rows else ():
             shared = schema.field(field.name).type
             if not can_cast(field.type, shared):
@@ -87,10 +87,10 @@ def open_prompts(config: JobConfig) -> PromptDataset:
                     f"prompts file {file.name!r}: column {field.name!r} is {one_line(field.type, 100)}, which can't"
                     f" become {one_line(shared, 100)}, in which the manifest has that of all files; give it that type"
                 )
-    columns = _map_columns(config, schema, [s for _, s, _ in footers], files)
+    columns = _map_columns(config, schema, [file_schema for _, file_schema, *_ in footers], files)
     others = pa.schema([field for field in schema if field.name not in columns.values()])
     if config.carry is None:
-        carried = _small_columns(storage.url, others, [metadata for metadata, _, _ in footers])
+        carried = _small_columns(storage.url, others, [metadata for metadata, *_ in footers])
     else:
         carried = _named_columns(config.carry, schema, others)
     return PromptDataset(storage, files, columns, carried, len(carried) == len(others))
@@ -310,20 +310,14 @@ def _some(names: Collection[str], base: str, visible: int = 3) -> str:
     return first + (f" and {len(names) - visible} more" if len(names) > visible else "")
 
 
-def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, str]:
+def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, bytes, str]:
     info = storage.info(name)  # some stores tell more here than in a listing, and other marks of a version
     size = int(info["size"] or 0)
     if size == 0 and info.get("size") is not None:
         raise InputError(f"prompts file {name!r} is empty (0 bytes); write it again, or take it out of the prompts")
     try:
-        tail = storage.get_range(name, max(0, size - 65536), size)
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if tail[-4:] != b"PAR1" or length > size:
-            raise pa.ArrowInvalid("it does not end as a Parquet file does")
-        if length > len(tail):
-            tail = storage.get_range(name, size - length, size)
-        # The footer alone is a readable Parquet file as long as no column is read.
-        opened = pq.ParquetFile(pa.BufferReader(b"PAR1" + tail[-length:]))
+        footer = read_footer(storage, name, size)
+        opened = parse_footer(footer)
         metadata, schema = opened.metadata, opened.schema_arrow
         str(schema)  # raises for a name that is not UTF-8
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -334,7 +328,7 @@ def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, st
         raise InputError(
             f"prompts file {name!r} is not a readable Parquet file: {way_out or one_line(error, 300)}"
         ) from None
-    return metadata, schema, identity_of(info, tail[-length:])
+    return metadata, schema, footer, identity_of(info, footer)
 
 
 def _named(schema: pa.Schema) -> str:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.arrow import distinct_rows, python_rows, take
 from gaudi_batch.dataset.columns import cast
-from gaudi_batch.dataset.prompt_file import PromptFile, size_mark
+from gaudi_batch.dataset.prompt_file import PromptFile, is_footer_of, read_footer, size_mark
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, PromptRow, RowRules, Undecodable, make_row
 from gaudi_batch.errors import StorageError
 from gaudi_batch.plan import Shard
@@ -130,7 +130,7 @@ class PromptDataset:
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            self.require_unchanged(piece.shard.file)  # else the row group may not be to blame
+            self._require_footer(piece.shard.file)  # else the row group may not be to blame
             name = self.files[piece.shard.file].name
             reason = f"row group {piece.group} of {name!r} can't be decoded: {one_line(error, 300)}"
             if not believed and piece.group not in task.undecoded:
@@ -256,6 +256,17 @@ class PromptDataset:
         if not (fits and identity.startswith(size_mark(info)) and identity.endswith(mark_of(info))):
             raise PromptsChanged(f"prompts file {name!r} is not what it was when it was planned")
 
+    def _require_footer(self, file: int) -> None:
+        """Checks that a file ends as it did when it was planned, which also tells where a store has no marks of
+        versions. Raises PromptsChanged or StorageError."""
+        self.require_unchanged(file)
+        prompts = self.files[file]
+        try:
+            fits = is_footer_of(prompts.identity, read_footer(self.storage, prompts.name, prompts.size))
+        except pa.ArrowException:
+            fits = False
+        self.require_unchanged(file, fits)
+
     def group_sizes(self, file: int) -> list[int]:
         """Rows of each row group of a file. Raises PromptsChanged."""
         try:
@@ -272,12 +283,17 @@ class PromptDataset:
         return [name for name in self.open_file(file).schema_arrow.names if name in needed]
 
     def open_file(self, file: int) -> pq.ParquetFile:
-        """Opens a file that is still what was planned; the last opened file is kept open. Raises PromptsChanged."""
+        """Opens a file that is still what was planned; the last opened file is kept open.
+
+        Raises:
+            PromptsChanged: it is not.
+            StorageError: the store failed.
+        """
         if self._opened is None or self._opened[0] != file:
             self.require_unchanged(file)
             prompts = self.files[file]
             source = self.storage.open(prompts.name, prompts.size)
-            self._opened = (file, pq.ParquetFile(source, metadata=prompts.footer, pre_buffer=True))
+            self._opened = (file, pq.ParquetFile(source, metadata=prompts.metadata, pre_buffer=True))
         return self._opened[1]
 
     def named_columns(self, table: pa.Table) -> pa.Table:

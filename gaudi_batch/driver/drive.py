@@ -49,6 +49,7 @@ def make_missing(
         lambda card_s: [*earlier, watch.span(card_s)],
         Timeline(run.ledger, run.lease.driver),
     )
+    cards.settle()
     with open_view() as view, handlers_kept():
         loop = LoopRunner(
             lambda: Driver(cards.take(run.info.run_id), schedule, run.commits, progress, view),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,8 @@ CLOSE_TIMEOUT_S = 30.0
 
 
 class EarlyCards:
-    """The cards of a run from when it is known that shards are missing. They are given back at its end, unless the
-    driver has taken them.
+    """Cards of a run from when it is likely that shards are missing. They are given back at its end, unless the driver
+    has taken them.
 
     Args:
         job: the job.
@@ -38,47 +39,56 @@ class EarlyCards:
 
     def __init__(self, job: Job, storage: Storage, driver: str, connect: Callable[[], CardResources]) -> None:
         self._job, self._storage, self._driver, self._connect = job, storage, driver, connect
-        self._cards: CardsOfRun | None = None
-        self._thread: threading.Thread | None = None
-        self._over = threading.Event()
-        self._taken = False
+        self._started: _Started | None = None
 
     def __enter__(self) -> EarlyCards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join(CLOSE_TIMEOUT_S)
+        self.give_back()
 
     def start(self, run_id: str, count: int, before: str) -> None:
         """Connects, and has a thread start as many of the cards that the cluster has now, while this one goes on.
+        Those that were started before are given back.
 
         Args:
             run_id: of the run.
-            count: cards that are of use, at most.
+            count: cards that are of use, as far as that is known.
             before: what they do not wait for, for the log.
 
         Raises:
             InputError: there is no cluster.
         """
+        self.give_back()
         resources = self._connect()
         from gaudi_batch.cluster.connection import cluster_capacity
 
         config = self._job.config
         count = min(cluster_capacity(config, resources).cards, config.max_cards or count, count)
-        log.info("%s before %s", counted(count, "card starts", "cards start"), before)
-        self._cards = self._cards_of(run_id)
-        self._thread = threading.Thread(target=self._start, args=(self._cards, count), name="early cards", daemon=True)
-        self._thread.start()
+        if count:
+            log.info("%s before %s", counted(count, "card starts", "cards start"), before)
+            self._started = _Started(self._cards_of(run_id), count)
+
+    def settle(self) -> None:
+        """Has the thread start no more cards, and waits until it does not."""
+        if self._started is not None:
+            self._started.settle()
 
     def take(self, run_id: str) -> CardsOfRun:
         """The cards of a run, which from now on are the caller's to give back. Raises InputError."""
-        self._taken = self._cards is not None and self._cards.setup.run_id == run_id
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join()
-        return self._cards if self._cards is not None and self._taken else self._cards_of(run_id)
+        started = self._started
+        if started is None or started.cards.setup.run_id != run_id:
+            self.give_back()
+            return self._cards_of(run_id)
+        self._started = None
+        started.let_go()
+        return started.cards
+
+    def give_back(self) -> None:
+        """Gives all cards back that nobody has taken."""
+        started, self._started = self._started, None
+        if started is not None:
+            started.give_back()
 
     def _cards_of(self, run_id: str) -> CardsOfRun:
         # Ray is slow to import, and a run that is complete does not need it.
@@ -88,20 +98,61 @@ class EarlyCards:
         setup = CardSetup(self._job, self._storage, run_id, self._driver)
         return CardsOfRun.of(setup, self._connect())
 
-    def _start(self, cards: CardsOfRun, count: int) -> None:
-        from ray.exceptions import RayError
 
-        places, unplaced, pause = cards.places, set(range(count)), MIN_PLACE_INTERVAL_S
+class _Started:
+    """Cards that a thread starts, and gives back if it is told to.
+
+    Args:
+        cards: the cards of the run.
+        count: how many of them.
+    """
+
+    def __init__(self, cards: CardsOfRun, count: int) -> None:
+        self.cards = cards
+        self._count = count
+        self._enough = threading.Event()
+        self._settled = threading.Event()
+        self._decided = threading.Event()
+        self._given_back = False
+        self._thread = threading.Thread(target=self._run, name="early cards", daemon=True)
+        self._thread.start()
+
+    def settle(self) -> None:
+        self._enough.set()
+        self._settled.wait()
+
+    def let_go(self) -> None:
+        self._enough.set()
+        self._decided.set()
+        self._thread.join()
+
+    def give_back(self) -> None:
+        self._given_back = True
+        self._enough.set()
+        self._decided.set()
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        interrupted = False
+        while self._thread.is_alive() and time.monotonic() < until:
+            try:
+                self._thread.join(max(0.0, until - time.monotonic()))
+            except KeyboardInterrupt:  # Ray must not be left while the thread asks it
+                interrupted = True
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _run(self) -> None:
+        places, unplaced, pause = self.cards.places, set(range(self._count)), MIN_PLACE_INTERVAL_S
         try:
             places.create_early(unplaced)
-            while unplaced and not self._over.wait(pause):
+            while unplaced and not self._enough.wait(pause):
                 for number in places.placed(unplaced):
                     places.start(number)
                     unplaced.discard(number)
                 pause = min(2 * pause, MAX_PLACE_INTERVAL_S)
-        except RayError as error:
+        except Exception as error:
             log.debug("cards do not start early: %s", error)  # the driver tries again, and says what fails
         finally:
-            self._over.wait()
-            if not self._taken:
+            self._settled.set()
+            self._decided.wait()
+            if self._given_back:
                 places.close()

@@ -69,6 +69,7 @@ class Fleet:
         tell: Callable[[events.Event], None],
         keep: Callable[[Done], None],
     ) -> None:
+        self._began = time.monotonic()
         self.slots: dict[int, Slot] = {}
         setup, resources = cards.setup, cards.resources
         self.rules = PhaseRules(setup.job.config, f"{resources.amount} {resources.name}", CARD_POLL_INTERVAL_S)
@@ -231,7 +232,8 @@ class Fleet:
             slot.starting = None
             await self._lost(slot, error)
             return
-        slot.starting, slot.last_seen = None, self._places.started_at[slot.number]
+        # A process that has started early had nobody who heard it until now.
+        slot.starting, slot.last_seen = None, max(self._began, self._places.started_at[slot.number])
         await self._listen(slot, slot.actor)
 
     async def _listen(self, slot: Slot, actor: Any) -> None:

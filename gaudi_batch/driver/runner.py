@@ -97,15 +97,17 @@ def run(
                 run_id = new_run_id()
 
                 def prepare() -> None:
-                    """Connects, unless the run may be complete; starts the cards of a run that is new."""
+                    """Connects and starts cards if the run is new; one that is there may be complete."""
                     import_all()
-                    if record is None:
+                    if record is None and not ledger.holds_run():
                         connect()
-                        if not ledger.holds_run():
+                        # Whether rows can be planned whose shapes must be read is found out first.
+                        if not job.reads_shapes:
                             cards.start(run_id, job.batches, "the run is planned")
 
                 lease.take(log.info, prepare)
                 if overwrite and ledger.holds_run():
+                    cards.give_back()
                     _try_card(job, ledger, connect(), driver)
                 info, plan = open_run(ledger, job, connect, overwrite, run_id)
                 this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))

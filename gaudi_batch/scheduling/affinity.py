@@ -16,8 +16,8 @@ from gaudi_batch.plan import GraphKey
 
 MAX_COMPARED_KEYS = 64
 """Graph keys among which a card looks for one that is late."""
-MIN_GAIN = 0.9
-"""A card leaves its key if the later of two keys then ends in less than this share of the time."""
+MAX_SHARE = 0.9
+"""A card leaves its key if the later of two keys then ends in less than this share of the time that it takes now."""
 
 
 class Affinity:
@@ -35,12 +35,14 @@ class Affinity:
         self._cards_at: Counter[GraphKey] = Counter()  # by the key that a card used last
         self._warm_s = 0.0
         self._warm_images = 0
-        self._warm_of: dict[GraphKey, tuple[float, int]] = {}  # the same for each key
+        # How long images of a key take, and shards that captured a graph, each by key.
+        self._warm_of: dict[GraphKey, tuple[float, int]] = {}
         self._image_s: dict[GraphKey, float] = {}
-        # Of shards that captured a graph.
-        self._cold_s = 0.0
-        self._cold_images = 0
-        self._cold_shards = 0
+        self._cold_of: dict[GraphKey, tuple[float, int, int]] = {}  # seconds, images, shards
+        # What captures took, over the keys of which both kinds of shards were made.
+        self._captures_s: dict[GraphKey, float] = {}
+        self._all_captures_s = 0.0
+        self._captures = 0
         self._capture_s = 0.0
         """Seconds of a capture; 0 while that is unknown."""
         self._capture_images = 0.0
@@ -78,19 +80,30 @@ class Affinity:
     def took(self, key: GraphKey, seconds: float, images: int, captured: bool) -> None:
         """Notes how long the pipeline calls of a shard took, and whether they captured a graph."""
         if captured:
-            self._cold_s += seconds
-            self._cold_images += images
-            self._cold_shards += 1
+            cold_s, cold_images, shards = self._cold_of.get(key, (0.0, 0, 0))
+            self._cold_of[key] = cold_s + seconds, cold_images + images, shards + 1
         else:
             self._warm_s += seconds
             self._warm_images += images
-            seconds_of_key, images_of_key = self._warm_of.get(key, (0.0, 0))
-            self._warm_of[key] = seconds_of_key + seconds, images_of_key + images
-            self._image_s[key] = (seconds_of_key + seconds) / max(1, images_of_key + images)
-        if self._cold_shards and self._warm_s:
-            image_s = self._warm_s / max(1, self._warm_images)
-            self._capture_s = max(0.0, (self._cold_s - image_s * self._cold_images) / self._cold_shards)
-            self._capture_images = self._capture_s / image_s
+            warm_s, warm_images = self._warm_of.get(key, (0.0, 0))
+            self._warm_of[key] = warm_s + seconds, warm_images + images
+            self._image_s[key] = (warm_s + seconds) / max(1, warm_images + images)
+        if key in self._cold_of and key in self._image_s:
+            self._note_captures(key, captured)
+
+    def _note_captures(self, key: GraphKey, is_new: bool) -> None:
+        """Notes what the captures of a key have taken beyond the time of their images."""
+        cold_s, cold_images, shards = self._cold_of[key]
+        captures_s = cold_s - self._image_s[key] * cold_images
+        if key not in self._captures_s:
+            self._captures += shards
+        elif is_new:
+            self._captures += 1
+        self._all_captures_s += captures_s - self._captures_s.get(key, 0.0)
+        self._captures_s[key] = captures_s
+        self._capture_s = max(0.0, self._all_captures_s / self._captures)
+        image_s = self._warm_s / max(1, self._warm_images)
+        self._capture_images = self._capture_s / image_s if image_s else 0.0
 
     def choose(self, card: int, pending: Mapping[GraphKey, tuple[int, int]]) -> GraphKey | None:
         """The key that a card should go on with, or None if none is worth it.
@@ -133,7 +146,7 @@ class Affinity:
             pending: as for `choose`.
         """
         cards = self._cards_at[key]
-        if len(pending) == 1 or cards < 2 or not self._cold_shards or key not in self._image_s:
+        if len(pending) == 1 or cards < 2 or not self._captures or key not in self._image_s:
             return None
         late, late_s = key, 0.0
         for other in itertools.islice(pending, MAX_COMPARED_KEYS):
@@ -143,7 +156,12 @@ class Affinity:
                 late, late_s = other, seconds
         if late == key:
             return None
-        with_it_s = (late_s * self._cards_at[late] + self._capture_s) / (self._cards_at[late] + 1)
-        without_it_s = pending[key][0] * self._image_s[key] / (cards - 1)
-        ends_sooner = max(with_it_s, without_it_s) < MIN_GAIN * late_s
-        return late if ends_sooner and self._capture_s < with_it_s else None
+        at_late, capture_s = self._cards_at[late], self._capture_s
+        late_work_s, own_work_s = late_s * at_late, pending[key][0] * self._image_s[key]
+        with_it_s = (late_work_s + capture_s) / (at_late + 1)
+        without_it_s = own_work_s / (cards - 1)
+        # Cards that are done with their key go to the late one by themselves, as far as that is worth a capture.
+        by_themselves_s = (late_work_s + own_work_s + cards * capture_s) / (at_late + cards)
+        end_s = max(with_it_s, without_it_s)
+        ends_sooner = end_s < MAX_SHARE * late_s and end_s < by_themselves_s
+        return late if ends_sooner and capture_s < with_it_s else None

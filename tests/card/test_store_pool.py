@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from gaudi_batch.card import store_pool
 from gaudi_batch.card.store_pool import StorePool
 
 THREADS = 4
@@ -26,9 +25,10 @@ class Task:
         assert self.goes_on.wait(60)
         return 1
 
-    def end(self) -> None:
-        assert self.begun.wait(60)
-        self.goes_on.set()
+
+def submitted(pool: StorePool, count: int) -> tuple[list[Task], list[Any]]:
+    tasks = [Task() for _ in range(count)]
+    return tasks, [pool.submit(task) for task in tasks]
 
 
 def begun(tasks: list[Task], count: int) -> list[int]:
@@ -38,88 +38,112 @@ def begun(tasks: list[Task], count: int) -> list[int]:
     return [number for number, task in enumerate(tasks) if task.begun.is_set()]
 
 
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> StorePool:
-    """A pool whose tasks have taken a second each."""
-    made = StorePool(THREADS)
-    made.submit(lambda: None).result(60)
-    made._task_s = 1.0
-    monkeypatch.setattr(store_pool, "NEWEST_SHARE", 0.0)
-    return made
-
-
-@pytest.mark.parametrize(
-    ("tasks", "seconds", "width"), [(8, 8.0, 1), (8, 100.0, 1), (8, 4.5, 2), (8, 2.0, 4), (8, 0.1, 4), (8, 0.0, 4)]
-)
-def test_as_many_threads_work_as_keep_up(tasks: int, seconds: float, width: int, pool: StorePool) -> None:
-    pool.keep_up(tasks, seconds)
-    assert pool.width == width
-    given = [Task() for _ in range(tasks)]
-    futures = [pool.submit(task) for task in given]
-    assert begun(given, width) == list(range(width))
-    given[0].end()
-    assert begun(given, width + 1) == list(range(width + 1)), "one by one, in order"
-    for task in given[1:]:
+def end(tasks: list[Task], futures: list[Any]) -> None:
+    for task in tasks:
         task.goes_on.set()
-    assert [future.result(60) for future in futures] == [1] * tasks
+    assert [future.result(60) for future in futures] == [1] * len(tasks)
 
 
-def test_what_is_not_known_to_take_little_gets_all_threads() -> None:
+def wait_until_idle(pool: StorePool) -> None:
+    """A thread that has ended its last task says so a moment later."""
+    while True:
+        with pool._lock:
+            if not pool._working:
+                return
+        threading.Event().wait(0.001)
+
+
+def narrowed(pool: StorePool) -> StorePool:
+    for _ in range(THREADS):
+        wait_until_idle(pool)
+        pool.adjust()
+    assert pool.limit == 1
+    return pool
+
+
+def test_all_threads_work_until_it_is_known_that_fewer_keep_up() -> None:
     pool = StorePool(THREADS)
-    pool.keep_up(8, 1000.0)
-    assert pool.width == THREADS
+    tasks, futures = submitted(pool, 8)
+    assert begun(tasks, THREADS) == list(range(THREADS))
+    tasks[0].goes_on.set()
+    assert begun(tasks, THREADS + 1) == list(range(THREADS + 1)), "one by one, in order"
+    end(tasks, futures)
 
 
-def test_who_waits_has_all_threads_work(pool: StorePool) -> None:
-    pool.keep_up(8, 1000.0)
-    given = [Task() for _ in range(8)]
-    for task in given:
-        pool.submit(task)
-    assert begun(given, 1) == [0]
+def test_a_thread_fewer_works_for_each_batch_that_was_stored_in_time() -> None:
+    pool = StorePool(THREADS)
+    for limit in (3, 2, 1, 1):
+        wait_until_idle(pool)
+        pool.adjust()
+        assert pool.limit == limit
+        tasks, futures = submitted(pool, 8)
+        assert begun(tasks, limit) == list(range(limit))
+        end(tasks, futures)
+
+
+def test_a_thread_more_works_where_images_wait_when_the_next_batch_comes() -> None:
+    """Also where a task stands still, which has taken nobody knows how long."""
+    pool = narrowed(StorePool(THREADS))
+    tasks, futures = submitted(pool, 3)
+    assert begun(tasks, 1) == [0]
+    for limit in (2, 3):
+        pool.adjust()
+        assert pool.limit == limit
+        assert begun(tasks, limit) == list(range(limit))
+    pool.adjust()
+    assert pool.limit == 3, "all that is left has a thread"
+    end(tasks, futures)
+
+
+def test_while_the_device_waits_all_threads_work_and_go_on() -> None:
+    pool = narrowed(StorePool(THREADS))
+    tasks, futures = submitted(pool, 8)
+    assert begun(tasks, 1) == [0]
     pool.widen()
-    assert begun(given, THREADS) == list(range(THREADS))
-    given[0].end()
-    assert begun(given, THREADS + 1) == list(range(THREADS + 1)), "until there is another batch"
-    pool.keep_up(8, 1000.0)
-    assert pool.width == 1
-    for task in given:
+    assert begun(tasks, THREADS) == list(range(THREADS))
+    pool.adjust()
+    assert pool.limit == THREADS, "images still wait"
+    end(tasks, futures)
+
+
+def test_while_there_is_no_batch_to_make_all_threads_work_until_there_is_one() -> None:
+    pool = narrowed(StorePool(THREADS))
+    tasks, futures = submitted(pool, 5)
+    assert begun(tasks, 1) == [0]
+    pool.let_all_work()
+    assert begun(tasks, THREADS) == list(range(THREADS))
+    for task in tasks[:2]:
         task.goes_on.set()
+    assert begun(tasks, 5) == list(range(5))
+    end(tasks, futures)
+    wait_until_idle(pool)
+    pool.adjust()
+    assert pool.limit == 1
 
 
-def test_tasks_that_take_longer_than_before_get_more_threads(pool: StorePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_pool, "NEWEST_SHARE", 1.0)
-    pool.keep_up(8, 1e-9)
-    assert pool.width == THREADS
-    pool._task_s = 0.0
-    pool.keep_up(8, 1e-9)
-    assert pool.width == 1
-    pool.submit(lambda: None).result(60)
-    pool.submit(lambda: None).result(60)
-    assert pool.width == THREADS
-
-
-def test_what_a_task_raises_reaches_its_future_and_the_next_one_runs(pool: StorePool) -> None:
+def test_what_a_task_raises_reaches_its_future_and_the_next_one_runs() -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    pool.keep_up(2, 1000.0)
+    pool = narrowed(StorePool(THREADS))
     failed, good = pool.submit(fail), pool.submit(lambda: 2)
     with pytest.raises(OSError, match="the disk is full"):
         failed.result(60)
     assert good.result(60) == 2
 
 
-def test_the_pixels_of_an_image_that_is_stored_are_not_kept(pool: StorePool) -> None:
+def test_the_pixels_of_an_image_that_is_stored_are_not_kept() -> None:
     class Pixels:
         pass
 
     def store(pixels: Any) -> None:
         assert pixels is not None
 
+    pool = StorePool(THREADS)
     pixels = Pixels()
     reference = weakref.ref(pixels)
     pool.submit(store, pixels).result(60)
     del pixels
-    pool.submit(lambda: None).result(60)
+    wait_until_idle(pool)
     gc.collect()
     assert reference() is None

@@ -16,16 +16,20 @@ from ray.util.placement_group import placement_group_table
 from gaudi_batch import JobConfig, run
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.messages import Ready
-from gaudi_batch.cluster.connection import attached
+from gaudi_batch.cluster.connection import CardResources, attached
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.driver.places import Places
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.job import resolve
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.storage.listing import Entry
+from gaudi_batch.storage.store import Storage
 
+ONE = CardResources("HPU", 1)
+"""What a card takes of the cluster."""
 LEFT = 2
 """Shards that are not committed, of 13."""
 
@@ -176,6 +180,36 @@ def test_cards_of_a_new_run_are_given_back_if_it_can_t_be_planned(
             run(job, address=cluster)
         states = {group["state"] for group in placement_group_table().values()}
     assert states == {"REMOVED"}
+
+
+@pytest.mark.usefixtures("thread_cards")
+def test_cards_that_have_started_are_given_back_before_others_start(
+    job: JobConfig, cluster: str, tmp_path: Path
+) -> None:
+    """As where storage lists late what another driver has committed."""
+    resolved = resolve(job)
+    with attached(cluster), EarlyCards(resolved, Storage(str(tmp_path / "out")), "aaaaa", lambda: ONE) as cards:
+        cards.start("first", 2, "anything")
+        cards.start("second", 2, "anything")
+        cards.settle()
+        alive = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        assert len(alive) <= 2
+        taken = cards.take("second")
+        assert taken.setup.run_id == "second"
+        cards.give_back()
+        assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == alive
+        taken.places.close()
+
+
+@pytest.mark.usefixtures("thread_cards")
+def test_no_card_starts_before_the_rows_shapes_are_read(
+    cluster: str, write_prompts: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be unreadable, and a job is refused before it costs a card anything."""
+    prompts = write_prompts({"prompt": ["a", "b"], "width": [64, 128]})
+    monkeypatch.setattr(EarlyCards, "start", raises(AssertionError("cards start before the shapes are read")))
+    job = JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), device="simulated")
+    assert run(job, address=cluster).exit_code == 0
 
 
 @pytest.mark.usefixtures("thread_cards")

@@ -119,8 +119,8 @@ class CountedFuture(Future[Any]):
 class StoreAtOnce:
     """A pool whose work is done at once."""
 
-    def keep_up(self, *_: Any) -> None:
-        """It does."""
+    def adjust(self) -> None:
+        """There is nothing to adjust."""
 
     def submit(self, *_: Any) -> CountedFuture:
         future = CountedFuture()

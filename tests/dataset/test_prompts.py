@@ -522,7 +522,14 @@ def test_a_card_reads_the_bytes_of_its_columns_and_a_footer_that_it_was_not_sent
     assert all(each.start in own and each.stop <= own.stop for each in read if each not in footers)
 
 
-def test_a_file_that_is_replaced_once_it_is_open_is_not_taken_for_undecodable(prompts: Path) -> None:
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_file_that_is_replaced_once_it_is_open_is_not_taken_for_undecodable(
+    marked: bool, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the store has no mark of a version, as a plain web server has none."""
+    if not marked:
+        for module in ("reader", "prompt_file"):
+            monkeypatch.setattr(f"gaudi_batch.dataset.{module}.mark_of", lambda info: "")
     dataset = opened(prompts)
     read_task(dataset)
     file = prompts / "part-1.parquet"

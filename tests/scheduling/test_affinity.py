@@ -156,44 +156,54 @@ LATE, EARLY = GraphKey(64, 64, True), GraphKey(96, 64, True)
 @pytest.mark.parametrize(
     ("cards_early", "left_early", "late_batch_s", "capture_s", "goes"),
     [
-        pytest.param(4, 100, 1.0, 60.0, True, id="each end of the two is then sooner"),
-        pytest.param(4, 100, 1.0, 140.0, False, id="a capture takes too long"),
-        pytest.param(1, 100, 1.0, 60.0, False, id="nobody would be left"),
-        pytest.param(2, 350, 1.0, 60.0, False, id="its own key would be late then"),
-        pytest.param(4, 100, 0.25, 60.0, False, id="the late key's images take less time"),
-        pytest.param(4, 100, 0.0, 60.0, False, id="how long they take is not known"),
+        pytest.param(4, 380, 1.0, 60.0, True, id="132 s in place of 150"),
+        pytest.param(4, 380, 1.0, 140.0, False, id="a capture takes too long"),
+        pytest.param(4, 100, 1.0, 60.0, False, id="four that are done soon and come by themselves need 117 s"),
+        pytest.param(1, 95, 1.0, 60.0, False, id="nobody would be left"),
+        pytest.param(4, 420, 1.0, 60.0, False, id="its own key would be late then"),
+        pytest.param(4, 380, 0.5, 60.0, False, id="the late key's images take less time"),
+        pytest.param(4, 380, 0.0, 60.0, False, id="how long they take is not known"),
     ],
 )
 def test_a_card_leaves_its_key_for_a_late_one_where_the_run_then_ends_sooner(
     cards_early: int, left_early: int, late_batch_s: float, capture_s: float, goes: bool
 ) -> None:
-    """The late key has two cards with 200 batches each to make."""
-    affinity = Affinity(4)
-    for card in range(2):
-        affinity.use(card, LATE)
-    for card in range(2, 2 + cards_early):
-        affinity.use(card, EARLY)
+    """The late key has four cards with 150 batches each to make."""
+    affinity = with_cards(late=4, early=cards_early)
     affinity.took(EARLY, 1.0, BATCH, captured=False)
     if late_batch_s:
         affinity.took(LATE, late_batch_s, BATCH, captured=False)
     affinity.took(EARLY, capture_s + 1.0, BATCH, captured=True)
-    pending = {LATE: (400 * BATCH, BATCH), EARLY: (left_early * BATCH, BATCH)}
-    assert {affinity.choose(2, pending) for _ in pending} == ({LATE, EARLY} if goes else {EARLY})
+    pending = {LATE: (600 * BATCH, BATCH), EARLY: (left_early * BATCH, BATCH)}
+    assert {affinity.choose(4, pending) for _ in pending} == ({LATE, EARLY} if goes else {EARLY})
     assert {affinity.choose(0, pending) for _ in pending} == {LATE}
 
 
 def test_cards_that_leave_for_a_late_key_are_no_more_than_are_of_use() -> None:
-    affinity = Affinity(4)
-    affinity.use(0, LATE)
-    for card in range(1, 16):
-        affinity.use(card, EARLY)
+    affinity = with_cards(late=4, early=8)
     for key in (LATE, EARLY):
         affinity.took(key, 1.0, BATCH, captured=False)
     affinity.took(EARLY, 61.0, BATCH, captured=True)
-    pending = {LATE: (400 * BATCH, BATCH), EARLY: (1500 * BATCH, BATCH)}
+    pending = {LATE: (600 * BATCH, BATCH), EARLY: (760 * BATCH, BATCH)}
     left = 0
-    for card in [card for card in range(1, 16) for _ in pending]:
+    for card in [card for card in range(4, 12) for _ in pending]:
         chosen = affinity.choose(card, pending)
         assert chosen is not None
         left += affinity.use(card, chosen)
-    assert left == 2, "400 s with one card, 150 s with three and their captures; 1500 s on 13 cards take 115 s"
+    assert left == 1, "132 s with the first that comes; a second one would save less than its capture costs"
+
+
+def test_what_a_capture_takes_is_found_for_each_key_by_itself() -> None:
+    """The images of one key take ten times as long as those of the other."""
+    affinity = with_cards(late=1, early=1)
+    for key, batch_s in ((LATE, 10.0), (EARLY, 1.0)):
+        affinity.took(key, 64 * batch_s, 64 * BATCH, captured=False)
+        affinity.took(key, 64 * batch_s + 60, 64 * BATCH, captured=True)
+        assert affinity._capture_s == pytest.approx(60)
+
+
+def with_cards(late: int, early: int) -> Affinity:
+    affinity = Affinity(4)
+    for card in range(late + early):
+        affinity.use(card, LATE if card < late else EARLY)
+    return affinity
