@@ -44,6 +44,8 @@ class Fixed:
     """The job's max_pixels, from which the bounds come."""
     carry: tuple[str, ...]
     """The columns that its manifests carry."""
+    fused_attention: bool
+    """Whether its Gaudi cards fuse attention; an older version did not."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class Job:
         )
         if config.device == "hpu":
             same["gaudi"] = config.gaudi.model_dump(mode="json", include={"config", "hpu_graphs"})
+            if config.gaudi.fused_attention:
+                same["gaudi"]["fused_attention"] = True
         bucket = self.rules.bucket
         if not config.use_safetensors:
             same["use_safetensors"] = False
@@ -182,8 +186,10 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
     """
     open_filesystem(config.output, config.storage_options)
     if config.device == "hpu":
-        gaudi = config.gaudi.model_copy(update={"config": read_gaudi_config(config.gaudi.config)})
-        config = config.model_copy(update={"gaudi": gaudi})
+        changes: dict[str, Any] = {"config": read_gaudi_config(config.gaudi.config)}
+        if config.gaudi.fused_attention is None:
+            changes["fused_attention"] = fixed.fused_attention if fixed else True
+        config = config.model_copy(update={"gaudi": config.gaudi.model_copy(update=changes)})
     try:
         model = describe_model(config)
         own = model.width, model.height

@@ -90,6 +90,10 @@ class GaudiSettings(Section):
     hpu_graphs: bool = True
     """Whether to capture the UNet as an HPU graph and replay it."""
 
+    fused_attention: bool | None = None
+    """Whether the UNet's attention is Intel's fused kernel; if so, other attention may reduce in bfloat16, too. Null is
+    true for a new run, and for one that is resumed what it began with; an older version began runs without."""
+
     max_graphs: PositiveInt = 16
     """Graph keys whose graphs a card keeps; the least recently used is given up for one more."""
 

@@ -104,7 +104,13 @@ class RunInfo:
     @property
     def fixed(self) -> Fixed:
         """What the first driver has fixed for all later ones."""
-        return Fixed(self.threads, self.bounds, self.job.get("max_pixels"), tuple(self.fingerprint.get("carry", "*")))
+        return Fixed(
+            threads=self.threads,
+            bounds=self.bounds,
+            max_pixels=self.job.get("max_pixels"),
+            carry=tuple(self.fingerprint.get("carry", "*")),
+            fused_attention=self.fingerprint.get("gaudi", {}).get("fused_attention") is True,
+        )
 
     @property
     def asked_no_card(self) -> bool:

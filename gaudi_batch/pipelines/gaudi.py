@@ -90,10 +90,15 @@ class GaudiPipeline:
                 use_habana=True,
                 use_hpu_graphs=config.gaudi.hpu_graphs,
                 gaudi_config=GaudiConfig(**_without_op_lists(gaudi_mapping(config))),
+                # Attention that has no kernel of its own, the VAE's and the text encoder's, as in upstream's commands.
+                sdp_on_bf16=config.gaudi.fused_attention is not False,
                 log_level=logging.ERROR,
             )
         except RuntimeError as error:
             raise _explained(error, None, 0) from error
+        if config.gaudi.fused_attention is not False:
+            # Upstream leaves this to its caller, and it must be there before the first capture.
+            self._pipeline.unet.set_default_attn_processor(self._pipeline.unet)
         self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()

@@ -104,12 +104,12 @@ def test_a_run_carries_the_columns_that_it_began_with(prompts: Path, write_promp
     config = JobConfig(prompts=str(prompts), output="out", device="simulated")
     began = resolve(config)
     assert began.fingerprint()["carry"] == ["topic", "tags", "point"]
-    older = resolve(config, Fixed(None, None, None, ("*",)))
+    older = resolve(config, Fixed(None, None, None, ("*",), False))
     assert "carry" not in older.fingerprint()
     assert older.dataset.carried.names == open_prompts(config.model_copy(update={"carry": ["*"]})).carried.names
-    same = resolve(config, Fixed(None, None, None, ("topic", "tags", "point")))
+    same = resolve(config, Fixed(None, None, None, ("topic", "tags", "point"), False))
     assert same.fingerprint()["carry"] == began.fingerprint()["carry"]
-    other = resolve(config.model_copy(update={"carry": ["topic"]}), Fixed(None, None, None, ("*",)))
+    other = resolve(config.model_copy(update={"carry": ["topic"]}), Fixed(None, None, None, ("*",), False))
     assert other.fingerprint()["carry"] == ["topic"]
     plain = write_prompts({"prompt": ["a"], "topic": ["t"]}, name="plain")
     assert "carry" not in resolve(JobConfig(prompts=str(plain), output="out", device="simulated")).fingerprint()

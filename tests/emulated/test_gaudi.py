@@ -65,6 +65,44 @@ def test_images_without_graphs_are_the_same(plain: CpuPipeline) -> None:
     assert counters.captures == captures
 
 
+def attentions(pipeline: GaudiPipeline, bucket: Bucket) -> int:
+    """Calls of the fused kernel for one batch."""
+    before: int = counters.fused_attentions
+    pipeline.generate(bucket, ITEMS)
+    return int(counters.fused_attentions) - before
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_every_attention_of_every_step_is_fused(graphs: bool) -> None:
+    """Also in the replays of a graph, which compute what was captured."""
+    pipeline = load(job(gaudi={"hpu_graphs": graphs}))
+    layers = len(pipeline._pipeline.unet.attn_processors)
+    for bucket in (SQUARE, SQUARE, WIDE, PLAIN, SQUARE._replace(steps=5)):
+        assert attentions(pipeline, bucket) == layers * bucket.steps
+    assert layers > 1
+
+
+def test_attention_is_fused_as_in_upstreams_example(pipeline: GaudiPipeline) -> None:
+    """Its text_to_image_generation.py sets the processor by hand."""
+    by_hand = load(job(gaudi={"fused_attention": False}))
+    assert attentions(by_hand, WIDE) == 0
+    by_hand.forget(WIDE.graph_key)
+    unet = by_hand._pipeline.unet
+    unet.set_default_attn_processor(unet)
+    assert attentions(by_hand, WIDE) == attentions(pipeline, WIDE)
+    assert np.array_equal(by_hand.generate(WIDE, ITEMS).images, pipeline.generate(WIDE, ITEMS).images)
+
+
+def test_fused_attention_changes_images_by_less_than_can_be_seen(plain: CpuPipeline) -> None:
+    """A run that began without it stays without it all the same: its bytes differ on a card."""
+    for fields, distance in (({}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
+        made = [
+            load(job(gaudi={"fused_attention": fused}, **fields)).generate(SQUARE, ITEMS).images
+            for fused in (True, False)
+        ]
+        assert np.abs(made[0] - made[1]).max() <= distance
+
+
 def test_a_graph_key_is_captured_once_until_it_is_forgotten(pipeline: GaudiPipeline) -> None:
     for bucket in (SQUARE, WIDE):
         pipeline.generate(bucket, ITEMS)

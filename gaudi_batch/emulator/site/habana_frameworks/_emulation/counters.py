@@ -24,6 +24,7 @@ class Counters:
     captures: int = 0
     replays: int = 0
     mark_steps: int = 0
+    fused_attentions: int = 0
     synchronizes: int = 0
     memory_in_use: int = 0
     memory_peak: int = 0

@@ -7,6 +7,7 @@ from enum import Enum
 import torch
 
 from habana_frameworks._emulation.absent import absent_class
+from habana_frameworks._emulation.counters import counters
 
 CTCLoss = absent_class("habana_frameworks.torch.hpex.kernels.CTCLoss")
 
@@ -31,9 +32,8 @@ class FusedSDPA:
         """Attention of (batch, heads, length, width); heads of key and value may be fewer, each serving several."""
         if valid_sequence_lengths is not None:
             raise NotImplementedError("FusedSDPA.apply(valid_sequence_lengths=...) is not emulated")
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        made: torch.Tensor = torch.ops.hpu.fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return made
 
 
 class RotaryPosEmbeddingMode(Enum):
@@ -91,6 +91,10 @@ RotaryPosEmbeddingHelperV3 = RotaryPosEmbeddingHelperV2
 
 _operators = torch.library.Library("hpu", "DEF")
 _operators.define(
+    "fused_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, float? scale)"
+    " -> Tensor"
+)
+_operators.define(
     "rotary_pos_embedding(Tensor input, Tensor sin, Tensor cos, Tensor? position_ids, int offset, int mode) -> Tensor"
 )
 
@@ -102,3 +106,23 @@ def _rotary_pos_embedding(
 
 
 _operators.impl("rotary_pos_embedding", _rotary_pos_embedding, "CompositeImplicitAutograd")
+
+
+def _fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    counters.count("fused_attentions")
+    shared = query.shape[1] != key.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=shared
+    )
+
+
+# One operation, as on the device: a graph that is replayed computes it again, and it is counted again.
+_operators.impl("fused_attention", _fused_attention, "CompositeExplicitAutograd")
