@@ -91,6 +91,12 @@ class Committer:
         self._pool.shutdown(wait=False)
 
 
+def probe_attempt(driver: str) -> str:
+    """The attempt under whose name a driver writes a probe. It has the driver's prefix, so what is left of the probe is
+    removed with what its attempts leave."""
+    return f"{driver}0"
+
+
 def check_storage(ledger: Ledger, prompts: PromptDataset, shard: Shard, driver: str) -> str | None:
     """Checks a card's claim that storage fails: this process writes to the output and reads the rows of the card's
     shard.
@@ -108,8 +114,7 @@ def check_storage(ledger: Ledger, prompts: PromptDataset, shard: Shard, driver: 
         StorageError: storage fails.
     """
     output = ledger.storage
-    # The name begins with this driver's prefix, so that the probe is removed with what its attempts leave behind.
-    probe = f"images/{attempt_name(shard.number, f'{driver}0')}"
+    probe = f"images/{attempt_name(shard.number, probe_attempt(driver))}"
     output.once().put(f"{probe}/probe", bytes(PROBE_BYTES))
     with contextlib.suppress(StorageError):
         output.once().remove(probe)

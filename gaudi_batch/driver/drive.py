@@ -52,7 +52,7 @@ def make_missing(
     cards.settle()
     with open_view() as view, handlers_kept():
         loop = LoopRunner(
-            lambda: Driver(cards.take(run.info.run_id), schedule, run.commits, progress, view),
+            lambda: Driver(cards.take(run.info.run_id), schedule, run.commits, run.leftovers, progress, view),
             grace,
             run.ledger.storage,
         )

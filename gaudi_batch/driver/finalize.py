@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.dataset.repeats import RepeatedIds
+from gaudi_batch.driver.leftovers import DRIVER_NAME_LENGTH
 from gaudi_batch.driver.rerun import latest_shards_of_rows
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
 from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
-from gaudi_batch.output.cleanup import remove_orphans
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.throughput import rounded
@@ -25,9 +25,6 @@ from gaudi_batch.output.totals import FILES, CommitTotals, stop_lines
 from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
-
-DRIVER_NAME_LENGTH = 5
-"""Letters of a driver's name; the names of its attempts begin with it."""
 
 
 def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
@@ -96,13 +93,7 @@ def write_summary(run: Run, totals: CommitTotals, ended: Ended) -> dict[str, Any
     totals = committed.totals
     reason = ended.reason or _why_incomplete(run, totals, lost)
     if not lost:
-        # Files of a driver that counts as dead are safe to remove only when no shard is left to commit.
-        removable = {run.lease.driver} if reason else run.lease.past_holders | {run.lease.driver}
-        remove_orphans(
-            ledger,
-            totals.attempts,
-            lambda attempt: attempt[:DRIVER_NAME_LENGTH] in removable and attempt not in in_doubt,
-        )
+        run.leftovers.remove(totals.attempts, in_doubt, is_complete=reason is None)
     figures = totals.describe(ended.faults, ended.retries)
     if reason is None:
         figures |= _join(run)

@@ -15,10 +15,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from gaudi_batch.driver.background import Background
-from gaudi_batch.driver.committer import Committer, check_storage
+from gaudi_batch.driver.committer import Committer, check_storage, probe_attempt
 from gaudi_batch.driver.doing import Doing, Watch, waits_for
 from gaudi_batch.driver.fleet import Fleet
 from gaudi_batch.driver.history import note_decision, note_event
+from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
@@ -57,12 +58,19 @@ class Driver:
         cards: what the cards are.
         schedule: the state of the run.
         commits: those of the run, with the output's records.
+        leftovers: notes the attempts.
         progress: what the run reports of itself.
         view: shows progress.
     """
 
     def __init__(
-        self, cards: CardsOfRun, schedule: Schedule, commits: Commits, progress: RunProgress, view: View
+        self,
+        cards: CardsOfRun,
+        schedule: Schedule,
+        commits: Commits,
+        leftovers: Leftovers,
+        progress: RunProgress,
+        view: View,
     ) -> None:
         self.at_once = False
         """Whether the run ends without waiting for anything."""
@@ -71,7 +79,9 @@ class Driver:
         self.events = EventLog(schedule)
         self._cards = cards
         self._schedule = schedule
+        self._commits = commits
         self._ledger = commits.ledger
+        self._leftovers = leftovers
         self._progress = progress
         self._view = view
         self._background = Background(self._failed)
@@ -84,7 +94,7 @@ class Driver:
             decided.DropCards: self.fleet.drop,
             decided.Admit: self.fleet.admit,
             decided.HoldBack: self.fleet.hold_back,
-            decided.Assign: self.fleet.assign,
+            decided.Assign: self._assign,
             decided.Recall: self.fleet.recall,
             decided.Drop: self.fleet.end_attempt,
             decided.Replace: self.fleet.replace,
@@ -130,6 +140,8 @@ class Driver:
     def tell(self, event: events.Event) -> None:
         """Tells the schedule what happened and carries out its decisions."""
         note_event(self._progress.timeline, event, self.fleet.slots)
+        if isinstance(event, events.RecallAnswered) and event.given_back:
+            self._leftovers.settled(event.attempt)
         for decision in self.events.handle(event):
             self._actions[type(decision)](decision)
             note_decision(self._progress.timeline, decision, self.fleet.slots)
@@ -177,9 +189,17 @@ class Driver:
                 "%s is %s on node %s and was %s before in this run; images may differ", name, now, decision.node, then
             )
 
+    def _assign(self, decision: decided.Assign) -> None:
+        task, card = decision.task, self.fleet.slots[decision.card].name
+        self._leftovers.begun(task.attempt, task.shard.number, card)
+        self.fleet.assign(decision)
+
     def _begin_commit(self, decision: decided.Commit) -> None:
         async def commit() -> None:
-            self.tell(events.ShardCommitted(await self._committer.commit(decision.attempt)))
+            shard = await self._committer.commit(decision.attempt)
+            if self._commits.attempt_of(shard) == decision.attempt:  # else another driver's manifest stays
+                self._leftovers.settled(decision.attempt)
+            self.tell(events.ShardCommitted(shard))
 
         self._committer.begun(self._background.guarded(commit()))
 
@@ -187,6 +207,7 @@ class Driver:
         self._committer.discard(decision.attempt)
 
     def _begin_check(self, decision: decided.CheckStorage) -> None:
+        self._leftovers.probed(probe_attempt(self._schedule.prefix), decision.shard.number)
         self._background.spawn(self._check_storage(decision.shard))
 
     async def _check_storage(self, shard: Shard) -> None:

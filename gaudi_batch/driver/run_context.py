@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gaudi_batch.dataset.reasons import FailedRows
+from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.driver.rerun import latest_shards_of_rows
 from gaudi_batch.job import Job
 from gaudi_batch.output.commits import Commits
@@ -50,6 +51,11 @@ class Run:
     """Connects to the cluster at its first call; returns what a card takes of the cluster. Raises InputError."""
     commits: Commits
     """What is committed of it."""
+    leftovers: Leftovers = field(init=False)
+    """What attempts have left that were not committed."""
+
+    def __post_init__(self) -> None:
+        self.leftovers = Leftovers(self.ledger, self.lease.past_holders, self.commits.attempt_of)
 
     @property
     def latest_shard_of_row(self) -> Mapping[int, int]:

@@ -13,7 +13,8 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.survey import refuse_bad_rows
 from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected_early, import_all
 from gaudi_batch.driver.early import EarlyCards
-from gaudi_batch.driver.finalize import DRIVER_NAME_LENGTH, sum_up, verify_images
+from gaudi_batch.driver.finalize import sum_up, verify_images
+from gaudi_batch.driver.leftovers import DRIVER_NAME_LENGTH
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
 from gaudi_batch.driver.recut import recut
@@ -153,6 +154,7 @@ def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stop
     if not missing:
         return Ended(None)
     run.connect()
+    run.leftovers.look()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 

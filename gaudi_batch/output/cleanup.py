@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from gaudi_batch.layout import OWN_FILES, ROLLUPS, TIMELINE, manifest_path, own_names, parse_attempt
 from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.storage.store import Storage
 
 REMOVE_THREADS = 16
 
 
-def remove_orphans(ledger: Ledger, committed: Mapping[int, str], may_remove: Callable[[str], bool]) -> int:
-    """Removes the files of attempts that were not committed; returns how many objects or directories that were.
+class Left(NamedTuple):
+    """An object or a directory that an attempt has left."""
+
+    path: str
+    shard: int
+    attempt: str
+
+
+def remove_left(ledger: Ledger, left: Iterable[Left], committed: Mapping[int, str]) -> None:
+    """Removes what attempts have left that were not committed; what is not there is no error.
 
     Args:
         ledger: of the run.
+        left: what they have left.
         committed: the attempt of each committed shard.
-        may_remove: tells of an attempt whether it is this driver's, or that of one that is over.
+
+    Raises:
+        LeaseLost: another driver has taken over.
+        StorageError: storage failed.
     """
-    removed = 0
-    for path, shard, attempt in _left_by_attempts(ledger):
-        if committed.get(shard) != attempt and may_remove(attempt):
-            ledger.remove(path)
-            removed += 1
-    return removed
+    with ThreadPoolExecutor(REMOVE_THREADS) as pool:
+        _remove_all(pool, ledger, [each.path for each in left if committed.get(each.shard) != each.attempt])
 
 
 def clear(ledger: Ledger) -> None:
@@ -36,7 +46,7 @@ def clear(ledger: Ledger) -> None:
         return
     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
         _remove_all(pool, ledger, map(manifest_path, ledger.manifests()))
-        _remove_all(pool, ledger, (path for path, _, _ in list(_left_by_attempts(ledger))))
+        _remove_all(pool, ledger, [left.path for left in left_by_attempts(ledger.storage)])
         for place in (ROLLUPS, TIMELINE):
             names = own_names(place, ledger.storage.names(place))
             _remove_all(pool, ledger, [f"{place}/{name}" for name in names])
@@ -49,10 +59,9 @@ def _remove_all(pool: ThreadPoolExecutor, ledger: Ledger, paths: Iterable[str]) 
         pass
 
 
-def _left_by_attempts(ledger: Ledger) -> Iterator[tuple[str, int, str]]:
-    """The objects and directories named after attempts, each with its shard and its attempt."""
-    storage = ledger.storage
+def left_by_attempts(storage: Storage) -> Iterator[Left]:
+    """The objects and directories named after attempts."""
     for place in ("images", *(f"throughput/{card}" for card in storage.names("throughput"))):
         for name in storage.names(place):
             if parsed := parse_attempt(name):
-                yield f"{place}/{name}", *parsed
+                yield Left(f"{place}/{name}", *parsed)

@@ -95,6 +95,11 @@ class Commits:
         """The commits in order of their shards."""
         return (self.by_shard[shard] for shard in sorted(self.by_shard))
 
+    def attempt_of(self, shard: int) -> str | None:
+        """The attempt that is committed of a shard; None if none is known to be."""
+        commit = self.by_shard.get(shard)
+        return None if commit is None else commit.info.attempt
+
     @no_collections()
     def refresh(self, listed: Mapping[int, Entry] | None = None) -> None:
         """Brings all in line with what storage lists: what is gone is forgotten, and what is new or another is read.

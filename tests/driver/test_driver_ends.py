@@ -47,7 +47,7 @@ async def a_driver(cluster_s: float = 60.0) -> Driver:
     recorder: Any = Recorder()
     resources = CardResources("HPU", 1)
     cards = CardsOfRun(setup, resources, Places(setup, resources))
-    return Driver(cards, schedule, recorder, recorder, recorder)
+    return Driver(cards, schedule, recorder, recorder, recorder, recorder)
 
 
 def test_a_driver_that_is_stopped_ends_when_its_grace_is_over() -> None:

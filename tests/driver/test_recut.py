@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -53,7 +54,7 @@ def a_run(job: Job, monkeypatch: pytest.MonkeyPatch, cards: int) -> Run:
     info = ledger.run()
     assert info is not None
     monkeypatch.setattr(Run, "cards", cards)
-    lease: Any = None
+    lease: Any = SimpleNamespace(past_holders=frozenset())
     connect: Any = None
     return Run(job, ledger, lease, info, ledger.plan(info.rows), connect, Commits(ledger, "aaaaa"))
 

@@ -29,7 +29,7 @@ from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
 from gaudi_batch.layout import manifest_path
 from gaudi_batch.output import lease, ledger, manifest, reader
-from gaudi_batch.output.cleanup import clear, remove_orphans
+from gaudi_batch.output.cleanup import clear, left_by_attempts, remove_left
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
@@ -267,7 +267,7 @@ def test_nobody_writes_or_removes_once_another_drives(
         lambda: records.put_plan(shards[:1]),
         lambda: records.put_json("summary.json", {}),
         lambda: join_manifests(commits, {}),
-        lambda: remove_orphans(records, {}, lambda attempt: True),
+        lambda: remove_left(records, left_by_attempts(output), {}),
         lambda: records.commit(*a_manifest(5, "aaaaa3")),
         lambda: clear(records),
     ]

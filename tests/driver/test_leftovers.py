@@ -1,0 +1,151 @@
+"""What attempts have left that were not committed is removed, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gaudi_batch.driver import leftovers
+from gaudi_batch.driver.leftovers import Leftovers
+from gaudi_batch.errors import StorageError
+from gaudi_batch.layout import image_path, throughput_path
+from gaudi_batch.output.cleanup import Left, left_by_attempts
+from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.storage.store import Storage
+
+COMMITTED = {0: "aaaaa1", 1: "ccccc2"}
+OTHERS = ["images/notes.txt", "images/000009-zzzzz1/x.png", "throughput/card/readme.md"]
+"""Of nobody that this run knows."""
+
+
+class Unfenced:
+    def ensure_held(self) -> None:
+        """Always."""
+
+    def holds(self) -> bool:
+        """Always."""
+        return True
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """Attempts of two drivers that are over, aaaaa and bbbbb, and of this one, ccccc."""
+    storage = Storage(str(tmp_path / "out"))
+    attempts = [(0, "aaaaa1"), (1, "aaaaa2"), (1, "ccccc2"), (2, "bbbbb1"), (2, "ccccc3"), (3, "ccccc4")]
+    for shard, attempt in attempts:
+        storage.put(image_path(shard, attempt, shard, 0, "png"), b"image")
+        storage.put(throughput_path("card", shard, attempt), b"line")
+    for path in OTHERS:
+        storage.put(path, b"mine")
+    return Ledger(storage, Unfenced())
+
+
+def kept(ledger: Ledger) -> set[str]:
+    """The attempts of which something is there; of each both or none."""
+    root = Path(ledger.storage.root)
+    assert all((root / path).read_bytes() == b"mine" for path in OTHERS)
+    images = {path.parent.name[7:] for path in root.glob("images/*/*.png")} - {"zzzzz1"}
+    lines = {path.stem[7:] for path in root.glob("throughput/card/*.jsonl")}
+    assert images == lines
+    return images
+
+
+def of_run(ledger: Ledger, committed: dict[int, str] = COMMITTED) -> Leftovers:
+    made = Leftovers(ledger, {"aaaaa", "bbbbb"}, committed.get)
+    for attempt, shard in (("ccccc2", 1), ("ccccc3", 2), ("ccccc4", 3), ("ccccc5", 4)):
+        made.begun(attempt, shard, "card")
+    return made
+
+
+def test_own_attempts_are_removed_by_name_unless_they_are_committed_or_in_doubt(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "names", lambda *_: pytest.fail("it lists"))
+    of_run(ledger).remove(COMMITTED, {"ccccc4"}, is_complete=False)
+    assert kept(ledger) == {"aaaaa1", "aaaaa2", "bbbbb1", "ccccc2", "ccccc4"}
+
+
+def test_an_attempt_that_has_left_nothing_is_not_looked_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = of_run(ledger)
+    for attempt in ("ccccc2", "ccccc3", "ccccc5"):
+        own.settled(attempt)
+    removed: list[str] = []
+    monkeypatch.setattr(Ledger, "remove", lambda self, path: removed.append(path))
+    own.remove(COMMITTED, (), is_complete=False)
+    assert removed == ["images/000003-ccccc4", "throughput/card/000003-ccccc4.jsonl"]
+
+
+def test_a_probe_that_was_left_is_removed(ledger: Ledger) -> None:
+    ledger.storage.put("images/000007-ccccc0/probe", b"x")
+    own = of_run(ledger)
+    own.probed("ccccc0", 7)
+    own.remove(COMMITTED, (), is_complete=False)
+    assert not (Path(ledger.storage.root) / "images/000007-ccccc0").exists()
+
+
+class Looked:
+    """Counts listings of all images, and tells when one is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.done = 0, threading.Event()
+        listed = left_by_attempts
+
+        def counted(storage: Storage) -> Iterator[Left]:
+            self.count += 1
+            yield from listed(storage)
+            self.done.set()
+
+        monkeypatch.setattr("gaudi_batch.driver.leftovers.left_by_attempts", counted)
+
+
+def test_what_drivers_before_have_left_is_looked_for_while_the_run_goes_on(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "QUIET_S", 0.0)
+    looked = Looked(monkeypatch)
+    run = of_run(ledger)
+    run.look()
+    assert looked.done.wait(60)
+    assert kept(ledger) == {"aaaaa1", "aaaaa2", "bbbbb1", "ccccc2", "ccccc3", "ccccc4"}, "until the run is complete"
+    run.remove(COMMITTED | {2: "bbbbb1"}, (), is_complete=True)
+    assert kept(ledger) == {"aaaaa1", "bbbbb1", "ccccc2"}, "bbbbb1 was committed after that"
+    assert looked.count == 1
+
+
+def test_a_run_that_is_over_soon_looks_at_its_end(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = Looked(monkeypatch)
+    run = of_run(ledger)
+    run.look()
+    run.remove(COMMITTED, (), is_complete=True)
+    assert kept(ledger) == {"aaaaa1", "ccccc2"}
+    assert looked.count == 1
+
+
+def test_where_storage_fails_meanwhile_the_end_looks_again(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "QUIET_S", 0.0)
+    listed, failed = left_by_attempts, threading.Event()
+
+    def fail_once(storage: Storage) -> Iterator[Left]:
+        if not failed.is_set():
+            failed.set()
+            raise StorageError("it does not answer")
+        return listed(storage)
+
+    monkeypatch.setattr("gaudi_batch.driver.leftovers.left_by_attempts", fail_once)
+    run = of_run(ledger)
+    run.look()
+    assert failed.wait(60)
+    run.remove(COMMITTED, (), is_complete=True)
+    assert kept(ledger) == {"aaaaa1", "ccccc2"}
+
+
+def test_a_run_that_stops_leaves_what_others_have_left(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them may be alive, and commit."""
+    monkeypatch.setattr(Storage, "names", lambda *_: pytest.fail("it lists"))
+    run = of_run(ledger)
+    run.look()
+    run.remove(COMMITTED, (), is_complete=False)
+    assert kept(ledger) == {"aaaaa1", "aaaaa2", "bbbbb1", "ccccc2"}
