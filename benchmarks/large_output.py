@@ -2,9 +2,9 @@
 
     python benchmarks/large_output.py /tmp/large --shards 400000 --committed 0.99
 
-It has the prompts, run.json, the plan, a manifest for each committed shard, the roll-ups that the run wrote on its way,
-and a directory and a throughput file for each attempt. Its images, which neither resuming nor the end of a run reads,
-are left out. What goes on with it is `gaudi-batch run --prompts DIR/prompts.parquet --output DIR/out --device simulated
+It has the prompts, run.json, the plan, the lease of a driver that has let go, a manifest for each committed shard, the
+roll-ups that the run wrote on its way, and a throughput file and an image for each attempt. The images are empty, as
+neither resuming nor the end of a run reads them, and one of each shard is there, since both list directories alone. What goes on with it is `gaudi-batch run --prompts DIR/prompts.parquet --output DIR/out --device simulated
 --shard-size 16`.
 """
 
@@ -25,9 +25,10 @@ from gaudi_batch import JobConfig
 from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.job import resolve
-from gaudi_batch.layout import attempt_name, manifest_path, throughput_path
+from gaudi_batch.layout import attempt_name, image_path, manifest_path, throughput_path
 from gaudi_batch.output import manifest, rollup
 from gaudi_batch.output.commits import ROLLUP_SHARDS
+from gaudi_batch.output.lease import Lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import COLUMNS, CommitInfo
 from gaudi_batch.output.rollup import Commit
@@ -107,6 +108,8 @@ def write(directory: Path, shards: int, committed: float, quiet: bool = False) -
     out = directory / "out"
     for place in ("manifest", "images", f"throughput/{CARD}"):
         (out / place).mkdir(parents=True, exist_ok=True)
+    lease = Lease("aaaaa", "host", "machine", 1, "", 1, (), released=True)
+    storage.put("lease.json", json.dumps(asdict(lease)).encode())
     line = json.dumps({"time": "", "card": CARD, "images": BATCH, "generate_s": 0.885}) + "\n"
     with ThreadPoolExecutor(WRITE_THREADS) as pool:
         for first in range(0, len(done), ROLLUP_SHARDS):
@@ -125,7 +128,9 @@ def write(directory: Path, shards: int, committed: float, quiet: bool = False) -
                 pq.write_table(
                     own.replace_schema_metadata(metadata), out / manifest_path(shard.number), compression="zstd"
                 )
-                (out / "images" / attempt_name(shard.number, "aaaaa1")).mkdir()
+                image = out / image_path(shard.number, "aaaaa1", shard.start, 0, "png")
+                image.parent.mkdir()
+                image.touch()
                 (out / throughput_path(CARD, shard.number, "aaaaa1")).write_text(2 * line)
                 return commit
 
