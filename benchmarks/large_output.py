@@ -3,9 +3,11 @@
     python benchmarks/large_output.py /tmp/large --shards 400000 --committed 0.99
 
 It has the prompts, run.json, the plan, the lease of a driver that has let go, a manifest for each committed shard, the
-roll-ups that the run wrote on its way, and a throughput file and an image for each attempt. The images are empty, as
-neither resuming nor the end of a run reads them, and one of each shard is there, since both list directories alone. What goes on with it is `gaudi-batch run --prompts DIR/prompts.parquet --output DIR/out --device simulated
---shard-size 16`.
+roll-ups that the run wrote on its way, and a throughput file and an image for each attempt. The images are empty, and
+one a shard: neither resuming nor the end of a run reads them, and what is listed are their directories.
+
+What goes on with it is `gaudi-batch run --prompts DIR/prompts.parquet --output DIR/out --device simulated --shard-size
+16`.
 """
 
 from __future__ import annotations
