@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from gaudi_batch.errors import RunStopped
 from gaudi_batch.job import Job
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import counted
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MIN_PLACE_INTERVAL_S, MAX_PLACE_INTERVAL_S = 0.1, 2.0
 """Seconds between two questions which cards have their places; the pause doubles each time."""
+ANSWER_TIMEOUT_S = 120.0
+"""Seconds that Ray may take to answer a question about cards."""
 CLOSE_TIMEOUT_S = 30.0
 """Seconds that Ray may take to take back cards that nobody has taken."""
 
@@ -70,7 +73,8 @@ class EarlyCards:
             self._started = _Started(self._cards_of(run_id), count)
 
     def settle(self) -> None:
-        """Has the thread start no more cards, and waits until it does not."""
+        """Has the thread start no more cards, and waits until it does not. Raises RunStopped if Ray does not answer
+        it."""
         if self._started is not None:
             self._started.settle()
 
@@ -119,7 +123,8 @@ class _Started:
 
     def settle(self) -> None:
         self._enough.set()
-        self._settled.wait()
+        if not self._settled.wait(ANSWER_TIMEOUT_S):
+            raise RunStopped(f"stopped: Ray has not answered for {ANSWER_TIMEOUT_S:.0f} s; the same command resumes")
 
     def let_go(self) -> None:
         self._enough.set()

@@ -36,9 +36,9 @@ class Leftovers:
         self._ledger, self._past, self._committed = ledger, past, committed
         self._own: dict[str, tuple[int, str]] = {}
         self._probes: set[tuple[int, str]] = set()
-        self._found: list[Left] | None = None
+        self._left_by_past: list[Left] | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="leftovers", daemon=True)
+        self._thread = threading.Thread(target=self._list_later, name="leftovers", daemon=True)
 
     def begun(self, attempt: str, shard: int, card: str) -> None:
         """Notes an attempt of this driver."""
@@ -52,7 +52,7 @@ class Leftovers:
         """Notes that a probe of storage is written as if by an attempt at a shard."""
         self._probes.add((shard, attempt))
 
-    def look(self) -> None:
+    def list_meanwhile(self) -> None:
         """Has a thread look for what the drivers before this one have left."""
         if self._past:
             self._thread.start()
@@ -82,15 +82,15 @@ class Leftovers:
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join()
-        if self._found is None and self._past:
-            self._found = self._list()
-        return self._found or []
+        if self._left_by_past is None and self._past:
+            self._left_by_past = self._list()
+        return self._left_by_past or []
 
-    def _look(self) -> None:
+    def _list_later(self) -> None:
         if self._over.wait(QUIET_S):
             return
         try:
-            self._found = self._list()
+            self._left_by_past = self._list()
         except StorageError as error:
             log.debug("what earlier drivers have left is listed at the end: %s", error)
 

@@ -154,7 +154,7 @@ def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stop
     if not missing:
         return Ended(None)
     run.connect()
-    run.leftovers.look()
+    run.leftovers.list_meanwhile()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 

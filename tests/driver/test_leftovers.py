@@ -107,7 +107,7 @@ def test_what_drivers_before_have_left_is_looked_for_while_the_run_goes_on(
     monkeypatch.setattr(leftovers, "QUIET_S", 0.0)
     looked = Looked(monkeypatch)
     run = of_run(ledger)
-    run.look()
+    run.list_meanwhile()
     assert looked.done.wait(60)
     assert kept(ledger) == {"aaaaa1", "aaaaa2", "bbbbb1", "ccccc2", "ccccc3", "ccccc4"}, "until the run is complete"
     run.remove(COMMITTED | {2: "bbbbb1"}, (), is_complete=True)
@@ -118,7 +118,7 @@ def test_what_drivers_before_have_left_is_looked_for_while_the_run_goes_on(
 def test_a_run_that_is_over_soon_looks_at_its_end(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = Looked(monkeypatch)
     run = of_run(ledger)
-    run.look()
+    run.list_meanwhile()
     run.remove(COMMITTED, (), is_complete=True)
     assert kept(ledger) == {"aaaaa1", "ccccc2"}
     assert looked.count == 1
@@ -136,7 +136,7 @@ def test_where_storage_fails_meanwhile_the_end_looks_again(ledger: Ledger, monke
 
     monkeypatch.setattr("gaudi_batch.driver.leftovers.left_by_attempts", fail_once)
     run = of_run(ledger)
-    run.look()
+    run.list_meanwhile()
     assert failed.wait(60)
     run.remove(COMMITTED, (), is_complete=True)
     assert kept(ledger) == {"aaaaa1", "ccccc2"}
@@ -146,6 +146,6 @@ def test_a_run_that_stops_leaves_what_others_have_left(ledger: Ledger, monkeypat
     """One of them may be alive, and commit."""
     monkeypatch.setattr(Storage, "names", lambda *_: pytest.fail("it lists"))
     run = of_run(ledger)
-    run.look()
+    run.list_meanwhile()
     run.remove(COMMITTED, (), is_complete=False)
     assert kept(ledger) == {"aaaaa1", "aaaaa2", "bbbbb1", "ccccc2"}
