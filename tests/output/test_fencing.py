@@ -22,6 +22,7 @@ from gaudi_batch import JobConfig
 from gaudi_batch.driver import finalize, runner
 from gaudi_batch.driver.calls import ask_back, send
 from gaudi_batch.driver.finalize import write_summary
+from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.driver.opening import begin_run
 from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
@@ -151,7 +152,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its commit was on its way when the run ended, and the other manifests had been listed without it."""
-    arrives, sync, names = threading.Event(), disk.sync, Storage.names
+    arrives, sync, remove = threading.Event(), disk.sync, Leftovers.remove
     records = Ledger(output, first)
     output.put("images/000003-aaaaa1/00000000-00.png", b"image")
 
@@ -160,20 +161,20 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
             arrives.wait(30)
         sync(path)
 
-    def listing(self: Storage, directory: str) -> list[str]:
-        if directory == "throughput" and not arrives.is_set():  # what is asked when the manifests have been listed
-            arrives.set()
-            commit.join()
-        return names(self, directory)
+    def remove_late(self: Leftovers, *arguments: Any, **named: Any) -> None:
+        arrives.set()  # the manifests have been listed
+        commit.join()
+        remove(self, *arguments, **named)
 
     monkeypatch.setattr(disk, "sync", slow)
-    monkeypatch.setattr(Storage, "names", listing)
+    monkeypatch.setattr(Leftovers, "remove", remove_late)
     records.in_doubt.add("aaaaa1")
     commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
     commit.start()
     record = RunInfo({}, {}, {}, "", rows=1, images=1)
     job: Any = SimpleNamespace(dataset=None)
     run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
+    run.leftovers.begun("aaaaa1", 3, "card")
     write_summary(run, CommitTotals(), Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
