@@ -20,6 +20,7 @@ import secrets
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -110,6 +111,19 @@ class DirectoryBucket(ThreadingHTTPServer):
                         folders.append(folder)
                     at = bisect.bisect_left(self.keys, folder[:-1] + chr(ord(delimiter) + 1))
         return keys, folders, ""
+
+
+@contextlib.contextmanager
+def bucket_served(root: Path) -> Iterator[tuple[DirectoryBucket, dict[str, Any]]]:
+    """Serves a directory from a thread of this process; with the storage options by which it is reached."""
+    server = DirectoryBucket(root)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
+    try:
+        yield server, {"key": "any", "secret": "any", "client_kwargs": endpoint}
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.directory_s3 import BUCKET, DirectoryBucket
+from benchmarks.directory_s3 import BUCKET, bucket_served
 from benchmarks.harness import BATCH_SIZE, ray_started, run_command, scratch
 from benchmarks.report import Benchmark, Row, size_flags
 
@@ -41,17 +40,18 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         (bucket / "prompts").mkdir(parents=True)
         _write(bucket / "prompts", prompts)
         stored = sum(path.stat().st_size for path in bucket.rglob("*.parquet"))
-        server = DirectoryBucket(bucket)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
-        credentials = {"key": "any", "secret": "any", "client_kwargs": endpoint}
-        flags = ("--prompts-storage-options", json.dumps(credentials))
         with (
+            bucket_served(bucket) as (server, store),
             ray_started(home, cards) as cluster,
-            run_command(f"s3://{BUCKET}/prompts", home / "out", cluster.address, *flags) as command,
+            run_command(
+                f"s3://{BUCKET}/prompts",
+                home / "out",
+                cluster.address,
+                "--prompts-storage-options",
+                json.dumps(store),
+            ) as command,
         ):
             command.wait()
-        server.shutdown()
         read = sum(size for key, size in server.sent.items() if key.startswith("prompts/"))
         case = f"{prompts:,} prompts, {cards} cards, {FILES} files of {GROUPS} row groups"
         yield case, {"stored_mb": stored / 1e6, "read_mb": read / 1e6, "read_over_stored": read / stored}

@@ -12,13 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.directory_s3 import BUCKET, DirectoryBucket
-from benchmarks.harness import Batch, Sampler, parse_batch, process_kinds, ray_started, run_command, scratch
+from benchmarks.directory_s3 import BUCKET, bucket_served
+from benchmarks.harness import (
+    Batch,
+    Sampler,
+    parse_batch,
+    process_kinds,
+    ray_started,
+    run_command,
+    scratch,
+    storage_flags,
+)
 from benchmarks.large_output import CARD, IMAGES, write
 from benchmarks.report import Benchmark, Row
 from gaudi_batch.layout import ROLLUPS, manifest_path, parse_attempt, parse_manifest
@@ -46,16 +54,11 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         case = f"{committed:,} shards of {round(committed / COMMITTED):,} committed"
         yield f"{case}, local disk", _resume(home, str(output), ())
         _restore(output, records, committed)
-        server = DirectoryBucket(home / "run", latency_s=LATENCY_S)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
-        credentials = {"key": "any", "secret": "any", "client_kwargs": endpoint}
-        server.latency_s = 0.0
-        _mark(Storage(f"s3://{BUCKET}/out", credentials))
-        server.latency_s = LATENCY_S
-        figures = _resume(home, f"s3://{BUCKET}/out", ("--storage-options", json.dumps(credentials)))
+        with bucket_served(home / "run") as (server, options_of_store):
+            _mark(Storage(f"s3://{BUCKET}/out", options_of_store))
+            server.latency_s = LATENCY_S
+            figures = _resume(home, f"s3://{BUCKET}/out", storage_flags(options_of_store))
         yield f"{case}, S3 with {LATENCY_S * 1000:.0f} ms", figures
-        server.shutdown()
 
 
 def _resume(home: Path, output: str, flags: tuple[str, ...]) -> dict[str, float]:
