@@ -333,7 +333,6 @@ def test_nodes_come_for_the_job_and_go_after_it(
     assert content(output) == undisturbed
     assert log.count("left with its node") == 4, log
     assert "quarantined" not in log
-    assert len({row["card"] for row in read_manifest(output)}) >= 8
 
 
 def kill_node(node_id: str) -> None:
