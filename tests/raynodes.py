@@ -27,6 +27,13 @@ FRUGAL = {"prestart_worker_first_driver": False, "enable_metrics_collection": Fa
 which costs an idle cluster a third of its CPU seconds."""
 REPORTS_LATE = {"REPORTER_UPDATE_INTERVAL_MS": "3600000"}
 """Has no node look at its processes every 5 s for a dashboard that nobody opens."""
+BARE_RAY = """
+from ray._private import utils
+utils.get_dashboard_dependency_error = utils.get_ray_client_dependency_error = lambda: ImportError("left out")
+from ray.scripts.scripts import main
+main()
+"""
+"""`ray` as it is without the extras `default` and `client`, whose processes no test but those of the jobs needs."""
 START_TIMEOUT_S = 60.0
 
 
@@ -56,12 +63,14 @@ class RayNode:
         options: of `ray start`.
         wrapper: a command that runs it.
         environment: beside this process's.
+        ray: the command `ray`.
     """
 
     home: Path
     options: Sequence[str]
     wrapper: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    ray: Sequence[str] = (sys.executable, "-c", BARE_RAY)
     process: subprocess.Popen[bytes] | None = None
     killed: bool = False
 
@@ -71,7 +80,7 @@ class RayNode:
         small = ["--object-store-memory", str(100 * 1024**2), "--disable-usage-stats", "--block"]
         with (self.home / "ray.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.wrapper, RAY, "start", *small, *self.options],
+                [*self.wrapper, *self.ray, "start", *small, *self.options],
                 # As from an activated environment: jobs find their Python on the node's path.
                 env=os.environ | REPORTS_LATE | {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"} | self.environment,
                 stdout=log,
@@ -139,7 +148,8 @@ class RayCluster:
         """Starts the head and waits until it runs."""
         board = [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-port", str(self.dashboard_port)]
         options = ["--head", "--port", str(self.port), *board, "--temp-dir", self.session]
-        options += ["--ray-client-server-port", str(free_port())]
+        if self.dashboard:
+            options += ["--ray-client-server-port", str(free_port())]
         if "--autoscaling-config" not in self.head_options:
             options.append("--no-monitor")  # which is the autoscaler
         options += ["--system-config", json.dumps(FRUGAL | self.system_config), *self.head_options]
@@ -153,6 +163,8 @@ class RayCluster:
         home = self.home / f"node-{len(self.nodes)}"
         # What copies the workers' logs to drivers that want none costs as much as a card's start.
         node = RayNode(home, [*join, *ports, "--include-log-monitor=false", *options], wrapper, environment)
+        if self.dashboard:
+            node.ray = (RAY,)
         self.nodes.append(node)
         # One after the other: at the same moment two nodes of a machine choose the same names for their sockets.
         return node.start()

@@ -55,7 +55,7 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
 
 def start(prompts: Path, url: str, cluster: str, options: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
     """Starts a driver."""
-    job = ("--device", "simulated", "--address", cluster, "--cards", "4", "--shard-size", "8", *flags)
+    job = ("--device", "simulated", "--address", cluster, "--cards", "2", "--shard-size", "8", *flags)
     storage = ("--storage-options", json.dumps(options), "--simulated.batch-seconds", "0.3")
     command = [sys.executable, "-c", START, "run", "--prompts", str(prompts), "--output", url, *job, *storage]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
