@@ -18,7 +18,7 @@ from gaudi_batch.cli.commands import COMMANDS, INTERRUPTED
 from gaudi_batch.cli.parser import parse
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.redaction import redact
-from gaudi_batch.reporting.console import LossyStream, OutputLost, open_streams, say
+from gaudi_batch.reporting.console import LossyStream, OutputLost, open_streams
 from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _complain(f"gaudi-batch: {one_line(error, 2000)}")
             return error.exit_code
         except SystemExit:
-            say("", end="")  # flushes what argparse has printed itself
-            return 0
+            return 0  # help or the version is printed
         if parsed.verbose:
             log.setLevel(logging.DEBUG)
         if arguments is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from gaudi_batch.errors import InputError
+from gaudi_batch.reporting.console import say
 from gaudi_batch.text import nearest
 
 JOB_COMMANDS = ("run", "submit", "check", "bench", "tune")
@@ -34,6 +35,9 @@ class _Parser(argparse.ArgumentParser):
             message = f"unrecognized arguments: {' '.join(flags or unknown)}"
             self.error(message + (_meant(flags[0], parsed.options) if flags else ""))
         return parsed
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message, end="")  # help and the version, in whose place `error` prints nothing
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: '"):

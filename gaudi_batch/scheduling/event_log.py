@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections import deque
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ class EventLog:
         """The oldest snapshot that is kept and all events since, in the form that `load` reads."""
         entries = [entry for _, part in self._parts for entry in part]
         content = (VERSION, list(self.schedule.shards.values()), self._parts[0][0], entries)
-        return zlib.compress(pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
+        file = io.BytesIO()
+        _Data(file).dump(content)
+        return zlib.compress(file.getvalue())
 
     def _begin_part(self) -> None:
         self._entries: list[Entry] = []
@@ -120,11 +123,22 @@ def replay(data: bytes) -> tuple[int, list[Difference]]:
     return len(entries), []
 
 
-class _Snapshots(pickle.Pickler):
+class _Data(pickle.Pickler):
+    """Writes data that `_DataOnly` reads."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+
+    def reducer_override(self, obj: Any) -> Any:
+        # By its value: Python 3.11.0 to 3.11.3 would write a call of `getattr`.
+        return (type(obj), (obj.value,)) if isinstance(obj, Enum) else NotImplemented
+
+
+class _Snapshots(_Data):
     """Writes a schedule without its shards, which never change and may be a million."""
 
     def __init__(self, file: io.BytesIO, shards: object) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        super().__init__(file)
         self._shards = shards
 
     def persistent_id(self, obj: Any) -> Any:
