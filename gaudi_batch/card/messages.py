@@ -12,6 +12,7 @@ from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import (
     BatchAnnounced,
     DoubtsChecked,
+    LargeBatch,
     ReadingAnnounced,
     ShardBegun,
     ShardFailed,
@@ -64,6 +65,8 @@ class Broken:
     error: str
     storage: bool = False
     """Whether the cause was storage that kept failing, which says nothing of the card."""
+    large: LargeBatch | None = None
+    """The batch for which the device had no memory left, if that was the cause."""
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ class Fleet:
             self.introduce(slot, message)
         elif isinstance(message, Broken):
             self.fault(slot.number, message.error)
-            self._tell(events.CardBroken(slot.number, redact(message.error), message.storage))
+            self._tell(events.CardBroken(slot.number, redact(message.error), message.storage, message.large))
         elif isinstance(message, Dropped) or (
             isinstance(message, (Done, events.ShardFailed)) and not self._schedule.is_live(message.attempt)
         ):

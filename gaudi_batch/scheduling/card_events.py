@@ -18,6 +18,7 @@ from gaudi_batch.scheduling.events import (
     CardLoaded,
     CardPlaced,
     ClusterSeen,
+    LargeBatch,
     Reading,
     SlowBatch,
     StorageStalled,
@@ -110,7 +111,7 @@ class CardEvents:
         else:
             card.consecutive_failures += 1
             slow = event.slow
-            if isinstance(slow, SlowBatch) and self._state.slow_kinds.cut(card, slow, self._cards):
+            if isinstance(slow, SlowBatch | LargeBatch) and self._state.unmade_kinds.failed(card, slow, self._cards):
                 for shard in self._work.take_kind(slow.kind):
                     self._state.put_back(shard)
             if isinstance(slow, StorageStalled):
@@ -129,9 +130,9 @@ class CardEvents:
             card.consecutive_failures += 1
             decisions = self.replace_or_quarantine(card, event.error)
             return decisions + self._state.storage_failed(card.node, next(iter(self._state.shards)), event.error)
-        if card.state is CardState.READY and not card.has_succeeded:
+        if card.state is CardState.READY and not card.has_succeeded and event.large is None:
             card.start_failures += 1
-        return self.died(CardDied(event.card, event.error))
+        return self.died(CardDied(event.card, event.error, event.large))
 
     def gone(self, event: CardGone) -> list[Decision] | None:
         """Removes a card that left with its node, which counts against no card. If the node did not announce its end,

@@ -79,6 +79,14 @@ class SlowBatch:
     """The limit, as reasons for a stop name it."""
 
 
+@dataclass(frozen=True)
+class LargeBatch:
+    """The device had no memory left for a batch."""
+
+    kind: BatchKind
+    batch_size: int
+
+
 # -- the cluster ------------------------------------------------------------------------------------------------------
 
 
@@ -190,9 +198,9 @@ class CardDied:
 
     card: int
     error: str
-    slow: SlowBatch | SlowReading | StorageStalled | None = None
-    """What it was killed for, if that says nothing of a row: storage that stalled, a reading that took too long, or a
-    batch of a kind that no card has made."""
+    slow: SlowBatch | SlowReading | StorageStalled | LargeBatch | None = None
+    """What it was killed for, if that says nothing of a row: storage that stalled, a reading that took too long, a
+    batch of a kind that no card has made, or one for which the device had no memory left."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,8 @@ class CardBroken:
     error: str
     storage: bool = False
     """Whether storage kept failing while it loaded, which says little of the card."""
+    large: LargeBatch | None = None
+    """The batch for which its device had no memory left, if that is why."""
 
 
 @dataclass(frozen=True)

@@ -214,8 +214,8 @@ class Schedule:
             return f"{state.node_losses.fruitless} nodes in a row were lost before a card of theirs had made anything"
         if state.open:
             return f"no card is left; the last error of one: {state.last_error or 'none'}"
-        if state.slow_kinds.set_aside:
-            return f"{next(iter(state.slow_kinds.set_aside.values()))}; {len(state.stuck)} shards are not made"
+        if state.unmade_kinds.set_aside:
+            return f"{next(iter(state.unmade_kinds.set_aside.values()))}; {len(state.stuck)} shards are not made"
         shard, error = next(iter(state.stuck.items()))
         return f"{len(state.stuck)} shards could not be made; shard {shard}: {error}"
 

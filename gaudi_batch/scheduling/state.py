@@ -12,7 +12,7 @@ from gaudi_batch.scheduling.backups import Backups
 from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
 from gaudi_batch.scheduling.dispatch import Dispatch
 from gaudi_batch.scheduling.failures import ShardFailures
-from gaudi_batch.scheduling.verdicts import NodeLosses, SlowKinds, StorageFailures, TransientFailures
+from gaudi_batch.scheduling.verdicts import NodeLosses, StorageFailures, TransientFailures, UnmadeKinds
 from gaudi_batch.text import counted
 
 ALL_FAILED_ROWS = 200
@@ -94,7 +94,7 @@ class RunState:
         self.now = -math.inf
         """The latest time that an event has told, in seconds, monotonic."""
         self.storage_failures = StorageFailures()
-        self.slow_kinds = SlowKinds()
+        self.unmade_kinds = UnmadeKinds()
         self.transient_failures = TransientFailures()
         self.node_losses = NodeLosses()
         self.capacity_expected = False
@@ -128,8 +128,8 @@ class RunState:
             return  # another attempt goes on
         kind = self.shards[shard].bucket.batch_kind
         failures = self.work.failures.get(shard)
-        if kind in self.slow_kinds.set_aside:
-            self._give_up(shard, self.slow_kinds.set_aside[kind])
+        if kind in self.unmade_kinds.set_aside:
+            self._give_up(shard, self.unmade_kinds.set_aside[kind])
         elif failures is not None and failures.stuck:
             self._give_up(shard, failures.error)
         else:
@@ -142,7 +142,7 @@ class RunState:
 
     def lift(self, kind: BatchKind) -> None:
         """Notes that a card has made a kind of batch; if that was set aside, it no longer is."""
-        reason = self.slow_kinds.set_aside.pop(kind, None)
+        reason = self.unmade_kinds.made(kind)
         if reason is not None:
             for shard in [number for number, why in self.stuck.items() if why == reason]:
                 del self.stuck[shard]

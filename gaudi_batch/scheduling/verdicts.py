@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.cards import Card, Cards
-from gaudi_batch.scheduling.events import SlowBatch
+from gaudi_batch.scheduling.events import LargeBatch, SlowBatch
 
 MIN_STORAGE_NODES = 2
 """Storage counts as gone once it has failed for all nodes, if these are at least so many."""
-MAX_CUTS = 2
-"""A kind of batch is set aside once so many batches of it have passed their limit and no card has made one."""
+MAX_BATCHES_LOST = 2
+"""A kind of batch is set aside once so many cards have failed at it and none has made one."""
 MAX_FRUITLESS_NODES = 8
 """No node is expected to do better once so many were lost one after the other with nothing made between."""
 CHANCE = 1e-6
@@ -48,36 +48,55 @@ class StorageFailures:
 
 
 @dataclass
-class SlowKinds:
-    """Kinds of batches that no card makes in time. That is the job's mistake, and no row's or card's.
+class UnmadeKinds:
+    """Kinds of batches that no card makes in time, or for which no device has memory. That is the job's mistake, and no
+    row's or card's.
 
-    Cards of two nodes must have been killed at one, of which one makes other batches, as some hang at whatever they are
-    given; or all cards that there are, twice. Where all are on one node, two of its cards are enough.
+    Cards of two nodes must have been killed at one that is slow, of which one makes other batches, as some hang at
+    whatever they are given; or all cards that there are, twice. Where all are on one node, two of its cards are enough.
+    For memory two cards are enough, wherever they are: the process of a card that ran out of it is a new one each time.
     """
 
     set_aside: dict[BatchKind, str] = field(default_factory=dict)
     """Kinds of batch that are not tried any more, with the reasons."""
-    _cut: dict[BatchKind, list[Card]] = field(default_factory=dict)
+    _made: set[BatchKind] = field(default_factory=set)
+    _lost: dict[BatchKind, list[Card]] = field(default_factory=dict)
 
-    def cut(self, card: Card, slow: SlowBatch, cards: Cards) -> bool:
-        """Notes that a card was killed at a batch of a kind that no card has made; returns whether the kind is now set
-        aside.
+    def made(self, kind: BatchKind) -> str | None:
+        """Notes that a card has made a kind of batch. If that was set aside, it no longer is; returns why it was."""
+        self._made.add(kind)
+        return self.set_aside.pop(kind, None)
+
+    def failed(self, card: Card, at: SlowBatch | LargeBatch, cards: Cards) -> bool:
+        """Notes that a card failed at a batch; returns whether its kind is now set aside.
 
         Args:
             card: the card.
-            slow: what it was at.
+            at: what it was at.
             cards: all cards.
         """
-        killed = self._cut.setdefault(slow.kind, [])
-        killed.append(card)
-        numbers = {card.number for card in killed}
-        nodes = {card.node for card in killed}
-        places = numbers if cards.live_on.keys() <= nodes else nodes
-        several = len(places) >= MAX_CUTS and any(card.has_made for card in killed)
-        if not several and (len(killed) < MAX_CUTS or cards.others(numbers)):
+        if isinstance(at, LargeBatch) and at.kind in self._made:
+            return False  # so it is this card that has less memory
+        lost = self._lost.setdefault(at.kind, [])
+        lost.append(card)
+        numbers = {card.number for card in lost}
+        nodes = {card.node for card in lost}
+        if isinstance(at, LargeBatch):
+            several = len(numbers) >= MAX_BATCHES_LOST
+        else:
+            places = numbers if cards.live_on.keys() <= nodes else nodes
+            several = len(places) >= MAX_BATCHES_LOST and any(card.has_made for card in lost)
+        if not several and (len(lost) < MAX_BATCHES_LOST or cards.others(numbers)):
             return False
-        self.set_aside[slow.kind] = f"batches of {slow.kind} take longer than {slow.limit}"
+        self.set_aside[at.kind] = _why_unmade(at)
         return True
+
+
+def _why_unmade(at: SlowBatch | LargeBatch) -> str:
+    if isinstance(at, SlowBatch):
+        return f"batches of {at.kind} take longer than {at.limit}"
+    fits = f"a --batch-size of {at.batch_size // 2} may fit" if at.batch_size > 1 else "smaller images may fit"
+    return f"no device has memory for batches of {at.batch_size} images of {at.kind}; {fits}"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from gaudi_batch.scheduling.events import (
     CardBroken,
     CardDied,
     CardPlaced,
+    LargeBatch,
     Reading,
     ReadingAnnounced,
     ShardBegun,
@@ -686,6 +687,73 @@ def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other
     reason = "batches of 64x64, 20 steps take longer than 60 s (limits.first_batch); 6 shards are not made"
     assert world.finished == [reason]
     assert not world.quarantined
+
+
+# -- memory of the device ---------------------------------------------------------------------------------------
+
+
+NO_MEMORY = LargeBatch(LARGE.batch_kind, 8)
+
+
+def test_a_size_for_which_no_device_has_memory_is_set_aside_and_the_others_go_on() -> None:
+    work = [
+        Shard(number, 0, 4 * number, 4 * number + 4, LARGE if number % 5 == 0 else Bucket(64, 64, 20, 7.5), 4, 4)
+        for number in range(40)
+    ]
+    world = World(Schedule(work, "a", RowCounts(160)))
+    start(world, 4)
+    broken = 0
+    for _ in range(1000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        if world.in_flight[card][0].shard.bucket != LARGE:
+            world.finish_first(card)
+            continue
+        broken += 1
+        world.in_flight.pop(card)
+        world.do(world.schedule.handle(CardBroken(card, "out of device memory", large=NO_MEMORY)))
+    assert len(world.committed) == 32, "the others go on"
+    assert world.schedule.failed_rows == 0
+    assert not world.quarantined
+    assert broken <= 2 + 3, "those that had begun one by then"
+    assert world.finished == [
+        "no device has memory for batches of 8 images of 1024x1024, 50 steps; a --batch-size of 4 may fit; 8 shards are"
+        " not made"
+    ]
+
+
+def test_one_card_that_runs_out_of_memory_twice_says_enough_where_there_is_no_other() -> None:
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(3)]
+    world = World(Schedule(work, "a", RowCounts(12)))
+    start(world, 1)
+    for _ in range(2):
+        assert not world.finished
+        settle(world)
+        world.in_flight.pop(0)
+        world.do(world.schedule.handle(CardBroken(0, "out of device memory", large=LargeBatch(LARGE.batch_kind, 1))))
+    let_it_end(world, 9)
+    (reason,) = world.finished
+    assert str(reason).startswith("no device has memory for batches of 1 images of 1024x1024, 50 steps; smaller images")
+
+
+def test_a_card_that_has_less_memory_than_the_others_is_quarantined_alone() -> None:
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(40)]
+    world = World(Schedule(work, "a", RowCounts(160)))
+    start(world, 3)
+    world.finish_first(1)
+    for _ in range(200):
+        settle(world)
+        if world.finished:
+            break
+        if world.in_flight.get(0):
+            world.in_flight.pop(0)
+            world.do(world.schedule.handle(CardBroken(0, "out of device memory", large=NO_MEMORY)))
+        else:
+            world.finish_first(busy(world)[0])
+    assert world.finished == [None]
+    assert list(world.quarantined) == [0]
 
 
 # -- images that come out wrong ---------------------------------------------------------------------------------
