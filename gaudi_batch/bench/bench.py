@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaudi_batch.bench.card import MeasuredCards, measured_cards
+from gaudi_batch.bench.published import PUBLISHED, Published
 from gaudi_batch.bench.rate import Rate, caveat, table
 from gaudi_batch.job import Job
-
-PUBLISHED = {"first-generation Gaudi": (4.29, 0.283), "Gaudi2": (1.54, 0.904)}
-"""Seconds for a batch of 1 and images a second in batches of 8: Stable Diffusion 1.5 at 512 x 512, mixed precision
-bf16/fp32 with the config Habana/stable-diffusion, from the page "Habana Gaudi" of the documentation of diffusers."""
-PUBLISHED_CLASS, PUBLISHED_SIDE = "StableDiffusionPipeline", 512
-PUBLISHED_BATCHES = (1, 8)
 
 
 @dataclass(frozen=True)
@@ -84,9 +79,10 @@ class Bench:
             rows.append(
                 (f"{len(self.together)} cards at once", "", f"{self.together_images_per_s:.3g} images/s, {share}")
             )
-        if self._compares():
-            for name, (latency, rate) in PUBLISHED.items():
-                rows.append((f"published, {name}", f"{latency} s", f"{rate} images/s"))
+        for published in self._published():
+            for device, rate in published.rates.items():
+                latency = f"{published.latencies[device]} s" if device in published.latencies else ""
+                rows.append((f"{published.source}, {device}", latency, f"{rate} images/s"))
         head = f"{job.model.name}: {bucket}, {job.dtype}, on {self.device}"
         tail = (
             f"medians of {len(self.throughput.seconds)} calls after {self.warmup_calls} for warm-up;"
@@ -94,17 +90,12 @@ class Bench:
         )
         return "\n".join([*caveat(self.device), head, "", *table(rows), "", tail])
 
-    def _compares(self) -> bool:
-        bucket = self.job.rules.bucket
-        return (
-            self.job.config.device == "hpu"
-            and not self.emulated
-            and self.job.model.pipeline_class == PUBLISHED_CLASS
-            and not self.job.model.name.startswith("builtin:")
-            and (bucket.steps, bucket.graph_key.guided, self.job.dtype) == (50, True, "autocast to bfloat16")
-            and (bucket.width, bucket.height) == (PUBLISHED_SIDE, PUBLISHED_SIDE)
-            and (1, self.throughput.batch_size) == PUBLISHED_BATCHES
-        )
+    def _published(self) -> list[Published]:
+        """What was published of a real card with the same settings."""
+        job = self.job
+        if job.config.device != "hpu" or self.emulated or job.model.name.startswith("builtin:"):
+            return []
+        return [each for each in PUBLISHED if each.is_of(job, self.throughput.batch_size)]
 
 
 def bench(job: Job, address: str | None, calls: int) -> Bench:
