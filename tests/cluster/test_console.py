@@ -29,7 +29,7 @@ def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> list[str
     """The flags of a job whose run is complete with one failed row: `run` has nothing to make, and its code is 3."""
     home = tmp_path_factory.mktemp("größe")
     pq.write_table(pa.table({"prompt": ["a", None, "c"], "größe": [1, 2, 3]}), home / "prompts.parquet")
-    flags = [f"--prompts={home}/prompts.parquet", f"--output={home}/out", "--device=simulated"]
+    flags = [f"--prompts={home}/prompts.parquet", f"--output={home}/out", "--device=simulated", "--cards=1"]
     made = command_line("run", *flags, "--simulated.batch-seconds=0.01", "--address", cluster)
     assert made.returncode == 3, made.stderr
     return [*flags, "--simulated.batch-seconds=0.01"]

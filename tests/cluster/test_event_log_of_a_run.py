@@ -47,6 +47,6 @@ def test_the_log_of_a_run_with_faults_is_replayed_with_the_same_decisions(
 
 def test_a_run_that_is_complete_leaves_no_log(write_prompts: Callable[..., Path], tmp_path: Path, cluster: str) -> None:
     prompts = write_prompts({"prompt": ["p"] * 8})
-    fields: dict[str, Any] = {"device": "simulated", "simulated": {"batch_seconds": 0.01}}
+    fields: dict[str, Any] = {"device": "simulated", "cards": 1, "simulated": {"batch_seconds": 0.01}}
     run(JobConfig(prompts=str(prompts), output=str(tmp_path / "out"), **fields), address=cluster)
     assert not (tmp_path / "out/events.bin").exists()

@@ -129,7 +129,7 @@ def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
         "--device",
         "simulated",
     )
-    job = (*job, "--simulated.batch-seconds", "0.01", "--shard-size", "8")
+    job = (*job, "--simulated.batch-seconds", "0.01", "--shard-size", "8", "--cards", "1")
     assert command_line(*job, "--limit", "8").returncode == 0
     result = command_line(*job, PYTHONPATH=other_version(tmp_path, "diffusers"))
     assert result.returncode == 0, result.stderr
