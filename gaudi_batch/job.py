@@ -69,18 +69,19 @@ class Job:
     @property
     def rules(self) -> RowRules:
         """What a row gets for the fields that it leaves open."""
-        config = self.config
+        config, family = self.config, self.model.family
         return RowRules(
             Bucket(
                 config.width or self.model.width,
                 config.height or self.model.height,
-                config.steps,
-                config.guidance_scale,
+                config.steps or family.steps,
+                family.guidance_scale if config.guidance_scale is None else config.guidance_scale,
             ),
             config.num_images,
             config.negative_prompt,
-            self.model.multiple,
+            family.multiple,
             self.bounds,
+            takes_negative=family.negative is not None,
         )
 
     @property
@@ -127,8 +128,6 @@ class Job:
             mode="json",
             include={
                 "columns",
-                "steps",
-                "guidance_scale",
                 "negative_prompt",
                 "num_images",
                 "seed",
@@ -155,8 +154,7 @@ class Job:
         return same | {
             "model": self.model.name,
             "model_revision": self.model.revision,
-            "width": bucket.width,
-            "height": bucket.height,
+            **bucket._asdict(),
             "scheduler": self.model.scheduler,
             "dtype": self.dtype,
             "threads": self.threads if config.device == "cpu" else None,
@@ -198,10 +196,15 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
             raise
         model = unseen_model(config, config.width, config.height)
         own = 0, 0
+    family = model.family
     for name in ("width", "height"):
         side = getattr(config, name)
-        if side is not None and side % model.multiple:
-            raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {model.multiple}")
+        if side is not None and side % family.multiple:
+            raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {family.multiple}")
+    if family.attention == "fused" and config.device == "hpu" and config.gaudi.fused_attention is False:
+        raise InputError(f"gaudi.fused_attention is false; optimum-habana's {family.gaudi_class} always fuses it")
+    if config.device == "hpu" and config.dtype is None:
+        config = config.model_copy(update={"dtype": family.hpu_dtype})
     threads = config.cpu.threads or (fixed.threads if fixed else None)
     if config.device == "cpu" and threads is None:
         threads = max(1, usable_cpus() // (DEFAULT_CARDS if config.cards == "all" else config.cards))

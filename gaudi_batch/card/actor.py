@@ -9,48 +9,45 @@ from __future__ import annotations
 
 import os
 import queue
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
-from pathlib import Path
 
 import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Dropped, Ready
+from gaudi_batch.card.same_storage import require_shared
 from gaudi_batch.card.shard_result import (
     CardIdentity,
     PipelineCall,
     ShardRecorder,
-    ShardRows,
     StoredBatch,
     encode_error,
 )
-from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker
+from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker, ShardRows
 from gaudi_batch.card.store_pool import StorePool
 from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
-from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.errors import StorageError
 from gaudi_batch.output.formats.base import OutputFormat
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
-from gaudi_batch.output.lease import SETTLE_INTERVAL_S, read_lease
 from gaudi_batch.output.manifest import StoredImage
-from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.pipelines import load_pipeline
-from gaudi_batch.pipelines.base import DeviceError, Generated, Item, Pipeline
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory, Pipeline
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.plan import Bucket, GraphKey, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import (
     BatchAnnounced,
     DoubtsChecked,
+    LargeBatch,
     Reading,
     ReadingAnnounced,
     ShardBegun,
@@ -89,7 +86,7 @@ class Card:
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
         self._probes: dict[Bucket, Item] = {}
-        self._warmups: dict[GraphKey, int] = {}
+        self._warmups: dict[tuple[GraphKey, tuple[int, ...]], int] = {}
         self._pipeline: Pipeline
         self._idle_since = 0.0
         for target in (self._fetch, self._generate):
@@ -184,7 +181,9 @@ class Card:
                 try:
                     self._make(work)
                 except DeviceError as error:
-                    self._mailbox.emit(Broken(str(error)[:1000]))
+                    kind, size = work.task.shard.bucket.batch_kind, self._setup.job.config.batch_size
+                    large = LargeBatch(kind, size) if isinstance(error, OutOfDeviceMemory) else None
+                    self._mailbox.emit(Broken(str(error)[:1000], large=large))
                     return
             elif self._mailbox.is_dropped(work.task.attempt):
                 self._mailbox.emit(Dropped(work.task.attempt))
@@ -205,12 +204,12 @@ class Card:
             return generated
 
         maker = ShardMaker(
-            task=task,
-            rows=work.rows,
+            work=work,
             config=config,
             call=call,
             announce=(lambda rows: self._announce(task.attempt, rows)) if task.announce else lambda _: None,
             probe=self._probes.get(bucket),
+            text_lengths=self._pipeline.text_lengths,
         )
         stored: list[StoredBatch] = []
         storage_failed = threading.Event()
@@ -255,12 +254,13 @@ class Card:
 
     def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, PipelineCall]:
         bucket = shard.bucket
-        key = bucket.graph_key
+        key = bucket.graph_key, self._pipeline.text_lengths(items[0])
         self._warmups[key] = self._warmups.pop(key, 0)  # the last is the most recently used
         while len(self._warmups) > self._setup.job.config.gaudi.max_graphs:
             oldest = next(iter(self._warmups))
             del self._warmups[oldest]
-            self._pipeline.forget(oldest)
+            if self._pipeline.forget(oldest[0]):
+                self._warmups = {key: 0}
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started, began = time.monotonic(), time.time()
         wait_s = started - self._idle_since
@@ -323,36 +323,3 @@ def _failure(error: Exception) -> ShardFailure:
         healthy=not storage,
         storage=storage,
     )
-
-
-def require_shared(setup: CardSetup) -> None:
-    """Makes sure that this node sees the driver's output and prompts. A directory of the same name on the node's own
-    disk would take images that nobody finds.
-
-    Raises:
-        RuntimeError: it does not.
-        StorageError: storage refuses this node.
-    """
-    prompts = setup.job.dataset.storage
-    way_out = "a local path must be on a file system that all nodes share"
-    if not _sees_run(setup):
-        raise RuntimeError(f"node {socket.gethostname()} does not see this run in {setup.storage.url}; {way_out}")
-    if prompts.local and not Path(prompts.full(setup.job.dataset.files[0].name)).exists():
-        raise RuntimeError(f"node {socket.gethostname()} does not see the prompts in {prompts.url}; {way_out}")
-
-
-def _sees_run(setup: CardSetup) -> bool:
-    """Whether the output has the run's record, or the lease of the driver that is about to write it. What says no is
-    read twice, since storage may answer with what was there a moment ago."""
-    for pause in (0.0, SETTLE_INTERVAL_S):
-        time.sleep(pause)
-        try:
-            run = OutputReader(setup.storage).run()
-        except InputError:
-            run = None
-        if run is not None and run.run_id == setup.run_id:
-            return True
-        lease = read_lease(setup.storage)
-        if lease is not None and lease.driver == setup.driver:
-            return True
-    return False

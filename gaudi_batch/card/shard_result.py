@@ -6,12 +6,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
-import pyarrow as pa
-
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.messages import CardSetup, Done
-from gaudi_batch.card.shard_runner import MadeImage, ShardMaker
-from gaudi_batch.dataset.rows import PromptRow
+from gaudi_batch.card.shard_runner import MadeImage, ShardMaker, ShardRows
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import throughput_path
 from gaudi_batch.output import manifest
@@ -19,7 +16,6 @@ from gaudi_batch.output.formats.base import OutputFormat
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.pipelines.base import Item
-from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import ShardOutcome
 from gaudi_batch.text import describe_error
 
@@ -35,16 +31,6 @@ class CardIdentity:
     """The module that Ray pinned; None where the device has none."""
     device: str
     """What its pipeline says of the device."""
-
-
-@dataclass(frozen=True)
-class ShardRows:
-    """A shard, and its rows as read from the prompts."""
-
-    task: ShardTask
-    rows: list[PromptRow]
-    carried: pa.Table
-    """The carried columns of the same rows."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ another card makes it again, and decides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.rows import PromptRow, image_seed
@@ -46,27 +47,37 @@ class MadeImage:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class ShardRows:
+    """A shard, and its rows as read from the prompts."""
+
+    task: ShardTask
+    rows: list[PromptRow]
+    carried: pa.Table
+    """The carried columns of the same rows."""
+
+
 class ShardMaker:
     """Makes the images of one shard.
 
     Args:
-        task: the shard, and what is known of its rows.
-        rows: the shard's rows.
+        work: the shard, what is known of its rows, and the rows.
         config: of the job, whose `batch_size` is that of each call.
         call: generates a whole batch.
         announce: called with the rows of a batch before its call; may wait.
         probe: an item of the bucket that this card has made before, if there is one. A suspect shard begins with it,
             announced as no row at all: what the card does to that is no row's fault.
+        text_lengths: what the items of one call must have in common beside the bucket, see `Pipeline`.
     """
 
     def __init__(
         self,
-        task: ShardTask,
-        rows: Sequence[PromptRow],
+        work: ShardRows,
         config: JobConfig,
         call: Callable[[list[Item]], Generated],
         announce: Callable[[tuple[int, ...]], None] = lambda rows: None,
         probe: Item | None = None,
+        text_lengths: Callable[[Item], tuple[int, ...]] = lambda item: (),
     ) -> None:
         self.probe = probe
         self.failures: dict[int, str] = {}
@@ -77,7 +88,8 @@ class ShardMaker:
         """Those of them that another card has to make again; its result decides."""
         self.transient_failures = 0
         """Calls that raised and images that were wrong, and that worked when repeated."""
-        self._task, self._rows, self._call, self._announce = task, rows, call, announce
+        self._task, self._rows, self._call, self._announce = work.task, work.rows, call, announce
+        self._text_lengths = text_lengths
         self._batch_size, self._run_seed = config.batch_size, config.seed
         self._unconfirmed: dict[int, str] = {}
 
@@ -102,9 +114,9 @@ class ShardMaker:
             self._announce(())
             self._make_probe()
         apart = self._task.alone | self._task.failed_alone_once.keys() | self._task.confirm
-        together = (item for row in runnable if row.row not in apart for item in self._items(row))
-        for group in _chunks(together, self._batch_size):
-            yield from self._make(group)
+        for alike in self._of_one_length([row for row in runnable if row.row not in apart]):
+            for group in _chunks((item for row in alike for item in self._items(row)), self._batch_size):
+                yield from self._make(group)
         for row in runnable:
             if row.row in apart:
                 for group in _chunks(self._items(row), self._batch_size):
@@ -121,6 +133,12 @@ class ShardMaker:
     def _items(self, row: PromptRow) -> Iterator[Item]:
         for image in range(row.num_images):
             yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self._run_seed, row, image))
+
+    def _of_one_length(self, rows: list[PromptRow]) -> Iterable[list[PromptRow]]:
+        alike: dict[tuple[int, ...], list[PromptRow]] = {}
+        for row in rows:
+            alike.setdefault(self._text_lengths(next(self._items(row))), []).append(row)
+        return alike.values()
 
     def _is_lost(self, row: int) -> bool:
         return row in self.failures or row in self._unconfirmed or row in self.doubted

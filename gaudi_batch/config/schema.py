@@ -115,11 +115,12 @@ class JobConfig(Section):
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     """Images per prompt (this and the next six: per row where the row says so)."""
 
-    steps: PositiveInt = 50
-    """Denoising steps."""
+    steps: PositiveInt | None = None
+    """Denoising steps; null is what models of this kind are made for, 50 for Stable Diffusion 1 and 2."""
 
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 7.5
-    """Classifier-free guidance; 1 or less turns it off."""
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Classifier-free guidance; 1 or less turns it off. Null is what models of this kind are made for, 7.5 for Stable
+    Diffusion 1 and 2."""
 
     width: PositiveInt | None = None
     """Width in pixels; null is the model's own."""
@@ -138,10 +139,11 @@ class JobConfig(Section):
     """Seed of the run, from which rows without a seed get theirs."""
 
     scheduler: str | None = None
-    """Scheduler by name; null is ddim for Stable Diffusion 1 and 2, else the model's own."""
+    """Scheduler by name; null is ddim for Stable Diffusion 1 and 2, euler for XL, flow_match_euler for the others."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type that the model computes in; null is float32 on the cpu, and as the Gaudi config says on hpu."""
+    """Type that the model computes in; null is float32 on the cpu. On hpu it is as the Gaudi config says for Stable
+    Diffusion 1, 2 and XL, and bfloat16 for the others."""
 
     format: Literal["files"] = "files"
     """How images are kept: files, one object an image."""

@@ -29,6 +29,8 @@ class RowRules:
 
     bounds: Bounds | None = None
     """None in a run that a version without bounds began, which is finished without them."""
+    takes_negative: bool = True
+    """Whether the model takes negative prompts."""
 
     def shape(self, values: Mapping[str, Any]) -> tuple[Bucket, int, str | None]:
         """The bucket of a row, its number of images, and why it can't be run (None if it can).
@@ -136,6 +138,8 @@ def make_row(number: int, values: Mapping[str, Any], rules: RowRules, error: str
     error = error or prompt_error or negative_error or id_error or shape_error or seed_error
     if error is None and (prompt is None or not prompt.strip()):
         error = "prompt is null" if prompt is None else "prompt is empty"
+    if negative and negative.strip() and not rules.takes_negative:
+        error = error or "negative_prompt is given; this model takes none"
     if rules.bounds is not None:
         most = rules.bounds.max_prompt
         error = error or _too_long("prompt", prompt, most) or _too_long("negative_prompt", negative, most)

@@ -114,6 +114,8 @@ def _suspects(table: pa.Table, rules: RowRules) -> Mask:
     for name in table.column_names:
         if name not in SHAPE_COLUMNS:
             suspect |= _suspect_values(name, table.column(name))
+    if not rules.takes_negative and "negative_prompt" in table.column_names:
+        suspect |= _mask(pc.is_valid(table.column("negative_prompt")))
     return suspect
 
 

@@ -76,8 +76,12 @@ class Pipeline(Protocol):
             Exception: whatever else the libraries raise; the card finds out what it was about.
         """
 
-    def forget(self, key: GraphKey) -> None:
-        """Drops everything that is compiled for a graph key."""
+    def text_lengths(self, item: Item) -> tuple[int, ...]:
+        """The numbers of tokens to which an item's texts are padded. Items of one call must have the same, and a card
+        captures a graph for each. Empty where all texts are padded alike."""
+
+    def forget(self, key: GraphKey) -> bool:
+        """Drops everything that is compiled for a graph key. Returns whether that of all other keys has gone, too."""
 
     def take_memory_peak(self) -> DeviceMemory | None:
         """The device's memory since this was last called, or since loading; None where the device does not tell."""

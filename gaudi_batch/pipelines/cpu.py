@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.calls import call_arguments, is_truncated, prepare_calls, text_lengths
+from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
 from gaudi_batch.pipelines.trust import refuse_code
@@ -47,31 +49,27 @@ class CpuPipeline:
             torch_dtype=getattr(torch, dtype),
             use_safetensors=model.use_safetensors or None,
         )
-        self._pipeline.set_progress_bar_config(disable=True)
         if model.scheduler is not None:
             scheduler_class = getattr(diffusers, model.scheduler)
             self._pipeline.scheduler = scheduler_class.from_config(self._pipeline.scheduler.config)
+        prepare_calls(self._pipeline, model.family)
+        self._family = model.family
         self.stack: Mapping[str, str] = versions(TORCH_PACKAGES) | {"device": _describe_cpu()}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
         """One call of the pipeline with a generator of its own for each image."""
-        output = self._pipeline(
-            prompt=[item.prompt for item in items],
-            negative_prompt=[item.negative_prompt for item in items] if bucket.guidance_scale > 1 else None,
-            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
-            num_images_per_prompt=1,
-            output_type="np",
-            width=bucket.width,
-            height=bucket.height,
-            num_inference_steps=bucket.steps,
-            guidance_scale=bucket.guidance_scale,
-        )
-        return collect(self._pipeline, output, items)
+        output = self._pipeline(**call_arguments(self._family, bucket, items))
+        return collect(self._pipeline, self._family, output, items)
 
-    def forget(self, key: GraphKey) -> None:
+    def text_lengths(self, item: Item) -> tuple[int, ...]:
+        """See `Pipeline`."""
+        return text_lengths(self._pipeline, self._family, item)
+
+    def forget(self, key: GraphKey) -> bool:
         """Does nothing, since nothing is compiled."""
+        return False
 
     def take_memory_peak(self) -> None:
         """Nothing: the host's memory is shared with all else."""
@@ -128,13 +126,13 @@ def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
     return revision.result
 
 
-def collect(pipeline: Any, output: Any, items: list[Item]) -> Generated:
+def collect(pipeline: Any, family: Family, output: Any, items: list[Item]) -> Generated:
     """The images of diffusers' output, with the truncation of prompts, which diffusers only logs."""
     flagged = getattr(output, "nsfw_content_detected", None)
     return Generated(
         images=np.asarray(output.images, dtype=np.float32),
         nsfw=[None] * len(items) if flagged is None else [bool(flag) for flag in flagged],
-        truncated=[_truncated(pipeline.tokenizer, item.prompt) for item in items],
+        truncated=[is_truncated(pipeline, family, item.prompt) for item in items],
     )
 
 
@@ -155,7 +153,3 @@ def _describe_cpu() -> str:
         match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         name = match[1] if match else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _truncated(tokenizer: Any, prompt: str) -> bool:
-    return bool(len(tokenizer(prompt, truncation=False).input_ids) > tokenizer.model_max_length)

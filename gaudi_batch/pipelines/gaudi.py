@@ -18,7 +18,7 @@ from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, DeviceMemory, Generated, Item, OutOfDeviceMemory
-from gaudi_batch.pipelines.families import SUPPORTED
+from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
@@ -65,6 +65,9 @@ class GaudiPipeline:
                 " it; put the pip of the Python that has habana_frameworks first on the PATH of this node's Ray"
             ) from None
 
+        import diffusers
+
+        from gaudi_batch.pipelines.calls import prepare_calls
         from gaudi_batch.pipelines.cpu import fetch, revision_beside, silence_libraries
 
         torch.set_num_threads(threads)
@@ -74,12 +77,13 @@ class GaudiPipeline:
         self.device = _describe_device(hpu)
         self._hpu = hpu
         self._graphs: dict[GraphKey, set[int]] = {}
-        pipeline_class = getattr(gaudi_diffusers, SUPPORTED[model.pipeline_class].gaudi_class)
+        pipeline_class = getattr(gaudi_diffusers, model.family.gaudi_class)
         path = fetch(model, pipeline_class)
         revision = revision_beside(model, path)
         scheduler = {}
         if model.scheduler is not None:
-            scheduler_class = getattr(gaudi_diffusers, model.scheduler)
+            library = gaudi_diffusers if model.scheduler.startswith("Gaudi") else diffusers
+            scheduler_class = getattr(library, model.scheduler)
             scheduler["scheduler"] = scheduler_class.from_pretrained(path, subfolder="scheduler")
         try:
             self._pipeline = pipeline_class.from_pretrained(
@@ -97,12 +101,14 @@ class GaudiPipeline:
         except RuntimeError as error:
             raise _explained(error, None, 0) from error
         if config.gaudi.fused_attention is not False:
-            # Upstream leaves this to its caller, and it must be there before the first capture.
-            self._pipeline.unet.set_default_attn_processor(self._pipeline.unet)
+            _fuse_attention(self._pipeline, model.family)
+        if model.pipeline_class == "StableDiffusionXLPipeline":
+            _leave_sizes_single_without_guidance(self._pipeline)
+        prepare_calls(self._pipeline, model.family)
+        self._family = model.family
         self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
-        self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
         """One call of the pipeline, as one batch, with a generator on the host of its own for each image.
@@ -110,35 +116,36 @@ class GaudiPipeline:
         Raises:
             DeviceError: the device, its driver or its memory failed.
         """
-        import torch
-
+        from gaudi_batch.pipelines.calls import call_arguments
         from gaudi_batch.pipelines.cpu import collect
 
         cache: dict[int, Any] = getattr(self._pipeline, "cache", {})
         before = set(cache)
         try:
-            output = self._pipeline(
-                prompt=[item.prompt for item in items],
-                negative_prompt=[item.negative_prompt for item in items] if bucket.guidance_scale > 1 else None,
-                generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
-                num_images_per_prompt=1,
-                batch_size=len(items),
-                output_type="np",
-                width=bucket.width,
-                height=bucket.height,
-                num_inference_steps=bucket.steps,
-                guidance_scale=bucket.guidance_scale,
-            )
+            output = self._pipeline(**call_arguments(self._family, bucket, items), batch_size=len(items))
         except RuntimeError as error:
             raise _explained(error, bucket, len(items)) from error
         finally:
             self._graphs.setdefault(bucket.graph_key, set()).update(cache.keys() - before)
-        return collect(self._pipeline, output, items)
+        return collect(self._pipeline, self._family, output, items)
 
-    def forget(self, key: GraphKey) -> None:
-        """Drops the graphs of a key and with them their device memory; optimum-habana keeps them for ever."""
+    def text_lengths(self, item: Item) -> tuple[int, ...]:
+        """See `Pipeline`."""
+        from gaudi_batch.pipelines.calls import text_lengths
+
+        return text_lengths(self._pipeline, self._family, item)
+
+    def forget(self, key: GraphKey) -> bool:
+        """Drops the graphs of a key and with them their device memory; optimum-habana keeps them for ever. Where it
+        keeps them in the transformer, they all go together."""
         for graph in self._graphs.pop(key, ()):
             self._pipeline.cache.pop(graph, None)
+        if self._family.drops_single_graphs:
+            return False
+        clear = getattr(self._pipeline.transformer, "clear_cache", None)  # not there without HPU graphs
+        if clear is not None:
+            clear()
+        return True
 
     def take_memory_peak(self) -> DeviceMemory:
         """What tensors have taken of the device's memory, see `Pipeline`."""
@@ -160,6 +167,29 @@ class GaudiPipeline:
             for name, version in versions_here.items()
             if version is not None and version.release[:2] != validated.release[:2]
         ]
+
+
+def _fuse_attention(pipeline: Any, family: Family) -> None:
+    """Puts Intel's fused attention wherever it can be; it must be there before the first capture."""
+    if family.attention == "asked":
+        # Upstream leaves this to its caller.
+        pipeline.unet.set_default_attn_processor(pipeline.unet)
+    for block in getattr(getattr(pipeline, "transformer", None), "transformer_blocks", ()):
+        if getattr(block, "attn2", None) is not None:
+            # The second attention of Stable Diffusion 3.5 medium, which upstream passes over.
+            block.attn2.processor = block.attn.processor
+
+
+def _leave_sizes_single_without_guidance(pipeline: Any) -> None:
+    """Mends optimum-habana's Stable Diffusion XL, which doubles the sizes of images that its UNet gets even where there
+    is no guidance and nothing else is doubled."""
+    split = pipeline._split_inputs_into_batches
+
+    def split_inputs(*inputs: Any) -> Any:
+        *others, negative_sizes = inputs
+        return split(*others, negative_sizes if pipeline.do_classifier_free_guidance else None)
+
+    pipeline._split_inputs_into_batches = split_inputs
 
 
 def _acquire(hpu: Any) -> None:

@@ -69,9 +69,14 @@ class SimulatedPipeline:
                 image[0, 0] = np.nan
         return Generated(images, [None] * len(items), [False] * len(items))
 
-    def forget(self, key: GraphKey) -> None:
+    def text_lengths(self, item: Item) -> tuple[int, ...]:
+        """None, see `Pipeline`."""
+        return ()
+
+    def forget(self, key: GraphKey) -> bool:
         """Makes the next batch of this key capture again."""
         self._captured.discard(key)
+        return False
 
     def take_memory_peak(self) -> None:
         """Nothing: there is no memory."""

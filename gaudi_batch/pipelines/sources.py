@@ -14,13 +14,7 @@ from gaudi_batch.config.bounds import MAX_INT32
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import GAUDI_FIELDS, check_gaudi_fields
 from gaudi_batch.errors import HubUnreachable, InputError
-from gaudi_batch.pipelines.families import (
-    NOISY_GAUDI_SCHEDULERS,
-    NOISY_SCHEDULERS,
-    SCHEDULERS,
-    SUPPORTED,
-    PipelineClass,
-)
+from gaudi_batch.pipelines.families import FAMILIES, NOISY_SCHEDULERS, SIMULATED, Family
 from gaudi_batch.pipelines.model_files import read_json
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.pipelines.trust import refuse_code
@@ -51,18 +45,23 @@ class ModelInfo:
     hub: bool
     revision: str
     """The commit of a hub model, or the SHA-256 of a directory's files."""
-    pipeline_class: str
-    """Its diffusers class, from model_index.json."""
+    family: Family
+    """What it has in common with others of its kind."""
     scheduler: str | None
-    """The diffusers class of the scheduler to use; None for the model's own."""
+    """The class of the scheduler to use, of diffusers or optimum-habana; None on the simulated device."""
     width: int
     """The model's own width in pixels."""
     height: int
-    multiple: int
-    """Pixels of which a side must be a multiple."""
     use_safetensors: bool = True
     """Whether only safetensors are loaded. If not, libraries also take pickles where there are no safetensors, and read
     them with torch's `weights_only`."""
+    looked_at: bool = True
+    """False for a hub model of which nothing but its name is known."""
+
+    @property
+    def pipeline_class(self) -> str:
+        """Its diffusers class, from model_index.json."""
+        return self.family.pipeline_class if self.looked_at else NOT_LOOKED_AT
 
 
 def describe_model(config: JobConfig) -> ModelInfo:
@@ -72,7 +71,7 @@ def describe_model(config: JobConfig) -> ModelInfo:
         InputError: it can't be found, is of an unsupported class, has no safetensors, or its scheduler draws noise.
     """
     if config.device == "simulated":
-        return ModelInfo("simulated", "", False, "", "simulated", None, DEFAULT_SIDE, DEFAULT_SIDE, 8)
+        return ModelInfo("simulated", "", False, "", SIMULATED, None, DEFAULT_SIDE, DEFAULT_SIDE)
     name = config.model or ""
     if name.startswith(BUILTIN):
         directory = builtin_directory(name)
@@ -99,7 +98,7 @@ def builtin_directory(name: str) -> Path:
 def unseen_model(config: JobConfig, width: int, height: int) -> ModelInfo:
     """The model of a job that names a hub model which can't be looked at, and says itself how large its images are."""
     name = config.model or ""
-    return ModelInfo(name, name, True, "not looked at", NOT_LOOKED_AT, config.scheduler, width, height, 8)
+    return ModelInfo(name, name, True, "not looked at", FAMILIES[0], config.scheduler, width, height, looked_at=False)
 
 
 def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
@@ -128,30 +127,41 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
     name = config.model or ""
     index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
-    if not isinstance(pipeline_class, str) or pipeline_class not in SUPPORTED:
-        given = one_line(pipeline_class, 100)
-        raise InputError(f"model {name!r} is a {given}; supported: {', '.join(sorted(SUPPORTED))}")
+    family = next((family for family in FAMILIES if _is_of(family, name, directory, pipeline_class)), None)
+    if family is None:
+        known = ", ".join(dict.fromkeys(family.pipeline_class for family in FAMILIES))
+        raise InputError(f"model {name!r} is a {one_line(pipeline_class, 100)}; supported: {known}")
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
-    width, height = _native_size(name, directory)
+    width, height = _native_size(name, directory, family)
     return ModelInfo(
         name=name,
         path=name if commit else str(directory),
         hub=commit is not None,
         revision=commit or digest(directory, config.use_safetensors),
-        pipeline_class=pipeline_class,
-        scheduler=_scheduler(config, SUPPORTED[pipeline_class]),
+        family=family,
+        scheduler=_scheduler(config, family),
         width=width,
         height=height,
-        multiple=SUPPORTED[pipeline_class].multiple,
         use_safetensors=config.use_safetensors,
     )
 
 
-def _native_size(name: str, directory: Path) -> tuple[int, int]:
+def _is_of(family: Family, name: str, directory: Path, pipeline_class: Any) -> bool:
+    if family.pipeline_class != pipeline_class:
+        return False
+    if family.mark is None:
+        return True
+    folder, file = family.mark.file.rsplit("/", 1)
+    return bool(read_json(f"model {name!r}", directory / folder, file).get(family.mark.field) == family.mark.value)
+
+
+def _native_size(name: str, directory: Path, family: Family) -> tuple[int, int]:
     """Width and height in pixels that a model was made for."""
     blocks = read_json(f"model {name!r}", directory, "vae/config.json").get("block_out_channels") or [1, 1, 1, 1]
-    sample = read_json(f"model {name!r}", directory, "unet/config.json").get("sample_size") or 64
+    sample = family.latents
+    if family.size_from:
+        sample = read_json(f"model {name!r}", directory, family.size_from).get("sample_size") or sample
     height, width = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
     if not isinstance(blocks, list) or len(blocks) > MAX_VAE_BLOCKS:
         raise InputError(
@@ -160,19 +170,20 @@ def _native_size(name: str, directory: Path) -> tuple[int, int]:
     for side in (width, height):
         if not isinstance(side, int) or not 1 <= side <= MAX_INT32 >> MAX_VAE_BLOCKS:
             raise InputError(
-                f"model {name!r}: sample_size of its unet is {short_repr(sample)}; it must be one or two sizes"
+                f"model {name!r}: sample_size of its {family.denoiser} is {short_repr(sample)}; it must be one or two"
+                " sizes"
             )
     return width << len(blocks) - 1, height << len(blocks) - 1
 
 
-def _scheduler(config: JobConfig, pipeline_class: PipelineClass) -> str:
-    name = config.scheduler or pipeline_class.scheduler
+def _scheduler(config: JobConfig, family: Family) -> str:
     on_hpu = config.device == "hpu"
-    known = pipeline_class.gaudi_schedulers if on_hpu else SCHEDULERS
+    known = family.gaudi_schedulers if on_hpu else family.schedulers
+    name = config.scheduler or next(iter(known))
     if name in known:
         return known[name]
     choose = f"use one of {', '.join(known)}" if len(known) > 1 else f"use {next(iter(known))}"
-    if name in (NOISY_GAUDI_SCHEDULERS if on_hpu else NOISY_SCHEDULERS):
+    if name in NOISY_SCHEDULERS or (on_hpu and name in family.schedulers and name == "euler"):
         raise InputError(
             f"scheduler {name!r} draws noise while it steps, from one generator for the whole batch, so an image would"
             f" depend on its neighbours; {choose}"

@@ -21,10 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gaudi_batch.card.actor import BATCHES_IN_STORE, Card, require_shared
+from gaudi_batch.card.actor import BATCHES_IN_STORE, Card
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.shard_result import CardIdentity, PipelineCall, ShardRecorder, ShardRows, StoredBatch
+from gaudi_batch.card.same_storage import require_shared
+from gaudi_batch.card.shard_result import CardIdentity, PipelineCall, ShardRecorder, StoredBatch
+from gaudi_batch.card.shard_runner import ShardRows
 from gaudi_batch.card.store_pool import StorePool
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import EncodingConfig
@@ -129,6 +131,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     card: Any = Card.__new__(Card)
     card._store_slots, card._storage, card._probes = Slots(BATCHES_IN_STORE), None, {}
     card._store = StorePool(2)
+    card._pipeline = SimpleNamespace(text_lengths=lambda item: ())
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._mailbox = Mailbox(lambda: 0.0)
@@ -153,7 +156,7 @@ def test_a_node_that_does_not_see_the_prompts_is_refused(tmp_path: Path, monkeyp
         run_id="run",
         driver="aaaaa",
     )
-    monkeypatch.setattr("gaudi_batch.card.actor.OutputReader.run", lambda ledger: SimpleNamespace(run_id="run"))
+    monkeypatch.setattr("gaudi_batch.card.same_storage.OutputReader.run", lambda ledger: SimpleNamespace(run_id="run"))
     with pytest.raises(RuntimeError, match=r"does not see the prompts in .*must be on a file system that all nodes"):
         require_shared(setup)
     (tmp_path / "prompts").mkdir()

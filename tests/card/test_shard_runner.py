@@ -6,9 +6,10 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from gaudi_batch.card.shard_runner import CardFault, ShardMaker
+from gaudi_batch.card.shard_runner import CardFault, ShardMaker, ShardRows
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item
@@ -53,7 +54,7 @@ def maker(device: Callable[..., Any], count: int, **settings: Any) -> ShardMaker
     known["announce"] = settings.pop("suspect", False)
     task = ShardTask(Shard(0, 0, 0, count, BUCKET, count, count * images), "a1", **known)
     config = JobConfig(prompts="p", output="o", device="simulated", batch_size=4, seed=0)
-    return ShardMaker(task, rows(count, images), config, device, **settings)
+    return ShardMaker(ShardRows(task, rows(count, images), pa.table({})), config, device, **settings)
 
 
 def test_every_call_is_a_whole_batch() -> None:

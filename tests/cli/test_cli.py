@@ -21,7 +21,8 @@ JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", 
 def test_help_and_version_answer() -> None:
     assert "make every image of a job" in command_line("--help").stdout
     assert command_line("--version").stdout.strip()
-    assert "Denoising steps. (default: 50)" in " ".join(command_line("run", "--help").stdout.split())
+    help_of_run = " ".join(command_line("run", "--help").stdout.split())
+    assert "Seed of the run, from which rows without a seed get theirs. (default: 0)" in help_of_run
 
 
 @pytest.mark.ray

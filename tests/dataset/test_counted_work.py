@@ -17,7 +17,8 @@ import pytest
 from gaudi_batch import JobConfig
 from gaudi_batch.card.actor import Card
 from gaudi_batch.card.mailbox import Mailbox
-from gaudi_batch.card.shard_result import PipelineCall, ShardRows
+from gaudi_batch.card.shard_result import PipelineCall
+from gaudi_batch.card.shard_runner import ShardRows
 from gaudi_batch.config.bounds import bounds_for
 from gaudi_batch.dataset import reader as prompts
 from gaudi_batch.dataset.discovery import open_prompts
@@ -147,5 +148,6 @@ def test_a_card_does_not_go_through_all_batches_after_each(monkeypatch: pytest.M
     vars(card)["_call"] = lambda shard, items: (Generated(image, [False], [False]), PipelineCall("steady", 1.0, 0.0))
     rows = [PromptRow(row, str(row), "p", "", None, RULES.bucket, 1, None) for row in range(batches)]
     shard = Shard(0, 0, 0, batches, RULES.bucket, batches, batches)
+    card._pipeline = SimpleNamespace(text_lengths=lambda item: ())
     card._make(ShardRows(ShardTask(shard, "a1"), rows, pa.table({})))
     assert CountedFuture.asked <= 3 * batches

@@ -234,10 +234,15 @@ def test_every_ready_made_job_can_be_checked_without_a_network(config: Path, tmp
         text=True,
         check=False,
     )
+    if config.stem.endswith("lightning"):  # whose model has to be put together first
+        assert result.returncode == 2
+        assert "there is no such directory" in result.stderr
+        return
     assert result.returncode == 0, result.stderr
-    if config.stem.startswith("stable-diffusion"):
-        assert "not looked at" in result.stdout
+    if config.stem in ("stable-diffusion-1.5", "stable-diffusion-2-base"):
         assert "plan     20 images in 2 shards and 6 batches of 4" in result.stdout
+    if config.stem not in ("shapes-cpu", "simulated-node"):
+        assert "not looked at" in result.stdout
 
 
 @pytest.mark.torch

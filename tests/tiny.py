@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -25,10 +30,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
+from transformers.models.qwen2.tokenization_qwen2 import bytes_to_unicode
 
 import gaudi_batch
 
@@ -131,6 +140,51 @@ def flux() -> FluxPipeline:
         tokenizer_2=t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
+
+
+def qwen() -> QwenImagePipeline:
+    """Its text encoder reads bytes."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    ids = {"image_token_id": 290, "video_token_id": 291, "vision_start_token_id": 292, "vision_end_token_id": 293}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return QwenImagePipeline(
+        transformer=transformer,
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=byte_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, time_shift_type="exponential"),
+    )
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """A token for each byte, and one for each mark of the template."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {symbol: number for number, symbol in enumerate([*bytes_to_unicode().values(), *marks])}
+    with tempfile.TemporaryDirectory() as directory:
+        words, merges = Path(directory) / "vocab.json", Path(directory) / "merges.txt"
+        words.write_text(json.dumps(vocabulary))
+        merges.write_text("#version: 0.2\n")
+        return Qwen2Tokenizer(str(words), str(merges), additional_special_tokens=marks[1:])
 
 
 def vae(**options: Any) -> AutoencoderKL:
