@@ -34,8 +34,10 @@ class Tiny(NamedTuple):
     guided: float
     """A guidance scale that is heeded."""
     negatives: bool = True
-    same: bool = True
-    """Whether the images on emulated cards are those of diffusers, bit by bit, in float32."""
+    near: float = 0.0
+    """How far images on emulated cards may be from those of diffusers in float32, of pixels from 0 to 1: not at all
+    where upstream computes the same. Its Stable Diffusion 3 attends to the zeros that fill up texts, and its Qwen-Image
+    rotates by cosines and sines in place of complex numbers, which rounds otherwise."""
     fused: bool = True
     """Whether its denoiser's attention can be fused."""
     shapes: int = len(SIZES)
@@ -44,9 +46,9 @@ class Tiny(NamedTuple):
 
 FAMILIES = {
     "xl": Tiny(tiny.xl, 5.0),
-    "sd3": Tiny(tiny.sd3, 7.0, same=False),
+    "sd3": Tiny(tiny.sd3, 7.0, near=0.5),
     "flux": Tiny(tiny.flux, 3.5, negatives=False, shapes=3),
-    "qwen": Tiny(tiny.qwen, 4.0, fused=False),
+    "qwen": Tiny(tiny.qwen, 4.0, near=1e-4, fused=False),
 }
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -112,7 +114,7 @@ def distance(some: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> floa
 
 @each_family
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("size", SIZES[:2])
+@pytest.mark.parametrize("size", SIZES[:3])
 def test_images_are_those_of_the_cpu(
     cards: dict[str, GaudiPipeline], plain: dict[str, CpuPipeline], name: str, guided: bool, size: tuple[int, int]
 ) -> None:
@@ -120,10 +122,8 @@ def test_images_are_those_of_the_cpu(
     expected = images(plain[name], wanted, items(name))
     for _ in range(2):  # the first call captures
         made = images(cards[name], wanted, items(name))
-        if FAMILIES[name].same:
-            assert distance(made, expected) == 0
-        else:
-            assert 0 < distance(made, expected) < 0.5
+        assert distance(made, expected) <= FAMILIES[name].near
+        assert name != "sd3" or distance(made, expected) > 0.001
 
 
 @each_family
