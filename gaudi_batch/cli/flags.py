@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
+import itertools
 import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
@@ -34,7 +38,7 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
         if path in _short_forms():
             visible, description = "", f"Short for --{_short_forms()[path]}."
         else:
-            description = str(field.description)
+            description = field.description or ""
         group.add_argument(
             flag,
             dest=f"field:{path}",
@@ -54,9 +58,11 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    """Every field of a job with its dotted name."""
+    """Every field of a job with its dotted name, and with what the docstring below it says."""
     fields: list[tuple[str, FieldInfo]] = []
+    described = _docstrings(model)
     for name, field in model.model_fields.items():
+        field.description = described.get(name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             if short := getattr(field.annotation, "short_for", None):
                 fields.append((f"{prefix}{name}", field.annotation.model_fields[short]))
@@ -64,6 +70,17 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldIn
         else:
             fields.append((f"{prefix}{name}", field))
     return fields
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """What stands below the fields of a class in its source."""
+    module = ast.parse(Path(inspect.getfile(model)).read_text(encoding="utf-8"))
+    (source,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == model.__name__)
+    docstrings = {}
+    for field, below in itertools.pairwise(source.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            docstrings[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    return docstrings
 
 
 def _short_forms() -> dict[str, str]:

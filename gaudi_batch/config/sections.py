@@ -50,9 +50,8 @@ class Section(BaseModel):
     """A part of a job: immutable, and with no other fields than it declares."""
 
     # An error that quotes what it was given would show the secrets of a job.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, hide_input_in_errors=True
-    )
+    # What a field means stands below it and is read where help is made: pydantic would read it in every process.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, hide_input_in_errors=True)
 
 
 class EncodingConfig(Section):
