@@ -82,6 +82,7 @@ class Job:
             family.multiple,
             self.bounds,
             takes_negative=family.negative is not None,
+            takes_guidance=family.takes_guidance,
         )
 
     @property

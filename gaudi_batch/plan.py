@@ -23,6 +23,11 @@ class BatchKind(NamedTuple):
     steps: int
     guided: bool
 
+    @property
+    def graph_key(self) -> GraphKey:
+        """The graph key of its batches."""
+        return GraphKey(self.width, self.height, self.guided)
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}, {self.steps} steps"
 

@@ -56,7 +56,7 @@ def save(build: Callable[[], Any], directory: Path) -> Path:
     return directory
 
 
-def xl() -> StableDiffusionXLPipeline:
+def xl(spacing: str = "leading") -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -83,13 +83,13 @@ def xl() -> StableDiffusionXLPipeline:
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
-            timestep_spacing="leading",
+            timestep_spacing=spacing,
             steps_offset=1,
         ),
     )
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(dual: tuple[int, ...] = (0,)) -> StableDiffusion3Pipeline:
     """As 3.5 medium: queries and keys normalised, and a block with a second attention."""
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -103,7 +103,7 @@ def sd3() -> StableDiffusion3Pipeline:
         pooled_projection_dim=32,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
-        dual_attention_layers=(0,),
+        dual_attention_layers=dual,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -118,7 +118,7 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
-def flux() -> FluxPipeline:
+def flux(guidance: bool = True) -> FluxPipeline:
     """As the dev variant: guidance is an input of the transformer, and times are shifted by the size of the image."""
     transformer = FluxTransformer2DModel(
         in_channels=16,
@@ -128,7 +128,7 @@ def flux() -> FluxPipeline:
         num_attention_heads=2,
         joint_attention_dim=32,
         pooled_projection_dim=16,
-        guidance_embeds=True,
+        guidance_embeds=guidance,
         axes_dims_rope=(4, 4, 8),
     )
     return FluxPipeline(

@@ -67,7 +67,7 @@ class _Actor:
         return durations
 
     def clear(self, bucket: Bucket) -> None:
-        self._pipeline.forget(bucket.graph_key)
+        self._pipeline.forget(self._pipeline.graph_key(bucket, Item(0, 0, PROMPT, "", 0)))
         self._pipeline.take_memory_peak()
 
     def memory(self) -> DeviceMemory | None:

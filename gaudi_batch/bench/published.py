@@ -13,7 +13,8 @@ class Published:
     """What somebody has published of a model."""
 
     source: str
-    pipeline_class: str
+    family: str
+    """Name of the model's family."""
     side: int
     """Width and height in pixels."""
     steps: int
@@ -31,9 +32,9 @@ class Published:
     def is_of(self, job: Job, batch_size: int) -> bool:
         """Whether a job, measured in batches of this size, has the same settings."""
         bucket, model = job.rules.bucket, job.model
-        settings = (self.pipeline_class, self.side, self.side, self.steps, self.scheduler, self.dtype, self.guided)
+        settings = (self.family, self.side, self.side, self.steps, self.scheduler, self.dtype, self.guided)
         return batch_size == self.batch_size and settings == (
-            model.pipeline_class,
+            model.family.name,
             bucket.width,
             bucket.height,
             bucket.steps,
@@ -50,8 +51,8 @@ _FIRST = "first-generation Gaudi"
 
 PUBLISHED = (
     Published(
-        _DOCUMENTED,
-        "StableDiffusionPipeline",
+        f"{_DOCUMENTED}, Stable Diffusion 1.5",
+        "Stable Diffusion 1 and 2",
         512,
         50,
         "GaudiDDIMScheduler",
@@ -61,8 +62,8 @@ PUBLISHED = (
         {_FIRST: 4.29, "Gaudi2": 1.54},
     ),
     Published(
-        _FLOORS,
-        "StableDiffusionPipeline",
+        f"{_FLOORS}, Stable Diffusion 1.4",
+        "Stable Diffusion 1 and 2",
         512,
         50,
         "GaudiDDIMScheduler",
@@ -71,8 +72,8 @@ PUBLISHED = (
         {_FIRST: 0.275, "Gaudi2": 1.086, "Gaudi3": 2.168},
     ),
     Published(
-        _FLOORS,
-        "StableDiffusionPipeline",
+        f"{_FLOORS}, Stable Diffusion 2.1, attention not fused",
+        "Stable Diffusion 1 and 2",
         768,
         50,
         "GaudiDDIMScheduler",
@@ -82,7 +83,7 @@ PUBLISHED = (
     ),
     Published(
         f"{_FLOORS}, attention not fused",
-        "StableDiffusionXLPipeline",
+        "Stable Diffusion XL",
         1024,
         30,
         "GaudiDDIMScheduler",
@@ -92,7 +93,7 @@ PUBLISHED = (
     ),
     Published(
         _FLOORS,
-        "StableDiffusion3Pipeline",
+        "Stable Diffusion 3",
         1024,
         28,
         "GaudiFlowMatchEulerDiscreteScheduler",
@@ -102,7 +103,7 @@ PUBLISHED = (
     ),
     Published(
         _FLOORS,
-        "FluxPipeline",
+        "FLUX.1 schnell",
         1024,
         4,
         "GaudiFlowMatchEulerDiscreteScheduler",
@@ -113,7 +114,7 @@ PUBLISHED = (
     ),
     Published(
         _FLOORS,
-        "QwenImagePipeline",
+        "Qwen-Image",
         512,
         4,
         "FlowMatchEulerDiscreteScheduler",

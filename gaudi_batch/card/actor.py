@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 
@@ -42,7 +42,7 @@ from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory, Pipeline
 from gaudi_batch.pipelines.cpus import usable_cpus
-from gaudi_batch.plan import Bucket, GraphKey, Shard
+from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import (
     BatchAnnounced,
@@ -86,7 +86,7 @@ class Card:
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
         self._probes: dict[Bucket, Item] = {}
-        self._warmups: dict[tuple[GraphKey, tuple[int, ...]], int] = {}
+        self._warmups: dict[Hashable, int] = {}
         self._pipeline: Pipeline
         self._idle_since = 0.0
         for target in (self._fetch, self._generate):
@@ -181,8 +181,9 @@ class Card:
                 try:
                     self._make(work)
                 except DeviceError as error:
-                    kind, size = work.task.shard.bucket.batch_kind, self._setup.job.config.batch_size
-                    large = LargeBatch(kind, size) if isinstance(error, OutOfDeviceMemory) else None
+                    shard, size = work.task.shard, self._setup.job.config.batch_size
+                    out_of_memory = isinstance(error, OutOfDeviceMemory)
+                    large = LargeBatch(shard.bucket.batch_kind, size, shard.number) if out_of_memory else None
                     self._mailbox.emit(Broken(str(error)[:1000], large=large))
                     return
             elif self._mailbox.is_dropped(work.task.attempt):
@@ -209,7 +210,7 @@ class Card:
             call=call,
             announce=(lambda rows: self._announce(task.attempt, rows)) if task.announce else lambda _: None,
             probe=self._probes.get(bucket),
-            text_lengths=self._pipeline.text_lengths,
+            graph_key=lambda item: self._pipeline.graph_key(bucket, item),
         )
         stored: list[StoredBatch] = []
         storage_failed = threading.Event()
@@ -254,20 +255,17 @@ class Card:
 
     def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, PipelineCall]:
         bucket = shard.bucket
-        key = bucket.graph_key, self._pipeline.text_lengths(items[0])
+        key = self._pipeline.graph_key(bucket, items[0])
         self._warmups[key] = self._warmups.pop(key, 0)  # the last is the most recently used
         while len(self._warmups) > self._setup.job.config.gaudi.max_graphs:
-            oldest = next(iter(self._warmups))
-            del self._warmups[oldest]
-            if self._pipeline.forget(oldest[0]):
-                self._warmups = {key: 0}
+            self._forget(next(iter(self._warmups)), key)
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started, began = time.monotonic(), time.time()
         wait_s = started - self._idle_since
         rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe has no row
         self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind, shard.number, rows)
         try:
-            generated = self._pipeline.generate(bucket, items)
+            generated = self._generate_batch(bucket, items, key)
         finally:
             self._idle_since = time.monotonic()
             self._mailbox.enter("idle")
@@ -275,6 +273,24 @@ class Card:
         self._warmups[key] += 1
         self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
         return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began)
+
+    def _generate_batch(self, bucket: Bucket, items: list[Item], key: Hashable) -> Generated:
+        """A call of the pipeline; if the device has no memory left, again without the graphs of other keys."""
+        try:
+            return self._pipeline.generate(bucket, items)
+        except OutOfDeviceMemory:
+            others = [other for other in self._warmups if other != key]
+            if not others:
+                raise
+        for other in others:
+            self._forget(other, key)
+        return self._pipeline.generate(bucket, items)
+
+    def _forget(self, key: Hashable, current: Hashable) -> None:
+        """Gives up what is compiled for a key. A pipeline that can't give up one key alone begins anew with all."""
+        self._warmups.pop(key, None)
+        if self._pipeline.forget(key):
+            self._warmups = {current: 0}
 
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(BatchAnnounced(attempt, rows)))

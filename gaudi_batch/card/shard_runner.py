@@ -10,7 +10,7 @@ another card makes it again, and decides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class ShardMaker:
         announce: called with the rows of a batch before its call; may wait.
         probe: an item of the bucket that this card has made before, if there is one. A suspect shard begins with it,
             announced as no row at all: what the card does to that is no row's fault.
-        text_lengths: what the items of one call must have in common beside the bucket, see `Pipeline`.
+        graph_key: what the items of one call must have in common beside the bucket, see `Pipeline`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ShardMaker:
         call: Callable[[list[Item]], Generated],
         announce: Callable[[tuple[int, ...]], None] = lambda rows: None,
         probe: Item | None = None,
-        text_lengths: Callable[[Item], tuple[int, ...]] = lambda item: (),
+        graph_key: Callable[[Item], Hashable] = lambda item: None,
     ) -> None:
         self.probe = probe
         self.failures: dict[int, str] = {}
@@ -89,7 +89,7 @@ class ShardMaker:
         self.transient_failures = 0
         """Calls that raised and images that were wrong, and that worked when repeated."""
         self._task, self._rows, self._call, self._announce = work.task, work.rows, call, announce
-        self._text_lengths = text_lengths
+        self._graph_key = graph_key
         self._batch_size, self._run_seed = config.batch_size, config.seed
         self._unconfirmed: dict[int, str] = {}
 
@@ -114,7 +114,7 @@ class ShardMaker:
             self._announce(())
             self._make_probe()
         apart = self._task.alone | self._task.failed_alone_once.keys() | self._task.confirm
-        for alike in self._of_one_length([row for row in runnable if row.row not in apart]):
+        for alike in self._of_one_graph([row for row in runnable if row.row not in apart]):
             for group in _chunks((item for row in alike for item in self._items(row)), self._batch_size):
                 yield from self._make(group)
         for row in runnable:
@@ -134,10 +134,10 @@ class ShardMaker:
         for image in range(row.num_images):
             yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self._run_seed, row, image))
 
-    def _of_one_length(self, rows: list[PromptRow]) -> Iterable[list[PromptRow]]:
-        alike: dict[tuple[int, ...], list[PromptRow]] = {}
+    def _of_one_graph(self, rows: list[PromptRow]) -> Iterable[list[PromptRow]]:
+        alike: dict[Hashable, list[PromptRow]] = {}
         for row in rows:
-            alike.setdefault(self._text_lengths(next(self._items(row))), []).append(row)
+            alike.setdefault(self._graph_key(next(self._items(row))), []).append(row)
         return alike.values()
 
     def _is_lost(self, row: int) -> bool:

@@ -16,7 +16,6 @@ from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
 from gaudi_batch.output.place import refuse_file, require_writable
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.plan import Bucket, PlanSummary, Shard, summarize
 from gaudi_batch.reporting.status import describe_verify, read_status
 from gaudi_batch.storage.store import Storage
@@ -107,7 +106,7 @@ def check(config: JobConfig, strict: bool = False, job_file: str | None = None) 
     lines += [f"bad      first of them: {rows.examples}"] if rows.bad else []
     lines += [f"ids      {rows.repeated}"] if rows.repeated else []
     lines += [
-        f"model    {quote_if_unprintable(model.name)}: {_kind(model)}"
+        f"model    {quote_if_unprintable(model.name)}: {_kind(job)}"
         + (f", {model.scheduler}" if model.scheduler else ""),
         f"device   {config.device}, {job.dtype}"
         + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
@@ -135,9 +134,13 @@ def check(config: JobConfig, strict: bool = False, job_file: str | None = None) 
     return Checked("\n".join(map(printable, lines)), refused)
 
 
-def _kind(model: ModelInfo) -> str:
-    known = model.looked_at and model.scheduler is not None
-    return f"{model.family.name}, {model.pipeline_class}" if known else model.pipeline_class
+def _kind(job: Job) -> str:
+    model, config = job.model, job.config
+    if model.looked_at:
+        return model.pipeline_class if model.scheduler is None else f"{model.family.name}, {model.pipeline_class}"
+    guessed = [name for name in ("steps", "guidance_scale", "dtype") if getattr(config, name) is None]
+    as_if = f"; {', '.join(guessed)}: as if it were Stable Diffusion 1 or 2" if guessed else ""
+    return f"{model.pipeline_class}; negative prompts and guidance were not judged{as_if}"
 
 
 def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _Place:

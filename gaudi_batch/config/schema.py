@@ -143,7 +143,7 @@ class JobConfig(Section):
 
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type that the model computes in; null is float32 on the cpu. On hpu it is as the Gaudi config says for Stable
-    Diffusion 1, 2 and XL, and bfloat16 for the others."""
+    Diffusion 1 and 2, and bfloat16 for the others."""
 
     format: Literal["files"] = "files"
     """How images are kept: files, one object an image."""

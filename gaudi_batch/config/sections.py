@@ -94,7 +94,8 @@ class GaudiSettings(Section):
     true for a new run, and for one that is resumed what it began with; an older version began runs without."""
 
     max_graphs: PositiveInt = 16
-    """Graph keys whose graphs a card keeps; the least recently used is given up for one more."""
+    """Graph keys whose graphs a card keeps; for one more the least recently used is given up, or all, as docs/gaudi.md
+    says of each model."""
 
     recipe_cache: str | None = "${HOME}/.cache/gaudi-batch/recipes"
     """Directory on each node's own disk for compiled recipes, which its cards share; null keeps none."""

@@ -31,6 +31,8 @@ class RowRules:
     """None in a run that a version without bounds began, which is finished without them."""
     takes_negative: bool = True
     """Whether the model takes negative prompts."""
+    takes_guidance: bool = True
+    """Whether the model takes a guidance scale over 1."""
 
     def shape(self, values: Mapping[str, Any]) -> tuple[Bucket, int, str | None]:
         """The bucket of a row, its number of images, and why it can't be run (None if it can).
@@ -59,7 +61,7 @@ class RowRules:
             ("height", lambda: _side(values, "height", job.height, self.multiple, most_side)),
             ("steps", lambda: _count(values, "steps", job.steps, most_steps)),
             ("num_images", lambda: _count(values, "num_images", self.num_images, MAX_IMAGES)),
-            ("guidance_scale", lambda: _guidance(values, job.guidance_scale, most_guidance)),
+            ("guidance_scale", lambda: _guidance(values, job.guidance_scale, most_guidance, self.takes_guidance)),
         ):
             try:
                 accepted[name] = read()
@@ -205,7 +207,7 @@ def _side(values: Mapping[str, Any], name: str, default: int, multiple: int, mos
     return value
 
 
-def _guidance(values: Mapping[str, Any], default: float, most: float) -> float:
+def _guidance(values: Mapping[str, Any], default: float, most: float, taken: bool) -> float:
     value = values.get("guidance_scale")
     if value is None:
         return default
@@ -215,6 +217,8 @@ def _guidance(values: Mapping[str, Any], default: float, most: float) -> float:
         raise ValueError(f"guidance_scale is {value}; it must be finite and not negative")
     if value > most:
         raise ValueError(f"guidance_scale is {value}; it must be at most {most:g}")
+    if value > 1 and not taken:
+        raise ValueError(f"guidance_scale is {value}; this model takes none, and so 1 at most")
     return float(value)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.plan import Bucket
 
 
 class DeviceError(RuntimeError):
@@ -76,11 +76,11 @@ class Pipeline(Protocol):
             Exception: whatever else the libraries raise; the card finds out what it was about.
         """
 
-    def text_lengths(self, item: Item) -> tuple[int, ...]:
-        """The numbers of tokens to which an item's texts are padded. Items of one call must have the same, and a card
-        captures a graph for each. Empty where all texts are padded alike."""
+    def graph_key(self, bucket: Bucket, item: Item) -> Hashable:
+        """What a graph is captured for: of a bucket's graph key as much as decides, and the number of tokens to which
+        the item's texts are padded, if that differs. Items of one call must have the same."""
 
-    def forget(self, key: GraphKey) -> bool:
+    def forget(self, key: Hashable) -> bool:
         """Drops everything that is compiled for a graph key. Returns whether that of all other keys has gone, too."""
 
     def take_memory_peak(self) -> DeviceMemory | None:

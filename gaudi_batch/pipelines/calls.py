@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +34,16 @@ def prepare_calls(pipeline: Any, family: Family) -> None:
     if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
         _zero_missing_negatives(pipeline)
     if family.text_lengths:
-        _pad_tokens(pipeline, family.text_lengths)
-        mask_text_padding(pipeline.transformer, family.text_lengths)
+        pipeline.text_padding = padding = TextPadding(family.text_lengths[-1])
+        _pad_tokens(pipeline, padding)
+        mask_text_padding(pipeline.transformer, padding)
 
 
-def call_arguments(family: Family, bucket: Bucket, items: Sequence[Item]) -> dict[str, Any]:
-    """The arguments of one call, with a generator on the host of its own for each image."""
+def call_arguments(pipeline: Any, family: Family, bucket: Bucket, items: Sequence[Item]) -> dict[str, Any]:
+    """The arguments of one call, with a generator on the host of its own for each image. The items have one graph key,
+    and their texts are padded for it."""
+    if family.text_lengths:
+        pipeline.text_padding.length = _text_length(pipeline, family, bucket, items[0])
     values = {
         "prompt": [item.prompt for item in items],
         "generator": [torch.Generator("cpu").manual_seed(item.seed) for item in items],
@@ -59,13 +64,12 @@ def is_truncated(pipeline: Any, family: Family, prompt: str) -> bool:
     return bool(len(tokenizer(prompt, truncation=False).input_ids) > (most or tokenizer.model_max_length))
 
 
-def text_lengths(pipeline: Any, family: Family, item: Item) -> tuple[int, ...]:
-    """The numbers of tokens to which an item's prompt and negative prompt are padded; items of one call must have the
-    same. Empty if all texts are padded alike."""
-    if not family.text_lengths:
-        return ()
-    texts = (item.prompt, item.negative_prompt or family.negative or "")
-    return tuple(_padded_length(_tokens(pipeline, text), family.text_lengths) for text in texts)
+def graph_key(pipeline: Any, family: Family, bucket: Bucket, item: Item) -> tuple[int, ...]:
+    """See `Pipeline`."""
+    key = bucket.graph_key
+    if family.text_lengths:
+        return key.width, key.height, _text_length(pipeline, family, bucket, item)
+    return (*key,) if family.doubles else (key.width, key.height)
 
 
 def _named(family: Family) -> dict[str, Any]:
@@ -92,19 +96,29 @@ def _zero_missing_negatives(pipeline: Any) -> None:
     pipeline.encode_prompt = encode_prompt
 
 
+@dataclass
+class TextPadding:
+    """The number of tokens to which the texts of the next call are padded."""
+
+    length: int
+
+
+def _text_length(pipeline: Any, family: Family, bucket: Bucket, item: Item) -> int:
+    """The number of tokens to which an item's prompt and, with guidance, its negative prompt are padded."""
+    texts = [item.prompt, item.negative_prompt or family.negative or ""][: 2 if bucket.guidance_scale > 1 else 1]
+    tokens = max(_tokens(pipeline, text) for text in texts)
+    return next((length for length in family.text_lengths if length >= tokens), family.text_lengths[-1])
+
+
 def _tokens(pipeline: Any, text: str) -> int:
     """Tokens of a text that the transformer sees, which are those after the template's beginning."""
     templated = pipeline.prompt_template_encode.format(text)
-    most = pipeline.tokenizer_max_length + pipeline.prompt_template_encode_start_idx
-    tokens = pipeline.tokenizer(templated, max_length=most, truncation=True).input_ids
-    return len(tokens) - int(pipeline.prompt_template_encode_start_idx)
+    dropped = int(pipeline.prompt_template_encode_start_idx)
+    most = pipeline.tokenizer_max_length + dropped
+    return len(pipeline.tokenizer(templated, max_length=most, truncation=True).input_ids) - dropped
 
 
-def _padded_length(tokens: int, lengths: Sequence[int]) -> int:
-    return next((length for length in lengths if length >= tokens), lengths[-1])
-
-
-def _pad_tokens(pipeline: Any, lengths: Sequence[int]) -> None:
+def _pad_tokens(pipeline: Any, padding: TextPadding) -> None:
     """Has the text encoder read as many tokens for a text alone as beside a longer one: how many there are decides the
     last bits of its output."""
     tokenizer, dropped = pipeline.tokenizer, int(pipeline.prompt_template_encode_start_idx)
@@ -112,15 +126,13 @@ def _pad_tokens(pipeline: Any, lengths: Sequence[int]) -> None:
 
     def padded(self: Any, text: Any, **options: Any) -> Any:
         if options.get("padding") is True:
-            read = plain(self, text, **options | {"padding": False, "return_tensors": None}).input_ids
-            length = _padded_length(max(map(len, read)) - dropped, lengths)
-            options |= {"padding": "max_length", "max_length": length + dropped}
+            options |= {"padding": "max_length", "max_length": padding.length + dropped}
         return plain(self, text, **options)
 
     tokenizer.__class__ = type(type(tokenizer).__name__, (type(tokenizer),), {"__call__": padded})
 
 
-def mask_text_padding(transformer: Any, lengths: Sequence[int]) -> None:
+def mask_text_padding(transformer: Any, padding: TextPadding) -> None:
     """Pads each text to one of a few lengths, and has attention pass over the padding.
 
     The transformer itself attends to padding, so an image would depend on the longest prompt of its batch. With few
@@ -140,7 +152,7 @@ def mask_text_padding(transformer: Any, lengths: Sequence[int]) -> None:
         **others: Any,
     ) -> tuple[torch.Tensor, ...]:
         batch, tokens = encoder_hidden_states.shape[:2]
-        length = _padded_length(tokens, lengths)
+        length = padding.length
         text = torch.nn.functional.pad(encoder_hidden_states, (0, 0, 0, length - tokens))
         is_text = torch.nn.functional.pad(encoder_hidden_states_mask, (0, length - tokens)).bool()
         is_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=is_text.device)

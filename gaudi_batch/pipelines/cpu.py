@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.base import Generated, Item
-from gaudi_batch.pipelines.calls import call_arguments, is_truncated, prepare_calls, text_lengths
+from gaudi_batch.pipelines.calls import call_arguments, graph_key, is_truncated, prepare_calls
 from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
 from gaudi_batch.pipelines.trust import refuse_code
-from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.plan import Bucket
 
 
 class CpuPipeline:
@@ -60,14 +60,14 @@ class CpuPipeline:
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
         """One call of the pipeline with a generator of its own for each image."""
-        output = self._pipeline(**call_arguments(self._family, bucket, items))
+        output = self._pipeline(**call_arguments(self._pipeline, self._family, bucket, items))
         return collect(self._pipeline, self._family, output, items)
 
-    def text_lengths(self, item: Item) -> tuple[int, ...]:
+    def graph_key(self, bucket: Bucket, item: Item) -> Hashable:
         """See `Pipeline`."""
-        return text_lengths(self._pipeline, self._family, item)
+        return graph_key(self._pipeline, self._family, bucket, item)
 
-    def forget(self, key: GraphKey) -> bool:
+    def forget(self, key: Hashable) -> bool:
         """Does nothing, since nothing is compiled."""
         return False
 

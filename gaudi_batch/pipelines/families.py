@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 
 class Mark(NamedTuple):
-    """What tells a variant from its siblings: a field of a JSON file in the model's directory."""
+    """What tells a variant from its siblings: fields of a JSON file in the model's directory, or its name alone."""
 
-    file: str
-    field: str
-    value: Any
+    file: str = ""
+    fields: Mapping[str, Any] = {}
+    name: str = ""
+    """A part of the name in the job, for variants whose files are the same."""
 
 
 class Text(NamedTuple):
@@ -57,6 +58,10 @@ class Family:
     mark: Mark | None = None
     guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
     """The argument that takes the guidance scale."""
+    takes_guidance: bool = True
+    """Whether a guidance scale over 1 means something."""
+    doubles: bool = True
+    """Whether guidance doubles the batch that the denoiser sees, which is then another graph."""
     negative: str | None = ""
     """The negative prompt of a row that has none; None if the family takes no negative prompts."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +106,7 @@ _XL = Family(
     },
     text=Text("tokenizer"),
     latents=128,
+    hpu_dtype="bfloat16",
 )
 _SD3 = Family(
     name="Stable Diffusion 3",
@@ -132,6 +138,7 @@ _FLUX = Family(
     latents=128,
     multiple=16,
     negative=None,
+    doubles=False,
     arguments={"max_sequence_length": 512},
     hpu_dtype="bfloat16",
     denoiser="transformer",
@@ -157,7 +164,7 @@ FAMILIES = (
         name="Stable Diffusion XL of few steps (Turbo, Lightning)",
         steps=4,
         guidance_scale=0.0,
-        mark=Mark("scheduler/scheduler_config.json", "timestep_spacing", "trailing"),
+        mark=Mark("scheduler/scheduler_config.json", {"timestep_spacing": "trailing", "prediction_type": "epsilon"}),
     ),
     _XL,
     # The cards of 3.5: large 28 steps and 3.5, medium 40 and 4.5. Only 3.5 medium has blocks with a second attention,
@@ -167,13 +174,21 @@ FAMILIES = (
         name="Stable Diffusion 3.5 medium",
         steps=40,
         guidance_scale=4.5,
-        mark=Mark("transformer/config.json", "dual_attention_layers", list(range(13))),
+        mark=Mark("transformer/config.json", {"dual_attention_layers": list(range(13))}),
+    ),
+    # Its card: 4 steps, no guidance. Its files but for the weights are those of large.
+    replace(
+        _SD3,
+        name="Stable Diffusion 3.5 large turbo",
+        steps=4,
+        guidance_scale=0.0,
+        mark=Mark(name="3.5-large-turbo"),
     ),
     replace(
         _SD3,
         name="Stable Diffusion 3.5 large",
         guidance_scale=3.5,
-        mark=Mark("transformer/config.json", "qk_norm", "rms_norm"),
+        mark=Mark("transformer/config.json", {"qk_norm": "rms_norm"}),
     ),
     _SD3,
     # Schnell's card: 4 steps, no guidance, 256 tokens. Only the other variants take guidance as an input.
@@ -184,7 +199,8 @@ FAMILIES = (
         guidance_scale=0.0,
         text=Text("tokenizer_2", 256),
         arguments={"max_sequence_length": 256},
-        mark=Mark("transformer/config.json", "guidance_embeds", False),
+        mark=Mark("transformer/config.json", {"guidance_embeds": False}),
+        takes_guidance=False,
     ),
     _FLUX,
     Family(
@@ -201,6 +217,7 @@ FAMILIES = (
         multiple=16,
         guidance="true_cfg_scale",
         negative=" ",
+        doubles=False,
         arguments={"max_sequence_length": 1024},
         hpu_dtype="bfloat16",
         denoiser="transformer",

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
@@ -22,7 +22,7 @@ from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
-from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.plan import Bucket
 
 WARMUP_BATCHES = 3
 """First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
@@ -76,7 +76,7 @@ class GaudiPipeline:
         _acquire(hpu)
         self.device = _describe_device(hpu)
         self._hpu = hpu
-        self._graphs: dict[GraphKey, set[int]] = {}
+        self._graphs: dict[Hashable, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, model.family.gaudi_class)
         path = fetch(model, pipeline_class)
         revision = revision_beside(model, path)
@@ -122,29 +122,32 @@ class GaudiPipeline:
         cache: dict[int, Any] = getattr(self._pipeline, "cache", {})
         before = set(cache)
         try:
-            output = self._pipeline(**call_arguments(self._family, bucket, items), batch_size=len(items))
+            output = self._pipeline(
+                **call_arguments(self._pipeline, self._family, bucket, items), batch_size=len(items)
+            )
         except RuntimeError as error:
             raise _explained(error, bucket, len(items)) from error
         finally:
-            self._graphs.setdefault(bucket.graph_key, set()).update(cache.keys() - before)
+            self._graphs.setdefault(self.graph_key(bucket, items[0]), set()).update(cache.keys() - before)
         return collect(self._pipeline, self._family, output, items)
 
-    def text_lengths(self, item: Item) -> tuple[int, ...]:
+    def graph_key(self, bucket: Bucket, item: Item) -> Hashable:
         """See `Pipeline`."""
-        from gaudi_batch.pipelines.calls import text_lengths
+        from gaudi_batch.pipelines.calls import graph_key
 
-        return text_lengths(self._pipeline, self._family, item)
+        return graph_key(self._pipeline, self._family, bucket, item)
 
-    def forget(self, key: GraphKey) -> bool:
+    def forget(self, key: Hashable) -> bool:
         """Drops the graphs of a key and with them their device memory; optimum-habana keeps them for ever. Where it
         keeps them in the transformer, they all go together."""
         for graph in self._graphs.pop(key, ()):
             self._pipeline.cache.pop(graph, None)
-        if self._family.drops_single_graphs:
+        clear = (
+            getattr(self._pipeline.transformer, "clear_cache", None) if self._family.denoiser == "transformer" else None
+        )
+        if self._family.drops_single_graphs or clear is None:  # which is not there without HPU graphs
             return False
-        clear = getattr(self._pipeline.transformer, "clear_cache", None)  # not there without HPU graphs
-        if clear is not None:
-            clear()
+        clear()
         return True
 
     def take_memory_peak(self) -> DeviceMemory:

@@ -9,14 +9,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
 from gaudi_batch.config.sections import SimulatedConfig
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.stack import PACKAGES, versions
-from gaudi_batch.plan import Bucket, GraphKey
+from gaudi_batch.plan import Bucket
 
 DEFAULT_SIDE = 64
 """Side in pixels of simulated images, unless the job asks for a size."""
@@ -42,7 +42,7 @@ class SimulatedPipeline:
         self.stack: Mapping[str, str] = versions(PACKAGES) | {"device": self.device}
         self._config = config
         self._module = module
-        self._captured: set[GraphKey] = set()
+        self._captured: set[Hashable] = set()
 
     def generate(self, bucket: Bucket, items: list[Item]) -> Generated:
         """Sleeps for a batch and paints each image in one colour, red, green and blue from 1 to 255, by its seed."""
@@ -69,11 +69,11 @@ class SimulatedPipeline:
                 image[0, 0] = np.nan
         return Generated(images, [None] * len(items), [False] * len(items))
 
-    def text_lengths(self, item: Item) -> tuple[int, ...]:
-        """None, see `Pipeline`."""
-        return ()
+    def graph_key(self, bucket: Bucket, item: Item) -> Hashable:
+        """See `Pipeline`."""
+        return bucket.graph_key
 
-    def forget(self, key: GraphKey) -> bool:
+    def forget(self, key: Hashable) -> bool:
         """Makes the next batch of this key capture again."""
         self._captured.discard(key)
         return False

@@ -133,6 +133,8 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
         raise InputError(f"model {name!r} is a {one_line(pipeline_class, 100)}; supported: {known}")
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
+    if family.denoiser == "transformer":
+        _refuse_noise(name, directory)
     width, height = _native_size(name, directory, family)
     return ModelInfo(
         name=name,
@@ -152,8 +154,10 @@ def _is_of(family: Family, name: str, directory: Path, pipeline_class: Any) -> b
         return False
     if family.mark is None:
         return True
-    folder, file = family.mark.file.rsplit("/", 1)
-    return bool(read_json(f"model {name!r}", directory / folder, file).get(family.mark.field) == family.mark.value)
+    if not family.mark.file:
+        return family.mark.name in name
+    content = read_json(f"model {name!r}", directory, family.mark.file)
+    return all(content.get(field) == value for field, value in family.mark.fields.items())
 
 
 def _native_size(name: str, directory: Path, family: Family) -> tuple[int, int]:
@@ -189,6 +193,14 @@ def _scheduler(config: JobConfig, family: Family) -> str:
             f" depend on its neighbours; {choose}"
         )
     raise InputError(f"scheduler {name!r} is not known for device {config.device}; {choose}")
+
+
+def _refuse_noise(name: str, directory: Path) -> None:
+    if read_json(f"model {name!r}", directory, "scheduler/scheduler_config.json").get("stochastic_sampling"):
+        raise InputError(
+            f"model {name!r}: its scheduler has stochastic_sampling, which draws noise for a whole batch, so an image"
+            " would depend on its neighbours; set it to false in a copy of the model"
+        )
 
 
 def _require_weights(config: JobConfig, directory: Path, commit: str | None, index: Mapping[str, Any]) -> None:

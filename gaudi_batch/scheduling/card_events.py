@@ -5,7 +5,9 @@ Each handler changes the state of the run and returns what is to be done at once
 
 from __future__ import annotations
 
-from gaudi_batch.plan import Shard
+from collections.abc import Set
+
+from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.scheduling.admission import Admission
 from gaudi_batch.scheduling.capacity import CapacityPlan
 from gaudi_batch.scheduling.cards import TRANSITIONS, Card, CardChange, CardState
@@ -109,11 +111,13 @@ class CardEvents:
         if card.state is CardState.STARTING:
             card.start_failures += 1
         else:
-            card.consecutive_failures += 1
             slow = event.slow
-            if isinstance(slow, SlowBatch | LargeBatch) and self._state.unmade_kinds.failed(card, slow, self._cards):
-                for shard in self._work.take_kind(slow.kind):
-                    self._state.put_back(shard)
+            if isinstance(slow, LargeBatch):
+                self._lose_large(card, slow)
+            else:
+                card.consecutive_failures += 1
+            if isinstance(slow, SlowBatch) and self._state.unmade.slow(card, slow, self._cards):
+                self._set_aside({slow.kind})
             if isinstance(slow, StorageStalled):
                 held = [self._work.attempts[attempt].shard for attempt in card.in_flight]
                 stalled = held[:1] or [next(iter(self._state.shards))]
@@ -247,6 +251,18 @@ class CardEvents:
         return [Quarantine(card.number, reason)]
 
     # -- what was at fault ---------------------------------------------------------------------------------------
+
+    def _lose_large(self, card: Card, large: LargeBatch) -> None:
+        shard = self._state.shards[large.shard]
+        if self._state.unmade.large(card, large, shard, self._cards):
+            kinds = {each.bucket.batch_kind for each in self._state.shards.values()}
+            self._set_aside({kind for kind in kinds if kind.graph_key == shard.bucket.graph_key})
+
+    def _set_aside(self, kinds: Set[BatchKind]) -> None:
+        """Looks again at the pending shards of some kinds of batches: those that are set aside are given up."""
+        for kind in kinds:
+            for shard in self._work.take_kind(kind):
+                self._state.put_back(shard)
 
     def _note_death(self, card: Card, error: str, no_row: bool) -> None:
         """Counts the death of a card's process for the shards in flight; `no_row` says that no row caused it."""

@@ -81,10 +81,12 @@ class SlowBatch:
 
 @dataclass(frozen=True)
 class LargeBatch:
-    """The device had no memory left for a batch."""
+    """The device of a card that held nothing else had no memory left for a batch."""
 
     kind: BatchKind
     batch_size: int
+    shard: int
+    """Of whose rows it was."""
 
 
 # -- the cluster ------------------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ from gaudi_batch.scheduling.decisions import Decision, Finish
 from gaudi_batch.scheduling.shard_events import ShardEvents
 from gaudi_batch.scheduling.state import RowCounts, Rules, RunState
 
+MAX_REASONS = 3
+"""Reasons that the end of a run names."""
+
 
 class Schedule:
     """The decisions of a run.
@@ -214,8 +217,9 @@ class Schedule:
             return f"{state.node_losses.fruitless} nodes in a row were lost before a card of theirs had made anything"
         if state.open:
             return f"no card is left; the last error of one: {state.last_error or 'none'}"
-        if state.unmade_kinds.set_aside:
-            return f"{next(iter(state.unmade_kinds.set_aside.values()))}; {len(state.stuck)} shards are not made"
+        if reasons := state.unmade.reasons:
+            more = f"; and {len(reasons) - MAX_REASONS} more such" if len(reasons) > MAX_REASONS else ""
+            return f"{'; '.join(reasons[:MAX_REASONS])}{more}; {len(state.stuck)} shards are not made"
         shard, error = next(iter(state.stuck.items()))
         return f"{len(state.stuck)} shards could not be made; shard {shard}: {error}"
 

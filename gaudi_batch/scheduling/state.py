@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gaudi_batch.plan import BatchKind, Shard
+from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.admission import Requirements
 from gaudi_batch.scheduling.backups import Backups
 from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
 from gaudi_batch.scheduling.dispatch import Dispatch
 from gaudi_batch.scheduling.failures import ShardFailures
-from gaudi_batch.scheduling.verdicts import NodeLosses, StorageFailures, TransientFailures, UnmadeKinds
+from gaudi_batch.scheduling.verdicts import NodeLosses, StorageFailures, TransientFailures, UnmadeBatches
 from gaudi_batch.text import counted
 
 ALL_FAILED_ROWS = 200
@@ -94,7 +94,7 @@ class RunState:
         self.now = -math.inf
         """The latest time that an event has told, in seconds, monotonic."""
         self.storage_failures = StorageFailures()
-        self.unmade_kinds = UnmadeKinds()
+        self.unmade = UnmadeBatches()
         self.transient_failures = TransientFailures()
         self.node_losses = NodeLosses()
         self.capacity_expected = False
@@ -126,10 +126,10 @@ class RunState:
         would be useless."""
         if shard in self.work.attempts_at:
             return  # another attempt goes on
-        kind = self.shards[shard].bucket.batch_kind
         failures = self.work.failures.get(shard)
-        if kind in self.unmade_kinds.set_aside:
-            self._give_up(shard, self.unmade_kinds.set_aside[kind])
+        reason = self.unmade.why(self.shards[shard])
+        if reason is not None:
+            self._give_up(shard, reason)
         elif failures is not None and failures.stuck:
             self._give_up(shard, failures.error)
         else:
@@ -140,10 +140,9 @@ class RunState:
         self.open -= 1
         self.work.settle(shard)
 
-    def lift(self, kind: BatchKind) -> None:
-        """Notes that a card has made a kind of batch; if that was set aside, it no longer is."""
-        reason = self.unmade_kinds.made(kind)
-        if reason is not None:
+    def lift(self, bucket: Bucket) -> None:
+        """Notes that a card has made a batch of a bucket; if its kind was set aside, it no longer is."""
+        for reason in self.unmade.made(bucket):
             for shard in [number for number, why in self.stuck.items() if why == reason]:
                 del self.stuck[shard]
                 self.open += 1

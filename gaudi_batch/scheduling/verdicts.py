@@ -6,7 +6,7 @@ import math
 from collections.abc import Set
 from dataclasses import dataclass, field
 
-from gaudi_batch.plan import BatchKind
+from gaudi_batch.plan import BatchKind, Bucket, GraphKey, Shard
 from gaudi_batch.scheduling.cards import Card, Cards
 from gaudi_batch.scheduling.events import LargeBatch, SlowBatch
 
@@ -48,55 +48,84 @@ class StorageFailures:
 
 
 @dataclass
-class UnmadeKinds:
-    """Kinds of batches that no card makes in time, or for which no device has memory. That is the job's mistake, and no
-    row's or card's.
+class UnmadeBatches:
+    """Batches that no card makes in time, or for which no device has memory. That is the job's mistake, and no row's or
+    card's.
 
-    Cards of two nodes must have been killed at one that is slow, of which one makes other batches, as some hang at
+    Of a kind that is slow, cards of two nodes must have been killed, of which one makes other batches, as some hang at
     whatever they are given; or all cards that there are, twice. Where all are on one node, two of its cards are enough.
-    For memory two cards are enough, wherever they are: the process of a card that ran out of it is a new one each time.
+    For memory two cards are enough wherever they are, or one three times, or twice where there is no other: steps don't
+    matter, and a process that ran out of memory held nothing else. Of a size that cards make, a shard may have longer
+    texts than others: then that shard alone is set aside.
     """
 
-    set_aside: dict[BatchKind, str] = field(default_factory=dict)
-    """Kinds of batch that are not tried any more, with the reasons."""
-    _made: set[BatchKind] = field(default_factory=set)
-    _lost: dict[BatchKind, list[Card]] = field(default_factory=dict)
+    _slow: dict[BatchKind, str] = field(default_factory=dict)
+    _too_large: dict[GraphKey | int, str] = field(default_factory=dict)
+    """Reasons of what is set aside for want of memory: sizes, and numbers of shards."""
+    _made: set[GraphKey] = field(default_factory=set)
+    _lost: dict[BatchKind | GraphKey | int, list[Card]] = field(default_factory=dict)
 
-    def made(self, kind: BatchKind) -> str | None:
-        """Notes that a card has made a kind of batch. If that was set aside, it no longer is; returns why it was."""
-        self._made.add(kind)
-        return self.set_aside.pop(kind, None)
+    @property
+    def reasons(self) -> list[str]:
+        """Why batches are set aside."""
+        return [*self._slow.values(), *self._too_large.values()]
 
-    def failed(self, card: Card, at: SlowBatch | LargeBatch, cards: Cards) -> bool:
-        """Notes that a card failed at a batch; returns whether its kind is now set aside.
+    def why(self, shard: Shard) -> str | None:
+        """Why a shard is not tried any more; None if it is."""
+        bucket = shard.bucket
+        too_large = self._too_large.get(bucket.graph_key) or self._too_large.get(shard.number)
+        return self._slow.get(bucket.batch_kind) or too_large
 
-        Args:
-            card: the card.
-            at: what it was at.
-            cards: all cards.
-        """
-        if isinstance(at, LargeBatch) and at.kind in self._made:
-            return False  # so it is this card that has less memory
+    def made(self, bucket: Bucket) -> list[str]:
+        """Notes that a card has made a batch. If its kind was set aside, it no longer is; returns why it was."""
+        self._made.add(bucket.graph_key)
+        lifted = [self._slow.pop(bucket.batch_kind, None), self._too_large.pop(bucket.graph_key, None)]
+        return [reason for reason in lifted if reason is not None]
+
+    def slow(self, card: Card, at: SlowBatch, cards: Cards) -> bool:
+        """Notes that a card was killed at a batch of a kind that no card has made; returns whether the kind is now set
+        aside."""
         lost = self._lost.setdefault(at.kind, [])
         lost.append(card)
-        numbers = {card.number for card in lost}
         nodes = {card.node for card in lost}
-        if isinstance(at, LargeBatch):
-            several = len(numbers) >= MAX_BATCHES_LOST
-        else:
-            places = numbers if cards.live_on.keys() <= nodes else nodes
-            several = len(places) >= MAX_BATCHES_LOST and any(card.has_made for card in lost)
-        if not several and (len(lost) < MAX_BATCHES_LOST or cards.others(numbers)):
+        places = {card.number for card in lost} if cards.live_on.keys() <= nodes else nodes
+        several = len(places) >= MAX_BATCHES_LOST and any(card.has_made for card in lost)
+        if not several and not _is_all(lost, cards):
             return False
-        self.set_aside[at.kind] = _why_unmade(at)
+        self._slow[at.kind] = f"batches of {at.kind} take longer than {at.limit}"
         return True
 
+    def large(self, card: Card, at: LargeBatch, shard: Shard, cards: Cards) -> bool:
+        """Notes that a card's device had no memory for a batch; returns whether its size is now set aside.
 
-def _why_unmade(at: SlowBatch | LargeBatch) -> str:
-    if isinstance(at, SlowBatch):
-        return f"batches of {at.kind} take longer than {at.limit}"
-    fits = f"a --batch-size of {at.batch_size // 2} may fit" if at.batch_size > 1 else "smaller images may fit"
-    return f"no device has memory for batches of {at.batch_size} images of {at.kind}; {fits}"
+        If cards make batches of the size, it counts against this card, and against none once another card fails at the
+        same shard.
+        """
+        size = shard.bucket.graph_key
+        is_made = size in self._made
+        key = shard.number if is_made else size
+        lost = self._lost.setdefault(key, [])
+        lost.append(card)
+        if is_made and cards.others({card.number}):
+            card.consecutive_failures += 1
+        several = len({card.number for card in lost}) >= MAX_BATCHES_LOST
+        often = not is_made and len(lost) > MAX_BATCHES_LOST
+        if not several and not often and not _is_all(lost, cards):
+            return False
+        if is_made:
+            for other in lost:
+                other.consecutive_failures = max(0, other.consecutive_failures - 1)
+        what = f"rows of shard {shard.number}" if is_made else f"{size.width}x{size.height}"
+        guided = "" if is_made or not size.guided else " with guidance"
+        fits = f"a --batch-size of {at.batch_size // 2}" if at.batch_size > 1 else "smaller images"
+        images = f"{at.batch_size} images of {what}{guided}"
+        self._too_large[key] = f"no device has memory for batches of {images}; {fits}, in a new output, may fit"
+        return not is_made
+
+
+def _is_all(lost: list[Card], cards: Cards) -> bool:
+    """Whether cards have failed twice, and there is no other."""
+    return len(lost) >= MAX_BATCHES_LOST and not cards.others({card.number for card in lost})
 
 
 @dataclass

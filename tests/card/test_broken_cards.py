@@ -131,7 +131,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     card: Any = Card.__new__(Card)
     card._store_slots, card._storage, card._probes = Slots(BATCHES_IN_STORE), None, {}
     card._store = StorePool(2)
-    card._pipeline = SimpleNamespace(text_lengths=lambda item: ())
+    card._pipeline = SimpleNamespace(graph_key=lambda bucket, item: None)
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._mailbox = Mailbox(lambda: 0.0)

@@ -38,8 +38,8 @@ def test_a_size_that_does_not_fit_is_set_aside_and_the_others_are_made(
         height=64,
         simulated={"batch_seconds": 0.0},
     )
-    reason = "no device has memory for batches of 4 images of 128x64, 50 steps; a --batch-size of 2 may fit; "
-    with pytest.raises(RunStopped, match=f"stopped: {reason}"):
+    size = "4 images of 128x64 with guidance; a --batch-size of 2, in a new output, may fit; "
+    with pytest.raises(RunStopped, match=f"stopped: no device has memory for batches of {size}"):
         run(job, address=cluster)
     assert json.loads((tmp_path / "out/summary.json").read_text())["state"] == "stopped"
     made = load_manifest(job.output).to_table(columns=["row"]).column("row").to_pylist()

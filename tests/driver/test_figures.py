@@ -16,7 +16,7 @@ from gaudi_batch.scheduling.cards import Card, Cards, CardState
 from gaudi_batch.scheduling.dispatch import NODES_PER_EXCLUSIVE, Dispatch
 from gaudi_batch.scheduling.events import SlowBatch
 from gaudi_batch.scheduling.pending import Pending
-from gaudi_batch.scheduling.verdicts import UnmadeKinds, _at_least
+from gaudi_batch.scheduling.verdicts import UnmadeBatches, _at_least
 
 SMALL, LARGE = Bucket(64, 64, 20, 7.5), Bucket(128, 64, 20, 7.5)
 KEY, OTHER = SMALL.graph_key, LARGE.graph_key
@@ -118,9 +118,9 @@ def test_a_kind_of_batch_is_set_aside_when_cards_of_two_nodes_were_killed_at_it(
 ) -> None:
     """Where all cards are on one node, two cards; where there is one, twice."""
     live_cards, cards = ready(*nodes)
-    unmade = UnmadeKinds()
+    unmade = UnmadeBatches()
     set_aside = [
-        unmade.failed(cards[number], SlowBatch(SMALL.batch_kind, "600 s (limits.first_batch)"), live_cards)
+        unmade.slow(cards[number], SlowBatch(SMALL.batch_kind, "600 s (limits.first_batch)"), live_cards)
         for number in cut
     ]
     assert set_aside == [False] * (len(cut) - 1) + [aside]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,10 @@ class Tiny(NamedTuple):
 FAMILIES = {
     "xl": Tiny(tiny.xl, 5.0),
     "sd3": Tiny(tiny.sd3, 7.0, near=0.5),
+    "sd3 medium": Tiny(partial(tiny.sd3, dual=()), 7.0, near=0.5),
     "flux": Tiny(tiny.flux, 3.5, negatives=False, shapes=3),
+    "schnell": Tiny(partial(tiny.flux, guidance=False), 0.0, negatives=False, shapes=3),
+    "turbo": Tiny(partial(tiny.xl, spacing="trailing"), 5.0),
     "qwen": Tiny(tiny.qwen, 4.0, near=1e-4, fused=False),
 }
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -93,9 +97,9 @@ def items(name: str, count: int = 3) -> list[Item]:
 
 def images(pipeline: Pipeline, wanted: Bucket, made: list[Item]) -> dict[int, np.ndarray]:
     """As a card makes them: batches of 3 of items whose texts are padded alike, filled with the last."""
-    alike: dict[tuple[int, ...], list[Item]] = {}
+    alike: dict[Hashable, list[Item]] = {}
     for item in made:
-        alike.setdefault(pipeline.text_lengths(item), []).append(item)
+        alike.setdefault(pipeline.graph_key(wanted, item), []).append(item)
     result: dict[int, np.ndarray] = {}
     for group in alike.values():
         filled = group + [group[-1]] * (3 - len(group))
@@ -123,7 +127,7 @@ def test_images_are_those_of_the_cpu(
     for _ in range(2):  # the first call captures
         made = images(cards[name], wanted, items(name))
         assert distance(made, expected) <= FAMILIES[name].near
-        assert name != "sd3" or distance(made, expected) > 0.001
+        assert not name.startswith("sd3") or distance(made, expected) > 0.001
 
 
 @each_family
@@ -138,6 +142,8 @@ def test_an_image_does_not_depend_on_the_rows_beside_it(
 
 @each_family
 def test_guidance_and_negative_prompts_are_heeded(cards: dict[str, GaudiPipeline], name: str) -> None:
+    if FAMILIES[name].guided <= 1:
+        return
     one = items(name)[:1]
     guided, unguided = (images(cards[name], bucket(name, guided), one) for guided in (True, False))
     assert distance(guided, unguided) > 0.001
@@ -167,11 +173,12 @@ def test_four_shapes_in_any_order_are_captured_once(saved: dict[str, Path], name
     for number in (0, 1, 2, 3, 2, 0, 3, 1):
         card.generate(bucket(name, size=SIZES[number]), items(name)[:1] * 3)
     assert counters.captures - before == FAMILIES[name].shapes
-    assert card.forget(bucket(name).graph_key) is (name in ("flux", "qwen"))
     memory, captures = counters.memory_in_use, counters.captures
+    key = card.graph_key(bucket(name), items(name)[0])
+    assert card.forget(key) is not card._family.drops_single_graphs
+    assert counters.memory_in_use < memory
     card.generate(bucket(name), items(name)[:1] * 3)
     assert counters.captures == captures + 1
-    assert memory <= counters.memory_in_use
 
 
 def test_upstream_paints_the_negative_prompt_of_qwen_where_both_texts_have_one_length(
@@ -229,3 +236,13 @@ def test_sd3_is_upstream_s_own_but_for_the_second_attention_s_last_bits(
     ).images
     ours = images(cards["sd3"], bucket("sd3"), three)
     assert max(float(np.abs(ours[row] - np.asarray(made[row])).max()) for row in ours) < 1e-5
+
+
+def test_qwens_text_encoder_reads_as_many_tokens_for_a_short_text_as_for_a_long_one(
+    cards: dict[str, GaudiPipeline],
+) -> None:
+    """How many there are decides the last bits of what it says of each."""
+    pipeline = cards["qwen"]._pipeline
+    pipeline.text_padding.length = 256
+    for texts in (["a"], ["a", "b" * 90]):
+        assert np.shape(pipeline.tokenizer(texts, max_length=2000, padding=True).input_ids)[1] == 256 + 34

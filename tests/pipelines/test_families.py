@@ -20,12 +20,19 @@ MODELS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "Stable Diffusion XL": ("StableDiffusionXLPipeline", XL | {"scheduler": {"timestep_spacing": "leading"}}),
     "Stable Diffusion XL of few steps (Turbo, Lightning)": (
         "StableDiffusionXLPipeline",
-        {"unet": {"sample_size": 64}, "scheduler": {"timestep_spacing": "trailing"}},
+        {
+            "unet": {"sample_size": 64},
+            "scheduler": {"timestep_spacing": "trailing", "prediction_type": "epsilon"},
+        },
     ),
     "Stable Diffusion 3": ("StableDiffusion3Pipeline", {"transformer": {"sample_size": 128}}),
     "Stable Diffusion 3.5 medium": (
         "StableDiffusion3Pipeline",
         {"transformer": {"sample_size": 128, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}},
+    ),
+    "Stable Diffusion 3.5 large turbo": (
+        "StableDiffusion3Pipeline",
+        {"transformer": {"sample_size": 128, "qk_norm": "rms_norm", "dual_attention_layers": []}},
     ),
     "Stable Diffusion 3.5 large": (
         "StableDiffusion3Pipeline",
@@ -57,7 +64,7 @@ def job(tmp_path: Path, write_prompts: Callable[..., Path]) -> Callable[..., Job
     """A job of a model of a family, with two rows; `columns` are those of its prompts beside the texts."""
 
     def make(name: str, columns: dict[str, list[Any]] | None = None, **fields: Any) -> JobConfig:
-        model = save(tmp_path / "model", name)
+        model = save(tmp_path / name.lower().replace(" ", "-"), name)
         prompts = write_prompts({"prompt": ["a", "b"], **(columns or {})})
         places = {"prompts": str(prompts), "output": str(tmp_path / "out"), "model": str(model)}
         return JobConfig(**places, **{"device": "hpu"} | fields)
@@ -127,3 +134,26 @@ def test_flow_models_take_their_one_scheduler(job: Callable[..., JobConfig], sch
 def test_attention_that_is_always_fused_can_not_be_turned_off(job: Callable[..., JobConfig], name: str) -> None:
     with pytest.raises(InputError, match=r"gaudi\.fused_attention is false; .* always fuses it"):
         resolve(job(name, gaudi={"fused_attention": False}))
+
+
+def test_guidance_is_refused_where_the_model_takes_none(job: Callable[..., JobConfig]) -> None:
+    text = check(job("FLUX.1 schnell", columns={"guidance_scale": [1.0, 7.0]})).text
+    assert "1 can be run, 1 can't" in text
+    assert "guidance_scale is 7.0; this model takes none, and so 1 at most" in text
+
+
+def test_a_guided_model_whose_steps_are_spaced_from_the_end_is_not_taken_for_one_of_few_steps(
+    job: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    config = job("Stable Diffusion XL of few steps (Turbo, Lightning)")
+    path = Path(str(config.model)) / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"timestep_spacing": "trailing", "prediction_type": "v_prediction"}))
+    assert resolve(config).rules.bucket.steps == 50
+
+
+def test_a_flow_scheduler_that_draws_noise_is_refused(job: Callable[..., JobConfig]) -> None:
+    config = job("FLUX.1 dev")
+    path = Path(str(config.model)) / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"stochastic_sampling": True}))
+    with pytest.raises(InputError, match="has stochastic_sampling, which draws noise"):
+        resolve(config)

@@ -692,7 +692,10 @@ def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other
 # -- memory of the device ---------------------------------------------------------------------------------------
 
 
-NO_MEMORY = LargeBatch(LARGE.batch_kind, 8)
+def no_memory(world: World, card: int) -> CardBroken:
+    """The device of a card has no memory for a batch of the shard that it is at."""
+    shard = world.in_flight.pop(card)[0].shard
+    return CardBroken(card, "out of device memory", large=LargeBatch(shard.bucket.batch_kind, 8, shard.number))
 
 
 def test_a_size_for_which_no_device_has_memory_is_set_aside_and_the_others_go_on() -> None:
@@ -712,15 +715,14 @@ def test_a_size_for_which_no_device_has_memory_is_set_aside_and_the_others_go_on
             world.finish_first(card)
             continue
         broken += 1
-        world.in_flight.pop(card)
-        world.do(world.schedule.handle(CardBroken(card, "out of device memory", large=NO_MEMORY)))
+        world.do(world.schedule.handle(no_memory(world, card)))
     assert len(world.committed) == 32, "the others go on"
     assert world.schedule.failed_rows == 0
     assert not world.quarantined
     assert broken <= 2 + 3, "those that had begun one by then"
     assert world.finished == [
-        "no device has memory for batches of 8 images of 1024x1024, 50 steps; a --batch-size of 4 may fit; 8 shards are"
-        " not made"
+        "no device has memory for batches of 8 images of 1024x1024 with guidance; a --batch-size of 4, in a new output,"
+        " may fit; 8 shards are not made"
     ]
 
 
@@ -731,11 +733,10 @@ def test_one_card_that_runs_out_of_memory_twice_says_enough_where_there_is_no_ot
     for _ in range(2):
         assert not world.finished
         settle(world)
-        world.in_flight.pop(0)
-        world.do(world.schedule.handle(CardBroken(0, "out of device memory", large=LargeBatch(LARGE.batch_kind, 1))))
+        world.do(world.schedule.handle(no_memory(world, 0)))
     let_it_end(world, 9)
     (reason,) = world.finished
-    assert str(reason).startswith("no device has memory for batches of 1 images of 1024x1024, 50 steps; smaller images")
+    assert str(reason).startswith("no device has memory for batches of 8 images of 1024x1024 with guidance; ")
 
 
 def test_a_card_that_has_less_memory_than_the_others_is_quarantined_alone() -> None:
@@ -748,12 +749,59 @@ def test_a_card_that_has_less_memory_than_the_others_is_quarantined_alone() -> N
         if world.finished:
             break
         if world.in_flight.get(0):
-            world.in_flight.pop(0)
-            world.do(world.schedule.handle(CardBroken(0, "out of device memory", large=NO_MEMORY)))
+            world.do(world.schedule.handle(no_memory(world, 0)))
         else:
             world.finish_first(busy(world)[0])
     assert world.finished == [None]
     assert list(world.quarantined) == [0]
+
+
+@pytest.mark.parametrize("cards", [1, 2, 4, 8])
+def test_many_sizes_for_which_no_device_has_memory_cost_no_card(cards: int) -> None:
+    sizes = [Bucket(1024 + 64 * (number % 5), 1024, 10 + number, 7.5) for number in range(50)]
+    buckets = sizes + [Bucket(64, 64, 20, 7.5)] * 10
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, bucket, 4, 4) for number, bucket in enumerate(buckets)]
+    world = World(Schedule(work, "a", RowCounts(240)))
+    start(world, cards)
+    broken = 0
+    for _ in range(1000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        if world.in_flight[card][0].shard.bucket.width == 64:
+            world.finish_first(card)
+        else:
+            broken += 1
+            world.do(world.schedule.handle(no_memory(world, card)))
+    assert len(world.committed) == 10
+    assert not world.quarantined
+    assert broken <= 5 * 3 + cards
+    (reason,) = world.finished
+    assert "; and 2 more such; 50 shards are not made" in str(reason)
+
+
+@pytest.mark.parametrize("cards", [1, 2, 4, 8])
+def test_shards_that_are_larger_than_others_of_their_size_cost_no_card(cards: int) -> None:
+    """Their texts are longer, of which the plan knows nothing."""
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(60)]
+    world = World(Schedule(work, "a", RowCounts(240)))
+    start(world, cards)
+    broken = 0
+    for _ in range(2000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        if world.in_flight[card][0].shard.number % 5 != 1:
+            world.finish_first(card)
+        else:
+            broken += 1
+            world.do(world.schedule.handle(no_memory(world, card)))
+    assert len(world.committed) == 48
+    assert not world.quarantined
+    assert broken <= 2 * 12
+    assert "images of rows of shard" in str(world.finished[0])
 
 
 # -- images that come out wrong ---------------------------------------------------------------------------------
