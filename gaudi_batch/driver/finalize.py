@@ -93,7 +93,10 @@ def write_summary(run: Run, totals: CommitTotals, ended: Ended) -> dict[str, Any
     totals = committed.totals
     reason = ended.reason or _why_incomplete(run, totals, lost)
     if not lost:
-        run.leftovers.remove(totals.attempts, in_doubt, is_complete=reason is None)
+        try:
+            run.leftovers.remove(totals.attempts, in_doubt, is_complete=reason is None)
+        except StorageError as error:
+            log.warning("what attempts have left that were not committed is still there: %s", error)
     figures = totals.describe(ended.faults, ended.retries)
     if reason is None:
         figures |= _join(run)
@@ -130,6 +133,9 @@ def _count(run: Run, totals: CommitTotals) -> Committed:
 def _why_incomplete(run: Run, totals: CommitTotals, lost: list[int]) -> str | None:
     if lost:
         return f"{len(lost)} manifests that were in place are gone or torn, the first of shard {lost[0]}"
+    missing = [shard.number for shard in run.plan if shard.number not in totals.attempts]
+    if missing:
+        return f"no manifest of {counted(len(missing), 'shard')} is in place, the first of which is {missing[0]}"
     if totals.rows != run.info.rows:
         return f"the manifests have {totals.rows} rows, and the plan {run.info.rows}"
     return None

@@ -138,6 +138,15 @@ class Storage(ReadableStorage):
             why,
         )
 
+    def _remove_local(self, full: str) -> None:
+        try:
+            self.filesystem.rm(full, recursive=True)
+        except FileNotFoundError as error:
+            # Python 3.12 and older end so at the first file in a directory that its writer renames meanwhile.
+            if os.path.lexists(full):
+                raise OSError(errno.EAGAIN, f"{error.filename} went while it was removed", full) from None
+            raise
+
     def remove(
         self, path: str, before: Callable[[], None] = lambda: None, keep: Callable[[], bool] = lambda: True
     ) -> None:
@@ -154,7 +163,7 @@ class Storage(ReadableStorage):
             full = self.full(path)
             with self._none_if_absent():
                 if self.local:
-                    self.filesystem.rm(full, recursive=True)
+                    self._remove_local(full)
                 else:
                     paths = self.filesystem.find(full, **self._many())
                     if not paths:

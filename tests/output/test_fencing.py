@@ -181,6 +181,59 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     assert output.names("images") == ["000003-aaaaa1"]
 
 
+def test_a_shard_whose_manifest_is_not_listed_yet_loses_no_image(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier driver committed a shard that makes rows again; this one lost its own commit of it, and the last
+    listing lags. The rows of the others add up all the same."""
+    records = Ledger(output, first)
+    bucket = Bucket(64, 64, 1, 1.0)
+    plan = [Shard(0, 0, 0, 1, bucket, 1, 1), Shard(1, 0, 0, 1, bucket, 1, 1, only=(0,), failed_before=1)]
+
+    def made(shard: int, attempt: str) -> tuple[CommitInfo, bytes]:
+        info = CommitInfo(shard, attempt, "card", "node", None, 1, 0, 0, ThroughputTotals(), "", shard == 1)
+        return info, manifest.build([], pa.table({}), {}, {}, 0, info)
+
+    for shard, attempt in ((0, "bbbbb1"), (1, "bbbbb2")):
+        assert records.commit(*made(shard, attempt))
+        output.put(f"images/{shard:06d}-{attempt}/x.png", b"image")
+    entries = Storage.entries
+    monkeypatch.setattr(
+        Storage,
+        "entries",
+        lambda self, path: {name: each for name, each in entries(self, path).items() if name != "000001.parquet"},
+    )
+    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
+    record = RunInfo({}, {}, {}, "", rows=1, images=1)
+    run = Run(job, records, first, record, plan, lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
+    run.commits.refresh()
+    assert not records.commit(*made(1, "aaaaa1"))
+    known = CommitTotals()
+    for commit in run.commits.in_order():
+        known.add(commit.info)
+    summary = write_summary(run, known, Ended(None))
+    assert summary["reason"] == "no manifest of 1 shard is in place, the first of which is 1"
+    assert output.names("images") == ["000000-bbbbb1", "000001-bbbbb2"]
+
+
+def test_a_run_whose_leftovers_may_not_be_removed_is_complete(
+    output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise StorageError("403: s3:DeleteObject is not allowed", refused=True)
+
+    records = Ledger(output, first)
+    assert records.commit(*a_manifest(0, "aaaaa1"))
+    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
+    plan = [Shard(0, 0, 0, 1, Bucket(64, 64, 1, 1.0), 1, 1)]
+    record = RunInfo({}, {}, {}, "", rows=0, images=0)
+    run = Run(job, records, first, record, plan, lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
+    monkeypatch.setattr(Leftovers, "remove", refused)
+    monkeypatch.setattr(finalize, "_join", lambda run: {})
+    assert write_summary(run, CommitTotals(), Ended(None))["state"].startswith("complete")
+    assert "s3:DeleteObject is not allowed" in caplog.text
+
+
 def test_a_manifest_that_is_refused_is_not_in_doubt(
     output: Storage, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 import pickle
 import re
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fsspec.registry import _registry
@@ -45,6 +47,26 @@ def test_what_is_put_is_read_listed_and_removed(storage: Storage) -> None:
     assert storage.names("a") == ["two.bin"]
     storage.put("a/b/one.bin", b"again")
     assert storage.get("a/b/one.bin") == b"again"
+
+
+def test_a_directory_in_which_a_file_vanishes_is_removed_with_all_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a card renames what it has just written."""
+    storage = Storage(str(tmp_path / "root"))
+    for number in range(5):
+        storage.put(f"a/{number}.png", b"x")
+    (tmp_path / "root/a/.9.png.part-1").write_bytes(b"x")
+    unlink = os.unlink
+
+    def after_its_writer(path: Any, **where: Any) -> None:
+        if ".part-" in str(path):
+            unlink(path, **where)
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", after_its_writer)
+    storage.remove("a")
+    assert not (tmp_path / "root/a").exists()
 
 
 def test_a_file_is_read_at_any_position(storage: Storage) -> None:
