@@ -7,6 +7,7 @@ touch the state that they share, so questions are answered while the device gene
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -183,7 +184,8 @@ class Card:
                 except DeviceError as error:
                     shard, size = work.task.shard, self._setup.job.config.batch_size
                     out_of_memory = isinstance(error, OutOfDeviceMemory)
-                    large = LargeBatch(shard.bucket.batch_kind, size, shard.number) if out_of_memory else None
+                    differ = bool(self._setup.job.model.family.text_lengths)
+                    large = LargeBatch(shard.bucket.batch_kind, size, shard.number, differ) if out_of_memory else None
                     self._mailbox.emit(Broken(str(error)[:1000], large=large))
                     return
             elif self._mailbox.is_dropped(work.task.attempt):
@@ -263,9 +265,16 @@ class Card:
         started, began = time.monotonic(), time.time()
         wait_s = started - self._idle_since
         rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe has no row
-        self._mailbox.enter("first batch" if warmup else "batch", bucket.batch_kind, shard.number, rows)
+        enter = functools.partial(self._mailbox.enter, kind=bucket.batch_kind, shard=shard.number, rows=rows)
+        enter("first batch" if warmup else "batch")
         try:
-            generated = self._generate_batch(bucket, items, key)
+            generated = self._pipeline.generate(bucket, items)
+        except OutOfDeviceMemory as error:
+            if len(self._warmups) == 1:
+                raise
+            warmup = True
+            enter("first batch")
+            generated = self._generate_alone(bucket, items, key, error)
         finally:
             self._idle_since = time.monotonic()
             self._mailbox.enter("idle")
@@ -274,17 +283,14 @@ class Card:
         self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
         return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began)
 
-    def _generate_batch(self, bucket: Bucket, items: list[Item], key: Hashable) -> Generated:
-        """A call of the pipeline; if the device has no memory left, again without the graphs of other keys."""
+    def _generate_alone(self, bucket: Bucket, items: list[Item], key: Hashable, error: OutOfDeviceMemory) -> Generated:
+        """A call of the pipeline that had no memory left, again without the graphs of other keys."""
+        for other in [other for other in self._warmups if other != key]:
+            self._forget(other, key)
         try:
             return self._pipeline.generate(bucket, items)
-        except OutOfDeviceMemory:
-            others = [other for other in self._warmups if other != key]
-            if not others:
-                raise
-        for other in others:
-            self._forget(other, key)
-        return self._pipeline.generate(bucket, items)
+        except DeviceError:
+            raise error from None
 
     def _forget(self, key: Hashable, current: Hashable) -> None:
         """Gives up what is compiled for a key. A pipeline that can't give up one key alone begins anew with all."""

@@ -137,7 +137,11 @@ class ShardMaker:
     def _of_one_graph(self, rows: list[PromptRow]) -> Iterable[list[PromptRow]]:
         alike: dict[Hashable, list[PromptRow]] = {}
         for row in rows:
-            alike.setdefault(self._graph_key(next(self._items(row))), []).append(row)
+            try:
+                key = self._graph_key(next(self._items(row)))
+            except Exception:
+                key = row.row  # its text can't be read, as its own call then says
+            alike.setdefault(key, []).append(row)
         return alike.values()
 
     def _is_lost(self, row: int) -> bool:

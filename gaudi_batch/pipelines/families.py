@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 
 class Mark(NamedTuple):
-    """What tells a variant from its siblings: fields of a JSON file in the model's directory, or its name alone."""
+    """What tells a variant from its siblings: fields of a JSON file in the model's directory, and its name."""
 
-    file: str = ""
-    fields: Mapping[str, Any] = {}
+    file: str
+    fields: Mapping[str, Any]
     name: str = ""
-    """A part of the name in the job, for variants whose files are the same."""
+    """A part of the model's name, for variants whose files are the same."""
 
 
 class Text(NamedTuple):
@@ -182,7 +182,7 @@ FAMILIES = (
         name="Stable Diffusion 3.5 large turbo",
         steps=4,
         guidance_scale=0.0,
-        mark=Mark(name="3.5-large-turbo"),
+        mark=Mark("transformer/config.json", {"qk_norm": "rms_norm"}, "3.5-large-turbo"),
     ),
     replace(
         _SD3,

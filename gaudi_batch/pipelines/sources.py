@@ -149,13 +149,19 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
     )
 
 
+def _cached_as(directory: Path) -> list[str]:
+    """The name of a hub model's folder in the hub's cache, if the directory is in one."""
+    return [part for part in directory.parts if part.startswith("models--")]
+
+
 def _is_of(family: Family, name: str, directory: Path, pipeline_class: Any) -> bool:
     if family.pipeline_class != pipeline_class:
         return False
     if family.mark is None:
         return True
-    if not family.mark.file:
-        return family.mark.name in name
+    called = [name.rsplit("/", 1)[-1], directory.name, *_cached_as(directory)]
+    if not any(family.mark.name in each for each in called):
+        return False
     content = read_json(f"model {name!r}", directory, family.mark.file)
     return all(content.get(field) == value for field, value in family.mark.fields.items())
 

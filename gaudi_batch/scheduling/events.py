@@ -87,6 +87,8 @@ class LargeBatch:
     batch_size: int
     shard: int
     """Of whose rows it was."""
+    texts_differ: bool = False
+    """Whether texts are padded to different lengths, so that other batches of the size may be smaller."""
 
 
 # -- the cluster ------------------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ class ShardEvents:
         self._cards.record_success(card)
         card.shards_made_elsewhere = max(0, card.shards_made_elsewhere - 1)
         self._work.settle(live.shard)
-        self._state.lift(shard.bucket)
+        if outcome.seconds:  # else no batch was made
+            self._state.lift(shard.bucket)
         decisions: list[Decision] = [*self._state.backups.end_others(live.shard)]
         decisions += self._cards.count_transient(card, shard.images, outcome.transient_failures)
         if outcome.doubted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ MIN_STORAGE_NODES = 2
 """Storage counts as gone once it has failed for all nodes, if these are at least so many."""
 MAX_BATCHES_LOST = 2
 """A kind of batch is set aside once so many cards have failed at it and none has made one."""
+MAX_SHARDS_ASIDE = 8
+"""A size of which no card has made any is set aside once so many of its shards were, whose texts may be long."""
 MAX_FRUITLESS_NODES = 8
 """No node is expected to do better once so many were lost one after the other with nothing made between."""
 CHANCE = 1e-6
@@ -54,15 +57,17 @@ class UnmadeBatches:
 
     Of a kind that is slow, cards of two nodes must have been killed, of which one makes other batches, as some hang at
     whatever they are given; or all cards that there are, twice. Where all are on one node, two of its cards are enough.
-    For memory two cards are enough wherever they are, or one three times, or twice where there is no other: steps don't
-    matter, and a process that ran out of memory held nothing else. Of a size that cards make, a shard may have longer
-    texts than others: then that shard alone is set aside.
+    For memory two cards are enough wherever they are, or one twice where there is no other: steps don't matter, and a
+    process that ran out of memory held nothing else. A shard may have longer texts than others of its size, where a
+    family pads them to different lengths: it is set aside alone if cards make the size, or have failed at few such.
     """
 
     _slow: dict[BatchKind, str] = field(default_factory=dict)
     _too_large: dict[GraphKey | int, str] = field(default_factory=dict)
     """Reasons of what is set aside for want of memory: sizes, and numbers of shards."""
     _made: set[GraphKey] = field(default_factory=set)
+    _shards_aside: Counter[GraphKey] = field(default_factory=Counter)
+    """How many shards of a size are set aside alone."""
     _lost: dict[BatchKind | GraphKey | int, list[Card]] = field(default_factory=dict)
 
     @property
@@ -96,31 +101,21 @@ class UnmadeBatches:
         return True
 
     def large(self, card: Card, at: LargeBatch, shard: Shard, cards: Cards) -> bool:
-        """Notes that a card's device had no memory for a batch; returns whether its size is now set aside.
-
-        If cards make batches of the size, it counts against this card, and against none once another card fails at the
-        same shard.
-        """
+        """Notes that a card's device had no memory for a batch; returns whether its size is now set aside."""
         size = shard.bucket.graph_key
-        is_made = size in self._made
-        key = shard.number if is_made else size
-        lost = self._lost.setdefault(key, [])
+        alone = size in self._made or (at.texts_differ and self._shards_aside[size] < MAX_SHARDS_ASIDE)
+        key = shard.number if alone else size
+        lost = self._lost.setdefault(shard.number if at.texts_differ else key, [])
         lost.append(card)
-        if is_made and cards.others({card.number}):
-            card.consecutive_failures += 1
-        several = len({card.number for card in lost}) >= MAX_BATCHES_LOST
-        often = not is_made and len(lost) > MAX_BATCHES_LOST
-        if not several and not often and not _is_all(lost, cards):
+        if len({card.number for card in lost}) < MAX_BATCHES_LOST and not _is_all(lost, cards):
             return False
-        if is_made:
-            for other in lost:
-                other.consecutive_failures = max(0, other.consecutive_failures - 1)
-        what = f"rows of shard {shard.number}" if is_made else f"{size.width}x{size.height}"
-        guided = "" if is_made or not size.guided else " with guidance"
+        self._shards_aside[size] += alone
+        what = f"rows of shard {shard.number}" if alone else f"{size.width}x{size.height}"
+        guided = "" if alone or not size.guided else " with guidance"
         fits = f"a --batch-size of {at.batch_size // 2}" if at.batch_size > 1 else "smaller images"
         images = f"{at.batch_size} images of {what}{guided}"
         self._too_large[key] = f"no device has memory for batches of {images}; {fits}, in a new output, may fit"
-        return not is_made
+        return not alone
 
 
 def _is_all(lost: list[Card], cards: Cards) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from helpers import command_line, files, read_manifest
 from PIL import Image
 
+from gaudi_batch import JobConfig
 from gaudi_batch.cli.demo import COLUMNS, PROMPTS, demo
 from gaudi_batch.cluster.connection import attached
 from gaudi_batch.driver.result import RunResult
@@ -67,10 +68,7 @@ def test_the_bundled_prompts_say_what_their_columns_say() -> None:
         assert all(row[name] in row["prompt"].split() for name in ("background", "colour", "shape", "size"))
 
 
-def test_the_demo_removes_no_run_but_its_own(
-    made: RunResult, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "nobody.invalid:6379")  # the demo is not sent there
+def test_the_demo_removes_no_run_but_its_own(made: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "demo"
     shutil.copytree(made.output, output)
     (output / "notes.txt").write_text("mine")
@@ -105,7 +103,13 @@ def test_the_demo_removes_no_run_but_its_own(
     older = {name: value for name, value in own["job"].items() if name not in ("use_safetensors", "gaudi")}
     del older["limits"]["answer"]
     path.write_text(json.dumps(own | {"job": older}))
-    with attached(cluster):
-        assert demo(str(output), 2).exit_code == 0
-    assert len(read_manifest(output)) == 2
+    begun: list[dict[str, Any]] = []
+
+    def run(config: JobConfig, **flags: Any) -> RunResult:
+        begun.append(flags)
+        return made
+
+    monkeypatch.setattr("gaudi_batch.cli.demo.run", run)
+    assert demo(str(output), 2) is made
+    assert begun == [{"address": "local", "overwrite": True}]
     assert (output / "notes.txt").exists()

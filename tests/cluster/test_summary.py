@@ -42,7 +42,9 @@ def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Pat
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     at_most = time.monotonic() - began
-    second = command_line(*job(prompts, output, cluster), "--simulated.unloadable-modules", "[0, 2, 3]")
+    # The cards of the killed driver are free once Ray has noticed.
+    waits = ("--min-cards", "1", "--simulated.unloadable-modules", "[0, 2, 3]")
+    second = command_line(*job(prompts, output, cluster), *waits)
     assert second.returncode == 0, second.stderr
 
     summary = json.loads((output / "summary.json").read_text())

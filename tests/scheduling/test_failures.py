@@ -692,10 +692,11 @@ def test_a_kind_of_batch_that_all_cards_hang_at_is_named_where_there_is_no_other
 # -- memory of the device ---------------------------------------------------------------------------------------
 
 
-def no_memory(world: World, card: int) -> CardBroken:
+def no_memory(world: World, card: int, texts_differ: bool = False) -> CardBroken:
     """The device of a card has no memory for a batch of the shard that it is at."""
     shard = world.in_flight.pop(card)[0].shard
-    return CardBroken(card, "out of device memory", large=LargeBatch(shard.bucket.batch_kind, 8, shard.number))
+    large = LargeBatch(shard.bucket.batch_kind, 8, shard.number, texts_differ)
+    return CardBroken(card, "out of device memory", large=large)
 
 
 def test_a_size_for_which_no_device_has_memory_is_set_aside_and_the_others_go_on() -> None:
@@ -802,6 +803,48 @@ def test_shards_that_are_larger_than_others_of_their_size_cost_no_card(cards: in
     assert not world.quarantined
     assert broken <= 2 * 12
     assert "images of rows of shard" in str(world.finished[0])
+
+
+@pytest.mark.parametrize("cards", [1, 2, 4])
+@pytest.mark.parametrize(("long", "made"), [(4, 36), (40, 0)])
+def test_long_texts_that_come_first_set_no_size_aside_before_several_have_failed(
+    cards: int, long: int, made: int
+) -> None:
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(40)]
+    world = World(Schedule(work, "a", RowCounts(160)))
+    start(world, cards)
+    broken = 0
+    for _ in range(1000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        if world.in_flight[card][0].shard.number >= long:
+            world.finish_first(card)
+        else:
+            broken += 1
+            world.do(world.schedule.handle(no_memory(world, card, texts_differ=True)))
+    assert len(world.committed) == made
+    assert not world.quarantined
+    assert broken <= 3 * 9 + cards
+    assert "no device has memory" in str(world.finished[0])
+
+
+def test_one_card_of_several_sets_no_size_aside() -> None:
+    work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(30)]
+    world = World(Schedule(work, "a", RowCounts(120)))
+    start(world, 3)
+    for _ in range(3):
+        settle(world)
+        if world.in_flight.get(0):
+            world.do(world.schedule.handle(no_memory(world, 0)))
+    for _ in range(200):
+        settle(world)
+        if world.finished:
+            break
+        world.finish_first(busy(world)[-1])
+    assert world.finished == [None]
+    assert len(world.committed) == 30
 
 
 # -- images that come out wrong ---------------------------------------------------------------------------------

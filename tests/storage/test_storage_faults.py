@@ -572,7 +572,6 @@ def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
         for method, path in [
             ("GET", "prefix=[^&]*manifest"),
             ("GET", "/manifest/"),
-            ("GET", "prefix=[^&]*images"),
             ("PUT", "/manifest.parquet"),
             ("PUT", "/summary.json"),
         ]
@@ -588,6 +587,11 @@ def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
         assert held is None or held.released
         if output.get("run.json") is not None:
             assert read_status(OutputReader(output))["state"] == "stopped"
+    proxy.clear()
+    fault = proxy.add(Fault("403", "GET", "prefix=[^&]*images", **denied))
+    assert run(dataset, url, storage_options=ours) == 3, "what earlier drivers have left is left"
+    assert fault.hits
+    assert "that were not committed is still there: " in capsys.readouterr().err
     proxy.clear()
     assert run(dataset, url, storage_options=ours) == 3
     assert proxy.asked("PUT .*/images/") == 0, "made again"
