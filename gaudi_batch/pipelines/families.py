@@ -64,6 +64,8 @@ class Family:
     """Whether guidance doubles the batch that the denoiser sees, which is then another graph."""
     negative: str | None = ""
     """The negative prompt of a row that has none; None if the family takes no negative prompts."""
+    other_prompts: tuple[str, ...] = ()
+    """Arguments for further text encoders. None is given, so all of them read the prompt."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of each call."""
     hpu_dtype: Literal["bfloat16"] | None = None
@@ -105,6 +107,7 @@ _XL = Family(
         "unipc": "UniPCMultistepScheduler",
     },
     text=Text("tokenizer"),
+    other_prompts=("prompt_2",),
     latents=128,
     hpu_dtype="bfloat16",
 )
@@ -117,6 +120,7 @@ _SD3 = Family(
     schedulers=_FLOW,
     gaudi_schedulers=_GAUDI_FLOW,
     text=Text("tokenizer_3", 256),
+    other_prompts=("prompt_2", "prompt_3"),
     size_from="transformer/config.json",
     latents=128,
     multiple=16,
@@ -134,6 +138,7 @@ _FLUX = Family(
     schedulers=_FLOW,
     gaudi_schedulers=_GAUDI_FLOW,
     text=Text("tokenizer_2", 512),
+    other_prompts=("prompt_2",),
     size_from=None,
     latents=128,
     multiple=16,

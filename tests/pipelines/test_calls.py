@@ -47,7 +47,10 @@ def test_every_argument_is_one_of_the_pipeline_s_own(family: Family) -> None:
     from gaudi_batch.pipelines.calls import call_arguments
 
     parameters = inspect.signature(getattr(diffusers, family.pipeline_class).__call__).parameters
-    assert call_arguments(READER, family, Bucket(64, 64, 2, 4.0), ITEMS).keys() <= parameters.keys()
+    given = call_arguments(READER, family, Bucket(64, 64, 2, 4.0), ITEMS).keys()
+    assert given <= parameters.keys()
+    assert family.other_prompts == tuple(name for name in ("prompt_2", "prompt_3") if name in parameters)
+    assert not given & set(family.other_prompts)
 
 
 class Silent:
