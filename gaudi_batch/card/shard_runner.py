@@ -114,8 +114,8 @@ class ShardMaker:
             self._announce(())
             self._make_probe()
         apart = self._task.alone | self._task.failed_alone_once.keys() | self._task.confirm
-        for alike in self._of_one_graph([row for row in runnable if row.row not in apart]):
-            for group in _chunks((item for row in alike for item in self._items(row)), self._batch_size):
+        for group_rows in self._of_one_graph([row for row in runnable if row.row not in apart]):
+            for group in _chunks((item for row in group_rows for item in self._items(row)), self._batch_size):
                 yield from self._make(group)
         for row in runnable:
             if row.row in apart:
@@ -135,14 +135,14 @@ class ShardMaker:
             yield Item(row.row, image, row.prompt, row.negative_prompt, image_seed(self._run_seed, row, image))
 
     def _of_one_graph(self, rows: list[PromptRow]) -> Iterable[list[PromptRow]]:
-        alike: dict[Hashable, list[PromptRow]] = {}
+        groups: dict[Hashable, list[PromptRow]] = {}
         for row in rows:
             try:
                 key = self._graph_key(next(self._items(row)))
             except Exception:
                 key = row.row  # its text can't be read, as its own call then says
-            alike.setdefault(key, []).append(row)
-        return alike.values()
+            groups.setdefault(key, []).append(row)
+        return groups.values()
 
     def _is_lost(self, row: int) -> bool:
         return row in self.failures or row in self._unconfirmed or row in self.doubted

@@ -59,8 +59,9 @@ def call_arguments(pipeline: Any, family: Family, bucket: Bucket, items: Sequenc
 
 def is_truncated(pipeline: Any, family: Family, prompt: str) -> bool:
     """Whether the text encoder that reads most of a prompt does not read all of it."""
-    tokenizer = getattr(pipeline, family.text.tokenizer, None) or pipeline.tokenizer
-    most = family.text.tokens if tokenizer is getattr(pipeline, family.text.tokenizer, None) else None
+    tokenizer, most = getattr(pipeline, family.text.tokenizer, None), family.text.tokens
+    if tokenizer is None:  # as in a Stable Diffusion 3 without its T5
+        tokenizer, most = pipeline.tokenizer, None
     return bool(len(tokenizer(prompt, truncation=False).input_ids) > (most or tokenizer.model_max_length))
 
 
@@ -156,13 +157,13 @@ def mask_text_padding(transformer: Any, padding: TextPadding) -> None:
         text = torch.nn.functional.pad(encoder_hidden_states, (0, 0, 0, length - tokens))
         is_text = torch.nn.functional.pad(encoder_hidden_states_mask, (0, length - tokens)).bool()
         is_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=is_text.device)
-        heeded = torch.cat([is_text, is_image], 1)[:, None, None]
+        attention_mask = torch.cat([is_text, is_image], 1)[:, None, None]
         made = forward(
             hidden_states=hidden_states.clone(),
             encoder_hidden_states=text.clone(),
             encoder_hidden_states_mask=is_text,
             txt_seq_lens=[length] * batch,
-            attention_kwargs={**(attention_kwargs or {}), "attention_mask": heeded},
+            attention_kwargs={**(attention_kwargs or {}), "attention_mask": attention_mask},
             **{name: value.clone() if torch.is_tensor(value) else value for name, value in others.items()},
         )
         return tuple(each.clone() for each in made)

@@ -159,8 +159,8 @@ def _is_of(family: Family, name: str, directory: Path, pipeline_class: Any) -> b
         return False
     if family.mark is None:
         return True
-    called = [name.rsplit("/", 1)[-1], directory.name, *_cached_as(directory)]
-    if not any(family.mark.name in each for each in called):
+    names = [name.rsplit("/", 1)[-1], directory.name, *_cached_as(directory)]
+    if not any(family.mark.name in each for each in names):
         return False
     content = read_json(f"model {name!r}", directory, family.mark.file)
     return all(content.get(field) == value for field, value in family.mark.fields.items())

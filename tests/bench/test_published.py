@@ -15,4 +15,5 @@ def test_its_family_and_its_scheduler_are_known(published: Published) -> None:
     (family,) = [family for family in FAMILIES if family.name == published.family]
     assert published.scheduler in family.gaudi_schedulers.values()
     assert published.guided <= family.takes_guidance
+    assert published.dtype in ("float32", "bfloat16") or family.hpu_dtype is None, "no job computes so"
     assert published.rates.keys() >= published.latencies.keys()

@@ -699,6 +699,22 @@ def no_memory(world: World, card: int, texts_differ: bool = False) -> CardBroken
     return CardBroken(card, "out of device memory", large=large)
 
 
+def play(world: World, fits: Callable[[Shard], bool], texts_differ: bool = False) -> int:
+    """Plays a run whose devices have no memory for some shards; returns how often they had none."""
+    broken = 0
+    for _ in range(2000):
+        settle(world)
+        if world.finished:
+            break
+        card = busy(world)[0]
+        if fits(world.in_flight[card][0].shard):
+            world.finish_first(card)
+        else:
+            broken += 1
+            world.do(world.schedule.handle(no_memory(world, card, texts_differ)))
+    return broken
+
+
 def test_a_size_for_which_no_device_has_memory_is_set_aside_and_the_others_go_on() -> None:
     work = [
         Shard(number, 0, 4 * number, 4 * number + 4, LARGE if number % 5 == 0 else Bucket(64, 64, 20, 7.5), 4, 4)
@@ -706,17 +722,7 @@ def test_a_size_for_which_no_device_has_memory_is_set_aside_and_the_others_go_on
     ]
     world = World(Schedule(work, "a", RowCounts(160)))
     start(world, 4)
-    broken = 0
-    for _ in range(1000):
-        settle(world)
-        if world.finished:
-            break
-        card = busy(world)[0]
-        if world.in_flight[card][0].shard.bucket != LARGE:
-            world.finish_first(card)
-            continue
-        broken += 1
-        world.do(world.schedule.handle(no_memory(world, card)))
+    broken = play(world, lambda shard: shard.bucket != LARGE)
     assert len(world.committed) == 32, "the others go on"
     assert world.schedule.failed_rows == 0
     assert not world.quarantined
@@ -764,17 +770,7 @@ def test_many_sizes_for_which_no_device_has_memory_cost_no_card(cards: int) -> N
     work = [Shard(number, 0, 4 * number, 4 * number + 4, bucket, 4, 4) for number, bucket in enumerate(buckets)]
     world = World(Schedule(work, "a", RowCounts(240)))
     start(world, cards)
-    broken = 0
-    for _ in range(1000):
-        settle(world)
-        if world.finished:
-            break
-        card = busy(world)[0]
-        if world.in_flight[card][0].shard.bucket.width == 64:
-            world.finish_first(card)
-        else:
-            broken += 1
-            world.do(world.schedule.handle(no_memory(world, card)))
+    broken = play(world, lambda shard: shard.bucket.width == 64)
     assert len(world.committed) == 10
     assert not world.quarantined
     assert broken <= 5 * 3 + cards
@@ -788,17 +784,7 @@ def test_shards_that_are_larger_than_others_of_their_size_cost_no_card(cards: in
     work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(60)]
     world = World(Schedule(work, "a", RowCounts(240)))
     start(world, cards)
-    broken = 0
-    for _ in range(2000):
-        settle(world)
-        if world.finished:
-            break
-        card = busy(world)[0]
-        if world.in_flight[card][0].shard.number % 5 != 1:
-            world.finish_first(card)
-        else:
-            broken += 1
-            world.do(world.schedule.handle(no_memory(world, card)))
+    broken = play(world, lambda shard: shard.number % 5 != 1)
     assert len(world.committed) == 48
     assert not world.quarantined
     assert broken <= 2 * 12
@@ -813,17 +799,7 @@ def test_long_texts_that_come_first_set_no_size_aside_before_several_have_failed
     work = [Shard(number, 0, 4 * number, 4 * number + 4, LARGE, 4, 4) for number in range(40)]
     world = World(Schedule(work, "a", RowCounts(160)))
     start(world, cards)
-    broken = 0
-    for _ in range(1000):
-        settle(world)
-        if world.finished:
-            break
-        card = busy(world)[0]
-        if world.in_flight[card][0].shard.number >= long:
-            world.finish_first(card)
-        else:
-            broken += 1
-            world.do(world.schedule.handle(no_memory(world, card, texts_differ=True)))
+    broken = play(world, lambda shard: shard.number >= long, texts_differ=True)
     assert len(world.committed) == made
     assert not world.quarantined
     assert broken <= 3 * 9 + cards
