@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.harness import (
+    BATCH_S,
     BATCH_SIZE,
     FIGURES,
     Command,
@@ -58,19 +59,32 @@ class Case:
     """Whether one card's process is stopped once no shard is left but those that are in flight."""
     planned_on: int = 0
     """Cards on which the run begins before it is stopped and resumed on `cards`."""
+    longer: int = 1
+    """How many times as long as a batch of Stable Diffusion 2 each batch takes."""
 
     def __str__(self) -> str:
         cards = f"{self.cards} card{'' if self.cards == 1 else 's'}"
         text = f"{self.prompts:,} prompts, {cards}"
         if self.planned_on:
             text = f"{self.prompts:,} prompts, planned on {self.planned_on}, resumed on {cards}"
-        return text + ", two shapes" * (self.shapes > 1) + ", one hangs at the end" * self.hang
+        return (
+            text
+            + ", two shapes" * (self.shapes > 1)
+            + ", one hangs at the end" * self.hang
+            + f", batches of {self.batch_s:.2f} s" * (self.longer > 1)
+        )
+
+    @property
+    def batch_s(self) -> float:
+        """Seconds that a batch takes."""
+        return BATCH_S * self.longer
 
 
 CASES = [
     Case(8, 200),
     Case(16, 5_120),
     Case(64, 20_000),
+    Case(64, 20_000, longer=4),
     *(Case(cards, cards * BATCHES * BATCH_SIZE, shapes=2) for cards in (1, 8, 64)),
     Case(8, 8 * BATCHES * BATCH_SIZE, hang=True),
     Case(20, 20 * BATCHES * BATCH_SIZE, planned_on=2),
@@ -99,7 +113,8 @@ def measure_case(case: Case, home: Path, prompts: Path) -> dict[str, float]:
     if case.planned_on:
         with ray_started(home / "few", case.planned_on) as cluster:
             begin_and_stop(run_command(prompts, output, cluster.address), output, case.planned_on)
-    with ray_started(home, case.cards) as cluster, run_command(prompts, output, cluster.address) as command:
+    flags = ("--simulated.batch-seconds", str(case.batch_s)) if case.longer > 1 else ()
+    with ray_started(home, case.cards) as cluster, run_command(prompts, output, cluster.address, *flags) as command:
         command.wait()
     return figures_of(command, output, case.cards)
 

@@ -30,7 +30,7 @@ from gaudi_batch.job import resolve
 from gaudi_batch.layout import attempt_name, image_path, manifest_path, throughput_path
 from gaudi_batch.output import manifest, rollup
 from gaudi_batch.output.commits import ROLLUP_SHARDS
-from gaudi_batch.output.lease import Lease
+from gaudi_batch.output.holder import Lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import COLUMNS, CommitInfo
 from gaudi_batch.output.rollup import Commit

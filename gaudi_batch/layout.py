@@ -65,6 +65,11 @@ def timeline_path(driver: str, number: int) -> str:
     return f"{TIMELINE}/{driver}-{number:06d}.jsonl"
 
 
+def drivers_of_timeline(names: Iterable[str]) -> set[str]:
+    """The drivers of the names in `TIMELINE`."""
+    return {name.partition("-")[0] for name in own_names(TIMELINE, names)}
+
+
 def manifest_path(shard: int) -> str:
     """The manifest of a shard; the shard is committed when it appears."""
     return f"manifest/{shard:06d}.parquet"

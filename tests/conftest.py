@@ -18,7 +18,7 @@ from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, e
 from hypothesis import HealthCheck, settings
 from raynodes import RayCluster
 
-from gaudi_batch.output import lease
+from gaudi_batch.output import holder
 from gaudi_batch.output.lease import LeaseKeeper
 
 LONGEST = {
@@ -76,7 +76,7 @@ def leases_end_with_their_test() -> Iterator[None]:
         take(keeper, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lease, "_ended", set())  # the drivers of many tests have the same names
+        patched.setattr(holder, "_ended", set())  # the drivers of many tests have the same names
         patched.setattr(LeaseKeeper, "take", noted)
         yield
         for keeper in taken:

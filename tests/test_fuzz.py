@@ -27,7 +27,7 @@ from gaudi_batch.dataset.rows import PromptRow, RowRules, make_row
 from gaudi_batch.dataset.scan import row_spans
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.output import manifest
-from gaudi_batch.output.lease import read_lease
+from gaudi_batch.output.holder import read_lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals

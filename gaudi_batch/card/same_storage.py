@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.errors import InputError
-from gaudi_batch.output.lease import SETTLE_INTERVAL_S, read_lease
+from gaudi_batch.output.holder import read_lease
+from gaudi_batch.output.lease import SETTLE_INTERVAL_S
 from gaudi_batch.output.reader import OutputReader
 
 

@@ -41,14 +41,16 @@ def make_missing(
     totals = committed.totals
     planned = sum(shard.images for shard in run.plan if shard.number in totals.attempts and not shard.is_rerun)
     earlier = read_spans(run.ledger)
+    timeline = Timeline(run.ledger, run.lease.driver)
     progress = RunProgress(
         schedule,
         committed,
         run.info.images,
         planned - totals.images,
         lambda card_s: [*earlier, watch.span(card_s)],
-        Timeline(run.ledger, run.lease.driver),
+        timeline,
     )
+    timeline.begin()
     cards.settle()
     with open_view() as view, handlers_kept():
         loop = LoopRunner(

@@ -18,6 +18,7 @@ from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
 from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
+from gaudi_batch.output.cleanup import remove_parts
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.throughput import rounded
@@ -100,6 +101,7 @@ def write_summary(run: Run, totals: CommitTotals, ended: Ended) -> dict[str, Any
     figures = totals.describe(ended.faults, ended.retries)
     if reason is None:
         figures |= _join(run)
+        _remove_rest(run)
     summary = {
         "state": "stopped" if reason else "complete with failed rows" if figures["failed_rows"] else "complete",
         "reason": reason,
@@ -153,6 +155,15 @@ def _join(run: Run) -> dict[str, Any]:
     if warning := repeated.describe():
         log.warning("%s", warning)
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}
+
+
+def _remove_rest(run: Run) -> None:
+    """Removes what nothing in a complete run points to."""
+    try:
+        run.commits.remove_unused()
+        remove_parts(run.ledger)
+    except StorageError as error:
+        log.warning("what drivers that were killed have left is still there: %s", error)
 
 
 def _times(run: Run, totals: CommitTotals, ended: Ended, images: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.layout import attempt_name, throughput_path
+from gaudi_batch.layout import TIMELINE, attempt_name, drivers_of_timeline, throughput_path
 from gaudi_batch.output.cleanup import Left, left_by_attempts, remove_left
 from gaudi_batch.output.ledger import Ledger
 
@@ -28,12 +28,16 @@ class Leftovers:
 
     Args:
         ledger: of the run.
-        past: the drivers before this one.
+        driver: this one.
+        past: the drivers before it that the lease names.
         committed: returns the attempt that is committed of a shard, if there is one.
     """
 
-    def __init__(self, ledger: Ledger, past: Collection[str], committed: Callable[[int], str | None]) -> None:
-        self._ledger, self._past, self._committed = ledger, past, committed
+    def __init__(
+        self, ledger: Ledger, driver: str, past: Collection[str], committed: Callable[[int], str | None]
+    ) -> None:
+        self._ledger, self._driver, self._committed = ledger, driver, committed
+        self._past = set(past)
         self._own: dict[str, tuple[int, str]] = {}
         self._probes: set[tuple[int, str]] = set()
         self._left_by_past: list[Left] | None = None
@@ -53,9 +57,21 @@ class Leftovers:
         self._probes.add((shard, attempt))
 
     def list_meanwhile(self) -> None:
-        """Has a thread look for what the drivers before this one have left."""
+        """Has a thread look for what the drivers before this one have left. Raises StorageError."""
+        self._learn_past()
         if self._past:
             self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread's wait."""
+        self._over.set()
+
+    def _learn_past(self) -> bool:
+        """Adds the drivers that have begun on this output, also those that no lease names: two may have taken it at the
+        same moment, or it was lost. Returns whether there are more than before."""
+        begun = drivers_of_timeline(self._ledger.storage.names(TIMELINE)) - {self._driver} - self._past
+        self._past |= begun
+        return bool(begun)
 
     def remove(self, committed: Mapping[int, str], in_doubt: Collection[str], *, is_complete: bool) -> None:
         """Removes the files of attempts that were not committed.
@@ -82,7 +98,7 @@ class Leftovers:
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join()
-        if self._left_by_past is None and self._past:
+        if self._learn_past() or (self._left_by_past is None and self._past):
             self._left_by_past = self._list()
         return self._left_by_past or []
 

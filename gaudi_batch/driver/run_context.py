@@ -55,7 +55,7 @@ class Run:
     """What attempts have left that were not committed."""
 
     def __post_init__(self) -> None:
-        self.leftovers = Leftovers(self.ledger, self.lease.past_holders, self.commits.attempt_of)
+        self.leftovers = Leftovers(self.ledger, self.lease.driver, self.lease.past_holders, self.commits.attempt_of)
 
     @property
     def latest_shard_of_row(self) -> Mapping[int, int]:

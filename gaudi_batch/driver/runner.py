@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import string
@@ -94,7 +95,11 @@ def run(
         if strict:
             refuse_bad_rows(job.dataset, job.rules, job.config.limit)
         try:
-            with cluster_of(job, address, lease) as connect, EarlyCards(job, storage, driver, connect) as cards:
+            with (
+                contextlib.ExitStack() as opened,
+                cluster_of(job, address, lease) as connect,
+                EarlyCards(job, storage, driver, connect) as cards,
+            ):
                 run_id = new_run_id()
 
                 def prepare() -> None:
@@ -112,6 +117,7 @@ def run(
                     _try_card(job, ledger, connect(), driver)
                 info, plan = open_run(ledger, job, connect, overwrite, run_id)
                 this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
+                opened.callback(this_run.leftovers.close)
                 manifests = ledger.manifest_entries()
                 # A repair first needs the cluster's cards to read the images.
                 if manifests and len(manifests) < len(plan) and not repair:
@@ -154,7 +160,8 @@ def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stop
     if not missing:
         return Ended(None)
     run.connect()
-    run.leftovers.list_meanwhile()
+    if not run.lease.follows_silent:
+        run.leftovers.list_meanwhile()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 

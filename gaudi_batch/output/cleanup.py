@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from gaudi_batch.layout import OWN_FILES, ROLLUPS, TIMELINE, manifest_path, own_names, parse_attempt
+from gaudi_batch.layout import (
+    JOINED,
+    OWN_FILES,
+    ROLLUPS,
+    TIMELINE,
+    is_of_run,
+    manifest_path,
+    own_names,
+    parse_attempt,
+)
 from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.storage.disk import parse_part
 from gaudi_batch.storage.store import Storage
 
 REMOVE_THREADS = 16
@@ -35,6 +47,24 @@ def remove_left(ledger: Ledger, left: Iterable[Left], committed: Mapping[int, st
     """
     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
         _remove_all(pool, ledger, [each.path for each in left if committed.get(each.shard) != each.attempt])
+
+
+def remove_parts(ledger: Ledger) -> None:
+    """Removes what processes that were killed have left on a disk of files that they were writing, beside images: those
+    go with their attempt. Raises LeaseLost or StorageError."""
+    if ledger.storage.local:
+        for path in _parts(ledger.storage):
+            ledger.remove(path)
+
+
+def _parts(storage: Storage) -> Iterator[str]:
+    cards = (f"throughput/{card}" for card in storage.names("throughput"))
+    for place in ("", "manifest", ROLLUPS, TIMELINE, JOINED, *cards):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(storage.full(place)) as files:
+            for file in files:
+                whole = parse_part(file.name)
+                if whole is not None and is_of_run(f"{place}/{whole}".lstrip("/")):
+                    yield f"{place}/{file.name}".lstrip("/")
 
 
 def clear(ledger: Ledger) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.garbage import no_collections
-from gaudi_batch.layout import ROLLUPS, manifest_path
+from gaudi_batch.layout import ROLLUPS, manifest_path, own_names
 from gaudi_batch.output import manifest, rollup
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
@@ -187,6 +187,15 @@ class Commits:
         self._wait()
         while self._held:
             self._roll_up()
+
+    def remove_unused(self) -> None:
+        """Removes the roll-ups that say nothing of the run: a driver that was killed has left rows without an index, or
+        others have taken their place. Raises LeaseLost or StorageError."""
+        self._wait()
+        used = {path for part in self.parts for path in (rollup.rows_path(part.name), rollup.index_path(part.name))}
+        for name in own_names(ROLLUPS, self.ledger.storage.names(ROLLUPS)):
+            if f"{ROLLUPS}/{name}" not in used:
+                self.ledger.remove(f"{ROLLUPS}/{name}")
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -26,18 +26,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-
-from pydantic import TypeAdapter
+from dataclasses import asdict, replace
 
 from gaudi_batch.errors import InputError, RunStopped, StorageError
+from gaudi_batch.output.holder import (
+    LEASE_TTL_S,
+    Lease,
+    note_end,
+    note_in_doubt,
+    process_started,
+    read_lease,
+    this_machine,
+)
 from gaudi_batch.storage.store import Storage
 
 log = logging.getLogger(__name__)
 
-LEASE_TTL_S = 60.0
-"""Seconds without a renewal after which another driver may take the lease."""
 RENEW_INTERVAL_S = 10.0
 """Seconds between two renewals by the holder."""
 LEASE_POLL_INTERVAL_S = 2.0
@@ -58,33 +62,6 @@ class LeaseLost(RunStopped):
     """Another driver has taken over the run."""
 
 
-@dataclass(frozen=True)
-class Lease:
-    """The content of lease.json."""
-
-    driver: str
-    """The prefix of the holder's attempts."""
-    host: str
-    machine: str
-    """The machine's boot, since a process number means something only within it."""
-    pid: int
-    started: str
-    """When the process started, in ticks of the machine's clock."""
-    beat: int
-    dead: tuple[str, ...]
-    """Drivers of this run before this one. They are over, so their uncommitted files may be removed."""
-    released: bool = False
-    """Whether the holder has let go."""
-
-    @property
-    def holder(self) -> str:
-        """The holder, in words for a person."""
-        return f"process {self.pid} on {self.host}"
-
-
-_LEASE = TypeAdapter(Lease)
-
-
 class LeaseKeeper:
     """This driver's side of the lease.
 
@@ -101,7 +78,7 @@ class LeaseKeeper:
         self._lost = ""
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
-        self._lease = Lease(driver, socket.gethostname(), _machine(), pid, _process_started(pid), 0, ())
+        self._lease = Lease(driver, socket.gethostname(), this_machine(), pid, process_started(pid), 0, ())
 
     @property
     def driver(self) -> str:
@@ -112,6 +89,11 @@ class LeaseKeeper:
     def past_holders(self) -> frozenset[str]:
         """Drivers of this run that are over."""
         return frozenset(self._lease.dead)
+
+    @property
+    def follows_silent(self) -> bool:
+        """Whether the driver before this one has only fallen silent, so that its process may go on for a while."""
+        return self._silent is not None
 
     def take(
         self, say: Callable[[str], None] = lambda line: None, meanwhile: Callable[[], object] = lambda: None
@@ -127,11 +109,8 @@ class LeaseKeeper:
             LeaseLost: another driver has taken the lease since.
             StorageError: storage failed.
         """
-        held = self._wait_until_over(say)
-        if held is not None:
-            self._lease = replace(self._lease, dead=(*held.dead, held.driver))
-        self._kept_up = time.monotonic()
-        self._write(self._storage)
+        while not self._take(self._wait_until_over(say)):
+            pass
         settled = time.monotonic() + SETTLE_INTERVAL_S
         self._renewing.start()  # the next steps may take as long as `storage_patience`
         meanwhile()
@@ -145,6 +124,22 @@ class LeaseKeeper:
         except (StorageError, LeaseLost):
             self.forget()
             raise
+
+    def _take(self, held: Lease | None) -> bool:
+        """Writes this driver's lease after one that is over; returns whether it did, and no other driver before."""
+
+        def require_over() -> None:
+            now = self._read()
+            if now is not None and now.driver != self.driver and (held is None or not now.is_before(held)):
+                raise _Overtaken
+
+        if held is not None:
+            self._lease = replace(self._lease, dead=(*held.dead, held.driver))
+        try:
+            self._write(self._storage, require_over)
+        except _Overtaken:
+            return False
+        return True
 
     def ensure_held(self) -> None:
         """Returns when this driver may commit: it drives the run, and will for longer than a commit takes.
@@ -182,14 +177,16 @@ class LeaseKeeper:
         if self._over.is_set():
             return
         self.forget()
-        if self._renewing.ident is None or not settled():
-            return  # the lease was not taken, or a write that it guards is still under way
+        if self._renewing.ident is None:
+            return  # the lease was not taken
+        if not settled():
+            note_in_doubt(self.driver)
+            return
         if self._renewing.is_alive():
             self._renewing.join()  # a renewal after this would overwrite what it says
         try:
-            self._check_holder()
             self._lease = replace(self._lease, released=True)
-            self._write(self._quick)
+            self._write(self._quick, self._check_holder)
         except LeaseLost:
             return
         except StorageError as error:
@@ -198,16 +195,14 @@ class LeaseKeeper:
     def forget(self) -> None:
         """Ends this driver's hold without writing: its process is about to end."""
         self._over.set()
-        _ended.add(self._lease.driver)
+        note_end(self.driver)
 
     def _renew(self) -> None:
         pause = RENEW_INTERVAL_S
         while not self._over.wait(pause):
-            since = time.monotonic()
             try:
-                self._check_holder()
-                self._write(self._quick)
-                self._kept_up, pause = since, RENEW_INTERVAL_S
+                self._write(self._quick, self._check_holder)
+                pause = RENEW_INTERVAL_S
             except LeaseLost:
                 return
             except StorageError as error:
@@ -238,9 +233,22 @@ class LeaseKeeper:
             return held.beat <= self._silent.beat or held.released
         return held.driver in (self._lease.driver, *self._lease.dead)
 
-    def _write(self, storage: Storage) -> None:
-        self._lease = replace(self._lease, beat=self._lease.beat + 1)
-        storage.put("lease.json", self._data())
+    def _write(self, storage: Storage, before: Callable[[], None]) -> None:
+        """Writes the lease. Before each try `before` checks whether that may be, and a try that does not end soon after
+        is given up: landing late, it would take the lease from another."""
+        checked = -math.inf
+
+        def check() -> None:
+            nonlocal checked
+            checked = time.monotonic()
+            before()
+
+        def is_fresh() -> bool:
+            return time.monotonic() - checked < LEASE_TIMEOUT_S
+
+        self._lease = replace(self._lease, beat=self._lease.beat + 1, renewed_s=time.monotonic())
+        storage.put("lease.json", self._data(), check, is_fresh, LEASE_TIMEOUT_S)
+        self._kept_up = checked
 
     def _data(self) -> bytes:
         return json.dumps(asdict(self._lease)).encode()
@@ -263,7 +271,7 @@ class LeaseKeeper:
         the first answer may be an old one. Raises InputError."""
         held = self._read_whole(say)
         while held is not None and held.driver != self._lease.driver:
-            alive = False if held.released else is_alive(held)
+            alive = False if held.released else held.is_alive()
             if alive:
                 raise self._refusal(held)
             if alive is None:
@@ -275,7 +283,7 @@ class LeaseKeeper:
                 held = last
             time.sleep(SETTLE_INTERVAL_S)
             now = self._read()
-            if now is None or _is_before(now, held):
+            if now is None or now.is_before(held):
                 return held
             held = now
         return None
@@ -289,7 +297,7 @@ class LeaseKeeper:
             now = self._read()
             if now is None:
                 return held
-            if not _is_before(now, held):
+            if not now.is_before(held):
                 if now.released:
                     return now
                 raise self._refusal(now)
@@ -313,48 +321,5 @@ class LeaseKeeper:
         return read_lease(self._storage)
 
 
-_ended: set[str] = set()
-"""Drivers of this process that are over, whether or not storage let them write so."""
-
-
-def read_lease(storage: Storage) -> Lease | None:
-    """The lease in an output; None if there is none that can be read."""
-    data = storage.get("lease.json")
-    if data is None:
-        return None
-    try:
-        return _LEASE.validate_json(data, strict=True)
-    except ValueError:
-        return None
-
-
-def _is_before(lease: Lease, other: Lease) -> bool:
-    """Whether a lease is another one or came before it."""
-    return lease.beat <= other.beat if lease.driver == other.driver else lease.driver in other.dead
-
-
-def is_alive(lease: Lease) -> bool | None:
-    """Whether the holder's process lives, which only its own machine can tell; None on other machines."""
-    if lease.driver in _ended:
-        return False
-    if lease.machine != _machine():
-        return None
-    return lease.started == _process_started(lease.pid)
-
-
-def _machine() -> str:
-    # The boot id alone would be the same in two containers, whose process numbers mean different processes.
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
-
-
-def _process_started(pid: int) -> str:
-    """When a process started; empty if there is none, or if it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+class _Overtaken(Exception):
+    """Another driver has taken the lease meanwhile."""

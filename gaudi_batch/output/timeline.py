@@ -1,7 +1,8 @@
 """timeline/<driver>-<number>.jsonl: what became of each card, one line each time that it changed.
 
-With the throughput lines, which say when each batch began and how long it took, this is what each card did and when:
-loading, capturing, generating, waiting, faults and backup attempts.
+Number 0 has no line: it is there from before the driver's first attempt, so that a later driver knows whose attempts
+are over. With the throughput lines, which say when each batch began and how long it took, this is what each card did
+and when: loading, capturing, generating, waiting, faults and backup attempts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class Timeline:
         self._written = 0
         self._lock = threading.Lock()
         self._writing = threading.Lock()
+
+    def begin(self) -> None:
+        """Stores number 0. Raises LeaseLost or StorageError."""
+        self._ledger.put(timeline_path(self._driver, 0), b"")
 
     def note(self, slot: int, card: str, what: str, ago_s: float = 0.0, **more: Any) -> None:
         """Adds a line, with a time by the driver's clock.

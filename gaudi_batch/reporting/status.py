@@ -13,7 +13,7 @@ from typing import Any
 
 from gaudi_batch.dataset.reasons import FIRST_IDS, reason_lines
 from gaudi_batch.errors import InputError
-from gaudi_batch.output.lease import Lease, is_alive, read_lease
+from gaudi_batch.output.holder import Lease, read_lease
 from gaudi_batch.output.progress import sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.text import duration, one_line, printable
@@ -100,7 +100,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
 def _state_of(lease: Lease | None) -> str:
     if lease is None or lease.released:
         return "stopped"
-    alive = is_alive(lease)
+    alive = lease.is_alive()
     return "in doubt" if alive is None else "running" if alive else "stopped"
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_PART = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")
 
 
 def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool], *, create: bool) -> bool:
@@ -36,6 +39,12 @@ def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool
         return True
     finally:
         part.unlink(missing_ok=True)
+
+
+def parse_part(name: str) -> str | None:
+    """The name of the file that is written under this name until it is whole; None if this is no such name."""
+    match = _PART.fullmatch(name)
+    return match[1] if match else None
 
 
 def sync(path: Path) -> None:

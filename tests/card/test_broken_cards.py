@@ -36,7 +36,7 @@ from gaudi_batch.driver.committer import check_storage
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
-from gaudi_batch.output.lease import Lease
+from gaudi_batch.output.holder import Lease
 from gaudi_batch.output.manifest import StoredImage, read
 from gaudi_batch.output.throughput import BatchLine, ThroughputTotals
 from gaudi_batch.pipelines.base import Item

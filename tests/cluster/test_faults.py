@@ -154,8 +154,8 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
 ) -> None:
     output = tmp_path / "out"
     forced = (
-        "import sys; from gaudi_batch.output import lease; from gaudi_batch.cli.main import main;"
-        "lease.is_alive = lambda held: False; sys.exit(main(sys.argv[1:]))"
+        "import sys; from gaudi_batch.output.holder import Lease; from gaudi_batch.cli.main import main;"
+        "Lease.is_alive = lambda held: False; sys.exit(main(sys.argv[1:]))"
     )
     command = (
         *job(prompts, output, cluster),
@@ -454,12 +454,19 @@ def test_a_refused_start_does_not_forget_who_left_orphans(prompts: Path, tmp_pat
     (output / "lease.json").write_text(json.dumps(lease | {"released": True}))
     (output / "images/000001-bbbbb7").mkdir()
     (output / "images/000001-bbbbb7/00000001-00.png").write_bytes(b"left behind")
+    (output / "images/000001-ddddd7").mkdir()
+    (output / "timeline/ddddd-000000.jsonl").write_bytes(b"")
     (output / "manifest/000001.parquet").unlink()
+    killed = [output / "manifest/.000001.parquet.part-0123abcd", output / "rollup/bbbbb000001.parquet"]
+    killed[1].parent.mkdir(exist_ok=True)
+    left = [output / "images/000001-bbbbb7", output / "images/000001-ddddd7", *killed]
+    for path in killed:
+        path.write_bytes(b"half")
     with pytest.raises(RunStopped):
         make(prompts, output, cluster, {"unloadable_modules": [0, 1, 2, 3]})
-    assert (output / "images/000001-bbbbb7").exists()
+    assert all(path.exists() for path in left)
     make(prompts, output, cluster, {})
-    assert not (output / "images/000001-bbbbb7").exists()
+    assert not any(path.exists() for path in left)
 
 
 @pytest.mark.usefixtures("thread_cards")

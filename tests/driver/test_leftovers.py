@@ -11,8 +11,8 @@ import pytest
 from gaudi_batch.driver import leftovers
 from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.errors import StorageError
-from gaudi_batch.layout import image_path, throughput_path
-from gaudi_batch.output.cleanup import Left, left_by_attempts
+from gaudi_batch.layout import image_path, manifest_path, throughput_path, timeline_path
+from gaudi_batch.output.cleanup import Left, left_by_attempts, remove_parts
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.storage.store import Storage
 
@@ -54,7 +54,7 @@ def kept(ledger: Ledger) -> set[str]:
 
 
 def of_run(ledger: Ledger, committed: dict[int, str] = COMMITTED) -> Leftovers:
-    made = Leftovers(ledger, {"aaaaa", "bbbbb"}, committed.get)
+    made = Leftovers(ledger, "ccccc", {"aaaaa", "bbbbb"}, committed.get)
     for attempt, shard in (("ccccc2", 1), ("ccccc3", 2), ("ccccc4", 3), ("ccccc5", 4)):
         made.begun(attempt, shard, "card")
     return made
@@ -144,8 +144,57 @@ def test_where_storage_fails_meanwhile_the_end_looks_again(ledger: Ledger, monke
 
 def test_a_run_that_stops_leaves_what_others_have_left(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them may be alive, and commit."""
-    monkeypatch.setattr(Storage, "names", lambda *_: pytest.fail("it lists"))
+    monkeypatch.setattr("gaudi_batch.driver.leftovers.left_by_attempts", lambda *_: pytest.fail("it lists"))
     run = of_run(ledger)
     run.list_meanwhile()
     run.remove(COMMITTED, (), is_complete=False)
     assert kept(ledger) == {"aaaaa1", "aaaaa2", "bbbbb1", "ccccc2"}
+
+
+@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+def test_a_driver_that_no_lease_names_is_known_by_its_timeline(begins: str, ledger: Ledger) -> None:
+    """It took the lease at the same moment and lost it, or lease.json was lost."""
+    own = of_run(ledger)
+    if begins == "meanwhile":
+        own.list_meanwhile()
+    ledger.storage.put(image_path(3, "ddddd1", 3, 0, "png"), b"image")
+    ledger.storage.put(throughput_path("card", 3, "ddddd1"), b"line")
+    for driver in ("ccccc", "ddddd"):
+        ledger.storage.put(timeline_path(driver, 0), b"")
+    if begins == "before":
+        own.list_meanwhile()
+    own.remove(COMMITTED, (), is_complete=True)
+    assert kept(ledger) == {"aaaaa1", "ccccc2"}
+
+
+def test_a_run_that_ends_before_it_lists_leaves_no_thread(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = Looked(monkeypatch)
+    own = of_run(ledger)
+    own.list_meanwhile()
+    own.close()
+    own._thread.join(60)
+    assert not own._thread.is_alive()
+    assert looked.count == 0
+
+
+def test_files_that_were_being_written_are_removed_and_nobody_elses(ledger: Ledger) -> None:
+    root = Path(ledger.storage.root)
+    for place in ("rollup", "timeline", "manifest.parquet"):
+        (root / place).mkdir()
+    ledger.storage.put(manifest_path(0), b"a manifest")
+    whole = [
+        "run.json",
+        "lease.json",
+        "manifest/000000.parquet",
+        "throughput/card/000000-aaaaa1.jsonl",
+        "timeline/aaaaa-000001.jsonl",
+        "rollup/aaaaa000001.index.parquet",
+        "manifest.parquet/aaaaa000001.parquet",
+    ]
+    parts = [root / name.replace(name.split("/")[-1], f".{name.split('/')[-1]}.part-0a1b2c3d") for name in whole]
+    others = [root / ".notes.txt.part-0a1b2c3d", root / "manifest/.000000.parquet.part-1", root / "throughput/a file"]
+    for path in (*parts, *others):
+        path.write_bytes(b"half")
+    remove_parts(ledger)
+    assert [path for path in (*parts, *others) if path.exists()] == others
+    assert (root / manifest_path(0)).read_bytes() == b"a manifest"

@@ -54,7 +54,7 @@ def a_run(job: Job, monkeypatch: pytest.MonkeyPatch, cards: int) -> Run:
     info = ledger.run()
     assert info is not None
     monkeypatch.setattr(Run, "cards", cards)
-    lease: Any = SimpleNamespace(past_holders=frozenset())
+    lease: Any = SimpleNamespace(driver="ccccc", past_holders=frozenset())
     connect: Any = None
     return Run(job, ledger, lease, info, ledger.plan(info.rows), connect, Commits(ledger, "aaaaa"))
 

@@ -14,9 +14,10 @@ from helpers import StoreServer, wait_until
 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import manifest_path
-from gaudi_batch.output import lease, ledger, manifest
+from gaudi_batch.output import holder, lease, ledger, manifest
 from gaudi_batch.output.cleanup import clear
-from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
+from gaudi_batch.output.holder import read_lease
+from gaudi_batch.output.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
@@ -244,5 +245,5 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
 
 def test_a_holder_lets_go_before_another_may_take_over() -> None:
     """What the network still has of a write that was given up may take as long as one try at the lease."""
-    assert lease.RENEW_DEADLINE_S + retry.KEEP_INTERVAL_S + lease.LEASE_TIMEOUT_S < lease.LEASE_TTL_S
+    assert lease.RENEW_DEADLINE_S + retry.KEEP_INTERVAL_S + lease.LEASE_TIMEOUT_S < holder.LEASE_TTL_S
     assert lease.RENEW_INTERVAL_S + 2 * lease.LEASE_TIMEOUT_S <= lease.RENEW_DEADLINE_S, "one slow beat ends no commit"

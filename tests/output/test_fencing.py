@@ -29,11 +29,12 @@ from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
 from gaudi_batch.layout import manifest_path
-from gaudi_batch.output import lease, ledger, manifest, reader
+from gaudi_batch.output import holder, lease, ledger, manifest, reader
 from gaudi_batch.output.cleanup import clear, left_by_attempts, remove_left
 from gaudi_batch.output.commits import Commits
+from gaudi_batch.output.holder import read_lease
 from gaudi_batch.output.joined import join_manifests
-from gaudi_batch.output.lease import LeaseKeeper, LeaseLost, read_lease
+from gaudi_batch.output.lease import LeaseKeeper, LeaseLost
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
@@ -66,7 +67,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(lease, "time", clock)
+    for module in (lease, holder):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -401,7 +403,7 @@ def test_what_fails_while_the_lease_settles_gives_it_back(output: Storage, clock
     with pytest.raises(InputError, match="no Ray cluster"):
         keeper.take(meanwhile=no_cluster)
     keeper.release()
-    held = lease.read_lease(output)
+    held = read_lease(output)
     assert held is not None
     assert held.released
 
@@ -410,7 +412,7 @@ def test_a_lease_that_can_t_be_read_may_have_a_holder(output: Storage, clock: Cl
     whole, began = output.get("lease.json") or b"", clock.now
 
     def written_at_last() -> None:
-        if clock.now - began > lease.LEASE_TTL_S - 5:
+        if clock.now - began > holder.LEASE_TTL_S - 5:
             output.put("lease.json", whole)
 
     clock.meanwhile = written_at_last
@@ -423,7 +425,7 @@ def test_a_lease_that_can_t_be_read_may_have_a_holder(output: Storage, clock: Cl
     lines: list[str] = []
     began = clock.now
     LeaseKeeper(output, "ccccc").take(lines.append)
-    assert clock.now - began > lease.LEASE_TTL_S
+    assert clock.now - began > holder.LEASE_TTL_S
     assert [line[:25] for line in lines] == ["lease.json can't be read;"]
 
 
@@ -476,6 +478,83 @@ def refused(take: Callable[[], None]) -> bool:
     return False
 
 
+def before_write(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Something happens between the look at the lease and the next file that is written."""
+    write, times = disk.write_whole, iter([True])
+
+    def late(path: Path, *rest: Any, **options: Any) -> bool:
+        if next(times, False):
+            happens()
+        return write(path, *rest, **options)
+
+    monkeypatch.setattr(store, "write_whole", late)
+
+
+def test_a_renewal_that_comes_late_takes_the_lease_from_nobody(
+    output: Storage, clock: Clock, first: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a driver that stood still before it wrote."""
+    monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 0.0)
+
+    def stand_still() -> None:
+        clock.now += lease.LEASE_TIMEOUT_S
+        take_over(output)
+
+    before_write(monkeypatch, stand_still)
+    first._renew()
+    held = read_lease(output)
+    assert held is not None
+    assert held.driver == "bbbbb"
+    assert not first.holds()
+
+
+@pytest.mark.parametrize("stood", [1.0, lease.LEASE_TIMEOUT_S])
+def test_of_two_that_take_the_lease_together_one_has_it(
+    stood: float, output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them stands still before it writes, for a moment or for long."""
+    one, late = LeaseKeeper(output, "aaaaa"), LeaseKeeper(output, "bbbbb")
+
+    def other_takes_it() -> None:
+        one.take()
+        clock.now += stood
+
+    before_write(monkeypatch, other_takes_it)
+    if stood < lease.LEASE_TIMEOUT_S:
+        late.take()
+        assert [lost(one), lost(late)] == [True, False]
+    else:
+        with pytest.raises(InputError, match="drives this run"):
+            late.take()
+        assert not lost(one)
+
+
+@pytest.mark.parametrize("over", ["unsettled", "silent"])
+def test_a_lease_that_a_living_process_does_not_renew_blocks_nobody(
+    over: str, output: Storage, clock: Clock, first: LeaseKeeper
+) -> None:
+    """Its driver is over and could not give it back, or a write of it may still land."""
+    if over == "unsettled":
+        first.release(lambda: False)
+    else:
+        first._over.set()
+        clock.now += holder.LEASE_TTL_S
+    began, second = clock.now, LeaseKeeper(output, "bbbbb")
+    second.take()
+    assert clock.now - began > holder.LEASE_TTL_S
+    assert second.follows_silent
+    assert not lost(second)
+
+
+def test_a_lease_of_an_older_version_has_a_holder(output: Storage, clock: Clock, first: LeaseKeeper) -> None:
+    held = json.loads(output.get("lease.json") or b"")
+    del held["renewed_s"]
+    output.put("lease.json", json.dumps(held).encode())
+    clock.now += 2 * holder.LEASE_TTL_S
+    with pytest.raises(InputError, match="drives this run"):
+        LeaseKeeper(output, "bbbbb").take()
+
+
 def test_one_sight_of_another_driver_is_looked_at_twice(output: Storage, clock: Clock, first: LeaseKeeper) -> None:
     own = output.get("lease.json") or b""
     take_over(output)
@@ -495,7 +574,7 @@ def test_a_driver_that_was_silent_and_counts_up_again_is_not_over(
     held = json.loads(output.get("lease.json") or b"")
     second, began = LeaseKeeper(output, "ccccc"), clock.now
     second.take()
-    assert lease.LEASE_TTL_S < clock.now - began < lease.LEASE_TTL_S + 3 * lease.LEASE_POLL_INTERVAL_S
+    assert holder.LEASE_TTL_S < clock.now - began < holder.LEASE_TTL_S + 3 * lease.LEASE_POLL_INTERVAL_S
     assert not lost(second)
     output.put("lease.json", json.dumps(held | {"beat": held["beat"] + 1}).encode())
     assert lost(second)
@@ -517,7 +596,7 @@ def test_a_holder_is_alive_when_it_counts_up_and_not_when_it_lets_go_or_an_old_w
         take("bbbbb", beat=8)
     began = clock.now
     assert take("ccccc", beat=8, released=True).past_holders == {"aaaaa"}
-    assert clock.now - began < lease.LEASE_TTL_S / 2, "it did not wait"
+    assert clock.now - began < holder.LEASE_TTL_S / 2, "it did not wait"
     assert take("ddddd", beat=6).past_holders == {"aaaaa"}
 
 

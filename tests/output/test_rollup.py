@@ -334,6 +334,22 @@ def test_overwriting_removes_the_roll_ups(ledger: Ledger, monkeypatch: pytest.Mo
     assert left(ledger) == {"rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet"}
 
 
+def test_roll_ups_that_say_nothing_of_the_run_are_removed(ledger: Ledger) -> None:
+    """One without an index, since its driver was killed, and one whose manifests have been put again."""
+    commits = rolled_up(ledger)
+    rows_only, stale = "rollup/zzzzz000001.parquet", "rollup/yyyyy000001"
+    ledger.storage.put(rows_only, b"rows")
+    for suffix in (".parquet", ".index.parquet"):
+        ledger.storage.put(f"{stale}{suffix}", b"torn")
+    ledger.storage.put("rollup/sales.csv", b"somebody's own")
+    before = rows(commits)
+    used = left(ledger) - {rows_only, f"{stale}.parquet", f"{stale}.index.parquet"}
+    commits.remove_unused()
+    assert left(ledger) == used
+    assert any(name.startswith("rollup/aaaaa") for name in used)
+    assert rows(commits) == before
+
+
 def left(ledger: Ledger) -> set[str]:
     place = Path(ledger.storage.place)
     return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}

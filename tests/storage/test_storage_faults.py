@@ -35,7 +35,7 @@ from gaudi_batch.cluster.connection import attached
 from gaudi_batch.driver.places import Places
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output import lease
-from gaudi_batch.output.lease import read_lease
+from gaudi_batch.output.holder import read_lease
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.status import read_status
 from gaudi_batch.storage import reading as storage_module

@@ -16,7 +16,7 @@ from gaudi_batch import JobConfig
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptsChanged
 from gaudi_batch.dataset.rows import RowRules
-from gaudi_batch.output import lease
+from gaudi_batch.output import holder, lease
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.storage.filesystem import open_filesystem
@@ -56,7 +56,7 @@ def test_requests_to_s3_have_time_limits_of_their_own_unless_the_job_sets_them()
 
 
 def test_what_a_driver_begins_while_it_is_certain_ends_before_another_may_take_over() -> None:
-    assert lease.RENEW_DEADLINE_S + lease.MANIFEST_TIMEOUT_S < lease.LEASE_TTL_S
+    assert lease.RENEW_DEADLINE_S + lease.MANIFEST_TIMEOUT_S < holder.LEASE_TTL_S
     assert lease.RENEW_INTERVAL_S < lease.RENEW_DEADLINE_S / 2
 
 
