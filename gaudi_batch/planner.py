@@ -9,12 +9,14 @@ of two buckets may overlap, and no row list is stored.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gaudi_batch.plan import Bucket, GroupRows, RowSpan, Shard
 
@@ -33,6 +35,9 @@ BATCHES_BEFORE_CUT = 50
 average, is padding of a hundredth at most."""
 RECUT_FACTOR = 2
 """A resumed run is cut anew where a shard is so many times larger than it would be planned now."""
+IDLE_SHARE = 0.25
+"""The part of a shard for which a card idles at the end: of 0.25, 0.5 and 1 this one ended simulated runs of rows of
+several images soonest."""
 MAX_INT = 2**63 - 1
 TAIL_SHARE = 0.1
 """Where the job names a size: the share of the rows, at the end of the plan, that goes into smaller shards."""
@@ -46,7 +51,9 @@ class ShardSizes:
 
     Where the job says nothing, a shard gets one part in `PARTS_OF_SHARE` of a card's share of the images that are left,
     but at least a batch. So shards shrink towards the end of the plan to single batches, and the cards finish together:
-    guided self-scheduling (Polychronopoulos and Kuck, IEEE Transactions on Computers 36, 1987).
+    guided self-scheduling (Polychronopoulos and Kuck, IEEE Transactions on Computers 36, 1987). Rows of several images
+    fill whole batches only together. Where that takes more of them than the part, a shard is as large as ends the run
+    soonest: larger ones have less padding, smaller ones leave cards idle for less time at the end.
     """
 
     batch_size: int
@@ -83,15 +90,60 @@ class ShardSizes:
             wanted = max(1, self.rows // TAIL_DIVISOR) if small else self.rows
             return max(1, round(wanted / unit)) * unit, MAX_INT
         most = min(MAX_IMAGES, MAX_WORK / run.bucket.work)
+        remaining = left.images_at(run)
         images = max(
-            min(left.images_at(run) / (self.cards * PARTS_OF_SHARE), most),
+            min(remaining / (self.cards * PARTS_OF_SHARE), most),
             left.images / max(1, MAX_SHARDS - left.shards_cut),
         )
-        unit = math.lcm(self.batch_size, max(1, run.num_images))
-        if unit > max(images, self.batch_size):
-            unit = max(1, run.num_images)  # whole batches would take more rows than the shard is to have
-        size = max(1, int(images // unit)) * unit
+        num_images = max(1, run.num_images)
+        unit = math.lcm(self.batch_size, num_images)
+        if left.most_images:
+            size = self._size_of_different_rows(images, most, remaining, left.most_images)
+        elif unit > max(images, self.batch_size):
+            size = self._size_without_unit(num_images, most, remaining)
+        else:
+            size = max(1, int(images // unit)) * unit
         return (MAX_INT if run.num_images else size), size  # of rows that ask for no image, as many rows
+
+    def _size_without_unit(self, num_images: int, most: float, remaining: float) -> int:
+        """Images of a shard that holds fewer rows than fill whole batches: with those, the cards would make what is
+        left, and idle at the end, in the fewest batches."""
+        fillings = _fillings(self.batch_size, num_images)
+        possible = [filling for filling in fillings if filling.rows * num_images <= most] or fillings[:1]
+        best = min(
+            possible,
+            key=lambda filling: filling.batches * (IDLE_SHARE + remaining / (self.cards * filling.rows * num_images)),
+        )
+        return best.rows * num_images
+
+    def _size_of_different_rows(self, images: float, most: float, remaining: float, most_of_row: int) -> int:
+        """Images of a shard whose rows ask for different numbers: whole batches, of which the last one lacks on average
+        half of what a row may ask for. The same number of batches is the least, here in closed form."""
+        padding = (most_of_row - 1) / 2
+        wanted = (padding + math.sqrt(padding * remaining / self.cards / IDLE_SHARE)) / self.batch_size
+        batches = min(max(wanted, images / self.batch_size), most / self.batch_size)
+        return max(1, int(batches)) * self.batch_size
+
+
+class _Filling(NamedTuple):
+    """Rows that fill so many batches as far as they can."""
+
+    rows: int
+    batches: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _fillings(batch_size: int, num_images: int) -> list[_Filling]:
+    """The numbers of rows of so many images each, up to those that fill whole batches, which have less padding than all
+    smaller ones."""
+    fillings: list[_Filling] = []
+    least = math.inf
+    for rows in range(1, batch_size // math.gcd(batch_size, num_images) + 1):
+        batches = -(-rows * num_images // batch_size)
+        if batches / rows < least:
+            least = batches / rows
+            fillings.append(_Filling(rows, batches))
+    return fillings
 
 
 @dataclass
@@ -104,6 +156,17 @@ class _Left:
     rows_seen: int = 0
     images_seen: int = 0
     shards_cut: int = 0
+    most_images: int = 0
+    """The most that a row has asked for so far; 0 while all have asked for the same."""
+    _usual: int | None = None
+
+    def take(self, rows: int, num_images: int) -> None:
+        """Notes that a shard has so many rows more, which ask for so many images each."""
+        self.rows_seen += rows
+        self.images_seen += rows * num_images
+        self._usual = num_images if self._usual is None else self._usual
+        if self.most_images or num_images != self._usual:
+            self.most_images = max(self.most_images, self._usual, num_images, 1)
 
     @property
     def rows(self) -> int:
@@ -205,12 +268,11 @@ def plan_shards(
             images = taken * run.num_images
             shard.rows += taken
             shard.images += images
-            left.rows_seen += taken
-            left.images_seen += images
+            left.take(taken, run.num_images)
             uncut[run.bucket] += images
             run = run._replace(start=run.start + taken, rows=run.rows - taken)
             shard.stop = run.start
-            if shard.is_full:
+            if shard.is_full or (run.rows and not shard.room(run.num_images)):
                 left.shards_cut += 1
                 yield from close([shard])
     yield from close(list(opened.values()))
@@ -238,9 +300,11 @@ class _OpenShard:
         return self.rows >= self.max_rows or self.images >= self.max_images
 
     def room(self, num_images: int) -> int:
-        """Rows of so many images each that it takes until it is full."""
+        """Rows of so many images each that it takes; the first one always."""
         rows = self.max_rows - self.rows
-        return min(rows, -(-(self.max_images - self.images) // num_images)) if num_images else rows
+        if num_images:
+            rows = min(rows, (self.max_images - self.images) // num_images)
+        return rows if self.rows else max(1, rows)
 
     def close(self, number: int) -> Shard:
         first = self.first

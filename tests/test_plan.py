@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
+import random
 from collections import Counter, deque
+from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,7 +123,52 @@ def test_a_shard_is_counted_in_images_and_not_in_rows() -> None:
     assert {(shard.rows, shard.images) for shard in shards} == {(1, 10_000)}, "a row is never split"
     runs = [RowSpan(0, 0, 64, BUCKETS[0], 1), RowSpan(0, 64, 64, BUCKETS[0], 50)]
     sizes = [shard.images for shard in plan_shards(runs, 128, ShardSizes(8, cards=1))]
-    assert max(sizes) <= 200, "rows of many images fill a shard as they come"
+    assert max(sizes) <= sum(sizes) / 8, "rows of many images fill a shard as they come"
+
+
+def one_after_the_other(asked: Sequence[int]) -> list[RowSpan]:
+    """The spans of rows that ask for so many images each."""
+    spans, start = [], 0
+    for images, group in itertools.groupby(asked):
+        rows = len(list(group))
+        spans.append(RowSpan(0, start, rows, BUCKETS[0], images))
+        start += rows
+    return spans
+
+
+ANY = random.Random(0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cards", "batch_size", "most_padding"),
+    [
+        ([3] * 200, 8, 8, 0.06),
+        ([10] * 200, 8, 8, 0.03),
+        ([7] * 200, 8, 8, 0.10),
+        ([3] * 20_000, 64, 8, 0.01),
+        ([3] * 20_000, 64, 32, 0.03),
+        ([10] * 20_000, 64, 32, 0.03),
+        ([1, 2] * 2_560, 16, 8, 0.05),
+        ([ANY.randint(1, 10) for _ in range(5_000)], 16, 8, 0.05),
+        ([ANY.randint(1, 100) for _ in range(1_000)], 8, 8, 0.02),
+    ],
+    ids=lambda value: f"{len(value)} rows" if isinstance(value, list) else str(value),
+)
+def test_rows_of_several_images_fill_batches_and_cards_finish_together(
+    asked: list[int], cards: int, batch_size: int, most_padding: float
+) -> None:
+    """Each next shard goes to the card that is free first. No card makes more than a twentieth more batches, and two,
+    than if the images could be given out one by one."""
+    sizes = ShardSizes(batch_size, asked[0], cards=cards)
+    shards = list(plan_shards(one_after_the_other(asked), len(asked), sizes))
+    assert (sum(shard.rows for shard in shards), sum(shard.images for shard in shards)) == (len(asked), sum(asked))
+    batches = [-(-shard.images // batch_size) for shard in shards]
+    least = -(-sum(asked) // batch_size)
+    assert sum(batches) <= least * (1 + most_padding)
+    free = [0] * cards
+    for count in batches:
+        heapq.heapreplace(free, free[0] + count)
+    assert max(free) <= 1.05 * least / cards + 2
 
 
 def test_a_shard_is_no_more_than_some_minutes_of_work() -> None:

@@ -84,6 +84,7 @@ def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:
         min_cards=config.min_cards,
         max_cards=config.max_cards,
         cluster_timeout_s=config.limits.cluster,
+        known_times=totals.batch_times(),
         requirements=Requirements(job.model.name, job.model.revision, job.threads, min_cpus, run.ledger.stack),
     )
     return Schedule(missing, run.lease.driver, rows, rules, _failed_without_running(run, missing))

@@ -160,7 +160,7 @@ def _join(run: Run) -> dict[str, Any]:
 def _remove_rest(run: Run) -> None:
     """Removes what nothing in a complete run points to."""
     try:
-        run.commits.remove_unused()
+        run.commits.remove_unused(run.leftovers.drivers)
         remove_parts(run.ledger)
     except StorageError as error:
         log.warning("what drivers that were killed have left is still there: %s", error)

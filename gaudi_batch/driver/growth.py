@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from gaudi_batch.dataset.columns import plain
 from gaudi_batch.dataset.prompt_file import content
+from gaudi_batch.driver.rerun import first_free
 from gaudi_batch.job import Job
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
@@ -72,7 +73,7 @@ def planned_rows(plan: Sequence[Shard]) -> int:
 def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo, list[Shard]]:
     """Adds the rows that its run does not have yet, as shards at the end of the plan; the job may have `cards`."""
     plan = ledger.plan(record.rows)
-    added = plan_rest(plan, record, job, cards)
+    added = plan_rest(plan, record, job, cards, ledger.manifests())
     fingerprint = job.fingerprint()
     growth = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -92,13 +93,23 @@ def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo
     return grown, [*plan, *added]
 
 
-def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job, cards: int) -> list[Shard]:
+def plan_rest(
+    plan: Sequence[Shard], record: RunInfo, job: Job, cards: int, committed: Sequence[int] = ()
+) -> list[Shard]:
     """Shards for the rows that a plan lacks. They have the size that the run began with, if its job named one; else
-    that of the job now, or sizes that follow its cards."""
+    that of the job now, or sizes that follow its cards.
+
+    Args:
+        plan: the plan.
+        record: of the run.
+        job: the job.
+        cards: that it may have.
+        committed: numbers of shards that have a manifest: of a plan that was lost, so no new shard has them.
+    """
     size = record.job.get("shard_size")
     if isinstance(size, int) and size > 0:
         job = replace(job, config=job.config.model_copy(update={"shard_size": size}))
-    return list(job.plan(cards, planned_rows(plan), max((shard.number for shard in plan), default=-1) + 1))
+    return list(job.plan(cards, planned_rows(plan), first_free([shard.number for shard in plan], committed)))
 
 
 def _added_files(run: RunInfo, job: Job) -> list[str]:

@@ -44,6 +44,11 @@ class Leftovers:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._list_later, name="leftovers", daemon=True)
 
+    @property
+    def drivers(self) -> list[str]:
+        """The drivers that have begun on this output, this one among them, as far as that is known."""
+        return [self._driver, *self._past]
+
     def begun(self, attempt: str, shard: int, card: str) -> None:
         """Notes an attempt of this driver."""
         self._own[attempt] = shard, card

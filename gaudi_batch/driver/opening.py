@@ -93,7 +93,7 @@ def open_run(
         return grown, shards
     if planned_rows(shards) < record.rows:
         # Another driver's plan replaced one with more rows after run.json had counted them.
-        shards = [*shards, *plan_rest(shards, record, job, cards_of(job, connect))]
+        shards = [*shards, *plan_rest(shards, record, job, cards_of(job, connect), ledger.manifests())]
         log.warning("the plan had fewer rows than run.json says; the others are planned again")
         ledger.put_plan(shards)
     return record, shards
@@ -107,7 +107,7 @@ def repair(run: Run) -> None:
     if report.broken:
         job = run.job
         size = _rerun_size(run, len(report.broken))
-        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, size)
+        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, size, run.commits.by_shard)
         count = len(report.broken)
         rows = counted(count, "row with missing or torn images", "rows with missing or torn images")
         log.info("to make again: %s, in %s", rows, counted(len(added), "new shard"))
@@ -130,7 +130,8 @@ def retry_failed_rows(run: Run) -> None:
     if not failed:
         log.info("no failed row is left to run again")
         return
-    added = plan_rerun(failed, {}, run.plan, job.dataset, _rerun_size(run, len(failed)))
+    size = _rerun_size(run, len(failed))
+    added = plan_rerun(failed, {}, run.plan, job.dataset, size, run.commits.by_shard)
     log.info("to run again: %s, in %s", counted(len(failed), "failed row"), counted(len(added), "new shard"))
     run.add(added)
 

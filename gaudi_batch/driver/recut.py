@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.scan import row_spans
+from gaudi_batch.driver.rerun import first_free
 from gaudi_batch.driver.run_context import Committed, Run
 from gaudi_batch.errors import StorageError
 from gaudi_batch.plan import GroupRows, RowSpan, Shard
@@ -54,7 +55,7 @@ def recut(run: Run, committed: Committed) -> None:
     sizes = replace(sizes, groups=_groups_of(spans))
     rows = sum(shard.rows for shard in retired)
     # A plan that an older version has written again may lack shards that are committed.
-    first = max([shard.number for shard in run.plan] + run.ledger.manifests()) + 1
+    first = first_free([shard.number for shard in run.plan], run.ledger.manifests())
     added = list(plan_shards(spans, rows, sizes, first, [shard for shard in kept if not shard.is_rerun]))
     if sum(shard.rows for shard in added) != rows:
         raise StorageError(f"{run.job.dataset.storage.url}: the prompts are not those that were planned")

@@ -51,9 +51,10 @@ def plan_rerun(
     plan: Sequence[Shard],
     dataset: PromptDataset,
     shard_size: int,
+    committed: Iterable[int] = (),
 ) -> list[Shard]:
-    """Shards that hold the wanted rows and no others, numbered from the plan's end. The prompts are not read: a row
-    whose images no manifest names asks for about as many as the others of its shard.
+    """Shards that hold the wanted rows and no others, with numbers after all that are planned or committed. The prompts
+    are not read: a row whose images no manifest names asks for about as many as the others of its shard.
 
     Args:
         wanted: rows, each with the shard that counts for it so far.
@@ -61,6 +62,7 @@ def plan_rerun(
         plan: the plan so far, in order.
         dataset: the prompts.
         shard_size: rows of a shard at most.
+        committed: numbers of shards that have a manifest.
     """
     shards = {shard.number: shard for shard in plan}
     groups: dict[tuple[int, Bucket], list[int]] = {}
@@ -68,7 +70,7 @@ def plan_rerun(
         shard = shards[number]
         groups.setdefault((shard.file, shard.bucket), []).append(row - dataset.files[shard.file].first_row)
     planned: list[Shard] = []
-    number = max(shards, default=-1) + 1
+    number = first_free(shards, committed)
     for (file, bucket), rows in groups.items():
         remaining = iter(rows)
         while part := tuple(itertools.islice(remaining, shard_size)):
@@ -91,6 +93,11 @@ def plan_rerun(
                 )
             )
     return planned
+
+
+def first_free(planned: Iterable[int], committed: Iterable[int]) -> int:
+    """The first number of a shard that neither a plan nor a manifest has: a plan may have been lost that had more."""
+    return max(itertools.chain(planned, committed), default=-1) + 1
 
 
 def rows_of_shards(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, list[int]]:

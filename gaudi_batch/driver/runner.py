@@ -135,7 +135,7 @@ def run(
                     verify_images(this_run)
                 return result
         except ForcedInterrupt:
-            lease.forget()
+            lease.forget(lambda: not ledger.in_doubt)
             raise
         except (StorageError, KeyboardInterrupt):
             storage.shut_down()

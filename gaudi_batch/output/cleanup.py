@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from gaudi_batch.layout import (
     JOINED,
     OWN_FILES,
     ROLLUPS,
+    STOP_FILE,
     TIMELINE,
     is_of_run,
     manifest_path,
@@ -19,10 +18,11 @@ from gaudi_batch.layout import (
     parse_attempt,
 )
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.storage.disk import parse_part
 from gaudi_batch.storage.store import Storage
 
 REMOVE_THREADS = 16
+WRITTEN_BY_OTHERS = ("lease.json", STOP_FILE)
+"""Files that the thread which keeps the lease, or another command, may be writing."""
 
 
 class Left(NamedTuple):
@@ -50,21 +50,15 @@ def remove_left(ledger: Ledger, left: Iterable[Left], committed: Mapping[int, st
 
 
 def remove_parts(ledger: Ledger) -> None:
-    """Removes what processes that were killed have left on a disk of files that they were writing, beside images: those
-    go with their attempt. Raises LeaseLost or StorageError."""
-    if ledger.storage.local:
-        for path in _parts(ledger.storage):
-            ledger.remove(path)
-
-
-def _parts(storage: Storage) -> Iterator[str]:
-    cards = (f"throughput/{card}" for card in storage.names("throughput"))
+    """Removes what processes that were killed have left on a disk of files that they were writing, beside images, which
+    go with their attempt, and the small files that others than this thread may be writing now. Raises LeaseLost or
+    StorageError."""
+    storage = ledger.storage
+    cards = [f"throughput/{card}" for card in storage.names("throughput")] if storage.local else []
     for place in ("", "manifest", ROLLUPS, TIMELINE, JOINED, *cards):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(storage.full(place)) as files:
-            for file in files:
-                whole = parse_part(file.name)
-                if whole is not None and is_of_run(f"{place}/{whole}".lstrip("/")):
-                    yield f"{place}/{file.name}".lstrip("/")
+        for name, wanted in storage.unfinished(place).items():
+            if wanted not in WRITTEN_BY_OTHERS and is_of_run(f"{place}/{wanted}".lstrip("/")):
+                ledger.remove(f"{place}/{name}".lstrip("/"))
 
 
 def clear(ledger: Ledger) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -188,13 +188,21 @@ class Commits:
         while self._held:
             self._roll_up()
 
-    def remove_unused(self) -> None:
+    def remove_unused(self, drivers: Collection[str]) -> None:
         """Removes the roll-ups that say nothing of the run: a driver that was killed has left rows without an index, or
-        others have taken their place. Raises LeaseLost or StorageError."""
+        others have taken their place.
+
+        Args:
+            drivers: those of the run; what others have named is not the run's.
+
+        Raises:
+            LeaseLost: another driver has taken over.
+            StorageError: storage failed.
+        """
         self._wait()
         used = {path for part in self.parts for path in (rollup.rows_path(part.name), rollup.index_path(part.name))}
         for name in own_names(ROLLUPS, self.ledger.storage.names(ROLLUPS)):
-            if f"{ROLLUPS}/{name}" not in used:
+            if f"{ROLLUPS}/{name}" not in used and name.startswith(tuple(drivers)):
                 self.ledger.remove(f"{ROLLUPS}/{name}")
 
     # -- inside -------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from gaudi_batch.errors import InputError, RunStopped, StorageError
+from gaudi_batch.layout import TIMELINE, drivers_of_timeline
 from gaudi_batch.output.holder import (
     LEASE_TTL_S,
     Lease,
@@ -47,7 +48,11 @@ RENEW_INTERVAL_S = 10.0
 LEASE_POLL_INTERVAL_S = 2.0
 """Seconds between two readings of a lease that another driver holds."""
 SETTLE_INTERVAL_S = 1.0
-"""Seconds between writing the lease and reading it back."""
+"""Seconds between writing the lease and reading it back, where the first try at writing it succeeded."""
+TAKE_TIMEOUT_S = 0.8
+"""Seconds for which the first try at taking the lease may go on after it was checked that nobody has it; each further
+one may for twice as long, up to `LEASE_TIMEOUT_S`, and is read back after as many times longer. Shorter than
+`SETTLE_INTERVAL_S`: so of two drivers that take it at the same moment, the first to write reads the other's name."""
 RENEW_DEADLINE_S = 30.0
 """Seconds for which a holder that has renewed the lease may commit. A write under way, however large, is given up
 within `RENEW_INTERVAL_S` of that; the rest of `LEASE_TTL_S` is for requests that are still in the network."""
@@ -76,6 +81,8 @@ class LeaseKeeper:
         self._kept_up = -math.inf
         self._silent: Lease | None = None  # the holder whose silence alone says that it is over
         self._lost = ""
+        self._begun: frozenset[str] = frozenset()  # other drivers that have begun on this output
+        self._settle_s = SETTLE_INTERVAL_S
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), this_machine(), pid, process_started(pid), 0, ())
@@ -87,8 +94,8 @@ class LeaseKeeper:
 
     @property
     def past_holders(self) -> frozenset[str]:
-        """Drivers of this run that are over."""
-        return frozenset(self._lease.dead)
+        """Drivers of this run that are over, also those that no lease names any more."""
+        return frozenset(self._lease.dead) | self._begun
 
     @property
     def follows_silent(self) -> bool:
@@ -111,7 +118,7 @@ class LeaseKeeper:
         """
         while not self._take(self._wait_until_over(say)):
             pass
-        settled = time.monotonic() + SETTLE_INTERVAL_S
+        settled = time.monotonic() + self._settle_s
         self._renewing.start()  # the next steps may take as long as `storage_patience`
         meanwhile()
         time.sleep(max(0.0, settled - time.monotonic()))
@@ -135,10 +142,12 @@ class LeaseKeeper:
 
         if held is not None:
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
+        self._begun = frozenset(drivers_of_timeline(self._storage.names(TIMELINE)) - {self.driver})
         try:
-            self._write(self._storage, require_over)
+            took_s = self._write(self._storage, require_over, TAKE_TIMEOUT_S)
         except _Overtaken:
             return False
+        self._settle_s = SETTLE_INTERVAL_S * took_s / TAKE_TIMEOUT_S
         return True
 
     def ensure_held(self) -> None:
@@ -176,32 +185,31 @@ class LeaseKeeper:
         """
         if self._over.is_set():
             return
-        self.forget()
-        if self._renewing.ident is None:
-            return  # the lease was not taken
-        if not settled():
-            note_in_doubt(self.driver)
-            return
+        self.forget(settled)
+        if self._renewing.ident is None or not settled():
+            return  # the lease was not taken, or a write that it guards is still under way
         if self._renewing.is_alive():
             self._renewing.join()  # a renewal after this would overwrite what it says
         try:
             self._lease = replace(self._lease, released=True)
-            self._write(self._quick, self._check_holder)
+            self._write(self._quick, self._check_holder, LEASE_TIMEOUT_S)
         except LeaseLost:
             return
         except StorageError as error:
             log.warning("the lease can't be given back: %s", error)
 
-    def forget(self) -> None:
-        """Ends this driver's hold without writing: its process is about to end."""
+    def forget(self, settled: Callable[[], bool] = lambda: True) -> None:
+        """Ends this driver's hold without writing, as if its process ended; `settled` is as in `release`."""
         self._over.set()
+        if not settled():
+            note_in_doubt(self.driver)
         note_end(self.driver)
 
     def _renew(self) -> None:
         pause = RENEW_INTERVAL_S
         while not self._over.wait(pause):
             try:
-                self._write(self._quick, self._check_holder)
+                self._write(self._quick, self._check_holder, LEASE_TIMEOUT_S)
                 pause = RENEW_INTERVAL_S
             except LeaseLost:
                 return
@@ -233,22 +241,32 @@ class LeaseKeeper:
             return held.beat <= self._silent.beat or held.released
         return held.driver in (self._lease.driver, *self._lease.dead)
 
-    def _write(self, storage: Storage, before: Callable[[], None]) -> None:
+    def _write(self, storage: Storage, before: Callable[[], None], first_s: float) -> float:
         """Writes the lease. Before each try `before` checks whether that may be, and a try that does not end soon after
-        is given up: landing late, it would take the lease from another."""
-        checked = -math.inf
+        is given up: landing late, it would take the lease from another.
+
+        Args:
+            storage: the output, with the time for which it is tried.
+            before: checks; may raise.
+            first_s: for how long after the check the first try may go on.
+
+        Returns:
+            For how long the last try might have gone on.
+        """
+        checked, limit_s = -math.inf, first_s / 2
 
         def check() -> None:
-            nonlocal checked
-            checked = time.monotonic()
+            nonlocal checked, limit_s
+            checked, limit_s = time.monotonic(), min(2 * limit_s, LEASE_TIMEOUT_S)
             before()
 
         def is_fresh() -> bool:
-            return time.monotonic() - checked < LEASE_TIMEOUT_S
+            return time.monotonic() - checked < limit_s
 
         self._lease = replace(self._lease, beat=self._lease.beat + 1, renewed_s=time.monotonic())
         storage.put("lease.json", self._data(), check, is_fresh, LEASE_TIMEOUT_S)
         self._kept_up = checked
+        return limit_s
 
     def _data(self) -> bytes:
         return json.dumps(asdict(self._lease)).encode()
@@ -295,9 +313,7 @@ class LeaseKeeper:
             time.sleep(LEASE_POLL_INTERVAL_S)
             looked = time.monotonic()
             now = self._read()
-            if now is None:
-                return held
-            if not now.is_before(held):
+            if now is not None and not now.is_before(held):
                 if now.released:
                     return now
                 raise self._refusal(now)

@@ -13,6 +13,7 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.redaction import redact
+from gaudi_batch.scheduling.pace import BatchTimes
 from gaudi_batch.text import counted, duration, printable
 
 FILES = {
@@ -112,6 +113,14 @@ class CommitTotals:
         known = [(rate, at_work) for rate, at_work in rated if rate is not None]
         together = _length([stretch for _, at_work in known for stretch in at_work])
         return sum(rate * _length(at_work) for rate, at_work in known) / together if together > 0 else None
+
+    def batch_times(self) -> dict[BatchKind, BatchTimes]:
+        """What batches have taken, by kind. How many were warm-up follows from the share of their images."""
+        times = {}
+        for kind, sums in self._kinds.items():
+            steady = round(sums.batches * sums.steady_images / sums.images) if sums.images else 0
+            times[kind] = BatchTimes(sums.steady_s, steady, sums.warmup_s, sums.batches - steady)
+        return times
 
     def describe(self, faults: Mapping[str, int], retries: int) -> dict[str, Any]:
         """Totals and cards as summary.json has them.

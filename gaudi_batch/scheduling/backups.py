@@ -16,7 +16,7 @@ from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.scheduling.cards import Attempt, Card
 from gaudi_batch.scheduling.decisions import Decision, Drop
 from gaudi_batch.scheduling.dispatch import Dispatch
-from gaudi_batch.scheduling.pace import Pace
+from gaudi_batch.scheduling.pace import BatchTimes, Pace
 
 OVERDUE_FACTOR = 1.3
 """A shard is overdue after so many times what its pipeline calls should take. From then on it is taken to need as long
@@ -40,10 +40,13 @@ class Backups:
         work: the shards that are not made yet.
         shards: all shards, by number.
         batch_size: images of one pipeline call.
+        known: what earlier drivers' batches have taken, by kind.
     """
 
-    def __init__(self, work: Dispatch, shards: Mapping[int, Shard], batch_size: int) -> None:
-        self.pace = Pace(batch_size)
+    def __init__(
+        self, work: Dispatch, shards: Mapping[int, Shard], batch_size: int, known: Mapping[BatchKind, BatchTimes]
+    ) -> None:
+        self.pace = Pace(batch_size, known)
         self._work = work
         self._shards = shards
         self._due: list[tuple[float, str]] = []  # a heap of attempts, by the time from which a backup may be worth it
@@ -54,8 +57,8 @@ class Backups:
         return bool(self._due) and bool(self._work.cards.open[0])
 
     def begun(self, attempt: str, now: float) -> None:
-        """Notes that an attempt is to be watched from now on: its card begins to read or to generate the shard, or was
-        asked to give it back."""
+        """Notes that an attempt is to be watched from now on: its card begins to read or to generate the shard, was
+        asked to give it back, or has nothing else to do."""
         live = self._work.attempts[attempt]
         live.begun_at = now
         self._watch(attempt, live)
@@ -74,7 +77,7 @@ class Backups:
 
     def next(self, now: float) -> list[Decision]:
         """Begins the backups that are worth it now."""
-        self._watch_recalled(now)
+        self._watch_unanswered(now)
         decisions: list[Decision] = []
         later: list[tuple[float, str]] = []
         # A few at a time: an event must not cost more if many are due.
@@ -99,10 +102,10 @@ class Backups:
             heapq.heappush(self._due, entry)
         return decisions
 
-    def _watch_recalled(self, now: float) -> None:
-        """Watches what was recalled: a process that stands still never gives it back."""
-        recalled, self._work.just_recalled = self._work.just_recalled, []
-        for attempt in recalled if math.isfinite(now) else ():
+    def _watch_unanswered(self, now: float) -> None:
+        """Watches what a card should begin or give back: a process that stands still does neither."""
+        unanswered, self._work.to_watch = self._work.to_watch, []
+        for attempt in unanswered if math.isfinite(now) else ():
             live = self._work.attempts.get(attempt)
             if live is not None and not live.generating:
                 self.begun(attempt, now)

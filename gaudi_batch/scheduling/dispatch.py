@@ -55,8 +55,9 @@ class Dispatch:
         self._sent = 0
         self._queued: dict[GraphKey, dict[str, Attempt]] = {}  # queued behind another shard and not recalled yet
         self._asked_back: set[str] = set()  # recalled and not answered yet
-        self.just_recalled: list[str] = []
-        """Attempts that were recalled since somebody looked here."""
+        self.to_watch: list[str] = []
+        """Attempts whose cards have to begin them or to give them back now: those that have become a card's first, or
+        were recalled, since somebody looked here."""
         self._reserved: dict[int, Card] = {}  # the cards that are kept free for suspect shards
         self._due: dict[int, None] = {}  # suspect shards for which a card or node may have become free
 
@@ -148,7 +149,8 @@ class Dispatch:
         if not self.attempts_at[live.shard]:
             del self.attempts_at[live.shard]
         for first in card.in_flight:
-            self._unqueue(first, self.attempts[first])  # nothing is queued behind it any more
+            self._unqueue(first, self.attempts[first])  # it is no longer queued behind another
+            self.to_watch.append(first)
             break
         self.cards.attempts_on_node[card.node] -= 1
         card.suspect = False
@@ -292,6 +294,8 @@ class Dispatch:
         self.pending.readers.move(card.number, (task.shard.file, task.shard.group))
         if card.in_flight:
             self._queued.setdefault(key, {})[attempt] = live
+        else:
+            self.to_watch.append(attempt)
         card.in_flight[attempt] = None
         card.suspect = task.announce
         self.cards.attempts_on_node[card.node] += 1
@@ -335,5 +339,5 @@ class Dispatch:
         self._unqueue(attempt, live)
         live.recallable = False
         self._asked_back.add(attempt)
-        self.just_recalled.append(attempt)
+        self.to_watch.append(attempt)
         return Recall(live.card.number, attempt)

@@ -25,7 +25,7 @@ from gaudi_batch.scheduling.schedule import Schedule
 MAX_EVENTS = 10_000
 """Events after which a new snapshot is taken. A log keeps at least so many, if there were as many, and at most twice as
 many."""
-VERSION = 4
+VERSION = 5
 """Version of the format that `EventLog.dump` writes."""
 PACKAGES = ("gaudi_batch.scheduling.", "gaudi_batch.plan")
 """The packages whose classes a log may hold: it is data, and nothing else is loaded from it."""

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.plan import BatchKind, Bucket, Shard
 from gaudi_batch.scheduling.admission import Requirements
 from gaudi_batch.scheduling.backups import Backups
 from gaudi_batch.scheduling.decisions import CheckStorage, Decision, Finish
 from gaudi_batch.scheduling.dispatch import Dispatch
 from gaudi_batch.scheduling.failures import ShardFailures
+from gaudi_batch.scheduling.pace import BatchTimes
 from gaudi_batch.scheduling.verdicts import NodeLosses, StorageFailures, TransientFailures, UnmadeBatches
 from gaudi_batch.text import counted
 
@@ -49,6 +50,8 @@ class Rules:
     """Seconds that the run waits for a card that works, and for an answer of Ray (`limits.cluster`)."""
     requirements: Requirements = field(default_factory=Requirements)
     """What a card must have to make images of this run."""
+    known_times: Mapping[BatchKind, BatchTimes] = field(default_factory=dict)
+    """What earlier drivers' batches have taken, by kind."""
 
 
 class RunState:
@@ -90,7 +93,7 @@ class RunState:
         """Shards whose commit is under way, each with its attempt."""
         self.work = Dispatch(self.shards, prefix, rules.max_graphs)
         self.cards = self.work.cards
-        self.backups = Backups(self.work, self.shards, rules.batch_size)
+        self.backups = Backups(self.work, self.shards, rules.batch_size, rules.known_times)
         self.now = -math.inf
         """The latest time that an event has told, in seconds, monotonic."""
         self.storage_failures = StorageFailures()

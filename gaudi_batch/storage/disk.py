@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PART = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")
+PART_MARK = ".part-"
+"""What the names of files have that are being written."""
+_PART = re.compile(rf"\.(.+){re.escape(PART_MARK)}[0-9a-f]{{8}}")
 
 
 def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool], *, create: bool) -> bool:
@@ -27,7 +29,7 @@ def write_whole(path: Path, write: Callable[[str], Any], keep: Callable[[], bool
         OSError: it can't be written.
     """
     # The name makes readers of the directory as a dataset pass over it.
-    part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
+    part = path.with_name(f".{path.name}{PART_MARK}{uuid.uuid4().hex[:8]}")
     try:
         write(str(part))
         sync(part)

@@ -18,6 +18,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gaudi_batch.redaction import redact
+from gaudi_batch.storage.disk import PART_MARK, parse_part
 from gaudi_batch.storage.filesystem import open_filesystem, require_bucket
 from gaudi_batch.storage.listing import Entry, entry_of, entry_of_file
 from gaudi_batch.storage.ranges import RangeReader
@@ -122,16 +123,24 @@ class ReadableStorage(Retrying):
         return other
 
     def names(self, directory: str) -> list[str]:
-        """Sorted names of the entries of a directory; none if there is no such directory."""
+        """Sorted names of the entries of a directory; none if there is no such directory. Files that are being written
+        are left out. Raises StorageError."""
+        return [name for name in self._listed(directory) if PART_MARK not in name]
 
+    def unfinished(self, directory: str) -> dict[str, str]:
+        """The files of a directory on a disk that are being written, or were when their process was killed, each with
+        the name that it is to have. Raises StorageError."""
+        whole = {name: parse_part(name) for name in self._listed(directory)} if self.local else {}
+        return {name: wanted for name, wanted in whole.items() if wanted is not None}
+
+    def _listed(self, directory: str) -> list[str]:
         def listing() -> list[str]:
             with self._none_if_absent():
                 names = self.filesystem.ls(self.full(directory), detail=False, **self._many())
                 return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names} - {""})
             return []
 
-        names = self.with_retries(f"list {directory or '.'}", listing, MANY_TIMEOUT_S)
-        return [name for name in names if ".part-" not in name]
+        return self.with_retries(f"list {directory or '.'}", listing, MANY_TIMEOUT_S)
 
     def entries(self, directory: str) -> dict[str, Entry]:
         """The objects in a directory by name; none if there is no such directory. Raises StorageError."""
@@ -197,6 +206,6 @@ class ReadableStorage(Retrying):
 def _entry_of_file(file: os.DirEntry[str]) -> Entry | None:
     """A file in a listing; None if it is one that is being written, or has gone since it was listed."""
     try:
-        return None if ".part-" in file.name else entry_of_file(file.stat())
+        return None if PART_MARK in file.name else entry_of_file(file.stat())
     except FileNotFoundError:
         return None

@@ -184,7 +184,6 @@ def test_files_that_were_being_written_are_removed_and_nobody_elses(ledger: Ledg
     ledger.storage.put(manifest_path(0), b"a manifest")
     whole = [
         "run.json",
-        "lease.json",
         "manifest/000000.parquet",
         "throughput/card/000000-aaaaa1.jsonl",
         "timeline/aaaaa-000001.jsonl",
@@ -192,7 +191,8 @@ def test_files_that_were_being_written_are_removed_and_nobody_elses(ledger: Ledg
         "manifest.parquet/aaaaa000001.parquet",
     ]
     parts = [root / name.replace(name.split("/")[-1], f".{name.split('/')[-1]}.part-0a1b2c3d") for name in whole]
-    others = [root / ".notes.txt.part-0a1b2c3d", root / "manifest/.000000.parquet.part-1", root / "throughput/a file"]
+    others = [root / f".{name}.part-0a1b2c3d" for name in ("lease.json", "stop.json")]
+    others += [root / ".notes.txt.part-0a1b2c3d", root / "manifest/.000000.parquet.part-1", root / "throughput/a file"]
     for path in (*parts, *others):
         path.write_bytes(b"half")
     remove_parts(ledger)

@@ -28,7 +28,7 @@ from gaudi_batch.driver.run_context import Ended, Run
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import InputError, RunStopped, StorageError
 from gaudi_batch.job import resolve
-from gaudi_batch.layout import manifest_path
+from gaudi_batch.layout import manifest_path, timeline_path
 from gaudi_batch.output import holder, lease, ledger, manifest, reader
 from gaudi_batch.output.cleanup import clear, left_by_attempts, remove_left
 from gaudi_batch.output.commits import Commits
@@ -43,7 +43,7 @@ from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.storage import disk, retry, store
+from gaudi_batch.storage import disk, retry, retrying, store
 from gaudi_batch.storage.store import Storage
 
 
@@ -508,34 +508,48 @@ def test_a_renewal_that_comes_late_takes_the_lease_from_nobody(
     assert not first.holds()
 
 
-@pytest.mark.parametrize("stood", [1.0, lease.LEASE_TIMEOUT_S])
-def test_of_two_that_take_the_lease_together_one_has_it(
-    stood: float, output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_of_two_that_take_the_lease_together_the_one_that_stands_still_gets_nothing(
+    output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of them stands still before it writes, for a moment or for long."""
+    """The other has written its own and read it back meanwhile, and begins the run."""
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.0)
     one, late = LeaseKeeper(output, "aaaaa"), LeaseKeeper(output, "bbbbb")
-
-    def other_takes_it() -> None:
-        one.take()
-        clock.now += stood
-
-    before_write(monkeypatch, other_takes_it)
-    if stood < lease.LEASE_TIMEOUT_S:
+    before_write(monkeypatch, one.take)
+    with pytest.raises(InputError, match="drives this run"):
         late.take()
-        assert [lost(one), lost(late)] == [True, False]
-    else:
-        with pytest.raises(InputError, match="drives this run"):
-            late.take()
-        assert not lost(one)
+    assert not lost(one)
 
 
-@pytest.mark.parametrize("over", ["unsettled", "silent"])
+def test_a_store_on_which_writes_take_long_is_read_back_later(
+    output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write takes five seconds, also that of another driver, which then would not be there to be read after one."""
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.0)
+    monkeypatch.setattr(retrying, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    write, landed = disk.write_whole, 0.0
+
+    def slow(path: Path, *rest: Any, **options: Any) -> bool:
+        nonlocal landed
+        clock.now += 5.0
+        written = write(path, *rest, **options)
+        landed = clock.now
+        return written
+
+    monkeypatch.setattr(store, "write_whole", slow)
+    output.retry_timeout_s = 100.0
+    LeaseKeeper(output, "aaaaa").take()
+    assert clock.now - landed > 5.0
+
+
+@pytest.mark.parametrize("over", ["unsettled", "forced", "silent"])
 def test_a_lease_that_a_living_process_does_not_renew_blocks_nobody(
     over: str, output: Storage, clock: Clock, first: LeaseKeeper
 ) -> None:
     """Its driver is over and could not give it back, or a write of it may still land."""
     if over == "unsettled":
         first.release(lambda: False)
+    elif over == "forced":
+        first.forget(lambda: False)
     else:
         first._over.set()
         clock.now += holder.LEASE_TTL_S
@@ -544,6 +558,30 @@ def test_a_lease_that_a_living_process_does_not_renew_blocks_nobody(
     assert clock.now - began > holder.LEASE_TTL_S
     assert second.follows_silent
     assert not lost(second)
+
+
+def test_a_lease_that_is_not_there_for_a_moment_has_a_holder(output: Storage, clock: Clock, first: LeaseKeeper) -> None:
+    elsewhere(output)
+    held = json.loads(output.get("lease.json") or b"")
+    began = clock.now
+
+    def absent_for_a_while() -> None:
+        output.remove("lease.json")
+        if clock.now - began > holder.LEASE_TTL_S / 2:
+            output.put("lease.json", json.dumps(held | {"beat": 9}).encode())
+
+    clock.meanwhile = absent_for_a_while
+    with pytest.raises(InputError, match="drives this run"):
+        LeaseKeeper(output, "bbbbb").take()
+
+
+def test_drivers_that_have_begun_are_past_holders(output: Storage, clock: Clock, first: LeaseKeeper) -> None:
+    first.release()
+    for driver in ("aaaaa", "bbbbb", "ccccc"):
+        output.put(timeline_path(driver, 0), b"")
+    keeper = LeaseKeeper(output, "ccccc")
+    keeper.take()
+    assert keeper.past_holders == {"aaaaa", "bbbbb"}
 
 
 def test_a_lease_of_an_older_version_has_a_holder(output: Storage, clock: Clock, first: LeaseKeeper) -> None:

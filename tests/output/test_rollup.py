@@ -341,10 +341,11 @@ def test_roll_ups_that_say_nothing_of_the_run_are_removed(ledger: Ledger) -> Non
     ledger.storage.put(rows_only, b"rows")
     for suffix in (".parquet", ".index.parquet"):
         ledger.storage.put(f"{stale}{suffix}", b"torn")
-    ledger.storage.put("rollup/sales.csv", b"somebody's own")
+    for name in ("rollup/sales.csv", "rollup/daily20260101.parquet"):
+        ledger.storage.put(name, b"somebody's own")
     before = rows(commits)
     used = left(ledger) - {rows_only, f"{stale}.parquet", f"{stale}.index.parquet"}
-    commits.remove_unused()
+    commits.remove_unused(["aaaaa", "yyyyy", "zzzzz"])
     assert left(ledger) == used
     assert any(name.startswith("rollup/aaaaa") for name in used)
     assert rows(commits) == before

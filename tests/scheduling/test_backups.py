@@ -10,9 +10,9 @@ from world import BUCKETS, RULES, World, shards
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import Drop, ShardTask
 from gaudi_batch.scheduling.events import AttemptEnded, CardDied, ShardBegun, ShardMade, ShardOutcome, TimePassed
-from gaudi_batch.scheduling.pace import Pace
+from gaudi_batch.scheduling.pace import BatchTimes, Pace
 from gaudi_batch.scheduling.schedule import Schedule
-from gaudi_batch.scheduling.state import RowCounts
+from gaudi_batch.scheduling.state import RowCounts, Rules
 
 SHARD_S = 10.0
 """Seconds of a shard on a card that is not slow."""
@@ -21,9 +21,11 @@ SHARD_S = 10.0
 class Cards:
     """Cards that make shards in times that the test chooses."""
 
-    def __init__(self, cards: int, count: int, buckets: int = 1, work: list[Shard] | None = None) -> None:
+    def __init__(
+        self, cards: int, count: int, buckets: int = 1, work: list[Shard] | None = None, rules: Rules = RULES
+    ) -> None:
         work = work or shards(count, buckets=buckets)
-        self.world = World(Schedule(work, "a", RowCounts(4 * count), RULES))
+        self.world = World(Schedule(work, "a", RowCounts(4 * count), rules))
         for card in range(cards):
             self.world.join(card)
         for card in range(cards):
@@ -335,3 +337,36 @@ def test_a_reservation_moves_from_a_card_that_works_to_one_that_idles() -> None:
     cards.world.ready(2)
     assert not work._reserved
     assert [task.announce for task in cards.world.in_flight[2]] == [True], "it is made alone, on the card that idles"
+
+
+def test_a_card_that_stands_still_before_it_begins_costs_little_more_than_a_shard() -> None:
+    """Its process was stopped right after its shard before, and never says that it has begun."""
+    cards = Cards(2, 3)
+    cards.begin(0)
+    cards.begin(1)
+    cards.world.now = SHARD_S
+    cards.make(0)
+    cards.make(1)
+    (last,) = cards.has(0)
+    cards.world.wait(SHARD_S)
+    cards.world.wait(SHARD_S * 0.4)
+    assert cards.has(1) == [last]
+    cards.make(1)
+    assert cards.world.finished == [None]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_resumed_run_knows_how_long_batches_take(known: bool) -> None:
+    """One shard is left, and its card hangs: nothing was made since, but before."""
+    work = shards(1)
+    times = {work[0].bucket.batch_kind: BatchTimes(steady_s=50.0, steady=5, warmup_s=36.0, warmup=3)}
+    rules = replace(RULES, known_times=times if known else {})
+    cards = Cards(2, 1, work=work, rules=rules)
+    (holder,) = (card for card in (0, 1) if cards.has(card))
+    cards.begin(holder)
+    batches = -(-work[0].images // RULES.batch_size)
+    capture_s = 6.0 + 10.0 * batches
+    cards.world.wait(capture_s)
+    assert cards.has(1 - holder) == []
+    cards.world.wait(capture_s)
+    assert cards.has(1 - holder) == ([0] if known else [])

@@ -219,14 +219,14 @@ def play_killer(world: World, deadly: dict[int, int], act: Callable[[World, int]
     return disasters
 
 
-def test_a_row_that_takes_its_node_down_is_found_and_costs_four_nodes() -> None:
+def test_a_row_that_takes_its_node_down_is_found_and_costs_four_nodes_at_most() -> None:
     work = shards(12, rows=16)
     world = World(Schedule(work, "a", RowCounts(192)), rows=16)
     world.see(more=1)
     start(world, 4, per_node=4)
     lost = play_killer(world, {70: 4}, World.lose_node, new=4, size=4)
     assert world.finished == [None]
-    assert lost == 4
+    assert lost <= 4
     assert world.schedule.failed_rows == 1
     assert not world.quarantined
 
