@@ -119,7 +119,10 @@ class Job:
         groups = () if config.shard_size else planned_groups(self.dataset, range(since, self.total_rows))
         sizes = ShardSizes(config.batch_size, config.num_images, config.shard_size, cards, groups)
         return plan_shards(
-            row_spans(self.dataset, self.rules, config.limit, since), self.total_rows - since, sizes, first
+            row_spans(self.dataset, self.rules, config.limit, since, scattered=True),
+            self.total_rows - since,
+            sizes,
+            first,
         )
 
     def fingerprint(self) -> dict[str, Any]:

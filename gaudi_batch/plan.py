@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class GraphKey(NamedTuple):
@@ -60,7 +64,8 @@ class Bucket(NamedTuple):
 
 
 class RowSpan(NamedTuple):
-    """Consecutive rows of one file that share a bucket and a number of images."""
+    """Rows of one file that share a bucket and a number of images. They are consecutive, or consecutive among the rows
+    of their bucket."""
 
     file: int
     start: int
@@ -69,6 +74,19 @@ class RowSpan(NamedTuple):
     num_images: int
     group: int = 0
     """The row group of its file in which they lie."""
+    at: npt.NDArray[np.intp] | None = None
+    """Their numbers in the file; None if they are consecutive."""
+
+    def stop_of(self, rows: int) -> int:
+        """The number after that of the last of its first so many rows."""
+        return self.start + rows if self.at is None else int(self.at[rows - 1]) + 1
+
+    def after(self, rows: int) -> RowSpan:
+        """What is left after so many rows."""
+        if self.at is None:
+            return self._replace(start=self.start + rows, rows=self.rows - rows)
+        rest = self.at[rows:]
+        return self._replace(start=int(rest[0]) if len(rest) else 0, rows=self.rows - rows, at=rest)
 
 
 class GroupRows(NamedTuple):

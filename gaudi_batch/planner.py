@@ -221,7 +221,7 @@ def plan_shards(
     """Cuts a dataset into shards.
 
     Args:
-        runs: the rows, in order of file and row.
+        runs: the rows, in order of file, those of a bucket in order.
         total_rows: rows in all runs together.
         sizes: how large shards are.
         first: number of the first shard.
@@ -270,8 +270,9 @@ def plan_shards(
             shard.images += images
             left.take(taken, run.num_images)
             uncut[run.bucket] += images
-            run = run._replace(start=run.start + taken, rows=run.rows - taken)
-            shard.stop = run.start
+            if taken:
+                shard.stop = run.stop_of(taken)
+                run = run.after(taken)
             if shard.is_full or (run.rows and not shard.room(run.num_images)):
                 left.shards_cut += 1
                 yield from close([shard])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from gaudi_batch.dataset.arrow import distinct_rows
@@ -17,7 +18,7 @@ from gaudi_batch.dataset.prompt_file import PromptFile
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.plan import GroupRows, RowSpan
+from gaudi_batch.plan import Bucket, GroupRows, RowSpan
 from gaudi_batch.text import one_line
 
 
@@ -41,7 +42,9 @@ class RowsRead:
     """Why they can't be read; None if they can."""
 
 
-def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None, since: int = 0) -> Iterator[RowSpan]:
+def row_spans(
+    dataset: PromptDataset, rules: RowRules, limit: int | None = None, since: int = 0, *, scattered: bool = False
+) -> Iterator[RowSpan]:
     """The dataset as spans of rows for the planner. Reads nothing but the shape columns, if there are any.
 
     Args:
@@ -49,6 +52,8 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
         rules: what a row gets where it says nothing.
         limit: the row before which to end, over all files; None ends after the last.
         since: the first row.
+        scattered: whether rows of one bucket may make a span although others lie between them. Where shapes are mixed,
+            these are few, and the others as many as rows.
 
     Raises:
         InputError: the shape columns can't be decoded.
@@ -73,7 +78,7 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
                 batch = batch.slice(0, count - start)
                 unplanned = batch.slice(max(0, skipped - start))
                 spans = _spans_of(dataset, index, start + len(batch) - len(unplanned), unplanned, rules)
-                yield from _by_group(spans, file)
+                yield from _by_group(spans.scattered() if scattered else spans.consecutive(), file)
                 start += batch.num_rows
                 if start == count:
                     break
@@ -85,30 +90,62 @@ def row_spans(dataset: PromptDataset, rules: RowRules, limit: int | None = None,
             raise InputError(f"prompts file {file.name!r} can't be decoded: {one_line(error, 300)}") from None
 
 
-def _spans_of(
-    dataset: PromptDataset, file: int, start: int, batch: pa.RecordBatch, rules: RowRules
-) -> Iterator[RowSpan]:
+@dataclass(frozen=True)
+class _Shapes:
+    """What the rows of a record batch ask for.
+
+    Args:
+        file: number of their file.
+        start: number of the first row in it.
+        codes: for each row the number of its shape.
+        shapes: buckets and numbers of images.
+    """
+
+    file: int
+    start: int
+    codes: npt.NDArray[np.int64]
+    shapes: Sequence[tuple[Bucket, int]]
+
+    def consecutive(self) -> Iterator[RowSpan]:
+        """Spans of consecutive rows, in order."""
+        edges = (np.flatnonzero(np.diff(self.codes)) + 1).tolist()
+        for begin, end in zip([0, *edges], [*edges, len(self.codes)], strict=True):
+            if end > begin:
+                yield RowSpan(self.file, self.start + begin, end - begin, *self.shapes[self.codes[begin]])
+
+    def scattered(self) -> Iterator[RowSpan]:
+        """Spans of rows that are consecutive among those of their bucket."""
+        buckets = {bucket: number for number, (bucket, _) in enumerate(self.shapes)}
+        bucket_of = np.array([buckets[bucket] for bucket, _ in self.shapes])[self.codes]
+        images_of = np.array([images for _, images in self.shapes])[self.codes]
+        order = np.argsort(bucket_of, kind="stable")
+        edges = np.flatnonzero(np.diff(bucket_of[order]) | np.diff(images_of[order])) + 1
+        spans = []
+        for at in np.split(order, edges) if len(order) else ():
+            bucket, images = self.shapes[self.codes[at[0]]]
+            spans.append(RowSpan(self.file, self.start + int(at[0]), len(at), bucket, images, at=at + self.start))
+        return iter(sorted(spans, key=lambda span: span.start))
+
+
+def _spans_of(dataset: PromptDataset, file: int, start: int, batch: pa.RecordBatch, rules: RowRules) -> _Shapes:
     codes, distinct = distinct_rows(dataset.named_columns(pa.Table.from_batches([batch])), len(batch))
-    shapes = [rules.shape(values)[:2] for values in distinct]
-    edges = np.flatnonzero(np.diff(codes)) + 1
-    for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
-        if end > begin:
-            bucket, images = shapes[codes[begin]]
-            yield RowSpan(file, start + begin, end - begin, bucket, images)
+    return _Shapes(file, start, codes, [rules.shape(values)[:2] for values in distinct])
 
 
 def _by_group(spans: Iterable[RowSpan], file: PromptFile) -> Iterator[RowSpan]:
     """Spans of a file in order, cut where its row groups end."""
     ends = list(itertools.accumulate(file.groups))
     for span in spans:
-        stop = span.start + span.rows
         group = bisect_right(ends, span.start)
-        while span.start < stop:
-            end = min(stop, ends[group])
-            if end > span.start:
-                yield span._replace(rows=end - span.start, group=group)
-            span = span._replace(start=end)
-            group += 1
+        while span.rows:
+            while ends[group] <= span.start:
+                group += 1
+            inside = bisect_left(span.at, ends[group]) if span.at is not None else ends[group] - span.start
+            rest = span.after(min(span.rows, inside))
+            yield span._replace(
+                rows=span.rows - rest.rows, group=group, at=None if span.at is None else span.at[:inside]
+            )
+            span = rest
 
 
 def planned_groups(dataset: PromptDataset, rows: range) -> list[GroupRows]:

@@ -523,7 +523,7 @@ def test_of_two_that_take_the_lease_together_the_one_that_stands_still_gets_noth
 def test_a_store_on_which_writes_take_long_is_read_back_later(
     output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each write takes five seconds, also that of another driver, which then would not be there to be read after one."""
+    """Each write takes five seconds, also that of another driver, which would not be there to be read after one."""
     monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.0)
     monkeypatch.setattr(retrying, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
     write, landed = disk.write_whole, 0.0
