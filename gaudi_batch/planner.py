@@ -38,6 +38,10 @@ RECUT_FACTOR = 2
 IDLE_SHARE = 0.25
 """The part of a shard for which a card idles at the end: of 0.25, 0.5 and 1 this one ended simulated runs of rows of
 several images soonest."""
+MAX_SHARE = 0.25
+"""The part of a card's share of what is left that a shard is at most, if its rows ask for different numbers."""
+MIXED_SHARE = 0.05
+"""The share of rows up to which those that ask for another number of images than most count as exceptions."""
 MAX_INT = 2**63 - 1
 TAIL_SHARE = 0.1
 """Where the job names a size: the share of the rows, at the end of the plan, that goes into smaller shards."""
@@ -71,7 +75,9 @@ class ShardSizes:
         """Whether a shard is not much larger than it would be planned now, with so many images left."""
         num_images = max(1, round(shard.images / shard.rows))
         row = RowSpan(shard.file, shard.start, 1, shard.bucket, num_images)
-        wanted = self.next(row, _Left(images // num_images, num_images))[1]
+        wanted: float = self.next(row, _Left(images // num_images, num_images))[1]
+        if shard.images != shard.rows:
+            wanted = max(wanted, images * MAX_SHARE / self.cards)  # which rows of several images may be cut into
         return shard.rows == 1 or shard.images <= RECUT_FACTOR * wanted
 
     def next(self, run: RowSpan, left: _Left) -> tuple[int, int]:
@@ -97,8 +103,8 @@ class ShardSizes:
         )
         num_images = max(1, run.num_images)
         unit = math.lcm(self.batch_size, num_images)
-        if left.most_images:
-            size = self._size_of_different_rows(images, most, remaining, left.most_images)
+        if left.is_mixed:
+            size = self._size_of_different_rows(images, most, remaining, left.padding)
         elif unit > max(images, self.batch_size):
             size = self._size_without_unit(num_images, most, remaining)
         else:
@@ -116,13 +122,12 @@ class ShardSizes:
         )
         return best.rows * num_images
 
-    def _size_of_different_rows(self, images: float, most: float, remaining: float, most_of_row: int) -> int:
-        """Images of a shard whose rows ask for different numbers: whole batches, of which the last one lacks on average
-        half of what a row may ask for. The same number of batches is the least, here in closed form."""
-        padding = (most_of_row - 1) / 2
-        wanted = (padding + math.sqrt(padding * remaining / self.cards / IDLE_SHARE)) / self.batch_size
-        batches = min(max(wanted, images / self.batch_size), most / self.batch_size)
-        return max(1, int(batches)) * self.batch_size
+    def _size_of_different_rows(self, images: float, most: float, remaining: float, padding: float) -> int:
+        """Images of a shard whose rows ask for different numbers: whole batches, of which the last one lacks some on
+        average. The number of batches that ends the run soonest is here in closed form."""
+        share = remaining / self.cards
+        wanted = min(padding + math.sqrt(padding * share / IDLE_SHARE), share * MAX_SHARE, most)
+        return max(1, int(max(wanted, images) / self.batch_size)) * self.batch_size
 
 
 class _Filling(NamedTuple):
@@ -156,17 +161,29 @@ class _Left:
     rows_seen: int = 0
     images_seen: int = 0
     shards_cut: int = 0
-    most_images: int = 0
-    """The most that a row has asked for so far; 0 while all have asked for the same."""
     _usual: int | None = None
+    _unusual_rows: int = 0
+    _squares_seen: int = 0
 
     def take(self, rows: int, num_images: int) -> None:
         """Notes that a shard has so many rows more, which ask for so many images each."""
         self.rows_seen += rows
         self.images_seen += rows * num_images
+        self._squares_seen += rows * num_images**2
         self._usual = num_images if self._usual is None else self._usual
-        if self.most_images or num_images != self._usual:
-            self.most_images = max(self.most_images, self._usual, num_images, 1)
+        if num_images != self._usual:
+            self._unusual_rows += rows
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether more than a few rows ask for another number of images than the first one."""
+        return self._unusual_rows > MIXED_SHARE * self.rows_seen
+
+    @property
+    def padding(self) -> float:
+        """Images that a shard lacks on average when its next row has no room: half of what the row of an image asks
+        for on average, beside that image."""
+        return max(0.0, self._squares_seen / self.images_seen - 1) / 2 if self.images_seen else 0.0
 
     @property
     def rows(self) -> int:

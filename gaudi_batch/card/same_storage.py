@@ -9,7 +9,7 @@ from pathlib import Path
 from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.errors import InputError
 from gaudi_batch.output.holder import read_lease
-from gaudi_batch.output.lease import SETTLE_INTERVAL_S
+from gaudi_batch.output.lease import REREAD_INTERVAL_S
 from gaudi_batch.output.reader import OutputReader
 
 
@@ -32,7 +32,7 @@ def require_shared(setup: CardSetup) -> None:
 def _sees_run(setup: CardSetup) -> bool:
     """Whether the output has the run's record, or the lease of the driver that is about to write it. What says no is
     read twice, since storage may answer with what was there a moment ago."""
-    for pause in (0.0, SETTLE_INTERVAL_S):
+    for pause in (0.0, REREAD_INTERVAL_S):
         time.sleep(pause)
         try:
             run = OutputReader(setup.storage).run()

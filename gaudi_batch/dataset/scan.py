@@ -21,6 +21,11 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.plan import Bucket, GroupRows, RowSpan
 from gaudi_batch.text import one_line
 
+TURNS = 64
+"""Parts of what is left, of which the planner gets one bucket by bucket."""
+MIN_ROWS_A_TURN = 64
+"""Rows of such a part at least."""
+
 
 class RowGroup(NamedTuple):
     """A row group of a dataset."""
@@ -78,7 +83,8 @@ def row_spans(
                 batch = batch.slice(0, count - start)
                 unplanned = batch.slice(max(0, skipped - start))
                 spans = _spans_of(dataset, index, start + len(batch) - len(unplanned), unplanned, rules)
-                yield from _by_group(spans.scattered() if scattered else spans.consecutive(), file)
+                left = (dataset.rows if limit is None else limit) - file.first_row - spans.start
+                yield from _by_group(spans.scattered(left) if scattered else spans.consecutive(), file)
                 start += batch.num_rows
                 if start == count:
                     break
@@ -113,15 +119,28 @@ class _Shapes:
             if end > begin:
                 yield RowSpan(self.file, self.start + begin, end - begin, *self.shapes[self.codes[begin]])
 
-    def scattered(self) -> Iterator[RowSpan]:
-        """Spans of rows that are consecutive among those of their bucket."""
+    def scattered(self, left: int) -> Iterator[RowSpan]:
+        """Spans of rows that are consecutive among those of their bucket, of small parts of what is left: so buckets
+        take turns, and each has small shards at the plan's end.
+
+        Args:
+            left: rows of the dataset from the first one on.
+        """
+        begin = 0
+        while begin < len(self.codes):
+            end = begin + max(MIN_ROWS_A_TURN, (left - begin) // TURNS)
+            part = _Shapes(self.file, self.start + begin, self.codes[begin:end], self.shapes)
+            yield from part._of_buckets()
+            begin = end
+
+    def _of_buckets(self) -> Iterator[RowSpan]:
         buckets = {bucket: number for number, (bucket, _) in enumerate(self.shapes)}
         bucket_of = np.array([buckets[bucket] for bucket, _ in self.shapes])[self.codes]
         images_of = np.array([images for _, images in self.shapes])[self.codes]
         order = np.argsort(bucket_of, kind="stable")
         edges = np.flatnonzero(np.diff(bucket_of[order]) | np.diff(images_of[order])) + 1
         spans = []
-        for at in np.split(order, edges) if len(order) else ():
+        for at in np.split(order, edges):
             bucket, images = self.shapes[self.codes[at[0]]]
             spans.append(RowSpan(self.file, self.start + int(at[0]), len(at), bucket, images, at=at + self.start))
         return iter(sorted(spans, key=lambda span: span.start))

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from gaudi_batch.dataset.columns import plain
 from gaudi_batch.dataset.prompt_file import content
-from gaudi_batch.driver.rerun import first_free
+from gaudi_batch.errors import InputError
 from gaudi_batch.job import Job
+from gaudi_batch.layout import manifest_path
 from gaudi_batch.output import manifest
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.reader import OutputReader
@@ -73,7 +74,8 @@ def planned_rows(plan: Sequence[Shard]) -> int:
 def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo, list[Shard]]:
     """Adds the rows that its run does not have yet, as shards at the end of the plan; the job may have `cards`."""
     plan = ledger.plan(record.rows)
-    added = plan_rest(plan, record, job, cards, ledger.manifests())
+    added = plan_rest(plan, record, job, cards)
+    refuse_other_rows(ledger, added, job)
     fingerprint = job.fingerprint()
     growth = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -93,23 +95,36 @@ def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo
     return grown, [*plan, *added]
 
 
-def plan_rest(
-    plan: Sequence[Shard], record: RunInfo, job: Job, cards: int, committed: Sequence[int] = ()
-) -> list[Shard]:
+def plan_rest(plan: Sequence[Shard], record: RunInfo, job: Job, cards: int) -> list[Shard]:
     """Shards for the rows that a plan lacks. They have the size that the run began with, if its job named one; else
-    that of the job now, or sizes that follow its cards.
-
-    Args:
-        plan: the plan.
-        record: of the run.
-        job: the job.
-        cards: that it may have.
-        committed: numbers of shards that have a manifest: of a plan that was lost, so no new shard has them.
-    """
+    that of the job now, or sizes that follow its cards."""
     size = record.job.get("shard_size")
     if isinstance(size, int) and size > 0:
         job = replace(job, config=job.config.model_copy(update={"shard_size": size}))
-    return list(job.plan(cards, planned_rows(plan), first_free([shard.number for shard in plan], committed)))
+    return list(job.plan(cards, planned_rows(plan), max((shard.number for shard in plan), default=-1) + 1))
+
+
+def refuse_other_rows(ledger: Ledger, added: Sequence[Shard], job: Job) -> None:
+    """Refuses shards of which some are committed with other rows: a plan that had more was lost, and what is committed
+    of it would be taken for these.
+
+    Raises:
+        InputError: there are such shards.
+    """
+    shards = {shard.number: shard for shard in added}
+    lost = [number for number in ledger.manifests() if number >= min(shards)] if shards else []
+    for info, table in ledger.read_commits(lost):
+        if info.retired:
+            continue
+        shard, rows = shards.get(info.shard), sorted(set(table.column("row").to_pylist()))
+        start = job.dataset.files[shard.file].first_row if shard else 0
+        is_same = shard is not None and len(rows) == shard.rows and start + shard.start <= rows[0]
+        if shard is None or not is_same or rows[-1] >= start + shard.stop:
+            raise InputError(
+                f"{ledger.storage.url}: shard {info.shard} is committed, and the plan that had it is lost; bring"
+                f" plan.parquet back, or remove {manifest_path(info.shard)} and those with higher numbers, and the same"
+                " command makes their rows again"
+            )
 
 
 def _added_files(run: RunInfo, job: Job) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, why_not_resumed
+from gaudi_batch.driver.growth import adds_to, grow, plan_rest, planned_rows, refuse_other_rows, why_not_resumed
 from gaudi_batch.driver.rerun import failed_rows, latest_shards_of_rows, plan_rerun, rows_of_shards
 from gaudi_batch.driver.run_context import Run, cards_of
 from gaudi_batch.driver.verifying import verify_run
@@ -93,7 +93,9 @@ def open_run(
         return grown, shards
     if planned_rows(shards) < record.rows:
         # Another driver's plan replaced one with more rows after run.json had counted them.
-        shards = [*shards, *plan_rest(shards, record, job, cards_of(job, connect), ledger.manifests())]
+        rest = plan_rest(shards, record, job, cards_of(job, connect))
+        refuse_other_rows(ledger, rest, job)
+        shards = [*shards, *rest]
         log.warning("the plan had fewer rows than run.json says; the others are planned again")
         ledger.put_plan(shards)
     return record, shards
@@ -107,7 +109,7 @@ def repair(run: Run) -> None:
     if report.broken:
         job = run.job
         size = _rerun_size(run, len(report.broken))
-        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, size, run.commits.by_shard)
+        added = plan_rerun(report.broken, report.images_of, run.plan, job.dataset, size, run.ledger.manifests())
         count = len(report.broken)
         rows = counted(count, "row with missing or torn images", "rows with missing or torn images")
         log.info("to make again: %s, in %s", rows, counted(len(added), "new shard"))
@@ -131,7 +133,7 @@ def retry_failed_rows(run: Run) -> None:
         log.info("no failed row is left to run again")
         return
     size = _rerun_size(run, len(failed))
-    added = plan_rerun(failed, {}, run.plan, job.dataset, size, run.commits.by_shard)
+    added = plan_rerun(failed, {}, run.plan, job.dataset, size, run.ledger.manifests())
     log.info("to run again: %s, in %s", counted(len(failed), "failed row"), counted(len(added), "new shard"))
     run.add(added)
 

@@ -87,8 +87,9 @@ class Committed:
     def of(cls, run: Run) -> Committed:
         """Counts what is known to be committed."""
         totals, failed = CommitTotals(), FailedRows(run.latest_shard_of_row)
+        kinds = {shard.number: shard.bucket.batch_kind for shard in run.plan}
         for commit in run.commits.in_order():
-            totals.add(commit.info)
+            totals.add(commit.info, kind=kinds.get(commit.info.shard))
             if commit.failed is not None:
                 failed.add(commit.info.shard, commit.failed)
         return cls(totals, failed, frozenset(run.commits.retired))

@@ -47,12 +47,14 @@ RENEW_INTERVAL_S = 10.0
 """Seconds between two renewals by the holder."""
 LEASE_POLL_INTERVAL_S = 2.0
 """Seconds between two readings of a lease that another driver holds."""
-SETTLE_INTERVAL_S = 1.0
-"""Seconds between writing the lease and reading it back, where the first try at writing it succeeded."""
-TAKE_TIMEOUT_S = 0.8
-"""Seconds for which the first try at taking the lease may go on after it was checked that nobody has it; each further
-one may for twice as long, up to `LEASE_TIMEOUT_S`, and is read back after as many times longer. Shorter than
-`SETTLE_INTERVAL_S`: so of two drivers that take it at the same moment, the first to write reads the other's name."""
+SETTLE_INTERVAL_S = 1.5
+"""Seconds between writing the lease and reading it back."""
+REREAD_INTERVAL_S = 1.0
+"""Seconds between two readings of what may be an old answer."""
+TAKE_TIMEOUT_S = 1.0
+"""Seconds for which a try at taking the lease may go on after it was checked that nobody has it. With the interval at
+which a write is asked whether it may go on, this is less than `SETTLE_INTERVAL_S`: so of two drivers that take it at
+the same moment, the first to write reads the other's name."""
 RENEW_DEADLINE_S = 30.0
 """Seconds for which a holder that has renewed the lease may commit. A write under way, however large, is given up
 within `RENEW_INTERVAL_S` of that; the rest of `LEASE_TTL_S` is for requests that are still in the network."""
@@ -82,7 +84,6 @@ class LeaseKeeper:
         self._silent: Lease | None = None  # the holder whose silence alone says that it is over
         self._lost = ""
         self._begun: frozenset[str] = frozenset()  # other drivers that have begun on this output
-        self._settle_s = SETTLE_INTERVAL_S
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), this_machine(), pid, process_started(pid), 0, ())
@@ -118,7 +119,7 @@ class LeaseKeeper:
         """
         while not self._take(self._wait_until_over(say)):
             pass
-        settled = time.monotonic() + self._settle_s
+        settled = time.monotonic() + SETTLE_INTERVAL_S
         self._renewing.start()  # the next steps may take as long as `storage_patience`
         meanwhile()
         time.sleep(max(0.0, settled - time.monotonic()))
@@ -144,10 +145,9 @@ class LeaseKeeper:
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
         self._begun = frozenset(drivers_of_timeline(self._storage.names(TIMELINE)) - {self.driver})
         try:
-            took_s = self._write(self._storage, require_over, TAKE_TIMEOUT_S)
+            self._write(self._storage, require_over, TAKE_TIMEOUT_S)
         except _Overtaken:
             return False
-        self._settle_s = SETTLE_INTERVAL_S * took_s / TAKE_TIMEOUT_S
         return True
 
     def ensure_held(self) -> None:
@@ -230,7 +230,7 @@ class LeaseKeeper:
         held = read_lease(storage)
         if held is None or self._is_old(held):
             return None
-        time.sleep(SETTLE_INTERVAL_S)
+        time.sleep(REREAD_INTERVAL_S)
         held = read_lease(storage)
         return None if held is None or self._is_old(held) else held
 
@@ -241,32 +241,26 @@ class LeaseKeeper:
             return held.beat <= self._silent.beat or held.released
         return held.driver in (self._lease.driver, *self._lease.dead)
 
-    def _write(self, storage: Storage, before: Callable[[], None], first_s: float) -> float:
-        """Writes the lease. Before each try `before` checks whether that may be, and a try that does not end soon after
-        is given up: landing late, it would take the lease from another.
-
-        Args:
-            storage: the output, with the time for which it is tried.
-            before: checks; may raise.
-            first_s: for how long after the check the first try may go on.
-
-        Returns:
-            For how long the last try might have gone on.
-        """
-        checked, limit_s = -math.inf, first_s / 2
+    def _write(self, storage: Storage, before: Callable[[], None], seconds: float) -> None:
+        """Writes the lease. Before each try `before` checks whether that may be, and a try that does not end so many
+        seconds after is given up: landing late, it would take the lease from another."""
+        checked = -math.inf
 
         def check() -> None:
-            nonlocal checked, limit_s
-            checked, limit_s = time.monotonic(), min(2 * limit_s, LEASE_TIMEOUT_S)
+            nonlocal checked
+            checked, began = -math.inf, time.monotonic()
             before()
+            checked = began
 
         def is_fresh() -> bool:
-            return time.monotonic() - checked < limit_s
+            return time.monotonic() - checked < seconds
 
         self._lease = replace(self._lease, beat=self._lease.beat + 1, renewed_s=time.monotonic())
-        storage.put("lease.json", self._data(), check, is_fresh, LEASE_TIMEOUT_S)
-        self._kept_up = checked
-        return limit_s
+        try:
+            storage.put("lease.json", self._data(), check, is_fresh, seconds)
+            self._kept_up = checked
+        finally:
+            checked = -math.inf  # for what is left behind of a try that did not end
 
     def _data(self) -> bytes:
         return json.dumps(asdict(self._lease)).encode()
@@ -299,7 +293,7 @@ class LeaseKeeper:
                     self._silent = last
                     return last
                 held = last
-            time.sleep(SETTLE_INTERVAL_S)
+            time.sleep(REREAD_INTERVAL_S)
             now = self._read()
             if now is None or now.is_before(held):
                 return held

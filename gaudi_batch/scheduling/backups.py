@@ -29,6 +29,8 @@ MAX_COMPARED = 64
 """Idle cards among which one is chosen."""
 MIN_WAIT_S = 0.1
 """Seconds after which an attempt is looked at again, at least."""
+TIMES_WATCHED = 8
+"""Twice how often an attempt may begin to be watched: when it is its card's first, read, generated, or recalled."""
 GAIN_FACTOR = 1.1
 """How many times longer the first attempt has to go on than the second would take."""
 
@@ -60,9 +62,9 @@ class Backups:
         """Notes that an attempt is to be watched from now on: its card begins to read or to generate the shard, was
         asked to give it back, or has nothing else to do."""
         live = self._work.attempts[attempt]
-        live.begun_at = now
+        live.begun_at, live.watched = now, True
         self._watch(attempt, live)
-        if len(self._due) > 2 * len(self._work.attempts) + MAX_LOOKED_AT:
+        if len(self._due) > TIMES_WATCHED * len(self._work.attempts) + MAX_LOOKED_AT:
             # So that those of attempts that have ended do not gather in a long run.
             self._due = [entry for entry in self._due if entry[1] in self._work.attempts]
             heapq.heapify(self._due)
@@ -107,7 +109,7 @@ class Backups:
         unanswered, self._work.to_watch = self._work.to_watch, []
         for attempt in unanswered if math.isfinite(now) else ():
             live = self._work.attempts.get(attempt)
-            if live is not None and not live.generating:
+            if live is not None and not live.watched:
                 self.begun(attempt, now)
 
     def end_others(self, shard: int) -> list[Decision]:

@@ -243,4 +243,5 @@ class Attempt:
     recallable: bool = True
     begun: bool = False  # whether its card has begun to read it
     generating: bool = False  # whether its card has begun to make it
+    watched: bool = False
     begun_at: float = 0.0  # since when it is watched (`backups.py`), in seconds, monotonic

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
-KEEP_INTERVAL_S = 1.0
+KEEP_INTERVAL_S = 0.25
 """Seconds between two questions whether an operation under way may go on."""
 CREDENTIALS_TIMEOUT_S = 60.0
 """Seconds for which credentials that were there before are asked for again: a service that gives out those of a role
@@ -90,11 +90,14 @@ def run_or_cancel(
         coroutine: what to run.
         loop: of the other thread.
         seconds: how long it may take.
-        keep: asked every `KEEP_INTERVAL_S`; once it says no, it has taken too long.
+        keep: asked before it begins and every `KEEP_INTERVAL_S`; once it says no, it has taken too long.
 
     Raises:
         TimeoutError: it has not ended.
     """
+    if not keep():
+        coroutine.close()
+        raise TimeoutError("it came too late to begin")
     running = asyncio.run_coroutine_threadsafe(coroutine, loop)
     started = time.monotonic()
     try:

@@ -284,11 +284,9 @@ def test_planned_shards_hold_each_row_once_in_its_own_bucket(
     )
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=group)
     dataset = opened(tmp_path / "p.parquet")
-    plans = []
     for scattered in (False, True):
         spans = list(row_spans(dataset, RULES, scattered=scattered))
         plan = list(plan_shards(spans, dataset.rows, ShardSizes(8, rows=shard_size)))
-        plans.append(sorted((shard.start, shard.stop, shard.bucket, shard.rows, shard.images) for shard in plan))
         own_sizes = list(plan_shards(spans, dataset.rows, ShardSizes(8, cards=2)))
         for shards in (plan, own_sizes):
             seen = []
@@ -300,7 +298,6 @@ def test_planned_shards_hold_each_row_once_in_its_own_bucket(
                 assert carried.column("place").to_pylist() == [row.row for row in own]
                 seen += [row.row for row in own]
             assert sorted(seen) == list(range(len(rows)))
-    assert plans[0] == plans[1], "where spans end changes nothing where the job says how large shards are"
 
 
 def test_columns_can_have_other_names(write_prompts: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import Unfenced
 
-from gaudi_batch import JobConfig
-from gaudi_batch.driver.opening import begin_run
+from gaudi_batch import InputError, JobConfig
+from gaudi_batch.driver.opening import begin_run, open_run
 from gaudi_batch.driver.recut import recut
 from gaudi_batch.driver.run_context import Committed, Run
 from gaudi_batch.job import Job, resolve
@@ -26,6 +27,7 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.plan import Shard
+from gaudi_batch.scheduling.pace import BatchTimes
 from gaudi_batch.storage.store import Storage
 
 ROWS = 2000
@@ -208,3 +210,49 @@ def test_a_run_is_not_cut_for_fewer_cards_nor_if_its_job_names_a_size(
     recut(run, committed_of(run))
     assert run.plan == old
     assert a_ledger(job).manifests() == []
+
+
+def test_a_run_that_goes_on_knows_how_long_its_batches_took(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan = begin_run(a_ledger(job), job, 2)
+    ledger, sums = a_ledger(job), ThroughputTotals(batches=8, images=60, steady_images=30, steady_s=4.0, warmup_s=40.0)
+    record = ledger.run()
+    assert record is not None
+    shard = plan[0]
+    info = CommitInfo(shard.number, "aaaaa1", "c", "n", 0, shard.rows, 0, shard.images, sums, record.run_id)
+    assert ledger.commit(info, manifest.build([], pa.table({}), {}, {}, 0, info))
+    run = a_run(job, monkeypatch, 2)
+    times = committed_of(run).totals.batch_times()
+    assert times == {shard.bucket.batch_kind: BatchTimes(steady_s=4.0, steady=4, warmup_s=40.0, warmup=4)}
+
+
+@pytest.mark.parametrize("lost", ["same", "other"])
+def test_rows_of_a_lost_plan_are_planned_again_as_they_were_committed_or_not_at_all(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan without the rows that a run has got later took the place of the one that had them."""
+    prompts = tmp_path / "many.parquet"
+    pq.write_table(pa.table({"prompt": [f"p {row}" for row in range(128)]}), prompts)
+
+    def of(limit: int | None) -> Job:
+        return resolve(JobConfig(prompts=str(prompts), output=str(tmp_path / "o"), device="simulated", limit=limit))
+
+    monkeypatch.setattr("gaudi_batch.driver.opening.cards_of", lambda job, connect: 2)
+    connect: Any = None
+    open_run(a_ledger(of(64)), of(64), connect, False, "run")
+    short = Path(tmp_path / "o/plan.parquet").read_bytes()
+    _, plan = open_run(a_ledger(of(None)), of(None), connect, False, "run")
+    shard = next(shard for shard in plan if shard.start >= 64)
+    own = range(shard.start, shard.stop) if lost == "same" else range(shard.start + 8, shard.stop + 8)
+    ledger = a_ledger(of(None))
+    record = ledger.run()
+    assert record is not None
+    info = CommitInfo(shard.number, "aaaaa1", "c", "n", 0, shard.rows, shard.rows, 0, ThroughputTotals(), record.run_id)
+    rows = of(None).dataset.read(replace(shard, start=own[0], stop=own[-1] + 1), of(None).rules)
+    assert ledger.commit(info, manifest.build(rows[0], rows[1], {}, dict.fromkeys(own, "failed"), 0, info))
+    Path(tmp_path / "o/plan.parquet").write_bytes(short)
+    if lost == "same":
+        _, again = open_run(a_ledger(of(None)), of(None), connect, False, "run")
+        assert again == plan
+    else:
+        with pytest.raises(InputError, match=rf"shard {shard.number} is committed, and the plan that had it is lost"):
+            open_run(a_ledger(of(None)), of(None), connect, False, "run")

@@ -50,7 +50,8 @@ def output(server: StoreServer, tmp_path: Path) -> Storage:
 def driver(server: StoreServer, proxy: FaultProxy, output: Storage, monkeypatch: pytest.MonkeyPatch) -> LeaseKeeper:
     """A driver that has the lease, writes it no more by itself, and reaches its storage by the proxy."""
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.1)
-    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
+    for name in ("SETTLE_INTERVAL_S", "REREAD_INTERVAL_S"):
+        monkeypatch.setattr(lease, name, 0.0)
     monkeypatch.setattr(lease, "RENEW_INTERVAL_S", 600.0)
     keeper = LeaseKeeper(Storage(output.url, server.quick_options_at(proxy.port), retry_timeout_s=10.0), "aaaaa")
     keeper.take()
@@ -246,4 +247,5 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
 def test_a_holder_lets_go_before_another_may_take_over() -> None:
     """What the network still has of a write that was given up may take as long as one try at the lease."""
     assert lease.RENEW_DEADLINE_S + retry.KEEP_INTERVAL_S + lease.LEASE_TIMEOUT_S < holder.LEASE_TTL_S
+    assert lease.TAKE_TIMEOUT_S + retry.KEEP_INTERVAL_S < lease.SETTLE_INTERVAL_S
     assert lease.RENEW_INTERVAL_S + 2 * lease.LEASE_TIMEOUT_S <= lease.RENEW_DEADLINE_S, "one slow beat ends no commit"

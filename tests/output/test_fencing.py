@@ -43,7 +43,7 @@ from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Bucket, Shard
 from gaudi_batch.scheduling.decisions import ShardTask
-from gaudi_batch.storage import disk, retry, retrying, store
+from gaudi_batch.storage import disk, retry, store
 from gaudi_batch.storage.store import Storage
 
 
@@ -74,7 +74,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 0.0)
+    for name in ("SETTLE_INTERVAL_S", "REREAD_INTERVAL_S"):
+        monkeypatch.setattr(lease, name, 0.0)
     return Storage(str(tmp_path / "out"), retry_timeout_s=1.0)
 
 
@@ -512,7 +513,7 @@ def test_of_two_that_take_the_lease_together_the_one_that_stands_still_gets_noth
     output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other has written its own and read it back meanwhile, and begins the run."""
-    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.0)
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.5)
     one, late = LeaseKeeper(output, "aaaaa"), LeaseKeeper(output, "bbbbb")
     before_write(monkeypatch, one.take)
     with pytest.raises(InputError, match="drives this run"):
@@ -520,25 +521,44 @@ def test_of_two_that_take_the_lease_together_the_one_that_stands_still_gets_noth
     assert not lost(one)
 
 
-def test_a_store_on_which_writes_take_long_is_read_back_later(
+def test_what_is_left_behind_of_a_try_takes_the_lease_from_nobody(
     output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each write takes five seconds, also that of another driver, which would not be there to be read after one."""
-    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.0)
-    monkeypatch.setattr(retrying, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
-    write, landed = disk.write_whole, 0.0
+    """It hangs until its driver has been refused."""
+    one, late = LeaseKeeper(output, "aaaaa"), LeaseKeeper(output, "bbbbb")
+    goes_on, ended, write, first = threading.Event(), threading.Event(), disk.write_whole, iter([True])
 
-    def slow(path: Path, *rest: Any, **options: Any) -> bool:
-        nonlocal landed
-        clock.now += 5.0
-        written = write(path, *rest, **options)
-        landed = clock.now
-        return written
+    def hang(path: Path, *rest: Any, **options: Any) -> bool:
+        if next(first, False):
+            one.take()
+            goes_on.wait(60)
+            try:
+                return write(path, *rest, **options)
+            finally:
+                ended.set()
+        return write(path, *rest, **options)
 
-    monkeypatch.setattr(store, "write_whole", slow)
-    output.retry_timeout_s = 100.0
-    LeaseKeeper(output, "aaaaa").take()
-    assert clock.now - landed > 5.0
+    monkeypatch.setattr(store, "write_whole", hang)
+    monkeypatch.setattr(lease, "TAKE_TIMEOUT_S", 0.2)
+    with pytest.raises(InputError, match="drives this run"):
+        late.take()
+    goes_on.set()
+    assert ended.wait(60)
+    held = read_lease(output)
+    assert held is not None
+    assert held.driver == "aaaaa"
+
+
+def test_a_write_that_comes_too_late_is_not_begun() -> None:
+    """Which stores can't be kept from doing once it is under way."""
+    begun = []
+
+    async def write() -> None:
+        begun.append(1)
+
+    with pytest.raises(TimeoutError, match="too late to begin"):
+        retry.run_or_cancel(write(), asyncio.new_event_loop(), 1.0, lambda: False)
+    assert begun == []
 
 
 @pytest.mark.parametrize("over", ["unsettled", "forced", "silent"])
