@@ -1,7 +1,8 @@
 """From a dataset's row counts and shapes to shards. Pure: no Ray, no torch, no clock, no I/O.
 
-A dataset reaches the planner as spans: stretches of consecutive rows of one file that ask for the same thing. Without
-per-row shape columns a row group is one span, so that planning costs nothing per row. The planner keeps one open shard
+A dataset reaches the planner as spans: rows of one file that ask for the same thing, consecutive at least among those
+of their bucket. Without per-row shape columns a row group is one span, so that planning costs nothing per row. The
+planner keeps one open shard
 for each bucket and closes it when it is full or its file ends; at the end of a row group, too, where that costs little
 padding, since a card decodes whole row groups. A shard is therefore named by a row range and a bucket alone; the ranges
 of two buckets may overlap, and no row list is stored.
@@ -15,7 +16,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gaudi_batch.plan import Bucket, GroupRows, RowSpan, Shard
@@ -161,8 +162,8 @@ class _Left:
     rows_seen: int = 0
     images_seen: int = 0
     shards_cut: int = 0
-    _usual: int | None = None
-    _unusual_rows: int = 0
+    _rows_asking: Counter[int] = field(default_factory=Counter)
+    _usual: int = 0
     _squares_seen: int = 0
 
     def take(self, rows: int, num_images: int) -> None:
@@ -170,14 +171,14 @@ class _Left:
         self.rows_seen += rows
         self.images_seen += rows * num_images
         self._squares_seen += rows * num_images**2
-        self._usual = num_images if self._usual is None else self._usual
-        if num_images != self._usual:
-            self._unusual_rows += rows
+        self._rows_asking[num_images] += rows
+        if self._rows_asking[num_images] > self._rows_asking[self._usual]:
+            self._usual = num_images
 
     @property
     def is_mixed(self) -> bool:
-        """Whether more than a few rows ask for another number of images than the first one."""
-        return self._unusual_rows > MIXED_SHARE * self.rows_seen
+        """Whether more than a few rows ask for another number of images than most."""
+        return self._rows_asking[self._usual] < (1 - MIXED_SHARE) * self.rows_seen
 
     @property
     def padding(self) -> float:

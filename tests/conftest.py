@@ -18,7 +18,7 @@ from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, e
 from hypothesis import HealthCheck, settings
 from raynodes import RayCluster
 
-from gaudi_batch.output import holder
+from gaudi_batch.output import holder, lease
 from gaudi_batch.output.lease import LeaseKeeper
 
 LONGEST = {
@@ -76,6 +76,8 @@ def leases_end_with_their_test() -> Iterator[None]:
         take(keeper, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
+        # No two drivers of a test start at the same moment, and a loaded disk may take longer.
+        patched.setattr(lease, "TAKE_TIMEOUT_S", lease.LEASE_TIMEOUT_S)
         patched.setattr(holder, "_ended", set())  # the drivers of many tests have the same names
         patched.setattr(LeaseKeeper, "take", noted)
         yield

@@ -153,6 +153,7 @@ ANY = random.Random(0)
         ([ANY.randint(1, 100) for _ in range(1_000)], 8, 8, 0.02),
         ([1] * 1_000 + [100] + [1] * 5_399, 64, 8, 0.01),
         ([10] * 300 + [0] + [10] * 339, 64, 8, 0.08),
+        ([0] + [3] * 20_000, 64, 8, 0.01),
     ],
     ids=lambda value: f"{len(value)} rows" if isinstance(value, list) else str(value),
 )

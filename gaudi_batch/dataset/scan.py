@@ -57,7 +57,7 @@ def row_spans(
         rules: what a row gets where it says nothing.
         limit: the row before which to end, over all files; None ends after the last.
         since: the first row.
-        scattered: whether rows of one bucket may make a span although others lie between them. Where shapes are mixed,
+        scattered: whether rows of one bucket may make a span although others lie between them. Where sizes are mixed,
             these are few, and the others as many as rows.
 
     Raises:
@@ -83,8 +83,8 @@ def row_spans(
                 batch = batch.slice(0, count - start)
                 unplanned = batch.slice(max(0, skipped - start))
                 spans = _spans_of(dataset, index, start + len(batch) - len(unplanned), unplanned, rules)
-                left = (dataset.rows if limit is None else limit) - file.first_row - spans.start
-                yield from _by_group(spans.scattered(left) if scattered else spans.consecutive(), file)
+                left = min(dataset.rows, limit or dataset.rows) - file.first_row - spans.start
+                yield from _by_group(spans.scattered(left, file) if scattered else spans.consecutive(), file)
                 start += batch.num_rows
                 if start == count:
                     break
@@ -119,16 +119,18 @@ class _Shapes:
             if end > begin:
                 yield RowSpan(self.file, self.start + begin, end - begin, *self.shapes[self.codes[begin]])
 
-    def scattered(self, left: int) -> Iterator[RowSpan]:
+    def scattered(self, left: int, file: PromptFile) -> Iterator[RowSpan]:
         """Spans of rows that are consecutive among those of their bucket, of small parts of what is left: so buckets
-        take turns, and each has small shards at the plan's end.
+        take turns, and each has small shards at the plan's end. No part reaches over the end of a row group.
 
         Args:
             left: rows of the dataset from the first one on.
+            file: their file.
         """
-        begin = 0
+        ends, begin = list(itertools.accumulate(file.groups)), 0
         while begin < len(self.codes):
-            end = begin + max(MIN_ROWS_A_TURN, (left - begin) // TURNS)
+            end_of_group = ends[bisect_right(ends, self.start + begin)] - self.start
+            end = min(begin + max(MIN_ROWS_A_TURN, (left - begin) // TURNS), end_of_group)
             part = _Shapes(self.file, self.start + begin, self.codes[begin:end], self.shapes)
             yield from part._of_buckets()
             begin = end

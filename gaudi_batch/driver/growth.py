@@ -6,6 +6,7 @@ are the same bytes, and how many rows there are, as long as none of those that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -112,7 +113,8 @@ def refuse_other_rows(ledger: Ledger, added: Sequence[Shard], job: Job) -> None:
         InputError: there are such shards.
     """
     shards = {shard.number: shard for shard in added}
-    lost = [number for number in ledger.manifests() if number >= min(shards)] if shards else []
+    first = min(shards, default=math.inf)
+    lost = [number for number in ledger.manifests() if number >= first]
     for info, table in ledger.read_commits(lost):
         if info.retired:
             continue

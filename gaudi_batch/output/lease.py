@@ -54,7 +54,8 @@ REREAD_INTERVAL_S = 1.0
 TAKE_TIMEOUT_S = 1.0
 """Seconds for which a try at taking the lease may go on after it was checked that nobody has it. With the interval at
 which a write is asked whether it may go on, this is less than `SETTLE_INTERVAL_S`: so of two drivers that take it at
-the same moment, the first to write reads the other's name."""
+the same moment, the first to write reads the other's name. On storage where that has not been enough for
+`LEASE_TIMEOUT_S`, a try may take so long, and is read back as many times later."""
 RENEW_DEADLINE_S = 30.0
 """Seconds for which a holder that has renewed the lease may commit. A write under way, however large, is given up
 within `RENEW_INTERVAL_S` of that; the rest of `LEASE_TTL_S` is for requests that are still in the network."""
@@ -84,6 +85,7 @@ class LeaseKeeper:
         self._silent: Lease | None = None  # the holder whose silence alone says that it is over
         self._lost = ""
         self._begun: frozenset[str] = frozenset()  # other drivers that have begun on this output
+        self._settle_s = SETTLE_INTERVAL_S
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         pid = os.getpid()
         self._lease = Lease(driver, socket.gethostname(), this_machine(), pid, process_started(pid), 0, ())
@@ -119,7 +121,7 @@ class LeaseKeeper:
         """
         while not self._take(self._wait_until_over(say)):
             pass
-        settled = time.monotonic() + SETTLE_INTERVAL_S
+        settled = time.monotonic() + self._settle_s
         self._renewing.start()  # the next steps may take as long as `storage_patience`
         meanwhile()
         time.sleep(max(0.0, settled - time.monotonic()))
@@ -145,9 +147,10 @@ class LeaseKeeper:
             self._lease = replace(self._lease, dead=(*held.dead, held.driver))
         self._begun = frozenset(drivers_of_timeline(self._storage.names(TIMELINE)) - {self.driver})
         try:
-            self._write(self._storage, require_over, TAKE_TIMEOUT_S)
+            took_s = self._write(self._storage, require_over, TAKE_TIMEOUT_S)
         except _Overtaken:
             return False
+        self._settle_s = SETTLE_INTERVAL_S * took_s / TAKE_TIMEOUT_S
         return True
 
     def ensure_held(self) -> None:
@@ -241,14 +244,17 @@ class LeaseKeeper:
             return held.beat <= self._silent.beat or held.released
         return held.driver in (self._lease.driver, *self._lease.dead)
 
-    def _write(self, storage: Storage, before: Callable[[], None], seconds: float) -> None:
+    def _write(self, storage: Storage, before: Callable[[], None], seconds: float) -> float:
         """Writes the lease. Before each try `before` checks whether that may be, and a try that does not end so many
-        seconds after is given up: landing late, it would take the lease from another."""
-        checked = -math.inf
+        seconds after is given up: landing late, it would take the lease from another. Returns for how long the last try
+        might have gone on."""
+        first, checked = time.monotonic(), -math.inf
 
         def check() -> None:
-            nonlocal checked
+            nonlocal checked, seconds
             checked, began = -math.inf, time.monotonic()
+            if began - first > LEASE_TIMEOUT_S:
+                seconds = LEASE_TIMEOUT_S
             before()
             checked = began
 
@@ -257,8 +263,9 @@ class LeaseKeeper:
 
         self._lease = replace(self._lease, beat=self._lease.beat + 1, renewed_s=time.monotonic())
         try:
-            storage.put("lease.json", self._data(), check, is_fresh, seconds)
+            storage.put("lease.json", self._data(), check, is_fresh, LEASE_TIMEOUT_S)
             self._kept_up = checked
+            return seconds
         finally:
             checked = -math.inf  # for what is left behind of a try that did not end
 

@@ -509,11 +509,19 @@ def test_a_renewal_that_comes_late_takes_the_lease_from_nobody(
     assert not first.holds()
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, output: Storage) -> None:
+    """Tries at taking the lease are as short as they are for users, and as many as a loaded machine needs."""
+    monkeypatch.setattr(lease, "TAKE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.5)
+    output.retry_timeout_s = 60.0
+
+
+@pytest.mark.usefixtures("short")
 def test_of_two_that_take_the_lease_together_the_one_that_stands_still_gets_nothing(
     output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other has written its own and read it back meanwhile, and begins the run."""
-    monkeypatch.setattr(lease, "SETTLE_INTERVAL_S", 1.5)
     one, late = LeaseKeeper(output, "aaaaa"), LeaseKeeper(output, "bbbbb")
     before_write(monkeypatch, one.take)
     with pytest.raises(InputError, match="drives this run"):
@@ -521,25 +529,52 @@ def test_of_two_that_take_the_lease_together_the_one_that_stands_still_gets_noth
     assert not lost(one)
 
 
+@pytest.mark.usefixtures("short")
+def test_where_every_write_takes_long_it_is_read_back_later(
+    output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of another driver takes three seconds, which would not be there to be read after one and a half."""
+    write, landed = disk.write_whole, 0.0
+
+    def slow(path: Path, *rest: Any, **options: Any) -> bool:
+        nonlocal landed
+        clock.now += 3.0
+        written = write(path, *rest, **options)
+        landed = clock.now
+        return written
+
+    monkeypatch.setattr(store, "write_whole", slow)
+    LeaseKeeper(output, "aaaaa").take()
+    assert clock.now - landed > lease.LEASE_TIMEOUT_S
+
+
+@pytest.mark.usefixtures("short")
 def test_what_is_left_behind_of_a_try_takes_the_lease_from_nobody(
     output: Storage, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs until its driver has been refused."""
     one, late = LeaseKeeper(output, "aaaaa"), LeaseKeeper(output, "bbbbb")
-    goes_on, ended, write, first = threading.Event(), threading.Event(), disk.write_whole, iter([True])
+    hangs, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+    write, read, first = disk.write_whole, LeaseKeeper._read, iter([True])
 
     def hang(path: Path, *rest: Any, **options: Any) -> bool:
-        if next(first, False):
-            one.take()
-            goes_on.wait(60)
-            try:
-                return write(path, *rest, **options)
-            finally:
-                ended.set()
-        return write(path, *rest, **options)
+        if not next(first, False):
+            return write(path, *rest, **options)
+        hangs.set()
+        goes_on.wait(60)
+        try:
+            return write(path, *rest, **options)
+        finally:
+            ended.set()
 
+    def read_when_taken(self: LeaseKeeper) -> Any:
+        if self is late and hangs.is_set() and not one.holds():
+            one.take()
+        return read(self)
+
+    monkeypatch.setattr(lease, "LEASE_TIMEOUT_S", 0.2)  # of the try that hangs, in real time
     monkeypatch.setattr(store, "write_whole", hang)
-    monkeypatch.setattr(lease, "TAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(LeaseKeeper, "_read", read_when_taken)
     with pytest.raises(InputError, match="drives this run"):
         late.take()
     goes_on.set()
