@@ -24,6 +24,7 @@ from ray.util import placement_group_table, remove_placement_group
 from raynodes import follow
 
 from gaudi_batch import JobConfig, RunResult, RunStopped, StorageError, run
+from gaudi_batch.output import lease
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.storage import disk
@@ -415,6 +416,7 @@ def test_a_run_that_is_abandoned_while_commits_are_under_way_keeps_their_images(
     assert len(list((tmp_path / "out/manifest").iterdir())) == 3
     assert files_named(tmp_path / "out") <= files_there(tmp_path / "out")
     monkeypatch.setattr(Ledger, "commit", commit)
+    monkeypatch.setattr(lease, "LEASE_TTL_S", 2.0)  # for which the next driver waits, as manifests could still land
     make(prompts, tmp_path / "out", cluster, {}, shard_size=8)
     assert outcome(tmp_path / "out") == (list(range(100)), {})
     assert files_named(tmp_path / "out") <= files_there(tmp_path / "out")
