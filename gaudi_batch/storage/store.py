@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,8 +140,12 @@ class Storage(ReadableStorage):
         )
 
     def _remove_local(self, full: str) -> None:
+        # Not by fsspec's `rm`, which asks for the working directory: Ray may remove that of a job which goes on.
         try:
-            self.filesystem.rm(full, recursive=True)
+            if Path(full).is_dir() and not Path(full).is_symlink():
+                shutil.rmtree(full)
+            else:
+                Path(full).unlink()
         except FileNotFoundError as error:
             # Python 3.12 and older end so at the first file in a directory that its writer renames meanwhile.
             if os.path.lexists(full):

@@ -69,6 +69,23 @@ def test_a_directory_in_which_a_file_vanishes_is_removed_with_all_the_rest(
     assert not (tmp_path / "root/a").exists()
 
 
+def test_nothing_asks_for_a_working_directory_that_is_gone(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a job whose package Ray removes while it runs."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    storage.retry_timeout_s = 0.0
+    storage.put("images/000000-abcde1/1.png", b"x")
+    storage.put("images/000000-abcde1/2.png", b"x")
+    storage.remove("images/000000-abcde1/2.png")
+    assert storage.names("images/000000-abcde1") == ["1.png"]
+    assert storage.get("images/000000-abcde1/1.png") == b"x"
+    storage.remove("images/000000-abcde1")
+    assert storage.names("images") == []
+
+
 def test_a_file_is_read_at_any_position(storage: Storage) -> None:
     storage.put("f", bytes(range(100)))
     with storage.open("f") as file:
