@@ -57,18 +57,24 @@ class Cards:
         return [task.shard.number for task in self.world.in_flight[card]]
 
 
-@pytest.fixture
-def cards() -> Cards:
-    """Each of two cards has made a shard. Card 0 is at the third and last one, and card 1 idles."""
+def sent_the_last() -> Cards:
+    """Each of two cards has made a shard. Card 0 has the third and last one, and card 1 idles."""
     cards = Cards(2, 3)
     cards.begin(0)
     cards.begin(1)
     cards.world.now = SHARD_S
     cards.make(0)
     cards.make(1)
-    cards.begin(0)
     (cards.last,) = cards.has(0)
     assert cards.has(1) == []
+    return cards
+
+
+@pytest.fixture
+def cards() -> Cards:
+    """As `sent_the_last`; card 0 has begun."""
+    cards = sent_the_last()
+    cards.begin(0)
     return cards
 
 
@@ -341,16 +347,10 @@ def test_a_reservation_moves_from_a_card_that_works_to_one_that_idles() -> None:
 
 def test_a_card_that_stands_still_before_it_begins_costs_little_more_than_a_shard() -> None:
     """Its process was stopped right after its shard before, and never says that it has begun."""
-    cards = Cards(2, 3)
-    cards.begin(0)
-    cards.begin(1)
-    cards.world.now = SHARD_S
-    cards.make(0)
-    cards.make(1)
-    (last,) = cards.has(0)
+    cards = sent_the_last()
     cards.world.wait(SHARD_S)
     cards.world.wait(SHARD_S * 0.4)
-    assert cards.has(1) == [last]
+    assert cards.has(1) == [cards.last]
     cards.make(1)
     assert cards.world.finished == [None]
 
