@@ -51,7 +51,7 @@ quick: setup ## run the tests that need neither Ray nor a model, in about a minu
 
 # Without another worker for one that has crashed, since xdist then never ends.
 test: setup ## run all tests
-	$(BIN)/python -m pytest --numprocesses 5 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/python -m pytest --numprocesses 6 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
 
 bench: setup ## measure all benchmarks three times and write the tables of docs/performance.md; takes hours
 	$(BIN)/python -m benchmarks $(BENCH)

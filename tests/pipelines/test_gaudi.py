@@ -25,7 +25,7 @@ from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 
 CONFIGS = REPOSITORY / "jobs/configs"
 COLOURS = ("red", "green", "blue", "white", "black")
-FLAGS = ("--model", "builtin:shapes", "--batch-size", "4", "--steps", "4", "--shard-size", "8", "--cpu.threads", "1")
+FLAGS = ("--model", "builtin:shapes", "--batch-size", "4", "--steps", "2", "--shard-size", "8", "--cpu.threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def on_cpu(prompts: Path, tmp_path_factory: pytest.TempPathFactory, cluster: str
         device="cpu",
         cards=1,
         batch_size=4,
-        steps=4,
+        steps=2,
         cpu={"threads": 1},
     )
     with pytest.MonkeyPatch.context() as patched:
@@ -103,7 +103,7 @@ def test_a_card_whose_device_fails_is_replaced_on_its_module_and_nothing_is_lost
 ) -> None:
     job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
     state = tmp_path / "machine"
-    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@7", "--state", state, "--", "gaudi-batch")
+    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@5", "--state", state, "--", "gaudi-batch")
     result = command_line(*emulate, *job)
     assert result.returncode == 3, result.stderr
     assert "guidance 7.5); try --batch-size 2" in result.stderr
