@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gaudi_batch.driver import leftovers
+from gaudi_batch.driver import finalize, leftovers
 from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import image_path, manifest_path, throughput_path, timeline_path
 from gaudi_batch.output.cleanup import Left, left_by_attempts, remove_parts
+from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.storage.store import Storage
 
@@ -198,3 +201,17 @@ def test_files_that_were_being_written_are_removed_and_nobody_elses(ledger: Ledg
     remove_parts(ledger)
     assert [path for path in (*parts, *others) if path.exists()] == others
     assert (root / manifest_path(0)).read_bytes() == b"a manifest"
+
+
+def test_at_the_end_of_a_run_roll_ups_of_drivers_that_only_the_timeline_names_go_too(ledger: Ledger) -> None:
+    """The lease may have lost a driver's name; what it has rolled up without an index is of no use."""
+    ledger.storage.put(timeline_path("eeeee", 0), b"{}")
+    stale, others = "rollup/eeeee000001.parquet", "rollup/zzzzz000001.parquet"
+    for name in (stale, others):
+        ledger.storage.put(name, b"rows")
+    made = of_run(ledger)
+    made.remove(COMMITTED, (), is_complete=True)
+    run: Any = SimpleNamespace(ledger=ledger, leftovers=made, commits=Commits(ledger, "ccccc"))
+    finalize._remove_rest(run)
+    assert ledger.storage.get(stale) is None
+    assert ledger.storage.get(others) == b"rows", "of nobody that this run knows"
