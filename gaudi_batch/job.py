@@ -17,6 +17,7 @@ from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules, make_row
 from gaudi_batch.dataset.scan import planned_groups, row_spans
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.cpus import usable_cpus
+from gaudi_batch.pipelines.families import FAMILIES
 from gaudi_batch.pipelines.gaudi_environment import gaudi_mapping
 from gaudi_batch.pipelines.sources import ModelInfo, describe_model, read_gaudi_config, unseen_model
 from gaudi_batch.pipelines.stack import versions
@@ -28,6 +29,8 @@ from gaudi_batch.storage.filesystem import open_filesystem
 DEFAULT_CARDS = 2
 """Cards of a machine or cluster that has none, for the devices cpu and simulated."""
 
+LORA_COLUMN = "lora"
+"""A column that would ask for another LoRA in each row."""
 SHAPING_PACKAGES = ("torch", "diffusers", "transformers", "optimum-habana", "numpy", "pillow", "gaudi-batch")
 """The driver's versions of these are recorded for people; the cards' versions, which count, are in stack.py."""
 
@@ -88,7 +91,7 @@ class Job:
     @property
     def dtype(self) -> str:
         """The dtype that the model computes in."""
-        if self.config.dtype is None and self.config.device == "hpu":
+        if self.config.dtype is None and self.config.device == "hpu" and self.config.gaudi.mode == "lazy":
             return "autocast to bfloat16" if gaudi_mapping(self.config).get("use_torch_autocast") else "float32"
         return self.config.dtype or "float32"
 
@@ -143,7 +146,7 @@ class Job:
             },
         )
         if config.device == "hpu":
-            same["gaudi"] = config.gaudi.model_dump(mode="json", include={"config", "hpu_graphs"})
+            same["gaudi"] = config.gaudi.shaping()
             if config.gaudi.fused_attention:
                 same["gaudi"]["fused_attention"] = True
         bucket = self.rules.bucket
@@ -153,6 +156,8 @@ class Job:
             del same["encoding"]["quality"]
         if self.bounds is not None:
             same |= asdict(self.bounds)
+        if self.model.loras:
+            same["lora"] = [lora.describe() for lora in self.model.loras]
         if not self.dataset.carries_all:
             same["carry"] = self.dataset.carried.names
         return same | {
@@ -187,7 +192,8 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
         StorageError: the prompts' storage failed.
     """
     open_filesystem(config.output, config.storage_options)
-    if config.device == "hpu":
+    is_lazy = config.device == "hpu" and config.gaudi.mode == "lazy"
+    if is_lazy:
         changes: dict[str, Any] = {"config": read_gaudi_config(config.gaudi.config)}
         if config.gaudi.fused_attention is None:
             changes["fused_attention"] = fixed.fused_attention if fixed else True
@@ -203,12 +209,20 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
     family = model.family
     for name in ("width", "height"):
         side = getattr(config, name)
+        if side is None and not getattr(model, name):
+            raise InputError(f"model {model.name!r} does not say how large its images are; name width and height")
         if side is not None and side % family.multiple:
             raise InputError(f"{name} is {side}; model {model.name!r} needs a multiple of {family.multiple}")
-    if family.attention == "fused" and config.device == "hpu" and config.gaudi.fused_attention is False:
+    if family.attention == "fused" and is_lazy and config.gaudi.fused_attention is False:
         raise InputError(f"gaudi.fused_attention is false; optimum-habana's {family.gaudi_class} always fuses it")
+    if config.device == "hpu" and config.gaudi.quantize is not None and not family.quantizes:
+        known = dict.fromkeys(each.pipeline_class for each in FAMILIES if each.quantizes)
+        raise InputError(
+            f"gaudi.quantize: optimum-habana's {family.gaudi_class} knows no eight-bit floats; those of"
+            f" {', '.join(known)} do"
+        )
     if config.device == "hpu" and config.dtype is None:
-        config = config.model_copy(update={"dtype": family.hpu_dtype})
+        config = config.model_copy(update={"dtype": family.hpu_dtype if is_lazy else "bfloat16"})
     threads = config.cpu.threads or (fixed.threads if fixed else None)
     if config.device == "cpu" and threads is None:
         threads = max(1, usable_cpus() // (DEFAULT_CARDS if config.cards == "all" else config.cards))
@@ -219,6 +233,11 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
     if fixed and config.carry is None:
         config = config.model_copy(update={"carry": list(fixed.carry)})
     job = Job(config, open_prompts(config), model, threads, bounds)
+    if fixed is None and LORA_COLUMN in job.dataset.carried.names:
+        raise InputError(
+            f"prompts: column {LORA_COLUMN!r} asks for a LoRA a row, and a card's graphs have one set of LoRAs; make a"
+            " job of each style, with its prompts and its lora, or leave the column out of carry"
+        )
     if bounds is not None:
         _refuse_beyond_bounds(job)
     return job

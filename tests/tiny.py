@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -173,6 +177,54 @@ def qwen() -> QwenImagePipeline:
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=byte_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, time_shift_type="exponential"),
+    )
+
+
+def aura() -> AuraFlowPipeline:
+    """Of a class that the table of families does not have."""
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pos_embed_max_size=144,
+    )
+    return AuraFlowPipeline(
+        transformer=transformer,
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def lcm() -> LatentConsistencyModelPipeline:
+    """Another: its scheduler draws noise while it steps, and it takes no negative prompts."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        time_cond_proj_dim=8,
+    )
+    return LatentConsistencyModelPipeline(
+        unet=unet,
+        vae=vae(),
+        text_encoder=clip(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 

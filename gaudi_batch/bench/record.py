@@ -46,7 +46,7 @@ class Conditions:
         config, model = job.config, job.model
         settings: dict[str, Any] = {"threads": job.threads}
         if config.device == "hpu":
-            settings = config.gaudi.model_dump(mode="json", include={"config", "hpu_graphs"})
+            settings = config.gaudi.shaping()
         if config.device == "simulated":
             settings = config.simulated.model_dump(mode="json", include={"batch_seconds", "seconds_by_size"})
         return cls(model.name, model.revision, model.scheduler, job.dtype, config.device, settings)

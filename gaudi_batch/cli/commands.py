@@ -96,17 +96,53 @@ def check(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(parsed: argparse.Namespace) -> int:
+    """Looks for what would keep a job from running."""
+    from gaudi_batch.cli.asking import question
+    from gaudi_batch.cluster.address import address_of
+    from gaudi_batch.doctor.cluster import examine_cluster, examine_here
+    from gaudi_batch.doctor.report import could_run, describe, table
+
+    asked = question(parsed)
+    address = address_of(parsed.address) if parsed.address else None
+    nodes = examine_cluster(asked, address) if address else examine_here(asked)
+    say(json.dumps(describe(nodes), indent=1) if parsed.json else table(nodes))
+    return 0 if could_run(nodes) else 1
+
+
 def bench(parsed: argparse.Namespace) -> int:
     """Measures how fast the cards are."""
     from gaudi_batch.bench.bench import bench as measure
     from gaudi_batch.cli.measuring import job_to_measure, require_positive
     from gaudi_batch.cluster.address import address_of
 
+    if parsed.mlperf:
+        return _bench_whole_job(parsed)
     require_positive("--calls", parsed.calls)
     address = address_of(parsed.address)
     measured = measure(job_to_measure(parsed, address), address, parsed.calls)
     say(json.dumps(measured.describe(), indent=1) if parsed.json else measured.table())
     return 0
+
+
+def _bench_whole_job(parsed: argparse.Namespace) -> int:
+    """Runs a job to its end and prints how many samples a second that were."""
+    from gaudi_batch.bench.mlperf import Measured, report
+    from gaudi_batch.cli.flags import job_from
+    from gaudi_batch.driver.runner import run as make_images
+    from gaudi_batch.job import resolve
+    from gaudi_batch.output.reader import OutputReader
+    from gaudi_batch.storage.store import Storage
+
+    config = job_from(parsed)
+    result = make_images(config, address=parsed.address)
+    reader = OutputReader(Storage(config.output, config.storage_options))
+    record = reader.run()
+    device = record.job["device"] if record else config.device
+    job = resolve(config.model_copy(update={"device": device}))
+    measured = Measured.of(result.summary, (record.stacks or [{}])[-1] if record else {})
+    say(json.dumps(measured._asdict(), indent=1) if parsed.json else report(job, measured))
+    return result.exit_code
 
 
 def tune(parsed: argparse.Namespace) -> int:
@@ -154,6 +190,7 @@ def emulate(parsed: argparse.Namespace) -> NoReturn:
             parsed.capture_seconds,
             parsed.memory_gib,
             parsed.fault and tuple(parsed.fault),
+            parsed.driver,
             parsed.state,
         ),
     )
@@ -176,6 +213,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "follow": follow,
     "stop": stop,
     "check": check,
+    "doctor": doctor,
     "bench": bench,
     "tune": tune,
     "status": status,

@@ -13,7 +13,7 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.reporting.console import say
 from gaudi_batch.text import nearest
 
-JOB_COMMANDS = ("run", "submit", "check", "bench", "tune")
+JOB_COMMANDS = ("run", "submit", "check", "doctor", "bench", "tune")
 """The commands that take a job."""
 COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
 RUN_SWITCHES = {
@@ -112,8 +112,18 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     check.add_argument("--strict", action="store_true", help="refuse the job if a single row can't be run")
     add_job_flags(check)
 
+    doctor = _command(commands, "doctor", "look for what would keep this node, or a cluster, from running a job")
+    doctor.add_argument("--address", help="Ray cluster, all of whose nodes are asked; default: this node alone")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    add_job_flags(doctor)
+
     bench = _command(commands, "bench", "measure how fast the cards at hand are with a job's model")
     bench.add_argument("--address", help="as for run")
+    bench.add_argument(
+        "--mlperf",
+        action="store_true",
+        help="run the job itself, as MLPerf's text-to-image benchmark does offline, and print samples a second",
+    )
     bench.add_argument("--calls", type=int, default=10, help="timed calls for each figure (default: 10)")
     bench.add_argument("--json", action="store_true", help="as JSON")
     add_job_flags(bench)
@@ -151,6 +161,7 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
         metavar="KIND[:MODULE][@LAUNCH][xTIMES]",
         help="inject acquire, oom or hang, from a process's launch number LAUNCH on, TIMES times (default: 1 and 1)",
     )
+    emulate.add_argument("--driver", metavar="RELEASE", help="of the driver and the firmware (default: 1.24.0)")
     emulate.add_argument("--state", metavar="DIR", help="directory of the module locks and of counters/<pid>.json")
     emulate.add_argument("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

@@ -15,7 +15,7 @@ def refuse_without_stack(config: JobConfig, address: str | None) -> None:
     """Raises InputError if a Ray of this machine would have HPU cards that this Python can't use."""
     if config.device == "hpu" and not is_cluster(address):
         try:
-            require_stack()
+            require_stack(config.gaudi.mode)
         except RuntimeError as error:
             raise InputError(f"device hpu: {error}") from None
 

@@ -72,6 +72,7 @@ def require_portable(config: JobConfig) -> None:
         InputError: a path is relative, or there is a secret in it.
     """
     named = {"prompts": config.prompts, "output": config.output, "model": config.model}
+    named |= {f"lora[{number}].path": lora.path for number, lora in enumerate(config.lora)}
     if isinstance(config.gaudi.config, str):
         named["gaudi.config"] = config.gaudi.config
     for name, value in named.items():

@@ -27,6 +27,7 @@ from gaudi_batch.config.sections import (
     EncodingConfig,
     GaudiSettings,
     LimitsConfig,
+    LoraConfig,
     PositiveInt,
     Section,
     SimulatedConfig,
@@ -77,7 +78,8 @@ class JobConfig(Section):
     Cloud Storage or Azure."""
 
     model: str | None = None
-    """Hub id or directory of the model, or builtin:shapes; the simulated device needs none."""
+    """Hub id, directory or URL (S3, Google Cloud Storage, Azure) of the model, or builtin:shapes; the simulated device
+    needs none."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -85,6 +87,9 @@ class JobConfig(Section):
     use_safetensors: bool = True
     """Whether only safetensors are loaded; false takes pickled weights (.bin), too, of a component that has no
     others. They are read with torch's weights_only, which runs no code of theirs."""
+
+    lora: tuple[LoraConfig, ...] = ()
+    """LoRAs that are fused into the model, as [{path, weight_name, scale, revision}]; all rows of the job have them."""
 
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the dataset's columns where they are others, as {name: column} or name=column,name=column; a name is

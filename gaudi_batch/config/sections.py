@@ -43,6 +43,8 @@ def check_gaudi_fields(value: Mapping[str, Any]) -> None:
         raise ValueError("autocast_bf16_ops and autocast_fp32_ops go together; optimum-habana passes over one alone")
 
 
+OF_LAZY_MODE = ("config", "hpu_graphs", "fused_attention", "quantize")
+"""Fields of `gaudi` that mean something to optimum-habana alone."""
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -72,6 +74,29 @@ class EncodingConfig(Section):
         return {cls.short_for: value} if isinstance(value, str) else value
 
 
+class LoraConfig(Section):
+    """A LoRA that is fused into the model before the first image."""
+
+    path: str
+    """Directory, .safetensors file, hub id or URL of S3, Google Cloud Storage or Azure."""
+
+    weight_name: str | None = None
+    """The file, where there are several; safetensors alone are read."""
+
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """How much of it is added; 0 adds nothing."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub's repository."""
+
+    @field_validator("path")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a directory, a file, a hub id or a URL")
+        return value
+
+
 class CpuConfig(Section):
     """Settings of `device: cpu`."""
 
@@ -80,8 +105,23 @@ class CpuConfig(Section):
     in run.json as the run begins; null on hpu is the card's share of those that its own node may use."""
 
 
+class QuantizeConfig(Section):
+    """Eight-bit floats by Intel Neural Compressor, in optimum-habana's pipelines that know them."""
+
+    config: str
+    """Path of its JSON configuration, where each node sees it; `QUANT_CONFIG` of Intel's documentation."""
+
+    mode: Literal["measure", "quantize"]
+    """`measure` takes the scales in each card's first batch and writes them where the configuration says; `quantize`
+    uses them. Scales belong to one model and one generation of cards."""
+
+
 class GaudiSettings(Section):
     """Settings of `device: hpu`."""
+
+    mode: Literal["lazy", "compile", "eager"] = "lazy"
+    """How images are made: `lazy` by optimum-habana's pipelines in lazy mode; `compile` and `eager` by diffusers' own
+    in eager mode, without optimum-habana, the denoiser compiled by torch.compile or not."""
 
     config: dict[str, Any] | str = Field(default_factory=lambda: {"use_torch_autocast": True})
     """Gaudi config of optimum-habana: fields, or a hub id or path of a gaudi_config.json."""
@@ -93,6 +133,9 @@ class GaudiSettings(Section):
     """Whether the UNet's attention is Intel's fused kernel; if so, other attention may reduce in bfloat16, too. Null is
     true for a new run, and for one that is resumed what it began with; an older version began runs without."""
 
+    quantize: QuantizeConfig | None = None
+    """Eight-bit floats, as {config: PATH, mode: measure or quantize}, for Stable Diffusion 3, FLUX and Qwen-Image."""
+
     max_graphs: PositiveInt = 16
     """Graph keys whose graphs a card keeps; for one more the least recently used is given up, or all, as docs/gaudi.md
     says of each model."""
@@ -102,6 +145,22 @@ class GaudiSettings(Section):
 
     recipe_cache_mb: PositiveInt = 16384
     """Size of that directory in MB, beyond which the oldest recipes are removed."""
+
+    def shaping(self) -> dict[str, Any]:
+        """The fields that decide what a batch is and how long it takes."""
+        if self.mode != "lazy":
+            return {"mode": self.mode}
+        fields = {"config", "hpu_graphs"} | ({"quantize"} if self.quantize else set())
+        return self.model_dump(mode="json", include=fields)
+
+    @model_validator(mode="after")
+    def _of_mode(self) -> GaudiSettings:
+        if self.mode != "lazy":
+            for name in OF_LAZY_MODE:
+                default = type(self).model_fields[name].get_default(call_default_factory=True)
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is a setting of mode lazy; with mode {self.mode} leave it out")
+        return self
 
     @field_validator("config")
     @classmethod

@@ -33,6 +33,8 @@ class Machine:
     """Device memory of one card; default 96."""
     faults: tuple[str, ...] | None = None
     """Faults to inject, each `acquire`, `oom` or `hang`, then `:MODULE`, `@LAUNCH`, `xTIMES` as wished."""
+    driver: str | None = None
+    """Release of the driver and the firmware; default that of the stand-in, 1.24.0."""
     state: str | None = None
     """Directory of the module locks and of `counters/<pid>.json`; None for one that all programs of the user share."""
 
@@ -60,6 +62,7 @@ class Machine:
             "GAUDI_EMULATOR_CAPTURE_SECONDS": self.capture_seconds,
             "GAUDI_EMULATOR_MEMORY_GIB": self.memory_gib,
             "GAUDI_EMULATOR_FAULTS": None if self.faults is None else " ".join(self.faults),
+            "GAUDI_EMULATOR_DRIVER": self.driver,
             "GAUDI_EMULATOR_STATE": state,
         }
         inherited = {name: value for name, value in os.environ.items() if name in wished}

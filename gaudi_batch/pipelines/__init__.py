@@ -21,6 +21,10 @@ def load_pipeline(config: JobConfig, model: ModelInfo, threads: int | None, modu
         from gaudi_batch.pipelines.simulated import SimulatedPipeline
 
         return SimulatedPipeline(config.simulated, module)
+    if config.device == "hpu" and config.gaudi.mode != "lazy":
+        from gaudi_batch.pipelines.native import NativePipeline
+
+        return NativePipeline(config, model, threads or share_of_node())
     if config.device == "hpu":
         from gaudi_batch.pipelines.gaudi import GaudiPipeline
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from gaudi_batch.pipelines.base import Item
+from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.families import Family
 from gaudi_batch.plan import Bucket
 
@@ -50,11 +51,22 @@ def call_arguments(pipeline: Any, family: Family, bucket: Bucket, items: Sequenc
         "width": bucket.width,
         "height": bucket.height,
         "num_inference_steps": bucket.steps,
-        family.guidance: bucket.guidance_scale,
     }
+    if family.guidance is not None:
+        values[family.guidance] = bucket.guidance_scale
     if family.negative is not None and bucket.guidance_scale > 1:
         values["negative_prompt"] = [item.negative_prompt or family.negative for item in items]
     return _named(family) | values
+
+
+def collect(pipeline: Any, family: Family, output: Any, items: list[Item]) -> Generated:
+    """The images of diffusers' output, with the truncation of prompts, which diffusers only logs."""
+    flagged = getattr(output, "nsfw_content_detected", None)
+    return Generated(
+        images=np.asarray(output.images, dtype=np.float32),
+        nsfw=[None] * len(items) if flagged is None else [bool(flag) for flag in flagged],
+        truncated=[is_truncated(pipeline, family, item.prompt) for item in items],
+    )
 
 
 def is_truncated(pipeline: Any, family: Family, prompt: str) -> bool:
@@ -75,10 +87,12 @@ def graph_key(pipeline: Any, family: Family, bucket: Bucket, item: Item) -> tupl
 
 def _named(family: Family) -> dict[str, Any]:
     """The arguments that are always the same, and None for those that are not."""
-    changing = ["prompt", "generator", "width", "height", "num_inference_steps", family.guidance]
+    changing = ["prompt", "generator", "width", "height", "num_inference_steps"]
+    if family.guidance is not None:
+        changing.append(family.guidance)
     if family.negative is not None:
         changing.append("negative_prompt")
-    return dict.fromkeys(changing) | {"num_images_per_prompt": 1, "output_type": "np", **family.arguments}
+    return dict.fromkeys(changing) | {"output_type": "np", **family.always, **family.arguments}
 
 
 def _zero_missing_negatives(pipeline: Any) -> None:

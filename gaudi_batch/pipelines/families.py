@@ -56,8 +56,8 @@ class Family:
     multiple: int = 8
     """Sides of an image must be multiples of this, in pixels."""
     mark: Mark | None = None
-    guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
-    """The argument that takes the guidance scale."""
+    guidance: str | None = "guidance_scale"
+    """The argument that takes the guidance scale: this one, `true_cfg_scale`, or none."""
     takes_guidance: bool = True
     """Whether a guidance scale over 1 means something."""
     doubles: bool = True
@@ -68,17 +68,23 @@ class Family:
     """Arguments for further text encoders. None is given, so all of them read the prompt."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of each call."""
+    always: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1})
+    """Arguments of each call that nearly all classes have."""
     hpu_dtype: Literal["bfloat16"] | None = None
     """The type on hpu if the job names none; None is as the Gaudi config says."""
     denoiser: Literal["unet", "transformer"] = "unet"
     """The component that a graph holds."""
     attention: Literal["asked", "fused", "plain"] = "asked"
     """The denoiser's on hpu: fused if asked for, always fused, or never."""
+    quantizes: bool = False
+    """Whether optimum-habana's pipeline computes in eight-bit floats if asked to."""
     drops_single_graphs: bool = True
     """Whether the graphs of one key can be given up; else all go together."""
     text_lengths: tuple[int, ...] = ()
     """If the transformer attends to the padding of its text: the numbers of tokens to which texts are padded, with a
     mask."""
+    is_known: bool = True
+    """Whether a row of this table says all of this; else the signature of the class's call does (signatures.py)."""
 
 
 _OLD_SCHEDULERS = {
@@ -128,6 +134,7 @@ _SD3 = Family(
     hpu_dtype="bfloat16",
     denoiser="transformer",
     attention="fused",
+    quantizes=True,
 )
 _FLUX = Family(
     name="FLUX.1 dev",
@@ -148,6 +155,7 @@ _FLUX = Family(
     hpu_dtype="bfloat16",
     denoiser="transformer",
     attention="fused",
+    quantizes=True,
     drops_single_graphs=False,
 )
 
@@ -227,6 +235,7 @@ FAMILIES = (
         hpu_dtype="bfloat16",
         denoiser="transformer",
         attention="plain",
+        quantizes=True,
         drops_single_graphs=False,
         text_lengths=(128, 256, 512, 1024),
     ),

@@ -11,28 +11,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
-import time
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.pipelines.base import DeviceError, DeviceMemory, Generated, Item, OutOfDeviceMemory
+from gaudi_batch.pipelines.base import DeviceMemory, Generated, Item
 from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
+from gaudi_batch.pipelines.hpu import WARMUP_BATCHES, acquire, describe_device, explained, take_memory_peak
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
 from gaudi_batch.plan import Bucket
-
-WARMUP_BATCHES = 3
-"""First batches of a graph key that compile or may; optimum-habana leaves as many out of its own throughput
-(`throughput_warmup_steps` in its pipelines)."""
-ACQUIRE_TIMEOUT_S = 30.0
-"""Seconds for which a card that is not free is tried again."""
-OUT_OF_MEMORY = ("PT_DEVMEM", "Allocation failed for size", "out of memory")
-"""Messages of Intel's bridge when device memory is exhausted."""
-DEVICE_FAILURES = ("synStatus", "FATAL ERROR :: MODULE:", "Graph compile failed", "Device acquire failed")
-"""Messages of Intel's bridge when the driver, the device or the graph compiler has failed."""
 
 
 class GaudiPipeline:
@@ -50,7 +39,7 @@ class GaudiPipeline:
     warmup_batches = WARMUP_BATCHES
 
     def __init__(self, config: JobConfig, model: ModelInfo, threads: int) -> None:
-        require_stack()
+        require_stack(config.gaudi.mode)
         prepare(config)
         # Both log what they do to prompts, at INFO, as soon as they are imported.
         logging.getLogger("optimum").setLevel(logging.ERROR)
@@ -68,13 +57,17 @@ class GaudiPipeline:
         import diffusers
 
         from gaudi_batch.pipelines.calls import prepare_calls
-        from gaudi_batch.pipelines.cpu import fetch, revision_beside, silence_libraries
+        from gaudi_batch.pipelines.loading import fetch, fuse_loras, revision_beside, silence_libraries
 
+        if config.gaudi.quantize is not None and importlib.util.find_spec("neural_compressor") is None:
+            raise RuntimeError(
+                "gaudi.quantize needs Intel Neural Compressor: pip install neural_compressor_pt of Intel's release"
+            )
         torch.set_num_threads(threads)
         silence_libraries()
         hpu = importlib.import_module("habana_frameworks.torch.hpu")
-        _acquire(hpu)
-        self.device = _describe_device(hpu)
+        acquire(hpu)
+        self.device = describe_device(hpu)
         self._hpu = hpu
         self._graphs: dict[Hashable, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, model.family.gaudi_class)
@@ -99,13 +92,15 @@ class GaudiPipeline:
                 log_level=logging.ERROR,
             )
         except RuntimeError as error:
-            raise _explained(error, None, 0) from error
+            raise explained(error, None, 0) from error
+        fuse_loras(self._pipeline, model)
         if config.gaudi.fused_attention is not False:
             _fuse_attention(self._pipeline, model.family)
         if model.pipeline_class == "StableDiffusionXLPipeline":
             _leave_sizes_single_without_guidance(self._pipeline)
         prepare_calls(self._pipeline, model.family)
         self._family = model.family
+        self._quant_mode = config.gaudi.quantize.mode if config.gaudi.quantize else None
         self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
@@ -116,17 +111,20 @@ class GaudiPipeline:
         Raises:
             DeviceError: the device, its driver or its memory failed.
         """
-        from gaudi_batch.pipelines.calls import call_arguments
-        from gaudi_batch.pipelines.cpu import collect
+        from gaudi_batch.pipelines.calls import call_arguments, collect
 
         cache: dict[int, Any] = getattr(self._pipeline, "cache", {})
         before = set(cache)
         try:
             output = self._pipeline(
-                **call_arguments(self._pipeline, self._family, bucket, items), batch_size=len(items)
+                **call_arguments(self._pipeline, self._family, bucket, items),
+                # Upstream converts the model in each call that is told so, and one conversion is enough.
+                **({"quant_mode": self._quant_mode} if self._quant_mode else {}),
+                batch_size=len(items),
             )
+            self._quant_mode = None
         except RuntimeError as error:
-            raise _explained(error, bucket, len(items)) from error
+            raise explained(error, bucket, len(items)) from error
         finally:
             self._graphs.setdefault(self.graph_key(bucket, items[0]), set()).update(cache.keys() - before)
         return collect(self._pipeline, self._family, output, items)
@@ -152,9 +150,7 @@ class GaudiPipeline:
 
     def take_memory_peak(self) -> DeviceMemory:
         """What tensors have taken of the device's memory, see `Pipeline`."""
-        peak = self._hpu.max_memory_allocated()
-        self._hpu.reset_peak_memory_stats()
-        return DeviceMemory(int(peak), int(self._hpu.mem_get_info()[1]))
+        return take_memory_peak(self._hpu)
 
     def notes(self) -> list[str]:
         """A line for each version that optimum-habana was not validated with."""
@@ -195,55 +191,7 @@ def _leave_sizes_single_without_guidance(pipeline: Any) -> None:
     pipeline._split_inputs_into_batches = split_inputs
 
 
-def _acquire(hpu: Any) -> None:
-    """Acquires the card, which the process before this one may still hold."""
-    deadline = time.monotonic() + ACQUIRE_TIMEOUT_S
-    while True:
-        try:
-            return hpu.init()  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            module = os.environ.get("HABANA_VISIBLE_MODULES", "any")
-            if "Invalid HABANA_VISIBLE_MODULES" in str(error):
-                raise RuntimeError(
-                    f"this node has no module {module}; start its Ray with HABANA_VISIBLE_MODULES naming those that"
-                    f" hl-smi shows: {error}"
-                ) from None
-            if "acquire failed" not in str(error) or time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"module {module} of this node can't be had; hl-smi shows which process holds it: {error}"
-                ) from None
-        time.sleep(1)
-
-
-def _describe_device(hpu: Any) -> str:
-    emulated = " (emulated)" if getattr(importlib.import_module("habana_frameworks"), "EMULATED", False) else ""
-    return f"hpu {hpu.get_device_name()}{emulated}"
-
-
 def _without_op_lists(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Without the lists of operations, which are in place by now: once the bridge is imported, optimum-habana refuses
     to take them."""
     return {name: value for name, value in mapping.items() if name not in _OP_LISTS.values()}
-
-
-def _explained(error: RuntimeError, bucket: Bucket | None, batch_size: int) -> RuntimeError:
-    """An error of Intel's bridge as what it means; one that means nothing is returned as it is.
-
-    Args:
-        error: the error.
-        bucket: of the batch, None while the model is loaded.
-        batch_size: images of the batch.
-    """
-    message = " ".join(str(error).split())
-    if bucket is None and any(mark in message for mark in OUT_OF_MEMORY):
-        return OutOfDeviceMemory(f"the model does not fit into the device's memory; try --dtype bfloat16: {message}")
-    if any(mark in message for mark in OUT_OF_MEMORY):
-        smaller = (
-            f"try --batch-size {batch_size // 2}"
-            if batch_size > 1
-            else "the batch size is 1 already; try smaller images, or --dtype bfloat16"
-        )
-        return OutOfDeviceMemory(f"out of device memory at batch size {batch_size} ({bucket}); {smaller}: {message}")
-    if any(mark in message for mark in DEVICE_FAILURES):
-        return DeviceError(f"the device failed: {message}")
-    return error

@@ -29,12 +29,14 @@ def environment(config: JobConfig) -> dict[str, str]:
     Returns:
         Variables for Ray's runtime environment, which puts the node's own HOME in.
     """
-    # HPU graphs need lazy mode. Intel calls it a legacy; this is the one place that knows of it.
-    variables = {"PT_HPU_LAZY_MODE": "1"}
     gaudi = config.gaudi
+    # Releases differ in what an unset variable means, so it is always set.
+    variables = {"PT_HPU_LAZY_MODE": "1" if gaudi.mode == "lazy" else "0"}
     if gaudi.recipe_cache is not None:
         # https://docs.habana.ai/en/latest/PyTorch/Reference/Runtime_Flags.html: path, clear it first, size in MB
         variables["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
+    if gaudi.quantize is not None:
+        variables["QUANT_CONFIG"] = gaudi.quantize.config
     ops = _op_lists(config)
     for name in ops:
         # Optimum-habana would write to two fixed files in /tmp, which all cards and users of a node share.
@@ -58,6 +60,8 @@ def prepare(config: JobConfig) -> None:
 
 def _op_lists(config: JobConfig) -> dict[str, list[str]]:
     """The operations for each variable; empty unless the config has both lists, as optimum-habana requires."""
+    if config.gaudi.mode != "lazy":
+        return {}
     mapping = gaudi_mapping(config)
     lists = {name: mapping.get(field) for name, field in _OP_LISTS.items()}
     return {} if any(ops is None for ops in lists.values()) else lists  # type: ignore[return-value]
@@ -70,16 +74,19 @@ def gaudi_mapping(config: JobConfig) -> dict[str, Any]:
     return {**config.gaudi.config, **autocast}
 
 
-def require_stack() -> None:
-    """Raises a RuntimeError, with the way out, if this Python lacks what a Gaudi card needs."""
+def require_stack(mode: str) -> None:
+    """Raises a RuntimeError, with the way out, if this Python lacks what a Gaudi card needs in this mode."""
     if importlib.util.find_spec("habana_frameworks") is None:
         raise RuntimeError(
             "habana_frameworks is not installed here; it comes with Intel's Gaudi container and is on no public index."
             " Run in that container, or choose --device cpu"
         )
+    if mode != "lazy":
+        return
     try:
         importlib.metadata.version("optimum-habana")
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeError(
-            "optimum-habana is not installed here; install gaudi-batch[gaudi] with -c constraints-gaudi.txt"
+            "optimum-habana is not installed here; install gaudi-batch[gaudi] with -c constraints-gaudi.txt, or choose"
+            " --gaudi.mode compile or eager, which need none"
         ) from None

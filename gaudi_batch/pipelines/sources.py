@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,22 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import GAUDI_FIELDS, check_gaudi_fields
 from gaudi_batch.errors import HubUnreachable, InputError
 from gaudi_batch.pipelines.families import FAMILIES, NOISY_SCHEDULERS, SIMULATED, Family
-from gaudi_batch.pipelines.model_files import read_json
+from gaudi_batch.pipelines.lora import LoraInfo, describe_loras
+from gaudi_batch.pipelines.model_files import (
+    PICKLED,
+    WEIGHT_SUFFIXES,
+    entries_of_model,
+    files_of_model,
+    read_json,
+    weight_shapes,
+)
+from gaudi_batch.pipelines.signatures import family_of
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.pipelines.trust import refuse_code
-from gaudi_batch.storage.filesystem import expanded
+from gaudi_batch.redaction import redact
+from gaudi_batch.storage.filesystem import expanded, same_store
+from gaudi_batch.storage.listing import Entry
+from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import told_if_slow
 from gaudi_batch.text import one_line, short_repr
 
@@ -26,9 +38,9 @@ BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).resolve().parent.parent / "models"
 NOT_LOOKED_AT = "not looked at, as the hub can't be reached from here"
 GAUDI_CONFIG_FILE = "gaudi_config.json"
-WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
-PICKLED = ".bin"
-"""Weights that a job without `use_safetensors` also takes if there are no safetensors."""
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+MAX_JSON = 32 * 1024**2
+"""Bytes of a JSON file of a model; a tokenizer's has some millions."""
 MAX_VAE_BLOCKS = 10
 """Most blocks of a VAE, each of which halves the sides; no model has as many."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,13 +60,19 @@ class ModelInfo:
     family: Family
     """What it has in common with others of its kind."""
     scheduler: str | None
-    """The class of the scheduler to use, of diffusers or optimum-habana; None on the simulated device."""
+    """The class of the scheduler to use, of diffusers or optimum-habana; None for the model's own."""
     width: int
     """The model's own width in pixels."""
     height: int
     use_safetensors: bool = True
     """Whether only safetensors are loaded. If not, libraries also take pickles where there are no safetensors, and read
     them with torch's `weights_only`."""
+    storage: Storage | None = None
+    """Where it lies, if that is a store."""
+    files: Mapping[str, Entry] = field(default_factory=dict)
+    """What it has there, by path."""
+    loras: tuple[LoraInfo, ...] = ()
+    """LoRAs that are fused into it."""
     looked_at: bool = True
     """False for a hub model of which nothing but its name is known."""
 
@@ -79,6 +97,8 @@ def describe_model(config: JobConfig) -> ModelInfo:
             known = ", ".join(f"builtin:{path.parent.name}" for path in BUILTIN_MODELS.glob("*/model_index.json"))
             raise InputError(f"model {name!r} is not built in; built in: {known or 'none'}")
         return _describe(config, directory, None)
+    if "://" in name:
+        return _in_storage(config)
     directory = expanded(name)
     if directory.is_dir():
         if config.revision is not None:
@@ -88,6 +108,29 @@ def describe_model(config: JobConfig) -> ModelInfo:
         raise InputError(f"model {name!r}: there is no such directory, and it is not a hub id such as 'owner/name'")
     snapshot = _from_hub("model", name, config.revision, "*.json")
     return _describe(config, snapshot, snapshot.name)
+
+
+def _in_storage(config: JobConfig) -> ModelInfo:
+    """A model in a store. Its JSON files are read, and it is known by what the store says of all its files."""
+    name = redact(config.model or "")
+    if config.revision is not None:
+        raise InputError(f"revision {config.revision!r}: model {name!r} is in a store; only hub models have one")
+    options = config.storage_options if same_store(config.model or "", config.output) else {}
+    storage = Storage(config.model or "", options, config.storage_patience, read_only=True)
+    files = entries_of_model(storage)
+    if not files:
+        raise InputError(f"model {name!r}: there is nothing in {storage.url}")
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        for path, entry in files.items():
+            local = directory / path
+            local.parent.mkdir(parents=True, exist_ok=True)
+            # Of the others only their names count here.
+            local.write_bytes((storage.get(path) or b"") if path.endswith(".json") and entry.size < MAX_JSON else b"")
+        model = _describe(config, directory, None)
+    marks = "\0".join(f"{path}\0{entry.size}\0{entry.mark}" for path, entry in sorted(files.items()))
+    revision = hashlib.sha256(marks.encode()).hexdigest()
+    return replace(model, path="", revision=revision, storage=storage, files=files)
 
 
 def builtin_directory(name: str) -> Path:
@@ -128,12 +171,14 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
     index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
     family = next((family for family in FAMILIES if _is_of(family, name, directory, pipeline_class)), None)
+    is_lazy = config.device == "hpu" and config.gaudi.mode == "lazy"
+    if family is None and not is_lazy and isinstance(pipeline_class, str):
+        family = family_of(pipeline_class, {part: value for part, value in index.items() if value != [None, None]})
     if family is None:
-        known = ", ".join(dict.fromkeys(family.pipeline_class for family in FAMILIES))
-        raise InputError(f"model {name!r} is a {one_line(pipeline_class, 100)}; supported: {known}")
+        raise _unsupported(f"model {name!r} is a {one_line(pipeline_class, 100)}", is_lazy)
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
-    if family.denoiser == "transformer":
+    if family.denoiser == "transformer" and (family.is_known or (directory / SCHEDULER_CONFIG).is_file()):
         _refuse_noise(name, directory)
     width, height = _native_size(name, directory, family)
     return ModelInfo(
@@ -146,6 +191,19 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
         width=width,
         height=height,
         use_safetensors=config.use_safetensors,
+        loras=describe_loras(config, weight_shapes(name, directory, commit)) if config.lora else (),
+    )
+
+
+def _unsupported(what: str, is_lazy: bool) -> InputError:
+    known = ", ".join(dict.fromkeys(family.pipeline_class for family in FAMILIES))
+    if is_lazy:
+        return InputError(
+            f"{what}; supported: {known}, and with --gaudi.mode compile or eager all text-to-image classes of diffusers"
+        )
+    return InputError(
+        f"{what}, which is no class of the diffusers that is installed here or makes no images from texts alone;"
+        f" supported: {known}, and its other text-to-image classes"
     )
 
 
@@ -167,8 +225,12 @@ def _is_of(family: Family, name: str, directory: Path, pipeline_class: Any) -> b
 
 
 def _native_size(name: str, directory: Path, family: Family) -> tuple[int, int]:
-    """Width and height in pixels that a model was made for."""
-    blocks = read_json(f"model {name!r}", directory, "vae/config.json").get("block_out_channels") or [1, 1, 1, 1]
+    """Width and height in pixels that a model was made for; 0 where a class that is not in the table says nothing."""
+    wanted = ["vae/config.json", *([family.size_from] if family.size_from else [])]
+    if not family.is_known and not all((directory / file).is_file() for file in wanted):
+        return 0, 0
+    vae = read_json(f"model {name!r}", directory, wanted[0])
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [1, 1, 1, 1]
     sample = family.latents
     if family.size_from:
         sample = read_json(f"model {name!r}", directory, family.size_from).get("sample_size") or sample
@@ -186,9 +248,13 @@ def _native_size(name: str, directory: Path, family: Family) -> tuple[int, int]:
     return width << len(blocks) - 1, height << len(blocks) - 1
 
 
-def _scheduler(config: JobConfig, family: Family) -> str:
-    on_hpu = config.device == "hpu"
+def _scheduler(config: JobConfig, family: Family) -> str | None:
+    on_hpu = config.device == "hpu" and config.gaudi.mode == "lazy"
     known = family.gaudi_schedulers if on_hpu else family.schedulers
+    if not family.is_known:
+        if config.scheduler is not None:
+            raise InputError(f"scheduler {config.scheduler!r}: a {family.name} keeps its own; leave scheduler out")
+        return None
     name = config.scheduler or next(iter(known))
     if name in known:
         return known[name]
@@ -202,7 +268,7 @@ def _scheduler(config: JobConfig, family: Family) -> str:
 
 
 def _refuse_noise(name: str, directory: Path) -> None:
-    if read_json(f"model {name!r}", directory, "scheduler/scheduler_config.json").get("stochastic_sampling"):
+    if read_json(f"model {name!r}", directory, SCHEDULER_CONFIG).get("stochastic_sampling"):
         raise InputError(
             f"model {name!r}: its scheduler has stochastic_sampling, which draws noise for a whole batch, so an image"
             " would depend on its neighbours; set it to false in a copy of the model"
@@ -212,7 +278,7 @@ def _refuse_noise(name: str, directory: Path) -> None:
 def _require_weights(config: JobConfig, directory: Path, commit: str | None, index: Mapping[str, Any]) -> None:
     name = config.model or ""
     wanted = (".safetensors",) if config.use_safetensors else (".safetensors", PICKLED)
-    files, all_of_them = _files(name, directory, commit)
+    files, all_of_them = files_of_model(name, directory, commit)
     for component, value in index.items():
         if not isinstance(value, list) or value[0] is None or f"{component}/config.json" not in files:
             continue
@@ -226,18 +292,6 @@ def _require_weights(config: JobConfig, directory: Path, commit: str | None, ind
             )
         if all_of_them:
             raise InputError(f"model {name!r}: its {component} has no {' and no '.join(wanted)}")
-
-
-def _files(name: str, directory: Path, commit: str | None) -> tuple[set[str], bool]:
-    """The files of a model, including those of its components, and whether these are all: of a hub that can't be
-    reached, only files fetched before are known."""
-    from huggingface_hub import list_repo_files
-
-    if commit is not None:
-        with contextlib.suppress(Exception):
-            return set(list_repo_files(name, revision=commit)), True
-    names = {path.relative_to(directory).as_posix() for pattern in ("*", "*/*") for path in directory.glob(pattern)}
-    return names, commit is None
 
 
 def read_gaudi_config(source: Mapping[str, Any] | str) -> dict[str, Any]:

@@ -16,8 +16,10 @@ PACKAGES = ("gaudi-batch", "numpy", "pillow")
 TORCH_PACKAGES = (*PACKAGES, "torch", "diffusers", "transformers", "tokenizers", "ftfy")
 """The same where diffusers generates. transformers has ftfy clean a prompt where it is installed, and else does it
 itself, otherwise (`CLIPTokenizer` of transformers 4.55)."""
-HPU_PACKAGES = (*TORCH_PACKAGES, "optimum-habana", "habana-torch-plugin")
+NATIVE_PACKAGES = (*TORCH_PACKAGES, "habana-torch-plugin")
 """The same on Gaudi cards. The plugin's version is that of Intel's release, graph compiler and kernels among it."""
+HPU_PACKAGES = (*NATIVE_PACKAGES, "optimum-habana")
+"""The same in lazy mode."""
 _MODULES = {"pillow": "PIL"}
 """Modules of packages whose names differ."""
 

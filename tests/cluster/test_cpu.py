@@ -182,7 +182,7 @@ def test_what_shapes_an_image_changes_the_revision_of_a_directory(tmp_path: Path
 
 
 def test_a_card_has_the_built_in_model_of_its_own_package(tmp_path: Path) -> None:
-    from gaudi_batch.pipelines.cpu import fetch
+    from gaudi_batch.pipelines.loading import fetch
 
     shutil.copytree(BUILTIN_MODELS / "shapes", tmp_path / "where the driver has it")
     info = vars(describe_model(config("builtin:shapes"))) | {"path": str(tmp_path / "where the driver has it")}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
+
+# As for upstream's own tests: optimum-habana's graphs need lazy mode, which is no longer the default.
+os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
 
 if importlib.util.find_spec("habana_frameworks") is None:
     collect_ignore_glob = ["*"]

@@ -122,3 +122,10 @@ def test_what_is_not_emulated_says_its_name() -> None:
         hccl.initialize_distributed_hpu()
     with pytest.raises(NotImplementedError, match="ModuleCacher is not emulated"):
         ht.hpu.ModuleCacher()(model=None)
+
+
+def test_a_list_of_numbers_of_the_device_is_read() -> None:
+    number = torch.tensor(3.0, device="hpu")
+    made = torch.tensor([number / 2, 4])
+    assert (made.device.type, made.tolist()) == ("cpu", [1.5, 4.0])
+    assert torch.tensor([[number]], device="hpu").device.type == "hpu"

@@ -159,6 +159,17 @@ def test_optimum_habana_runs_on_the_emulated_device(tmp_path: Path) -> None:
     assert " passed" in run.stdout
 
 
+@pytest.mark.torch
+def test_diffusers_own_pipelines_run_on_the_emulated_device_in_eager_mode(tmp_path: Path) -> None:
+    """Which it is in if no variable says so."""
+    run = command_line(
+        *("emulate", "--state", tmp_path, "--memory-gib", "1", "--"),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "eager"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
 @pytest.mark.ray
 @pytest.mark.torch
 def test_ray_finds_the_cards_and_each_actor_holds_its_own(tmp_path: Path) -> None:

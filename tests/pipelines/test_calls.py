@@ -31,6 +31,7 @@ def test_a_negative_prompt_is_given_with_guidance_alone_and_never_where_none_is_
 
     for scale in (0.0, 1.0, 4.0):
         arguments = call_arguments(READER, family, Bucket(64, 96, 7, scale), ITEMS)
+        assert family.guidance is not None
         assert arguments[family.guidance] == scale
         assert (arguments["width"], arguments["height"], arguments["num_inference_steps"]) == (64, 96, 7)
         expected = [family.negative, "blurry"] if scale > 1 else None

@@ -97,6 +97,37 @@ def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_gra
     assert {line["module"] for line in lines} <= {4, 5}
 
 
+WITHOUT_OPTIMUM = """
+import sys
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("optimum"):
+            raise ImportError(f"{name} is not installed here")
+
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.torch
+def test_in_eager_mode_a_job_needs_no_optimum_habana_and_makes_the_images_of_the_cpu(
+    prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
+) -> None:
+    """Also if a card fails in its midst."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPTIMUM)
+    job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
+    state = tmp_path / "machine"
+    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@7", "--state", state, "--", "gaudi-batch")
+    result = command_line(*emulate, *job, "--gaudi.mode", "eager", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 3, result.stderr
+    assert "try --batch-size 2" in result.stderr
+    assert hashes(tmp_path / "out") == on_cpu
+    assert [(card["module"], card["captures"]) for card in counters(state)] == [(0, 0), (0, 0)]
+    assert json.loads((tmp_path / "out/run.json").read_text())["fingerprint"]["gaudi"] == {"mode": "eager"}
+
+
 @pytest.mark.torch
 def test_a_card_whose_device_fails_is_replaced_on_its_module_and_nothing_is_lost(
     prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
@@ -257,6 +288,7 @@ def test_the_published_example_runs_word_for_word(tmp_path: Path) -> None:
         *("emulate", "--modules", "1", "--state", tmp_path / "machine", "--", sys.executable, script),
         HF_HUB_OFFLINE="1",
         HF_HUB_CACHE=str(tmp_path / "hub"),
+        PT_HPU_LAZY_MODE="1",
     )
     assert result.returncode == 0, result.stderr
     # Five full batches of 50 steps: one capture, and a replay for every other step.

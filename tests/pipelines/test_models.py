@@ -258,7 +258,7 @@ def test_the_gaudi_pipeline_looks_at_a_model_in_the_same_way(
     optimum = types.SimpleNamespace(GaudiConfig=dict, diffusers=pipelines)
     monkeypatch.setitem(sys.modules, "optimum.habana", optimum)
     monkeypatch.setitem(sys.modules, "habana_frameworks.torch.hpu", types.SimpleNamespace(get_device_name=str))
-    for name in ("require_stack", "_acquire", "_describe_device", "prepare"):
+    for name in ("require_stack", "acquire", "describe_device", "prepare"):
         monkeypatch.setattr(gaudi, name, lambda *_: None)
     info = ModelInfo(**vars(describe_model(config("builtin:shapes"))) | {"name": "m", "path": str(model)})
     with pytest.raises(InputError, match="brings code"):

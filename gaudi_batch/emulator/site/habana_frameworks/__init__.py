@@ -14,10 +14,12 @@ EMULATED = True
 def __autoload() -> None:
     """What `import torch` calls, by the entry point of the plugin: in eager mode it makes device hpu known.
 
-    In lazy mode, the default, a program imports `habana_frameworks.torch` itself: what must be set before that, such
-    as the lists of autocast, can then still be set.
+    In lazy mode a program imports `habana_frameworks.torch` itself: what must be set before that, such as the lists of
+    autocast, can then still be set.
     """
-    if os.environ.get("PT_HPU_LAZY_MODE", "1") == "0":
+    from habana_frameworks._emulation.settings import is_lazy
+
+    if not is_lazy():
         import habana_frameworks.torch  # noqa: F401
 
 

@@ -25,6 +25,7 @@ class Counters:
     replays: int = 0
     mark_steps: int = 0
     fused_attentions: int = 0
+    copies: int = 0
     synchronizes: int = 0
     memory_in_use: int = 0
     memory_peak: int = 0
@@ -32,8 +33,8 @@ class Counters:
 
     @property
     def launches(self) -> int:
-        """How often the device was given work: captures, replays and mark_steps."""
-        return self.captures + self.replays + self.mark_steps
+        """How often the device was given work: captures, replays, mark_steps, and in eager mode copies to the host."""
+        return self.captures + self.replays + self.mark_steps + self.copies
 
     def acquired(self, module: int) -> None:
         """The process has taken a module."""

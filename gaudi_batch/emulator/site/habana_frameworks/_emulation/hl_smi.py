@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from habana_frameworks._emulation.modules import holder
-from habana_frameworks._emulation.settings import SYNAPSE_VERSION, settings
+from habana_frameworks._emulation.settings import settings
 
-DRIVER = f"{SYNAPSE_VERSION}-emulated"
+DRIVER = f"{settings().driver}-emulated"
 MIB = 1024**2
 WIDTH = 78
 IDLE_WATTS, BUSY_WATTS, MAX_WATTS = 90, 380, 600
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="hl-smi", description="Modules of the emulated machine.")
     parser.add_argument("-L", "--list", action="store_true", help="one line per module")
+    parser.add_argument("--fw-versions", action="store_true", help="versions of the firmware of each module")
     parser.add_argument("-v", "--version", action="store_true", help="version of the tool")
     parser.add_argument("-Q", "--query-aip", metavar="FIELDS", help=", ".join(FIELDS))
     parser.add_argument("-f", "--format", default="csv", help="csv[,noheader][,nounits]")
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modules = [module for module in settings().modules if parsed.id in (None, _bus(module))]
     if parsed.version:
         print(f"hl-smi version: hl-{DRIVER}")
+    elif parsed.fw_versions:
+        for index, module in enumerate(modules):
+            print(f"AIP {index} ({_bus(module)}): preboot hl-gaudi2-{settings().driver}-fw-62.0.1-sec-9, boot the same")
     elif parsed.list:
         for index, module in enumerate(modules):
             print(f"AIP {index}: HL-225 (UUID: {_uuid(module)}) module {module} bus {_bus(module)}")

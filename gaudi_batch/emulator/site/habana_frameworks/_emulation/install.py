@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_map
 
 from habana_frameworks._emulation.generator import Generator
 from habana_frameworks._emulation.tensor import HpuTensor, on_device, to_device, to_host
@@ -95,6 +96,8 @@ def _with_device(plain: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(data, HpuTensor):
             moved = data.to(device or data.device, copy=plain.__name__ == "tensor")
             return moved if kwargs.get("dtype") is None else moved.to(kwargs["dtype"])
+        if isinstance(data, (list, tuple)):  # of numbers of the device, which are read
+            data = tree_map(lambda value: to_host(value) if isinstance(value, HpuTensor) else value, data)
         device = _device_of_context() if device is None else device
         if _names_hpu(device):
             return to_device(plain(data, *args, device="cpu", **kwargs))

@@ -15,6 +15,9 @@ GIB = 1024**3
 SYNAPSE_VERSION = "1.24.0"
 """The release that the stand-in's metadata and hl-smi show, and that optimum-habana 1.21 was validated with."""
 
+LAZY_MODE = "PT_HPU_LAZY_MODE"
+"""Lazy mode is on if this is 1. Unset, releases since 1.21 take eager mode."""
+
 _FAULT = re.compile(r"(?P<kind>acquire|oom|hang)(:(?P<module>\d+))?(@(?P<launch>\d+))?(x(?P<times>\d+))?")
 
 
@@ -23,8 +26,8 @@ class Fault:
     """One injected fault, written `KIND[:MODULE][@LAUNCH][xTIMES]`.
 
     `acquire` refuses the device, `oom` fails for want of device memory and `hang` never returns, the latter two from
-    launch number LAUNCH of a process on (a capture, a replay or a mark_step is a launch; the first is 1). It happens
-    TIMES times (1 unless said) in all the processes that share a state directory.
+    launch number LAUNCH of a process on (a capture, a replay or a mark_step is a launch, in eager mode a copy to the
+    host; the first is 1). It happens TIMES times (1 unless said) in all the processes that share a state directory.
     """
 
     text: str
@@ -54,12 +57,14 @@ class Settings:
     memory: int
     """Device memory of one module, in bytes."""
     faults: tuple[Fault, ...]
+    driver: str
+    """The release of the driver and the firmware; a node may have another than that of the container."""
     state: Path
     """Where module locks, counters and what faults remember are kept."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Reads GAUDI_EMULATOR_{MODULES,CAPTURE_SECONDS,MEMORY_GIB,FAULTS,STATE}."""
+        """Reads GAUDI_EMULATOR_{MODULES,CAPTURE_SECONDS,MEMORY_GIB,FAULTS,DRIVER,STATE}."""
         modules = environment.get("GAUDI_EMULATOR_MODULES", "0,1,2,3,4,5,6,7")
         faults = environment.get("GAUDI_EMULATOR_FAULTS", "").split()
         return cls(
@@ -67,6 +72,7 @@ class Settings:
             capture_seconds=float(environment.get("GAUDI_EMULATOR_CAPTURE_SECONDS", "0")),
             memory=int(float(environment.get("GAUDI_EMULATOR_MEMORY_GIB", "96")) * GIB),
             faults=tuple(Fault.parse(fault) for fault in faults),
+            driver=environment.get("GAUDI_EMULATOR_DRIVER", SYNAPSE_VERSION),
             state=Path(environment.get("GAUDI_EMULATOR_STATE") or default_state()),
         )
 
@@ -74,6 +80,11 @@ class Settings:
 def default_state() -> Path:
     """One directory per user: all that a user emulates shares its modules, as programs share those of a machine."""
     return Path(tempfile.gettempdir()) / f"gaudi-emulator-{getpass.getuser()}"
+
+
+def is_lazy() -> bool:
+    """Whether this process is in lazy mode."""
+    return os.environ.get(LAZY_MODE, "0") != "0"
 
 
 @lru_cache

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map
 
-from habana_frameworks._emulation import memory, modules
+from habana_frameworks._emulation import faults, memory, modules
+from habana_frameworks._emulation.counters import counters
 from habana_frameworks._emulation.generator import default_generator, drawing_from_default, is_of_device
+from habana_frameworks._emulation.settings import is_lazy
 
 HPU = torch.device("hpu", 0)
 _CPU = torch.device("cpu")
@@ -153,6 +155,9 @@ def to_device(tensor: torch.Tensor, dtype: torch.dtype | None = None, memory_for
 def to_host(tensor: HpuTensor, dtype: torch.dtype | None = None, memory_format: Any = None) -> torch.Tensor:
     """A copy in the host of a tensor of the device."""
     options = {} if memory_format is None else {"memory_format": memory_format}
+    if not is_lazy():
+        counters.count("copies")
+        faults.check_launch()
     with torch.no_grad():
         return tensor._host.detach().to(device="cpu", dtype=dtype, copy=True, **options)
 

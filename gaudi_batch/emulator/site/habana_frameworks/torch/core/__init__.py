@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import warnings
 from typing import Any
 
 from habana_frameworks._emulation import faults, modules
 from habana_frameworks._emulation.absent import absent
 from habana_frameworks._emulation.counters import counters
+from habana_frameworks._emulation.settings import is_lazy
 from habana_frameworks.torch import hpu
 
 __all__ = [
@@ -25,7 +27,11 @@ __all__ = [
 
 
 def mark_step(device_str: str = "", sync: bool = False) -> None:
-    """Hands what has gathered to the device; here it was executed at once, so this is counted only."""
+    """Hands what has gathered to the device; here it was executed at once, so this is counted only. In eager mode
+    nothing gathers."""
+    if not is_lazy():
+        _warn_of_eager_mode()
+        return
     counters.count("mark_steps")
     faults.check_launch()
 
@@ -33,9 +39,9 @@ def mark_step(device_str: str = "", sync: bool = False) -> None:
 iter_mark_step = mark_step
 
 
-def is_lazy() -> bool:
-    """Whether PT_HPU_LAZY_MODE asks for lazy mode, which is the default."""
-    return os.environ.get("PT_HPU_LAZY_MODE", "1") != "0"
+@functools.cache
+def _warn_of_eager_mode() -> None:
+    warnings.warn("mark_step does nothing: PT_HPU_LAZY_MODE is not 1", stacklevel=3)
 
 
 def hpu_set_env(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,5 @@
-"""The device: how many there are, which one this process holds, streams, graphs, memory and random numbers."""
+"""The device: how many there are, which one this process holds, streams, graphs, memory and random numbers. Graphs are
+there in lazy mode alone."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch as pytorch
 
 from habana_frameworks._emulation import install, modules
 from habana_frameworks._emulation.absent import absent, absent_class
-from habana_frameworks.torch.hpu import graphs, memory, random, streams
-from habana_frameworks.torch.hpu.graphs import HPUGraph, wrap_in_hpu_graph
+from habana_frameworks._emulation.settings import is_lazy
+from habana_frameworks.torch.hpu import memory, random, streams
 from habana_frameworks.torch.hpu.memory import (
     max_memory_allocated,
     max_memory_reserved,
@@ -39,13 +40,11 @@ from habana_frameworks.torch.hpu.streams import Event, Stream, current_stream, d
 
 __all__ = [
     "Event",
-    "HPUGraph",
     "Stream",
     "current_stream",
     "default_stream",
     "get_rng_state",
     "get_rng_state_all",
-    "graphs",
     "initial_seed",
     "manual_seed",
     "manual_seed_all",
@@ -67,8 +66,12 @@ __all__ = [
     "stream",
     "streams",
     "synchronize",
-    "wrap_in_hpu_graph",
 ]
+if is_lazy():
+    from habana_frameworks.torch.hpu import graphs
+    from habana_frameworks.torch.hpu.graphs import HPUGraph, wrap_in_hpu_graph
+
+    __all__ += ["HPUGraph", "graphs", "wrap_in_hpu_graph"]
 
 DEVICE_NAME = "GAUDI2"
 

@@ -1,0 +1,144 @@
+"""The same of all nodes of a Ray cluster, and what only a comparison shows: clocks, versions, and the cards that Ray
+sees."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from gaudi_batch.doctor.line import Line, bad, note, ok
+from gaudi_batch.doctor.node import Answer, Question, examine
+from gaudi_batch.text import one_line
+
+NODE_TIMEOUT_S = 300.0
+"""Seconds that a node may take to answer, the import of torch on it among them."""
+CLOCK_S = 5.0
+"""Seconds by which clocks may differ: S3 refuses signatures that are 15 minutes off, and records of cards that are
+this far off mislead."""
+SAME_EVERYWHERE = ("packages", "driver", "habana_frameworks", "optimum-habana")
+"""Lines whose values nodes must share: all cards of a run must have the same."""
+
+
+def examine_here(question: Question) -> dict[str, list[Line]]:
+    """The lines of this node, by its name."""
+    return {socket.gethostname(): examine(question).lines}
+
+
+def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
+    """The lines of each node of a cluster, by its name.
+
+    Raises:
+        InputError: no cluster answers at the address.
+    """
+    from gaudi_batch.cluster.connection import attached
+
+    with attached(address):
+        import ray
+
+        nodes = {_name(node): node for node in ray.nodes() if node["Alive"]}
+        asked = {name: _ask(node, question) for name, node in nodes.items()}
+        lines = {}
+        clocks: dict[str, float] = {}
+        until = time.monotonic() + NODE_TIMEOUT_S
+        for name, pending in asked.items():
+            answer = _answer(pending, until)
+            if isinstance(answer, Line):
+                lines[name] = [answer]
+                continue
+            lines[name] = answer.lines
+            clocks[name] = _offset(nodes[name])
+    cards = {name: int(node["Resources"].get("HPU", 0)) for name, node in nodes.items()}
+    for name, own in lines.items():
+        if name in clocks:
+            own.append(_clock_line(name, clocks))
+        if question.device == "hpu":
+            own[:] = [_with_ray(line, cards[name]) if line.what == "cards" else line for line in own]
+    _compare(lines)
+    return lines
+
+
+def _ask(node: Mapping[str, Any], question: Question) -> Any:
+    return _on(node, examine).remote(question)
+
+
+def _on(node: Mapping[str, Any], function: Any) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
+
+
+def _answer(pending: Any, until: float) -> Answer | Line:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        answer: Answer = ray.get(pending, timeout=max(1.0, until - time.monotonic()))
+    except GetTimeoutError:
+        return bad("node", f"no answer for {NODE_TIMEOUT_S:.0f} s", "look at its Ray: ray status, and the node's log")
+    except (RayError, ImportError) as error:
+        advice = "install the same gaudi-batch and Python there"
+        return bad("node", one_line(str(error).strip().rpartition("\n")[2], 300), advice)
+    return answer
+
+
+def _offset(node: Mapping[str, Any]) -> float:
+    """Seconds by which a node's clock is ahead of this machine's: half of the way of a question is taken off. Of a few
+    questions the quickest counts."""
+    import ray
+
+    ask = _on(node, _now)
+    best = (float("inf"), 0.0)
+    for _ in range(5):
+        sent = time.time()
+        remote = float(ray.get(ask.remote(), timeout=NODE_TIMEOUT_S))
+        came = time.time()
+        best = min(best, (came - sent, remote - (sent + came) / 2))
+    return best[1]
+
+
+def _now() -> float:
+    return time.time()
+
+
+def _clock_line(name: str, clocks: Mapping[str, float]) -> Line:
+    middle = sorted(clocks.values())[len(clocks) // 2]
+    off = clocks[name] - middle if len(clocks) > 2 else clocks[name]
+    text = f"{off:+.1f} s beside {'the others' if len(clocks) > 2 else 'this machine'}"
+    if abs(off) > CLOCK_S:
+        return bad("clock", text, "set it: timedatectl set-ntp true, or chronyc makestep")
+    return ok("clock", text)
+
+
+def _with_ray(line: Line, cards: int) -> Line:
+    """The line of the cards, with those that Ray sees."""
+    value = f"{line.value}, Ray {cards}"
+    match = re.search(r"torch (\d+)", line.value)
+    if line.verdict != "bad" and match and int(match[1]) != cards:
+        return bad(
+            "cards", value, "start Ray on this node anew, after the driver, with the same HABANA_VISIBLE_MODULES"
+        )
+    return Line(line.what, line.verdict, value, line.advice)
+
+
+def _compare(lines: Mapping[str, list[Line]]) -> None:
+    """Marks what differs from what most nodes have."""
+    for what in SAME_EVERYWHERE:
+        values = Counter(line.value for own in lines.values() for line in own if line.what == what)
+        if len(values) < 2:
+            continue
+        common, _ = values.most_common(1)[0]
+        for own in lines.values():
+            for place, line in enumerate(own):
+                if line.what == what and line.value != common and line.verdict != "bad":
+                    advice = f"most nodes have {common}; all cards of a run must have the same"
+                    own[place] = note(what, line.value, advice)
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {str(node['NodeID'])[:6]})"

@@ -1,0 +1,187 @@
+"""What a node needs beside its cards: memory, disk, storage, the hub and the model."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.doctor.line import Line, bad, note, ok
+from gaudi_batch.doctor.stack import gaudi_lines, python_lines
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.pipelines.sources import BUILTIN, builtin_directory, describe_model
+from gaudi_batch.storage.filesystem import expanded
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import one_line
+
+GIB = 1024**3
+CACHE_GIB = 50
+"""Free space, in GiB, that the largest models of the table (FLUX, Qwen-Image) and their recipes fit into."""
+LEAST_GIB = 1
+"""Free space, in GiB, without which Ray itself fails."""
+SHARED_GIB = 1
+"""Shared memory, in GiB, below which Ray keeps its objects on the disk; Docker gives 64 MiB if nothing is said."""
+TRY_TIMEOUT_S = 10.0
+"""Seconds of one question to storage or to the hub."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a node is asked about."""
+
+    device: str
+    """hpu, or another for which no card is looked for."""
+    mode: str
+    """Of `gaudi.mode`."""
+    job: JobConfig | None
+    """The job whose storage and model are looked at, if there is one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a node says of itself."""
+
+    lines: list[Line]
+    time: float
+    """Its clock, in seconds since the epoch."""
+
+
+def examine(question: Question) -> Answer:
+    """Looks at this node."""
+    lines = list(python_lines())
+    if question.device == "hpu":
+        lines += gaudi_lines(question.mode)
+        lines.append(_hugepages())
+    lines += _space()
+    lines.append(_shared_memory(Path("/dev/shm")))
+    if question.job is not None:
+        lines += _storage(question.job)
+        lines += _model(question.job)
+    return Answer(lines, time.time())
+
+
+def _hugepages() -> Line:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    count = int(fields.get("HugePages_Total", "0"))
+    if count:
+        return ok("hugepages", f"{count} of {fields.get('Hugepagesize', '').strip()}")
+    return note(
+        "hugepages", "none", "on the node, outside the container: sudo sysctl -w vm.nr_hugepages=47500 for 8 cards"
+    )
+
+
+def _space() -> Iterator[Line]:
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    places = {"disk for models": (cache, CACHE_GIB), "disk of Ray": (Path(tempfile.gettempdir()), 2 * LEAST_GIB)}
+    for what, (place, wanted) in places.items():
+        here = next(path for path in (place, *place.parents) if path.exists())
+        free = shutil.disk_usage(here).free / GIB
+        text = f"{free:.1f} GiB free at {here}"
+        advice = "make room, or put it elsewhere by " + ("HF_HOME" if "models" in what else "ray start --temp-dir")
+        yield (
+            bad(what, text, advice)
+            if free < LEAST_GIB
+            else note(what, text, advice)
+            if free < wanted
+            else ok(what, text)
+        )
+
+
+def _shared_memory(place: Path) -> Line:
+    if not place.is_dir():
+        return note("shared memory", f"no {place}", "Ray keeps its objects on the disk, which is slower")
+    size = shutil.disk_usage(place).total / GIB
+    if size < SHARED_GIB:
+        return note("shared memory", f"{size:.2f} GiB", "start the container with --ipc=host, or --shm-size=8g")
+    return ok("shared memory", f"{size:.1f} GiB")
+
+
+def _storage(job: JobConfig) -> Iterator[Line]:
+    try:
+        output = Storage(job.output, job.storage_options, TRY_TIMEOUT_S)
+        name, data = f".doctor-{secrets.token_hex(4)}", b"gaudi-batch doctor"
+        started = time.monotonic()
+        output.put(name, data)
+        back = output.get(name)
+        output.remove(name)
+    except (InputError, StorageError) as error:
+        yield bad("output", one_line(error, 300), "look at the bucket, the credentials of this node and its network")
+    else:
+        took = time.monotonic() - started
+        if back != data:
+            yield bad("output", f"{output.url} does not give back what was written", "look at the store")
+        else:
+            yield ok("output", f"{output.url}, written, read and removed in {took:.2f} s")
+    from gaudi_batch.dataset.discovery import open_prompts
+
+    try:
+        dataset = open_prompts(job)
+    except (InputError, StorageError) as error:
+        yield bad("prompts", one_line(error, 300), "give this node the prompts, or the credentials for them")
+    else:
+        yield ok("prompts", f"{dataset.rows:,} rows in {len(dataset.files)} files")
+
+
+def _model(job: JobConfig) -> Iterator[Line]:
+    name = job.model
+    if name is None:
+        return
+    if "://" in name:
+        yield from _in_storage(job)
+        return
+    path = builtin_directory(name) if name.startswith(BUILTIN) else expanded(name)
+    if (path / "model_index.json").is_file():
+        yield ok("model", f"{name}, on this node")
+        return
+    if "/" not in name or name.startswith((".", "~", "/")):
+        yield bad(
+            "model", f"{name} is not on this node", "put it on a file system that all nodes share, or name a hub id"
+        )
+        return
+    yield from _of_hub(name, job.revision)
+
+
+def _in_storage(job: JobConfig) -> Iterator[Line]:
+    try:
+        model = describe_model(job)
+    except (InputError, StorageError) as error:
+        yield bad("model", one_line(error, 300), "give this node the credentials for it")
+    else:
+        size = sum(entry.size for entry in model.files.values()) / GIB
+        yield ok("model", f"{model.name}, {size:.1f} GiB, which each node fetches once")
+
+
+def _of_hub(name: str, revision: str | None) -> Iterator[Line]:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    here = isinstance(cached, str) and any(Path(cached).parent.glob("*/*.safetensors"))
+    if constants.HF_HUB_OFFLINE:
+        if here:
+            yield ok("model", f"{name}, in the hub's cache; HF_HUB_OFFLINE is set")
+        else:
+            yield bad("model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", f"hf download {name}")
+        return
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=TRY_TIMEOUT_S, files_metadata=True)
+    except Exception as error:
+        hub = f"{constants.ENDPOINT}: {one_line(error, 200)}"
+        advice = "open the network to it, set HF_TOKEN for a gated model, or fetch the model beforehand"
+        yield note("hub", hub, advice) if here else bad("hub", hub, advice)
+    else:
+        size = sum(file.size or 0 for file in info.siblings or ()) / GIB
+        yield ok("hub", f"{constants.ENDPOINT} answers; {name} has {size:.1f} GiB")
+    if here:
+        yield ok("model", f"{name}, in the hub's cache")
+    else:
+        yield note(
+            "model",
+            f"{name} is not in the hub's cache",
+            f"the first card fetches it; hf download {name} does so before",
+        )

@@ -1,0 +1,134 @@
+"""Loads a model with diffusers, on the host: fetched, checked, its digest taken beside that."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from gaudi_batch.pipelines.lora import fetch_lora
+from gaudi_batch.pipelines.model_cache import ModelCache
+from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
+from gaudi_batch.pipelines.trust import refuse_code
+
+CACHE = Path.home() / ".cache/gaudi-batch"
+LORA_CACHE = CACHE / "loras"
+"""Where a node keeps LoRAs from stores."""
+MODELS = ModelCache(CACHE / "models", int(os.environ.get("GAUDI_BATCH_MODELS_GB", "200")) * 10**9)
+"""The models from stores on this node, by default of 200 GB at most."""
+
+
+def load(model: ModelInfo, dtype: str) -> tuple[Any, Callable[[], str]]:
+    """Diffusers' own pipeline of a model's class, with the family's scheduler or its own, before `prepare_calls`.
+
+    Args:
+        model: the model.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        The pipeline, on the host, and what waits for the model's revision (see `revision_beside`).
+    """
+    silence_libraries()
+    pipeline_class = getattr(diffusers, model.pipeline_class)
+    path = fetch(model, pipeline_class)
+    revision = revision_beside(model, path)
+    pipeline = pipeline_class.from_pretrained(
+        path,
+        torch_dtype=getattr(torch, dtype),
+        use_safetensors=model.use_safetensors or None,
+    )
+    fuse_loras(pipeline, model)
+    if model.scheduler is not None:
+        pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
+    return pipeline, revision
+
+
+def fuse_loras(pipeline: Any, model: ModelInfo) -> None:
+    """Adds the model's LoRAs to its weights, which then need nothing more of them: neither graphs nor steps differ.
+
+    Raises:
+        RuntimeError: the pipeline takes none, or took nothing of one.
+    """
+    if not model.loras:
+        return
+    if not hasattr(pipeline, "fuse_lora"):
+        raise RuntimeError(f"{type(pipeline).__name__} takes no LoRA")
+    names = [f"lora_{number}" for number in range(len(model.loras))]
+    for name, lora in zip(names, model.loras, strict=True):
+        file = fetch_lora(lora, LORA_CACHE)
+        pipeline.load_lora_weights(
+            str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True, local_files_only=True
+        )
+        if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
+            raise RuntimeError(f"diffusers took nothing of lora {lora.name!r} for {type(pipeline).__name__}")
+    pipeline.set_adapters(names, [lora.scale for lora in model.loras])
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
+
+
+def fetch(model: ModelInfo, pipeline_class: Any) -> str:
+    """The directory from which a model is loaded, fetched from the hub if need be. It is checked again now that all
+    files are there: the driver saw only the model's JSON files, maybe on another machine.
+
+    Args:
+        model: the model.
+        pipeline_class: the class of diffusers, or a child of it, that knows which files it needs.
+
+    Raises:
+        InputError: loading it would run code.
+    """
+    path = model.path
+    if model.storage is not None:
+        path = str(MODELS.get(model.revision, model.storage, model.files))
+    elif model.name.startswith(BUILTIN):
+        path = str(builtin_directory(model.name))  # it may be elsewhere than the driver's
+    elif model.hub:
+        path = str(
+            pipeline_class.download(
+                model.path,
+                revision=model.revision,
+                use_safetensors=model.use_safetensors or None,
+                trust_remote_code=False,
+            )
+        )
+    refuse_code(model.name, Path(path))
+    return path
+
+
+def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
+    """Begins to find out which model lies in a directory, in a thread beside its being loaded from there. A digest of
+    10 GB takes a core 7 s, or 20 s without its instructions for SHA-256; what the disk gives once, the page cache gives
+    all cards of the node.
+
+    Args:
+        model: the model.
+        path: where `fetch` has put it.
+
+    Returns:
+        What waits for the answer: the commit of a hub model, the SHA-256 of a directory's files.
+    """
+    if model.storage is not None:
+        return lambda: model.revision  # each file was compared when it was fetched
+    if model.hub:
+        return lambda: Path(path).name  # a snapshot's directory has the name of its commit
+    pool = ThreadPoolExecutor(1, "digest")
+    revision = pool.submit(digest, Path(path), model.use_safetensors)
+    pool.shutdown(wait=False)
+    return revision.result
+
+
+def silence_libraries() -> None:
+    """Keeps the libraries' own logs down: diffusers prints prompts, and progress bars have no place in a card."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -1,0 +1,242 @@
+"""What keeps a node from running a job is named, with what to do, before the job is tried."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import StoreServer, command_line, free_port
+
+from gaudi_batch import JobConfig
+from gaudi_batch.doctor import cluster as of_cluster
+from gaudi_batch.doctor import node
+from gaudi_batch.doctor.line import Line, bad, note, ok
+from gaudi_batch.doctor.node import Question, examine
+from gaudi_batch.doctor.report import could_run, table
+
+HOLD = "from habana_frameworks._emulation.modules import acquire; print(acquire(), flush=True); input()"
+
+
+class Node:
+    """An emulated machine, and what the doctor says of it."""
+
+    def __init__(self, state: Path, *machine: str) -> None:
+        self.machine = ("emulate", "--state", str(state), "--modules", "2", *machine, "--", sys.executable)
+
+    def ask(self, *arguments: str | Path, **environment: str) -> tuple[int, dict[str, Any]]:
+        """The exit code, and the lines by what they are about."""
+        told = command_line(*self.machine, "-m", "gaudi_batch", "doctor", "--json", *arguments, **environment)
+        assert told.stdout, told.stderr
+        ((_, lines),) = json.loads(told.stdout)["nodes"].items()
+        return told.returncode, {line["what"]: line for line in lines}
+
+
+def verdicts(lines: dict[str, Any]) -> dict[str, str]:
+    return {what: line["verdict"] for what, line in lines.items()}
+
+
+@pytest.mark.torch
+def test_a_node_that_fits_together_could_run_a_job(tmp_path: Path) -> None:
+    code, lines = Node(tmp_path).ask()
+    assert code == 0
+    assert lines["cards"]["value"] == "hl-smi 2, torch 2"
+    assert lines["driver"]["value"] == "1.24.0-emulated"
+    assert lines["firmware"]["value"] == "1.24.0"
+    assert {line["verdict"] for what, line in lines.items() if what != "hugepages"} == {"ok"}
+
+
+@pytest.mark.torch
+def test_a_driver_of_another_release_is_named(tmp_path: Path) -> None:
+    code, lines = Node(tmp_path, "--driver", "1.23.0").ask("--gaudi.mode", "eager")
+    assert code == 1
+    assert lines["driver"]["verdict"] == "bad"
+    assert lines["driver"]["value"] == "1.23.0-emulated; habana_frameworks is of 1.24"
+    assert "install the driver of the container's" in lines["driver"]["advice"]
+    assert "optimum-habana" not in lines, "which this mode does not need"
+
+
+@pytest.mark.torch
+def test_a_share_of_a_node_is_told_and_modules_that_are_not_there_are_a_fault(tmp_path: Path) -> None:
+    node_of_two = Node(tmp_path)
+    code, lines = node_of_two.ask(HABANA_VISIBLE_MODULES="1")
+    assert (code, lines["cards"]["verdict"], lines["cards"]["value"]) == (0, "note", "hl-smi 2, torch 1")
+    code, lines = node_of_two.ask(HABANA_VISIBLE_MODULES="7")
+    assert (code, lines["cards"]["verdict"]) == (1, "bad")
+
+
+@pytest.mark.torch
+def test_who_holds_a_module_is_named(tmp_path: Path) -> None:
+    node_of_two = Node(tmp_path)
+
+    def occupied(module: str) -> subprocess.Popen[str]:
+        holder = subprocess.Popen(
+            [sys.executable, "-m", "gaudi_batch", *node_of_two.machine, "-c", HOLD],
+            env=os.environ | {"HABANA_VISIBLE_MODULES": module},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == module
+        return holder
+
+    first = occupied("0")
+    try:
+        code, lines = node_of_two.ask()
+        assert (code, lines["modules held"]["verdict"]) == (0, "note")
+        assert f"0 by process {first.pid} (" in lines["modules held"]["value"]
+        second = occupied("1")
+        try:
+            code, lines = node_of_two.ask()
+            assert (code, lines["modules held"]["verdict"]) == (1, "bad")
+        finally:
+            second.communicate("\n", timeout=60)
+    finally:
+        first.communicate("\n", timeout=60)
+
+
+def by_name(question: Question) -> dict[str, Line]:
+    return {line.what: line for line in examine(question).lines}
+
+
+def test_a_node_without_intels_stack_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines = by_name(Question("hpu", "lazy", None))
+    assert lines["driver"] == bad(
+        "driver", "hl-smi is not on the PATH", "install Intel's driver; in a container, start it with --runtime=habana"
+    )
+    assert lines["habana_frameworks"].verdict == lines["cards"].verdict == "bad"
+    assert "cards" not in by_name(Question("cpu", "lazy", None))
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("echo 'no devices' >&2; exit 3", "hl-smi -Q index,module_id,driver_version -f csv,noheader,nounits fails"),
+        ("echo nonsense", "hl-smi says something else than numbers of modules: 'nonsense'"),
+        ("true", "no card"),
+    ],
+)
+def test_an_hl_smi_that_fails_is_told(
+    answer: str, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "hl-smi"
+    script.write_text(f"#!/bin/sh\n{answer}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    line = by_name(Question("hpu", "lazy", None))["driver"]
+    assert line.verdict == "bad"
+    assert wanted in line.value
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a file system")
+def test_a_full_disk_and_little_shared_memory_are_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(small))
+    line = by_name(Question("cpu", "lazy", None))["disk for models"]
+    assert line == bad("disk for models", f"0.1 GiB free at {small}", "make room, or put it elsewhere by HF_HOME")
+    assert node._shared_memory(small) == note(
+        "shared memory", "0.06 GiB", "start the container with --ipc=host, or --shm-size=8g"
+    )
+
+
+def job(prompts: Path | str, output: Path | str, **fields: Any) -> JobConfig:
+    return JobConfig(
+        **{"prompts": str(prompts), "output": str(output), "model": "builtin:shapes", "device": "cpu"} | fields
+    )
+
+
+def test_storage_is_tried_and_nothing_of_that_stays(
+    write_prompts: Callable[..., Path], tmp_path: Path, moto: StoreServer
+) -> None:
+    prompts = write_prompts({"prompt": ["a", "b"]})
+    (tmp_path / "out").mkdir()
+    lines = by_name(Question("cpu", "lazy", job(prompts, tmp_path / "out")))
+    assert (lines["output"].verdict, lines["prompts"].value) == ("ok", "2 rows in 1 files")
+    assert list((tmp_path / "out").iterdir()) == []
+    options = {"storage_options": moto.options}
+    assert by_name(Question("cpu", "lazy", job(prompts, moto.url("doctor"), **options)))["output"].verdict == "ok"
+    absent = job(tmp_path / "absent", "s3://no-such-bucket/out", **options)
+    lines = by_name(Question("cpu", "lazy", absent))
+    assert (lines["output"].verdict, lines["prompts"].verdict) == ("bad", "bad")
+    assert "no-such-bucket" in lines["output"].value
+
+
+def test_a_model_that_is_nowhere_and_a_hub_that_does_not_answer_are_named(
+    write_prompts: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts({"prompt": ["a"]})
+
+    def model(name: str) -> dict[str, Line]:
+        return by_name(Question("cpu", "lazy", job(prompts, tmp_path / "out", model=name)))
+
+    assert model("builtin:shapes")["model"].verdict == "ok"
+    assert model(str(tmp_path / "absent"))["model"].verdict == "bad"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    lines = model("owner/name")
+    assert (lines["hub"].verdict, lines["model"].verdict) == ("bad", "note")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert model("owner/name")["model"].verdict == "bad"
+
+
+def test_the_table_says_below_each_fault_what_to_do() -> None:
+    nodes = {
+        "one": [ok("clock", "+0.0 s"), bad("driver", "1.23", "install 1.24")],
+        "two": [ok("clock", "+0.0 s")],
+        "three": [ok("clock", "+0.0 s")],
+    }
+    assert not could_run(nodes)
+    lines = table(nodes).splitlines()
+    assert lines[0] == "one:"
+    assert lines[3].strip() == "-> install 1.24"
+    assert "two, three:" in lines
+    assert lines[-1] == "a job could not run: 1 fault"
+
+
+def test_what_differs_between_nodes_is_marked() -> None:
+    lines = {name: [ok("driver", "1.24.0")] for name in ("a", "b")} | {"c": [ok("driver", "1.23.0")]}
+    of_cluster._compare(lines)
+    assert [own[0].verdict for own in lines.values()] == ["ok", "ok", "note"]
+    assert "most nodes have 1.24.0" in lines["c"][0].advice
+
+
+def test_a_clock_that_is_off_is_a_fault() -> None:
+    """Beside the others where there are enough of them, else beside this machine."""
+    clocks = {"a": 0.1, "b": -40.0, "c": 0.3}
+    assert [of_cluster._clock_line(name, clocks).verdict for name in clocks] == ["ok", "bad", "ok"]
+    assert of_cluster._clock_line("b", {"a": 0.1, "b": 6.0}).verdict == "bad"
+    assert of_cluster._clock_line("b", clocks).value.startswith("-40.1 s")
+
+
+def test_cards_that_ray_does_not_see_are_a_fault() -> None:
+    line = of_cluster._with_ray(ok("cards", "hl-smi 8, torch 8"), 0)
+    assert (line.verdict, line.value) == ("bad", "hl-smi 8, torch 8, Ray 0")
+    assert of_cluster._with_ray(ok("cards", "hl-smi 8, torch 8"), 8).verdict == "ok"
+
+
+@pytest.mark.ray
+def test_all_nodes_of_a_cluster_are_asked(cluster: str) -> None:
+    told = command_line("doctor", "--json", "--device", "cpu", "--address", cluster)
+    assert told.stdout, told.stderr
+    nodes = json.loads(told.stdout)["nodes"]
+    assert len(nodes) == 1
+    for lines in nodes.values():
+        assert {"packages", "disk of Ray", "clock"} <= {line["what"] for line in lines}
+    assert told.returncode == 0

@@ -1,0 +1,245 @@
+"""LoRAs: found, judged by their headers before any card, fused into the model, and part of what a run is."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import StoreServer, put_into_hub_cache
+
+from gaudi_batch import InputError, JobConfig
+from gaudi_batch.job import resolve
+from gaudi_batch.pipelines.base import Item
+from gaudi_batch.pipelines.lora import fetch_lora
+from gaudi_batch.pipelines.sources import describe_model
+from gaudi_batch.plan import Bucket
+
+pytestmark = pytest.mark.torch
+
+ITEMS = [Item(row, 0, prompt, "", row) for row, prompt in enumerate(["a red circle", "a blue square on white"])]
+MODELS = {"shapes": 4.0, "xl": 5.0, "sd3": 7.0, "flux": 3.5, "qwen": 4.0, "aura": 3.5}
+"""Tiny models, and a guidance scale for each."""
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+RANK = 2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
+    import tiny
+
+    directory = tmp_path_factory.mktemp("models")
+    built = {name: tiny.save(getattr(tiny, name), directory / name) for name in MODELS if name != "shapes"}
+    return {"shapes": "builtin:shapes", **built}
+
+
+def denoiser_of(pipeline: Any) -> tuple[str, Any]:
+    name = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
+    return name, getattr(pipeline, name)
+
+
+def changes_of(pipeline: Any, seed: int = 0) -> dict[str, Any]:
+    """Two small matrices for each projection of the denoiser's attention, in diffusers' own form."""
+    import torch
+
+    name, denoiser = denoiser_of(pipeline)
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for path, module in denoiser.named_modules():
+        if path.endswith(LAYERS) and isinstance(module, torch.nn.Linear):
+            made[f"{name}.{path}.lora_A.weight"] = torch.randn(RANK, module.in_features, generator=generator)
+            made[f"{name}.{path}.lora_B.weight"] = torch.randn(module.out_features, RANK, generator=generator)
+    assert made
+    return made
+
+
+def kohya(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same as kohya's scripts write it."""
+    import torch
+
+    renamed: dict[str, Any] = {}
+    for name, matrix in changes.items():
+        path, _, kind = name.removesuffix(".weight").rpartition(".")
+        path = "lora_unet_" + path.removeprefix("unet.").replace(".", "_")
+        renamed[f"{path}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = matrix
+        renamed[f"{path}.alpha"] = torch.tensor(float(RANK))
+    return renamed
+
+
+def save(changes: dict[str, Any], file: Path) -> Path:
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: matrix.contiguous() for name, matrix in changes.items()}, str(file))
+    return file
+
+
+def load(model: Path | str, *lora: dict[str, Any]) -> Any:
+    from gaudi_batch.pipelines.cpu import CpuPipeline
+
+    config = JobConfig(prompts="p", output="o", model=str(model), device="cpu", lora=lora)
+    return CpuPipeline(describe_model(config), 1, "float32")
+
+
+def images(pipeline: Any, guidance: float) -> np.ndarray[Any, Any]:
+    made: np.ndarray[Any, Any] = pipeline.generate(Bucket(64, 64, 3, guidance), ITEMS).images
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_loras_are_the_weights_with_their_products_added(
+    name: str, models: dict[str, Path | str], tmp_path: Path
+) -> None:
+    """Two of them, each with its scale: what is expected is computed here, without diffusers' loader."""
+    import torch
+
+    plain = load(models[name])
+    before = images(plain, MODELS[name])
+    part, denoiser = denoiser_of(plain._pipeline)
+    loras = []
+    for number, scale in enumerate((0.5, -0.25)):
+        changes = changes_of(plain._pipeline, number)
+        file = save(changes, tmp_path / f"style-{number}.safetensors")
+        loras.append({"path": str(file), "scale": scale})
+        for path, module in denoiser.named_modules():
+            first = changes.get(f"{part}.{path}.lora_A.weight")
+            if first is not None:
+                second = changes[f"{part}.{path}.lora_B.weight"]
+                with torch.no_grad():
+                    module.weight += scale * (second @ first)
+    expected = images(plain, MODELS[name])
+    made = images(load(models[name], *loras), MODELS[name])
+    assert np.abs(expected - before).max() > 0.02
+    assert np.abs(made - expected).max() < 1e-3
+
+
+def test_a_file_of_kohyas_scripts_does_the_same(models: dict[str, Path | str], tmp_path: Path) -> None:
+    changes = changes_of(load(models["shapes"])._pipeline)
+    own, other = save(changes, tmp_path / "own.safetensors"), save(kohya(changes), tmp_path / "kohya.safetensors")
+    made = [images(load(models["shapes"], {"path": str(file)}), 4.0) for file in (own, other)]
+    assert np.abs(made[0] - made[1]).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("of", "on", "form"),
+    [
+        *((of, on, "own") for of, on in [("xl", "shapes"), ("shapes", "xl"), ("flux", "sd3"), ("shapes", "qwen")]),
+        *((of, on, "kohya") for of, on in [("xl", "shapes"), ("shapes", "xl")]),
+    ],
+)
+def test_one_of_another_model_is_refused_by_name_before_a_card(
+    of: str, on: str, form: str, models: dict[str, Path | str], tmp_path: Path
+) -> None:
+    changes = changes_of(load(models[of])._pipeline)
+    file = save(kohya(changes) if form == "kohya" else changes, tmp_path / "style.safetensors")
+    config = JobConfig(prompts="p", output="o", model=str(models[on]), device="cpu", lora=[{"path": str(file)}])
+    with pytest.raises(InputError, match=r"lora '.*style.safetensors' does not fit model .*: it changes "):
+        describe_model(config)
+
+
+@pytest.fixture
+def style(models: dict[str, Path | str], tmp_path: Path) -> Path:
+    return save(changes_of(load(models["shapes"])._pipeline), tmp_path / "style/style.safetensors")
+
+
+def config(*lora: dict[str, Any], **fields: Any) -> JobConfig:
+    return JobConfig(
+        **{"prompts": "p", "output": "o", "model": "builtin:shapes", "device": "cpu", "lora": lora} | fields
+    )
+
+
+def test_what_holds_no_lora_is_refused_by_name(style: Path, tmp_path: Path) -> None:
+    import torch
+
+    pickled = style.with_name("pickled.bin")
+    pickled.write_bytes(pickle.dumps({}))
+    torn = style.with_name("torn.safetensors")
+    torn.write_bytes(style.read_bytes()[:20])
+    weights = save({"unet.conv_in.weight": torch.zeros(2, 2)}, tmp_path / "weights/model.safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, message in (
+        (pickled, "is not a .safetensors file, and other files may hold code"),
+        (torn, "torn.safetensors can't be read: it is no safetensors file"),
+        (weights, "model.safetensors has no weights of a LoRA"),
+        (style.parent, "has style.safetensors, torn.safetensors; name one by weight_name"),
+        (empty, "has no .safetensors file"),
+        (tmp_path / "absent/at all", "no such path here"),
+    ):
+        with pytest.raises(InputError, match=message):
+            describe_model(config({"path": str(path)}))
+    with pytest.raises(InputError, match=r"has no 'other.safetensors'; it has style.safetensors"):
+        describe_model(config({"path": str(style.parent), "weight_name": "other.safetensors"}))
+    with pytest.raises(InputError, match="this is a path"):
+        describe_model(config({"path": str(style), "revision": "main"}))
+
+
+def test_one_from_the_hub_is_of_a_commit(style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = put_into_hub_cache(tmp_path / "hub", "owner/style", style.parent)
+    (info,) = describe_model(config({"path": "owner/style", "weight_name": style.name})).loras
+    assert (info.revision, info.hub) == (commit, True)
+    assert fetch_lora(info, tmp_path / "cache").read_bytes() == style.read_bytes()
+    with pytest.raises(InputError, match=r"the hub can't be reached, and its cache does not have it"):
+        describe_model(config({"path": "owner/other", "weight_name": style.name}))
+
+
+def test_one_from_a_store_is_kept_on_the_node(style: Path, tmp_path: Path, moto: StoreServer) -> None:
+    from gaudi_batch.storage.store import Storage
+
+    url = moto.url("loras")
+    Storage(url, moto.options).put("styles/style.safetensors", style.read_bytes())
+    fields = {"output": moto.url("out"), "storage_options": moto.options}
+    for path, name in (
+        (f"{url}/styles/style.safetensors", None),
+        (f"{url}/styles", style.name),
+        (f"{url}/styles", None),
+    ):
+        (info,) = describe_model(config({"path": path, "weight_name": name}, **fields)).loras
+        kept = fetch_lora(info, tmp_path / "cache")
+        assert kept.read_bytes() == style.read_bytes()
+    assert list((tmp_path / "cache").iterdir()) == [kept]
+    kept.unlink()
+    Storage(url, moto.options).put("styles/style.safetensors", b"another")
+    with pytest.raises(InputError, match="is not what it was when the job began"):
+        fetch_lora(info, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"there is no absent.safetensors in"):
+        describe_model(config({"path": f"{url}/styles/absent.safetensors"}, **fields))
+
+
+def test_a_run_goes_on_with_the_same_loras_alone(
+    style: Path, tmp_path: Path, write_prompts: Callable[..., Path]
+) -> None:
+    import torch
+
+    prompts = str(write_prompts({"prompt": ["a"]}))
+
+    def fingerprint(**lora: Any) -> dict[str, Any]:
+        return resolve(config({"path": str(style)} | lora, prompts=prompts)).fingerprint()
+
+    first = fingerprint()
+    assert first == fingerprint()
+    assert first["lora"][0]["scale"] == 1.0
+    assert fingerprint(scale=0.5) != first
+    assert "lora" not in resolve(config(prompts=prompts)).fingerprint(), "an older run has none"
+    changed = {name: 2 * torch.ones(shape) for name, shape in _shapes(style).items()}
+    save(changed, style)
+    assert fingerprint() != first
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    data = file.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {name: tuple(value["shape"]) for name, value in header.items() if name != "__metadata__"}
+
+
+def test_a_column_of_loras_is_refused_with_the_way_out(write_prompts: Callable[..., Path]) -> None:
+    prompts = str(write_prompts({"prompt": ["a"], "lora": ["pixels"]}))
+    with pytest.raises(InputError, match="make a job of each style, with its prompts and its lora"):
+        resolve(config(prompts=prompts))
+    resolve(config(prompts=prompts, carry=[]))

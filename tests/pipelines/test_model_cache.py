@@ -1,0 +1,133 @@
+"""Models in stores: fetched once a node, there as a whole or not at all, and within the space that they may take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import StoreServer
+
+from gaudi_batch import InputError, JobConfig
+from gaudi_batch.errors import StorageError
+from gaudi_batch.pipelines.base import Item
+from gaudi_batch.pipelines.model_cache import ModelCache
+from gaudi_batch.pipelines.model_files import entries_of_model
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
+from gaudi_batch.plan import Bucket
+from gaudi_batch.storage.store import Storage
+
+SHAPES = BUILTIN_MODELS / "shapes"
+
+
+def config(model: str, **fields: Any) -> JobConfig:
+    return JobConfig(prompts="p", model=model, **{"output": "o", "device": "cpu"} | fields)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Storage:
+    """A directory with the built-in model's files, read as a store is."""
+    shutil.copytree(SHAPES, tmp_path / "store")
+    return Storage(str(tmp_path / "store"), retry_timeout_s=1.0)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was asked for."""
+    counts: Counter[str] = Counter()
+    get, lock = Storage.get_range, threading.Lock()
+
+    def counted(self: Storage, path: str, start: int, stop: int) -> bytes:
+        with lock:
+            counts[path] += 1
+        return get(self, path, start, stop)
+
+    monkeypatch.setattr(Storage, "get_range", counted)
+    return counts
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_cards_of_a_node_fetch_a_model_once(store: Storage, tmp_path: Path, fetched: Counter[str]) -> None:
+    files = entries_of_model(store)
+    caches = [ModelCache(tmp_path / "cache", 10**12) for _ in range(8)]
+    with ThreadPoolExecutor(len(caches)) as pool:
+        places = set(pool.map(lambda cache: cache.get("revision", store, files), caches))
+    assert len(places) == 1
+    assert fetched == Counter(files.keys())
+    assert content(places.pop()) == {path: (Path(store.root) / path).read_bytes() for path in files}
+
+
+def test_what_a_killed_process_has_left_is_completed(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str]
+) -> None:
+    files, rename, killed = entries_of_model(store), Path.rename, ModelCache(tmp_path / "cache", 10**12)
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        killed.get("revision", store, files)
+    killed.release()
+    monkeypatch.setattr(Path, "rename", rename)
+    assert not (tmp_path / "cache/revision").exists()
+    torn = tmp_path / "cache/.revision/unet/config.json"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    fetched.clear()
+    place = ModelCache(tmp_path / "cache", 10**12).get("revision", store, files)
+    assert fetched == Counter({"unet/config.json": 1})
+    assert content(place) == {path: (Path(store.root) / path).read_bytes() for path in files}
+
+
+def test_a_model_that_changes_meanwhile_is_not_taken(store: Storage, tmp_path: Path) -> None:
+    files = entries_of_model(store)
+    (Path(store.root) / "unet/config.json").write_bytes(b"{}")
+    with pytest.raises(StorageError, match=r"unet/config\.json"):
+        ModelCache(tmp_path / "cache", 10**12).get("revision", store, files)
+    assert not (tmp_path / "cache/revision").exists()
+
+
+def test_models_that_nobody_uses_make_room_the_least_recently_used_first(store: Storage, tmp_path: Path) -> None:
+    files, root = entries_of_model(store), tmp_path / "cache"
+    size = sum(entry.size for entry in files.values())
+    caches = {revision: ModelCache(root, 10**12) for revision in ("old", "older", "used")}
+    for age, (revision, cache) in enumerate(caches.items()):
+        cache.get(revision, store, files)
+        os.utime(root / revision, (1000 - age, 1000 - age))
+        if revision != "used":
+            cache.release()
+    ModelCache(root, 3 * size).get("new", store, files)
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {"old", "used", "new"}
+    ModelCache(root, size).get("newer", store, files)
+    assert (root / "used").is_dir(), "a process has loaded it"
+    assert not (root / "old").exists()
+
+
+@pytest.mark.torch
+def test_a_job_names_a_model_in_a_store(tmp_path: Path, moto: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gaudi_batch.pipelines import loading
+    from gaudi_batch.pipelines.cpu import CpuPipeline
+
+    monkeypatch.setattr(loading, "MODELS", ModelCache(tmp_path / "cache", 10**12))
+    url = moto.url("models")
+    storage = Storage(f"{url}/shapes", moto.options)
+    for path in SHAPES.rglob("*"):
+        if path.is_file():
+            storage.put(str(path.relative_to(SHAPES)), path.read_bytes())
+    fields = {"output": moto.url("out"), "storage_options": moto.options}
+    model, built_in = describe_model(config(f"{url}/shapes", **fields)), describe_model(config("builtin:shapes"))
+    assert (model.family, model.width, model.scheduler) == (built_in.family, built_in.width, built_in.scheduler)
+    items = [Item(0, 0, "a red circle", "", 7)]
+    made = [CpuPipeline(each, 1, "float32") for each in (model, built_in)]
+    first, second = (each.generate(Bucket(64, 64, 2, 4.0), items).images for each in made)
+    assert np.array_equal(first, second)
+    assert made[0].model == model.revision
+    storage.put("unet/config.json", (SHAPES / "unet/config.json").read_bytes() + b" ")
+    assert describe_model(config(f"{url}/shapes", **fields)).revision != model.revision
+    with pytest.raises(InputError, match="there is nothing in"):
+        describe_model(config(f"{url}/absent", **fields))
