@@ -148,7 +148,7 @@ def config(model: Path | str, **fields: str) -> JobConfig:
     [
         (lambda model: (model / "model_index.json").unlink(), "has no model_index.json"),
         (lambda model: (model / "model_index.json").write_text("{"), "can't be read"),
-        (lambda model: (model / "model_index.json").write_text('{"_class_name": "SanaPipeline"}'), "is a SanaPipeline"),
+        (lambda model: (model / "model_index.json").write_text('{"_class_name": "WanPipeline"}'), "is a WanPipeline"),
         (lambda model: [path.unlink() for path in model.glob("vae/*.safetensors")], "its vae has no .safetensors"),
     ],
 )

@@ -103,7 +103,7 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("optimum"):
+        if name.startswith("optimum.habana"):
             raise ImportError(f"{name} is not installed here")
 
 
