@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _section_at(model: type[BaseModel], where: Iterable[str]) -> type[BaseModel]:
+    """The part of a job that has fields of its own at a place in it; also one of several in a list, or one that may be
+    null."""
+    for part in where:
+        if not part.isdecimal():
+            model = next(_sections_in(model.model_fields[part].annotation))
+    return model
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _sections_in(inner)
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for all that is wrong with a job: each field, its value and its rule. Values of storage options,
     which may be secrets, are not shown.
@@ -115,14 +132,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         if problem["type"] == "extra_forbidden":
             message = "is not a field of a job"
             above = [str(part) for part in problem["loc"][:-1]]
-            near = nearest(where[-1], (_sections(model)[above[0]] if above else model).model_fields)
+            near = nearest(where[-1], _section_at(model, above).model_fields)
             message += f"; did you mean {'.'.join([*above, near])}?" if near else ""
         elif problem["type"] == "missing":
             message = "is missing"
         else:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "model_type" and where:
-                message = f"must be a mapping of {', '.join(_sections(model)[where[0]].model_fields)}"
+                message = f"must be a mapping of {', '.join(_section_at(model, where).model_fields)}"
             message = message[0].lower() + message[1:]
             if not where:
                 lines.setdefault(message.split(":")[0], message)
