@@ -7,7 +7,6 @@ import os
 
 import pytest
 
-
 if importlib.util.find_spec("habana_frameworks") is None:
     collect_ignore_glob = ["*"]
 else:
