@@ -26,7 +26,7 @@ from gaudi_batch.scheduling.decisions import ShardTask
 pytestmark = pytest.mark.torch
 
 STEPS = 3
-MODELS = {"shapes": 4.0, "xl": 5.0, "sd3": 7.0, "flux": 3.5, "qwen": 4.0, "aura": 3.5}
+MODELS = {"xl": 5.0, "sd3": 7.0, "flux": 3.5, "qwen": 4.0, "aura": 3.5}
 """Tiny models, and a guidance scale for each."""
 
 
@@ -58,8 +58,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
     import tiny
 
     directory = tmp_path_factory.mktemp("models")
-    built = {name: tiny.save(getattr(tiny, name), directory / name) for name in MODELS if name != "shapes"}
-    return {"shapes": "builtin:shapes", **built}
+    return {name: tiny.save(getattr(tiny, name), directory / name) for name in MODELS}
 
 
 class Job:
