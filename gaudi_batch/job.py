@@ -11,6 +11,7 @@ from typing import Any
 
 from gaudi_batch.config.bounds import Bounds, bounds_for
 from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.config.sections import OUTPUT
 from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.rows import SHAPE_COLUMNS, RowRules, make_row
@@ -192,6 +193,9 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
         StorageError: the prompts' storage failed.
     """
     open_filesystem(config.output, config.storage_options)
+    recipe_store = config.gaudi.recipe_store
+    if recipe_store is not None and recipe_store != OUTPUT:
+        open_filesystem(recipe_store, config.options_for(recipe_store))
     is_lazy = config.device == "hpu" and config.gaudi.mode == "lazy"
     if is_lazy:
         changes: dict[str, Any] = {"config": read_gaudi_config(config.gaudi.config)}

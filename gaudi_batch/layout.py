@@ -15,6 +15,8 @@ ROLLUPS = "rollup"
 """The directory of roll-ups."""
 JOINED = "manifest.parquet"
 """All manifests of a complete run as one file, or as a directory of them where one would be too large."""
+RECIPES = "recipes"
+"""The directory of compiled recipes, which other runs may use, too, and which no run removes."""
 TIMELINE = "timeline"
 """The directory of what became of each card."""
 OWN_FILES = (
@@ -90,6 +92,8 @@ def is_of_run(path: str) -> bool:
         return not rest or parse_manifest(rest) is not None
     if place == "throughput":
         return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
+    if place == RECIPES:
+        return True
     if place in _OWN_NAMES:
         return not rest or _OWN_NAMES[place].fullmatch(rest) is not None
     return path in ("", "lease.json", *OWN_FILES)

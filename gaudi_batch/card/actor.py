@@ -7,21 +7,23 @@ touch the state that they share, so questions are answered while the device gene
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.messages import Broken, CardReport, CardSetup, Dropped, Ready
+from gaudi_batch.card.recipe_keeper import RecipeKeeper
 from gaudi_batch.card.same_storage import require_shared
 from gaudi_batch.card.shard_result import (
     CardIdentity,
@@ -32,6 +34,8 @@ from gaudi_batch.card.shard_result import (
 )
 from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker, ShardRows
 from gaudi_batch.card.store_pool import StorePool
+from gaudi_batch.card.warm_pipeline import WarmPipeline
+from gaudi_batch.cluster.model_peers import peers_of_card
 from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
@@ -41,9 +45,11 @@ from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.pipelines import load_pipeline
-from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory, Pipeline
+from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory
 from gaudi_batch.pipelines.cpus import usable_cpus
-from gaudi_batch.plan import Bucket, Shard
+from gaudi_batch.pipelines.gaudi_environment import recipes_of
+from gaudi_batch.pipelines.model_cache import Files
+from gaudi_batch.plan import Bucket
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import (
     BatchAnnounced,
@@ -76,6 +82,7 @@ class Card:
         self._name = ""
         self._seen: set[str] = set()
         self._node_id, self._node, self._module = card_placement(setup.job.config.device)
+        self._peers = peers_of_card(setup.tracker, self._node_id)
         self._storage = setup.storage
         stores = (self._storage, setup.job.dataset.storage)
         self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
@@ -87,9 +94,8 @@ class Card:
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._store_slots = threading.Semaphore(BATCHES_IN_STORE)
         self._probes: dict[Bucket, Item] = {}
-        self._warmups: dict[Hashable, int] = {}
-        self._pipeline: Pipeline
-        self._idle_since = 0.0
+        self._pipeline: WarmPipeline
+        self._recipes: RecipeKeeper
         for target in (self._fetch, self._generate):
             threading.Thread(target=self._guarded, args=(target,), name=target.__name__, daemon=True).start()
 
@@ -116,6 +122,16 @@ class Card:
         driver's clock, in seconds since the epoch."""
         self._clock.hear(now)
         return self._mailbox.poll(acknowledged, timeout_s)
+
+    # -- calls from cards of other nodes ------------------------------------------------------------------------
+
+    def model_files(self, revision: str) -> Files:
+        """The files of a model that this card has."""
+        return self._peers.files(revision)
+
+    def read_model(self, revision: str, path: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Bytes `start` to `stop` of one of them."""
+        return self._peers.read(revision, path, start, stop)
 
     # -- threads ------------------------------------------------------------------------------------------------
 
@@ -150,13 +166,15 @@ class Card:
         setup = self._setup
         try:
             require_shared(setup)
-            self._pipeline = load_pipeline(setup.job.config, setup.job.model, setup.job.threads, self._module)
+            pipeline = load_pipeline(setup.job.config, setup.job.model, setup.job.threads, self._module, self._peers)
+            self._recipes = RecipeKeeper(recipes_of(setup.job.config, self._storage, pipeline.stack))
         except Exception as error:
             storage = isinstance(error, StorageError) and not error.refused
             self._mailbox.emit(Broken(describe_error(error), storage))
             return
+        self._pipeline = WarmPipeline(pipeline, setup.job.config.gaudi.max_graphs, self._mailbox)
+        brought = self._recipes.bring()
         loaded = time.monotonic() - self._started
-        pipeline = self._pipeline
         self._mailbox.emit(
             Ready(
                 node_id=self._node_id,
@@ -168,10 +186,10 @@ class Card:
                 model=pipeline.model,
                 threads=pipeline.threads,
                 cpus=usable_cpus(),
-                notes=tuple(pipeline.notes()),
+                notes=(*pipeline.notes(), *filter(None, [brought])),
             )
         )
-        self._idle_since = time.monotonic()
+        self._pipeline.idle_since = time.monotonic()
         while True:
             self._mailbox.enter("idle")
             if self._fetched.empty():
@@ -203,7 +221,7 @@ class Card:
 
         def call(items: list[Item]) -> Generated:
             nonlocal last_call
-            generated, last_call = self._call(task.shard, items)
+            generated, last_call = self._pipeline.call(task.shard, items)
             return generated
 
         maker = ShardMaker(
@@ -255,49 +273,6 @@ class Card:
             except Exception as error:
                 maker.failures[image.item.row] = encode_error(image.item, error)
 
-    def _call(self, shard: Shard, items: list[Item]) -> tuple[Generated, PipelineCall]:
-        bucket = shard.bucket
-        key = self._pipeline.graph_key(bucket, items[0])
-        self._warmups[key] = self._warmups.pop(key, 0)  # the last is the most recently used
-        while len(self._warmups) > self._setup.job.config.gaudi.max_graphs:
-            self._forget(next(iter(self._warmups)), key)
-        warmup = self._warmups[key] < self._pipeline.warmup_batches
-        started, began = time.monotonic(), time.time()
-        wait_s = started - self._idle_since
-        rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe has no row
-        enter = functools.partial(self._mailbox.enter, kind=bucket.batch_kind, shard=shard.number, rows=rows)
-        enter("first batch" if warmup else "batch")
-        try:
-            generated = self._pipeline.generate(bucket, items)
-        except OutOfDeviceMemory as error:
-            if len(self._warmups) == 1:
-                raise
-            warmup = True
-            enter("first batch")
-            generated = self._generate_alone(bucket, items, key, error)
-        finally:
-            self._idle_since = time.monotonic()
-            self._mailbox.enter("idle")
-        generate_s = self._idle_since - started
-        self._warmups[key] += 1
-        self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
-        return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began)
-
-    def _generate_alone(self, bucket: Bucket, items: list[Item], key: Hashable, error: OutOfDeviceMemory) -> Generated:
-        """A call of the pipeline that had no memory left, again without the graphs of other keys."""
-        for other in [other for other in self._warmups if other != key]:
-            self._forget(other, key)
-        try:
-            return self._pipeline.generate(bucket, items)
-        except DeviceError:
-            raise error from None
-
-    def _forget(self, key: Hashable, current: Hashable) -> None:
-        """Gives up what is compiled for a key. A pipeline that can't give up one key alone begins anew with all."""
-        self._warmups.pop(key, None)
-        if self._pipeline.forget(key):
-            self._warmups = {current: 0}
-
     def _announce(self, attempt: str, rows: tuple[int, ...]) -> None:
         self._mailbox.wait_for_acknowledgement(self._mailbox.emit(BatchAnnounced(attempt, rows)))
 
@@ -329,6 +304,7 @@ class Card:
 
     def _finish(self, work: ShardRows, output: OutputFormat, maker: ShardMaker, stored: list[StoredBatch]) -> None:
         """Waits until the shard's images are stored and sends its record to the driver."""
+        self._recipes.keep()
         try:
             card = CardIdentity(self._name, self._node, self._module, self._pipeline.device)
             self._mailbox.emit(self._recorder.record(card, work, output, maker, stored))

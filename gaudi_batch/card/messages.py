@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from gaudi_batch.job import Job
 from gaudi_batch.output.manifest import CommitInfo
@@ -33,6 +33,8 @@ class CardSetup:
     """The run id in run.json, by which a card checks that it sees the same output."""
     driver: str
     """The prefix of the driver's attempts, which lease.json has before there is a run.json."""
+    tracker: Any = None
+    """The actor that knows which cards have the model; None where each node has it, or nobody would ask."""
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,11 @@ class JobConfig(Section):
         """Whether the job may ask for cards that the cluster does not have."""
         return bool(self.min_cards or self.max_cards)
 
+    def options_for(self, url: str) -> dict[str, Any]:
+        """Fsspec options of a place that has none of its own: the output's, if both are on one protocol."""
+        protocol, is_url, _ = url.partition("://")
+        return self.storage_options if is_url and self.output.startswith(f"{protocol}://") else {}
+
     @model_validator(mode="after")
     def _model_where_needed(self) -> JobConfig:
         if self.model is None and self.device != "simulated":

@@ -15,6 +15,8 @@ from pydantic import (
 
 from gaudi_batch.text import did_you_mean
 
+OUTPUT = "output"
+"""The place of recipes that is the run's own output."""
 GAUDI_FIELDS = (
     "use_torch_autocast",
     "autocast_bf16_ops",
@@ -146,6 +148,10 @@ class GaudiSettings(Section):
     recipe_cache_mb: PositiveInt = 16384
     """Size of that directory in MB, beyond which the oldest recipes are removed."""
 
+    recipe_store: str | None = OUTPUT
+    """Where recipes are kept for other nodes, which then need not compile: `output` is the directory `recipes` of the
+    run's output, a URL or an absolute path a directory that runs share; null keeps them on their node alone."""
+
     def shaping(self) -> dict[str, Any]:
         """The fields that decide what a batch is and how long it takes."""
         if self.mode != "lazy":
@@ -161,6 +167,13 @@ class GaudiSettings(Section):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} is a setting of mode lazy; with mode {self.mode} leave it out")
         return self
+
+    @field_validator("recipe_store")
+    @classmethod
+    def _output_or_place(cls, value: str | None) -> str | None:
+        if value not in (None, OUTPUT) and "://" not in value and not value.startswith(("/", "~")):
+            raise ValueError(f"must be {OUTPUT}, a URL, an absolute path or null")
+        return value
 
     @field_validator("config")
     @classmethod

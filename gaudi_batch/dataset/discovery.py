@@ -25,7 +25,6 @@ from gaudi_batch.dataset.prompt_file import PromptFile, identity_of, parse_foote
 from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.layout import JOINED, OWN_FILES, ROLLUPS, is_of_run, own_names, parse_manifest
-from gaudi_batch.storage.filesystem import same_store
 from gaudi_batch.storage.retrying import MANY_TIMEOUT_S
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import out_of_reach, told_if_slow
@@ -162,7 +161,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     url = config.prompts
     options = config.prompts_storage_options
     if options is None:
-        options = config.storage_options if same_store(url, config.output) else {}
+        options = config.options_for(url)
     whole = Storage(url, options, config.storage_patience, read_only=True)
     filesystem, path = whole.filesystem, whole.root
     # Only names of http files stay URLs. Their query often is a signature: a secret, and no part of a name.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from gaudi_batch.card.actor import Card
 from gaudi_batch.card.messages import CardSetup
 from gaudi_batch.cluster.connection import CardResources, card_options
+from gaudi_batch.cluster.model_peers import CALLS, GROUP, start_tracker
 from gaudi_batch.cluster.placement import group_name
 
 CARD_CALLS = 4
@@ -98,12 +99,17 @@ class Places:
         if number in self._actors:
             return self._actors[number]
         if self._card is None:
-            self._card, self._setup_ref = ray.remote(Card), ray.put(self._setup)
+            card = ray.remote(concurrency_groups={GROUP: CALLS})
+            self._card, self._setup_ref = card(Card), ray.put(self._with_tracker())
         strategy = PlacementGroupSchedulingStrategy(self._groups[number], 0)
         options = {**self._options, "scheduling_strategy": strategy, "max_concurrency": CARD_CALLS}
         self.started_at[number] = time.monotonic()
         self._actors[number] = self._card.options(**options).remote(self._setup_ref)
         return self._actors[number]
+
+    def _with_tracker(self) -> CardSetup:
+        model = self._setup.job.model
+        return replace(self._setup, tracker=start_tracker()) if model.hub or model.storage else self._setup
 
     def kill(self, number: int) -> None:
         """Kills a slot's process, if one has been started, and keeps its place."""

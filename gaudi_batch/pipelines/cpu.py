@@ -13,6 +13,7 @@ import torch
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.calls import call_arguments, collect, graph_key, prepare_calls
 from gaudi_batch.pipelines.loading import load
+from gaudi_batch.pipelines.model_cache import NO_PEERS, Peers
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
 from gaudi_batch.plan import Bucket
@@ -25,14 +26,15 @@ class CpuPipeline:
         model: which model, as resolved by the driver.
         threads: torch threads of this card, which images depend on in the last bits.
         dtype: float32 or bfloat16.
+        peers: see `load_pipeline`.
     """
 
     device = "cpu"
     warmup_batches = 1
 
-    def __init__(self, model: ModelInfo, threads: int, dtype: str) -> None:
+    def __init__(self, model: ModelInfo, threads: int, dtype: str, peers: Peers = NO_PEERS) -> None:
         torch.set_num_threads(threads)
-        self._pipeline, revision = load(model, dtype)
+        self._pipeline, revision = load(model, dtype, peers)
         prepare_calls(self._pipeline, model.family)
         self._family = model.family
         self.stack: Mapping[str, str] = versions(TORCH_PACKAGES) | {"device": _describe_cpu()}

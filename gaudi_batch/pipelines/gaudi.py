@@ -19,6 +19,7 @@ from gaudi_batch.pipelines.base import DeviceMemory, Generated, Item
 from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
 from gaudi_batch.pipelines.hpu import WARMUP_BATCHES, acquire, describe_device, explained, take_memory_peak
+from gaudi_batch.pipelines.model_cache import NO_PEERS, Peers
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
 from gaudi_batch.plan import Bucket
@@ -31,6 +32,7 @@ class GaudiPipeline:
         config: the job, its Gaudi config resolved.
         model: its model, resolved.
         threads: threads of the host beside this card.
+        peers: see `load_pipeline`.
 
     Raises:
         RuntimeError: Intel's stack is not there, or the card can't be had; the message says what to do.
@@ -38,7 +40,7 @@ class GaudiPipeline:
 
     warmup_batches = WARMUP_BATCHES
 
-    def __init__(self, config: JobConfig, model: ModelInfo, threads: int) -> None:
+    def __init__(self, config: JobConfig, model: ModelInfo, threads: int, peers: Peers = NO_PEERS) -> None:
         require_stack(config.gaudi.mode)
         prepare(config)
         # Both log what they do to prompts, at INFO, as soon as they are imported.
@@ -71,7 +73,7 @@ class GaudiPipeline:
         self._hpu = hpu
         self._graphs: dict[Hashable, set[int]] = {}
         pipeline_class = getattr(gaudi_diffusers, model.family.gaudi_class)
-        path = fetch(model, pipeline_class)
+        path = fetch(model, peers)
         revision = revision_beside(model, path)
         scheduler = {}
         if model.scheduler is not None:

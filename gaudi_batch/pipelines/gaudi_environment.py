@@ -8,11 +8,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.config.sections import OUTPUT
+from gaudi_batch.layout import RECIPES
+from gaudi_batch.pipelines.recipes import Recipes, place_of
+from gaudi_batch.storage.store import Storage
 
+_RECIPE_CACHE = "PT_HPU_RECIPE_CACHE_CONFIG"
 _OP_LISTS = {
     "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST": "autocast_bf16_ops",
     "PT_HPU_AUTOCAST_FP32_OPS_LIST": "autocast_fp32_ops",
@@ -34,7 +40,7 @@ def environment(config: JobConfig) -> dict[str, str]:
     variables = {"PT_HPU_LAZY_MODE": "1" if gaudi.mode == "lazy" else "0"}
     if gaudi.recipe_cache is not None:
         # https://docs.habana.ai/en/latest/PyTorch/Reference/Runtime_Flags.html: path, clear it first, size in MB
-        variables["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
+        variables[_RECIPE_CACHE] = f"{gaudi.recipe_cache},false,{gaudi.recipe_cache_mb}"
     if gaudi.quantize is not None:
         variables["QUANT_CONFIG"] = gaudi.quantize.config
     ops = _op_lists(config)
@@ -53,9 +59,34 @@ def prepare(config: JobConfig) -> None:
         fresh = path.with_name(f"{path.name}.{os.getpid()}")
         fresh.write_text("".join(f"{op}\n" for op in ops))
         fresh.replace(path)
-    recipe_cache = os.environ.get("PT_HPU_RECIPE_CACHE_CONFIG", "").rsplit(",", 2)[0]
-    if recipe_cache:
-        Path(recipe_cache).mkdir(parents=True, exist_ok=True)
+    if _recipe_cache():
+        Path(_recipe_cache()).mkdir(parents=True, exist_ok=True)
+
+
+def recipes_of(config: JobConfig, output: Storage, stack: Mapping[str, str]) -> Recipes | None:
+    """The recipes of this node beside those in storage; None where none are kept there.
+
+    Args:
+        config: the job.
+        output: its output.
+        stack: of this card, see stack.py.
+
+    Raises:
+        InputError: the job names a place that can't be opened.
+    """
+    gaudi = config.gaudi
+    if config.device != "hpu" or gaudi.recipe_cache is None or gaudi.recipe_store is None:
+        return None
+    storage, place = output, f"{RECIPES}/{place_of(stack)}"
+    if gaudi.recipe_store != OUTPUT:
+        options = config.options_for(gaudi.recipe_store)
+        storage, place = Storage(gaudi.recipe_store, options, config.storage_patience), place_of(stack)
+    return Recipes(Path(_recipe_cache()), storage, place, gaudi.recipe_cache_mb * 1024**2)
+
+
+def _recipe_cache() -> str:
+    """The directory of recipes, as this process's environment names it; empty if it names none."""
+    return os.environ.get(_RECIPE_CACHE, "").rsplit(",", 2)[0]
 
 
 def _op_lists(config: JobConfig) -> dict[str, list[str]]:

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.lora import fetch_lora
-from gaudi_batch.pipelines.model_cache import ModelCache
+from gaudi_batch.pipelines.model_cache import ModelCache, Peers
+from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.trust import refuse_code
 
@@ -22,22 +23,23 @@ CACHE = Path.home() / ".cache/gaudi-batch"
 LORA_CACHE = CACHE / "loras"
 """Where a node keeps LoRAs from stores."""
 MODELS = ModelCache(CACHE / "models", int(os.environ.get("GAUDI_BATCH_MODELS_GB", "200")) * 10**9)
-"""The models from stores on this node, by default of 200 GB at most."""
+"""The models on this node, but for those that the hub's own library keeps; by default of 200 GB at most."""
 
 
-def load(model: ModelInfo, dtype: str) -> tuple[Any, Callable[[], str]]:
+def load(model: ModelInfo, dtype: str, peers: Peers) -> tuple[Any, Callable[[], str]]:
     """Diffusers' own pipeline of a model's class, with the family's scheduler or its own, before `prepare_calls`.
 
     Args:
         model: the model.
         dtype: float32 or bfloat16.
+        peers: see `load_pipeline`.
 
     Returns:
         The pipeline, on the host, and what waits for the model's revision (see `revision_beside`).
     """
     silence_libraries()
     pipeline_class = getattr(diffusers, model.pipeline_class)
-    path = fetch(model, pipeline_class)
+    path = fetch(model, peers)
     revision = revision_beside(model, path)
     pipeline = pipeline_class.from_pretrained(
         path,
@@ -73,31 +75,24 @@ def fuse_loras(pipeline: Any, model: ModelInfo) -> None:
     pipeline.unload_lora_weights()
 
 
-def fetch(model: ModelInfo, pipeline_class: Any) -> str:
-    """The directory from which a model is loaded, fetched from the hub if need be. It is checked again now that all
+def fetch(model: ModelInfo, peers: Peers) -> str:
+    """The directory from which a model is loaded, fetched if need be. It is checked again now that all
     files are there: the driver saw only the model's JSON files, maybe on another machine.
 
     Args:
         model: the model.
-        pipeline_class: the class of diffusers, or a child of it, that knows which files it needs.
+        peers: see `load_pipeline`.
 
     Raises:
         InputError: loading it would run code.
     """
     path = model.path
     if model.storage is not None:
-        path = str(MODELS.get(model.revision, model.storage, model.files))
+        path = str(MODELS.get(StoreOrigin(model.revision, model.storage, model.files), peers))
     elif model.name.startswith(BUILTIN):
         path = str(builtin_directory(model.name))  # it may be elsewhere than the driver's
     elif model.hub:
-        path = str(
-            pipeline_class.download(
-                model.path,
-                revision=model.revision,
-                use_safetensors=model.use_safetensors or None,
-                trust_remote_code=False,
-            )
-        )
+        path = str(MODELS.get(HubOrigin(model, MODELS.root), peers))
     refuse_code(model.name, Path(path))
     return path
 
@@ -114,10 +109,8 @@ def revision_beside(model: ModelInfo, path: str) -> Callable[[], str]:
     Returns:
         What waits for the answer: the commit of a hub model, the SHA-256 of a directory's files.
     """
-    if model.storage is not None:
-        return lambda: model.revision  # each file was compared when it was fetched
-    if model.hub:
-        return lambda: Path(path).name  # a snapshot's directory has the name of its commit
+    if model.storage is not None or model.hub:
+        return lambda: Path(path).name  # its directory has the name of its revision, and each file was compared
     pool = ThreadPoolExecutor(1, "digest")
     revision = pool.submit(digest, Path(path), model.use_safetensors)
     pool.shutdown(wait=False)

@@ -16,7 +16,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.pipelines.safetensors_files import Shapes, read_shapes
 from gaudi_batch.redaction import redact
 from gaudi_batch.storage.disk import write_whole
-from gaudi_batch.storage.filesystem import expanded, same_store
+from gaudi_batch.storage.filesystem import expanded
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
 
@@ -139,7 +139,7 @@ def _in_storage(config: JobConfig, lora: LoraConfig) -> tuple[LoraInfo, Shapes]:
     url, _, name = lora.path.rstrip("/").rpartition("/")
     if not name.endswith(SUFFIX):
         url, name = lora.path, ""
-    options = config.storage_options if same_store(url, config.output) else {}
+    options = config.options_for(url)
     storage = Storage(url, options, config.storage_patience, read_only=True)
     name = _only(lora, name or lora.weight_name, [] if name else _files_in(storage))
     data = storage.get(name)

@@ -14,6 +14,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceMemory, Generated, Item
 from gaudi_batch.pipelines.gaudi_environment import prepare, require_stack
 from gaudi_batch.pipelines.hpu import WARMUP_BATCHES, acquire, describe_device, explained, take_memory_peak
+from gaudi_batch.pipelines.model_cache import NO_PEERS, Peers
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import NATIVE_PACKAGES, versions
 from gaudi_batch.plan import Bucket
@@ -34,12 +35,13 @@ class NativePipeline:
         config: the job, of mode `compile` or `eager`.
         model: its model, resolved.
         threads: threads of the host beside this card.
+        peers: see `load_pipeline`.
 
     Raises:
         RuntimeError: Intel's stack is not there, or the card can't be had; the message says what to do.
     """
 
-    def __init__(self, config: JobConfig, model: ModelInfo, threads: int) -> None:
+    def __init__(self, config: JobConfig, model: ModelInfo, threads: int, peers: Peers = NO_PEERS) -> None:
         require_stack(config.gaudi.mode)
         prepare(config)
         import torch
@@ -54,7 +56,7 @@ class NativePipeline:
         self.device = describe_device(self._hpu)
         self._is_compiled = config.gaudi.mode == "compile"
         self.warmup_batches = WARMUP_BATCHES if self._is_compiled else 1
-        pipeline, revision = load(model, config.dtype or "bfloat16")
+        pipeline, revision = load(model, config.dtype or "bfloat16", peers)
         try:
             # Without this, diffusers would have Intel's bridge rewrite calls of CUDA, of which there are none.
             self._pipeline = pipeline.to("hpu", hpu_migration=False)

@@ -28,7 +28,7 @@ from gaudi_batch.pipelines.signatures import family_of
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.redaction import redact
-from gaudi_batch.storage.filesystem import expanded, same_store
+from gaudi_batch.storage.filesystem import expanded
 from gaudi_batch.storage.listing import Entry
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import told_if_slow
@@ -115,8 +115,8 @@ def _in_storage(config: JobConfig) -> ModelInfo:
     name = redact(config.model or "")
     if config.revision is not None:
         raise InputError(f"revision {config.revision!r}: model {name!r} is in a store; only hub models have one")
-    options = config.storage_options if same_store(config.model or "", config.output) else {}
-    storage = Storage(config.model or "", options, config.storage_patience, read_only=True)
+    url = config.model or ""
+    storage = Storage(url, config.options_for(url), config.storage_patience, read_only=True)
     files = entries_of_model(storage)
     if not files:
         raise InputError(f"model {name!r}: there is nothing in {storage.url}")

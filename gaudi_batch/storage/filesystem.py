@@ -78,11 +78,6 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
     return filesystem, path
 
 
-def same_store(url: str, other: str) -> bool:
-    """Whether two URLs are of one protocol, and so of one store's credentials."""
-    return "://" in url and url.split("://")[0] == other.split("://")[0]
-
-
 def is_s3(filesystem: Any) -> bool:
     """Whether it is s3fs."""
     return type(filesystem).__name__ == "S3FileSystem"

@@ -60,7 +60,7 @@ card.Card._fetch, card.Card._generate = ({0}, {1})
 store = SimpleNamespace(longest_running_s=lambda: 0.0)
 config, dataset = SimpleNamespace(device="simulated"), SimpleNamespace(storage=store)
 job = SimpleNamespace(config=config, dataset=dataset)
-card.Card(SimpleNamespace(job=job, storage=store))
+card.Card(SimpleNamespace(job=job, storage=store, tracker=None))
 time.sleep(600)
 """
 
@@ -131,11 +131,11 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     card: Any = Card.__new__(Card)
     card._store_slots, card._storage, card._probes = Slots(BATCHES_IN_STORE), None, {}
     card._store = StorePool(2)
-    card._pipeline = SimpleNamespace(graph_key=lambda bucket, item: None)
+    call = PipelineCall("steady", 1.0, 0.0)
+    card._pipeline = SimpleNamespace(graph_key=lambda bucket, item: None, call=lambda shard, items: (None, call))
     config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._mailbox = Mailbox(lambda: 0.0)
-    card._call = lambda shard, items: (None, PipelineCall("steady", 1.0, 0.0))
     card._store_batch = lambda output, batch, *_: batch  # and none of them ever ends
     work = ShardRows(ShardTask(Shard(0, 0, 0, 20, BUCKET, 20, 20), "aaaaa1"), [], pa.table({}))
     threading.Thread(target=card._make, args=(work,), daemon=True).start()

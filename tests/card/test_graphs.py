@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gaudi_batch.card.actor import Card
 from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.card.warm_pipeline import WarmPipeline
 from gaudi_batch.pipelines.base import Item, OutOfDeviceMemory
 from gaudi_batch.plan import Bucket, Shard
 
@@ -24,6 +23,7 @@ class Graphs:
         room: graphs for which there is memory.
     """
 
+    device = "emulated"
     warmup_batches = 1
 
     def __init__(self, together: bool, room: int = 99) -> None:
@@ -46,22 +46,18 @@ class Graphs:
         return self.together
 
 
-def a_card(pipeline: Graphs, max_graphs: int) -> Any:
-    card: Any = object.__new__(Card)
-    config = SimpleNamespace(gaudi=SimpleNamespace(max_graphs=max_graphs))
-    card._pipeline, card._warmups, card._idle_since = pipeline, {}, 0.0
-    card._setup, card._mailbox = SimpleNamespace(job=SimpleNamespace(config=config)), Mailbox(lambda: 0.0)
-    return card
+def warm(pipeline: Any, max_graphs: int) -> WarmPipeline:
+    return WarmPipeline(pipeline, max_graphs, Mailbox(lambda: 0.0))
 
 
-def phases(card: Any, *widths: int) -> list[str]:
+def phases(pipeline: WarmPipeline, *widths: int) -> list[str]:
     shards = [Shard(0, 0, 0, 1, Bucket(width, 64, 5, 7.5), 1, 1) for width in widths]
-    return [card._call(shard, [ITEM])[1].phase for shard in shards]
+    return [pipeline.call(shard, [ITEM])[1].phase for shard in shards]
 
 
 def test_the_least_recently_used_graph_is_given_up() -> None:
     pipeline = Graphs(together=False)
-    assert phases(a_card(pipeline, 2), 64, 96, 64, 128, 64, 96) == ["warmup"] * 2 + [
+    assert phases(warm(pipeline, 2), 64, 96, 64, 128, 64, 96) == ["warmup"] * 2 + [
         "steady",
         "warmup",
         "steady",
@@ -73,14 +69,14 @@ def test_the_least_recently_used_graph_is_given_up() -> None:
 
 def test_where_all_go_at_once_all_are_first_batches_again() -> None:
     pipeline = Graphs(together=True)
-    assert phases(a_card(pipeline, 2), 64, 96, 128, 64, 128, 64) == ["warmup"] * 4 + ["steady"] * 2
+    assert phases(warm(pipeline, 2), 64, 96, 128, 64, 128, 64) == ["warmup"] * 4 + ["steady"] * 2
     assert pipeline.captured == [64, 96, 128, 64]
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_card_without_memory_gives_up_other_graphs_before_it_gives_up(together: bool) -> None:
     pipeline = Graphs(together, room=2)
-    card = a_card(pipeline, 9)
+    card = warm(pipeline, 9)
     assert phases(card, 64, 96, 128, 128) == ["warmup", "warmup", "warmup", "steady"]
     assert pipeline.kept == [128]
     pipeline.room = 0

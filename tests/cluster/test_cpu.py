@@ -18,6 +18,7 @@ from helpers import called, put_into_hub_cache, read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, run
+from gaudi_batch.pipelines.model_cache import NO_PEERS
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelInfo, describe_model
 
 pytestmark = pytest.mark.torch
@@ -186,7 +187,7 @@ def test_a_card_has_the_built_in_model_of_its_own_package(tmp_path: Path) -> Non
 
     shutil.copytree(BUILTIN_MODELS / "shapes", tmp_path / "where the driver has it")
     info = vars(describe_model(config("builtin:shapes"))) | {"path": str(tmp_path / "where the driver has it")}
-    assert fetch(ModelInfo(**info), None) == str(BUILTIN_MODELS / "shapes")
+    assert fetch(ModelInfo(**info), NO_PEERS) == str(BUILTIN_MODELS / "shapes")
 
 
 def test_a_hub_model_is_resolved_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,9 +145,9 @@ def test_a_card_does_not_go_through_all_batches_after_each(monkeypatch: pytest.M
         _fetched=queue.Queue(),
     )
     image = np.full((1, 8, 8, 3), 0.5, np.float32)
-    vars(card)["_call"] = lambda shard, items: (Generated(image, [False], [False]), PipelineCall("steady", 1.0, 0.0))
+    made = Generated(image, [False], [False]), PipelineCall("steady", 1.0, 0.0)
     rows = [PromptRow(row, str(row), "p", "", None, RULES.bucket, 1, None) for row in range(batches)]
     shard = Shard(0, 0, 0, batches, RULES.bucket, batches, batches)
-    card._pipeline = SimpleNamespace(graph_key=lambda bucket, item: None)
+    vars(card)["_pipeline"] = SimpleNamespace(graph_key=lambda *_: None, call=lambda *_: made)
     card._make(ShardRows(ShardTask(shard, "a1"), rows, pa.table({})))
     assert CountedFuture.asked <= 3 * batches

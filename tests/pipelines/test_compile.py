@@ -18,6 +18,7 @@ from gaudi_batch import JobConfig
 from gaudi_batch.card.shard_runner import ShardMaker, ShardRows
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.pipelines.base import Generated, Item
+from gaudi_batch.pipelines.model_cache import NO_PEERS
 from gaudi_batch.pipelines.native import compile_denoiser, forget_compiled
 from gaudi_batch.pipelines.sources import describe_model
 from gaudi_batch.plan import Bucket, Shard
@@ -81,7 +82,7 @@ class Job:
         self.guidance = guidance
         described = describe_model(self.config)
         self.family = described.family
-        self.pipeline, _ = load(described, "float32")
+        self.pipeline, _ = load(described, "float32", NO_PEERS)
         if compiler is not None:
             compile_denoiser(self.pipeline, compiler, max_graphs)
         prepare_calls(self.pipeline, self.family)

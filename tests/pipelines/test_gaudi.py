@@ -79,9 +79,9 @@ def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_gra
         "float32",
         *FLAGS,
     )
-    job = (*job, "--gaudi.recipe-cache", tmp_path / "recipes")
     state = tmp_path / "machine"
-    result = command_line(*("emulate", "--modules", "4,5", "--state", state, "--", "gaudi-batch"), *job)
+    emulate = ("emulate", "--modules", "4,5", "--state", state, "--", "gaudi-batch")
+    result = command_line(*emulate, *job, "--gaudi.recipe-cache", tmp_path / "recipes")
     assert result.returncode == 3, result.stderr
     assert "2 cards, device hpu" in result.stderr
     # A card makes what its environment names: so Ray has put it there.
@@ -92,9 +92,21 @@ def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_gra
     assert sorted(card["module"] for card in cards) == [4, 5]
     assert all(card["captures"] <= 2 for card in cards)
     assert sum(card["captures"] for card in cards) >= 2
+    assert sum(card["compilations"] for card in cards) >= 2
     lines = [json.loads(line) for path in (tmp_path / "out/throughput").rglob("*.jsonl") for line in path.open()]
     assert {line["device"] for line in lines} == {"hpu GAUDI2 (emulated)"}
     assert {line["module"] for line in lines} <= {4, 5}
+
+    # A node that has compiled nothing, as one that joins late.
+    state = tmp_path / "another machine"
+    emulate = ("emulate", "--modules", "1", "--state", state, "--", "gaudi-batch")
+    result = command_line(*emulate, *job, "--gaudi.recipe-cache", tmp_path / "another", "--overwrite")
+    assert result.returncode == 3, result.stderr
+    assert hashes(tmp_path / "out") == on_cpu
+    assert [(card["captures"], card["compilations"], card["recipes_loaded"]) for card in counters(state)] == [(2, 0, 2)]
+    (place,) = (tmp_path / "out/recipes").iterdir()
+    assert place.name == "hpu-GAUDI2-emulated-1.24.0"
+    assert sorted(path.suffix for path in place.iterdir()) == [".metadata"] * 2 + [".recipe"] * 2
 
 
 WITHOUT_OPTIMUM = """
@@ -112,34 +124,19 @@ sys.meta_path.insert(0, Refuse())
 
 
 @pytest.mark.torch
-def test_in_eager_mode_a_job_needs_no_optimum_habana_and_makes_the_images_of_the_cpu(
+def test_in_eager_mode_a_job_needs_no_optimum_habana_and_a_card_whose_device_fails_is_replaced_on_its_module(
     prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
 ) -> None:
-    """Also if a card fails in its midst."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPTIMUM)
     job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
     state = tmp_path / "machine"
     emulate = ("emulate", "--modules", "1", "--fault", "oom:0@7", "--state", state, "--", "gaudi-batch")
     result = command_line(*emulate, *job, "--gaudi.mode", "eager", PYTHONPATH=str(tmp_path))
     assert result.returncode == 3, result.stderr
-    assert "try --batch-size 2" in result.stderr
-    assert hashes(tmp_path / "out") == on_cpu
+    assert "guidance 7.5); try --batch-size 2" in result.stderr
+    assert hashes(tmp_path / "out") == on_cpu, "nothing is lost"
     assert [(card["module"], card["captures"]) for card in counters(state)] == [(0, 0), (0, 0)]
     assert json.loads((tmp_path / "out/run.json").read_text())["fingerprint"]["gaudi"] == {"mode": "eager"}
-
-
-@pytest.mark.torch
-def test_a_card_whose_device_fails_is_replaced_on_its_module_and_nothing_is_lost(
-    prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
-) -> None:
-    job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
-    state = tmp_path / "machine"
-    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@5", "--state", state, "--", "gaudi-batch")
-    result = command_line(*emulate, *job)
-    assert result.returncode == 3, result.stderr
-    assert "guidance 7.5); try --batch-size 2" in result.stderr
-    assert hashes(tmp_path / "out") == on_cpu
-    assert [card["module"] for card in counters(state)] == [0, 0]
 
 
 @pytest.mark.torch

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from helpers import StoreServer
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.base import Item
-from gaudi_batch.pipelines.model_cache import ModelCache
+from gaudi_batch.pipelines.model_cache import NO_PEERS, Files, LocalModel, ModelCache, Origin, PeerLost
 from gaudi_batch.pipelines.model_files import entries_of_model
+from gaudi_batch.pipelines.origins import StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 from gaudi_batch.plan import Bucket
 from gaudi_batch.storage.store import Storage
@@ -60,7 +63,7 @@ def test_cards_of_a_node_fetch_a_model_once(store: Storage, tmp_path: Path, fetc
     files = entries_of_model(store)
     caches = [ModelCache(tmp_path / "cache", 10**12) for _ in range(8)]
     with ThreadPoolExecutor(len(caches)) as pool:
-        places = set(pool.map(lambda cache: cache.get("revision", store, files), caches))
+        places = set(pool.map(lambda cache: cache.get(StoreOrigin("revision", store, files), NO_PEERS), caches))
     assert len(places) == 1
     assert fetched == Counter(files.keys())
     assert content(places.pop()) == {path: (Path(store.root) / path).read_bytes() for path in files}
@@ -72,14 +75,14 @@ def test_what_a_killed_process_has_left_is_completed(
     files, rename, killed = entries_of_model(store), Path.rename, ModelCache(tmp_path / "cache", 10**12)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        killed.get("revision", store, files)
+        killed.get(StoreOrigin("revision", store, files), NO_PEERS)
     killed.release()
     monkeypatch.setattr(Path, "rename", rename)
     assert not (tmp_path / "cache/revision").exists()
     torn = tmp_path / "cache/.revision/unet/config.json"
     torn.write_bytes(torn.read_bytes()[:-1])
     fetched.clear()
-    place = ModelCache(tmp_path / "cache", 10**12).get("revision", store, files)
+    place = ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
     assert fetched == Counter({"unet/config.json": 1})
     assert content(place) == {path: (Path(store.root) / path).read_bytes() for path in files}
 
@@ -88,7 +91,7 @@ def test_a_model_that_changes_meanwhile_is_not_taken(store: Storage, tmp_path: P
     files = entries_of_model(store)
     (Path(store.root) / "unet/config.json").write_bytes(b"{}")
     with pytest.raises(StorageError, match=r"unet/config\.json"):
-        ModelCache(tmp_path / "cache", 10**12).get("revision", store, files)
+        ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
     assert not (tmp_path / "cache/revision").exists()
 
 
@@ -97,15 +100,70 @@ def test_models_that_nobody_uses_make_room_the_least_recently_used_first(store: 
     size = sum(entry.size for entry in files.values())
     caches = {revision: ModelCache(root, 10**12) for revision in ("old", "older", "used")}
     for age, (revision, cache) in enumerate(caches.items()):
-        cache.get(revision, store, files)
+        cache.get(StoreOrigin(revision, store, files), NO_PEERS)
         os.utime(root / revision, (1000 - age, 1000 - age))
         if revision != "used":
             cache.release()
-    ModelCache(root, 3 * size).get("new", store, files)
+    ModelCache(root, 3 * size).get(StoreOrigin("new", store, files), NO_PEERS)
     assert {path.name for path in root.iterdir() if path.is_dir()} == {"old", "used", "new"}
-    ModelCache(root, size).get("newer", store, files)
+    ModelCache(root, size).get(StoreOrigin("newer", store, files), NO_PEERS)
     assert (root / "used").is_dir(), "a process has loaded it"
     assert not (root / "old").exists()
+
+
+class Giver:
+    """Another node that has a model, and the turn of this one.
+
+    Args:
+        model: what it has.
+        fails: for each of its files how often it fails to give it, or what it gives in its place.
+    """
+
+    def __init__(self, model: LocalModel, fails: dict[str, int | bytes] | None = None) -> None:
+        self.model = model
+        self.fails = fails or {}
+        self.turns: list[str] = []
+        self.offered: list[str] = []
+
+    @contextlib.contextmanager
+    def turn(self, origin: Origin) -> Iterator[Giver]:
+        self.turns.append(origin.revision)
+        yield self
+
+    def offer(self, revision: str, model: LocalModel) -> None:
+        self.offered.append(revision)
+
+    def files(self) -> Files:
+        return self.model.files
+
+    def read(self, path: str, size: int, file: Callable[[bytes], object]) -> None:
+        failure = self.fails.pop(path, 0)
+        if isinstance(failure, bytes):
+            file(failure)
+            return
+        content = (self.model.directory / path).read_bytes()
+        file(content[: size // 2])
+        if failure:
+            self.fails[path] = failure - 1
+            raise PeerLost("it died")
+        file(content[size // 2 :])
+
+
+@pytest.mark.parametrize("fails", [{}, {"unet/config.json": 1}, {"unet/config.json": b"torn"}], ids=str)
+def test_a_node_fetches_a_model_from_another_and_again_where_that_fails(
+    store: Storage, tmp_path: Path, fetched: Counter[str], fails: dict[str, int | bytes]
+) -> None:
+    origin = StoreOrigin("revision", store, entries_of_model(store))
+    giver = Giver(LocalModel(Path(store.root), origin.files()), dict(fails))
+    place = ModelCache(tmp_path / "cache", 10**12).get(origin, giver)
+    assert content(place) == {path: (Path(store.root) / path).read_bytes() for path in origin.files()}
+    assert not fetched
+    assert len(giver.turns) == 1 + len(fails)
+    assert giver.offered == ["revision"]
+    again = ModelCache(tmp_path / "cache", 10**12).get(origin, giver)
+    assert again == place
+    assert giver.offered == ["revision"] * 2
+    assert len(giver.turns) == 1 + len(fails)
 
 
 @pytest.mark.torch

@@ -26,6 +26,8 @@ class Counters:
     mark_steps: int = 0
     fused_attentions: int = 0
     copies: int = 0
+    compilations: int = 0
+    recipes_loaded: int = 0
     synchronizes: int = 0
     memory_in_use: int = 0
     memory_peak: int = 0

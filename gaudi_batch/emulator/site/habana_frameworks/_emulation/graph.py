@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from habana_frameworks._emulation import faults, modules
 from habana_frameworks._emulation.counters import counters
-from habana_frameworks._emulation.settings import settings
+from habana_frameworks._emulation.recipes import compile_graph
 from habana_frameworks._emulation.tensor import recorder
 
 _numbers = itertools.count()
@@ -90,6 +90,14 @@ class Recording:
             operation.last_used = sorted(used - needed)
             needed |= used
 
+    @property
+    def name(self) -> str:
+        """A name that another graph has only if it is the same: the same operations on tensors of the same shapes."""
+        hasher = hashlib.sha256()
+        for operation in self._operations:
+            hasher.update(f"{operation.func} {tree_map(_describe, (operation.args, operation.kwargs))}\n".encode())
+        return str(int(hasher.hexdigest()[:16], 16))
+
     @torch.no_grad()
     def replay(self) -> None:
         """Computes everything again from what the captured inputs hold now."""
@@ -148,7 +156,7 @@ class HPUGraph:
             self._recording = None
             raise RuntimeError("the capture was given up, as an operation in it failed")
         self._recording.end()
-        time.sleep(settings().capture_seconds)
+        compile_graph(self._recording.name)
 
     def replay(self, asynchronous: bool = False) -> None:
         """Computes the graph from what its input tensors hold now, into its output tensors."""
@@ -176,6 +184,10 @@ class HPUGraph:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("cannot pickle 'HPUGraph' object")
+
+
+def _describe(value: Any) -> Any:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else value
 
 
 def _resolve(symbol: Any, values: dict[int, torch.Tensor]) -> Any:

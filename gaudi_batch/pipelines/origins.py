@@ -1,0 +1,115 @@
+"""Where models come from that are not on a node's disk: stores, and the hub, whose own library keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from gaudi_batch.pipelines.digests import digest_of_blob
+from gaudi_batch.pipelines.model_cache import Files, LocalModel, ModelFile, fetch_files
+from gaudi_batch.pipelines.sources import ModelInfo
+from gaudi_batch.storage.disk import write_whole
+from gaudi_batch.storage.listing import Entry, md5_of
+from gaudi_batch.storage.store import Storage
+
+CHUNK = 64 * 1024**2
+"""Bytes of a file that a store is asked for at a time."""
+
+
+class StoreOrigin:
+    """A model in a store.
+
+    Args:
+        revision: of the model.
+        storage: where it lies.
+        entries: what it has there, by path.
+    """
+
+    readers = 4
+
+    def __init__(self, revision: str, storage: Storage, entries: Mapping[str, Entry]) -> None:
+        self.revision = revision
+        self._storage = storage
+        self._entries = entries
+
+    def present(self) -> None:
+        """Nothing keeps it here but the cache itself."""
+
+    def files(self) -> Files:
+        """The model's files."""
+        marks = {path: md5_of(entry.mark) for path, entry in self._entries.items()}
+        return {
+            path: ModelFile(entry.size, f"md5:{marks[path]}" if marks[path] else None)
+            for path, entry in self._entries.items()
+        }
+
+    def fetch(self, directory: Path, files: Files) -> LocalModel:
+        """See `Origin`."""
+
+        def read(path: str, take: Callable[[bytes], object]) -> None:
+            for start in range(0, files[path].size, CHUNK):
+                take(self._storage.get_range(path, start, min(start + CHUNK, files[path].size)))
+
+        fetch_files(files, directory, read, self._storage.url)
+        return LocalModel(directory, files)
+
+
+class HubOrigin:
+    """A model of the hub, which huggingface_hub keeps in its own cache. A note says where, once it is there as a whole,
+    since that cache also keeps a part of a model in the place of the model.
+
+    Args:
+        model: the model.
+        notes: the directory of the notes.
+    """
+
+    readers = 1
+
+    def __init__(self, model: ModelInfo, notes: Path) -> None:
+        self.revision = model.revision
+        self._model = model
+        self._note = notes / f"{model.revision}.hub"
+
+    def present(self) -> LocalModel | None:
+        """See `Origin`."""
+        try:
+            directory = Path(self._note.read_text())
+        except FileNotFoundError:
+            return None
+        return LocalModel(directory, _files_of(directory)) if (directory / "model_index.json").is_file() else None
+
+    def files(self) -> Files:
+        """None, as they take no room of the cache."""
+        return {}
+
+    def fetch(self, directory: Path, files: Files) -> LocalModel:
+        """See `Origin`; those files are fetched that the model's class of diffusers needs."""
+        import diffusers
+        from huggingface_hub import HfApi
+
+        model = self._model
+        is_reachable = False
+        with contextlib.suppress(Exception):
+            is_reachable = HfApi().repo_exists(model.path)
+        place = Path(
+            diffusers.DiffusionPipeline.download(
+                model.path,
+                revision=model.revision,
+                use_safetensors=model.use_safetensors or None,
+                trust_remote_code=False,
+            )
+        )
+        if is_reachable:  # else what is there may be a part of it
+            write_whole(self._note, lambda part: Path(part).write_text(str(place)), lambda: True, create=False)
+        return LocalModel(place, _files_of(place))
+
+
+def _files_of(directory: Path) -> dict[str, ModelFile]:
+    """The files of a snapshot in the hub's cache, each a link to a file that is named after its digest."""
+    files = {}
+    for path in directory.rglob("*"):
+        if path.is_file():
+            blob = path.resolve()
+            files[path.relative_to(directory).as_posix()] = ModelFile(blob.stat().st_size, digest_of_blob(blob.name))
+    return files

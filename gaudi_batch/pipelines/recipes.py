@@ -1,0 +1,123 @@
+"""Compiled recipes in storage, so that a node need not compile what another node has compiled.
+
+Intel's bridge keeps the recipe of a graph on the node's disk as two files that are named after the graph: `.recipe`,
+and then `.metadata`, which is empty, and locked, as long as the recipe is not whole. Some releases append the rank,
+which is 0 here, to the directory's name (recipe_cache.cpp, cache_file_handler.cpp and recipe_cache_config.cpp of
+gaudi-pytorch-bridge). Names say nothing of the release or the card that a recipe is for; their place in storage does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from gaudi_batch.storage.disk import write_whole
+from gaudi_batch.storage.store import Storage
+
+log = logging.getLogger(__name__)
+
+RECIPE, METADATA = ".recipe", ".metadata"
+RANK = "0"
+RELEASE = "habana-torch-plugin"
+"""The package whose version is that of Intel's release."""
+_NAME = re.compile(r"[\w-]+")
+
+
+def place_of(stack: Mapping[str, str]) -> str:
+    """The name of the directory for the recipes of a card with this stack (see stack.py)."""
+    return re.sub(r"[^\w.]+", "-", f"{stack['device']}-{stack.get(RELEASE, '')}").strip("-")
+
+
+class Recipes:
+    """The recipes of one node, and what storage has of the same kind.
+
+    Args:
+        directory: on the node's disk, `gaudi.recipe_cache`.
+        storage: of which a directory has the recipes of the same release and card.
+        place: that directory.
+        max_bytes: that may be brought.
+    """
+
+    def __init__(self, directory: Path, storage: Storage, place: str, max_bytes: int) -> None:
+        self._directories = (directory, directory.with_name(directory.name + RANK))
+        self._lock = directory.with_name(f"{directory.name}.lock")
+        self._storage = storage
+        self._place = place
+        self._max_bytes = max_bytes
+        self._stored: set[str] = set()
+
+    def bring(self) -> int:
+        """Fetches the recipes that storage has and this node has not; returns how many. The other cards of the node
+        wait meanwhile. Raises StorageError."""
+        with self._locked(wait=True):
+            entries = self._storage.entries(self._place)
+            self._stored |= _names(entries)
+            missing = sorted(self._stored - self._present())
+            left = self._max_bytes
+            for number, name in enumerate(missing):
+                left -= entries[name + RECIPE].size
+                if left < 0:
+                    log.info("storage has more compiled recipes than gaudi.recipe_cache_mb lets in")
+                    return number
+                content = [self._storage.get(f"{self._place}/{name}{suffix}") for suffix in (RECIPE, METADATA)]
+                for suffix, data in zip((RECIPE, METADATA), content, strict=True):
+                    if all(content):  # else it has gone since
+                        self._write(name + suffix, data or b"")
+        return len(missing)
+
+    def keep(self) -> int:
+        """Puts the recipes into storage that this node has and storage has not; returns how many. Where another card
+        of the node is at it, that one does. Raises StorageError."""
+        if not self._present() - self._stored:
+            return 0
+        with self._locked(wait=False) as is_mine:
+            if not is_mine:
+                return 0
+            self._stored |= _names(self._storage.entries(self._place))
+            new = sorted(self._present() - self._stored)
+            for name in new:
+                with contextlib.suppress(FileNotFoundError):  # the bridge has removed it to make room
+                    for suffix in (RECIPE, METADATA):
+                        data = self._file(name + suffix).read_bytes()
+                        self._storage.put(f"{self._place}/{name}{suffix}", data)
+                self._stored.add(name)
+        return len(new)
+
+    def _present(self) -> set[str]:
+        """The names of the node's recipes that are whole."""
+        entries: dict[str, int] = {}
+        for directory in self._directories:
+            with contextlib.suppress(FileNotFoundError), os.scandir(directory) as files:
+                entries |= {file.name: file.stat().st_size for file in files}
+        return {name for name in _names(entries) if entries[name + METADATA]}
+
+    def _file(self, name: str) -> Path:
+        return next((path for directory in self._directories if (path := directory / name).exists()), Path(name))
+
+    def _write(self, name: str, data: bytes) -> None:
+        for directory in self._directories:
+            if directory is self._directories[0] or directory.is_dir():
+                directory.mkdir(parents=True, exist_ok=True)
+                write_whole(directory / name, lambda part: Path(part).write_bytes(data), lambda: True, create=True)
+
+    @contextlib.contextmanager
+    def _locked(self, *, wait: bool) -> Iterator[bool]:
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def _names(files: Collection[str]) -> set[str]:
+    """The names of the recipes of which both files are there."""
+    whole = {name.removesuffix(METADATA) for name in files if name.endswith(METADATA)}
+    return {name for name in whole if name + RECIPE in files and _NAME.fullmatch(name)}
