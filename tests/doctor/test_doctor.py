@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import StoreServer, command_line, free_port
+from raynodes import RayCluster
 
 from gaudi_batch import JobConfig
 from gaudi_batch.doctor import cluster as of_cluster
@@ -240,3 +243,21 @@ def test_all_nodes_of_a_cluster_are_asked(cluster: str) -> None:
     for lines in nodes.values():
         assert {"packages", "disk of Ray", "clock"} <= {line["what"] for line in lines}
     assert told.returncode == 0
+
+
+@pytest.mark.ray
+def test_a_node_whose_clock_is_off_is_named(nodes: RayCluster) -> None:
+    """Its whole Ray, by Debian's libfaketime."""
+    if shutil.which("faketime") is None:
+        pytest.skip("faketime is not installed; .ci/run installs it")
+    nodes.add("--num-cpus=1")
+    nodes.add("--num-cpus=1", wrapper=("faketime", "-f", "+600"))
+    nodes.wait_for(3)
+    told = command_line("doctor", "--json", "--device", "cpu", "--address", nodes.address)
+    assert told.returncode == 1, told.stderr
+    clocks = [line for lines in json.loads(told.stdout)["nodes"].values() for line in lines if line["what"] == "clock"]
+    assert sorted(line["verdict"] for line in clocks) == ["bad", "ok", "ok"]
+    (bad_clock,) = [line for line in clocks if line["verdict"] == "bad"]
+    off = re.match(r"(\+[\d.]+) s beside the others", bad_clock["value"])
+    assert off is not None
+    assert abs(float(off[1]) - 600) < 30
