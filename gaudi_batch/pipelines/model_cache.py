@@ -129,7 +129,7 @@ class ModelCache:
         Raises:
             StorageError: its origin failed, or has other files than it said.
         """
-        model = self._get(origin, peers)
+        model = origin.present() or self._get(origin, peers)
         peers.offer(origin.revision, model)
         return model.directory
 
@@ -139,8 +139,6 @@ class ModelCache:
             os.close(self._held.pop())
 
     def _get(self, origin: Origin, peers: Peers) -> LocalModel:
-        if model := origin.present():
-            return model
         self.root.mkdir(parents=True, exist_ok=True)
         self._held.append(_locked(self.root / f"{origin.revision}.lock", fcntl.LOCK_SH))
         fetching = _locked(self.root / f"{origin.revision}.fetching", fcntl.LOCK_EX)
@@ -149,7 +147,9 @@ class ModelCache:
                 if model := self._present(origin.revision) or origin.present():
                     return model
                 with contextlib.suppress(PeerLost), peers.turn(origin) as peer:
-                    return self._fetch(origin, peer)
+                    model = self._fetch(origin, peer)
+                    peers.offer(origin.revision, model)  # before the turn ends, so that nobody asks the origin again
+                    return model
         finally:
             os.close(fetching)
 

@@ -103,7 +103,10 @@ def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_gra
     result = command_line(*emulate, *job, "--gaudi.recipe-cache", tmp_path / "another", "--overwrite")
     assert result.returncode == 3, result.stderr
     assert hashes(tmp_path / "out") == on_cpu
-    assert [(card["captures"], card["compilations"], card["recipes_loaded"]) for card in counters(state)] == [(2, 0, 2)]
+    # Of the two processes the first tries whether a card can load, before the run is removed.
+    assert sorted(card["captures"] for card in counters(state)) == [0, 2]
+    assert sum(card["compilations"] for card in counters(state)) == 0
+    assert sum(card["recipes_loaded"] for card in counters(state)) == 2
     (place,) = (tmp_path / "out/recipes").iterdir()
     assert place.name == "hpu-GAUDI2-emulated-1.24.0"
     assert sorted(path.suffix for path in place.iterdir()) == [".metadata"] * 2 + [".recipe"] * 2
