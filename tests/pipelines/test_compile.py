@@ -127,10 +127,15 @@ def test_each_shape_is_one_graph_without_a_break(name: str, saved: dict[str, Pat
         assert np.abs(one - other).max() < 1e-5
 
 
-def test_shapes_beyond_torchs_own_limit_are_compiled_and_go_together(saved: dict[str, Path | str], breaks: Any) -> None:
+def test_shapes_beyond_torchs_own_limit_are_compiled_and_go_together(
+    saved: dict[str, Path | str], breaks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     compiler = Compiler()
-    job = Job(saved["flux"], 3.5, compiler, max_graphs=9)
-    sizes = [(32 + 16 * width, 32) for width in range(9)]
+    job = Job(saved["flux"], 3.5, compiler, max_graphs=3)
+    sizes = [(32 + 16 * width, 32) for width in range(3)]
     for _ in range(2):
         for size in sizes:
             job.make(size, 1)
