@@ -63,6 +63,9 @@ class Origin(Protocol):
     def present(self) -> LocalModel | None:
         """The model where the origin's own library keeps it on this node, if it is there as a whole."""
 
+    def is_near(self) -> bool:
+        """Whether the origin's own library seems to keep the model on this node, so that no other has to give it."""
+
     def files(self) -> Files:
         """The model's files. Raises StorageError."""
 
@@ -146,6 +149,8 @@ class ModelCache:
             while True:
                 if model := self._present(origin.revision) or origin.present():
                     return model
+                if origin.is_near():
+                    return self._fetch(origin, None)
                 with contextlib.suppress(PeerLost), peers.turn(origin) as peer:
                     model = self._fetch(origin, peer)
                     peers.offer(origin.revision, model)  # before the turn ends, so that nobody asks the origin again

@@ -13,6 +13,7 @@ from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.listing import Entry, md5_of
 from gaudi_batch.storage.store import Storage
 
+WEIGHTS = (".safetensors", ".bin")
 CHUNK = 64 * 1024**2
 """Bytes of a file that a store is asked for at a time."""
 
@@ -35,6 +36,10 @@ class StoreOrigin:
 
     def present(self) -> None:
         """Nothing keeps it here but the cache itself."""
+
+    def is_near(self) -> bool:
+        """It is not."""
+        return False
 
     def files(self) -> Files:
         """The model's files."""
@@ -78,6 +83,13 @@ class HubOrigin:
         except FileNotFoundError:
             return None
         return LocalModel(directory, _files_of(directory)) if (directory / "model_index.json").is_file() else None
+
+    def is_near(self) -> bool:
+        """Whether the hub's cache has some weights of it: whoever has fetched some has fetched all, as a rule."""
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(self._model.path, "model_index.json", revision=self.revision)
+        return isinstance(index, str) and any(path.suffix in WEIGHTS for path in Path(index).parent.rglob("*"))
 
     def files(self) -> Files:
         """None, as they take no room of the cache."""

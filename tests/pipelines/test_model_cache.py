@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import StoreServer
+from helpers import StoreServer, put_into_hub_cache
 
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.base import Item
-from gaudi_batch.pipelines.model_cache import NO_PEERS, Files, LocalModel, ModelCache, Origin, PeerLost
+from gaudi_batch.pipelines.model_cache import NO_PEERS, Files, LocalModel, ModelCache, ModelFile, Origin, PeerLost
 from gaudi_batch.pipelines.model_files import entries_of_model
-from gaudi_batch.pipelines.origins import StoreOrigin
+from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 from gaudi_batch.plan import Bucket
 from gaudi_batch.storage.store import Storage
@@ -167,6 +167,28 @@ def test_a_node_fetches_a_model_from_another_and_again_where_that_fails(
     assert again == place
     assert len(giver.offered) == 3
     assert len(giver.turns) == 1 + len(fails)
+
+
+@pytest.mark.torch
+def test_a_model_that_the_hubs_cache_has_is_taken_from_there_and_not_from_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    commit = put_into_hub_cache(tmp_path / "hub", "someone/shapes", SHAPES)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    origin = HubOrigin(describe_model(config("someone/shapes")), tmp_path / "cache")
+    giver = Giver(
+        LocalModel(SHAPES, {"unet/config.json": ModelFile((SHAPES / "unet/config.json").stat().st_size, None)})
+    )
+    place = ModelCache(tmp_path / "cache", 10**12).get(origin, giver)
+    assert place.name == commit
+    assert not giver.turns
+    for weights in place.rglob("*.safetensors"):
+        weights.unlink()  # what is left is what the driver has fetched
+    assert ModelCache(tmp_path / "cache", 10**12).get(origin, giver) == tmp_path / "cache" / commit
+    assert giver.turns == [commit]
 
 
 @pytest.mark.torch
