@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.recipes import Recipes
 from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
+
+BRING_TIMEOUT_S = 60.0
+"""Seconds for which a card that has loaded waits for recipes; what comes later serves its next graphs."""
+KEEP_TIMEOUT_S = 10.0
+"""Seconds for which the record of a shard waits for recipes that are new: the run may end with that record."""
 
 
 class RecipeKeeper:
@@ -30,7 +37,12 @@ class RecipeKeeper:
         if self._recipes is None:
             return None
         try:
-            brought = self._recipes.bring()
+            brought = self._pool.submit(self._recipes.bring).result(BRING_TIMEOUT_S)
+        except FutureTimeoutError:
+            return (
+                f"compiled recipes did not come from storage within {BRING_TIMEOUT_S:.0f} s, so this node compiles"
+                " its own until they do"
+            )
         except (StorageError, OSError) as error:
             return f"compiled recipes can't be had from storage, so this node compiles its own: {error}"
         if brought:
@@ -38,13 +50,14 @@ class RecipeKeeper:
         return None
 
     def keep(self) -> None:
-        """Keeps in storage what this node has compiled, in a thread, unless that is being done."""
-        if self._recipes is not None and (self._keeping is None or self._keeping.done()):
+        """Keeps in storage what this node has compiled, in a thread, and waits for that a while."""
+        recipes = self._recipes
+        if recipes is None or not recipes.has_new():
+            return
+        if self._keeping is None or self._keeping.done():
             self._keeping = self._pool.submit(self._keep)
-
-    def close(self) -> None:
-        """Waits until what is being kept is kept."""
-        self._pool.shutdown()
+            with contextlib.suppress(FutureTimeoutError):
+                self._keeping.result(KEEP_TIMEOUT_S)
 
     def _keep(self) -> None:
         assert self._recipes is not None

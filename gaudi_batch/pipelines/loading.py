@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from gaudi_batch.pipelines.lora import fetch_lora
-from gaudi_batch.pipelines.model_cache import ModelCache, Peers
+from gaudi_batch.pipelines.model_cache import Peers, cache_of_node
 from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.trust import refuse_code
@@ -22,8 +22,8 @@ from gaudi_batch.pipelines.trust import refuse_code
 CACHE = Path.home() / ".cache/gaudi-batch"
 LORA_CACHE = CACHE / "loras"
 """Where a node keeps LoRAs from stores."""
-MODELS = ModelCache(CACHE / "models", int(os.environ.get("GAUDI_BATCH_MODELS_GB", "200")) * 10**9)
-"""The models on this node, but for those that the hub's own library keeps; by default of 200 GB at most."""
+MODELS = cache_of_node()
+"""The models on this node, but for those that the hub's own library keeps."""
 
 
 def load(model: ModelInfo, dtype: str, peers: Peers) -> tuple[Any, Callable[[], str]]:

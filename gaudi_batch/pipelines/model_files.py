@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 """Files that may shape an image."""
+INDEX = "model_index.json"
+TEMPLATE = ".jinja"
+"""Templates of chats, of which some text encoders make prompts."""
+_COMPONENT = re.compile(r"\w+")
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(-\d+-of-\d+)?")
+"""Names of weights that diffusers and transformers load where no variant is named (`WEIGHTS_NAME` and its like)."""
 PICKLED = ".bin"
 """Weights that a job without `use_safetensors` also takes if there are no safetensors."""
 
@@ -36,13 +43,37 @@ def read_json(owner: str, directory: Path, path: str) -> dict[str, Any]:
     return loaded
 
 
-def entries_of_model(storage: Storage) -> dict[str, Entry]:
-    """The files of a model in a store: those of its directory and of its components'."""
-    files = storage.entries("")
-    for component in storage.names(""):
-        if "." not in component:
-            files |= {f"{component}/{name}": entry for name, entry in storage.entries(component).items()}
-    return {path: entry for path, entry in files.items() if Path(path).suffix in WEIGHT_SUFFIXES | {PICKLED}}
+def entries_of_model(storage: Storage, use_safetensors: bool) -> dict[str, Entry]:
+    """The files of a model in a store that diffusers loads: its index, and those of the components that this names,
+    without weights of other kinds and variants. Raises InputError or StorageError.
+
+    Args:
+        storage: where the model lies.
+        use_safetensors: whether pickled weights are left out.
+    """
+    index = storage.entry(INDEX)
+    if index is None:
+        raise InputError(f"model {storage.url!r}: there is nothing in {storage.url} named {INDEX}")
+    files = {INDEX: index}
+    try:
+        components = json.loads(storage.get(INDEX) or b"")
+        names = [name for name, value in components.items() if isinstance(value, list) and value[:1] != [None]]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"model {storage.url!r}: {INDEX} can't be read: {one_line(error)}") from None
+    for component in names:
+        if not _COMPONENT.fullmatch(component):
+            raise InputError(f"model {storage.url!r}: {INDEX} names a component {component!r}, which is no name")
+        own = storage.entries(component)
+        files |= {f"{component}/{name}": entry for name, entry in own.items() if _is_loaded(name, use_safetensors)}
+    return files
+
+
+def _is_loaded(name: str, use_safetensors: bool) -> bool:
+    """Whether diffusers or transformers load a file of a component, as far as its name says."""
+    suffix = Path(name).suffix
+    if suffix in (".safetensors", PICKLED):
+        return bool(_WEIGHTS.fullmatch(Path(name).stem)) and not (use_safetensors and suffix == PICKLED)
+    return suffix in WEIGHT_SUFFIXES | {TEMPLATE}
 
 
 def weight_shapes(name: str, directory: Path, commit: str | None) -> dict[str, Shapes] | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gaudi_batch.pipelines.digests import digest_of_blob
-from gaudi_batch.pipelines.model_cache import Files, LocalModel, ModelFile, fetch_files
+from gaudi_batch.errors import StorageError
+from gaudi_batch.pipelines.digests import digest_of_blob, is_whole
+from gaudi_batch.pipelines.model_cache import Files, LocalModel, ModelFile, fetch_files, wrong_files
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.listing import Entry, md5_of
 from gaudi_batch.storage.store import Storage
 
 WEIGHTS = (".safetensors", ".bin")
+"""What the names of weights end with."""
 CHUNK = 64 * 1024**2
 """Bytes of a file that a store is asked for at a time."""
 
@@ -43,26 +47,34 @@ class StoreOrigin:
 
     def files(self) -> Files:
         """The model's files."""
-        marks = {path: md5_of(entry.mark) for path, entry in self._entries.items()}
-        return {
-            path: ModelFile(entry.size, f"md5:{marks[path]}" if marks[path] else None)
-            for path, entry in self._entries.items()
-        }
+        return {path: ModelFile(entry.size, _md5(entry)) for path, entry in self._entries.items()}
 
     def fetch(self, directory: Path, files: Files) -> LocalModel:
-        """See `Origin`."""
+        """See `Origin`. That the store has no other files by now is asked when all are here, since only few stores tell
+        a digest. Where one seems to and it does not fit, the file is fetched a second time: an ETag of an encrypted
+        object looks like an MD5 and is none."""
 
         def read(path: str, take: Callable[[bytes], object]) -> None:
             for start in range(0, files[path].size, CHUNK):
                 take(self._storage.get_range(path, start, min(start + CHUNK, files[path].size)))
 
-        fetch_files(files, directory, read, self._storage.url)
-        return LocalModel(directory, files)
+        fetched = fetch_files(files, directory, read)
+        if wrong_files(files, fetched, directory):
+            fetched = fetch_files(files, directory, read)
+        changed = sorted(path for path, entry in self._entries.items() if self._storage.entry(path) != entry)
+        if changed:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise StorageError(
+                f"{self._storage.url}: {', '.join(changed[:5])} changed since the job began; begin a run with the model"
+                " that is there now in another output",
+                refused=True,
+            )
+        return LocalModel(directory, fetched)
 
 
 class HubOrigin:
-    """A model of the hub, which huggingface_hub keeps in its own cache. A note says where, once it is there as a whole,
-    since that cache also keeps a part of a model in the place of the model.
+    """A model of the hub, which huggingface_hub keeps in its own cache. A note lists its files there, once it is there
+    as a whole, since that cache also keeps a part of a model in the place of the model.
 
     Args:
         model: the model.
@@ -79,10 +91,13 @@ class HubOrigin:
     def present(self) -> LocalModel | None:
         """See `Origin`."""
         try:
-            directory = Path(self._note.read_text())
-        except FileNotFoundError:
+            noted = json.loads(self._note.read_text())
+        except (FileNotFoundError, ValueError):
             return None
-        return LocalModel(directory, _files_of(directory)) if (directory / "model_index.json").is_file() else None
+        directory = Path(noted["directory"])
+        files = {path: ModelFile(*file) for path, file in noted["files"].items()}
+        is_there = all(is_whole(directory / path, file.size, None) for path, file in files.items())
+        return LocalModel(directory, files) if is_there else None
 
     def is_near(self) -> bool:
         """Whether the hub's cache has some weights of it: whoever has fetched some has fetched all, as a rule."""
@@ -96,7 +111,8 @@ class HubOrigin:
         return {}
 
     def fetch(self, directory: Path, files: Files) -> LocalModel:
-        """See `Origin`; those files are fetched that the model's class of diffusers needs."""
+        """See `Origin`; those files are fetched that the model's class of diffusers needs. Where the hub can't be
+        reached, what is here is taken, and may be a part."""
         import diffusers
         from huggingface_hub import HfApi
 
@@ -112,9 +128,16 @@ class HubOrigin:
                 trust_remote_code=False,
             )
         )
-        if is_reachable:  # else what is there may be a part of it
-            write_whole(self._note, lambda part: Path(part).write_text(str(place)), lambda: True, create=False)
-        return LocalModel(place, _files_of(place))
+        found = _files_of(place)
+        if is_reachable:
+            note = json.dumps({"directory": str(place), "files": found})
+            write_whole(self._note, lambda part: Path(part).write_text(note), lambda: True, create=False)
+        return LocalModel(place, found, is_whole=is_reachable)
+
+
+def _md5(entry: Entry) -> str | None:
+    digest = md5_of(entry.mark)
+    return None if digest is None else f"md5:{digest}"
 
 
 def _files_of(directory: Path) -> dict[str, ModelFile]:

@@ -3,29 +3,30 @@
 Intel's bridge keeps the recipe of a graph on the node's disk as two files that are named after the graph: `.recipe`,
 and then `.metadata`, which is empty, and locked, as long as the recipe is not whole. Some releases append the rank,
 which is 0 here, to the directory's name (recipe_cache.cpp, cache_file_handler.cpp and recipe_cache_config.cpp of
-gaudi-pytorch-bridge). Names say nothing of the release or the card that a recipe is for; their place in storage does.
+gaudi-pytorch-bridge). Their name has a hash of the graph, one of the environment and the version of Intel's graph
+compiler (disk_cache.cpp), and says nothing of the kind of card; their place in storage does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.store import Storage
 
-log = logging.getLogger(__name__)
-
 RECIPE, METADATA = ".recipe", ".metadata"
 RANK = "0"
 RELEASE = "habana-torch-plugin"
 """The package whose version is that of Intel's release."""
-_NAME = re.compile(r"[\w-]+")
+_NAME = re.compile(r"\w[\w.-]*")
+BRING_THREADS = 8
+"""Recipes that are fetched at the same time."""
 
 
 def place_of(stack: Mapping[str, str]) -> str:
@@ -57,36 +58,51 @@ class Recipes:
         with self._locked(wait=True):
             entries = self._storage.entries(self._place)
             self._stored |= _names(entries)
-            missing = sorted(self._stored - self._present())
+            chosen: list[str] = []
             left = self._max_bytes
-            for number, name in enumerate(missing):
-                left -= entries[name + RECIPE].size
-                if left < 0:
-                    log.info("storage has more compiled recipes than gaudi.recipe_cache_mb lets in")
-                    return number
-                content = [self._storage.get(f"{self._place}/{name}{suffix}") for suffix in (RECIPE, METADATA)]
-                for suffix, data in zip((RECIPE, METADATA), content, strict=True):
-                    if all(content):  # else it has gone since
-                        self._write(name + suffix, data or b"")
-        return len(missing)
+            for name in sorted(self._stored - self._present()):
+                if entries[name + RECIPE].size <= left:
+                    chosen.append(name)
+                    left -= entries[name + RECIPE].size
+            with ThreadPoolExecutor(BRING_THREADS, "bring") as pool:
+                return sum(pool.map(self._bring, chosen))
+
+    def _bring(self, name: str) -> bool:
+        recipe, metadata = (self._storage.get(f"{self._place}/{name}{suffix}") for suffix in (RECIPE, METADATA))
+        if not recipe or not metadata:
+            return False  # it has gone since
+        # Without metadata, a recipe that is there is what a killed process has left.
+        self._write(name + RECIPE, recipe, create=False)
+        self._write(name + METADATA, metadata, create=True)
+        return True
 
     def keep(self) -> int:
         """Puts the recipes into storage that this node has and storage has not; returns how many. Where another card
         of the node is at it, that one does. Raises StorageError."""
-        if not self._present() - self._stored:
+        if not self.has_new():
             return 0
         with self._locked(wait=False) as is_mine:
             if not is_mine:
                 return 0
             self._stored |= _names(self._storage.entries(self._place))
             new = sorted(self._present() - self._stored)
-            for name in new:
-                with contextlib.suppress(FileNotFoundError):  # the bridge has removed it to make room
-                    for suffix in (RECIPE, METADATA):
-                        data = self._file(name + suffix).read_bytes()
-                        self._storage.put(f"{self._place}/{name}{suffix}", data)
-                self._stored.add(name)
-        return len(new)
+            return sum(self._keep(name) for name in new)
+
+    def _keep(self, name: str) -> bool:
+        try:
+            with self._file(name + METADATA).open("rb") as metadata:
+                fcntl.flock(metadata, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                content = {RECIPE: self._file(name + RECIPE).read_bytes(), METADATA: metadata.read()}
+        except (BlockingIOError, FileNotFoundError):
+            return False  # the bridge is writing it, or has removed it to make room
+        for suffix, data in content.items():
+            self._storage.put(f"{self._place}/{name}{suffix}", data)
+        self._stored.add(name)
+        return True
+
+    def has_new(self) -> bool:
+        """Whether this node has recipes that storage seems not to have."""
+        return bool(self._present() - self._stored)
 
     def _present(self) -> set[str]:
         """The names of the node's recipes that are whole."""
@@ -97,13 +113,15 @@ class Recipes:
         return {name for name in _names(entries) if entries[name + METADATA]}
 
     def _file(self, name: str) -> Path:
-        return next((path for directory in self._directories if (path := directory / name).exists()), Path(name))
+        """Where a file is; where it would be, if it is not there."""
+        places = [directory / name for directory in self._directories]
+        return next((path for path in places if path.exists()), places[0])
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes, *, create: bool) -> None:
         for directory in self._directories:
             if directory is self._directories[0] or directory.is_dir():
                 directory.mkdir(parents=True, exist_ok=True)
-                write_whole(directory / name, lambda part: Path(part).write_bytes(data), lambda: True, create=True)
+                write_whole(directory / name, lambda part: Path(part).write_bytes(data), lambda: True, create=create)
 
     @contextlib.contextmanager
     def _locked(self, *, wait: bool) -> Iterator[bool]:

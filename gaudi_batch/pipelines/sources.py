@@ -117,9 +117,7 @@ def _in_storage(config: JobConfig) -> ModelInfo:
         raise InputError(f"revision {config.revision!r}: model {name!r} is in a store; only hub models have one")
     url = config.model or ""
     storage = Storage(url, config.options_for(url), config.storage_patience, read_only=True)
-    files = entries_of_model(storage)
-    if not files:
-        raise InputError(f"model {name!r}: there is nothing in {storage.url}")
+    files = entries_of_model(storage, config.use_safetensors)
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         for path, entry in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import threading
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,22 @@ from helpers import StoreServer, put_into_hub_cache
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.base import Item
-from gaudi_batch.pipelines.model_cache import NO_PEERS, Files, LocalModel, ModelCache, ModelFile, Origin, PeerLost
+from gaudi_batch.pipelines.families import FAMILIES
+from gaudi_batch.pipelines.model_cache import (
+    LISTING,
+    NO_PEERS,
+    Files,
+    LocalModel,
+    ModelCache,
+    ModelFile,
+    Origin,
+    PeerLost,
+)
 from gaudi_batch.pipelines.model_files import entries_of_model
 from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
-from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
+from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelInfo, describe_model
 from gaudi_batch.plan import Bucket
+from gaudi_batch.storage.listing import Entry
 from gaudi_batch.storage.store import Storage
 
 SHAPES = BUILTIN_MODELS / "shapes"
@@ -55,24 +68,26 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def content(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+def loaded(directory: Path) -> dict[str, bytes]:
+    """What is there beside the list of files."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != LISTING)
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def test_cards_of_a_node_fetch_a_model_once(store: Storage, tmp_path: Path, fetched: Counter[str]) -> None:
-    files = entries_of_model(store)
+    files = entries_of_model(store, True)
     caches = [ModelCache(tmp_path / "cache", 10**12) for _ in range(8)]
     with ThreadPoolExecutor(len(caches)) as pool:
         places = set(pool.map(lambda cache: cache.get(StoreOrigin("revision", store, files), NO_PEERS), caches))
     assert len(places) == 1
     assert fetched == Counter(files.keys())
-    assert content(places.pop()) == {path: (Path(store.root) / path).read_bytes() for path in files}
+    assert loaded(places.pop()) == {path: (Path(store.root) / path).read_bytes() for path in files}
 
 
 def test_what_a_killed_process_has_left_is_completed(
     store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str]
 ) -> None:
-    files, rename, killed = entries_of_model(store), Path.rename, ModelCache(tmp_path / "cache", 10**12)
+    files, rename, killed = entries_of_model(store, True), Path.rename, ModelCache(tmp_path / "cache", 10**12)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         killed.get(StoreOrigin("revision", store, files), NO_PEERS)
@@ -84,20 +99,85 @@ def test_what_a_killed_process_has_left_is_completed(
     fetched.clear()
     place = ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
     assert fetched == Counter({"unet/config.json": 1})
-    assert content(place) == {path: (Path(store.root) / path).read_bytes() for path in files}
+    assert loaded(place) == {path: (Path(store.root) / path).read_bytes() for path in files}
 
 
-def test_a_model_that_changes_meanwhile_is_not_taken(store: Storage, tmp_path: Path) -> None:
-    files = entries_of_model(store)
-    (Path(store.root) / "unet/config.json").write_bytes(b"{}")
+def test_a_killed_process_that_made_room_leaves_no_half_for_a_whole(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = entries_of_model(store, True)
+    old = ModelCache(tmp_path / "cache", 10**12)
+    old.get(StoreOrigin("old", store, files), NO_PEERS)
+    old.release()
+
+    def is_killed(directory: Path, **_: Any) -> None:
+        (directory / "model_index.json").unlink()
+        raise KeyboardInterrupt
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", is_killed)
+    with pytest.raises(KeyboardInterrupt):
+        ModelCache(tmp_path / "cache", 1).get(StoreOrigin("new", store, files), NO_PEERS)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    place = ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("old", store, files), NO_PEERS)
+    assert loaded(place).keys() == files.keys()
+    assert not list((tmp_path / "cache").glob("..*"))
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str]
+) -> None:
+    files = entries_of_model(store, True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"does not fit into .* GB are free; name another .* GAUDI_BATCH_MODELS"):
+        ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"can't be kept in .*; name another .* GAUDI_BATCH_MODELS"):
+        ModelCache(tmp_path / "file/cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
+    assert not fetched
+
+
+def test_a_mark_that_only_looks_like_an_md5_is_no_fault(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str]
+) -> None:
+    """As the ETag of an object that is encrypted by a key of the user's."""
+    files = entries_of_model(store, True)
+    files["unet/config.json"] = Entry(files["unet/config.json"].size, f"ETag {'0' * 32}")
+    monkeypatch.setattr(Storage, "entry", lambda self, path: files[path])
+    place = ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
+    assert loaded(place).keys() == files.keys()
+    assert fetched["unet/config.json"] == 2
+
+
+def test_what_diffusers_does_not_load_is_not_fetched(store: Storage) -> None:
+    files, root = entries_of_model(store, True), Path(store.root)
+    (root / "LICENSE").write_text("")
+    (root / "sd_xl_base_1.0.safetensors").write_text("")
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "openvino_model.bin", "flax_model.msgpack"):
+        (root / "unet" / name).write_text("")
+    (root / "unet/diffusion_pytorch_model.bin").write_text("")
+    shards = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in (*shards, "diffusion_pytorch_model.safetensors.index.json"):
+        (root / "vae" / name).write_text("")
+    (root / "tokenizer/chat_template.jinja").write_text("")
+    more = {*(f"vae/{name}" for name in shards), "vae/diffusion_pytorch_model.safetensors.index.json"}
+    assert entries_of_model(store, True).keys() - files.keys() == more | {"tokenizer/chat_template.jinja"}
+    assert "unet/diffusion_pytorch_model.bin" in entries_of_model(store, False)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"same size"], ids=["another size", "the same size"])
+def test_a_model_that_changes_meanwhile_is_not_taken(store: Storage, tmp_path: Path, content: bytes) -> None:
+    files = entries_of_model(store, True)
+    changed = Path(store.root) / "unet/config.json"
+    changed.write_bytes(content if content == b"{}" else changed.read_bytes().replace(b"1", b"2"))
     with pytest.raises(StorageError, match=r"unet/config\.json"):
         ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("revision", store, files), NO_PEERS)
     assert not (tmp_path / "cache/revision").exists()
 
 
 def test_models_that_nobody_uses_make_room_the_least_recently_used_first(store: Storage, tmp_path: Path) -> None:
-    files, root = entries_of_model(store), tmp_path / "cache"
-    size = sum(entry.size for entry in files.values())
+    files, root = entries_of_model(store, True), tmp_path / "cache"
+    size = sum(entry.size for entry in files.values()) + 10_000  # with the list of its files
     caches = {revision: ModelCache(root, 10**12) for revision in ("old", "older", "used")}
     for age, (revision, cache) in enumerate(caches.items()):
         cache.get(StoreOrigin(revision, store, files), NO_PEERS)
@@ -155,10 +235,10 @@ class Giver:
 def test_a_node_fetches_a_model_from_another_and_again_where_that_fails(
     store: Storage, tmp_path: Path, fetched: Counter[str], fails: dict[str, int | bytes]
 ) -> None:
-    origin = StoreOrigin("revision", store, entries_of_model(store))
+    origin = StoreOrigin("revision", store, entries_of_model(store, True))
     giver = Giver(LocalModel(Path(store.root), origin.files()), dict(fails))
     place = ModelCache(tmp_path / "cache", 10**12).get(origin, giver)
-    assert content(place) == {path: (Path(store.root) / path).read_bytes() for path in origin.files()}
+    assert loaded(place) == {path: (Path(store.root) / path).read_bytes() for path in origin.files()}
     assert not fetched
     assert len(giver.turns) == 1 + len(fails)
     assert set(giver.offered) == {"revision"}
@@ -167,6 +247,19 @@ def test_a_node_fetches_a_model_from_another_and_again_where_that_fails(
     assert again == place
     assert len(giver.offered) == 3
     assert len(giver.turns) == 1 + len(fails)
+
+
+def test_a_note_of_a_model_that_the_hubs_cache_has_no_more_counts_for_nothing(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES, tmp_path / "snapshot")
+    files = {"model_index.json": ((SHAPES / "model_index.json").stat().st_size, None)}
+    files["unet/config.json"] = ((SHAPES / "unet/config.json").stat().st_size, None)
+    (tmp_path / "commit.hub").write_text(json.dumps({"directory": str(tmp_path / "snapshot"), "files": files}))
+    origin = HubOrigin(ModelInfo("a/b", "a/b", True, "commit", FAMILIES[0], None, 64, 64), tmp_path)
+    assert origin.present() is not None
+    (tmp_path / "snapshot/unet/config.json").unlink()
+    assert origin.present() is None
+    (tmp_path / "commit.hub").write_text("")
+    assert origin.present() is None
 
 
 @pytest.mark.torch
@@ -185,6 +278,7 @@ def test_a_model_that_the_hubs_cache_has_is_taken_from_there_and_not_from_anothe
     place = ModelCache(tmp_path / "cache", 10**12).get(origin, giver)
     assert place.name == commit
     assert not giver.turns
+    assert not giver.offered, "nobody knows whether it is whole"
     for weights in place.rglob("*.safetensors"):
         weights.unlink()  # what is left is what the driver has fetched
     assert ModelCache(tmp_path / "cache", 10**12).get(origin, giver) == tmp_path / "cache" / commit

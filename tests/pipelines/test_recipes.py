@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from gaudi_batch import InputError, JobConfig
+from gaudi_batch.card import recipe_keeper
 from gaudi_batch.card.recipe_keeper import RecipeKeeper
 from gaudi_batch.pipelines.recipes import Recipes, place_of
 from gaudi_batch.storage.store import Storage
@@ -39,7 +41,7 @@ def test_what_one_node_has_compiled_another_has(store: Storage, tmp_path: Path) 
     first, second = node(tmp_path / "a", store), node(tmp_path / "b", store)
     assert first.bring() == 0
     assert first.keep() == 0
-    compiled(tmp_path / "a", "17")
+    compiled(tmp_path / "a", "17_4711_syn1.24.0.0a1b2c3")  # as the bridge names them
     compiled(tmp_path / "a", "18")
     assert first.keep() == 2
     assert first.keep() == 0
@@ -74,6 +76,24 @@ def test_half_a_recipe_in_storage_is_not_brought_and_what_a_node_has_is_not_repl
     assert content(tmp_path / "b") == {"18.recipe": "its own 18", "18.metadata": "metadata"}
 
 
+def test_what_a_killed_process_has_left_of_a_recipe_is_replaced(store: Storage, tmp_path: Path) -> None:
+    compiled(tmp_path / "a", "17")
+    assert node(tmp_path / "a", store).keep() == 1
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/17.recipe").write_text("rec")
+    assert node(tmp_path / "b", store).bring() == 1
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+
+
+def test_a_recipe_whose_lock_the_bridge_has_is_kept_later(store: Storage, tmp_path: Path) -> None:
+    compiled(tmp_path / "a", "17")
+    first = node(tmp_path / "a", store)
+    with (tmp_path / "a/17.metadata").open() as metadata:
+        fcntl.flock(metadata, fcntl.LOCK_EX)
+        assert first.keep() == 0
+    assert first.keep() == 1
+
+
 def test_releases_that_append_the_rank_find_their_recipes(store: Storage, tmp_path: Path) -> None:
     compiled(tmp_path / "a0", "17")
     assert node(tmp_path / "a", store).keep() == 1
@@ -83,11 +103,12 @@ def test_releases_that_append_the_rank_find_their_recipes(store: Storage, tmp_pa
 
 
 def test_no_more_is_brought_than_the_cache_may_hold(store: Storage, tmp_path: Path) -> None:
-    for name in ("17", "18", "19"):
+    compiled(tmp_path / "a", "17", recipe="one that is too large")
+    for name in ("18", "19", "20"):
         compiled(tmp_path / "a", name)
     node(tmp_path / "a", store).keep()
-    assert node(tmp_path / "b", store, max_bytes=2 * len("recipe 17")).bring() == 2
-    assert len(content(tmp_path / "b")) == 4
+    assert node(tmp_path / "b", store, max_bytes=2 * len("recipe 18")).bring() == 2
+    assert sorted(content(tmp_path / "b")) == ["18.metadata", "18.recipe", "19.metadata", "19.recipe"]
 
 
 def test_one_card_of_a_node_brings_and_keeps_for_all(
@@ -115,14 +136,31 @@ def test_one_card_of_a_node_brings_and_keeps_for_all(
     assert node(tmp_path / "b", store).keep() == 1
 
 
-def test_a_store_that_fails_costs_no_card(tmp_path: Path) -> None:
+def test_a_store_that_fails_costs_no_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     compiled(tmp_path / "a", "17")
     keeper = RecipeKeeper(node(tmp_path / "a", Storage(str(tmp_path / "file"), retry_timeout_s=0.0)))
     assert "this node compiles its own" in str(keeper.bring())
     keeper.keep()
-    keeper.close()
+    assert "compiled recipes can't be kept" in caplog.text
     assert RecipeKeeper(None).bring() is None
+
+
+def test_a_store_that_is_slow_holds_no_card_up(store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_keeper, "BRING_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(recipe_keeper, "KEEP_TIMEOUT_S", 0.01)
+    answers, entries = threading.Event(), Storage.entries
+    monkeypatch.setattr(Storage, "entries", lambda self, path: answers.wait(60) and entries(self, path))
+    compiled(tmp_path / "a", "17")
+    keeper = RecipeKeeper(node(tmp_path / "a", store))
+    assert "did not come from storage within" in str(keeper.bring())
+    keeper.keep()
+    assert not content(tmp_path / "store/recipes/card")
+    answers.set()
+    monkeypatch.setattr(recipe_keeper, "KEEP_TIMEOUT_S", 60.0)
+    compiled(tmp_path / "a", "18")
+    while len(store.names("recipes/card")) < 4:
+        keeper.keep()
 
 
 def test_recipes_of_other_cards_and_releases_lie_elsewhere() -> None:

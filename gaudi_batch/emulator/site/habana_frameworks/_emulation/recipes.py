@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from habana_frameworks._emulation.counters import counters
-from habana_frameworks._emulation.settings import settings
+from habana_frameworks._emulation.settings import SYNAPSE_VERSION, settings
 
 CONFIG = "PT_HPU_RECIPE_CACHE_CONFIG"
+ENVIRONMENT = 17
+"""A hash of the environment and the libraries, which are always the same here."""
 RECIPE_SIZE = 4096
 """Bytes of a recipe here; a real one has megabytes."""
 
@@ -24,6 +26,7 @@ RECIPE_SIZE = 4096
 def compile_graph(name: str) -> None:
     """Takes the time that compiling a graph costs, unless its recipe is on disk, and puts it there."""
     directory = os.environ.get(CONFIG, "").partition(",")[0]
+    name = f"{name}_{ENVIRONMENT}_syn{SYNAPSE_VERSION}.0a1b2c3"  # as disk_cache.cpp of the bridge names it
     metadata = Path(directory, f"{name}.metadata")
     if directory and _is_there(metadata):
         counters.count("recipes_loaded")
