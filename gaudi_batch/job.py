@@ -225,6 +225,11 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
             f"gaudi.quantize: optimum-habana's {family.gaudi_class} knows no eight-bit floats; those of"
             f" {', '.join(known)} do"
         )
+    if config.gaudi.quantize is not None and config.gaudi.quantize.mode == "measure" and config.cards != 1:
+        raise InputError(
+            f"gaudi.quantize: mode measure writes the scales of a card to one file, and cards is {config.cards}; take"
+            " --cards 1"
+        )
     if config.device == "hpu" and config.dtype is None:
         config = config.model_copy(update={"dtype": family.hpu_dtype if is_lazy else "bfloat16"})
     threads = config.cpu.threads or (fixed.threads if fixed else None)

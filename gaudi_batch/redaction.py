@@ -51,6 +51,7 @@ _PASSWORD = re.compile(
     rf"({_URL})(?!arn:)[^\s/?#:@'\"\[]{{0,500}}:(?!:|\d{{1,5}}(?:[\s/?#'\",]|$))(?:[^\s/?#]{{0,2000}}|[^\s@'\"]{{0,500}})@"
 )
 _USER = re.compile(rf"((?!(?:{_NAMES}):){_URL})[^\s/?#@'\"]{{1,2000}}@", re.IGNORECASE)
+_USER_AND_PASSWORD = re.compile(r"\w[\w+.-]*://([^/@\s]+:[^/@\s]+)@")
 _QUERY = re.compile(rf"({_URL}[^\s?'\"]{{0,2000}})\?([^\s'\"]+)")
 _SECRET_PARAMETER = re.compile(rf"(?:^|&)[^=&]*(?:{SECRET_KEY.pattern}|sig)[^=&]*=", re.IGNORECASE)
 _OF_CONNECTION = re.compile(r"(?:Key|Signature)=([^;]+)")
@@ -65,6 +66,12 @@ _learned: set[str] = set()
 def learn(options: Mapping[str, Any]) -> None:
     """Has `redact` know what is secret in storage options for as long as the process lives."""
     _learned.update(_secrets(options))
+
+
+def learn_url(url: str) -> None:
+    """Has `redact` know the user name and the password of a URL wherever a library repeats them."""
+    if (match := _USER_AND_PASSWORD.match(url)) and redact(url) != url:
+        _learned.add(match[1])
 
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:

@@ -23,8 +23,7 @@ from helpers import REPOSITORY, command_line, free_port
 from smalljob import a_job, write_dataset
 
 from gaudi_batch import InputError, JobConfig
-from gaudi_batch.cluster.address import address_of
-from gaudi_batch.driver.connecting import check_reachable
+from gaudi_batch.cluster.address import address_of, check_reachable
 from gaudi_batch.driver.runner import run
 from gaudi_batch.reporting.terminal import Progress, open_view
 

@@ -98,14 +98,21 @@ def check(parsed: argparse.Namespace) -> int:
 
 def doctor(parsed: argparse.Namespace) -> int:
     """Looks for what would keep a job from running."""
-    from gaudi_batch.cli.asking import question
+    from gaudi_batch.cli.asking import has_cards, question
     from gaudi_batch.cluster.address import address_of
     from gaudi_batch.doctor.cluster import examine_cluster, examine_here
+    from gaudi_batch.doctor.line import note
     from gaudi_batch.doctor.report import could_run, describe, table
 
+    if parsed.address is not None and not parsed.address.strip():
+        raise InputError("--address: is empty; name a cluster's head, as in head:6379, or leave it out for this node")
     asked = question(parsed)
     address = address_of(parsed.address) if parsed.address else None
     nodes = examine_cluster(asked, address) if address else examine_here(asked)
+    if address is None and asked.device == "cpu" and not has_cards():
+        for lines in nodes.values():
+            advice = "gaudi-batch doctor --device hpu says what is missing for Gaudi cards"
+            lines.append(note("cards", "not looked for: there is neither hl-smi nor habana_frameworks", advice))
     say(json.dumps(describe(nodes), indent=1) if parsed.json else table(nodes))
     return 0 if could_run(nodes) else 1
 
@@ -127,7 +134,7 @@ def bench(parsed: argparse.Namespace) -> int:
 
 def _bench_whole_job(parsed: argparse.Namespace) -> int:
     """Runs a job to its end and prints how many samples a second that were."""
-    from gaudi_batch.bench.mlperf import Measured, report
+    from gaudi_batch.bench.mlperf import Measured, describe, report
     from gaudi_batch.cli.flags import job_from
     from gaudi_batch.driver.runner import run as make_images
     from gaudi_batch.job import resolve
@@ -135,13 +142,15 @@ def _bench_whole_job(parsed: argparse.Namespace) -> int:
     from gaudi_batch.storage.store import Storage
 
     config = job_from(parsed)
-    result = make_images(config, address=parsed.address)
     reader = OutputReader(Storage(config.output, config.storage_options))
+    if reader.run() is not None:
+        raise InputError(f"output {reader.storage.url!r} holds a run; a measure needs an output of its own")
+    result = make_images(config, address=parsed.address)
     record = reader.run()
     device = record.job["device"] if record else config.device
     job = resolve(config.model_copy(update={"device": device}))
     measured = Measured.of(result.summary, (record.stacks or [{}])[-1] if record else {})
-    say(json.dumps(measured._asdict(), indent=1) if parsed.json else report(job, measured))
+    say(json.dumps(describe(job, measured), indent=1) if parsed.json else report(job, measured))
     return result.exit_code
 
 

@@ -121,7 +121,7 @@ def job_from(parsed: argparse.Namespace, given: Mapping[str, Any] | None = None)
     for flag, text in vars(parsed).items():
         if flag.startswith("field:"):
             path = flag.removeprefix("field:")
-            if path in _short_forms() and text.lstrip().startswith("{"):
+            if text.lstrip().startswith("{") and (path in _short_forms() or _is_section(fields[path])):
                 value: Any = read_yaml(text, dict, f"--{path}")
             else:
                 value = _flag_value(path, text, fields[path])
@@ -141,6 +141,11 @@ def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
     if tuple in kinds:
         return read_yaml(text if text.lstrip().startswith("[") else f"[{text}]", list, flag)
     return text
+
+
+def _is_section(field: FieldInfo) -> bool:
+    """Whether the value of a field is a section, or null."""
+    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in _kinds(field.annotation))
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 from gaudi_batch.pipelines.gaudi_environment import require_stack
 from gaudi_batch.redaction import redact
+
+REACH_TIMEOUT_S = 10.0
+"""Seconds that a connection to the cluster's head may take, before Ray, which waits for minutes, is asked for one."""
 
 
 def refuse_without_stack(config: JobConfig, address: str | None) -> None:
@@ -41,3 +45,13 @@ def address_of(address: str | None) -> str | None:
     if meant and meant.count(":") > 1 and not meant.startswith("["):
         raise InputError(f"{name} {meant!r}: an address of IPv6 is written in brackets, as in [::1]:6379")
     return meant or None
+
+
+def check_reachable(address: str) -> None:
+    """Raises InputError if nothing listens at the address; Ray itself takes minutes to say so."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "//" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+        except OSError as error:
+            raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None

@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.state import state
 
-from gaudi_batch.cluster.address import refuse_without_stack
+from gaudi_batch.cluster.address import check_reachable, refuse_without_stack
 from gaudi_batch.cluster.tokens import what_token_lacks
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
@@ -104,6 +104,8 @@ def attached(address: str | None) -> Iterator[None]:
         if not connects:
             yield
             return
+        if address:
+            check_reachable(address)
         _quieten()
         with _nothing_printed():
             try:

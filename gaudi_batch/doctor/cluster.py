@@ -8,12 +8,15 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gaudi_batch.doctor.line import Line, bad, note, ok
 from gaudi_batch.doctor.node import Answer, Question, examine
 from gaudi_batch.text import one_line
 
+WITHOUT_CARDS = "none"
+"""The device of a node that makes no images, such as a head without cards."""
 NODE_TIMEOUT_S = 300.0
 """Seconds that a node may take to answer, the import of torch on it among them."""
 CLOCK_S = 5.0
@@ -40,7 +43,14 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
         import ray
 
         nodes = {_name(node): node for node in ray.nodes() if node["Alive"]}
-        asked = {name: _ask(node, question) for name, node in nodes.items()}
+        cards = {name: int(node["Resources"].get("HPU", 0)) for name, node in nodes.items()}
+        if question.device == "auto":
+            question = replace(question, device="hpu" if any(cards.values()) else "cpu")
+        of_head = replace(question, device=WITHOUT_CARDS, job=None)
+        makes_images = {name: question.device != "hpu" or count > 0 for name, count in cards.items()}
+        if not any(makes_images.values()):
+            makes_images = dict.fromkeys(makes_images, True)
+        asked = {name: _ask(node, question if makes_images[name] else of_head) for name, node in nodes.items()}
         lines = {}
         clocks: dict[str, float] = {}
         until = time.monotonic() + NODE_TIMEOUT_S
@@ -51,11 +61,12 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
                 continue
             lines[name] = answer.lines
             clocks[name] = _offset(nodes[name])
-    cards = {name: int(node["Resources"].get("HPU", 0)) for name, node in nodes.items()}
     for name, own in lines.items():
         if name in clocks:
             own.append(_clock_line(name, clocks))
-        if question.device == "hpu":
+        if not makes_images[name]:
+            own.insert(0, ok("cards", "none in Ray, so it makes no images"))
+        elif question.device == "hpu":
             own[:] = [_with_ray(line, cards[name]) if line.what == "cards" else line for line in own]
     _compare(lines)
     return lines

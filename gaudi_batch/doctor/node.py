@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.pipelines.sources import BUILTIN, builtin_directory, describe_model
 from gaudi_batch.storage.filesystem import expanded
 from gaudi_batch.storage.store import Storage
-from gaudi_batch.text import one_line
+from gaudi_batch.text import counted, one_line
 
 GIB = 1024**3
 CACHE_GIB = 50
@@ -36,7 +37,7 @@ class Question:
     """What a node is asked about."""
 
     device: str
-    """hpu, or another for which no card is looked for."""
+    """hpu, or another for which no card is looked for; auto for what the cards of a cluster say."""
     mode: str
     """Of `gaudi.mode`."""
     job: JobConfig | None
@@ -54,16 +55,47 @@ class Answer:
 
 def examine(question: Question) -> Answer:
     """Looks at this node."""
-    lines = list(python_lines())
+    job = question.job
+    lines = list(python_lines(("peft",) if job is not None and job.lora else ()))
     if question.device == "hpu":
         lines += gaudi_lines(question.mode)
         lines.append(_hugepages())
     lines += _space()
     lines.append(_shared_memory(Path("/dev/shm")))
-    if question.job is not None:
-        lines += _storage(question.job)
-        lines += _model(question.job)
+    if job is not None:
+        for look in (_storage, _prompts, _model, _quantization):
+            try:
+                lines += look(job)
+            except ImportError as error:
+                lines.append(
+                    bad(look.__name__[1:], one_line(error, 200), "install gaudi-batch here with the constraints")
+                )
+        if not any(line.verdict == "bad" for line in lines):
+            lines.append(_whole(job, question.device))
     return Answer(lines, time.time())
+
+
+def _whole(job: JobConfig, device: str) -> Line:
+    """Whether the parts of a job fit together, as a run asks before it begins."""
+    from gaudi_batch.job import resolve
+
+    try:
+        resolve(job.model_copy(update={"device": device}))
+    except (InputError, StorageError) as error:
+        return bad("job", one_line(error, 300), "gaudi-batch check says the same; change the job")
+    return ok("job", "its parts fit together")
+
+
+def _quantization(job: JobConfig) -> Iterator[Line]:
+    quantize = job.gaudi.quantize
+    if quantize is None:
+        return
+    if importlib.util.find_spec("neural_compressor") is None:
+        yield bad("quantization", "no neural_compressor", "pip install neural_compressor_pt of Intel's release")
+    elif not Path(quantize.config).is_file():
+        yield bad("quantization", f"no file {quantize.config}", "put it where each node sees it")
+    else:
+        yield ok("quantization", f"{quantize.mode} by {quantize.config}")
 
 
 def _hugepages() -> Line:
@@ -105,11 +137,14 @@ def _shared_memory(place: Path) -> Line:
 def _storage(job: JobConfig) -> Iterator[Line]:
     try:
         output = Storage(job.output, job.storage_options, TRY_TIMEOUT_S)
+        was_there = not output.local or Path(output.root).exists()
         name, data = f".doctor-{secrets.token_hex(4)}", b"gaudi-batch doctor"
         started = time.monotonic()
         output.put(name, data)
         back = output.get(name)
         output.remove(name)
+        if not was_there:
+            Path(output.root).rmdir()
     except (InputError, StorageError) as error:
         yield bad("output", one_line(error, 300), "look at the bucket, the credentials of this node and its network")
     else:
@@ -118,6 +153,9 @@ def _storage(job: JobConfig) -> Iterator[Line]:
             yield bad("output", f"{output.url} does not give back what was written", "look at the store")
         else:
             yield ok("output", f"{output.url}, written, read and removed in {took:.2f} s")
+
+
+def _prompts(job: JobConfig) -> Iterator[Line]:
     from gaudi_batch.dataset.discovery import open_prompts
 
     try:
@@ -125,7 +163,7 @@ def _storage(job: JobConfig) -> Iterator[Line]:
     except (InputError, StorageError) as error:
         yield bad("prompts", one_line(error, 300), "give this node the prompts, or the credentials for them")
     else:
-        yield ok("prompts", f"{dataset.rows:,} rows in {len(dataset.files)} files")
+        yield ok("prompts", f"{dataset.rows:,} rows in {counted(len(dataset.files), 'file')}")
 
 
 def _model(job: JobConfig) -> Iterator[Line]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import subprocess
@@ -16,16 +17,23 @@ from gaudi_batch.text import one_line
 
 COUNT_TIMEOUT_S = 180.0
 """Seconds that a process may take to import torch and to count the cards."""
-_COUNT = "import habana_frameworks.torch.hpu as hpu; print(); print(hpu.device_count())"
+_COUNT = """
+import habana_frameworks.torch.hpu as hpu, torch
+print()
+print(torch.compiler.list_backends() if {compiled} else ())
+print(hpu.device_count())
+"""
+COMPILER = "hpu_backend"
+"""The name of the compiler of `gaudi.mode: compile` in torch; of pipelines/native.py."""
 _VALIDATED = re.compile(r"^CURRENTLY_VALIDATED_SYNAPSE_VERSION = version\.parse\(\"(\d+\.\d+)", re.MULTILINE)
+PACKAGES = ("ray", "torch", "diffusers", "transformers", "huggingface_hub", "pyarrow", "fsspec")
+"""Packages that every card needs."""
 _CONTAINER = "use Intel's container of the driver's release, or install the driver of the container's"
 
 
-def python_lines(
-    versions: tuple[str, ...] = ("ray", "torch", "diffusers", "transformers", "pyarrow"),
-) -> Iterator[Line]:
-    """Python, and the packages that every card needs."""
-    installed = {package: _version(package) for package in versions}
+def python_lines(more: tuple[str, ...] = ()) -> Iterator[Line]:
+    """Python, and the packages that every card needs, and some more."""
+    installed = {package: _version(package) for package in (*PACKAGES, *more)}
     missing = [package for package, version in installed.items() if version is None]
     text = ", ".join(f"{package} {version}" for package, version in installed.items() if version is not None)
     text = f"Python {platform.python_version()}, {text}"
@@ -53,7 +61,7 @@ def gaudi_lines(mode: str) -> Iterator[Line]:
         yield ok("habana_frameworks", bridge)
     if mode == "lazy":
         yield _optimum_line(bridge)
-    yield from _card_lines(present)
+    yield from _card_lines(present, mode)
 
 
 def _driver_lines(present: list[hl_smi.Module], bridge: str | None) -> Iterator[Line]:
@@ -91,10 +99,13 @@ def _optimum_line(bridge: str | None) -> Line:
     return ok("optimum-habana", version)
 
 
-def _card_lines(present: list[hl_smi.Module]) -> Iterator[Line]:
-    counted, problem = _count_by_torch()
+def _card_lines(present: list[hl_smi.Module], mode: str) -> Iterator[Line]:
+    counted, has_compiler, problem = _count_by_torch(mode)
     if problem:
-        yield bad("cards", f"hl-smi {len(present)}, torch none: {problem}", "import habana_frameworks.torch by hand")
+        yield bad("cards", f"hl-smi {len(present)}, torch none: {problem}", "see the lines above; they come first")
+    elif not has_compiler:
+        advice = "choose --gaudi.mode lazy or eager, or a release of Intel's stack that has it"
+        yield bad("cards", f"torch knows no compiler {COMPILER}, which mode compile needs", advice)
     elif counted == 0:
         yield bad(
             "cards", f"hl-smi {len(present)}, torch 0", "look at HABANA_VISIBLE_MODULES and at the container's devices"
@@ -120,18 +131,25 @@ def _card_lines(present: list[hl_smi.Module]) -> Iterator[Line]:
     yield (bad if len(held) == len(present) else note)("modules held", text, advice)
 
 
-def _count_by_torch() -> tuple[int, str]:
-    """How many cards torch counts, in a process of its own; and why it can't."""
+def _count_by_torch(mode: str) -> tuple[int, bool, str]:
+    """How many cards torch counts, in a process of its own, in the mode of the job; whether it has the compiler that
+    the mode needs; and why it can't say."""
+    is_compiled = mode == "compile"
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=COUNT_TIMEOUT_S, check=False
+            [sys.executable, "-c", _COUNT.format(compiled=is_compiled)],
+            env=os.environ | {"PT_HPU_LAZY_MODE": "1" if mode == "lazy" else "0"},
+            capture_output=True,
+            text=True,
+            timeout=COUNT_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return 0, f"no answer for {COUNT_TIMEOUT_S:.0f} s"
-    last = probe.stdout.split()[-1:]
-    if probe.returncode != 0 or not last or not last[0].isdigit():
-        return 0, one_line((probe.stderr.strip().splitlines() or ["no answer"])[-1], 200)
-    return int(last[0]), ""
+        return 0, True, f"no answer for {COUNT_TIMEOUT_S:.0f} s"
+    backends, count = ["", "", *probe.stdout.splitlines()][-2:]
+    if probe.returncode != 0 or not count.isdigit():
+        return 0, True, one_line((probe.stderr.strip().splitlines() or ["no answer"])[-1], 200)
+    return int(count), not is_compiled or COMPILER in backends, ""
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -21,19 +20,6 @@ if TYPE_CHECKING:
     from gaudi_batch.cluster.connection import CardResources
 
 log = logging.getLogger(__name__)
-
-REACH_TIMEOUT_S = 10.0
-"""Seconds that a connection to the cluster's head may take, before Ray, which waits for minutes, is asked for one."""
-
-
-def check_reachable(address: str) -> None:
-    """Raises InputError if nothing listens at the address; Ray itself takes minutes to say so."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "//" not in host:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
-        except OSError as error:
-            raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -55,8 +41,6 @@ def connected_early(config: JobConfig, address: str | None, device: str | None) 
     import_all()
     from gaudi_batch.cluster.connection import attached
 
-    if address:
-        check_reachable(address)
     with handlers_kept() as restore, attached(address):
         restore()
         yield
@@ -86,8 +70,6 @@ def cluster_of(job: Job, address: str | None, lease: LeaseKeeper) -> Iterator[Ca
             from gaudi_batch.cluster.placement import remove_groups_of
 
             started = time.monotonic()
-            if address:
-                check_reachable(address)
             restore = opened.enter_context(handlers_kept())
             opened.enter_context(connected(job, address))
             restore()

@@ -8,11 +8,11 @@ import secrets
 import string
 from typing import TYPE_CHECKING
 
-from gaudi_batch.cluster.address import address_of, refuse_without_stack
+from gaudi_batch.cluster.address import address_of, check_reachable, refuse_without_stack
 from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.survey import refuse_bad_rows
-from gaudi_batch.driver.connecting import check_reachable, cluster_of, connected_early, import_all
+from gaudi_batch.driver.connecting import cluster_of, connected_early, import_all
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.finalize import sum_up, verify_images
 from gaudi_batch.driver.leftovers import DRIVER_NAME_LENGTH

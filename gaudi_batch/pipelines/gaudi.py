@@ -117,14 +117,15 @@ class GaudiPipeline:
 
         cache: dict[int, Any] = getattr(self._pipeline, "cache", {})
         before = set(cache)
+        # Upstream converts the model in each call that is told so, and one conversion is enough.
+        conversion = {"quant_mode": self._quant_mode} if self._quant_mode else {}
+        self._quant_mode = None
         try:
             output = self._pipeline(
                 **call_arguments(self._pipeline, self._family, bucket, items),
-                # Upstream converts the model in each call that is told so, and one conversion is enough.
-                **({"quant_mode": self._quant_mode} if self._quant_mode else {}),
+                **conversion,
                 batch_size=len(items),
             )
-            self._quant_mode = None
         except RuntimeError as error:
             raise explained(error, bucket, len(items)) from error
         finally:

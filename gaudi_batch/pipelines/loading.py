@@ -68,11 +68,22 @@ def fuse_loras(pipeline: Any, model: ModelInfo) -> None:
         pipeline.load_lora_weights(
             str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True, local_files_only=True
         )
-        if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
-            raise RuntimeError(f"diffusers took nothing of lora {lora.name!r} for {type(pipeline).__name__}")
+        taken = _layers_with(pipeline, name)
+        if taken < max(1, lora.changes):  # one of theirs may be several of diffusers'
+            raise RuntimeError(
+                f"diffusers took {taken} of the {lora.changes} changes of lora {lora.name!r} for"
+                f" {type(pipeline).__name__}; it is of another model, or of a script that diffusers does not read"
+            )
     pipeline.set_adapters(names, [lora.scale for lora in model.loras])
     pipeline.fuse_lora(adapter_names=names)
     pipeline.unload_lora_weights()
+
+
+def _layers_with(pipeline: Any, adapter: str) -> int:
+    """Layers of a pipeline that a LoRA changes."""
+    modules = (component for component in pipeline.components.values() if isinstance(component, torch.nn.Module))
+    layers = (layer for component in modules for layer in component.modules())
+    return sum(adapter in getattr(layer, "lora_A", ()) for layer in layers)
 
 
 def fetch(model: ModelInfo, peers: Peers) -> str:

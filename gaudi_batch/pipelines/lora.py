@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,15 @@ _FIRST = re.compile(
 """The first of the two matrices that change a weight, in the forms that diffusers, peft and kohya's scripts write."""
 _KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 """Prefixes of kohya's names; `lora_unet_` is the denoiser, whatever it is."""
+_READ_BY_DIFFUSERS = (
+    *_KOHYA,
+    "lora_unet_",
+    "lora_transformer_",
+    "diffusion_model.",
+    "double_blocks.",
+    "single_blocks.",
+)
+"""What names of other scripts begin with that diffusers converts (`lora_conversion_utils.py` of 0.35)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class LoraInfo:
     """Where the file lies, if that is on a file system."""
     storage: Storage | None = None
     """The store's directory that it lies in, if it does."""
+    changes: int = 0
+    """Weights that it changes."""
 
     @property
     def hub(self) -> bool:
@@ -79,12 +90,15 @@ def describe_loras(config: JobConfig, weights: Mapping[str, Shapes] | None) -> t
     infos = []
     for lora in config.lora:
         info, shapes = _find(config, lora)
-        changes = list(_changes(shapes))
+        try:
+            changes = list(_changes(shapes))
+        except ValueError as error:
+            raise InputError(f"lora {info.name!r}: {info.weight_name}: {error}") from None
         if not changes:
             raise InputError(f"lora {info.name!r}: {info.weight_name} has no weights of a LoRA")
         if weights is not None:
             _refuse_misfit(config, info, changes, weights)
-        infos.append(info)
+        infos.append(replace(info, changes=len(changes)))
     return tuple(infos)
 
 
@@ -116,7 +130,6 @@ def _only(lora: LoraConfig, name: str | None, names: list[str]) -> str:
 
 
 def _described(lora: LoraConfig, name: str, file: Path, **where: Any) -> tuple[LoraInfo, Shapes]:
-    hasher = hashlib.sha256()
     try:
         with file.open("rb") as opened:
 
@@ -125,12 +138,18 @@ def _described(lora: LoraConfig, name: str, file: Path, **where: Any) -> tuple[L
                 return opened.read(stop - start)
 
             shapes = read_shapes(read)
-            opened.seek(0)
-            while chunk := opened.read(1 << 20):
-                hasher.update(chunk)
+        revision = _sha256(file)
     except (OSError, ValueError) as error:
         raise InputError(f"lora {lora.path!r}: {name} can't be read: {one_line(error)}") from None
-    return LoraInfo(lora.path, name, lora.scale, hasher.hexdigest(), **where), shapes
+    return LoraInfo(lora.path, name, lora.scale, revision, **where), shapes
+
+
+def _sha256(file: Path) -> str:
+    hasher = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def _in_storage(config: JobConfig, lora: LoraConfig) -> tuple[LoraInfo, Shapes]:
@@ -185,13 +204,18 @@ def _on_hub(lora: LoraConfig) -> tuple[LoraInfo, Shapes]:
 
 
 def _changes(shapes: Shapes) -> Iterator[Change]:
+    """The weights that it changes. Raises ValueError if the two matrices for one of them don't go together."""
     for name, first in shapes.items():
         if (match := _FIRST.fullmatch(name)) is None:
             continue
         kind = match["kind"].replace("lora_A", "lora_B").replace("down", "up")
-        second = shapes.get(f"{match['module']}{kind}.weight")
-        if second is not None and len(first) > 1 and len(second) > 1:
-            yield Change(match["module"].replace(".processor.", "."), first[1], second[0])
+        second = shapes.get(f"{match['module']}{kind}.weight", ())
+        if min(len(first), len(second)) < 2 or first[0] != second[1]:
+            raise ValueError(
+                f"{name} is of {' x '.join(map(str, first))} values, and what it goes with of"
+                f" {' x '.join(map(str, second)) or 'none'}"
+            )
+        yield Change(match["module"].replace(".processor.", "."), first[1], second[0])
 
 
 def _refuse_misfit(config: JobConfig, info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes]) -> None:
@@ -200,6 +224,11 @@ def _refuse_misfit(config: JobConfig, info: LoraInfo, changes: list[Change], wei
         component, _, rest = change.module.partition(".")
         if component in (*DENOISERS, *TEXT_ENCODERS):
             fits = _fits_exactly(rest, change, weights.get(component, {}))
+        elif not change.module.startswith(_READ_BY_DIFFUSERS):
+            raise InputError(
+                f"lora {info.name!r}: diffusers does not read names such as {change.module}; those that it reads begin"
+                f" with {', '.join(sorted({f'{name}.' for name in weights} | set(_READ_BY_DIFFUSERS)))}"
+            )
         else:
             component = next((part for mark, part in _KOHYA.items() if change.module.startswith(mark)), denoiser)
             fits = _fits_by_shape(change, weights.get(component, {}))
@@ -237,7 +266,10 @@ def fetch_lora(info: LoraInfo, cache: Path) -> Path:
         StorageError: storage failed.
     """
     if info.directory is not None:
-        return Path(info.directory, info.weight_name)
+        file = Path(info.directory, info.weight_name)
+        if _sha256(file) != info.revision:
+            raise InputError(f"lora {info.name!r}: {file} is not what the driver saw when the job began")
+        return file
     if info.storage is None:
         from huggingface_hub import hf_hub_download
 

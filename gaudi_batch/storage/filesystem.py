@@ -12,7 +12,7 @@ import fsspec
 from fsspec.asyn import sync
 
 from gaudi_batch.errors import InputError
-from gaudi_batch.redaction import learn, redact
+from gaudi_batch.redaction import learn, learn_url, redact
 from gaudi_batch.storage.retry import BucketGone, no_credentials, status_of
 from gaudi_batch.storage.waits import told_if_slow
 
@@ -41,6 +41,7 @@ def open_filesystem(url: str, options: Mapping[str, Any], read_only: bool = Fals
         InputError: the protocol is none of those, its package is missing, or the options do not fit it.
     """
     learn(options)
+    learn_url(url)
     try:
         protocol = fsspec.core.split_protocol(url)[0]
         if protocol in ("memory", "memoryfs"):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gaudi_batch.cli import main as cli
+from gaudi_batch.cli.flags import job_from
 from gaudi_batch.cli.parser import parse
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
@@ -32,6 +33,18 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[i
     code = cli.main(["check", *map(str, arguments)])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
+
+
+def test_a_section_that_may_be_absent_is_a_mapping_on_the_command_line() -> None:
+    parsed = parse(["check", "--prompts", "p", "--output", "o", "--model", "builtin:shapes",
+                    "--gaudi.quantize", "{config: /etc/measure.json, mode: measure}"])  # fmt: skip
+    quantize = job_from(parsed).gaudi.quantize
+    assert quantize is not None
+    assert (quantize.config, quantize.mode) == ("/etc/measure.json", "measure")
+    parsed = parse(
+        ["check", "--prompts", "p", "--output", "o", "--model", "builtin:shapes", "--gaudi.quantize", "null"]
+    )
+    assert job_from(parsed).gaudi.quantize is None
 
 
 @pytest.mark.parametrize(

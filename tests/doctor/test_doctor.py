@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import StoreServer, command_line, free_port
 from raynodes import RayCluster
@@ -118,6 +120,52 @@ def test_a_node_without_intels_stack_is_told_what_it_lacks(monkeypatch: pytest.M
     assert "cards" not in by_name(Question("cpu", "lazy", None))
 
 
+def test_a_node_without_anything_of_gaudi_is_told_that_no_card_was_looked_for(tmp_path: Path) -> None:
+    told = command_line("doctor", PATH=str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    assert "not looked for: there is neither hl-smi nor habana_frameworks" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "a/b", "--output", "o"), "--model, --output: is of a job; name its file"),
+        (("--gaudi.mode", "quick"), "--gaudi.mode 'quick': must be one of lazy, compile, eager"),
+        (("--address", ""), "--address: is empty"),
+        (("--address", f"127.0.0.1:{free_port()}"), "no Ray cluster answers at"),
+    ],
+)
+def test_what_it_can_not_be_asked_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    told = command_line("doctor", *arguments)
+    assert told.returncode == 2
+    assert message in told.stderr
+
+
+def test_a_job_whose_parts_do_not_fit_could_not_run(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "lora": ["style"]}), tmp_path / "prompts.parquet")
+    job = JobConfig(
+        prompts=str(tmp_path / "prompts.parquet"), output=str(tmp_path / "out"), model="builtin:shapes", device="cpu"
+    )
+    line = by_name(Question("cpu", "lazy", job))["job"]
+    assert line.verdict == "bad"
+    assert "make a job of each style" in line.value
+    assert not (tmp_path / "out").exists(), "what the doctor made is gone"
+    assert by_name(Question("cpu", "lazy", job.model_copy(update={"carry": []})))["job"].verdict == "ok"
+
+
+def test_quantization_needs_its_package_and_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fields = {"prompts": "p", "output": str(tmp_path), "model": "builtin:shapes", "device": "hpu"}
+    job = JobConfig(**fields, gaudi={"quantize": {"config": str(tmp_path / "scales.json"), "mode": "quantize"}})
+    (line,) = node._quantization(job)
+    assert (line.verdict, line.value) == ("bad", "no neural_compressor")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (line,) = node._quantization(job)
+    assert (line.verdict, line.value) == ("bad", f"no file {tmp_path / 'scales.json'}")
+    (tmp_path / "scales.json").write_text("{}")
+    (line,) = node._quantization(job)
+    assert line.verdict == "ok"
+
+
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
@@ -170,7 +218,7 @@ def test_storage_is_tried_and_nothing_of_that_stays(
     prompts = write_prompts({"prompt": ["a", "b"]})
     (tmp_path / "out").mkdir()
     lines = by_name(Question("cpu", "lazy", job(prompts, tmp_path / "out")))
-    assert (lines["output"].verdict, lines["prompts"].value) == ("ok", "2 rows in 1 files")
+    assert (lines["output"].verdict, lines["prompts"].value) == ("ok", "2 rows in 1 file")
     assert list((tmp_path / "out").iterdir()) == []
     options = {"storage_options": moto.options}
     assert by_name(Question("cpu", "lazy", job(prompts, moto.url("doctor"), **options)))["output"].verdict == "ok"

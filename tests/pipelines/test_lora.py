@@ -152,6 +152,43 @@ def config(*lora: dict[str, Any], **fields: Any) -> JobConfig:
     )
 
 
+def test_one_of_which_a_part_would_be_left_out_is_refused_by_name(style: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    changes = load_file(style)
+    first = next(name for name in changes if ".lora_B." in name)
+    alone = save({name: value for name, value in changes.items() if name != first}, tmp_path / "alone.safetensors")
+    narrow = save(changes | {first: changes[first][:, :1].contiguous()}, tmp_path / "narrow.safetensors")
+    for file in (alone, narrow):
+        with pytest.raises(InputError, match=r"lora_A.weight is of .* values, and what it goes with of "):
+            describe_model(config({"path": str(file)}))
+    for prefix in ("base_model.model.unet", "diffusion"):
+        other = {name.replace("unet", prefix, 1): value for name, value in changes.items()}
+        with pytest.raises(InputError, match=r"diffusers does not read names such as .*; those .* begin with .*unet\."):
+            describe_model(config({"path": str(save(other, tmp_path / "other.safetensors"))}))
+
+
+def test_modules_that_the_model_has_not_end_the_card_and_are_not_passed_over(style: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    changes = kohya(load_file(style))
+    names = {name.partition(".")[0] for name in changes}
+    gone = min(name for name in names if "unet" in name)
+    file = save(
+        {name.replace(gone, f"{gone}7"): value for name, value in changes.items()}, tmp_path / "gone.safetensors"
+    )
+    with pytest.raises(RuntimeError, match=r"diffusers took \d+ of the \d+ changes of lora"):
+        load("builtin:shapes", {"path": str(file)})
+
+
+def test_a_file_that_is_another_by_now_is_refused_on_the_card(style: Path, tmp_path: Path) -> None:
+    (info,) = describe_model(config({"path": str(style)})).loras
+    assert fetch_lora(info, tmp_path) == style
+    style.write_bytes(style.read_bytes()[:-1] + b"\0")
+    with pytest.raises(InputError, match="is not what the driver saw when the job began"):
+        fetch_lora(info, tmp_path)
+
+
 def test_what_holds_no_lora_is_refused_by_name(style: Path, tmp_path: Path) -> None:
     import torch
 
