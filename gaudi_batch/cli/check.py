@@ -112,7 +112,8 @@ def check(config: JobConfig, strict: bool = False, job_file: str | None = None) 
             f"lora     {quote_if_unprintable(lora.name)}, {lora.weight_name}, scale {lora.scale:g}"
             for lora in model.loras
         ),
-        f"device   {config.device}{f', mode {config.gaudi.mode}' if config.device == 'hpu' else ''}, {job.dtype}"
+        f"device   {config.device}, {job.dtype}"
+        + (f", mode {config.gaudi.mode}" if config.device == "hpu" and config.gaudi.mode != "lazy" else "")
         + (f", {job.threads} threads a card" if config.device == "cpu" else ""),
         f"output   {config.format}, {config.encoding.type}",
         *place.lines,

@@ -16,7 +16,7 @@ from raynodes import RayCluster
 
 pytestmark = pytest.mark.torch
 NODES = int(os.environ.get("GAUDI_BATCH_TEST_NODES", "2"))
-CARDS = 2
+CARDS = int(os.environ.get("GAUDI_BATCH_TEST_CARDS", "1"))
 """Of a node."""
 ROWS = 40
 

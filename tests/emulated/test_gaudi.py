@@ -13,12 +13,15 @@ import torch
 from habana_frameworks._emulation import faults
 from habana_frameworks._emulation.counters import counters
 
+from gaudi_batch.card.recipe_keeper import RecipeKeeper
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceError, Item
 from gaudi_batch.pipelines.cpu import CpuPipeline
 from gaudi_batch.pipelines.gaudi import GaudiPipeline
+from gaudi_batch.pipelines.gaudi_environment import recipes_of
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
 from gaudi_batch.plan import Bucket
+from gaudi_batch.storage.store import Storage
 
 SQUARE, WIDE, PLAIN = Bucket(64, 64, 3, 7.5), Bucket(96, 64, 3, 7.5), Bucket(64, 64, 3, 1.0)
 ITEMS = [
@@ -151,6 +154,24 @@ def with_safety_checker(directory: Path) -> Path:
     )
     pipeline.save_pretrained(directory)
     return directory
+
+
+def test_a_node_that_has_the_recipes_of_another_captures_and_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = Storage(str(tmp_path / "out")), []
+    for node, compiled, loaded in (("first", 1, 0), ("second", 0, 1)):
+        monkeypatch.setenv("PT_HPU_RECIPE_CACHE_CONFIG", f"{tmp_path / node},false,1024")
+        config = job(gaudi={"recipe_cache": str(tmp_path / node)})
+        pipeline = load(config)
+        keeper = RecipeKeeper(recipes_of(config, store, pipeline.stack))
+        assert keeper.bring() is None
+        before = counters.captures, counters.compilations, counters.recipes_loaded
+        made.append(pipeline.generate(SQUARE, ITEMS).images)
+        after = counters.captures, counters.compilations, counters.recipes_loaded
+        assert [count - first for count, first in zip(after, before, strict=True)] == [1, compiled, loaded]
+        keeper.keep()
+    assert np.array_equal(*made)
 
 
 def test_memory_that_runs_out_is_the_devices_fault_and_names_a_smaller_batch(

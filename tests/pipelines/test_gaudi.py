@@ -97,16 +97,6 @@ def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_gra
     assert {line["device"] for line in lines} == {"hpu GAUDI2 (emulated)"}
     assert {line["module"] for line in lines} <= {4, 5}
 
-    # A node that has compiled nothing, as one that joins late.
-    state = tmp_path / "another machine"
-    emulate = ("emulate", "--modules", "1", "--state", state, "--", "gaudi-batch")
-    result = command_line(*emulate, *job, "--gaudi.recipe-cache", tmp_path / "another", "--overwrite")
-    assert result.returncode == 3, result.stderr
-    assert hashes(tmp_path / "out") == on_cpu
-    # Of the two processes the first tries whether a card can load, before the run is removed.
-    assert sorted(card["captures"] for card in counters(state)) == [0, 2]
-    assert sum(card["compilations"] for card in counters(state)) == 0
-    assert sum(card["recipes_loaded"] for card in counters(state)) == 2
     (place,) = (tmp_path / "out/recipes").iterdir()
     assert place.name == "hpu-GAUDI2-emulated-1.24.0"
     assert sorted(path.suffix for path in place.iterdir()) == [".metadata"] * 2 + [".recipe"] * 2
@@ -133,7 +123,7 @@ def test_in_eager_mode_a_job_needs_no_optimum_habana_and_a_card_whose_device_fai
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPTIMUM)
     job = ("run", "--prompts", prompts, "--output", tmp_path / "out", "--dtype", "float32", *FLAGS)
     state = tmp_path / "machine"
-    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@7", "--state", state, "--", "gaudi-batch")
+    emulate = ("emulate", "--modules", "1", "--fault", "oom:0@3", "--state", state, "--", "gaudi-batch")
     result = command_line(*emulate, *job, "--gaudi.mode", "eager", PYTHONPATH=str(tmp_path))
     assert result.returncode == 3, result.stderr
     assert "guidance 7.5); try --batch-size 2" in result.stderr

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from habana_frameworks._emulation.settings import settings
 
-FILE_SIZE = 512
+FILE_SIZE = 1024
 """Bytes of a counter file: one write of constant length, so that a reader never finds half a number."""
 
 
