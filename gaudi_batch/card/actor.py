@@ -47,8 +47,8 @@ from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory
 from gaudi_batch.pipelines.cpus import usable_cpus
+from gaudi_batch.pipelines.fetching import Files
 from gaudi_batch.pipelines.gaudi_environment import recipes_of
-from gaudi_batch.pipelines.model_cache import Files
 from gaudi_batch.plan import Bucket
 from gaudi_batch.scheduling.decisions import ShardTask
 from gaudi_batch.scheduling.events import (

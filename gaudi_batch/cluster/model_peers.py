@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gaudi_batch.pipelines.model_cache import Files, LocalModel, Origin, PeerLost
+from gaudi_batch.pipelines.fetching import Files, LocalModel, Origin, PeerLost
 from gaudi_batch.text import one_line
 
 log = logging.getLogger(__name__)

@@ -63,12 +63,14 @@ def examine(question: Question) -> Answer:
     lines += _space()
     lines.append(_shared_memory(Path("/dev/shm")))
     if job is not None:
-        for look in (_storage, _prompts, _model, _quantization):
+        for examine_part in (_storage, _prompts, _model, _quantization):
             try:
-                lines += look(job)
+                lines += examine_part(job)
             except ImportError as error:
                 lines.append(
-                    bad(look.__name__[1:], one_line(error, 200), "install gaudi-batch here with the constraints")
+                    bad(
+                        examine_part.__name__[1:], one_line(error, 200), "install gaudi-batch here with the constraints"
+                    )
                 )
         if not any(line.verdict == "bad" for line in lines):
             lines.append(_whole(job, question.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import Pipeline
 from gaudi_batch.pipelines.cpus import share_of_node
-from gaudi_batch.pipelines.model_cache import NO_PEERS, Peers
+from gaudi_batch.pipelines.fetching import NO_PEERS, Peers
 from gaudi_batch.pipelines.sources import ModelInfo
 
 

@@ -12,8 +12,8 @@ import torch
 
 from gaudi_batch.pipelines.base import Generated, Item
 from gaudi_batch.pipelines.calls import call_arguments, collect, graph_key, prepare_calls
+from gaudi_batch.pipelines.fetching import NO_PEERS, Peers
 from gaudi_batch.pipelines.loading import load
-from gaudi_batch.pipelines.model_cache import NO_PEERS, Peers
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import TORCH_PACKAGES, versions
 from gaudi_batch.plan import Bucket

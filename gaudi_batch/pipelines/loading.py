@@ -13,8 +13,9 @@ import diffusers
 import torch
 import transformers
 
+from gaudi_batch.pipelines.fetching import Peers
 from gaudi_batch.pipelines.lora import fetch_lora
-from gaudi_batch.pipelines.model_cache import Peers, cache_of_node
+from gaudi_batch.pipelines.model_cache import cache_of_node
 from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.trust import refuse_code

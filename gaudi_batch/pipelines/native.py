@@ -12,9 +12,9 @@ from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.pipelines.base import DeviceMemory, Generated, Item
+from gaudi_batch.pipelines.fetching import NO_PEERS, Peers
 from gaudi_batch.pipelines.gaudi_environment import prepare, require_stack
 from gaudi_batch.pipelines.hpu import WARMUP_BATCHES, acquire, describe_device, explained, take_memory_peak
-from gaudi_batch.pipelines.model_cache import NO_PEERS, Peers
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import NATIVE_PACKAGES, versions
 from gaudi_batch.plan import Bucket

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.digests import digest_of_blob, is_whole
-from gaudi_batch.pipelines.model_cache import Files, LocalModel, ModelFile, fetch_files, wrong_files
+from gaudi_batch.pipelines.fetching import Files, LocalModel, ModelFile, fetch_files, wrong_files
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.listing import Entry, md5_of
@@ -128,11 +128,11 @@ class HubOrigin:
                 trust_remote_code=False,
             )
         )
-        found = _files_of(place)
+        files_here = _files_of(place)
         if is_reachable:
-            note = json.dumps({"directory": str(place), "files": found})
+            note = json.dumps({"directory": str(place), "files": files_here})
             write_whole(self._note, lambda part: Path(part).write_text(note), lambda: True, create=False)
-        return LocalModel(place, found, is_whole=is_reachable)
+        return LocalModel(place, files_here, is_whole=is_reachable)
 
 
 def _md5(entry: Entry) -> str | None:

@@ -18,7 +18,7 @@ from helpers import called, put_into_hub_cache, read_manifest
 from PIL import Image
 
 from gaudi_batch import InputError, JobConfig, run
-from gaudi_batch.pipelines.model_cache import NO_PEERS
+from gaudi_batch.pipelines.fetching import NO_PEERS
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelInfo, describe_model
 
 pytestmark = pytest.mark.torch

@@ -18,7 +18,7 @@ from gaudi_batch import JobConfig
 from gaudi_batch.card.shard_runner import ShardMaker, ShardRows
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.pipelines.base import Generated, Item
-from gaudi_batch.pipelines.model_cache import NO_PEERS
+from gaudi_batch.pipelines.fetching import NO_PEERS
 from gaudi_batch.pipelines.native import compile_denoiser, forget_compiled
 from gaudi_batch.pipelines.sources import describe_model
 from gaudi_batch.plan import Bucket, Shard

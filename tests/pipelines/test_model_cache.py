@@ -22,16 +22,8 @@ from gaudi_batch import InputError, JobConfig
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.pipelines.families import FAMILIES
-from gaudi_batch.pipelines.model_cache import (
-    LISTING,
-    NO_PEERS,
-    Files,
-    LocalModel,
-    ModelCache,
-    ModelFile,
-    Origin,
-    PeerLost,
-)
+from gaudi_batch.pipelines.fetching import NO_PEERS, Files, LocalModel, ModelFile, Origin, PeerLost
+from gaudi_batch.pipelines.model_cache import LISTING, ModelCache
 from gaudi_batch.pipelines.model_files import entries_of_model
 from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, ModelInfo, describe_model
