@@ -54,7 +54,7 @@ def test_nodes_and_cards_that_start_together_fetch_a_model_once(
     assert json.loads((tmp_path / "out/run.json").read_text())["fingerprint"]["model_revision"] == COMMIT
     assert len(hub.weights()) == 3
     assert set(hub.weights().values()) == {1}
-    models = ".cache/gaudi-batch/models"
+    models = "hf/gaudi-batch"
     from_hub = [home for home in homes if (home / models / f"{COMMIT}.hub").exists()]
     from_nodes = [home for home in homes if (home / models / COMMIT).is_dir()]
     assert hub.requests < 60, "a node that fetches alone, and the driver, ask 45 times"
