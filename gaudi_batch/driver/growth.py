@@ -32,11 +32,17 @@ BY_HAND = ("files", "limit", "model", "model_revision")
 SHA256_DIGITS = 64
 
 
+def _with_mode(name: str, fingerprint: Mapping[str, Any]) -> Any:
+    """A field of a fingerprint; that of Gaudi cards names no mode where it is lazy."""
+    value = fingerprint.get(name)
+    return {"mode": "lazy"} | value if name == "gaudi" and isinstance(value, dict) else value
+
+
 def differences(run: RunInfo, job: Job) -> list[str]:
     """Why a job can't go on with the run in its output, a line for each field; none if it can."""
     before, now = run.fingerprint, job.fingerprint()
     lines = [
-        f"{one_line(name)}: was {short_repr(before.get(name))}, is {short_repr(now.get(name))}"
+        f"{one_line(name)}: was {short_repr(_with_mode(name, before))}, is {short_repr(_with_mode(name, now))}"
         for name in sorted((before.keys() | now.keys()) - set(BY_HAND))
         if before.get(name) != now.get(name)
     ]

@@ -37,7 +37,7 @@ class CpuPipeline:
         self._pipeline, revision = load(model, dtype, peers)
         prepare_calls(self._pipeline, model.family)
         self._family = model.family
-        self.stack: Mapping[str, str] = versions(TORCH_PACKAGES) | {"device": _describe_cpu()}
+        self.stack: Mapping[str, str] = versions(TORCH_PACKAGES, bool(model.loras)) | {"device": _describe_cpu()}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
 

@@ -103,7 +103,7 @@ class GaudiPipeline:
         prepare_calls(self._pipeline, model.family)
         self._family = model.family
         self._quant_mode = config.gaudi.quantize.mode if config.gaudi.quantize else None
-        self.stack: Mapping[str, str] = versions(HPU_PACKAGES) | {"device": self.device}
+        self.stack: Mapping[str, str] = versions(HPU_PACKAGES, bool(model.loras)) | {"device": self.device}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
 

@@ -109,18 +109,23 @@ def _find(config: JobConfig, lora: LoraConfig) -> tuple[LoraInfo, Shapes]:
     if path.exists():
         if lora.revision is not None:
             raise InputError(f"lora {lora.path!r}: revision {lora.revision!r} is of the hub, and this is a path")
+        if path.is_file() and lora.weight_name not in (None, path.name):
+            raise InputError(f"lora {lora.path!r} is a file, and weight_name is {lora.weight_name!r}; leave one out")
         directory = path if path.is_dir() else path.parent
         name = lora.weight_name if path.is_dir() else path.name
         name = _only(lora, name, [file.name for file in directory.glob(f"*{SUFFIX}")])
         return _described(lora, name, directory / name, directory=str(directory.resolve()))
+    if lora.path.startswith((".", "/", "~")):
+        raise InputError(f"lora {lora.path!r}: there is no such file or directory on this machine")
     return _on_hub(lora)
 
 
 def _only(lora: LoraConfig, name: str | None, names: list[str]) -> str:
     """The name of the file: the one that the job names, or the only one there is."""
     if name is None and len(names) != 1:
-        what = f"has {', '.join(sorted(names)[:10])}" if names else f"has no {SUFFIX} file"
-        raise InputError(f"lora {lora.path!r} {what}; name one by weight_name")
+        if not names:
+            raise InputError(f"lora {lora.path!r} has no {SUFFIX} file")
+        raise InputError(f"lora {lora.path!r} has {', '.join(sorted(names)[:10])}; name one by weight_name")
     name = name or names[0]
     if not name.endswith(SUFFIX):
         raise InputError(f"lora {lora.path!r}: {name!r} is not a {SUFFIX} file, and other files may hold code")

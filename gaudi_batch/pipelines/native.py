@@ -66,7 +66,7 @@ class NativePipeline:
             compile_denoiser(self._pipeline, BACKEND, config.gaudi.max_graphs)
         prepare_calls(self._pipeline, model.family)
         self._family = model.family
-        self.stack: Mapping[str, str] = versions(NATIVE_PACKAGES) | {"device": self.device}
+        self.stack: Mapping[str, str] = versions(NATIVE_PACKAGES, bool(model.loras)) | {"device": self.device}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
 

@@ -20,14 +20,21 @@ NATIVE_PACKAGES = (*TORCH_PACKAGES, "habana-torch-plugin")
 """The same on Gaudi cards. The plugin's version is that of Intel's release, graph compiler and kernels among it."""
 HPU_PACKAGES = (*NATIVE_PACKAGES, "optimum-habana")
 """The same in lazy mode."""
+LORA_PACKAGES = ("peft",)
+"""What fuses LoRAs into a model."""
 _MODULES = {"pillow": "PIL"}
 """Modules of packages whose names differ."""
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of some packages in this process: of the imported ones, else of those installed."""
+def versions(packages: Iterable[str], fuses_loras: bool = False) -> dict[str, str]:
+    """Versions of some packages in this process: of the imported ones, else of those installed.
+
+    Args:
+        packages: their names.
+        fuses_loras: whether those that fuse LoRAs are asked for, too.
+    """
     versions_here = {}
-    for package in packages:
+    for package in (*packages, *(LORA_PACKAGES if fuses_loras else ())):
         version = getattr(sys.modules.get(_MODULES.get(package, package)), "__version__", None)
         try:
             versions_here[package] = str(

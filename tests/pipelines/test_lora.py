@@ -205,12 +205,15 @@ def test_what_holds_no_lora_is_refused_by_name(style: Path, tmp_path: Path) -> N
         (weights, "model.safetensors has no weights of a LoRA"),
         (style.parent, "has style.safetensors, torn.safetensors; name one by weight_name"),
         (empty, "has no .safetensors file"),
-        (tmp_path / "absent/at all", "no such path here"),
+        ("./nowhere.safetensors", "there is no such file or directory on this machine"),
+        (tmp_path / "absent/at all", "there is no such file or directory on this machine"),
     ):
         with pytest.raises(InputError, match=message):
             describe_model(config({"path": str(path)}))
     with pytest.raises(InputError, match=r"has no 'other.safetensors'; it has style.safetensors"):
         describe_model(config({"path": str(style.parent), "weight_name": "other.safetensors"}))
+    with pytest.raises(InputError, match=r"is a file, and weight_name is 'other.safetensors'; leave one out"):
+        describe_model(config({"path": str(style), "weight_name": "other.safetensors"}))
     with pytest.raises(InputError, match="this is a path"):
         describe_model(config({"path": str(style), "revision": "main"}))
 
