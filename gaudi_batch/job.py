@@ -225,7 +225,8 @@ def resolve(config: JobConfig, fixed: Fixed | None = None, *, offline: bool = Fa
             f"gaudi.quantize: optimum-habana's {family.gaudi_class} knows no eight-bit floats; those of"
             f" {', '.join(known)} do"
         )
-    if config.gaudi.quantize is not None and config.gaudi.quantize.mode == "measure" and config.cards != 1:
+    quantize = config.gaudi.quantize if config.device == "hpu" else None
+    if quantize is not None and quantize.mode == "measure" and config.cards != 1:
         raise InputError(
             f"gaudi.quantize: mode measure writes the scales of a card to one file, and cards is {config.cards}; take"
             " --cards 1"

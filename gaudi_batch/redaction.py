@@ -24,7 +24,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 SECRET_VARIABLE = re.compile(
     r"(?!PWD$|\w*_(?:FILE|PATH|DIR|URL|URI|ENDPOINT|NAME|MODE|TYPE)$"  # these say where it is, or how it is used
@@ -51,7 +51,6 @@ _PASSWORD = re.compile(
     rf"({_URL})(?!arn:)[^\s/?#:@'\"\[]{{0,500}}:(?!:|\d{{1,5}}(?:[\s/?#'\",]|$))(?:[^\s/?#]{{0,2000}}|[^\s@'\"]{{0,500}})@"
 )
 _USER = re.compile(rf"((?!(?:{_NAMES}):){_URL})[^\s/?#@'\"]{{1,2000}}@", re.IGNORECASE)
-_USER_AND_PASSWORD = re.compile(r"\w[\w+.-]*://([^/@\s]+:[^/@\s]+)@")
 _QUERY = re.compile(rf"({_URL}[^\s?'\"]{{0,2000}})\?([^\s'\"]+)")
 _SECRET_PARAMETER = re.compile(rf"(?:^|&)[^=&]*(?:{SECRET_KEY.pattern}|sig)[^=&]*=", re.IGNORECASE)
 _OF_CONNECTION = re.compile(r"(?:Key|Signature)=([^;]+)")
@@ -69,9 +68,11 @@ def learn(options: Mapping[str, Any]) -> None:
 
 
 def learn_url(url: str) -> None:
-    """Has `redact` know the user name and the password of a URL wherever a library repeats them."""
-    if (match := _USER_AND_PASSWORD.match(url)) and redact(url) != url:
-        _learned.add(match[1])
+    """Has `redact` know the password of a URL wherever a library repeats it, also as the store gets it."""
+    user, _, password = url.partition("://")[2].rpartition("@")[0].partition(":")
+    if user and password and redact(url) != url:
+        learn({"password": password})
+        learn({"password": unquote(password)})
 
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:

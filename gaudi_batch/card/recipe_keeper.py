@@ -7,7 +7,6 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
-from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.recipes import Recipes
 from gaudi_batch.text import counted
 
@@ -43,26 +42,23 @@ class RecipeKeeper:
                 f"compiled recipes did not come from storage within {BRING_TIMEOUT_S:.0f} s, so this node compiles"
                 " its own until they do"
             )
-        except (StorageError, OSError) as error:
+        except Exception as error:
             return f"compiled recipes can't be had from storage, so this node compiles its own: {error}"
         if brought:
             log.info("%s of other nodes came from storage", counted(brought, "compiled recipe"))
         return None
 
     def keep(self) -> None:
-        """Keeps in storage what this node has compiled, in a thread, and waits for that a while."""
+        """Keeps in storage what this node has compiled, in a thread, and waits for that a while. Raises nothing."""
         recipes = self._recipes
-        if recipes is None or not recipes.has_new():
-            return
-        if self._keeping is None or self._keeping.done():
-            self._keeping = self._pool.submit(self._keep)
+        if recipes is not None and (self._keeping is None or self._keeping.done()):
+            self._keeping = self._pool.submit(self._keep, recipes)
             with contextlib.suppress(FutureTimeoutError):
                 self._keeping.result(KEEP_TIMEOUT_S)
 
-    def _keep(self) -> None:
-        assert self._recipes is not None
+    def _keep(self, recipes: Recipes) -> None:
         try:
-            self._recipes.keep()
-        except (StorageError, OSError) as error:
+            recipes.keep()
+        except Exception as error:
             log.warning("compiled recipes can't be kept in storage, so other nodes compile their own: %s", error)
             self._recipes = None

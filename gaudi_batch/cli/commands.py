@@ -108,7 +108,7 @@ def doctor(parsed: argparse.Namespace) -> int:
         raise InputError("--address: is empty; name a cluster's head, as in head:6379, or leave it out for this node")
     asked = question(parsed)
     address = address_of(parsed.address) if parsed.address else None
-    nodes = examine_cluster(asked, address) if address else examine_here(asked)
+    nodes = examine_cluster(asked, address) if address not in (None, "local") else examine_here(asked)
     if address is None and asked.device == "cpu" and not has_cards():
         for lines in nodes.values():
             advice = "gaudi-batch doctor --device hpu says what is missing for Gaudi cards"
@@ -145,10 +145,11 @@ def _bench_whole_job(parsed: argparse.Namespace) -> int:
     reader = OutputReader(Storage(config.output, config.storage_options))
     if reader.run() is not None:
         raise InputError(f"output {reader.storage.url!r} holds a run; a measure needs an output of its own")
+    if config.device == "auto":
+        config = config.model_copy(update={"device": "hpu"})  # as the benchmark has it
+    job = resolve(config)
     result = make_images(config, address=parsed.address)
     record = reader.run()
-    device = record.job["device"] if record else config.device
-    job = resolve(config.model_copy(update={"device": device}))
     measured = Measured.of(result.summary, (record.stacks or [{}])[-1] if record else {})
     say(json.dumps(describe(job, measured), indent=1) if parsed.json else report(job, measured))
     return result.exit_code

@@ -41,6 +41,7 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
 
     with attached(address):
         import ray
+        from ray.exceptions import RayError
 
         nodes = {_name(node): node for node in ray.nodes() if node["Alive"]}
         cards = {name: int(node["Resources"].get("HPU", 0)) for name, node in nodes.items()}
@@ -60,7 +61,10 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
                 lines[name] = [answer]
                 continue
             lines[name] = answer.lines
-            clocks[name] = _offset(nodes[name])
+            try:
+                clocks[name] = _offset(nodes[name])
+            except RayError as error:
+                lines[name].append(bad("clock", f"no answer: {one_line(error, 200)}", "look at its Ray: ray status"))
     for name, own in lines.items():
         if name in clocks:
             own.append(_clock_line(name, clocks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.doctor.line import Line, bad, note, ok
 from gaudi_batch.doctor.stack import gaudi_lines, python_lines
 from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.pipelines.gaudi_environment import require_quantization
 from gaudi_batch.pipelines.sources import BUILTIN, builtin_directory, describe_model
 from gaudi_batch.storage.filesystem import expanded
 from gaudi_batch.storage.store import Storage
@@ -90,12 +90,12 @@ def _whole(job: JobConfig, device: str) -> Line:
 
 def _quantization(job: JobConfig) -> Iterator[Line]:
     quantize = job.gaudi.quantize
-    if quantize is None:
+    if quantize is None or job.device in ("cpu", "simulated"):
         return
-    if importlib.util.find_spec("neural_compressor") is None:
-        yield bad("quantization", "no neural_compressor", "pip install neural_compressor_pt of Intel's release")
-    elif not Path(quantize.config).is_file():
-        yield bad("quantization", f"no file {quantize.config}", "put it where each node sees it")
+    try:
+        require_quantization(quantize)
+    except RuntimeError as error:
+        yield bad("quantization", one_line(error, 300), "put both where each node has them")
     else:
         yield ok("quantization", f"{quantize.mode} by {quantize.config}")
 
@@ -139,14 +139,14 @@ def _shared_memory(place: Path) -> Line:
 def _storage(job: JobConfig) -> Iterator[Line]:
     try:
         output = Storage(job.output, job.storage_options, TRY_TIMEOUT_S)
-        was_there = not output.local or Path(output.root).exists()
+        if output.local and not Path(output.root).exists():
+            yield _not_there_yet(Path(output.root))
+            return
         name, data = f".doctor-{secrets.token_hex(4)}", b"gaudi-batch doctor"
         started = time.monotonic()
         output.put(name, data)
         back = output.get(name)
         output.remove(name)
-        if not was_there:
-            Path(output.root).rmdir()
     except (InputError, StorageError) as error:
         yield bad("output", one_line(error, 300), "look at the bucket, the credentials of this node and its network")
     else:
@@ -155,6 +155,14 @@ def _storage(job: JobConfig) -> Iterator[Line]:
             yield bad("output", f"{output.url} does not give back what was written", "look at the store")
         else:
             yield ok("output", f"{output.url}, written, read and removed in {took:.2f} s")
+
+
+def _not_there_yet(output: Path) -> Line:
+    """Of a directory that a run would make."""
+    parent = next(path for path in output.parents if path.exists())
+    if os.access(parent, os.W_OK | os.X_OK):
+        return ok("output", f"{output} is not there yet, and can be made in {parent}")
+    return bad("output", f"{output} can't be made in {parent}: no permission", "choose another output")
 
 
 def _prompts(job: JobConfig) -> Iterator[Line]:

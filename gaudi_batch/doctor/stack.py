@@ -18,9 +18,9 @@ from gaudi_batch.text import one_line
 COUNT_TIMEOUT_S = 180.0
 """Seconds that a process may take to import torch and to count the cards."""
 _COUNT = """
-import habana_frameworks.torch.hpu as hpu, torch
+import habana_frameworks.torch.core, habana_frameworks.torch.hpu as hpu, torch
 print()
-print(torch.compiler.list_backends() if {compiled} else ())
+print({compiler!r} not in torch.compiler.list_backends(exclude_tags=()) if {compiled} else False)
 print(hpu.device_count())
 """
 COMPILER = "hpu_backend"
@@ -137,7 +137,7 @@ def _count_by_torch(mode: str) -> tuple[int, bool, str]:
     is_compiled = mode == "compile"
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", _COUNT.format(compiled=is_compiled)],
+            [sys.executable, "-c", _COUNT.format(compiled=is_compiled, compiler=COMPILER)],
             env=os.environ | {"PT_HPU_LAZY_MODE": "1" if mode == "lazy" else "0"},
             capture_output=True,
             text=True,
@@ -146,10 +146,10 @@ def _count_by_torch(mode: str) -> tuple[int, bool, str]:
         )
     except subprocess.TimeoutExpired:
         return 0, True, f"no answer for {COUNT_TIMEOUT_S:.0f} s"
-    backends, count = ["", "", *probe.stdout.splitlines()][-2:]
+    lacks_compiler, count = ["", "", *probe.stdout.splitlines()][-2:]
     if probe.returncode != 0 or not count.isdigit():
         return 0, True, one_line((probe.stderr.strip().splitlines() or ["no answer"])[-1], 200)
-    return int(count), not is_compiled or COMPILER in backends, ""
+    return int(count), lacks_compiler != "True", ""
 
 
 def _version(package: str) -> str | None:

@@ -15,14 +15,21 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.pipelines.base import DeviceMemory, Generated, Item
+from gaudi_batch.pipelines.base import DeviceError, DeviceMemory, Generated, Item
 from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.fetching import NO_PEERS, Peers
-from gaudi_batch.pipelines.gaudi_environment import _OP_LISTS, gaudi_mapping, prepare, require_stack
+from gaudi_batch.pipelines.gaudi_environment import (
+    _OP_LISTS,
+    gaudi_mapping,
+    prepare,
+    require_quantization,
+    require_stack,
+)
 from gaudi_batch.pipelines.hpu import WARMUP_BATCHES, acquire, describe_device, explained, take_memory_peak
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.pipelines.stack import HPU_PACKAGES, versions
 from gaudi_batch.plan import Bucket
+from gaudi_batch.text import one_line
 
 
 class GaudiPipeline:
@@ -61,10 +68,8 @@ class GaudiPipeline:
         from gaudi_batch.pipelines.calls import prepare_calls
         from gaudi_batch.pipelines.loading import fetch, fuse_loras, revision_beside, silence_libraries
 
-        if config.gaudi.quantize is not None and importlib.util.find_spec("neural_compressor") is None:
-            raise RuntimeError(
-                "gaudi.quantize needs Intel Neural Compressor: pip install neural_compressor_pt of Intel's release"
-            )
+        if config.gaudi.quantize is not None:
+            require_quantization(config.gaudi.quantize)
         torch.set_num_threads(threads)
         silence_libraries()
         hpu = importlib.import_module("habana_frameworks.torch.hpu")
@@ -126,8 +131,13 @@ class GaudiPipeline:
                 **conversion,
                 batch_size=len(items),
             )
-        except RuntimeError as error:
-            raise explained(error, bucket, len(items)) from error
+        except Exception as error:
+            if conversion:
+                # Another call would make images of the model as it is.
+                raise DeviceError(f"gaudi.quantize: the model can't be converted: {one_line(error)}") from error
+            if isinstance(error, RuntimeError):
+                raise explained(error, bucket, len(items)) from error
+            raise
         finally:
             self._graphs.setdefault(self.graph_key(bucket, items[0]), set()).update(cache.keys() - before)
         return collect(self._pipeline, self._family, output, items)

@@ -7,13 +7,14 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.config.sections import OUTPUT
+from gaudi_batch.config.sections import OUTPUT, QuantizeConfig
 from gaudi_batch.layout import RECIPES
 from gaudi_batch.pipelines.recipes import Recipes, place_of
 from gaudi_batch.storage.store import Storage
@@ -82,6 +83,27 @@ def recipes_of(config: JobConfig, output: Storage, stack: Mapping[str, str]) -> 
         options = config.options_for(gaudi.recipe_store)
         storage, place = Storage(gaudi.recipe_store, options, config.storage_patience), place_of(stack)
     return Recipes(Path(_recipe_cache()), storage, place, gaudi.recipe_cache_mb * 1024**2)
+
+
+def require_quantization(quantize: QuantizeConfig) -> None:
+    """Raises a RuntimeError, with the way out, if this node can't quantize as the job says."""
+    if importlib.util.find_spec("neural_compressor") is None:
+        raise RuntimeError(
+            "gaudi.quantize needs Intel Neural Compressor: pip install neural_compressor_pt of Intel's release"
+        )
+    try:
+        content = json.loads(Path(quantize.config).read_text(encoding="utf-8"))
+        mode = str(content["mode"]).lower()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(
+            f"gaudi.quantize: config {quantize.config!r} is no configuration of Neural Compressor that this node can"
+            f" read: {error!r}"
+        ) from None
+    if mode != quantize.mode:
+        raise RuntimeError(
+            f"gaudi.quantize: mode is {quantize.mode!r}, and that of {quantize.config!r} is {mode!r}, which upstream"
+            " goes by; make them the same"
+        )
 
 
 def _recipe_cache() -> str:

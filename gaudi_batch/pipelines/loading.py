@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from gaudi_batch.pipelines.model_cache import cache_of_node
 from gaudi_batch.pipelines.origins import HubOrigin, StoreOrigin
 from gaudi_batch.pipelines.sources import BUILTIN, ModelInfo, builtin_directory, digest
 from gaudi_batch.pipelines.trust import refuse_code
+from gaudi_batch.text import one_line
 
+NO_PART = "No LoRA keys associated to"
+"""How diffusers begins to say that a LoRA has nothing for one of a pipeline's components."""
 CACHE = Path.home() / ".cache/gaudi-batch"
 LORA_CACHE = CACHE / "loras"
 """Where a node keeps LoRAs from stores."""
@@ -57,7 +61,7 @@ def fuse_loras(pipeline: Any, model: ModelInfo) -> None:
     """Adds the model's LoRAs to its weights, which then need nothing more of them: neither graphs nor steps differ.
 
     Raises:
-        RuntimeError: the pipeline takes none, or took nothing of one.
+        RuntimeError: the pipeline takes none, or took nothing or not all of one.
     """
     if not model.loras:
         return
@@ -66,25 +70,41 @@ def fuse_loras(pipeline: Any, model: ModelInfo) -> None:
     names = [f"lora_{number}" for number in range(len(model.loras))]
     for name, lora in zip(names, model.loras, strict=True):
         file = fetch_lora(lora, LORA_CACHE)
-        pipeline.load_lora_weights(
-            str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True, local_files_only=True
-        )
-        taken = _layers_with(pipeline, name)
-        if taken < max(1, lora.changes):  # one of theirs may be several of diffusers'
-            raise RuntimeError(
-                f"diffusers took {taken} of the {lora.changes} changes of lora {lora.name!r} for"
-                f" {type(pipeline).__name__}; it is of another model, or of a script that diffusers does not read"
+        with _warnings_of_diffusers() as warnings:
+            pipeline.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True, local_files_only=True
             )
+        left_out = [warning for warning in warnings if not warning.startswith(NO_PART)]
+        if left_out or not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
+            what = one_line(left_out[0], 300) if left_out else "nothing of it"
+            pipeline_class = type(pipeline).__name__
+            raise RuntimeError(f"diffusers does not take all of lora {lora.name!r} for {pipeline_class}: {what}")
     pipeline.set_adapters(names, [lora.scale for lora in model.loras])
-    pipeline.fuse_lora(adapter_names=names)
+    # Its default leaves text encoders of some classes out.
+    pipeline.fuse_lora(components=list(pipeline._lora_loadable_modules), adapter_names=names)
     pipeline.unload_lora_weights()
 
 
-def _layers_with(pipeline: Any, adapter: str) -> int:
-    """Layers of a pipeline that a LoRA changes."""
-    modules = (component for component in pipeline.components.values() if isinstance(component, torch.nn.Module))
-    layers = (layer for component in modules for layer in component.modules())
-    return sum(adapter in getattr(layer, "lora_A", ()) for layer in layers)
+@contextlib.contextmanager
+def _warnings_of_diffusers() -> Iterator[list[str]]:
+    """Yields what diffusers warns of meanwhile: it passes over what it does not know with no more than that."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    others = [each for each in logger.handlers if each is not handler]
+    for other in others:
+        logger.removeHandler(other)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        for other in others:
+            logger.addHandler(other)
 
 
 def fetch(model: ModelInfo, peers: Peers) -> str:

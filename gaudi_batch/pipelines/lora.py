@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +29,22 @@ _FIRST = re.compile(
 """The first of the two matrices that change a weight, in the forms that diffusers, peft and kohya's scripts write."""
 _KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 """Prefixes of kohya's names; `lora_unet_` is the denoiser, whatever it is."""
-_READ_BY_DIFFUSERS = (
-    *_KOHYA,
-    "lora_unet_",
+_SCRIPTS = (*_KOHYA, "lora_unet_")
+"""What names of other scripts begin with that diffusers converts (`lora_conversion_utils.py` of 0.35)."""
+_SCRIPTS_OF_TRANSFORMERS = (
     "lora_transformer_",
     "diffusion_model.",
-    "double_blocks.",
-    "single_blocks.",
+    "double_blocks",
+    "single_blocks",
+    "transformer_blocks.",
+    "base_model.model.",
+    "text_encoders.",
 )
-"""What names of other scripts begin with that diffusers converts (`lora_conversion_utils.py` of 0.35)."""
+"""The same for models whose denoiser is a transformer."""
+_NOT_READ = re.compile(r"dora_scale$|lora_mid\.weight$|\.diff(_b)?$|\.hada_|\.lokr_")
+"""Parts of DoRA, LoCon and LyCORIS in the form of kohya's scripts."""
+_OF_TEXT_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+"""What older releases of diffusers called the layers of text encoders."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,6 @@ class LoraInfo:
     """Where the file lies, if that is on a file system."""
     storage: Storage | None = None
     """The store's directory that it lies in, if it does."""
-    changes: int = 0
-    """Weights that it changes."""
 
     @property
     def hub(self) -> bool:
@@ -96,9 +101,10 @@ def describe_loras(config: JobConfig, weights: Mapping[str, Shapes] | None) -> t
             raise InputError(f"lora {info.name!r}: {info.weight_name}: {error}") from None
         if not changes:
             raise InputError(f"lora {info.name!r}: {info.weight_name} has no weights of a LoRA")
+        _refuse_unread(info, changes, weights)
         if weights is not None:
             _refuse_misfit(config, info, changes, weights)
-        infos.append(replace(info, changes=len(changes)))
+        infos.append(info)
     return tuple(infos)
 
 
@@ -211,6 +217,8 @@ def _on_hub(lora: LoraConfig) -> tuple[LoraInfo, Shapes]:
 def _changes(shapes: Shapes) -> Iterator[Change]:
     """The weights that it changes. Raises ValueError if the two matrices for one of them don't go together."""
     for name, first in shapes.items():
+        if _NOT_READ.search(name):
+            raise ValueError(f"{name} is of a kind that diffusers does not read, or passes over")
         if (match := _FIRST.fullmatch(name)) is None:
             continue
         kind = match["kind"].replace("lora_A", "lora_B").replace("down", "up")
@@ -223,17 +231,25 @@ def _changes(shapes: Shapes) -> Iterator[Change]:
         yield Change(match["module"].replace(".processor.", "."), first[1], second[0])
 
 
+def _refuse_unread(info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes] | None) -> None:
+    """Refuses names that diffusers would pass over."""
+    components = tuple(f"{name}." for name in (*DENOISERS, *TEXT_ENCODERS) if weights is None or name in weights)
+    has_transformer = weights is None or "transformer" in weights
+    read = (*components, *_SCRIPTS, *(_SCRIPTS_OF_TRANSFORMERS if has_transformer else ()))
+    for change in changes:
+        if not change.module.startswith(read):
+            raise InputError(
+                f"lora {info.name!r}: diffusers does not read names such as {change.module} for this model; those that"
+                f" it reads begin with {', '.join(read)}"
+            )
+
+
 def _refuse_misfit(config: JobConfig, info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes]) -> None:
     denoiser = next((name for name in DENOISERS if name in weights), DENOISERS[0])
     for change in changes:
         component, _, rest = change.module.partition(".")
         if component in (*DENOISERS, *TEXT_ENCODERS):
             fits = _fits_exactly(rest, change, weights.get(component, {}))
-        elif not change.module.startswith(_READ_BY_DIFFUSERS):
-            raise InputError(
-                f"lora {info.name!r}: diffusers does not read names such as {change.module}; those that it reads begin"
-                f" with {', '.join(sorted({f'{name}.' for name in weights} | set(_READ_BY_DIFFUSERS)))}"
-            )
         else:
             component = next((part for mark, part in _KOHYA.items() if change.module.startswith(mark)), denoiser)
             fits = _fits_by_shape(change, weights.get(component, {}))
@@ -245,7 +261,9 @@ def _refuse_misfit(config: JobConfig, info: LoraInfo, changes: list[Change], wei
 
 
 def _fits_exactly(module: str, change: Change, weights: Shapes) -> bool:
-    for name in (module, f"{module}.0"):  # `to_out` is a list, which older files pass over
+    place, _, layer = module.rpartition(".")
+    older = f"{place}.{_OF_TEXT_ENCODERS[layer]}" if layer in _OF_TEXT_ENCODERS else module
+    for name in (module, f"{module}.0", older):  # `to_out` is a list, which older files pass over
         shape = weights.get(f"{name}.weight", ())
         if len(shape) > 1 and (shape[1], shape[0]) == (change.inputs, change.outputs):
             return True

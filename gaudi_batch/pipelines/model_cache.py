@@ -79,6 +79,8 @@ class ModelCache:
             self._held.append(_locked(self.root / f"{origin.revision}.lock", fcntl.LOCK_SH))
             fetching = _locked(self.root / f"{origin.revision}.fetching", fcntl.LOCK_EX)
         except OSError as error:
+            if origin.is_near():  # beside a cache of the hub that can only be read
+                return origin.fetch(self.root, {})
             raise StorageError(
                 f"models can't be kept in {self.root}: {error}; name another directory of this node's disk by"
                 f" {DIRECTORY}",
@@ -107,6 +109,12 @@ class ModelCache:
         return LocalModel(directory, {path: ModelFile(*file) for path, file in listed.items()})
 
     def _fetch(self, origin: Origin, peer: Peer | None) -> LocalModel:
+        try:
+            return self._fetch_files(origin, peer)
+        except OSError as error:
+            raise StorageError(f"a model can't be written to {self.root}: {error}", refused=True) from None
+
+    def _fetch_files(self, origin: Origin, peer: Peer | None) -> LocalModel:
         files = origin.files() if peer is None else peer.files()
         part = self.root / f".{origin.revision}"  # what an earlier process has left of it counts
         needed = sum(file.size for file in files.values()) - _bytes_in(part)
@@ -141,14 +149,18 @@ class ModelCache:
             return
         lock = _locked(self.root / "room.lock", fcntl.LOCK_EX)
         try:
-            for path in self.root.glob("..*"):
-                shutil.rmtree(path, ignore_errors=True)  # a process that was killed was removing it
-            present = [path for path in self.root.iterdir() if path.is_dir()]
-            sizes = {path: _bytes_in(path) for path in present}
-            for path in sorted(present, key=_last_used):
+            present = [path for path in self.root.iterdir() if path.is_dir() and self._lock_of(path).exists()]
+            for path in present:
+                if path.name.startswith(".."):
+                    shutil.rmtree(path, ignore_errors=True)  # a process that was killed was removing it
+            sizes = {path: _bytes_in(path) for path in present if not path.name.startswith("..")}
+            free = shutil.disk_usage(self.root).free
+            if needed > free + sum(sizes.values()):
+                raise self._no_room(needed, free)
+            for path in sorted(sizes, key=_last_used):
                 if sum(sizes.values()) + needed <= self._max_bytes and needed <= shutil.disk_usage(self.root).free:
                     break
-                with _alone(self.root / f"{path.name.lstrip('.')}.lock") as is_alone:
+                with _alone(self._lock_of(path)) as is_alone:
                     if is_alone:
                         log.info("%s is removed to make room for another model", path)
                         removed = path.rename(self.root / f"..{path.name}")  # else a half would pass for the whole
@@ -158,11 +170,18 @@ class ModelCache:
         finally:
             os.close(lock)
         if needed > free:
-            raise StorageError(
-                f"a model of {needed / 1e9:.1f} GB does not fit into {self.root}, where {free / 1e9:.1f} GB are free;"
-                f" name another directory of this node's disk by {DIRECTORY}",
-                refused=True,
-            )
+            raise self._no_room(needed, free)
+
+    def _lock_of(self, directory: Path) -> Path:
+        """The lock of those who use the model in a directory; what has none is no model."""
+        return self.root / f"{directory.name.lstrip('.')}.lock"
+
+    def _no_room(self, needed: int, free: int) -> StorageError:
+        return StorageError(
+            f"a model of {needed / 1e9:.1f} GB does not fit into {self.root}, where {free / 1e9:.1f} GB are free;"
+            f" name another directory of this node's disk by {DIRECTORY}",
+            refused=True,
+        )
 
 
 def cache_of_node() -> ModelCache:

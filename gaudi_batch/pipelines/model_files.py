@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,23 @@ def entries_of_model(storage: Storage, use_safetensors: bool) -> dict[str, Entry
         raise InputError(f"model {storage.url!r}: there is nothing in {storage.url} named {INDEX}")
     files = {INDEX: index}
     try:
-        components = json.loads(storage.get(INDEX) or b"")
-        names = [name for name, value in components.items() if isinstance(value, list) and value[:1] != [None]]
+        names = components_of(json.loads(storage.get(INDEX) or b""))
     except (ValueError, AttributeError) as error:
         raise InputError(f"model {storage.url!r}: {INDEX} can't be read: {one_line(error)}") from None
     for component in names:
         if not _COMPONENT.fullmatch(component):
             raise InputError(f"model {storage.url!r}: {INDEX} names a component {component!r}, which is no name")
         own = storage.entries(component)
-        files |= {f"{component}/{name}": entry for name, entry in own.items() if _is_loaded(name, use_safetensors)}
+        files |= {f"{component}/{name}": entry for name, entry in own.items() if is_loaded(name, use_safetensors)}
     return files
 
 
-def _is_loaded(name: str, use_safetensors: bool) -> bool:
+def components_of(index: Mapping[str, Any]) -> list[str]:
+    """The components that a model_index.json names and that have a directory."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+
+
+def is_loaded(name: str, use_safetensors: bool) -> bool:
     """Whether diffusers or transformers load a file of a component, as far as its name says."""
     suffix = Path(name).suffix
     if suffix in (".safetensors", PICKLED):

@@ -11,6 +11,7 @@ from pathlib import Path
 from gaudi_batch.errors import StorageError
 from gaudi_batch.pipelines.digests import digest_of_blob, is_whole
 from gaudi_batch.pipelines.fetching import Files, LocalModel, ModelFile, fetch_files, wrong_files
+from gaudi_batch.pipelines.model_files import INDEX, components_of, is_loaded
 from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.listing import Entry, md5_of
@@ -18,6 +19,8 @@ from gaudi_batch.storage.store import Storage
 
 WEIGHTS = (".safetensors", ".bin")
 """What the names of weights end with."""
+HUB_TIMEOUT_S = 10.0
+"""Seconds that the hub may take to answer; without an answer, what is here has to do."""
 CHUNK = 64 * 1024**2
 """Bytes of a file that a store is asked for at a time."""
 
@@ -92,9 +95,9 @@ class HubOrigin:
         """See `Origin`."""
         try:
             noted = json.loads(self._note.read_text())
-        except (FileNotFoundError, ValueError):
+            directory = Path(noted["directory"])
+        except (OSError, ValueError, KeyError):
             return None
-        directory = Path(noted["directory"])
         files = {path: ModelFile(*file) for path, file in noted["files"].items()}
         is_there = all(is_whole(directory / path, file.size, None) for path, file in files.items())
         return LocalModel(directory, files) if is_there else None
@@ -116,23 +119,51 @@ class HubOrigin:
         import diffusers
         from huggingface_hub import HfApi
 
-        model = self._model
-        is_reachable = False
+        model, names = self._model, None
         with contextlib.suppress(Exception):
-            is_reachable = HfApi().repo_exists(model.path)
+            info = HfApi().model_info(model.path, revision=model.revision, timeout=HUB_TIMEOUT_S)
+            names = [file.rfilename for file in info.siblings or ()]
         place = Path(
             diffusers.DiffusionPipeline.download(
                 model.path,
                 revision=model.revision,
                 use_safetensors=model.use_safetensors or None,
                 trust_remote_code=False,
+                local_files_only=names is None,
             )
         )
         files_here = _files_of(place)
-        if is_reachable:
+        is_whole = names is not None and _has_all(place, names)
+        if is_whole:
             note = json.dumps({"directory": str(place), "files": files_here})
-            write_whole(self._note, lambda part: Path(part).write_text(note), lambda: True, create=False)
-        return LocalModel(place, files_here, is_whole=is_reachable)
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                write_whole(self._note, lambda part: Path(part).write_text(note), lambda: True, create=False)
+        return LocalModel(place, files_here, is_whole)
+
+
+def _has_all(directory: Path, names: list[str]) -> bool:
+    """Whether a snapshot of the hub has what diffusers loads of a repository's files: it may have been taken while the
+    hub did not answer, and says nothing of that.
+
+    Args:
+        directory: the snapshot.
+        names: the repository's files.
+    """
+    index = json.loads((directory / INDEX).read_text())
+    for component in components_of(index):
+        own = [name for name in names if name.startswith(f"{component}/")]
+        if any(Path(name).suffix in WEIGHTS for name in own):
+            kinds = [kind for kind in WEIGHTS if list((directory / component).glob(f"*{kind}"))]
+            if not kinds:
+                return False
+            indexes = (directory / component).glob(f"*{kinds[0]}.index.json")
+            maps = [json.loads(path.read_text())["weight_map"] for path in indexes]
+            wanted = {f"{component}/{name}" for shards in maps for name in shards.values()}
+        else:
+            wanted = {name for name in own if is_loaded(Path(name).name, use_safetensors=True)}
+        if not all((directory / name).is_file() for name in wanted):
+            return False
+    return True
 
 
 def _md5(entry: Entry) -> str | None:

@@ -1,10 +1,10 @@
 """Compiled recipes in storage, so that a node need not compile what another node has compiled.
 
-Intel's bridge keeps the recipe of a graph on the node's disk as two files that are named after the graph: `.recipe`,
-and then `.metadata`, which is empty, and locked, as long as the recipe is not whole. Some releases append the rank,
-which is 0 here, to the directory's name (recipe_cache.cpp, cache_file_handler.cpp and recipe_cache_config.cpp of
-gaudi-pytorch-bridge). Their name has a hash of the graph, one of the environment and the version of Intel's graph
-compiler (disk_cache.cpp), and says nothing of the kind of card; their place in storage does.
+Intel's bridge keeps the recipe of a graph on the node's disk as two files that are named after the graph: `.metadata`,
+which it opens and locks first and which is empty as long as the recipe is not whole, and `.recipe`. Some releases
+append the rank, which is 0 here, to the directory's name (recipe_cache.cpp, cache_file_handler.cpp and
+recipe_cache_config.cpp of gaudi-pytorch-bridge). Their name has a hash of the graph, one of the environment and the
+version of Intel's graph compiler (disk_cache.cpp), and says nothing of the kind of card; their place in storage does.
 """
 
 from __future__ import annotations
@@ -71,10 +71,27 @@ class Recipes:
         recipe, metadata = (self._storage.get(f"{self._place}/{name}{suffix}") for suffix in (RECIPE, METADATA))
         if not recipe or not metadata:
             return False  # it has gone since
-        # Without metadata, a recipe that is there is what a killed process has left.
-        self._write(name + RECIPE, recipe, create=False)
-        self._write(name + METADATA, metadata, create=True)
+        return any([self._write(directory / name, recipe, metadata) for directory in self._present_directories()])
+
+    def _write(self, path: Path, recipe: bytes, metadata: bytes) -> bool:
+        """Puts a recipe where the bridge finds it, under the bridge's own lock; returns whether it was not there."""
+        descriptor = os.open(f"{path}{METADATA}", os.O_RDWR | os.O_CREAT, 0o664)
+        with os.fdopen(descriptor, "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False  # the bridge compiles it
+            if os.fstat(file.fileno()).st_size:
+                return False
+            write_whole(
+                Path(f"{path}{RECIPE}"), lambda part: Path(part).write_bytes(recipe), lambda: True, create=False
+            )
+            file.write(metadata)
         return True
+
+    def _present_directories(self) -> list[Path]:
+        self._directories[0].mkdir(parents=True, exist_ok=True)
+        return [directory for directory in self._directories if directory.is_dir()]
 
     def keep(self) -> int:
         """Puts the recipes into storage that this node has and storage has not; returns how many. Where another card
@@ -108,20 +125,16 @@ class Recipes:
         """The names of the node's recipes that are whole."""
         entries: dict[str, int] = {}
         for directory in self._directories:
-            with contextlib.suppress(FileNotFoundError), os.scandir(directory) as files:
-                entries |= {file.name: file.stat().st_size for file in files}
+            with contextlib.suppress(FileNotFoundError):
+                for file in directory.iterdir():
+                    with contextlib.suppress(FileNotFoundError):  # the bridge has removed it
+                        entries[file.name] = file.stat().st_size
         return {name for name in _names(entries) if entries[name + METADATA]}
 
     def _file(self, name: str) -> Path:
         """Where a file is; where it would be, if it is not there."""
         places = [directory / name for directory in self._directories]
         return next((path for path in places if path.exists()), places[0])
-
-    def _write(self, name: str, data: bytes, *, create: bool) -> None:
-        for directory in self._directories:
-            if directory is self._directories[0] or directory.is_dir():
-                directory.mkdir(parents=True, exist_ok=True)
-                write_whole(directory / name, lambda part: Path(part).write_bytes(data), lambda: True, create=create)
 
     @contextlib.contextmanager
     def _locked(self, *, wait: bool) -> Iterator[bool]:

@@ -61,6 +61,19 @@ def family_of(pipeline_class: str, components: Mapping[str, Any]) -> Family | No
     )
 
 
+def takes_loras(pipeline_class: str) -> bool:
+    """Whether a pipeline has a loader of LoRAs; true where diffusers is not here and can't be asked."""
+    node = _class(pipeline_class) if pipeline_class.isidentifier() else None
+    if node is None:
+        return True
+    while node is not None:
+        bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+        if any(base.endswith("LoraLoaderMixin") for base in bases):
+            return True
+        node = next((parent for base in bases if (parent := _class(base))), None)
+    return False
+
+
 def _is_text_to_image(arguments: Mapping[str, Any]) -> bool:
     others = [name for name in arguments if OTHER_INPUTS.fullmatch(name) and not IP_ADAPTER.fullmatch(name)]
     is_needed = [name for name, default in arguments.items() if default is _NEEDED and name != "prompt"]

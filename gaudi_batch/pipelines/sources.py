@@ -24,7 +24,7 @@ from gaudi_batch.pipelines.model_files import (
     read_json,
     weight_shapes,
 )
-from gaudi_batch.pipelines.signatures import family_of
+from gaudi_batch.pipelines.signatures import family_of, takes_loras
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.redaction import redact
@@ -174,6 +174,8 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
         family = family_of(pipeline_class, {part: value for part, value in index.items() if value != [None, None]})
     if family is None:
         raise _unsupported(f"model {name!r} is a {one_line(pipeline_class, 100)}", is_lazy)
+    if config.lora and not takes_loras(family.pipeline_class):
+        raise InputError(f"lora: model {name!r} is a {family.pipeline_class}, of which diffusers loads no LoRA")
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
     if family.denoiser == "transformer" and (family.is_known or (directory / SCHEDULER_CONFIG).is_file()):

@@ -57,6 +57,19 @@ def changes_of(pipeline: Any, seed: int = 0) -> dict[str, Any]:
     return made
 
 
+def changes_of_text_encoder(pipeline: Any) -> dict[str, Any]:
+    """The same for projections of its text encoder."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    made = {}
+    for path, module in pipeline.text_encoder.named_modules():
+        if path.endswith(("q_proj", "v_proj")):
+            made[f"text_encoder.{path}.lora_A.weight"] = torch.randn(RANK, module.in_features, generator=generator)
+            made[f"text_encoder.{path}.lora_B.weight"] = torch.randn(module.out_features, RANK, generator=generator)
+    return made
+
+
 def kohya(changes: dict[str, Any]) -> dict[str, Any]:
     """The same as kohya's scripts write it."""
     import torch
@@ -94,23 +107,26 @@ def images(pipeline: Any, guidance: float) -> np.ndarray[Any, Any]:
 def test_fused_loras_are_the_weights_with_their_products_added(
     name: str, models: dict[str, Path | str], tmp_path: Path
 ) -> None:
-    """Two of them, each with its scale: what is expected is computed here, without diffusers' loader."""
+    """Two of them, each with its scale: what is expected is computed here, without diffusers' loader. One changes the
+    text encoder, too, where diffusers reads that."""
     import torch
 
     plain = load(models[name])
     before = images(plain, MODELS[name])
-    part, denoiser = denoiser_of(plain._pipeline)
     loras = []
     for number, scale in enumerate((0.5, -0.25)):
         changes = changes_of(plain._pipeline, number)
+        if number and "text_encoder" in plain._pipeline._lora_loadable_modules:
+            changes |= changes_of_text_encoder(plain._pipeline)
         file = save(changes, tmp_path / f"style-{number}.safetensors")
         loras.append({"path": str(file), "scale": scale})
-        for path, module in denoiser.named_modules():
-            first = changes.get(f"{part}.{path}.lora_A.weight")
-            if first is not None:
-                second = changes[f"{part}.{path}.lora_B.weight"]
-                with torch.no_grad():
-                    module.weight += scale * (second @ first)
+        for part in plain._pipeline._lora_loadable_modules:
+            for path, module in getattr(plain._pipeline, part).named_modules():
+                first = changes.get(f"{part}.{path}.lora_A.weight")
+                if first is not None:
+                    second = changes[f"{part}.{path}.lora_B.weight"]
+                    with torch.no_grad():
+                        module.weight += scale * (second @ first)
     expected = images(plain, MODELS[name])
     made = images(load(models[name], *loras), MODELS[name])
     assert np.abs(expected - before).max() > 0.02
@@ -162,6 +178,10 @@ def test_one_of_which_a_part_would_be_left_out_is_refused_by_name(style: Path, t
     for file in (alone, narrow):
         with pytest.raises(InputError, match=r"lora_A.weight is of .* values, and what it goes with of "):
             describe_model(config({"path": str(file)}))
+    for name in ("unet.a.dora_scale", "lora_unet_a.lora_mid.weight", "unet.a.hada_w1_a", "unet.a.diff"):
+        file = save(changes | {name: changes[first]}, tmp_path / "kind.safetensors")
+        with pytest.raises(InputError, match=f"{name} is of a kind that diffusers does not read"):
+            describe_model(config({"path": str(file)}))
     for prefix in ("base_model.model.unet", "diffusion"):
         other = {name.replace("unet", prefix, 1): value for name, value in changes.items()}
         with pytest.raises(InputError, match=r"diffusers does not read names such as .*; those .* begin with .*unet\."):
@@ -177,7 +197,7 @@ def test_modules_that_the_model_has_not_end_the_card_and_are_not_passed_over(sty
     file = save(
         {name.replace(gone, f"{gone}7"): value for name, value in changes.items()}, tmp_path / "gone.safetensors"
     )
-    with pytest.raises(RuntimeError, match=r"diffusers took \d+ of the \d+ changes of lora"):
+    with pytest.raises(RuntimeError, match=r"diffusers does not take all of lora .*: .*unexpected keys"):
         load("builtin:shapes", {"path": str(file)})
 
 

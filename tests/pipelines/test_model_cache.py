@@ -20,6 +20,7 @@ from helpers import StoreServer, put_into_hub_cache
 
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.errors import StorageError
+from gaudi_batch.pipelines import origins
 from gaudi_batch.pipelines.base import Item
 from gaudi_batch.pipelines.families import FAMILIES
 from gaudi_batch.pipelines.fetching import NO_PEERS, Files, LocalModel, ModelFile, Origin, PeerLost
@@ -114,6 +115,30 @@ def test_a_killed_process_that_made_room_leaves_no_half_for_a_whole(
     place = ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("old", store, files), NO_PEERS)
     assert loaded(place).keys() == files.keys()
     assert not list((tmp_path / "cache").glob("..*"))
+
+
+def test_what_is_no_model_is_not_removed_to_make_room(store: Storage, tmp_path: Path) -> None:
+    files = entries_of_model(store, True)
+    (tmp_path / "cache/..data").mkdir(parents=True)
+    (tmp_path / "cache/hub").mkdir()
+    (tmp_path / "cache/hub/users").write_text("")
+    ModelCache(tmp_path / "cache", 1).get(StoreOrigin("new", store, files), NO_PEERS)
+    assert (tmp_path / "cache/hub/users").exists()
+    assert (tmp_path / "cache/..data").exists()
+
+
+def test_a_model_that_can_not_fit_costs_no_other(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = entries_of_model(store, True)
+    old = ModelCache(tmp_path / "cache", 10**12)
+    old.get(StoreOrigin("old", store, files), NO_PEERS)
+    old.release()
+    files["unet/config.json"] = Entry(10**9, "")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match="does not fit into"):
+        ModelCache(tmp_path / "cache", 10**12).get(StoreOrigin("new", store, files), NO_PEERS)
+    assert (tmp_path / "cache/old/model_index.json").exists()
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(
@@ -252,6 +277,26 @@ def test_a_note_of_a_model_that_the_hubs_cache_has_no_more_counts_for_nothing(tm
     assert origin.present() is None
     (tmp_path / "commit.hub").write_text("")
     assert origin.present() is None
+
+
+def test_a_snapshot_of_the_hub_is_whole_if_it_has_what_is_loaded(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(SHAPES, snapshot)
+    names = [path.relative_to(SHAPES).as_posix() for path in SHAPES.rglob("*") if path.is_file()]
+    names += ["unet/diffusion_pytorch_model.fp16.safetensors", "README.md", "scheduler/flax.msgpack"]
+    assert origins._has_all(snapshot, names)
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "text_encoder/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "x.bin"}}))
+    assert origins._has_all(snapshot, names), "of weights of another kind"
+    for gone in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"):
+        kept = (snapshot / gone).rename(tmp_path / "kept")
+        assert not origins._has_all(snapshot, names), gone
+        kept.rename(snapshot / gone)
+    (snapshot / "text_encoder/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (snapshot / "text_encoder" / shards["a"]).write_text("")
+    assert not origins._has_all(snapshot, names), "a shard is not there"
+    (snapshot / "text_encoder" / shards["b"]).write_text("")
+    assert origins._has_all(snapshot, names)
 
 
 @pytest.mark.torch

@@ -81,6 +81,7 @@ def test_what_a_killed_process_has_left_of_a_recipe_is_replaced(store: Storage, 
     assert node(tmp_path / "a", store).keep() == 1
     (tmp_path / "b").mkdir()
     (tmp_path / "b/17.recipe").write_text("rec")
+    (tmp_path / "b/17.metadata").write_text("")  # the bridge opens it before it compiles
     assert node(tmp_path / "b", store).bring() == 1
     assert content(tmp_path / "b") == content(tmp_path / "a")
 
@@ -92,6 +93,17 @@ def test_a_recipe_whose_lock_the_bridge_has_is_kept_later(store: Storage, tmp_pa
         fcntl.flock(metadata, fcntl.LOCK_EX)
         assert first.keep() == 0
     assert first.keep() == 1
+
+
+def test_a_graph_that_the_bridge_compiles_now_is_left_to_it(store: Storage, tmp_path: Path) -> None:
+    compiled(tmp_path / "a", "17")
+    node(tmp_path / "a", store).keep()
+    (tmp_path / "b").mkdir()
+    with (tmp_path / "b/17.metadata").open("w") as metadata:
+        fcntl.flock(metadata, fcntl.LOCK_EX)
+        assert node(tmp_path / "b", store).bring() == 0
+    assert content(tmp_path / "b") == {"17.metadata": ""}
+    assert node(tmp_path / "b", store).bring() == 1
 
 
 def test_releases_that_append_the_rank_find_their_recipes(store: Storage, tmp_path: Path) -> None:
