@@ -233,7 +233,7 @@ def _changes(shapes: Shapes) -> Iterator[Change]:
 
 def _refuse_unread(info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes] | None) -> None:
     """Refuses names that diffusers would pass over."""
-    components = tuple(f"{name}." for name in (*DENOISERS, *TEXT_ENCODERS) if weights is None or name in weights)
+    components = tuple(f"{name}." for name in (*DENOISERS, *TEXT_ENCODERS))
     has_transformer = weights is None or "transformer" in weights
     read = (*components, *_SCRIPTS, *(_SCRIPTS_OF_TRANSFORMERS if has_transformer else ()))
     for change in changes:

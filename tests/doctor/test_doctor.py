@@ -156,14 +156,19 @@ def test_a_job_whose_parts_do_not_fit_could_not_run(tmp_path: Path) -> None:
 def test_quantization_needs_its_package_and_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fields = {"prompts": "p", "output": str(tmp_path), "model": "builtin:shapes", "device": "hpu"}
     job = JobConfig(**fields, gaudi={"quantize": {"config": str(tmp_path / "scales.json"), "mode": "quantize"}})
-    (line,) = node._quantization(job)
-    assert (line.verdict, line.value) == ("bad", "no neural_compressor")
+
+    def said() -> tuple[str, str]:
+        (line,) = node._quantization(job)
+        return line.verdict, line.value
+
+    assert said()[0] == "bad"
+    assert "needs Intel Neural Compressor" in said()[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    (line,) = node._quantization(job)
-    assert (line.verdict, line.value) == ("bad", f"no file {tmp_path / 'scales.json'}")
-    (tmp_path / "scales.json").write_text("{}")
-    (line,) = node._quantization(job)
-    assert line.verdict == "ok"
+    assert "is no configuration of Neural Compressor that this node can read" in said()[1]
+    (tmp_path / "scales.json").write_text('{"mode": "MEASURE"}')
+    assert "mode is 'quantize', and that of " in said()[1]
+    (tmp_path / "scales.json").write_text('{"mode": "QUANTIZE"}')
+    assert said()[0] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_one_of_which_a_part_would_be_left_out_is_refused_by_name(style: Path, t
         with pytest.raises(InputError, match=r"lora_A.weight is of .* values, and what it goes with of "):
             describe_model(config({"path": str(file)}))
     for name in ("unet.a.dora_scale", "lora_unet_a.lora_mid.weight", "unet.a.hada_w1_a", "unet.a.diff"):
-        file = save(changes | {name: changes[first]}, tmp_path / "kind.safetensors")
+        file = save(changes | {name: changes[first].clone()}, tmp_path / "kind.safetensors")
         with pytest.raises(InputError, match=f"{name} is of a kind that diffusers does not read"):
             describe_model(config({"path": str(file)}))
     for prefix in ("base_model.model.unet", "diffusion"):
