@@ -157,18 +157,18 @@ def test_quantization_needs_its_package_and_its_file(monkeypatch: pytest.MonkeyP
     fields = {"prompts": "p", "output": str(tmp_path), "model": "builtin:shapes", "device": "hpu"}
     job = JobConfig(**fields, gaudi={"quantize": {"config": str(tmp_path / "scales.json"), "mode": "quantize"}})
 
-    def said() -> tuple[str, str]:
+    def verdict() -> tuple[str, str]:
         (line,) = node._quantization(job)
         return line.verdict, line.value
 
-    assert said()[0] == "bad"
-    assert "needs Intel Neural Compressor" in said()[1]
+    assert verdict()[0] == "bad"
+    assert "needs Intel Neural Compressor" in verdict()[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert "is no configuration of Neural Compressor that this node can read" in said()[1]
+    assert "is no configuration of Neural Compressor that this node can read" in verdict()[1]
     (tmp_path / "scales.json").write_text('{"mode": "MEASURE"}')
-    assert "mode is 'quantize', and that of " in said()[1]
+    assert "mode is 'quantize', and that of " in verdict()[1]
     (tmp_path / "scales.json").write_text('{"mode": "QUANTIZE"}')
-    assert said()[0] == "ok"
+    assert verdict()[0] == "ok"
 
 
 @pytest.mark.parametrize(
