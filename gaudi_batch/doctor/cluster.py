@@ -3,6 +3,7 @@ sees."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
@@ -11,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.doctor.line import Line, bad, note, ok
-from gaudi_batch.doctor.node import Answer, Question, examine
+from gaudi_batch.doctor.node import Answer, Question, examine, leave_mark, remove_mark, sees_mark
 from gaudi_batch.text import one_line
 
 WITHOUT_CARDS = "none"
@@ -51,7 +53,9 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
         makes_images = {name: question.device != "hpu" or count > 0 for name, count in cards.items()}
         if not any(makes_images.values()):
             makes_images = dict.fromkeys(makes_images, True)
-        asked = {name: _ask(node, question if makes_images[name] else of_head) for name, node in nodes.items()}
+        asked = {
+            name: _on(node, examine).remote(question if makes_images[name] else of_head) for name, node in nodes.items()
+        }
         lines = {}
         clocks: dict[str, float] = {}
         until = time.monotonic() + NODE_TIMEOUT_S
@@ -65,6 +69,8 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
                 clocks[name] = _offset(nodes[name])
             except RayError as error:
                 lines[name].append(bad("clock", f"no answer: {one_line(error, 200)}", "look at its Ray: ray status"))
+        if question.job is not None:
+            _compare_outputs(question.job, nodes, lines)
     for name, own in lines.items():
         if name in clocks:
             own.append(_clock_line(name, clocks))
@@ -74,10 +80,6 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
             own[:] = [_with_ray(line, cards[name]) if line.what == "cards" else line for line in own]
     _compare(lines)
     return lines
-
-
-def _ask(node: Mapping[str, Any], question: Question) -> Any:
-    return _on(node, examine).remote(question)
 
 
 def _on(node: Mapping[str, Any], function: Any) -> Any:
@@ -130,6 +132,39 @@ def _clock_line(name: str, clocks: Mapping[str, float]) -> Line:
     return ok("clock", text)
 
 
+def _compare_outputs(job: JobConfig, nodes: Mapping[str, Any], lines: Mapping[str, list[Line]]) -> None:
+    """Marks nodes that do not see what another has written: a directory of the same name on a disk of their own takes
+    images that nobody finds."""
+    import ray
+    from ray.exceptions import RayError
+
+    places = {
+        name: (own, number)
+        for name, own in lines.items()
+        for number, line in enumerate(own)
+        if line.what == "output" and line.verdict == "ok"
+    }
+    if len(places) < 2:
+        return
+    writer, *readers = places
+    own, number = places[writer]
+    try:
+        place, mark = ray.get(_on(nodes[writer], leave_mark).remote(job), timeout=NODE_TIMEOUT_S)
+    except RayError as error:
+        own[number] = bad("output", one_line(error, 300), "run the doctor again")
+        return
+    for reader, pending in {name: _on(nodes[name], sees_mark).remote(job, place, mark) for name in readers}.items():
+        own, number = places[reader]
+        try:
+            if not ray.get(pending, timeout=NODE_TIMEOUT_S):
+                text = f"{job.output} here is not what {writer} has under that name"
+                own[number] = bad("output", text, "a local path must be on a file system that all nodes share")
+        except RayError as error:
+            own[number] = bad("output", one_line(error, 300), "run the doctor again")
+    with contextlib.suppress(RayError):
+        ray.get(_on(nodes[writer], remove_mark).remote(job, place, mark), timeout=NODE_TIMEOUT_S)
+
+
 def _with_ray(line: Line, cards: int) -> Line:
     """The line of the cards, with those that Ray sees."""
     value = f"{line.value}, Ray {cards}"
@@ -147,12 +182,12 @@ def _compare(lines: Mapping[str, list[Line]]) -> None:
         values = Counter(line.value for own in lines.values() for line in own if line.what == what)
         if len(values) < 2:
             continue
-        common, _ = values.most_common(1)[0]
+        (common, most), (_, second), *_ = values.most_common()
+        others = f"most nodes have {common}" if most > second else f"nodes have {' or '.join(sorted(values))}"
         for own in lines.values():
             for place, line in enumerate(own):
-                if line.what == what and line.value != common and line.verdict != "bad":
-                    advice = f"most nodes have {common}; all cards of a run must have the same"
-                    own[place] = note(what, line.value, advice)
+                if line.what == what and (line.value != common or most == second) and line.verdict != "bad":
+                    own[place] = note(what, line.value, f"{others}; all cards of a run must have the same")
 
 
 def _name(node: Mapping[str, Any]) -> str:

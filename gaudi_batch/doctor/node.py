@@ -28,6 +28,7 @@ LEAST_GIB = 1
 """Free space, in GiB, without which Ray itself fails."""
 SHARED_GIB = 1
 """Shared memory, in GiB, below which Ray keeps its objects on the disk; Docker gives 64 MiB if nothing is said."""
+MARK = b"gaudi-batch doctor"
 TRY_TIMEOUT_S = 10.0
 """Seconds of one question to storage or to the hub."""
 
@@ -114,7 +115,7 @@ def _space() -> Iterator[Line]:
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     places = {"disk for models": (cache, CACHE_GIB), "disk of Ray": (Path(tempfile.gettempdir()), 2 * LEAST_GIB)}
     for what, (place, wanted) in places.items():
-        here = next(path for path in (place, *place.parents) if path.exists())
+        here = _nearest(place)
         free = shutil.disk_usage(here).free / GIB
         text = f"{free:.1f} GiB free at {here}"
         advice = "make room, or put it elsewhere by " + ("HF_HOME" if "models" in what else "ray start --temp-dir")
@@ -142,24 +143,47 @@ def _storage(job: JobConfig) -> Iterator[Line]:
         if output.local and not Path(output.root).exists():
             yield _not_there_yet(Path(output.root))
             return
-        name, data = f".doctor-{secrets.token_hex(4)}", b"gaudi-batch doctor"
         started = time.monotonic()
-        output.put(name, data)
-        back = output.get(name)
-        output.remove(name)
+        place, name = leave_mark(job)
+        seen = sees_mark(job, place, name)
+        remove_mark(job, place, name)
     except (InputError, StorageError) as error:
         yield bad("output", one_line(error, 300), "look at the bucket, the credentials of this node and its network")
     else:
         took = time.monotonic() - started
-        if back != data:
+        if not seen:
             yield bad("output", f"{output.url} does not give back what was written", "look at the store")
         else:
             yield ok("output", f"{output.url}, written, read and removed in {took:.2f} s")
 
 
+def leave_mark(job: JobConfig) -> tuple[str, str]:
+    """Writes a small file into the output, or where a run would make it; returns where that is, and the file's name.
+    Raises StorageError."""
+    output = Storage(job.output, job.storage_options, TRY_TIMEOUT_S)
+    place = str(_nearest(Path(output.root))) if output.local else job.output
+    name = f".doctor-{secrets.token_hex(4)}"
+    Storage(place, job.storage_options, TRY_TIMEOUT_S).put(name, MARK)
+    return place, name
+
+
+def sees_mark(job: JobConfig, place: str, name: str) -> bool:
+    """Whether this node has the file that another has written. Raises StorageError."""
+    return Storage(place, job.storage_options, TRY_TIMEOUT_S).get(name) == MARK
+
+
+def remove_mark(job: JobConfig, place: str, name: str) -> None:
+    """Removes it again. Raises StorageError."""
+    Storage(place, job.storage_options, TRY_TIMEOUT_S).remove(name)
+
+
+def _nearest(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def _not_there_yet(output: Path) -> Line:
     """Of a directory that a run would make."""
-    parent = next(path for path in output.parents if path.exists())
+    parent = _nearest(output)
     if os.access(parent, os.W_OK | os.X_OK):
         return ok("output", f"{output} is not there yet, and can be made in {parent}")
     return bad("output", f"{output} can't be made in {parent}: no permission", "choose another output")

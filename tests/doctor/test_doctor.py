@@ -252,18 +252,56 @@ def test_a_model_that_is_nowhere_and_a_hub_that_does_not_answer_are_named(
     assert model("owner/name")["model"].verdict == "bad"
 
 
-def test_the_table_says_below_each_fault_what_to_do() -> None:
+def test_the_table_says_below_each_fault_what_to_do_and_where() -> None:
     nodes = {
         "one": [ok("clock", "+0.0 s"), bad("driver", "1.23", "install 1.24")],
         "two": [ok("clock", "+0.0 s")],
         "three": [ok("clock", "+0.0 s")],
     }
     assert not could_run(nodes)
-    lines = table(nodes).splitlines()
-    assert lines[0] == "one:"
-    assert lines[3].strip() == "-> install 1.24"
-    assert "two, three:" in lines
-    assert lines[-1] == "a job could not run: 1 fault"
+    assert [line.strip() for line in table(nodes).splitlines()] == [
+        "one, two, three:",
+        "ok    clock   +0.0 s",
+        "BAD   driver  1.23",
+        "-> install 1.24",
+        "on one",
+        "",
+        "a job could not run: 1 fault",
+    ]
+
+
+def test_fifty_nodes_are_one_table_and_what_is_wrong_is_told_with_the_nodes_that_have_it() -> None:
+    nodes = {
+        f"n{number}": [
+            ok("packages", "Python 3.10.12, Ray 2.60.0"),
+            ok("disk", f"{100 + number / 10:.1f} GiB free at /tmp"),
+            ok("output", f"s3://b/o, written, read and removed in 0.{number:02d} s"),
+            note("hugepages", "none", "reserve them") if number % 10 == 3 else ok("hugepages", "47500 of 2048 kB"),
+        ]
+        for number in range(50)
+    }
+    nodes["n7"][1] = bad("disk", "0.2 GiB free at /tmp", "make room")
+    nodes["n9"][1] = bad("disk", "0.4 GiB free at /tmp", "make room")
+    assert [" ".join(line.split()) for line in table(nodes).splitlines()] == [
+        "50 nodes:",
+        "ok packages Python 3.10.12, Ray 2.60.0",
+        "ok disk 100.0 to 104.9 GiB free at /tmp",
+        "on all but n7, n9",
+        "BAD disk 0.2 GiB free at /tmp",
+        "-> make room",
+        "on n7",
+        "BAD disk 0.4 GiB free at /tmp",
+        "-> make room",
+        "on n9",
+        "ok output s3://b/o, written, read and removed in 0.00 to 0.49 s",
+        "ok hugepages 47500 of 2048 kB",
+        "on 45 nodes",
+        "note hugepages none",
+        "-> reserve them",
+        "on n3, n13, n23, n33, n43",
+        "",
+        "a job could not run: 2 faults",
+    ]
 
 
 def test_what_differs_between_nodes_is_marked() -> None:
@@ -271,6 +309,10 @@ def test_what_differs_between_nodes_is_marked() -> None:
     of_cluster._compare(lines)
     assert [own[0].verdict for own in lines.values()] == ["ok", "ok", "note"]
     assert "most nodes have 1.24.0" in lines["c"][0].advice
+    two = {"a": [ok("driver", "1.24.0")], "b": [ok("driver", "1.23.0")]}
+    of_cluster._compare(two)
+    assert [own[0].verdict for own in two.values()] == ["note", "note"]
+    assert "nodes have 1.23.0 or 1.24.0" in two["a"][0].advice
 
 
 def test_a_clock_that_is_off_is_a_fault() -> None:
@@ -299,18 +341,30 @@ def test_all_nodes_of_a_cluster_are_asked(cluster: str) -> None:
 
 
 @pytest.mark.ray
-def test_a_node_whose_clock_is_off_is_named(nodes: RayCluster) -> None:
-    """Its whole Ray, by Debian's libfaketime."""
+def test_a_node_whose_clock_is_off_and_one_with_an_output_of_its_own_are_named(
+    nodes: RayCluster, prompts: Path, tmp_path: Path
+) -> None:
+    """The whole Ray of a node, by Debian's libfaketime, and a file system of its own over the same path."""
     if shutil.which("faketime") is None:
         pytest.skip("faketime is not installed; .ci/run installs it")
-    nodes.add("--num-cpus=1")
+    output = tmp_path / "out"
+    output.mkdir()
     nodes.add("--num-cpus=1", wrapper=("faketime", "-f", "+600"))
+    own_disk = f'mount -t tmpfs none {output} && exec "$@"'
+    nodes.add("--num-cpus=1", wrapper=("unshare", "--mount", "sh", "-c", own_disk, "sh"))
     nodes.wait_for(3)
-    told = command_line("doctor", "--json", "--device", "cpu", "--address", nodes.address)
+    job = ("--prompts", prompts, "--output", output, "--model", "builtin:shapes", "--device", "cpu")
+    told = command_line("doctor", "--json", *job, "--address", nodes.address)
     assert told.returncode == 1, told.stderr
-    clocks = [line for lines in json.loads(told.stdout)["nodes"].values() for line in lines if line["what"] == "clock"]
-    assert sorted(line["verdict"] for line in clocks) == ["bad", "ok", "ok"]
-    (bad_clock,) = [line for line in clocks if line["verdict"] == "bad"]
+    lines = {
+        what: [line for own in json.loads(told.stdout)["nodes"].values() for line in own if line["what"] == what]
+        for what in ("clock", "output")
+    }
+    assert sorted(line["verdict"] for line in lines["clock"]) == ["bad", "ok", "ok"]
+    (bad_clock,) = [line for line in lines["clock"] if line["verdict"] == "bad"]
     off = re.match(r"(\+[\d.]+) s beside the others", bad_clock["value"])
     assert off is not None
     assert abs(float(off[1]) - 600) < 30
+    assert "bad" in {line["verdict"] for line in lines["output"]}, lines["output"]
+    assert f"{output} here is not what " in " ".join(line["value"] for line in lines["output"])
+    assert not list(output.iterdir())
