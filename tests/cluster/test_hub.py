@@ -18,7 +18,7 @@ pytestmark = pytest.mark.torch
 NODES = int(os.environ.get("GAUDI_BATCH_TEST_NODES", "2"))
 CARDS = int(os.environ.get("GAUDI_BATCH_TEST_CARDS", "1"))
 """Of a node."""
-ROWS = 40
+ROWS = 8
 
 
 @pytest.fixture
