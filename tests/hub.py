@@ -8,8 +8,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from helpers import REPOSITORY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = REPOSITORY / "gaudi_batch/models/shapes"
+READY_TIMEOUT_S = 120.0
 
 
 class Hub(ThreadingHTTPServer):
@@ -31,6 +33,8 @@ class Hub(ThreadingHTTPServer):
             for path in MODEL.rglob("*")
             if path.suffix in (".json", ".txt", ".safetensors")
         }
+        self.ready: Callable[[], bool] = lambda: True
+        """Weights are not sent before."""
         self.fetched: Counter[str] = Counter()
         self.requests = 0
         self.lock = threading.Lock()
@@ -80,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             with self.server.lock:
                 self.server.fetched[name] += 1
+            until = time.monotonic() + READY_TIMEOUT_S
+            while name.endswith(".safetensors") and not self.server.ready() and time.monotonic() < until:
+                time.sleep(0.05)
         self._answer(file.read_bytes(), {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": COMMIT})
 
     def _answer(self, data: bytes, headers: dict[str, str] | None = None) -> None:

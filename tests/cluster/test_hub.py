@@ -18,7 +18,7 @@ pytestmark = pytest.mark.torch
 NODES = int(os.environ.get("GAUDI_BATCH_TEST_NODES", "2"))
 CARDS = int(os.environ.get("GAUDI_BATCH_TEST_CARDS", "1"))
 """Of a node."""
-ROWS = 8
+ROWS = 24
 
 
 @pytest.fixture
@@ -38,6 +38,8 @@ def test_nodes_and_cards_that_start_together_fetch_a_model_once(
     nodes: RayCluster, hub: Hub, prompts: Path, tmp_path: Path
 ) -> None:
     homes = [tmp_path / f"home-{number}" for number in range(NODES)]
+    models = "hf/gaudi-batch"
+    hub.ready = lambda: all((home / models / f"{COMMIT}.fetching").exists() for home in homes)
     for home in homes:
         nodes.add(f"--num-cpus={CARDS}", HOME=str(home), HF_HOME=str(home / "hf"), HF_ENDPOINT=hub.url)
     nodes.wait_for(1 + NODES)
@@ -54,7 +56,6 @@ def test_nodes_and_cards_that_start_together_fetch_a_model_once(
     assert json.loads((tmp_path / "out/run.json").read_text())["fingerprint"]["model_revision"] == COMMIT
     assert len(hub.weights()) == 3
     assert set(hub.weights().values()) == {1}
-    models = "hf/gaudi-batch"
     from_hub = [home for home in homes if (home / models / f"{COMMIT}.hub").exists()]
     from_nodes = [home for home in homes if (home / models / COMMIT).is_dir()]
     assert hub.requests < 60, "a node that fetches alone, and the driver, ask 45 times"
