@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import threadcards
-import tiny
 from helpers import read_manifest
 from PIL import Image
 
@@ -21,7 +19,6 @@ from gaudi_batch import JobConfig, run
 
 pytestmark = pytest.mark.torch
 
-BUILDS: dict[str, Callable[[], Any]] = {"xl": tiny.xl, "sd3": tiny.sd3, "flux": tiny.flux, "qwen": tiny.qwen}
 GUIDANCE = {"xl": "guidance_scale", "sd3": "guidance_scale", "flux": "guidance_scale", "qwen": "true_cfg_scale"}
 STEPS, BATCH = 2, 3
 ROWS = [
@@ -35,14 +32,16 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=BUILDS)
+@pytest.fixture(scope="module", params=GUIDANCE)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(BUILDS[family], tmp_path_factory.mktemp("model") / family)
+    import tiny  # not in each worker, which would take seconds
+
+    return tiny.save(getattr(tiny, family), tmp_path_factory.mktemp("model") / family)
 
 
 @pytest.fixture(scope="module")

@@ -134,8 +134,19 @@ def test_in_eager_mode_a_job_needs_no_optimum_habana_and_a_card_whose_device_fai
 
 @pytest.mark.torch
 def test_bench_measures_and_says_that_the_cards_are_emulated(tmp_path: Path) -> None:
-    bench = ("bench", "--model", "builtin:shapes", "--steps", "2", "--calls", "2", "--batch-size", "2")
-    result = command_line("emulate", "--modules", "2", "--state", tmp_path, "--", "gaudi-batch", *bench, "--gaudi.mode=eager")
+    bench = (
+        "bench",
+        "--model",
+        "builtin:shapes",
+        "--steps",
+        "2",
+        "--calls",
+        "2",
+        "--batch-size",
+        "2",
+        "--gaudi.mode=eager",
+    )
+    result = command_line("emulate", "--modules", "2", "--state", tmp_path, "--", "gaudi-batch", *bench)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("EMULATED CARDS")
