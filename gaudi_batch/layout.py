@@ -17,6 +17,8 @@ JOINED = "manifest.parquet"
 """All manifests of a complete run as one file, or as a directory of them where one would be too large."""
 RECIPES = "recipes"
 """The directory of compiled recipes, which other runs may use, too, and which no run removes."""
+RECIPE_SUFFIXES = (".recipe", ".metadata")
+"""What the files in it end with."""
 TIMELINE = "timeline"
 """The directory of what became of each card."""
 OWN_FILES = (
@@ -93,7 +95,7 @@ def is_of_run(path: str) -> bool:
     if place == "throughput":
         return not rest or parse_attempt(rest.rpartition("/")[2]) is not None or "/" not in rest
     if place == RECIPES:
-        return True
+        return not rest or rest.endswith(RECIPE_SUFFIXES)
     if place in _OWN_NAMES:
         return not rest or _OWN_NAMES[place].fullmatch(rest) is not None
     return path in ("", "lease.json", *OWN_FILES)

@@ -65,6 +65,10 @@ class Submission:
         return yaml.safe_dump(self.config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
+PATHS = ("prompts", "output", "gaudi.recipe_store", "gaudi.quantize.config")
+"""Fields that name a path or a URL; others may name what is on a hub."""
+
+
 def require_portable(config: JobConfig) -> None:
     """Refuses a job that means something on this machine alone, or has a secret that the cluster would record.
 
@@ -75,12 +79,16 @@ def require_portable(config: JobConfig) -> None:
     named |= {f"lora[{number}].path": lora.path for number, lora in enumerate(config.lora)}
     if isinstance(config.gaudi.config, str):
         named["gaudi.config"] = config.gaudi.config
+    if config.gaudi.recipe_store not in (None, "output"):
+        named["gaudi.recipe_store"] = config.gaudi.recipe_store
+    if config.gaudi.quantize is not None:
+        named["gaudi.quantize.config"] = config.gaudi.quantize.config
     for name, value in named.items():
         if value is None:
             continue
         relative = "://" not in value and not Path(value).is_absolute()
         # The others may be names on a hub.
-        if relative and (name in ("prompts", "output") or value.startswith((".", "~")) or Path(value).exists()):
+        if relative and (name in PATHS or value.startswith((".", "~")) or Path(value).exists()):
             raise InputError(
                 f"{name}: {value!r} is a path of this machine; a job on a cluster needs a URL, or an absolute path on a"
                 " file system that all nodes share"

@@ -15,11 +15,12 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
-from gaudi_batch.pipelines.base import DeviceError, DeviceMemory, Generated, Item
+from gaudi_batch.pipelines.base import DeviceError, DeviceMemory, Generated, Item, OutOfDeviceMemory
 from gaudi_batch.pipelines.families import Family
 from gaudi_batch.pipelines.fetching import NO_PEERS, Peers
 from gaudi_batch.pipelines.gaudi_environment import (
     _OP_LISTS,
+    digest_of_quantization,
     gaudi_mapping,
     prepare,
     require_quantization,
@@ -109,6 +110,8 @@ class GaudiPipeline:
         self._family = model.family
         self._quant_mode = config.gaudi.quantize.mode if config.gaudi.quantize else None
         self.stack: Mapping[str, str] = versions(HPU_PACKAGES, bool(model.loras)) | {"device": self.device}
+        if config.gaudi.quantize:
+            self.stack = {**self.stack, "gaudi.quantize": digest_of_quantization(config.gaudi.quantize)}
         self.model = revision()
         self.threads: int | None = torch.get_num_threads()
 
@@ -132,12 +135,13 @@ class GaudiPipeline:
                 batch_size=len(items),
             )
         except Exception as error:
-            if conversion:
+            cause = explained(error, bucket, len(items)) if isinstance(error, RuntimeError) else error
+            if conversion and not isinstance(cause, OutOfDeviceMemory):
                 # Another call would make images of the model as it is.
                 raise DeviceError(f"gaudi.quantize: the model can't be converted: {one_line(error)}") from error
-            if isinstance(error, RuntimeError):
-                raise explained(error, bucket, len(items)) from error
-            raise
+            if cause is error:
+                raise
+            raise cause from error
         finally:
             self._graphs.setdefault(self.graph_key(bucket, items[0]), set()).update(cache.keys() - before)
         return collect(self._pipeline, self._family, output, items)

@@ -3,6 +3,7 @@ module, too; it needs no torch."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -79,10 +80,24 @@ def recipes_of(config: JobConfig, output: Storage, stack: Mapping[str, str]) -> 
     if config.device != "hpu" or gaudi.recipe_cache is None or gaudi.recipe_store is None:
         return None
     storage, place = output, f"{RECIPES}/{place_of(stack)}"
+    is_of_run = gaudi.recipe_store == OUTPUT
     if gaudi.recipe_store != OUTPUT:
         options = config.options_for(gaudi.recipe_store)
         storage, place = Storage(gaudi.recipe_store, options, config.storage_patience), place_of(stack)
-    return Recipes(Path(_recipe_cache()), storage, place, gaudi.recipe_cache_mb * 1024**2)
+    return Recipes(Path(_recipe_cache()), storage, place, gaudi.recipe_cache_mb * 1024**2, keeps_all=not is_of_run)
+
+
+def digest_of_quantization(quantize: QuantizeConfig) -> str:
+    """The SHA-256 of what decides about a quantized model: Neural Compressor's configuration, and the files of scales
+    whose names begin with its `dump_stats_path`. All cards of a run must have the same."""
+    path = Path(quantize.config).expanduser()
+    content = path.read_bytes()
+    hasher = hashlib.sha256(content)
+    prefix = Path(str(json.loads(content).get("dump_stats_path") or "./hqt_output/measure"))
+    for file in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}*")):
+        if file.is_file():
+            hasher.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return hasher.hexdigest()
 
 
 def require_quantization(quantize: QuantizeConfig) -> None:

@@ -70,14 +70,23 @@ def fuse_loras(pipeline: Any, model: ModelInfo) -> None:
     names = [f"lora_{number}" for number in range(len(model.loras))]
     for name, lora in zip(names, model.loras, strict=True):
         file = fetch_lora(lora, LORA_CACHE)
+        pipeline_class = type(pipeline).__name__
         with _warnings_of_diffusers() as warnings:
-            pipeline.load_lora_weights(
-                str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True, local_files_only=True
-            )
+            try:
+                pipeline.load_lora_weights(
+                    str(file.parent),
+                    weight_name=file.name,
+                    adapter_name=name,
+                    use_safetensors=True,
+                    local_files_only=True,
+                )
+            except Exception as error:
+                raise RuntimeError(
+                    f"lora {lora.name!r} does not fit {pipeline_class} {model.name!r}: {one_line(error, 300)}"
+                ) from error
         left_out = [warning for warning in warnings if not warning.startswith(NO_PART)]
         if left_out or not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             what = one_line(left_out[0], 300) if left_out else "nothing of it"
-            pipeline_class = type(pipeline).__name__
             raise RuntimeError(f"diffusers does not take all of lora {lora.name!r} for {pipeline_class}: {what}")
     pipeline.set_adapters(names, [lora.scale for lora in model.loras])
     # Its default leaves text encoders of some classes out.

@@ -3,6 +3,7 @@ model. Only headers of safetensors files are read for that, and nothing of torch
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.config.sections import LoraConfig
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.pipelines.safetensors_files import Shapes, read_shapes
+from gaudi_batch.pipelines.signatures import LoraLoader
 from gaudi_batch.redaction import redact
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.filesystem import expanded
@@ -81,12 +83,15 @@ class Change(NamedTuple):
     outputs: int
 
 
-def describe_loras(config: JobConfig, weights: Mapping[str, Shapes] | None) -> tuple[LoraInfo, ...]:
+def describe_loras(
+    config: JobConfig, loader: LoraLoader | None, weights: Mapping[str, Shapes | None]
+) -> tuple[LoraInfo, ...]:
     """Finds a job's LoRAs, and makes sure that they fit its model.
 
     Args:
         config: the job.
-        weights: shapes of the model's weights, by component; None if they can't be had here.
+        loader: how the model's class loads them; None if that is not known here.
+        weights: the model's components and the shapes of their weights; None for those that can't be had here.
 
     Raises:
         InputError: one can't be found, is no safetensors file or does not fit.
@@ -101,9 +106,8 @@ def describe_loras(config: JobConfig, weights: Mapping[str, Shapes] | None) -> t
             raise InputError(f"lora {info.name!r}: {info.weight_name}: {error}") from None
         if not changes:
             raise InputError(f"lora {info.name!r}: {info.weight_name} has no weights of a LoRA")
-        _refuse_unread(info, changes, weights)
-        if weights is not None:
-            _refuse_misfit(config, info, changes, weights)
+        _refuse_unread(config, info, changes, loader or LoraLoader((*DENOISERS, *TEXT_ENCODERS), True), weights)
+        _refuse_misfit(config, info, changes, weights)
         infos.append(info)
     return tuple(infos)
 
@@ -231,32 +235,42 @@ def _changes(shapes: Shapes) -> Iterator[Change]:
         yield Change(match["module"].replace(".processor.", "."), first[1], second[0])
 
 
-def _refuse_unread(info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes] | None) -> None:
+def _refuse_unread(
+    config: JobConfig,
+    info: LoraInfo,
+    changes: list[Change],
+    loader: LoraLoader,
+    weights: Mapping[str, Shapes | None],
+) -> None:
     """Refuses names that diffusers would pass over."""
-    components = tuple(f"{name}." for name in (*DENOISERS, *TEXT_ENCODERS))
-    has_transformer = weights is None or "transformer" in weights
-    read = (*components, *_SCRIPTS, *(_SCRIPTS_OF_TRANSFORMERS if has_transformer else ()))
+    components = tuple(f"{name}." for name in loader.components)
+    others = (*_SCRIPTS, *(_SCRIPTS_OF_TRANSFORMERS if "transformer" in weights else ()))
+    read = (*components, *(others if loader.converts else ()))
     for change in changes:
         if not change.module.startswith(read):
             raise InputError(
-                f"lora {info.name!r}: diffusers does not read names such as {change.module} for this model; those that"
-                f" it reads begin with {', '.join(read)}"
+                f"lora {info.name!r} does not fit model {config.model!r}: diffusers does not read names such as"
+                f" {change.module} for its class; those that it reads begin with {', '.join(read)}"
             )
 
 
-def _refuse_misfit(config: JobConfig, info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes]) -> None:
+def _refuse_misfit(
+    config: JobConfig, info: LoraInfo, changes: list[Change], weights: Mapping[str, Shapes | None]
+) -> None:
     denoiser = next((name for name in DENOISERS if name in weights), DENOISERS[0])
     for change in changes:
         component, _, rest = change.module.partition(".")
-        if component in (*DENOISERS, *TEXT_ENCODERS):
-            fits = _fits_exactly(rest, change, weights.get(component, {}))
-        else:
+        is_exact = component in (*DENOISERS, *TEXT_ENCODERS)
+        if not is_exact:
             component = next((part for mark, part in _KOHYA.items() if change.module.startswith(mark)), denoiser)
-            fits = _fits_by_shape(change, weights.get(component, {}))
-        if not fits:
+        shapes = weights.get(component, {})
+        if shapes is None:
+            continue
+        if not (_fits_exactly(rest, change, shapes) if is_exact else _fits_by_shape(change, shapes)):
             raise InputError(
                 f"lora {info.name!r} does not fit model {config.model!r}: it changes {change.module}, which takes"
-                f" {change.inputs} values and gives {change.outputs}, and the model's {component} has no such weight"
+                f" {change.inputs} values and gives {change.outputs}, and the model's {component} has no such weight;"
+                " take the LoRA's own base model, or leave it out"
             )
 
 
@@ -290,6 +304,11 @@ def fetch_lora(info: LoraInfo, cache: Path) -> Path:
     """
     if info.directory is not None:
         file = Path(info.directory, info.weight_name)
+        if not file.is_file():
+            raise InputError(
+                f"lora {info.name!r}: this node has no {file}; a local path must be on a file system that all nodes"
+                " share"
+            )
         if _sha256(file) != info.revision:
             raise InputError(f"lora {info.name!r}: {file} is not what the driver saw when the job began")
         return file
@@ -298,12 +317,14 @@ def fetch_lora(info: LoraInfo, cache: Path) -> Path:
 
         return Path(hf_hub_download(info.name, info.weight_name, revision=info.revision))
     file = cache / f"{info.revision}{SUFFIX}"
-    if not file.exists():
-        data = info.storage.get(info.weight_name)
-        if data is None:
-            raise StorageError(f"lora {info.name!r}: {info.weight_name} is not there any more")
-        if hashlib.sha256(data).hexdigest() != info.revision:
-            raise InputError(f"lora {info.name!r}: {info.weight_name} is not what it was when the job began")
-        cache.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda part: Path(part).write_bytes(data), lambda: True, create=False)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{info.revision}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the node's other cards wait for the one that fetches it
+        if not file.exists():
+            data = info.storage.get(info.weight_name)
+            if data is None:
+                raise StorageError(f"lora {info.name!r}: {info.weight_name} is not there any more")
+            if hashlib.sha256(data).hexdigest() != info.revision:
+                raise InputError(f"lora {info.name!r}: {info.weight_name} is not what it was when the job began")
+            write_whole(file, lambda part: Path(part).write_bytes(data), lambda: True, create=False)
     return file

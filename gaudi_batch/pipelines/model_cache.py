@@ -112,7 +112,11 @@ class ModelCache:
         try:
             return self._fetch_files(origin, peer)
         except OSError as error:
-            raise StorageError(f"a model can't be written to {self.root}: {error}", refused=True) from None
+            raise StorageError(
+                f"a model can't be written to {self.root}: {error}; make room there, or name another directory of this"
+                f" node's disk by {DIRECTORY}",
+                refused=True,
+            ) from None
 
     def _fetch_files(self, origin: Origin, peer: Peer | None) -> LocalModel:
         files = origin.files() if peer is None else peer.files()

@@ -7,10 +7,11 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.pipelines.lora import DENOISERS, TEXT_ENCODERS
 from gaudi_batch.pipelines.safetensors_files import Shapes, read_shapes
 from gaudi_batch.storage.listing import Entry
@@ -81,21 +82,39 @@ def is_loaded(name: str, use_safetensors: bool) -> bool:
     return suffix in WEIGHT_SUFFIXES | {TEMPLATE}
 
 
-def weight_shapes(name: str, directory: Path, commit: str | None) -> dict[str, Shapes] | None:
-    """Shapes of the weights that a LoRA may change, by component; None if a hub does not tell."""
+def weight_shapes(name: str, directory: Path, commit: str | None, storage: Storage | None) -> dict[str, Shapes | None]:
+    """Shapes of the weights that a LoRA may change, by the model's components; None for those that are not known here:
+    a hub does not tell, or they are pickled.
+
+    Args:
+        name: of the model.
+        directory: its JSON files, and on this machine all.
+        commit: of a hub's model.
+        storage: of a model in a store.
+
+    Raises:
+        StorageError: storage failed.
+    """
     files, _ = files_of_model(name, directory, commit)
-    weights: dict[str, Shapes] = {}
-    try:
-        for component in (*DENOISERS, *TEXT_ENCODERS):
-            shapes: dict[str, tuple[int, ...]] = {}
+    components = components_of(read_json(f"model {name!r}", directory, INDEX))
+    weights: dict[str, Shapes | None] = {}
+    for component in (each for each in (*DENOISERS, *TEXT_ENCODERS) if each in components):
+        shapes: dict[str, tuple[int, ...]] = {}
+        try:
             for file in files:
                 if file.startswith(f"{component}/") and file.endswith(".safetensors"):
-                    shapes |= _hub_shapes(name, commit, file) if commit else _file_shapes(directory / file)
-            if shapes:
-                weights[component] = shapes
-    except Exception as error:
-        log.debug("model %s: what its weights are like is not known here: %s", name, one_line(error))
-        return None
+                    if commit is not None:
+                        shapes |= _hub_shapes(name, commit, file)
+                    elif storage is not None:
+                        shapes |= read_shapes(partial(storage.get_range, file))
+                    else:
+                        shapes |= _file_shapes(directory / file)
+        except StorageError:
+            raise
+        except Exception as error:
+            log.debug("model %s: what its %s is like is not known here: %s", name, component, one_line(error))
+            shapes = {}
+        weights[component] = shapes or None
     return weights
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from gaudi_batch.pipelines.sources import ModelInfo
 from gaudi_batch.storage.disk import write_whole
 from gaudi_batch.storage.listing import Entry, md5_of
 from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import one_line
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin")
 """What the names of weights end with."""
@@ -62,7 +67,8 @@ class StoreOrigin:
                 take(self._storage.get_range(path, start, min(start + CHUNK, files[path].size)))
 
         fetched = fetch_files(files, directory, read)
-        if wrong_files(files, fetched, directory):
+        if wrong := wrong_files(files, fetched, directory):
+            log.info("%s: %s came with other digests than their ETags seem to be", self._storage.url, ", ".join(wrong))
             fetched = fetch_files(files, directory, read)
         changed = sorted(path for path, entry in self._entries.items() if self._storage.entry(path) != entry)
         if changed:
@@ -115,23 +121,37 @@ class HubOrigin:
 
     def fetch(self, directory: Path, files: Files) -> LocalModel:
         """See `Origin`; those files are fetched that the model's class of diffusers needs. Where the hub can't be
-        reached, what is here is taken, and may be a part."""
-        import diffusers
-        from huggingface_hub import HfApi
+        reached, what is here is taken, and may be a part.
 
-        model, names = self._model, None
-        with contextlib.suppress(Exception):
+        Raises:
+            StorageError: the hub gives nothing and there is nothing here.
+        """
+        import diffusers
+        from huggingface_hub import HfApi, constants
+
+        model, names, reason = self._model, None, ""
+        try:
             info = HfApi().model_info(model.path, revision=model.revision, timeout=HUB_TIMEOUT_S)
             names = [file.rfilename for file in info.siblings or ()]
-        place = Path(
-            diffusers.DiffusionPipeline.download(
-                model.path,
-                revision=model.revision,
-                use_safetensors=model.use_safetensors or None,
-                trust_remote_code=False,
-                local_files_only=names is None,
+        except Exception as error:
+            reason = one_line(error, 300)
+        try:
+            place = Path(
+                diffusers.DiffusionPipeline.download(
+                    model.path,
+                    revision=model.revision,
+                    use_safetensors=model.use_safetensors or None,
+                    trust_remote_code=False,
+                    local_files_only=names is None,
+                )
             )
-        )
+        except Exception as error:
+            raise StorageError(
+                f"model {model.name!r}: the hub gives it not to node {socket.gethostname()}:"
+                f" {reason or one_line(error, 300)}; open the network to {constants.ENDPOINT}, set HF_TOKEN there for a"
+                f" gated model, or fetch it beforehand: hf download {model.path}",
+                refused=True,
+            ) from error
         files_here = _files_of(place)
         is_whole = names is not None and _has_all(place, names)
         if is_whole:
@@ -153,7 +173,8 @@ def _has_all(directory: Path, names: list[str]) -> bool:
     for component in components_of(index):
         own = [name for name in names if name.startswith(f"{component}/")]
         if any(Path(name).suffix in WEIGHTS for name in own):
-            kinds = [kind for kind in WEIGHTS if list((directory / component).glob(f"*{kind}"))]
+            here = [path.name for path in (directory / component).iterdir()]
+            kinds = [kind for kind in WEIGHTS if any(_is_weight(name, kind) for name in here)]
             if not kinds:
                 return False
             indexes = (directory / component).glob(f"*{kinds[0]}.index.json")
@@ -164,6 +185,11 @@ def _has_all(directory: Path, names: list[str]) -> bool:
         if not all((directory / name).is_file() for name in wanted):
             return False
     return True
+
+
+def _is_weight(name: str, kind: str) -> bool:
+    """Whether a file has weights of a kind that are loaded, which those of a variant are not."""
+    return Path(name).suffix == kind and is_loaded(name, use_safetensors=kind == ".safetensors")
 
 
 def _md5(entry: Entry) -> str | None:

@@ -41,16 +41,20 @@ class Recipes:
         directory: on the node's disk, `gaudi.recipe_cache`.
         storage: of which a directory has the recipes of the same release and card.
         place: that directory.
-        max_bytes: that may be brought.
+        max_bytes: of the node's recipes, beyond which the bridge removes the oldest.
+        keeps_all: whether all of the node's recipes go to storage, those of earlier jobs among them.
     """
 
-    def __init__(self, directory: Path, storage: Storage, place: str, max_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, storage: Storage, place: str, max_bytes: int, *, keeps_all: bool = True
+    ) -> None:
         self._directories = (directory, directory.with_name(directory.name + RANK))
         self._lock = directory.with_name(f"{directory.name}.lock")
         self._storage = storage
         self._place = place
         self._max_bytes = max_bytes
         self._stored: set[str] = set()
+        self._earlier = set() if keeps_all else self._present()
 
     def bring(self) -> int:
         """Fetches the recipes that storage has and this node has not; returns how many. The other cards of the node
@@ -59,7 +63,7 @@ class Recipes:
             entries = self._storage.entries(self._place)
             self._stored |= _names(entries)
             chosen: list[str] = []
-            left = self._max_bytes
+            left = self._max_bytes - self._bytes()
             for name in sorted(self._stored - self._present()):
                 if entries[name + RECIPE].size <= left:
                     chosen.append(name)
@@ -102,7 +106,7 @@ class Recipes:
             if not is_mine:
                 return 0
             self._stored |= _names(self._storage.entries(self._place))
-            new = sorted(self._present() - self._stored)
+            new = sorted(self._present() - self._stored - self._earlier)
             return sum(self._keep(name) for name in new)
 
     def _keep(self, name: str) -> bool:
@@ -119,17 +123,25 @@ class Recipes:
 
     def has_new(self) -> bool:
         """Whether this node has recipes that storage seems not to have."""
-        return bool(self._present() - self._stored)
+        return bool(self._present() - self._stored - self._earlier)
 
     def _present(self) -> set[str]:
         """The names of the node's recipes that are whole."""
-        entries: dict[str, int] = {}
+        entries = self._sizes()
+        return {name for name in _names(entries) if entries[name + METADATA]}
+
+    def _bytes(self) -> int:
+        return sum(size for name, size in self._sizes().items() if name.endswith(RECIPE))
+
+    def _sizes(self) -> dict[str, int]:
+        """The files of the node's recipes."""
+        sizes: dict[str, int] = {}
         for directory in self._directories:
             with contextlib.suppress(FileNotFoundError):
                 for file in directory.iterdir():
                     with contextlib.suppress(FileNotFoundError):  # the bridge has removed it
-                        entries[file.name] = file.stat().st_size
-        return {name for name in _names(entries) if entries[name + METADATA]}
+                        sizes[file.name] = file.stat().st_size
+        return sizes
 
     def _file(self, name: str) -> Path:
         """Where a file is; where it would be, if it is not there."""

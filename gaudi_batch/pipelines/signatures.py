@@ -11,7 +11,7 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gaudi_batch.pipelines.families import Family, Text
 
@@ -61,17 +61,47 @@ def family_of(pipeline_class: str, components: Mapping[str, Any]) -> Family | No
     )
 
 
-def takes_loras(pipeline_class: str) -> bool:
-    """Whether a pipeline has a loader of LoRAs; true where diffusers is not here and can't be asked."""
+class LoraLoader(NamedTuple):
+    """What a pipeline reads of a LoRA."""
+
+    components: tuple[str, ...]
+    """The components that it changes; none for a pipeline that takes no LoRA."""
+    converts: bool
+    """Whether it reads names of other scripts than diffusers' own."""
+
+
+def lora_loader(pipeline_class: str) -> LoraLoader | None:
+    """How a pipeline loads LoRAs; None where diffusers is not here and can't be asked."""
     node = _class(pipeline_class) if pipeline_class.isidentifier() else None
     if node is None:
-        return True
+        return None
     while node is not None:
         bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-        if any(base.endswith("LoraLoaderMixin") for base in bases):
-            return True
+        mixin = next((base for base in bases if base.endswith("LoraLoaderMixin")), None)
+        if mixin is not None:
+            return _loader(mixin)
         node = next((parent for base in bases if (parent := _class(base))), None)
-    return False
+    return LoraLoader((), False)
+
+
+def _loader(mixin: str) -> LoraLoader | None:
+    components: tuple[str, ...] | None = None
+    converts = False
+    while node := _lora_mixins().get(mixin):
+        for statement in node.body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_lora_loadable_modules":
+                components = components or tuple(ast.literal_eval(statement.value))
+            if isinstance(statement, ast.FunctionDef) and statement.name == "lora_state_dict":
+                converts = converts or "_convert_" in ast.unparse(statement)
+        mixin = next((base.id for base in node.bases if isinstance(base, ast.Name)), "")
+    return None if components is None else LoraLoader(components, converts)
+
+
+@functools.cache
+def _lora_mixins() -> dict[str, ast.ClassDef]:
+    """The classes by which diffusers' pipelines load LoRAs."""
+    nodes = [node for path in _files_of("loaders") for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef) and "Lora" in node.name}
 
 
 def _is_text_to_image(arguments: Mapping[str, Any]) -> bool:
@@ -123,7 +153,10 @@ def _class(name: str) -> ast.ClassDef | None:
 @functools.cache
 def _sources() -> list[str]:
     """The files of diffusers' pipelines."""
+    return [path.read_text(encoding="utf-8") for path in _files_of("pipelines")]
+
+
+def _files_of(part: str) -> list[Path]:
     spec = importlib.util.find_spec("diffusers")
     places = (spec.submodule_search_locations if spec else None) or ()
-    files = [path for place in places for path in sorted(Path(place, "pipelines").rglob("*.py"))]
-    return [path.read_text(encoding="utf-8") for path in files]
+    return [path for place in places for path in sorted(Path(place, part).rglob("*.py"))]

@@ -24,7 +24,7 @@ from gaudi_batch.pipelines.model_files import (
     read_json,
     weight_shapes,
 )
-from gaudi_batch.pipelines.signatures import family_of, takes_loras
+from gaudi_batch.pipelines.signatures import family_of, lora_loader
 from gaudi_batch.pipelines.simulated import DEFAULT_SIDE
 from gaudi_batch.pipelines.trust import refuse_code
 from gaudi_batch.redaction import redact
@@ -125,7 +125,7 @@ def _in_storage(config: JobConfig) -> ModelInfo:
             local.parent.mkdir(parents=True, exist_ok=True)
             # Of the others only their names count here.
             local.write_bytes((storage.get(path) or b"") if path.endswith(".json") and entry.size < MAX_JSON else b"")
-        model = _describe(config, directory, None)
+        model = _describe(config, directory, None, storage)
     marks = "\0".join(f"{path}\0{entry.size}\0{entry.mark}" for path, entry in sorted(files.items()))
     revision = hashlib.sha256(marks.encode()).hexdigest()
     return replace(model, path="", revision=revision, storage=storage, files=files)
@@ -164,7 +164,7 @@ def _from_hub(what: str, name: str, revision: str | None, files: str) -> Path:
         ) from None
 
 
-def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelInfo:
+def _describe(config: JobConfig, directory: Path, commit: str | None, storage: Storage | None = None) -> ModelInfo:
     name = config.model or ""
     index = read_json(f"model {name!r}", directory, "model_index.json")
     pipeline_class = index.get("_class_name")
@@ -174,7 +174,8 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
         family = family_of(pipeline_class, {part: value for part, value in index.items() if value != [None, None]})
     if family is None:
         raise _unsupported(f"model {name!r} is a {one_line(pipeline_class, 100)}", is_lazy)
-    if config.lora and not takes_loras(family.pipeline_class):
+    loader = lora_loader(family.pipeline_class) if config.lora else None
+    if loader is not None and not loader.components:
         raise InputError(f"lora: model {name!r} is a {family.pipeline_class}, of which diffusers loads no LoRA")
     refuse_code(name, directory)
     _require_weights(config, directory, commit, index)
@@ -191,7 +192,7 @@ def _describe(config: JobConfig, directory: Path, commit: str | None) -> ModelIn
         width=width,
         height=height,
         use_safetensors=config.use_safetensors,
-        loras=describe_loras(config, weight_shapes(name, directory, commit)) if config.lora else (),
+        loras=describe_loras(config, loader, weight_shapes(name, directory, commit, storage)) if config.lora else (),
     )
 
 

@@ -41,6 +41,12 @@ def test_the_handlers_that_an_application_has_on_the_log_of_ray_keep_their_level
         ({"prompts": "abfs://box@account.dfs.core.windows.net/p?sv=1&sig=xyzzy"}, "has a secret"),
         ({"output": "s3://xyzzy@bucket/out"}, "has a secret"),
         ({"output": "s3://bucket/xyzzyxyzzy/out"}, "has a secret"),
+        ({"gaudi": {"recipe_store": "s3://user:xyzzy@bucket/recipes"}}, "gaudi.recipe_store: .*has a secret"),
+        ({"gaudi": {"recipe_store": "~/recipes"}}, "gaudi.recipe_store: '~/recipes' is a path of this machine"),
+        (
+            {"gaudi": {"quantize": {"config": "scales.json", "mode": "measure"}}},
+            "gaudi.quantize.config: 'scales.json' is a path of this machine",
+        ),
         ({"storage_options": {"secret": "xyzzy"}}, "storage_options: holds a secret"),
         ({"prompts_storage_options": {"client_kwargs": {"token": "xyzzy"}}}, "prompts_storage_options: holds a secret"),
     ],

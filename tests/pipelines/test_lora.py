@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ def changes_of(pipeline: Any, seed: int = 0) -> dict[str, Any]:
             made[f"{name}.{path}.lora_B.weight"] = torch.randn(module.out_features, RANK, generator=generator)
     assert made
     return made
+
+
+def changes_of_model(model: Path | str) -> dict[str, Any]:
+    from gaudi_batch.pipelines.cpu import CpuPipeline
+
+    return changes_of(CpuPipeline(describe_model(config(model=str(model))), 1, "float32")._pipeline)
+
+
+def matrices(path: str, module: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        f"{path}.lora_A.weight": torch.zeros(RANK, module.in_features),
+        f"{path}.lora_B.weight": torch.zeros(module.out_features, RANK),
+    }
 
 
 def changes_of_text_encoder(pipeline: Any) -> dict[str, Any]:
@@ -153,7 +169,9 @@ def test_one_of_another_model_is_refused_by_name_before_a_card(
     changes = changes_of(load(models[of])._pipeline)
     file = save(kohya(changes) if form == "kohya" else changes, tmp_path / "style.safetensors")
     config = JobConfig(prompts="p", output="o", model=str(models[on]), device="cpu", lora=[{"path": str(file)}])
-    with pytest.raises(InputError, match=r"lora '.*style.safetensors' does not fit model .*: it changes "):
+    with pytest.raises(
+        InputError, match=r"lora '.*style.safetensors' does not fit model .*: (it changes|diffusers does not read) "
+    ):
         describe_model(config)
 
 
@@ -199,6 +217,79 @@ def test_modules_that_the_model_has_not_end_the_card_and_are_not_passed_over(sty
     )
     with pytest.raises(RuntimeError, match=r"diffusers does not take all of lora .*: .*unexpected keys"):
         load("builtin:shapes", {"path": str(file)})
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+def test_changes_of_a_component_that_diffusers_passes_over_are_refused(
+    name: str, models: dict[str, Path | str], tmp_path: Path
+) -> None:
+    """SD 3's loader knows no third text encoder, FLUX's no second, and Qwen-Image's none."""
+    from gaudi_batch.pipelines.cpu import CpuPipeline
+
+    plain: Any = CpuPipeline(describe_model(config(model=str(models[name]))), 1, "float32")
+    component = {"sd3": "text_encoder_3", "flux": "text_encoder_2", "qwen": "text_encoder"}[name]
+    weight = next(
+        (path, module)
+        for path, module in getattr(plain._pipeline, component).named_modules()
+        if path.endswith((".q", ".q_proj"))
+    )
+    changes = changes_of(plain._pipeline) | matrices(f"{component}.{weight[0]}", weight[1])
+    file = save(changes, tmp_path / "style.safetensors")
+    with pytest.raises(InputError, match=rf"does not fit model .*: diffusers does not read names such as {component}"):
+        describe_model(config({"path": str(file)}, model=str(models[name])))
+
+
+def test_kohyas_names_are_refused_where_diffusers_converts_none(models: dict[str, Path | str], tmp_path: Path) -> None:
+    changes = {name.replace("transformer", "unet", 1): value for name, value in changes_of_model(models["sd3"]).items()}
+    file = save(kohya(changes), tmp_path / "style.safetensors")
+    with pytest.raises(InputError, match=r"diffusers does not read names such as lora_unet_"):
+        describe_model(config({"path": str(file)}, model=str(models["sd3"])))
+
+
+def test_one_is_judged_by_a_model_in_a_store_too_and_not_where_its_weights_are_unknown(
+    style: Path, models: dict[str, Path | str], tmp_path: Path, moto: StoreServer
+) -> None:
+    from gaudi_batch.pipelines.sources import BUILTIN_MODELS
+    from gaudi_batch.storage.store import Storage
+
+    fields = {"output": moto.url("out"), "storage_options": moto.options}
+    store = Storage(moto.url("models"), moto.options)
+    for name, directory in (("shapes", BUILTIN_MODELS / "shapes"), ("xl", Path(models["xl"]))):
+        for file in directory.rglob("*.*"):
+            if file.is_file():
+                store.put_file(f"{name}/{file.relative_to(directory)}", str(file))
+    lora = {"path": str(style)}
+    assert describe_model(config(lora, model=moto.url("models/shapes"), **fields)).loras
+    with pytest.raises(InputError, match=r"does not fit model .*: it changes "):
+        describe_model(config(lora, model=moto.url("models/xl"), **fields))
+    pickled = shutil.copytree(BUILTIN_MODELS / "shapes", tmp_path / "pickled")
+    for file in pickled.rglob("*.safetensors"):
+        file.rename(file.with_name("diffusion_pytorch_model.bin" if "text" not in str(file) else "pytorch_model.bin"))
+    assert describe_model(config(lora, model=str(pickled), use_safetensors=False)).loras, "the card finds out"
+
+
+def test_a_misfit_that_only_the_card_sees_is_named_there(style: Path, tmp_path: Path) -> None:
+    from gaudi_batch.pipelines.loading import fuse_loras
+
+    info = describe_model(config({"path": str(style)}))
+
+    class Pipeline:
+        fuse_lora = None
+
+        def load_lora_weights(self, *_: Any, **__: Any) -> None:
+            raise ValueError("Target modules {'to_k'} not found in the base model.")
+
+    with pytest.raises(
+        RuntimeError, match=r"lora '.*style.safetensors' does not fit Pipeline 'builtin:shapes': Target"
+    ):
+        fuse_loras(Pipeline(), info)
+
+
+def test_a_path_that_a_node_does_not_have_is_told_so(style: Path, tmp_path: Path) -> None:
+    (info,) = describe_model(config({"path": str(style)})).loras
+    style.unlink()
+    with pytest.raises(InputError, match=r"this node has no .*; a local path must be on a file system that all nodes"):
+        fetch_lora(info, tmp_path)
 
 
 def test_a_file_that_is_another_by_now_is_refused_on_the_card(style: Path, tmp_path: Path) -> None:
@@ -263,7 +354,7 @@ def test_one_from_a_store_is_kept_on_the_node(style: Path, tmp_path: Path, moto:
         (info,) = describe_model(config({"path": path, "weight_name": name}, **fields)).loras
         kept = fetch_lora(info, tmp_path / "cache")
         assert kept.read_bytes() == style.read_bytes()
-    assert list((tmp_path / "cache").iterdir()) == [kept]
+    assert list((tmp_path / "cache").glob("*.safetensors")) == [kept]
     kept.unlink()
     Storage(url, moto.options).put("styles/style.safetensors", b"another")
     with pytest.raises(InputError, match="is not what it was when the job began"):

@@ -292,6 +292,10 @@ def test_a_snapshot_of_the_hub_is_whole_if_it_has_what_is_loaded(tmp_path: Path)
         kept = (snapshot / gone).rename(tmp_path / "kept")
         assert not origins._has_all(snapshot, names), gone
         kept.rename(snapshot / gone)
+    weights = snapshot / "unet/diffusion_pytorch_model.safetensors"
+    variant = weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert not origins._has_all(snapshot, names), "weights of a variant are not loaded"
+    variant.rename(weights)
     (snapshot / "text_encoder/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (snapshot / "text_encoder" / shards["a"]).write_text("")
     assert not origins._has_all(snapshot, names), "a shard is not there"
@@ -320,6 +324,23 @@ def test_a_model_that_the_hubs_cache_has_is_taken_from_there_and_not_from_anothe
         weights.unlink()  # what is left is what the driver has fetched
     assert ModelCache(tmp_path / "cache", 10**12).get(origin, giver) == tmp_path / "cache" / commit
     assert giver.turns == [commit]
+
+
+@pytest.mark.torch
+def test_a_hub_that_gives_a_node_nothing_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("401 Client Error: access to model a/b is restricted")  # as the hub's errors are
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    origin = HubOrigin(ModelInfo("a/b", "a/b", True, "c" * 40, FAMILIES[0], None, 64, 64), tmp_path / "cache")
+    with pytest.raises(StorageError, match=r"the hub gives it not to node .*: .*restricted.* set HF_TOKEN") as error:
+        ModelCache(tmp_path / "cache", 10**12).get(origin, NO_PEERS)
+    assert "written" not in str(error.value)
 
 
 @pytest.mark.torch

@@ -12,6 +12,7 @@ import pytest
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.card import recipe_keeper
 from gaudi_batch.card.recipe_keeper import RecipeKeeper
+from gaudi_batch.layout import is_of_run
 from gaudi_batch.pipelines.recipes import Recipes, place_of
 from gaudi_batch.storage.store import Storage
 
@@ -123,6 +124,25 @@ def test_no_more_is_brought_than_the_cache_may_hold(store: Storage, tmp_path: Pa
     assert sorted(content(tmp_path / "b")) == ["18.metadata", "18.recipe", "19.metadata", "19.recipe"]
 
 
+def test_what_the_node_has_counts_when_more_is_brought(store: Storage, tmp_path: Path) -> None:
+    """Else the bridge would remove its oldest, the node's own."""
+    for name in ("18", "19"):
+        compiled(tmp_path / "a", name)
+    node(tmp_path / "a", store).keep()
+    compiled(tmp_path / "b", "17")
+    assert node(tmp_path / "b", store, max_bytes=2 * len("recipe 18")).bring() == 1
+
+
+def test_an_output_gets_no_recipes_of_earlier_jobs(store: Storage, tmp_path: Path) -> None:
+    compiled(tmp_path / "a", "17")
+    recipes = Recipes(tmp_path / "a", store, "recipes/card", 10**9, keeps_all=False)
+    assert not recipes.has_new()
+    compiled(tmp_path / "a", "18")
+    assert recipes.has_new()
+    assert recipes.keep() == 1
+    assert sorted(content(tmp_path / "store/recipes/card")) == ["18.metadata", "18.recipe"]
+
+
 def test_one_card_of_a_node_brings_and_keeps_for_all(
     store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +193,11 @@ def test_a_store_that_is_slow_holds_no_card_up(store: Storage, tmp_path: Path, m
     compiled(tmp_path / "a", "18")
     while len(store.names("recipes/card")) < 4:
         keeper.keep()
+
+
+def test_prompts_beside_recipes_are_prompts() -> None:
+    assert is_of_run("recipes/hpu-GAUDI2-1.24.0/17.recipe")
+    assert not is_of_run("recipes/part.parquet")
 
 
 def test_recipes_of_other_cards_and_releases_lie_elsewhere() -> None:
