@@ -27,7 +27,9 @@ from gaudi_batch.text import one_line
 log = logging.getLogger(__name__)
 
 READERS = 2
-"""Nodes that may fetch from one card at the same time."""
+"""Nodes that may fetch from one node at the same time."""
+SLOW_S = 600.0
+"""Seconds after which a card that still fetches keeps no other from the same source: its network may be slow."""
 CHECK_INTERVAL_S = 5.0
 """Seconds for which one waits for its turn until those that have theirs are asked whether they live."""
 CHUNK = 16 * 1024**2
@@ -49,12 +51,18 @@ class Source(NamedTuple):
     actor: Any
 
 
+class _Turn(NamedTuple):
+    actor: Any
+    began: float
+
+
 class ModelTracker:
     """Who has which model, and who fetches it; an asynchronous actor, one for a job."""
 
     def __init__(self) -> None:
         self._holders: dict[str, dict[str, Any]] = defaultdict(dict)  # actors by revision and name
-        self._readers: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)  # by revision and source
+        # By revision and node of the source, and by the reader's name.
+        self._readers: dict[tuple[str, str], dict[str, _Turn]] = defaultdict(dict)
         self._changed = asyncio.Event()
         self._checked = time.monotonic()
 
@@ -69,12 +77,17 @@ class ModelTracker:
         Returns:
             A card that has it, or None for the origin.
         """
+        has_waited = False
         while True:
             for source in self._sources(revision):
                 name, room = (ORIGIN, origin_readers) if source is None else (source.name, READERS)
-                if len(self._readers[revision, name]) < room:
-                    self._readers[revision, name][reader.name] = reader.actor
+                if self._busy(revision, name) < room:
+                    self._readers[revision, _node(name)][reader.name] = _Turn(reader.actor, time.monotonic())
+                    if has_waited and not await _lives(reader.actor):
+                        await self.end(revision, name, reader.name, lost=False)
+                        return None  # to nobody
                     return source
+            has_waited = True
             try:
                 await asyncio.wait_for(self._changed.wait(), CHECK_INTERVAL_S)
             except asyncio.TimeoutError:
@@ -82,7 +95,7 @@ class ModelTracker:
 
     async def end(self, revision: str, source: str, reader: str, lost: bool) -> None:
         """Ends a card's turn; the source counts no longer if it was lost."""
-        self._readers[revision, source].pop(reader, None)
+        self._readers[revision, _node(source)].pop(reader, None)
         if lost:
             self._holders[revision].pop(source, None)
         self._notify()
@@ -95,7 +108,12 @@ class ModelTracker:
     def _sources(self, revision: str) -> list[Source | None]:
         """Who can give a model, the least busy first; its origin only as long as nobody else can."""
         holders = [Source(name, actor) for name, actor in self._holders[revision].items()]
-        return [*sorted(holders, key=lambda holder: len(self._readers[revision, holder.name]))] or [None]
+        return [*sorted(holders, key=lambda holder: self._busy(revision, holder.name))] or [None]
+
+    def _busy(self, revision: str, source: str) -> int:
+        """How many fetch a model from a source, without those that have taken too long."""
+        now = time.monotonic()
+        return sum(now - turn.began < SLOW_S for turn in self._readers[revision, _node(source)].values())
 
     def _notify(self) -> None:
         self._changed.set()
@@ -106,17 +124,23 @@ class ModelTracker:
         if time.monotonic() < self._checked + CHECK_INTERVAL_S:
             return
         self._checked = time.monotonic()
-        turns = [(place, name, actor) for place, readers in self._readers.items() for name, actor in readers.items()]
-        for (place, name, _), lives in zip(turns, await asyncio.gather(*(map(_lives, turns))), strict=True):
-            if not lives:
+        turns = [(place, name, turn) for place, readers in self._readers.items() for name, turn in readers.items()]
+        lives = await asyncio.gather(*(_lives(turn.actor) for _, _, turn in turns))
+        for (place, name, _), is_alive in zip(turns, lives, strict=True):
+            if not is_alive:
                 self._readers[place].pop(name, None)
                 self._notify()
 
 
-async def _lives(turn: tuple[Any, str, Any]) -> bool:
-    """Whether the actor of a turn has not died; one that does not answer may live."""
+def _node(source: str) -> str:
+    """The node of a card, from its name (see `peers_of_card`); the name of what is no card."""
+    return source.rpartition("-")[0] or source
+
+
+async def _lives(actor: Any) -> bool:
+    """Whether a card has not died; one that does not answer may live."""
     try:
-        await asyncio.wait_for(turn[2].__ray_ready__.remote(), CHECK_INTERVAL_S)
+        await asyncio.wait_for(actor.__ray_ready__.remote(), CHECK_INTERVAL_S)
     except asyncio.TimeoutError:
         return True
     except RayError:

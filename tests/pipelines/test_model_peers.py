@@ -103,3 +103,49 @@ def test_a_card_that_can_not_give_its_model_is_asked_no_more() -> None:
         assert await tracker.turn("model", 1, Source("reader", Actor())) is None
 
     played(play)
+
+
+def test_one_that_died_while_it_waited_gets_no_turn() -> None:
+    async def play(tracker: ModelTracker) -> None:
+        assert await tracker.turn("model", 1, Source("a-1", Actor())) is None
+        dead = Actor()
+        waiting = [
+            asyncio.ensure_future(tracker.turn("model", 1, Source(name, actor)))
+            for name, actor in (("b-1", dead), ("c-1", dead), ("d-1", Actor()))
+        ]
+        await asyncio.sleep(0.01)
+        dead.lives = False
+        await tracker.end("model", ORIGIN, "a-1", lost=False)
+        await waiting[2]  # at once, and not after each of the dead
+        assert tracker._busy("model", ORIGIN) == 1
+
+    played(play)
+
+
+def test_a_slow_reader_keeps_nobody_from_the_origin_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_peers, "CHECK_INTERVAL_S", 0.01)
+
+    async def play(tracker: ModelTracker) -> None:
+        assert await tracker.turn("model", 1, Source("slow-1", Actor())) is None
+        second = asyncio.ensure_future(tracker.turn("model", 1, Source("b-1", Actor())))
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        monkeypatch.setattr(model_peers, "SLOW_S", 0.0)
+        assert await second is None
+
+    played(play)
+
+
+def test_the_cards_of_a_node_give_to_two_nodes_together() -> None:
+    async def play(tracker: ModelTracker) -> None:
+        for card in range(8):
+            await tracker.offer("model", Source(f"holder-{card}", Actor()))
+        for number in range(READERS):
+            assert await tracker.turn("model", 1, Source(f"{number}-1", Actor())) is not None
+        third = asyncio.ensure_future(tracker.turn("model", 1, Source("third-1", Actor())))
+        await asyncio.sleep(0.01)
+        assert not third.done()
+        await tracker.end("model", "holder-7", "0-1", lost=False)
+        assert await third is not None
+
+    played(play)
