@@ -19,9 +19,13 @@ from helpers import REPOSITORY, TESTS, command_line, put_into_hub_cache, read_ma
 from gaudi_batch import InputError, JobConfig, run
 from gaudi_batch.bench.published import PUBLISHED
 from gaudi_batch.cli.check import check
+from gaudi_batch.config.sections import QuantizeConfig
 from gaudi_batch.job import resolve
-from gaudi_batch.pipelines.gaudi_environment import environment, prepare
+from gaudi_batch.pipelines.base import DeviceError, Item, OutOfDeviceMemory
+from gaudi_batch.pipelines.gaudi import GaudiPipeline
+from gaudi_batch.pipelines.gaudi_environment import digest_of_quantization, environment, prepare
 from gaudi_batch.pipelines.sources import BUILTIN_MODELS, describe_model
+from gaudi_batch.plan import Bucket
 
 CONFIGS = REPOSITORY / "jobs/configs"
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -247,6 +251,40 @@ def test_a_gaudi_config_is_read_once_and_shapes_the_environment(
             ).read_text()
             == ops
         )
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        ("RuntimeError: PT_DEVMEM Allocation failed for size", OutOfDeviceMemory, "try --batch-size 2"),
+        ("no scales", DeviceError, "gaudi.quantize: the model can't be converted: no scales"),
+    ],
+)
+def test_a_conversion_that_fails_ends_the_card_and_one_without_memory_says_so(
+    error: str, kind: type[DeviceError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(**_: Any) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("gaudi_batch.pipelines.calls.call_arguments", lambda *_: {})
+    monkeypatch.setattr(GaudiPipeline, "graph_key", lambda *_: None)
+    pipeline: Any = GaudiPipeline.__new__(GaudiPipeline)
+    pipeline._pipeline, pipeline._family, pipeline._quant_mode, pipeline._graphs = convert, None, "quantize", {}
+    with pytest.raises(DeviceError, match=message) as raised:
+        pipeline.generate(Bucket(64, 64, 2, 4.0), [Item(row, 0, "p", "", row) for row in range(4)])
+    assert raised.type is kind
+
+
+def test_scales_and_their_configuration_are_part_of_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quant.json").write_text('{"mode": "QUANTIZE", "dump_stats_path": "./measured/scales"}')
+    (tmp_path / "measured").mkdir()
+    quantize = QuantizeConfig(config=str(tmp_path / "quant.json"), mode="quantize")
+    digests = [digest_of_quantization(quantize)]
+    for content in ("a", "b"):
+        (tmp_path / "measured/scales_hooks_maxabs.json").write_text(content)
+        digests.append(digest_of_quantization(quantize))
+    assert len(set(digests)) == 3
 
 
 def test_float32_turns_autocast_off() -> None:
