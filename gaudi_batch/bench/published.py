@@ -32,6 +32,9 @@ class Published:
     def is_of(self, job: Job, batch_size: int) -> bool:
         """Whether a job, measured in batches of this size, has the same settings."""
         bucket, model = job.rules.bucket, job.model
+        gaudi = job.config.gaudi
+        if gaudi.mode != "lazy" or gaudi.quantize is not None or model.loras:
+            return False
         settings = (self.family, self.side, self.side, self.steps, self.scheduler, self.dtype, self.guided)
         return batch_size == self.batch_size and settings == (
             model.family.name,

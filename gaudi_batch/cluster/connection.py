@@ -25,6 +25,7 @@ from gaudi_batch.job import DEFAULT_CARDS, Job
 from gaudi_batch.pipelines.cpus import usable_cpus
 from gaudi_batch.pipelines.gaudi_environment import environment
 from gaudi_batch.scheduling.events import Capacity
+from gaudi_batch.storage.retry import run_with_timeout
 from gaudi_batch.text import one_line
 
 OBJECT_STORE_BYTES = 200 * 1024**2
@@ -109,7 +110,8 @@ def attached(address: str | None) -> Iterator[None]:
         _quieten()
         with _nothing_printed():
             try:
-                ray.init(address=address, **_QUIET)
+                # A head whose processes hang takes a connection and never answers.
+                run_with_timeout(lambda: ray.init(address=address, **_QUIET), CONNECT_TIMEOUT_S)
             except Exception as error:
                 raise InputError(
                     f"no Ray cluster answers at {address!r}: {one_line(error, 200)}; if it asks for a token:"
@@ -177,6 +179,8 @@ def _started(job: Job) -> Iterator[None]:
             ray.shutdown()
 
 
+CONNECT_TIMEOUT_S = 60.0
+"""Seconds in which a cluster's head has to answer."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "gaudi-batch"}
 
 

@@ -14,11 +14,19 @@ from typing import Any
 
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.doctor.line import Line, bad, note, ok
-from gaudi_batch.doctor.node import Answer, Question, examine, leave_mark, remove_mark, sees_mark
+from gaudi_batch.doctor.node import (
+    PART_TIMEOUT_S,
+    WITHOUT_CARDS,
+    Answer,
+    Question,
+    examine,
+    leave_mark,
+    modules_here,
+    remove_mark,
+    sees_mark,
+)
 from gaudi_batch.text import one_line
 
-WITHOUT_CARDS = "none"
-"""The device of a node that makes no images, such as a head without cards."""
 NODE_TIMEOUT_S = 300.0
 """Seconds that a node may take to answer, the import of torch on it among them."""
 CLOCK_S = 5.0
@@ -47,15 +55,14 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
 
         nodes = {_name(node): node for node in ray.nodes() if node["Alive"]}
         cards = {name: int(node["Resources"].get("HPU", 0)) for name, node in nodes.items()}
-        if question.device == "auto":
-            question = replace(question, device="hpu" if any(cards.values()) else "cpu")
-        of_head = replace(question, device=WITHOUT_CARDS, job=None)
-        makes_images = {name: question.device != "hpu" or count > 0 for name, count in cards.items()}
-        if not any(makes_images.values()):
-            makes_images = dict.fromkeys(makes_images, True)
-        asked = {
-            name: _on(node, examine).remote(question if makes_images[name] else of_head) for name, node in nodes.items()
-        }
+        makes_images, question = _who_makes_images(nodes, cards, question)
+        asked = {}
+        for name, node in nodes.items():
+            is_first = name == next((each for each, makes in makes_images.items() if makes), None)
+            of_node = replace(question, whole=is_first)
+            if not makes_images[name]:
+                of_node = replace(of_node, device=WITHOUT_CARDS)
+            asked[name] = _on(node, examine).remote(of_node)
         lines = {}
         clocks: dict[str, float] = {}
         until = time.monotonic() + NODE_TIMEOUT_S
@@ -75,11 +82,36 @@ def examine_cluster(question: Question, address: str) -> dict[str, list[Line]]:
         if name in clocks:
             own.append(_clock_line(name, clocks))
         if not makes_images[name]:
-            own.insert(0, ok("cards", "none in Ray, so it makes no images"))
+            own.insert(0, ok("cards", "none by hl-smi and none in Ray, so it makes no images"))
         elif question.device == "hpu":
             own[:] = [_with_ray(line, cards[name]) if line.what == "cards" else line for line in own]
-    _compare(lines)
+    if not any(makes_images.values()):
+        for own in lines.values():
+            own.append(note("nodes with cards", "none yet", "the autoscaler starts them for the job; ask again then"))
+    _compare({name: own for name, own in lines.items() if makes_images[name]})
     return lines
+
+
+def _who_makes_images(
+    nodes: Mapping[str, Any], cards: Mapping[str, int], question: Question
+) -> tuple[dict[str, bool], Question]:
+    """Which nodes make images, and the question for a device that is known. A node counts that has cards, whether Ray
+    sees them or not."""
+    import ray
+    from ray.exceptions import RayError
+
+    modules = {}
+    for name, pending in {name: _on(node, modules_here).remote() for name, node in nodes.items()}.items():
+        modules[name] = 0
+        with contextlib.suppress(RayError):  # as its other lines will say
+            modules[name] = ray.get(pending, timeout=NODE_TIMEOUT_S)
+    has_cards = {name: cards[name] > 0 or modules[name] > 0 for name in nodes}
+    if question.device == "auto":
+        question = replace(question, device="hpu" if any(has_cards.values()) else "cpu")
+    if question.device != "hpu":
+        return dict.fromkeys(nodes, True), question
+    is_asked_for = question.job is not None and question.job.asks_for_cards
+    return has_cards if any(has_cards.values()) or is_asked_for else dict.fromkeys(nodes, True), question
 
 
 def _on(node: Mapping[str, Any], function: Any) -> Any:
@@ -99,8 +131,9 @@ def _answer(pending: Any, until: float) -> Answer | Line:
     except GetTimeoutError:
         return bad("node", f"no answer for {NODE_TIMEOUT_S:.0f} s", "look at its Ray: ray status, and the node's log")
     except (RayError, ImportError) as error:
-        advice = "install the same gaudi-batch and Python there"
-        return bad("node", one_line(str(error).strip().rpartition("\n")[2], 300), advice)
+        text = one_line(str(error).strip().rpartition("\n")[2], 300)
+        is_missing = "ModuleNotFoundError" in text or "ImportError" in text or isinstance(error, ImportError)
+        return bad("node", text, "install the same gaudi-batch there" if is_missing else "look at its Ray: ray status")
     return answer
 
 
@@ -149,20 +182,24 @@ def _compare_outputs(job: JobConfig, nodes: Mapping[str, Any], lines: Mapping[st
     writer, *readers = places
     own, number = places[writer]
     try:
-        place, mark = ray.get(_on(nodes[writer], leave_mark).remote(job), timeout=NODE_TIMEOUT_S)
+        place, mark = ray.get(_on(nodes[writer], leave_mark).remote(job), timeout=PART_TIMEOUT_S)
     except RayError as error:
         own[number] = bad("output", one_line(error, 300), "run the doctor again")
         return
-    for reader, pending in {name: _on(nodes[name], sees_mark).remote(job, place, mark) for name in readers}.items():
-        own, number = places[reader]
-        try:
-            if not ray.get(pending, timeout=NODE_TIMEOUT_S):
-                text = f"{job.output} here is not what {writer} has under that name"
-                own[number] = bad("output", text, "a local path must be on a file system that all nodes share")
-        except RayError as error:
-            own[number] = bad("output", one_line(error, 300), "run the doctor again")
-    with contextlib.suppress(RayError):
-        ray.get(_on(nodes[writer], remove_mark).remote(job, place, mark), timeout=NODE_TIMEOUT_S)
+    try:
+        until = time.monotonic() + PART_TIMEOUT_S
+        asked = {name: _on(nodes[name], sees_mark).remote(job, place, mark) for name in readers}
+        for reader, pending in asked.items():
+            own, number = places[reader]
+            try:
+                if not ray.get(pending, timeout=max(1.0, until - time.monotonic())):
+                    text = f"{job.output} here is not what {writer} has under that name"
+                    own[number] = bad("output", text, "a local path must be on a file system that all nodes share")
+            except RayError as error:
+                own[number] = bad("output", one_line(error, 300), "run the doctor again")
+    finally:
+        with contextlib.suppress(RayError):
+            ray.get(_on(nodes[writer], remove_mark).remote(job, place, mark), timeout=PART_TIMEOUT_S)
 
 
 def _with_ray(line: Line, cards: int) -> Line:
@@ -186,7 +223,7 @@ def _compare(lines: Mapping[str, list[Line]]) -> None:
         others = f"most nodes have {common}" if most > second else f"nodes have {' or '.join(sorted(values))}"
         for own in lines.values():
             for place, line in enumerate(own):
-                if line.what == what and (line.value != common or most == second) and line.verdict != "bad":
+                if line.what == what and (line.value != common or most == second) and line.verdict == "ok":
                     own[place] = note(what, line.value, f"{others}; all cards of a run must have the same")
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.doctor import hl_smi
 from gaudi_batch.doctor.line import Line, bad, note, ok
 from gaudi_batch.doctor.stack import gaudi_lines, python_lines
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.pipelines.gaudi_environment import require_quantization
 from gaudi_batch.pipelines.sources import BUILTIN, builtin_directory, describe_model
 from gaudi_batch.storage.filesystem import expanded
+from gaudi_batch.storage.retry import run_with_timeout
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import counted, one_line
 
@@ -31,6 +35,10 @@ SHARED_GIB = 1
 MARK = b"gaudi-batch doctor"
 TRY_TIMEOUT_S = 10.0
 """Seconds of one question to storage or to the hub."""
+PART_TIMEOUT_S = 60.0
+"""Seconds that a part of a job may take, its storage or its model."""
+WITHOUT_CARDS = "none"
+"""The device of a node that makes no images, such as a head without cards; a driver may run there."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,14 @@ class Question:
     """What a node is asked about."""
 
     device: str
-    """hpu, or another for which no card is looked for; auto for what the cards of a cluster say."""
+    """hpu, or another for which no card is looked for; auto for what the cards of a cluster say; `WITHOUT_CARDS`."""
     mode: str
     """Of `gaudi.mode`."""
     job: JobConfig | None
     """The job whose storage and model are looked at, if there is one."""
+    whole: bool = True
+    """Whether to ask, too, whether the job's parts fit together, for which a model in a directory is read whole; one
+    node's answer is that of all."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +61,60 @@ class Answer:
     """What a node says of itself."""
 
     lines: list[Line]
-    time: float
-    """Its clock, in seconds since the epoch."""
 
 
 def examine(question: Question) -> Answer:
-    """Looks at this node."""
+    """Looks at this node; what hangs or can't be read costs its own line alone."""
     job = question.job
-    lines = list(python_lines(("peft",) if job is not None and job.lora else ()))
+    if job is not None:
+        job = job.model_copy(update={"storage_patience": TRY_TIMEOUT_S})
+    makes_images = question.device != WITHOUT_CARDS
+    lines = list(python_lines(("peft",) if job is not None and job.lora and makes_images else ()))
     if question.device == "hpu":
         lines += gaudi_lines(question.mode)
         lines.append(_hugepages())
-    lines += _space()
+    lines += _space(makes_images)
     lines.append(_shared_memory(Path("/dev/shm")))
-    if job is not None:
-        for examine_part in (_storage, _prompts, _model, _quantization):
-            try:
-                lines += examine_part(job)
-            except ImportError as error:
-                lines.append(
-                    bad(
-                        examine_part.__name__[1:], one_line(error, 200), "install gaudi-batch here with the constraints"
-                    )
-                )
-        if not any(line.verdict == "bad" for line in lines):
-            lines.append(_whole(job, question.device))
-    return Answer(lines, time.time())
+    if job is None:
+        return Answer(lines)
+    for what, look in (("output", _storage), ("prompts", _prompts), ("model", _model)):
+        lines += _part(what, partial(look, job))
+    if makes_images:
+        lines += _part("quantization", partial(_quantization, job))
+    if question.whole and not any(line.verdict == "bad" or (line.what == "hub" and line.advice) for line in lines):
+        lines += _part("job", partial(_whole, job, question.device), note)
+    return Answer(lines)
 
 
-def _whole(job: JobConfig, device: str) -> Line:
+def modules_here() -> int:
+    """How many cards hl-smi sees on this node."""
+    with contextlib.suppress(hl_smi.NoHlSmi):
+        return len(hl_smi.modules())
+    return 0
+
+
+def _part(what: str, look: Callable[[], Iterable[Line]], hanging: Callable[[str, str, str], Line] = bad) -> list[Line]:
+    try:
+        return run_with_timeout(lambda: list(look()), PART_TIMEOUT_S)
+    except TimeoutError:
+        text = f"not known: no answer for {PART_TIMEOUT_S:.0f} s"
+        return [hanging(what, text, "look at what it reads: a file system, a store or a hub does not answer")]
+    except ImportError as error:
+        return [bad(what, one_line(error, 200), "install gaudi-batch here with the constraints")]
+    except OSError as error:
+        return [bad(what, one_line(error, 200), "let the user of the job read it, or name another place")]
+
+
+def _whole(job: JobConfig, device: str) -> Iterator[Line]:
     """Whether the parts of a job fit together, as a run asks before it begins."""
     from gaudi_batch.job import resolve
 
     try:
         resolve(job.model_copy(update={"device": device}))
     except (InputError, StorageError) as error:
-        return bad("job", one_line(error, 300), "gaudi-batch check says the same; change the job")
-    return ok("job", "its parts fit together")
+        yield bad("job", one_line(error, 300), "gaudi-batch check says the same; change the job")
+    else:
+        yield ok("job", "its parts fit together")
 
 
 def _quantization(job: JobConfig) -> Iterator[Line]:
@@ -111,14 +139,15 @@ def _hugepages() -> Line:
     )
 
 
-def _space() -> Iterator[Line]:
+def _space(makes_images: bool) -> Iterator[Line]:
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    places = {"disk for models": (cache, CACHE_GIB), "disk of Ray": (Path(tempfile.gettempdir()), 2 * LEAST_GIB)}
+    places = {"disk for models": (cache, CACHE_GIB)} if makes_images else {}
+    places["disk of Ray"] = (Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())), 2 * LEAST_GIB)
     for what, (place, wanted) in places.items():
         here = _nearest(place)
         free = shutil.disk_usage(here).free / GIB
         text = f"{free:.1f} GiB free at {here}"
-        advice = "make room, or put it elsewhere by " + ("HF_HOME" if "models" in what else "ray start --temp-dir")
+        advice = "make room, or put it elsewhere by " + ("HF_HOME" if "models" in what else "RAY_TMPDIR")
         yield (
             bad(what, text, advice)
             if free < LEAST_GIB
@@ -140,13 +169,15 @@ def _shared_memory(place: Path) -> Line:
 def _storage(job: JobConfig) -> Iterator[Line]:
     try:
         output = Storage(job.output, job.storage_options, TRY_TIMEOUT_S)
-        if output.local and not Path(output.root).exists():
+        if output.local and not os.path.exists(output.root):  # noqa: PTH110 whatever it may not read is absent
             yield _not_there_yet(Path(output.root))
             return
         started = time.monotonic()
         place, name = leave_mark(job)
-        seen = sees_mark(job, place, name)
-        remove_mark(job, place, name)
+        try:
+            seen = sees_mark(job, place, name)
+        finally:
+            remove_mark(job, place, name)
     except (InputError, StorageError) as error:
         yield bad("output", one_line(error, 300), "look at the bucket, the credentials of this node and its network")
     else:
@@ -178,7 +209,7 @@ def remove_mark(job: JobConfig, place: str, name: str) -> None:
 
 
 def _nearest(path: Path) -> Path:
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110 as above
 
 
 def _not_there_yet(output: Path) -> Line:

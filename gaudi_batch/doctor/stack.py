@@ -11,6 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from gaudi_batch.doctor import hl_smi
 from gaudi_batch.doctor.line import Line, bad, note, ok
 from gaudi_batch.text import one_line
@@ -28,6 +31,8 @@ COMPILER = "hpu_backend"
 _VALIDATED = re.compile(r"^CURRENTLY_VALIDATED_SYNAPSE_VERSION = version\.parse\(\"(\d+\.\d+)", re.MULTILINE)
 PACKAGES = ("ray", "torch", "diffusers", "transformers", "huggingface_hub", "pyarrow", "fsspec")
 """Packages that every card needs."""
+RAY_WORKER = "(ray::"
+"""How the name of a process of Ray begins that works for a job."""
 _CONTAINER = "use Intel's container of the driver's release, or install the driver of the container's"
 
 
@@ -37,8 +42,12 @@ def python_lines(more: tuple[str, ...] = ()) -> Iterator[Line]:
     missing = [package for package, version in installed.items() if version is None]
     text = ", ".join(f"{package} {version}" for package, version in installed.items() if version is not None)
     text = f"Python {platform.python_version()}, {text}"
+    wanted = _requirements()
+    others = [f"{name}{wanted[name]}" for name, has in installed.items() if has and not _fits(has, wanted.get(name))]
     if missing:
         yield bad("packages", text, f"{', '.join(missing)} missing: pip install gaudi-batch here with the constraints")
+    elif others:
+        yield bad("packages", text, f"gaudi-batch needs {', '.join(others)}: install it here with the constraints")
     else:
         yield ok("packages", text)
 
@@ -128,7 +137,10 @@ def _card_lines(present: list[hl_smi.Module], mode: str) -> Iterator[Line]:
         return
     text = "; ".join(f"{number} by {holder}" for number, holder in sorted(held.items()))
     advice = "a card that is held can't be had: end that process, or leave its module out of HABANA_VISIBLE_MODULES"
-    yield (bad if len(held) == len(present) else note)("modules held", text, advice)
+    if all(RAY_WORKER in holder for holder in held.values()):
+        yield note("modules held", text, "they are at work for a job of this cluster; a run waits until they are free")
+    else:
+        yield (bad if len(held) == len(present) else note)("modules held", text, advice)
 
 
 def _count_by_torch(mode: str) -> tuple[int, bool, str]:
@@ -150,6 +162,20 @@ def _count_by_torch(mode: str) -> tuple[int, bool, str]:
     if probe.returncode != 0 or not count.isdigit():
         return 0, True, one_line((probe.stderr.strip().splitlines() or ["no answer"])[-1], 200)
     return int(count), lacks_compiler != "True", ""
+
+
+def _requirements() -> dict[str, SpecifierSet]:
+    """The versions that this package allows of others, also of those of its extras."""
+    try:
+        lines = importlib.metadata.requires("gaudi-batch") or []
+    except importlib.metadata.PackageNotFoundError:  # it was shipped with a job
+        return {}
+    requirements = [Requirement(line) for line in lines]
+    return {each.name.replace("-", "_"): each.specifier for each in requirements}
+
+
+def _fits(version: str, wanted: SpecifierSet | None) -> bool:
+    return wanted is None or wanted.contains(version, prereleases=True)
 
 
 def _version(package: str) -> str | None:

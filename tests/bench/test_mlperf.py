@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers import REPOSITORY
+from helpers import REPOSITORY, command_line, read_manifest
 
 from gaudi_batch import JobConfig
-from gaudi_batch.bench.mlperf import PUBLISHED, SCHEDULER, Measured, describe, differences, report
+from gaudi_batch.bench.mlperf import PUBLISHED, Measured, describe, differences, report
 from gaudi_batch.job import Job, resolve
 from gaudi_batch.pipelines.families import FAMILIES
 from gaudi_batch.pipelines.lora import LoraInfo
@@ -29,7 +30,9 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
     return replace(
         as_xl,
         config=JobConfig(**fields),
-        model=replace(as_xl.model, name=fields["model"], family=family, scheduler=SCHEDULER),
+        model=replace(
+            as_xl.model, name=fields["model"], family=family, scheduler=family.schedulers[fields["scheduler"]]
+        ),
     )
 
 
@@ -84,3 +87,19 @@ def test_of_another_number_of_cards_only_the_rate_of_one_stands_beside(job: Job)
     assert "0.782" in published
     nothing = report(job, Measured("hpu GAUDI2", 0, 0, 10.0, None, 5000))
     assert "0.000" not in nothing
+
+
+@pytest.mark.ray
+def test_a_run_is_measured_end_to_end_and_simulated_cards_stand_beside_nothing_published(
+    cluster: str, prompts: Path, tmp_path: Path
+) -> None:
+    job = ("--prompts", prompts, "--output", tmp_path / "out", "--device", "simulated", "--cards", "2")
+    told = command_line("bench", "--mlperf", *job, "--simulated.batch-seconds", "0.05", "--address", cluster)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("SIMULATED CARDS")
+    assert re.search(r"\| from the command to the last image in storage \| +[\d.]+ +\| +[\d.]+ +\|", told.stdout)
+    assert "6.257" not in told.stdout
+    assert len(read_manifest(tmp_path / "out")) == 100
+    again = command_line("bench", "--mlperf", *job, "--address", cluster)
+    assert again.returncode == 2
+    assert "holds a run; a measure needs an output of its own" in again.stderr

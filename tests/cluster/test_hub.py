@@ -19,6 +19,8 @@ NODES = int(os.environ.get("GAUDI_BATCH_TEST_NODES", "2"))
 CARDS = int(os.environ.get("GAUDI_BATCH_TEST_CARDS", "1"))
 """Of a node."""
 ROWS = 24
+PATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "120"}
+"""For the time that the hub waits for the other node."""
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_nodes_and_cards_that_start_together_fetch_a_model_once(
     models = "hf/gaudi-batch"
     hub.ready = lambda: all((home / models / f"{COMMIT}.fetching").exists() for home in homes)
     for home in homes:
-        nodes.add(f"--num-cpus={CARDS}", HOME=str(home), HF_HOME=str(home / "hf"), HF_ENDPOINT=hub.url)
+        nodes.add(f"--num-cpus={CARDS}", HOME=str(home), HF_HOME=str(home / "hf"), HF_ENDPOINT=hub.url, **PATIENT)
     nodes.wait_for(1 + NODES)
     job = ("--model", "tests/shapes", "--device", "cpu", "--cpu.threads", "1", "--steps", "2")
     cards = ("--cards", str(CARDS * NODES), "--min-cards", str(CARDS * NODES))

@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,10 +22,11 @@ from raynodes import RayCluster
 
 from gaudi_batch import JobConfig
 from gaudi_batch.doctor import cluster as of_cluster
-from gaudi_batch.doctor import node
+from gaudi_batch.doctor import hl_smi, node, stack
 from gaudi_batch.doctor.line import Line, bad, note, ok
-from gaudi_batch.doctor.node import Question, examine
+from gaudi_batch.doctor.node import WITHOUT_CARDS, Question, examine
 from gaudi_batch.doctor.report import could_run, table
+from gaudi_batch.errors import StorageError
 
 HOLD = "from habana_frameworks._emulation.modules import acquire; print(acquire(), flush=True); input()"
 
@@ -53,7 +56,8 @@ def test_a_node_that_fits_together_could_run_a_job(tmp_path: Path) -> None:
     assert lines["cards"]["value"] == "hl-smi 2, torch 2"
     assert lines["driver"]["value"] == "1.24.0-emulated"
     assert lines["firmware"]["value"] == "1.24.0"
-    assert {line["verdict"] for what, line in lines.items() if what != "hugepages"} == {"ok"}
+    of_machine = {"hugepages", "disk for models", "shared memory"}  # as the machine of the test has them
+    assert {line["verdict"] for what, line in lines.items() if what not in of_machine} == {"ok"}
 
 
 @pytest.mark.torch
@@ -131,6 +135,7 @@ def test_a_node_without_anything_of_gaudi_is_told_that_no_card_was_looked_for(tm
     [
         (("--model", "a/b", "--output", "o"), "--model, --output: is of a job; name its file"),
         (("--gaudi.mode", "quick"), "--gaudi.mode 'quick': must be one of lazy, compile, eager"),
+        (("--device", "gpu"), "--device 'gpu': must be one of auto, hpu, cpu, simulated"),
         (("--address", ""), "--address: is empty"),
         (("--address", f"127.0.0.1:{free_port()}"), "no Ray cluster answers at"),
     ],
@@ -329,6 +334,92 @@ def test_cards_that_ray_does_not_see_are_a_fault() -> None:
     assert of_cluster._with_ray(ok("cards", "hl-smi 8, torch 8"), 8).verdict == "ok"
 
 
+def clustered(monkeypatch: pytest.MonkeyPatch, modules: dict[str, int]) -> dict[str, Any]:
+    """Nodes of a cluster without Ray, each with what hl-smi sees there."""
+    monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+    monkeypatch.setattr(of_cluster, "_on", lambda node, _: SimpleNamespace(remote=lambda: modules[node["name"]]))
+    return {name: {"name": name} for name in modules}
+
+
+def test_a_node_with_cards_that_its_ray_does_not_see_is_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = clustered(monkeypatch, {"head": 0, "good": 2, "started too early": 2})
+    cards = {"head": 0, "good": 2, "started too early": 0}
+    makes_images, question = of_cluster._who_makes_images(nodes, cards, Question("auto", "lazy", None))
+    assert question.device == "hpu"
+    assert makes_images == {"head": False, "good": True, "started too early": True}
+    only_cpus = {"head": 0, "worker": 0}
+    makes_images, question = of_cluster._who_makes_images(
+        clustered(monkeypatch, only_cpus), only_cpus, Question("auto", "lazy", None)
+    )
+    assert (question.device, makes_images) == ("cpu", {"head": True, "worker": True})
+
+
+def test_a_head_without_nodes_is_no_fault_where_the_job_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nodes = clustered(monkeypatch, {"head": 0})
+    job = JobConfig(prompts="p", output=str(tmp_path), model="builtin:shapes", device="hpu")
+    for fields, makes in (({}, True), ({"max_cards": 16}, False)):
+        asked = Question("hpu", "lazy", job.model_copy(update=fields))
+        assert of_cluster._who_makes_images(nodes, {"head": 0}, asked)[0] == {"head": makes}
+
+
+def test_a_head_is_asked_for_what_a_driver_needs(tmp_path: Path, prompts: Path) -> None:
+    output = tmp_path / "out"
+    output.write_text("a file")
+    job = JobConfig(prompts=str(prompts), output=str(output), model="builtin:shapes", device="hpu")
+    lines = by_name(Question(WITHOUT_CARDS, "lazy", job, whole=False))
+    assert (lines["output"].verdict, lines["prompts"].verdict, lines["model"].verdict) == ("bad", "ok", "ok")
+    assert not {"disk for models", "driver", "job"} & lines.keys()
+
+
+def test_a_part_that_hangs_or_may_not_be_read_costs_its_own_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prompts: Path
+) -> None:
+    def refused(job: JobConfig) -> list[Line]:
+        raise PermissionError(13, "Permission denied", "/models")
+
+    over = threading.Event()
+    monkeypatch.setattr(node, "PART_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(node, "_prompts", lambda job: [over.wait(60)])
+    monkeypatch.setattr(node, "_model", refused)
+    job = JobConfig(prompts=str(prompts), output=str(tmp_path / "o"), model="builtin:shapes", device="cpu")
+    lines = by_name(Question("cpu", "lazy", job))
+    over.set()
+    assert lines["output"].verdict == "ok"
+    assert lines["prompts"].value == "not known: no answer for 0 s"
+    assert lines["model"].value.endswith("'/models'")
+    assert "job" not in lines
+
+
+def test_a_probe_that_is_not_given_back_does_not_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prompts: Path
+) -> None:
+    def refused(*_: Any) -> bool:
+        raise StorageError("reading is denied")
+
+    monkeypatch.setattr(node, "sees_mark", refused)
+    job = JobConfig(prompts=str(prompts), output=str(tmp_path / "o"), model="builtin:shapes", device="cpu")
+    (tmp_path / "o").mkdir()
+    assert by_name(Question("cpu", "lazy", job))["output"].value == "reading is denied"
+    assert not list((tmp_path / "o").iterdir())
+
+
+def test_modules_at_work_for_the_cluster_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = [hl_smi.Module(number, number, "1.24.0") for number in range(2)]
+    monkeypatch.setattr(stack, "_count_by_torch", lambda mode: (2, True, ""))
+    for holder, verdict in (("process 7 (ray::Card.poll)", "note"), ("process 7 (python train.py)", "bad")):
+        monkeypatch.setattr(hl_smi, "holders", lambda _, holder=holder: dict.fromkeys(range(2), holder))
+        assert {line.what: line.verdict for line in stack._card_lines(present, "lazy")}["modules held"] == verdict
+
+
+def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "_version", lambda package: "0.30.0" if package == "diffusers" else "9999.0")
+    (line,) = stack.python_lines()
+    assert line.verdict == "bad"
+    assert re.search(r"gaudi-batch needs diffusers>=[\d.]+:", line.advice)
+
+
 @pytest.mark.ray
 def test_all_nodes_of_a_cluster_are_asked(cluster: str) -> None:
     told = command_line("doctor", "--json", "--device", "cpu", "--address", cluster)
@@ -351,9 +442,10 @@ def test_a_node_whose_clock_is_off_and_one_with_an_output_of_its_own_are_named(
     output.mkdir()
     nodes.add("--num-cpus=1", wrapper=("faketime", "-f", "+600"))
     own_disk = f'mount -t tmpfs none {output} && exec "$@"'
-    nodes.add("--num-cpus=1", wrapper=("unshare", "--mount", "sh", "-c", own_disk, "sh"))
+    apart = ("unshare", "--mount", *(["--map-root-user"] if os.getuid() else []))
+    nodes.add("--num-cpus=1", wrapper=(*apart, "sh", "-c", own_disk, "sh"))
     nodes.wait_for(3)
-    job = ("--prompts", prompts, "--output", output, "--model", "builtin:shapes", "--device", "cpu")
+    job = ("--prompts", os.path.relpath(prompts), "--output", output, "--model", "builtin:shapes", "--device", "cpu")
     told = command_line("doctor", "--json", *job, "--address", nodes.address)
     assert told.returncode == 1, told.stderr
     lines = {
