@@ -77,8 +77,8 @@ def examine(question: Question) -> Answer:
     lines.append(_shared_memory(Path("/dev/shm")))
     if job is None:
         return Answer(lines)
-    for what, look in (("output", _storage), ("prompts", _prompts), ("model", _model)):
-        lines += _part(what, partial(look, job))
+    for what, examine_part in (("output", _storage), ("prompts", _prompts), ("model", _model)):
+        lines += _part(what, partial(examine_part, job))
     if makes_images:
         lines += _part("quantization", partial(_quantization, job))
     if question.whole and not any(line.verdict == "bad" or (line.what == "hub" and line.advice) for line in lines):
@@ -93,9 +93,11 @@ def modules_here() -> int:
     return 0
 
 
-def _part(what: str, look: Callable[[], Iterable[Line]], hanging: Callable[[str, str, str], Line] = bad) -> list[Line]:
+def _part(
+    what: str, examine_part: Callable[[], Iterable[Line]], hanging: Callable[[str, str, str], Line] = bad
+) -> list[Line]:
     try:
-        return run_with_timeout(lambda: list(look()), PART_TIMEOUT_S)
+        return run_with_timeout(lambda: list(examine_part()), PART_TIMEOUT_S)
     except TimeoutError:
         text = f"not known: no answer for {PART_TIMEOUT_S:.0f} s"
         return [hanging(what, text, "look at what it reads: a file system, a store or a hub does not answer")]

@@ -109,14 +109,14 @@ def test_one_that_died_while_it_waited_gets_no_turn() -> None:
     async def play(tracker: ModelTracker) -> None:
         assert await tracker.turn("model", 1, Source("a-1", Actor())) is None
         dead = Actor()
-        waiting = [
+        turns = [
             asyncio.ensure_future(tracker.turn("model", 1, Source(name, actor)))
             for name, actor in (("b-1", dead), ("c-1", dead), ("d-1", Actor()))
         ]
         await asyncio.sleep(0.01)
         dead.lives = False
         await tracker.end("model", ORIGIN, "a-1", lost=False)
-        await waiting[2]  # at once, and not after each of the dead
+        await turns[2]  # at once, and not after each of the dead
         assert tracker._busy("model", ORIGIN) == 1
 
     played(play)
