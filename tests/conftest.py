@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import AzureServer, GcsServer, MotoServer, S3Server, StoreServer, examples, free_port, serving
 from hypothesis import HealthCheck, settings
-from raynodes import RayCluster
+from raynodes import FreeCards, RayCluster
 
 from gaudi_batch.output import holder, lease
 from gaudi_batch.output.lease import LeaseKeeper
@@ -30,6 +30,8 @@ LONGEST = {
     "test_emulator.py",
 }
 """Files that take minutes."""
+CARDS = 4
+"""Of the cluster that most tests share."""
 CLUSTER = Path(__file__).resolve().parent / "cluster"
 
 # Machines differ in speed and are shared: time says nothing about whether a property holds.
@@ -144,12 +146,25 @@ def prompts(write_prompts: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray cluster of four cards for the tests that kill nothing but their own cards; yields its address."""
-    head = ("--num-cpus", "4", "--resources", '{"HPU": 4}')
+    head = ("--num-cpus", "4", "--resources", f'{{"HPU": {CARDS}}}')
     started = RayCluster(tmp_path_factory.mktemp("cluster"), head, system_config={})
     try:
         yield started.start().address
     finally:
         started.stop()
+
+
+@pytest.fixture(scope="session")
+def free_cards(cluster: str) -> FreeCards:
+    """How many cards of that cluster are free."""
+    return FreeCards(cluster)
+
+
+@pytest.fixture(autouse=True)
+def a_job_finds_all_cards_free(request: pytest.FixtureRequest) -> None:
+    """Whatever the job of the test before has left to Ray to end."""
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("free_cards").wait_for(CARDS)
 
 
 # Not of the session: while it idles, it takes in three minutes as many CPU seconds as a start.

@@ -215,6 +215,33 @@ class RayCluster:
         shutil.rmtree(self.session, ignore_errors=True)
 
 
+class FreeCards:
+    """Asks a cluster how many of its cards nobody has.
+
+    Args:
+        address: of its head.
+    """
+
+    def __init__(self, address: str) -> None:
+        from ray._private.state import GlobalState
+        from ray._raylet import GcsClientOptions
+
+        self._state = GlobalState()
+        self._state._initialize_global_state(GcsClientOptions.create(address, None, True, False))
+
+    def wait_for(self, count: int) -> None:
+        """Waits until so many are free: those of a job that has ended are so a moment later."""
+        until = time.monotonic() + 60
+        while (free := self._count()) < count:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{free} of {count} cards are free")
+            time.sleep(0.05)
+
+    def _count(self) -> int:
+        nodes = self._state.available_resources_per_node()
+        return int(sum(resources.get("HPU", 0) for resources in nodes.values()))
+
+
 def add_cards(cluster: RayCluster, cards: int, **options: Any) -> RayNode:
     """Adds a node with so many cards; `options` are those of `RayCluster.add`."""
     return cluster.add("--num-cpus=1", f'--resources={{"HPU": {cards}}}', **options)
