@@ -224,7 +224,7 @@ class FreeCards:
 
     def __init__(self, address: str) -> None:
         from ray._private.state import GlobalState
-        from ray._raylet import GcsClientOptions
+        from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]  # it is Cython's
 
         self._state = GlobalState()
         self._state._initialize_global_state(GcsClientOptions.create(address, None, True, False))
