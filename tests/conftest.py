@@ -154,17 +154,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         started.stop()
 
 
-@pytest.fixture(scope="session")
-def free_cards(cluster: str) -> FreeCards:
-    """How many cards of that cluster are free."""
-    return FreeCards(cluster)
-
-
-@pytest.fixture(autouse=True)
-def a_job_finds_all_cards_free(request: pytest.FixtureRequest) -> None:
-    """Whatever the job of the test before has left to Ray to end."""
-    if "cluster" in request.fixturenames:
-        request.getfixturevalue("free_cards").wait_for(CARDS)
+@pytest.fixture
+def cards_are_free(cluster: str) -> None:
+    """A test that needs all cards of that cluster finds them free, whatever the job before has left to Ray to end."""
+    FreeCards(cluster).wait_for(CARDS)
 
 
 # Not of the session: while it idles, it takes in three minutes as many CPU seconds as a start.

@@ -29,7 +29,7 @@ def rows(output: Path) -> list[int]:
     return sorted(row["row"] for row in read_manifest(output))
 
 
-@pytest.mark.usefixtures("thread_cards")
+@pytest.mark.usefixtures("thread_cards", "cards_are_free")
 def test_the_defaults_give_every_card_its_share(prompts: Path, tmp_path: Path, cluster: str) -> None:
     config = JobConfig(
         prompts=str(prompts), output=str(tmp_path / "out"), device="simulated", simulated={"batch_seconds": 0.5}
