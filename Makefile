@@ -13,7 +13,7 @@ FLOORS_TESTS := test_api.py test_plan.py test_secrets.py card config dataset out
 COVERED := gaudi_batch.scheduling,gaudi_batch.card.mailbox,gaudi_batch.output.lease,gaudi_batch.output.ledger
 COVERING := tests/scheduling tests/card tests/driver tests/output
 
-.PHONY: help setup demo quick test bench coverage floors check format clean
+.PHONY: help setup demo quick test thorough bench coverage floors check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -50,8 +50,11 @@ quick: setup ## run the tests that need neither Ray nor a model, in about a minu
 		--ignore tests/cluster --ignore tests/emulated
 
 # Without another worker for one that has crashed, since xdist then never ends.
-test: setup ## run all tests
+test: setup ## run the tests
 	$(BIN)/python -m pytest --numprocesses 6 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
+
+thorough: setup ## run all tests and the cases that cost most, in half an hour
+	THOROUGH=1 $(BIN)/python -m pytest --numprocesses 6 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 bench: setup ## measure all benchmarks three times and write the tables of docs/performance.md; takes hours
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -51,8 +51,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs Ray, and puts the files that take long first: the short ones fill the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what needs Ray, and puts the files that take long first: the short ones fill the end. Leaves out what only
+    `make thorough` runs: more cases of what others show already."""
+    if "THOROUGH" not in os.environ:
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if CLUSTER in item.path.parents or "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)

@@ -141,7 +141,7 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
         yield started
 
 
-@pytest.mark.parametrize(("cards", "group_rows"), [(1, 8), (2, 40)])
+@pytest.mark.parametrize(("cards", "group_rows"), [pytest.param(1, 8, marks=pytest.mark.thorough), (2, 40)])
 def test_rows_whose_reading_kills_are_found_and_no_other_row_fails(
     cards: int, group_rows: int, nodes: RayCluster, s3: S3Server, proxy: FaultProxy, tmp_path: Path
 ) -> None:

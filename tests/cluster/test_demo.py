@@ -42,14 +42,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> RunResult:
     """The demo with a part of its prompts, on cards that are processes."""
     with pytest.MonkeyPatch.context() as patched, attached(cluster):
         patched.setenv("RAY_ADDRESS", "nobody.invalid:6379")  # the demo is not sent there
-        return demo(str(tmp_path_factory.mktemp("made") / "demo"), 60)
+        return demo(str(tmp_path_factory.mktemp("made") / "demo"), 30)
 
 
 def test_each_picture_belongs_to_its_own_prompt(made: RunResult) -> None:
     assert made.exit_code == 0
     output = Path(made.output)
     rows = read_manifest(output)
-    assert len(rows) == 60
+    assert len(rows) == 30
     assert len(made.summary["cards"]) == 2
     right = sum(colours_seen(output / row["path"]) == (row["background"], row["colour"]) for row in rows)
     assert right >= 0.95 * len(rows)
@@ -58,7 +58,7 @@ def test_each_picture_belongs_to_its_own_prompt(made: RunResult) -> None:
     assert whole >= 0.9 * len(rows)
     sheet = Image.open(output / "contact_sheet.png")
     assert sheet.width > COLUMNS * 128
-    assert sheet.height > 60 / COLUMNS * 128
+    assert sheet.height > 30 / COLUMNS * 128
 
 
 def test_the_bundled_prompts_say_what_their_columns_say() -> None:

@@ -89,7 +89,7 @@ def require_every_image_once(output: Storage) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("flags", [(), ("--overwrite", "--seed", "2")])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--overwrite", "--seed", "2"), marks=pytest.mark.thorough)])
 def test_a_driver_that_was_cut_off_changes_nothing_of_the_run_that_another_took_over(
     flags: tuple[str, ...], prompts: Path, cluster: str, s3: S3Server, proxy: FaultProxy, tmp_path: Path
 ) -> None:

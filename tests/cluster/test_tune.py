@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import command_line
 
 from gaudi_batch.bench.card import Loaded, MeasuredCards
 from gaudi_batch.cli import main as cli
@@ -125,3 +127,13 @@ def test_bad_usage_is_refused_before_ray_is_asked(
 ) -> None:
     assert cli.main(["tune", "--device", "simulated", "--address", "127.0.0.1:1", *arguments]) == 2
     assert error in capsys.readouterr().err
+
+
+def test_bench_measures_one_card_and_all_at_once(cluster: str) -> None:
+    speed = ("--simulated.batch-seconds", "0.05", "--batch-size", "2", "--calls", "2")
+    printed = command_line("bench", "--device", "simulated", "--cards", "2", *speed, "--address", cluster)
+    assert printed.returncode == 0, printed.stderr
+    lines = printed.stdout.splitlines()
+    assert lines[0].startswith("SIMULATED CARDS")
+    assert re.search(r"\| one card +\| 0\.\d+ s \(.*\) \| [\d.]+ images/s", printed.stdout)
+    assert re.search(r"\| 2 cards at once \| .* of 2 times one card \|", printed.stdout)

@@ -50,7 +50,7 @@ def images(pipeline: Pipeline, guidance: float, size: tuple[int, int]) -> np.nda
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param(None, marks=pytest.mark.thorough)])
 def test_images_are_those_of_diffusers_on_the_cpu(name: str, dtype: str | None, saved: dict[str, Path | str]) -> None:
     """In float32, and in bfloat16, which is the default."""
     card, plain = load(saved[name], "eager", dtype), load(saved[name], "cpu", dtype)

@@ -120,7 +120,8 @@ def distance(some: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> floa
     ("name", "guided", "size"),
     [
         *((name, True, SIZES[0]) for name in FAMILIES),
-        *((name, *shape) for name in ("xl", "sd3", "flux", "qwen") for shape in [(False, SIZES[1]), (True, SIZES[2])]),
+        *((name, False, SIZES[1]) for name in ("xl", "sd3", "flux", "qwen")),
+        *(pytest.param(name, True, SIZES[2], marks=pytest.mark.thorough) for name in ("xl", "sd3", "flux", "qwen")),
     ],
 )
 def test_images_are_those_of_the_cpu(
@@ -155,7 +156,7 @@ def test_guidance_and_negative_prompts_are_heeded(cards: dict[str, GaudiPipeline
 
 
 @each_family
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("graphs", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_every_attention_that_can_be_fused_is_fused(saved: dict[str, Path], name: str, graphs: bool) -> None:
     card = load(saved[name], "hpu", gaudi={"hpu_graphs": graphs})
     denoiser = getattr(card._pipeline, "unet", None) or card._pipeline.transformer

@@ -136,6 +136,7 @@ def test_in_eager_mode_a_job_needs_no_optimum_habana_and_a_card_whose_device_fai
     assert json.loads((tmp_path / "out/run.json").read_text())["fingerprint"]["gaudi"] == {"mode": "eager"}
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 def test_bench_measures_and_says_that_the_cards_are_emulated(tmp_path: Path) -> None:
     bench = (
