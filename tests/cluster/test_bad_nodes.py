@@ -89,7 +89,7 @@ OTHER_PROMPTS = "mount --bind {other} {prompts}"
     "failures",
     [
         {READ_ONLY: "Read-only file system", NO_ROOM: "No space left on device"},
-        {OTHER_PROMPTS: "is not what it was when it was planned"},
+        pytest.param({OTHER_PROMPTS: "is not what it was when it was planned"}, marks=pytest.mark.thorough),
     ],
     ids=["output", "prompts"],
 )

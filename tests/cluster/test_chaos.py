@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import REPOSITORY
 
 CHAOS = REPOSITORY / "benchmarks/chaos.py"
 
 
+@pytest.mark.thorough
 def test_nothing_is_lost_or_made_twice_under_fire(tmp_path: Path) -> None:
     size = ("--images=112", "--cards=4", "--bad-rows=2", "--node-rows=0", "--batch-seconds=0.1", "--limit=4")
     kinds = ("kill node", "read-only node", "slow reads", "kill card", "kill driver", "500")

@@ -39,6 +39,7 @@ def test_a_gaudi_card_has_the_threads_of_its_own_node_and_not_of_the_head(
 
 @several_cpus
 @pytest.mark.torch
+@pytest.mark.thorough
 def test_a_node_that_may_use_fewer_cpus_than_a_card_has_threads_is_refused_by_name(
     nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:
