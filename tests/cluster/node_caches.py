@@ -74,7 +74,7 @@ def main() -> None:
         for number in range(options.nodes):
             home = f"{place}/{number}"
             variables = hub_variables | {"HOME": home, "HF_HOME": f"{home}/hf"}
-            actor_options = {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
+            actor_options = {"num_cpus": 0, "max_concurrency": 2, "runtime_env": {"env_vars": variables}}
             nodes.append(actor_class.options(**actor_options).remote(number, tracker))
         ray.get([node.ready.remote() for node in nodes])
         began = time.monotonic()
