@@ -6,9 +6,10 @@
     images = load_manifest("out").to_table(columns=["id", "path"])
 
 What the command line does is `run`, and a job is a `JobConfig` in both. What is committed can be read by
-`load_manifest`, while a run goes on and afterwards. All that goes wrong with a job, its cluster or its storage is a
-`GaudiBatchError`, with a sentence and the exit code that it means: `InputError`, `StorageError`, `RunStopped` and, of
-the last, `Interrupted`. Anything else that is raised is an error of this program.
+`load_manifest`, while a run goes on and afterwards, and `data_files` names the objects of many images. All that goes
+wrong with a job, its cluster or its storage is a `GaudiBatchError`, with a sentence and the exit code that it means:
+`InputError`, `StorageError`, `RunStopped` and, of the last, `Interrupted`. Anything else that is raised is an error of
+this program.
 
 `run` may be called again and again, from a thread and in a notebook; one process has one connection to Ray, so two
 runs at a time need `ray.init` before. It logs to `logging.getLogger("gaudi_batch")` and sets up no handler.
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from gaudi_batch.driver.result import RunResult
     from gaudi_batch.driver.runner import run
     from gaudi_batch.errors import GaudiBatchError, InputError, Interrupted, RunStopped, StorageError
-    from gaudi_batch.output.dataset_view import load_manifest
+    from gaudi_batch.output.dataset_view import data_files, load_manifest
 
 __all__ = [
     "GaudiBatchError",
@@ -33,6 +34,7 @@ __all__ = [
     "RunResult",
     "RunStopped",
     "StorageError",
+    "data_files",
     "load_manifest",
     "run",
 ]
@@ -45,6 +47,7 @@ _PLACES = {
     "StorageError": "errors",
     "Interrupted": "errors",
     "RunResult": "driver.result",
+    "data_files": "output.dataset_view",
     "load_manifest": "output.dataset_view",
     "run": "driver.runner",
 }

@@ -15,6 +15,12 @@ ROLLUPS = "rollup"
 """The directory of roll-ups."""
 JOINED = "manifest.parquet"
 """All manifests of a complete run as one file, or as a directory of them where one would be too large."""
+IMAGES = "images"
+"""The directory of images, each an object of its own."""
+DATA = "data"
+"""The directory of objects that hold all images of a shard."""
+METADATA = "metadata.parquet"
+"""In `IMAGES` of a complete run: prompts and settings of its images, as loaders of image folders look for them."""
 RECIPES = "recipes"
 """The directory of compiled recipes, which other runs may use, too, and which no run removes."""
 RECIPE_SUFFIXES = (".recipe", ".metadata")
@@ -54,9 +60,19 @@ def parse_attempt(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
+def image_name(row: int, image: int, suffix: str) -> str:
+    """The name of one image, which no other of its run has."""
+    return f"{row:08d}-{image:02d}.{suffix}"
+
+
 def image_path(shard: int, attempt: str, row: int, image: int, suffix: str) -> str:
     """One image of format `files`."""
-    return f"images/{attempt_name(shard, attempt)}/{row:08d}-{image:02d}.{suffix}"
+    return f"{IMAGES}/{attempt_name(shard, attempt)}/{image_name(row, image, suffix)}"
+
+
+def data_path(shard: int, attempt: str, suffix: str) -> str:
+    """The object of one attempt at a shard, where that has all of its images."""
+    return f"{DATA}/{attempt_name(shard, attempt)}.{suffix}"
 
 
 def throughput_path(card: str, shard: int, attempt: str) -> str:
@@ -88,8 +104,10 @@ def parse_manifest(name: str) -> int | None:
 def is_of_run(path: str) -> bool:
     """Whether a path in an output, or the output itself (""), is one that a run writes."""
     place, _, rest = path.partition("/")
-    if place == "images":
-        return not rest or parse_attempt(rest.partition("/")[0]) is not None
+    if place == IMAGES:
+        return rest in ("", METADATA) or parse_attempt(rest.partition("/")[0]) is not None
+    if place == DATA:
+        return not rest or parse_attempt(rest) is not None
     if place == "manifest":
         return not rest or parse_manifest(rest) is not None
     if place == "throughput":

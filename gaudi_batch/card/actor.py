@@ -40,9 +40,9 @@ from gaudi_batch.cluster.placement import card_placement
 from gaudi_batch.dataset.reader import GroupUndecoded
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.errors import StorageError
-from gaudi_batch.output.formats.base import OutputFormat
+from gaudi_batch.output.formats import output_of
+from gaudi_batch.output.formats.base import Attempt, OutputFormat
 from gaudi_batch.output.formats.encoding import encode
-from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.manifest import StoredImage
 from gaudi_batch.pipelines import load_pipeline
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory
@@ -215,8 +215,14 @@ class Card:
         if unread:
             self._mailbox.emit(ShardFailed(task.attempt, ShardFailure(f"a row to confirm can't be read: {unread[0]}")))
             return
+        output = output_of(config, self._storage, Attempt(task.shard.number, task.attempt))
+        if not self._make_images(work, output):
+            output.close()
+
+    def _make_images(self, work: ShardRows, output: OutputFormat) -> bool:
+        """Makes a shard; returns whether its record follows, which closes its output."""
+        task, config = work.task, self._setup.job.config
         bucket = task.shard.bucket
-        output = FilesOutput(self._storage, config.encoding, task.shard.number, task.attempt)
         last_call: PipelineCall
 
         def call(items: list[Item]) -> Generated:
@@ -238,7 +244,7 @@ class Card:
             for made in maker.batches():
                 if self._mailbox.is_dropped(task.attempt):
                     self._mailbox.emit(Dropped(task.attempt))
-                    return
+                    return False
                 if task.confirm:
                     self._try_to_encode(made, maker)
                     continue
@@ -255,16 +261,17 @@ class Card:
             self._mailbox.emit(
                 ShardFailed(task.attempt, ShardFailure(str(fault), fault.failed_alone_once, healthy=False))
             )
-            return
+            return False
         except Exception as error:
             self._mailbox.emit(ShardFailed(task.attempt, _failure(error)))
-            return
+            return False
         if maker.probe is not None:
             self._probes[bucket] = maker.probe
         if task.confirm:
             self._mailbox.emit(DoubtsChecked(task.attempt, maker.failures))
-        else:
-            self._finisher.submit(self._finish, work, output, maker, stored)
+            return False
+        self._finisher.submit(self._finish, work, output, maker, stored)
+        return True
 
     def _try_to_encode(self, made: list[MadeImage], maker: ShardMaker) -> None:
         for image in made:
@@ -310,6 +317,8 @@ class Card:
             self._mailbox.emit(self._recorder.record(card, work, output, maker, stored))
         except Exception as error:
             self._mailbox.emit(ShardFailed(work.task.attempt, _failure(error)))
+        finally:
+            output.close()
 
 
 def _failure(error: Exception) -> ShardFailure:

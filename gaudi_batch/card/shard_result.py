@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+
+import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.messages import CardSetup, Done
@@ -113,11 +115,13 @@ class ShardRecorder:
                     images[item.row, item.image] = info
             lines.append(self._line(card, shard, batch, len(images) - before, stored))
         number, attempt = shard.task.shard.number, shard.task.attempt
-        text = "".join(f"{line.json()}\n" for line in lines)
-        self._setup.storage.put(throughput_path(card.name, number, attempt), text.encode())
         commit = self._commit(card, shard, lines, batches, len(maker.failures), len(images))
         seed = self._setup.job.config.seed
-        data = manifest.build(shard.rows, shard.carried, images, maker.failures, seed, commit)
+        table = manifest.tabulate(shard.rows, shard.carried, images, maker.failures, seed, commit)
+        if commit.has_members:
+            table, commit = self._finish(output, table, commit)
+        text = "".join(f"{line.json()}\n" for line in lines)
+        self._setup.storage.put(throughput_path(card.name, number, attempt), text.encode())
         outcome = ShardOutcome(
             rows=commit.rows,
             failed_rows=commit.failed_rows,
@@ -127,7 +131,17 @@ class ShardRecorder:
             transient_failures=maker.transient_failures,
             doubted=maker.doubted,
         )
-        return Done(attempt, data, commit, outcome)
+        return Done(attempt, manifest.encode(table, commit), commit, outcome)
+
+    def _finish(
+        self, output: OutputFormat, table: pa.Table, commit: manifest.CommitInfo
+    ) -> tuple[pa.Table, manifest.CommitInfo]:
+        """Stores the object that has all images; returns the manifest's rows and what it says of the attempt, with when
+        that was."""
+        digest = output.finish(table)
+        now = datetime.now(timezone.utc)
+        finished_at = self._clock.convert(now.timestamp())
+        return manifest.with_finish(table, now), replace(commit, object_sha256=digest, finished_at=finished_at)
 
     def _commit(
         self,
@@ -152,6 +166,7 @@ class ShardRecorder:
             images=images,
             sums=ThroughputTotals.of(lines),
             run=self._setup.run_id,
+            format=self._setup.job.config.format,
             again=shard.is_rerun,
             failed_before=shard.failed_before,
             images_before=shard.images_before,

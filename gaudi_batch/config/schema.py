@@ -150,8 +150,9 @@ class JobConfig(Section):
     """Type that the model computes in; null is float32 on the cpu. On hpu it is as the Gaudi config says for Stable
     Diffusion 1 and 2, and bfloat16 for the others."""
 
-    format: Literal["files"] = "files"
-    """How images are kept: files, one object an image."""
+    format: Literal["files", "webdataset", "parquet"] = "files"
+    """How images are kept: files, one object an image; webdataset, a tar file a shard; parquet, a table a shard with a
+    column of images."""
 
     encoding: EncodingConfig = Field(default_factory=EncodingConfig)
     """How an image becomes bytes."""

@@ -18,7 +18,9 @@ from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
 from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
-from gaudi_batch.output.cleanup import remove_parts
+from gaudi_batch.layout import DATA
+from gaudi_batch.output import manifest
+from gaudi_batch.output.cleanup import remove_parts, remove_superseded
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.throughput import rounded
@@ -106,7 +108,7 @@ def write_summary(run: Run, totals: CommitTotals, ended: Ended) -> dict[str, Any
         "state": "stopped" if reason else "complete with failed rows" if figures["failed_rows"] else "complete",
         "reason": reason,
         "output": ledger.storage.url,
-        "files": FILES,
+        "files": FILES if run.job.config.format == manifest.FILES else FILES | {"images": DATA},
         "images_planned": run.info.images,
         "rows_planned": run.info.rows,
         **_times(run, totals, ended, figures["images"]),
@@ -159,7 +161,9 @@ def _join(run: Run) -> dict[str, Any]:
 
 def _remove_rest(run: Run) -> None:
     """Removes what nothing in a complete run points to."""
+    latest = run.latest_shard_of_row
     try:
+        remove_superseded(run.ledger, latest, run.commits.by_shard if latest else ())
         run.commits.remove_unused(run.leftovers.drivers)
         remove_parts(run.ledger)
     except StorageError as error:

@@ -181,7 +181,9 @@ def _other_columns(ledger: OutputReader, job: Job) -> str | None:
     if commit is None:
         return None
     had = plain(commit[1].schema.remove_metadata())
-    have = plain(manifest.schema(job.dataset.carried).remove_metadata())
+    have = plain(
+        manifest.schema(job.dataset.carried, has_members=job.config.format != manifest.FILES).remove_metadata()
+    )
     for name in [*have.names, *had.names]:
         was, is_now = _type(had, name), _type(have, name)
         if was != is_now:

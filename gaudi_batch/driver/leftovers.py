@@ -13,7 +13,10 @@ from collections.abc import Callable, Collection, Mapping
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import TIMELINE, attempt_name, drivers_of_timeline, throughput_path
 from gaudi_batch.output.cleanup import Left, left_by_attempts, remove_left
+from gaudi_batch.output.formats import images_of
+from gaudi_batch.output.formats.base import Attempt
 from gaudi_batch.output.ledger import Ledger
+from gaudi_batch.output.manifest import FILES
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +34,19 @@ class Leftovers:
         driver: this one.
         past: the drivers before it that the lease names.
         committed: returns the attempt that is committed of a shard, if there is one.
+        output_format: how images are kept.
     """
 
     def __init__(
-        self, ledger: Ledger, driver: str, past: Collection[str], committed: Callable[[int], str | None]
+        self,
+        ledger: Ledger,
+        driver: str,
+        past: Collection[str],
+        committed: Callable[[int], str | None],
+        output_format: str = FILES,
     ) -> None:
         self._ledger, self._driver, self._committed = ledger, driver, committed
+        self._format = output_format
         self._past = set(past)
         self._own: dict[str, tuple[int, str]] = {}
         self._probes: set[tuple[int, str]] = set()
@@ -93,7 +103,7 @@ class Leftovers:
         """
         left = [Left(f"images/{attempt_name(*probe)}", *probe) for probe in self._probes]
         for attempt, (shard, card) in self._own.items():
-            left.append(Left(f"images/{attempt_name(shard, attempt)}", shard, attempt))
+            left.append(Left(images_of(self._format, Attempt(shard, attempt)), shard, attempt))
             left.append(Left(throughput_path(card, shard, attempt), shard, attempt))
         if is_complete:
             left += self._of_past_drivers()

@@ -55,7 +55,8 @@ class Run:
     """What attempts have left that were not committed."""
 
     def __post_init__(self) -> None:
-        self.leftovers = Leftovers(self.ledger, self.lease.driver, self.lease.past_holders, self.commits.attempt_of)
+        past, output_format = self.lease.past_holders, self.job.config.format
+        self.leftovers = Leftovers(self.ledger, self.lease.driver, past, self.commits.attempt_of, output_format)
 
     @property
     def latest_shard_of_row(self) -> Mapping[int, int]:

@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from gaudi_batch.layout import (
+    DATA,
+    IMAGES,
     JOINED,
+    METADATA,
     OWN_FILES,
     ROLLUPS,
     STOP_FILE,
@@ -33,6 +36,34 @@ class Left(NamedTuple):
     attempt: str
 
 
+def remove_superseded(ledger: Ledger, latest_shard_of_row: Mapping[int, int], shards: Iterable[int]) -> None:
+    """Removes images of rows that were made again, so that whoever opens all images meets none twice.
+
+    Args:
+        ledger: of the run.
+        latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
+        shards: the committed ones that may hold such rows.
+
+    Raises:
+        LeaseLost: another driver has taken over.
+        StorageError: storage failed.
+    """
+    if not latest_shard_of_row:
+        return
+    paths: dict[str, bool] = {}  # whether none of its images counts
+    for info, table in ledger.read_commits(shards):
+        for row, path in zip(table.column("row").to_pylist(), table.column("path").to_pylist(), strict=True):
+            if path is not None:
+                is_old = latest_shard_of_row.get(row, info.shard) > info.shard
+                paths[path] = paths.get(path, True) and is_old
+    superseded = [path for path, is_old in paths.items() if is_old]
+    stored = {place: set(ledger.storage.names(place)) for place in {path.rpartition("/")[0] for path in superseded}}
+    with ThreadPoolExecutor(REMOVE_THREADS) as pool:
+        _remove_all(
+            pool, ledger, [path for path in superseded if path.rpartition("/")[2] in stored[path.rpartition("/")[0]]]
+        )
+
+
 def remove_left(ledger: Ledger, left: Iterable[Left], committed: Mapping[int, str]) -> None:
     """Removes what attempts have left that were not committed; what is not there is no error.
 
@@ -50,12 +81,12 @@ def remove_left(ledger: Ledger, left: Iterable[Left], committed: Mapping[int, st
 
 
 def remove_parts(ledger: Ledger) -> None:
-    """Removes what processes that were killed have left on a disk of files that they were writing, beside images, which
-    go with their attempt, and the small files that others than this thread may be writing now. Raises LeaseLost or
-    StorageError."""
+    """Removes what processes that were killed have left on a disk of files that they were writing, beside images in
+    directories, which go with their attempt, and the small files that others than this thread may be writing now.
+    Raises LeaseLost or StorageError."""
     storage = ledger.storage
     cards = [f"throughput/{card}" for card in storage.names("throughput")] if storage.local else []
-    for place in ("", "manifest", ROLLUPS, TIMELINE, JOINED, *cards):
+    for place in ("", "manifest", ROLLUPS, TIMELINE, JOINED, IMAGES, DATA, *cards):
         for name, wanted in storage.unfinished(place).items():
             if wanted not in WRITTEN_BY_OTHERS and is_of_run(f"{place}/{wanted}".lstrip("/")):
                 ledger.remove(f"{place}/{name}".lstrip("/"))
@@ -74,7 +105,7 @@ def clear(ledger: Ledger) -> None:
         for place in (ROLLUPS, TIMELINE):
             names = own_names(place, ledger.storage.names(place))
             _remove_all(pool, ledger, [f"{place}/{name}" for name in names])
-    for name in OWN_FILES:
+    for name in (f"{IMAGES}/{METADATA}", *OWN_FILES):
         ledger.remove(name)
 
 
@@ -85,7 +116,7 @@ def _remove_all(pool: ThreadPoolExecutor, ledger: Ledger, paths: Iterable[str]) 
 
 def left_by_attempts(storage: Storage) -> Iterator[Left]:
     """The objects and directories named after attempts."""
-    for place in ("images", *(f"throughput/{card}" for card in storage.names("throughput"))):
+    for place in (IMAGES, DATA, *(f"throughput/{card}" for card in storage.names("throughput"))):
         for name in storage.names(place):
             if parsed := parse_attempt(name):
                 yield Left(f"{place}/{name}", *parsed)

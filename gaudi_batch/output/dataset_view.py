@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import and_
 from os import PathLike, fspath
 from typing import Any
@@ -16,7 +17,49 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.layout import JOINED, manifest_path
 from gaudi_batch.output.manifest import COLUMNS
 from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.storage.store import Storage
+
+
+def data_files(
+    output: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, retry_timeout_s: float = 60.0
+) -> list[str]:
+    """The objects of a run of format webdataset or parquet that hold committed images, in order of their shards: what
+    to open of a run that goes on or has stopped. Of a complete run they are all that lies in `data`.
+
+        >>> from gaudi_batch import data_files
+        >>> data_files("out")[0].endswith(".tar")
+        True
+
+    An object with rows that are made again is left out from when the first of them is committed.
+
+    Args:
+        output: of a job, as for `load_manifest`.
+        storage_options: fsspec options of its storage.
+        retry_timeout_s: seconds for which storage that fails is tried again.
+
+    Returns:
+        A path or URL each; of a run of format files, none.
+
+    Raises:
+        InputError: there is no run in the output.
+        StorageError: storage refused, or failed for longer than `retry_timeout_s`.
+    """
+    reader, info = _opened(output, storage_options, retry_timeout_s)
+    reader.plan(info.rows)  # says which shards are retired
+    rows_of: dict[tuple[int, str], list[int]] = {}
+    latest: dict[int, int] = {}
+    for commit, table in reader.commits():
+        if commit.again:
+            latest.update(dict.fromkeys(table.column("row").to_pylist(), commit.shard))
+        if commit.has_members and commit.object_sha256:
+            images = table.filter(ds.field("path").is_valid())
+            rows_of[commit.shard, images.column("path")[0].as_py()] = images.column("row").to_pylist()
+    return [
+        f"{reader.storage.place}/{path}"
+        for (shard, path), rows in rows_of.items()
+        if not any(latest.get(row, shard) > shard for row in rows)
+    ]
 
 
 def load_manifest(
@@ -44,18 +87,33 @@ def load_manifest(
         InputError: there is no run in the output.
         StorageError: storage refused, or failed for longer than `retry_timeout_s`.
     """
-    storage = Storage(fspath(output), storage_options, retry_timeout_s, read_only=True)
-    reader = OutputReader(storage)
-    info = reader.run()
-    if info is None:
-        raise InputError(f"{storage.url}: there is no run here (no run.json)")
+    return open_committed(output, storage_options, retry_timeout_s).manifest
+
+
+@dataclass(frozen=True)
+class CommittedRun:
+    """What is committed of a run."""
+
+    reader: OutputReader
+    info: RunInfo
+    manifest: ds.Dataset
+    is_complete: bool
+
+
+def open_committed(
+    output: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, retry_timeout_s: float = 60.0
+) -> CommittedRun:
+    """The same as `load_manifest`, with what else is known of the run."""
+    reader, info = _opened(output, storage_options, retry_timeout_s)
+    storage = reader.storage
     filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.filesystem))
     summary = reader.get_json("summary.json") or {}
     complete = len(reader.plan(info.rows)) == len(reader.committed_shards())
     # Shards may be retired while the plan does not say so yet: the summary of a run with fewer rows is no proof.
     complete = complete and summary.get("rows_planned", info.rows) == info.rows
     if complete and str(summary.get("state")).startswith("complete"):
-        return ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
+        joined = ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
+        return CommittedRun(reader, info, joined, is_complete=True)
     paths: list[str] = []
     superseded: list[ds.Expression] = []
     for commit, table in reader.commits():
@@ -64,6 +122,20 @@ def load_manifest(
             rows = pa.array(table.column("row").to_pylist(), pa.int64())
             superseded.append(ds.field("row").isin(rows) & (ds.field("shard") < commit.shard))
     if not paths:
-        return ds.dataset(COLUMNS.empty_table())
+        return CommittedRun(reader, info, ds.dataset(COLUMNS.empty_table()), is_complete=False)
     dataset = ds.dataset(paths, filesystem=filesystem, format="parquet")
-    return dataset.filter(functools.reduce(and_, [~rows for rows in superseded])) if superseded else dataset
+    if superseded:
+        dataset = dataset.filter(functools.reduce(and_, [~rows for rows in superseded]))
+    return CommittedRun(reader, info, dataset, is_complete=False)
+
+
+def _opened(
+    output: str | PathLike[str], storage_options: Mapping[str, Any] | None, retry_timeout_s: float
+) -> tuple[OutputReader, RunInfo]:
+    """The records of the run in an output. Raises InputError if there is none."""
+    storage = Storage(fspath(output), storage_options, retry_timeout_s, read_only=True)
+    reader = OutputReader(storage)
+    info = reader.run()
+    if info is None:
+        raise InputError(f"{storage.url}: there is no run here (no run.json)")
+    return reader, info

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.errors import StorageError
-from gaudi_batch.layout import JOINED
+from gaudi_batch.layout import IMAGES, JOINED, METADATA
 from gaudi_batch.output import manifest, rollup
 from gaudi_batch.output.commits import Commits
+from gaudi_batch.output.formats.image_folder import ImageFolder
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.storage.scratch import scratch_directory
 from gaudi_batch.text import one_line
@@ -107,14 +108,18 @@ def join_manifests(
     if commits.rows_bytes > SORTED_BYTES or names not in ([], [JOINED]):
         # Until it is written again, nobody may take the directory, half new, for that of a complete run.
         commits.ledger.remove("summary.json")
-    if commits.rows_bytes > SORTED_BYTES:
-        if names == [JOINED]:
-            commits.ledger.remove(JOINED)  # the file
-        _join_into_directory(commits, latest_shard_of_row, counted)
-    else:
-        if names not in ([], [JOINED]):
-            commits.ledger.remove(JOINED)  # the directory
-        _join_into_file(commits, latest_shard_of_row, counted)
+    with scratch_directory("join the manifests") as directory:
+        folder = ImageFolder(Path(directory) / METADATA)
+        if commits.rows_bytes > SORTED_BYTES:
+            if names == [JOINED]:
+                commits.ledger.remove(JOINED)  # the file
+            _join_into_directory(commits, latest_shard_of_row, counted, folder)
+        else:
+            if names not in ([], [JOINED]):
+                commits.ledger.remove(JOINED)  # the directory
+            _join_into_file(commits, latest_shard_of_row, counted, folder, Path(directory) / JOINED)
+        if folder.close():
+            commits.ledger.put_file(f"{IMAGES}/{METADATA}", Path(directory) / METADATA)
     return counted.rows - counted.failed, counted.failed
 
 
@@ -132,25 +137,30 @@ class _Counted:
         self.failed += pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
 
 
-def _join_into_file(commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted) -> None:
+def _join_into_file(
+    commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted, folder: ImageFolder, path: Path
+) -> None:
     ledger = commits.ledger
-    with scratch_directory("join the manifests") as directory:
-        path = Path(directory) / JOINED
-        try:
-            with JoinedManifest(path) as file:
-                for table in commits.tables(latest_shard_of_row):
-                    counted.add(table)
-                    file.add(table)
-            manifest.require_readable(path, counted.rows)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise StorageError(
-                f"can't join the manifests in {directory}: {one_line(error)}; those in manifest/ are as they were"
-            ) from None
-        ledger.put_file(JOINED, path)
-        _require_size(ledger, JOINED, path.stat().st_size)
+    try:
+        with JoinedManifest(path) as file:
+            for table in commits.tables(latest_shard_of_row):
+                counted.add(table)
+                file.add(table)
+        manifest.require_readable(path, counted.rows)
+        with pq.ParquetFile(path) as joined:
+            for group in range(joined.num_row_groups):
+                _describe(joined.read_row_group(group), folder)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(
+            f"can't join the manifests in {path.parent}: {one_line(error)}; those in manifest/ are as they were"
+        ) from None
+    ledger.put_file(JOINED, path)
+    _require_size(ledger, JOINED, path.stat().st_size)
 
 
-def _join_into_directory(commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted) -> None:
+def _join_into_directory(
+    commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted, folder: ImageFolder
+) -> None:
     """Copies the rows of each roll-up, without those that do not count."""
     ledger = commits.ledger
     commits.roll_up_rest()
@@ -168,9 +178,18 @@ def _join_into_directory(commits: Commits, latest_shard_of_row: Mapping[int, int
             columns = [cast(*each) for each in zip(table.columns, schema.types, strict=True)]
             data = rollup.encode_rows(pa.table(columns, schema=schema))
         counted.add(table)
+        _describe(table, folder)
         path = f"{JOINED}/{part.name}.parquet"
         ledger.put(path, data)
         _require_size(ledger, path, len(data))
+
+
+def _describe(table: pa.Table, folder: ImageFolder) -> None:
+    """Adds rows of manifests to the description of the directory of images, if images lie there."""
+    if manifest.MEMBER in table.column_names:
+        return
+    table = table.filter(pc.is_valid(table.column("path")))
+    folder.add(pc.utf8_slice_codeunits(table.column("path"), len(f"{IMAGES}/")), manifest.described(table))
 
 
 def _require_size(ledger: Ledger, path: str, written: int) -> None:

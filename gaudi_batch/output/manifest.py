@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,6 +43,14 @@ COLUMNS = pa.schema(
         ("finished_at", pa.timestamp("us", tz="UTC")),
     ]
 )
+MEMBER = "member"
+"""The column after `path` where that is an object with many images: the name of the image in it."""
+_WITH_MEMBER = COLUMNS.insert(COLUMNS.get_field_index("path") + 1, pa.field(MEMBER, pa.string()))
+NOT_DESCRIPTIVE = ("status", "error", "path", MEMBER, "sha256", "shard", "card", "finished_at")
+"""Columns that say where, when or whether an image was made. The others say what it is, and are the same whichever card
+makes it."""
+FILES = "files"
+"""The format of one object an image."""
 _METADATA_KEY = b"gaudi_batch"
 MAX_BAD_ROWS = 10_000
 """Most failed rows that a commit names; a footer that names millions can't be read. The others are tried again in
@@ -59,6 +67,8 @@ class StoredImage:
     finished_at: datetime
     encode_s: float
     upload_s: float
+    member: str | None = None
+    """Its name in the object, if that has many images."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +110,18 @@ class CommitInfo:
     bad_rows: tuple[int, ...] = ()
     """Rows that no card can run, since their own data is against the rules: at most MAX_BAD_ROWS; none from an older
     version."""
+    format: str = FILES
+    """How its images are kept; an older version knew files alone."""
+    object_sha256: str = ""
+    """Of the object that has all of the shard's images; empty where each is an object, or none was made."""
     retired: bool = False
     """Whether it stands for no images, and only takes the place of any manifest of its shard, whose rows other shards
     hold now."""
+
+    @property
+    def has_members(self) -> bool:
+        """Whether its images are in one object."""
+        return self.format != FILES
 
     @classmethod
     def retiring(cls, shard: int, run: str) -> CommitInfo:
@@ -113,13 +132,25 @@ class CommitInfo:
 _INFO = TypeAdapter(CommitInfo)
 
 
-def schema(carried: pa.Schema) -> pa.Schema:
-    """The columns of a job's manifest. A carried column that has the name of one of its own gets `input_` before it."""
-    names = set(COLUMNS.names) | set(carried.names)
-    fields = list(COLUMNS)
-    for field in carried:
+def schema(carried: pa.Schema, *, has_members: bool = False) -> pa.Schema:
+    """The columns of a job's manifest. A carried column that has the name of one of its own gets `input_` before it.
+
+    Args:
+        carried: the carried columns.
+        has_members: whether objects have many images.
+    """
+    own = _WITH_MEMBER if has_members else COLUMNS
+    return pa.schema([*own, *renamed(carried, own.names)])
+
+
+def renamed(columns: pa.Schema, taken: Iterable[str]) -> pa.Schema:
+    """Columns with `input_` before each name that is taken."""
+    reserved = set(taken)
+    names = reserved | set(columns.names)
+    fields = []
+    for field in columns:
         name = field.name
-        if name in COLUMNS.names:
+        if name in reserved:
             while name in names:
                 name = f"input_{name}"
             names.add(name)
@@ -127,15 +158,15 @@ def schema(carried: pa.Schema) -> pa.Schema:
     return pa.schema(fields)
 
 
-def build(
+def tabulate(
     rows: Sequence[PromptRow],
     carried: pa.Table,
     images: Mapping[tuple[int, int], ImageInfo],
     failures: Mapping[int, str],
     run_seed: int,
     commit: CommitInfo,
-) -> bytes:
-    """The manifest of one shard as a Parquet file.
+) -> pa.Table:
+    """The rows of the manifest of one shard.
 
     Args:
         rows: the shard's rows.
@@ -173,6 +204,7 @@ def build(
                     "image_index": number,
                     "status": "ok",
                     "path": image.stored.path,
+                    MEMBER: image.stored.member,
                     "sha256": image.stored.sha256,
                     "seed": image.seed,
                     "nsfw": image.nsfw,
@@ -181,11 +213,47 @@ def build(
                 }
             )
             take.append(place)
-    table = pa.Table.from_pylist(records, COLUMNS)
+    own = _WITH_MEMBER if commit.has_members else COLUMNS
+    table = pa.Table.from_pylist(records, own)
     extra = carried.take(pa.array(take, pa.int64()))
-    whole = schema(carried.schema).with_metadata({_METADATA_KEY: json.dumps(asdict(commit)).encode()})
+    whole = schema(carried.schema, has_members=commit.has_members)
+    return pa.table([*table.columns, *extra.columns], schema=whole)
+
+
+def build(
+    rows: Sequence[PromptRow],
+    carried: pa.Table,
+    images: Mapping[tuple[int, int], ImageInfo],
+    failures: Mapping[int, str],
+    run_seed: int,
+    commit: CommitInfo,
+) -> bytes:
+    """The manifest of one shard as a Parquet file, from what `tabulate` takes."""
+    return encode(tabulate(rows, carried, images, failures, run_seed, commit), commit)
+
+
+def with_finish(table: pa.Table, time: datetime) -> pa.Table:
+    """The rows of a manifest whose images were all stored at one time."""
+    place = table.schema.get_field_index("finished_at")
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.array([time] * len(table), field.type))
+
+
+def described(table: pa.Table) -> pa.Table:
+    """The rows of a manifest without the columns that say where, when or whether an image was made."""
+    return table.drop_columns([name for name in NOT_DESCRIPTIVE if name in table.column_names])
+
+
+def encode(table: pa.Table, commit: CommitInfo) -> bytes:
+    """The manifest of one shard as a Parquet file.
+
+    Args:
+        table: its rows, from `tabulate`.
+        commit: what is recorded of the attempt.
+    """
     buffer = io.BytesIO()
-    pq.write_table(pa.table([*table.columns, *extra.columns], schema=whole), buffer, compression="zstd")
+    metadata = {_METADATA_KEY: json.dumps(asdict(commit)).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
     return buffer.getvalue()
 
 

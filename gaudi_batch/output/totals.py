@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.dataset.reasons import reason_lines
+from gaudi_batch.layout import IMAGES
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.plan import BatchKind
@@ -17,12 +18,12 @@ from gaudi_batch.scheduling.pace import BatchTimes
 from gaudi_batch.text import counted, duration, printable
 
 FILES = {
-    "images": "images",
+    "images": IMAGES,
     "manifest": "manifest.parquet",
     "throughput": "throughput",
     "summary": "summary.json",
 }
-"""Where everything lies, relative to the output."""
+"""Where everything lies, relative to the output; images in `DATA` if objects have many."""
 MAX_KINDS = 100
 """Kinds of batch that summary.json lists: those with the most images."""
 CARDS_SHOWN = 16

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.layout import attempt_name
+from gaudi_batch.layout import DATA, IMAGES, METADATA, attempt_name
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
 
@@ -27,11 +27,11 @@ class VerifyReport:
     images: int = 0
     """How many images manifests name."""
     missing: list[str] = field(default_factory=list)
-    """Images that a manifest names and storage does not have."""
+    """Objects that a manifest names and storage does not have."""
     torn: list[str] = field(default_factory=list)
-    """Images whose bytes do not have the manifest's SHA-256: cut short or changed."""
+    """Objects whose bytes do not have the manifest's SHA-256: cut short or changed."""
     foreign: list[str] = field(default_factory=list)
-    """Images that no manifest names."""
+    """Objects beside images that no manifest names."""
     broken: dict[int, int] = field(default_factory=dict)
     """The rows with missing or torn images, each with its shard."""
     images_of: dict[int, int] = field(default_factory=dict)
@@ -94,32 +94,42 @@ def verify(ledger: OutputReader, shards: Iterable[int], latest_shard_of_row: Map
     left = dict.fromkeys(shards)
 
     def differs(path: str, sha256: str) -> str:
-        data = storage.get(path)
-        return "missing" if data is None else "" if hashlib.sha256(data).hexdigest() == sha256 else "torn"
+        if path.startswith(f"{DATA}/"):
+            digest = storage.sha256(path)
+        else:
+            data = storage.get(path)  # in one request, as an image is small
+            digest = None if data is None else hashlib.sha256(data).hexdigest()
+        return "missing" if digest is None else "" if digest == sha256 else "torn"
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for info, table in ledger.read_commits(list(left)):
             del left[info.shard]
-            directory = attempt_name(info.shard, info.attempt)
-            named = {row["path"]: row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]}
-            counts = [path for path, row in named.items() if latest_shard_of_row.get(row["row"], 0) <= info.shard]
-            report.images += len(counts)
-            images_of = Counter(named[path]["row"] for path in counts)
-            sums = [named[path]["sha256"] for path in counts]
-            for path, difference in zip(counts, pool.map(differs, counts, sums), strict=True):
+            images = [row for row in table.select(["row", "path", "sha256"]).to_pylist() if row["path"]]
+            counting = [image for image in images if latest_shard_of_row.get(image["row"], 0) <= info.shard]
+            report.images += len(counting)
+            images_of = Counter(image["row"] for image in counting)
+            rows_of: dict[str, list[int]] = {}
+            for image in counting:
+                rows_of.setdefault(image["path"], []).append(image["row"])
+            sums = {image["path"]: info.object_sha256 or image["sha256"] for image in counting}
+            for path, difference in zip(sums, pool.map(differs, sums, sums.values()), strict=True):
                 if difference:
                     getattr(report, difference).append(path)
-                    row = named[path]["row"]
-                    report.broken[row] = info.shard
-                    report.images_of[row] = images_of[row]
-            paths = (f"images/{directory}/{name}" for name in storage.names(f"images/{directory}"))
-            report.foreign += [path for path in paths if path not in named]
+                    for row in rows_of[path]:
+                        report.broken[row] = info.shard
+                        report.images_of[row] = images_of[row]
+            named = {image["path"] for image in images}
+            if not info.has_members:
+                directory = f"{IMAGES}/{attempt_name(info.shard, info.attempt)}"
+                paths = (f"{directory}/{name}" for name in storage.names(directory))
+                report.foreign += [path for path in paths if path not in named]
     if left:
         raise StorageError(f"{storage.url}: {len(left)} manifests are gone or torn, the first of shard {min(left)}")
     return report
 
 
 def foreign_attempts(ledger: OutputReader, commits: Iterable[CommitInfo]) -> list[str]:
-    """What lies in `images` and belongs to none of these commits. Raises StorageError."""
-    attempts = {attempt_name(info.shard, info.attempt) for info in commits}
-    return [f"images/{name}" for name in ledger.storage.names("images") if name not in attempts]
+    """What lies beside images and belongs to none of these commits. Raises StorageError."""
+    known = {METADATA.partition(".")[0], *(attempt_name(info.shard, info.attempt) for info in commits)}
+    names = ((place, name) for place in (IMAGES, DATA) for name in ledger.storage.names(place))
+    return [f"{place}/{name}" for place, name in names if name.partition(".")[0] not in known]

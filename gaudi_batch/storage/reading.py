@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SLOWEST_BYTES_PER_S = 1e6
+PART_BYTES = 32 << 20
+"""Bytes of a large object that are read at a time."""
 
 
 class ReadableStorage(Retrying):
@@ -71,6 +74,20 @@ class ReadableStorage(Retrying):
             return None
 
         return self.with_retries(f"read {path}", read, seconds)
+
+    def sha256(self, path: str) -> str | None:
+        """The SHA-256 of an object's bytes in hexadecimal digits, PART_BYTES of it in memory at a time; None where
+        there is none. Raises StorageError."""
+        entry = self.entry(path)
+        if entry is None:
+            return None
+        if entry.size <= PART_BYTES:
+            data = self.get(path)
+            return None if data is None else hashlib.sha256(data).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(0, entry.size, PART_BYTES):
+            digest.update(self.get_range(path, start, min(entry.size, start + PART_BYTES)))
+        return digest.hexdigest()
 
     def get_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object. Raises StorageError."""

@@ -34,6 +34,7 @@ from gaudi_batch.dataset.discovery import open_prompts
 from gaudi_batch.dataset.rows import PromptRow
 from gaudi_batch.driver.committer import check_storage
 from gaudi_batch.errors import StorageError
+from gaudi_batch.output.formats.base import Attempt
 from gaudi_batch.output.formats.encoding import encode
 from gaudi_batch.output.formats.files import FilesOutput
 from gaudi_batch.output.holder import Lease
@@ -76,7 +77,7 @@ def test_a_thread_of_a_card_that_dies_ends_its_process(threads: tuple[str, str])
 
 def test_the_images_of_a_row_that_failed_after_all_are_removed(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    output = FilesOutput(storage, EncodingConfig(), 3, "aaaaa1")
+    output = FilesOutput(storage, EncodingConfig(), Attempt(3, "aaaaa1"))
     pixels = np.zeros((8, 8, 3), np.uint8)
     items = [Item(0, 0, "p", "", 1), Item(1, 0, "p", "", 1)]
     futures: list[Future[StoredImage]] = []
@@ -84,7 +85,7 @@ def test_the_images_of_a_row_that_failed_after_all_are_removed(tmp_path: Path) -
         futures.append(Future())
         futures[-1].set_result(output.add(item.row, item.image, pixels))
     batch = StoredBatch("aaaaa1", PipelineCall("steady", 1.0, 0.0), 0, [(item, None, False) for item in items], futures)
-    config = SimpleNamespace(seed=0, batch_size=2)
+    config = SimpleNamespace(seed=0, batch_size=2, format="files")
     setup: Any = SimpleNamespace(run_id="run", storage=storage, job=SimpleNamespace(config=config))
     recorder = ShardRecorder(setup, DriverClock())
     rows = [PromptRow(row, str(row), "p", "", None, BUCKET, 1, None) for row in range(2)]
@@ -133,7 +134,7 @@ def test_a_card_makes_no_more_batches_than_storage_takes(monkeypatch: pytest.Mon
     card._store = StorePool(2)
     call = PipelineCall("steady", 1.0, 0.0)
     card._pipeline = SimpleNamespace(graph_key=lambda bucket, item: None, call=lambda shard, items: (None, call))
-    config = SimpleNamespace(encoding=None, batch_size=1, seed=0)
+    config = SimpleNamespace(encoding=None, batch_size=1, seed=0, format="files")
     card._setup = SimpleNamespace(job=SimpleNamespace(config=config))
     card._mailbox = Mailbox(lambda: 0.0)
     card._store_batch = lambda output, batch, *_: batch  # and none of them ever ends

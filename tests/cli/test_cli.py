@@ -136,7 +136,7 @@ def test_prompts_and_images_in_object_storage(prompts: Path, s3: S3Server, clust
     with filesystem.open("bucket/runs/me@1/manifest.parquet") as file:
         rows = pq.read_table(file).to_pylist()
     stored = {name.removeprefix("bucket/runs/me@1/") for name in filesystem.find("bucket/runs/me@1/images")}
-    assert stored == {row["path"] for row in rows}
+    assert stored == {row["path"] for row in rows} | {"images/metadata.parquet"}
     assert len(rows) == 100
     written = [filesystem.cat_file(name) for name in filesystem.find("bucket/runs/me@1") if name.endswith("json")]
     assert not any(s3.options["secret"].encode() in data for data in written)

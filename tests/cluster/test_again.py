@@ -110,6 +110,8 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     assert make([5], repair=True, verify=True).summary["images"] == 99
     after = manifests(output)
     assert {name: after[name] for name in before} == before
+    assert not torn.exists()
+    del kept[torn]
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert len([path for path in (output / "images").rglob("*.png") if path not in kept]) == 2
     report = json.loads((output / "verify.json").read_text())

@@ -28,6 +28,7 @@ PUBLIC = (
     "RunResult",
     "RunStopped",
     "StorageError",
+    "data_files",
     "load_manifest",
     "run",
 )
@@ -49,8 +50,9 @@ def in_a_directory(tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.usefixtures("in_a_directory")
 def test_the_example_of_each_public_name_does_what_it_says(name: str) -> None:
-    if name == "load_manifest":
-        run(JobConfig(prompts="prompts.parquet", output="out", device="simulated"))
+    if name in ("data_files", "load_manifest"):
+        output_format = "webdataset" if name == "data_files" else "files"
+        run(JobConfig.load(None, {**JobConfig.load("job.yaml").model_dump(), "format": output_format}))
     public = getattr(gaudi_batch, name)
     (example,) = [test for test in doctest.DocTestFinder(recurse=False).find(public, name) if test.examples]
     report: list[str] = []

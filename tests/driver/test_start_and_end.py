@@ -54,7 +54,10 @@ def test_a_run_is_complete_only_with_as_many_rows_as_were_planned(
     caplog.set_level(logging.INFO, "gaudi_batch")
     storage = Storage(str(tmp_path))
     storage.put("manifest/000000.parquet", failed_manifest(0, dict.fromkeys(range(4), "boom")))
-    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
+    job: Any = SimpleNamespace(
+        dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}),
+        config=SimpleNamespace(format="files"),
+    )
     lease = LeaseKeeper(storage, "aaaaa")
     ledger = Ledger(storage, Unfenced())
     for rows in (3, 5):

@@ -37,7 +37,9 @@ def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
         Shard(1, 0, 2, 4, BUCKET, 2, 2, only=(2, 3), failed_before=2),
         Shard(2, 0, 0, 1, BUCKET, 1, 1, only=(0,), failed_before=1),
     ]
-    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)]))
+    job: Any = SimpleNamespace(
+        dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)]), config=SimpleNamespace(format="files")
+    )
     lease = LeaseKeeper(storage, "aaaaa")
     ledger, record = Ledger(storage, Unfenced()), RunInfo({}, {}, {}, "now", rows=4, images=4)
     with pytest.raises(RunStopped, match="too many"):

@@ -175,7 +175,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     commit = threading.Thread(target=records.commit, args=a_manifest(3, "aaaaa1"))
     commit.start()
     record = RunInfo({}, {}, {}, "", rows=1, images=1)
-    job: Any = SimpleNamespace(dataset=None)
+    job: Any = SimpleNamespace(dataset=None, config=SimpleNamespace(format="files"))
     run = Run(job, records, first, record, [], lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
     run.leftovers.begun("aaaaa1", 3, "card")
     write_summary(run, CommitTotals(), Ended("max_failed"))
@@ -206,7 +206,10 @@ def test_a_shard_whose_manifest_is_not_listed_yet_loses_no_image(
         "entries",
         lambda self, path: {name: each for name, each in entries(self, path).items() if name != "000001.parquet"},
     )
-    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
+    job: Any = SimpleNamespace(
+        dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}),
+        config=SimpleNamespace(format="files"),
+    )
     record = RunInfo({}, {}, {}, "", rows=1, images=1)
     run = Run(job, records, first, record, plan, lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
     run.commits.refresh()
@@ -227,7 +230,10 @@ def test_a_run_whose_leftovers_may_not_be_removed_is_complete(
 
     records = Ledger(output, first)
     assert records.commit(*a_manifest(0, "aaaaa1"))
-    job: Any = SimpleNamespace(dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}))
+    job: Any = SimpleNamespace(
+        dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)], columns={}),
+        config=SimpleNamespace(format="files"),
+    )
     plan = [Shard(0, 0, 0, 1, Bucket(64, 64, 1, 1.0), 1, 1)]
     record = RunInfo({}, {}, {}, "", rows=0, images=0)
     run = Run(job, records, first, record, plan, lambda: pytest.fail("no card is needed"), Commits(records, "aaaaa"))
