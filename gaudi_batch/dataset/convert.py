@@ -1,30 +1,216 @@
-"""Prompts in other formats: the line of Python that makes Parquet of them."""
+"""Makes a Parquet file of prompts from what prompts come as: CSV, TSV, JSON lines, text with a prompt a line, Parquet.
+
+The input is read twice, a line at a time: first for its columns, their types and its bad lines, then to be written. A
+line that can't be read, or whose values are not what a job takes, is left out, counted, and told with its number.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-READERS = {
-    "csv": "pandas.read_csv({name!r})",
-    "tsv": "pandas.read_csv({name!r}, sep='\\t')",
-    "jsonl": "pandas.read_json({name!r}, lines=True)",
-    "ndjson": "pandas.read_json({name!r}, lines=True)",
-    "json": "pandas.read_json({name!r})",
-    "txt": "pandas.DataFrame({{'prompt': open({name!r}, encoding='utf-8').read().splitlines()}})",
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gaudi_batch.config.schema import PROMPT_COLUMNS
+from gaudi_batch.dataset.tables import BadLine, Line, PromptTable
+from gaudi_batch.errors import InputError
+from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import did_you_mean, one_line
+
+ROW_GROUP_ROWS = 1024
+"""Rows of a row group. A card reads whole row groups, and a shard has at most as many images."""
+BAD_SHOWN = 10
+TYPES: Mapping[str, pa.DataType] = {
+    "prompt": pa.string(),
+    "id": pa.string(),
+    "negative_prompt": pa.string(),
+    "seed": pa.int64(),
+    "width": pa.int64(),
+    "height": pa.int64(),
+    "steps": pa.int64(),
+    "guidance_scale": pa.float64(),
+    "num_images": pa.int64(),
 }
-"""The reader for each suffix. All but the last take compressed files, too."""
-_SUFFIX = re.compile(r"\.(csv|tsv|jsonl|ndjson|json|txt)(\.(gz|bz2|xz|zst|zip))?$", re.IGNORECASE)
+"""Types of the columns that a job knows."""
+_MAX_INT64 = 2**63 - 1
 
 
-def how_to_convert(names: Iterable[str]) -> str | None:
-    """How to convert the first of some files that is a table in a known format, as a part of a sentence; None if none
-    is."""
-    for path in sorted(names):
-        name = path.rpartition("/")[2]
-        match = _SUFFIX.search(name)
-        if match and not (match[2] and match[1].lower() == "txt"):
-            parquet = name[: match.start()] + ".parquet"
-            reader = READERS[match[1].lower()].format(name=name)
-            return f"a job reads Parquet alone; in Python: import pandas; {reader}.to_parquet({parquet!r})"
-    return None
+@dataclass
+class Converted:
+    """The result of a conversion."""
+
+    rows: int = 0
+    bad: int = 0
+    """Lines that were left out."""
+    examples: list[str] = field(default_factory=list)
+    """The first of them, each with its number and the reason."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The type of each column."""
+
+    def lines(self) -> list[str]:
+        """A few lines for a person."""
+        columns = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
+        lines = [f"{self.rows} rows with the columns {one_line(columns, 400)}"]
+        if self.bad:
+            lines.append(f"left out: {self.bad}, of which the first are")
+            lines += [f"  {example}" for example in self.examples]
+        return lines
+
+
+def convert(table: PromptTable, target: Storage, name: str, columns: Mapping[str, str]) -> Converted:
+    """Writes a Parquet file of prompts.
+
+    Args:
+        table: the input.
+        target: where to.
+        name: of the file there.
+        columns: names of the input's columns where they are others, as {name: column}.
+
+    Raises:
+        InputError: the input has no prompts, or not the named columns.
+        StorageError: storage failed.
+    """
+    names = _names(table, columns)
+    result = Converted()
+    kinds: dict[str, Counter[str]] = {}
+    for line in table.lines():
+        try:
+            values = _values(line, names)
+        except BadLine as bad:
+            result.bad += 1
+            if len(result.examples) < BAD_SHOWN:
+                result.examples.append(f"{table.unit} {line.number}: {one_line(bad, 200)}")
+            continue
+        result.rows += 1
+        for column, value in values.items():
+            kinds.setdefault(column, Counter())[_kind(value)] += 1
+    if not result.rows:
+        example = f"; the first of {result.bad} bad ones is {result.examples[0]}" if result.bad else ""
+        raise InputError(f"{table.name!r} has no row with a prompt{example}")
+    types = [TYPES.get(column) or table.type_of(column) or _type(kinds[column]) for column in kinds]
+    schema = pa.schema(list(zip(kinds, types, strict=True)))
+    result.columns = {field.name: one_line(field.type, 100) for field in schema}
+    use = "write the prompts"
+    with scratch_directory(use) as directory, scratch_errors(use):
+        path = f"{directory}/prompts.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for rows in _chunks(_good(table, names), ROW_GROUP_ROWS):
+                writer.write_table(_arrow(rows, schema))
+        target.put_file(name, path)
+    return result
+
+
+def _names(table: PromptTable, columns: Mapping[str, str]) -> dict[str, str]:
+    """The name in the result of each column of the input. Raises InputError."""
+    present = table.columns()
+    for name, column in columns.items():
+        if name not in PROMPT_COLUMNS:
+            raise InputError(
+                f"--columns: {name!r} is no column that a job knows; {did_you_mean(name, PROMPT_COLUMNS)}it knows"
+                f" {', '.join(PROMPT_COLUMNS)}"
+            )
+        if column not in present:
+            raise InputError(f"--columns.{name}: {table.name!r} has no column {column!r}; it has {_listed(present)}")
+        if name in present and name != column:
+            raise InputError(f"--columns.{name}: {table.name!r} has a column {name!r} of its own, too; rename one")
+    if twice := [column for column, count in Counter(present).items() if count > 1]:
+        raise InputError(f"{table.name!r} has the column {twice[0]!r} more than once; rename one")
+    if "prompt" not in present and "prompt" not in columns:
+        raise InputError(
+            f"{table.name!r} has no column 'prompt'; it has {_listed(present)}: name the right one with --columns"
+            " prompt=NAME"
+        )
+    return {column: column for column in present} | {column: name for name, column in columns.items()}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return one_line(", ".join(map(repr, names)), 400)
+
+
+def _good(table: PromptTable, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    for line in table.lines():
+        try:
+            yield _values(line, names)
+        except BadLine:
+            continue
+
+
+def _values(line: Line, names: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a line by the names in the result. Raises BadLine."""
+    if line.error is not None:
+        raise BadLine(line.error)
+    values = {names.get(column, column): value for column, value in line.values.items()}
+    for name in TYPES.keys() & values.keys():
+        values[name] = _known(name, values[name])
+    if not (values.get("prompt") or "").strip():
+        raise BadLine("prompt is empty")
+    return values
+
+
+def _known(name: str, value: Any) -> Any:
+    """The value of a column that a job knows, in its type. Raises BadLine."""
+    kind = TYPES[name]
+    if value is None or (value == "" and kind != pa.string()):
+        return None
+    if kind == pa.string():
+        if isinstance(value, str):
+            return value
+        if name == "id" and isinstance(value, int | float):
+            return str(value)
+        raise BadLine(f"{name} is {value!r:.80}; it must be a text")
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        number = float(value) if kind == pa.float64() else _whole(value)
+    except ValueError:
+        what = "number" if kind == pa.float64() else "whole number"
+        raise BadLine(f"{name} is {value!r:.80}; it must be a {what}") from None
+    return number
+
+
+def _whole(value: str | int | float) -> int:
+    number = int(value) if isinstance(value, int) or (isinstance(value, str) and "." not in value) else float(value)
+    if number != int(number) or abs(number) > _MAX_INT64:
+        raise ValueError
+    return int(number)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and abs(value) > _MAX_INT64:
+        return "large"
+    return "null" if value is None else type(value).__name__
+
+
+def _type(kinds: Counter[str]) -> pa.DataType:
+    """The type of a column that a job does not know, from the kinds of its values; what is nested or mixed becomes JSON
+    in a text."""
+    present = set(kinds) - {"null"}
+    if present == {"bool"}:
+        return pa.bool_()
+    if present == {"int"}:
+        return pa.int64()
+    if present and present <= {"int", "float"}:
+        return pa.float64()
+    return pa.string()
+
+
+def _arrow(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    columns = [pa.array([_fitting(row.get(field.name), field.type) for row in rows], field.type) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def _fitting(value: Any, kind: pa.DataType) -> Any:
+    if pa.types.is_string(kind) and value is not None and not isinstance(value, str):
+        return json.dumps(value, default=str)
+    return value
+
+
+def _chunks(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk

@@ -19,12 +19,23 @@ import pyarrow.parquet as pq
 from gaudi_batch.config.schema import PROMPT_COLUMNS, JobConfig
 from gaudi_batch.dataset.arrow import is_text
 from gaudi_batch.dataset.columns import can_cast, is_binary, plain
-from gaudi_batch.dataset.convert import how_to_convert
 from gaudi_batch.dataset.links import LinkedFileSystem, is_hidden
 from gaudi_batch.dataset.prompt_file import PromptFile, identity_of, parse_footer, read_footer
 from gaudi_batch.dataset.reader import PromptDataset
+from gaudi_batch.dataset.tables import how_to_convert
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.layout import JOINED, OWN_FILES, ROLLUPS, is_of_run, own_names, parse_manifest
+from gaudi_batch.layout import (
+    DATA,
+    IMAGES,
+    JOINED,
+    METADATA,
+    OWN_FILES,
+    ROLLUPS,
+    is_of_run,
+    own_names,
+    parse_attempt,
+    parse_manifest,
+)
 from gaudi_batch.storage.retrying import MANY_TIMEOUT_S
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.storage.waits import out_of_reach, told_if_slow
@@ -188,6 +199,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
             holds = holds_run(place)
         elif below == "manifest":
             holds = parse_manifest(last) is not None and holds_run(above)
+        elif below in (DATA, IMAGES):
+            holds = (parse_attempt(last) is not None or last == METADATA) and holds_run(above)
         else:
             holds = below in (ROLLUPS, JOINED) and bool(own_names(below, [last])) and holds_run(above)
         if holds and last.endswith(".parquet"):
@@ -244,7 +257,8 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
         raise
     _say_what_is_passed_over(whole, files_found, of_other_runs)
     if not files_found.taken:
-        way_out = how_to_convert(files_found.others)
+        names = [name[len(files_found.base) :].lstrip("/") for name in files_found.others]
+        way_out = how_to_convert(whole.url, names)
         besides = f", and {_some(files_found.others, files_found.base)} is" if files_found.others else ""
         raise InputError(
             f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{besides}"
@@ -323,7 +337,7 @@ def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, by
         if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
             raise pa.ArrowInvalid("its numbers of rows disagree")
     except (pa.ArrowException, OSError, ValueError) as error:
-        way_out = how_to_convert([name])
+        way_out = how_to_convert(storage.url, [name])
         raise InputError(
             f"prompts file {name!r} is not a readable Parquet file: {way_out or one_line(error, 300)}"
         ) from None
