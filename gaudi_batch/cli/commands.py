@@ -179,6 +179,23 @@ def status(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def export(parsed: argparse.Namespace) -> int:
+    """Writes a run's images elsewhere."""
+    from gaudi_batch.cli.exporting import export_run
+
+    say(export_run(parsed))
+    return 0
+
+
+def prompts(parsed: argparse.Namespace) -> int:
+    """Makes a Parquet file of prompts."""
+    from gaudi_batch.cli.converting import convert_prompts
+
+    result = convert_prompts(parsed)
+    say("\n".join(result.lines()))
+    return 3 if result.bad else 0
+
+
 def demo(parsed: argparse.Namespace) -> int:
     """Runs a small job of bundled prompts."""
     from gaudi_batch.cli.demo import demo as run_demo
@@ -227,6 +244,8 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "bench": bench,
     "tune": tune,
     "status": status,
+    "export": export,
+    "prompts": prompts,
     "demo": demo,
     "emulate": emulate,
 }

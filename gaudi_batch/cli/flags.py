@@ -174,6 +174,7 @@ def join_mapping_flags(arguments: list[str]) -> list[str]:
     }
     fields = dict(_fields(JobConfig))
     also_text = {flag for flag, path in mappings.items() if str in _kinds(fields[path].annotation)}
+    mappings["--target-options"] = "target_options"  # of `export`, which is no job
     joined: dict[str, dict[str, Any]] = {}
     rest: list[str] = []
     remaining = list(arguments)

@@ -24,7 +24,7 @@ from gaudi_batch.text import OneLineFormatter, one_line, printable
 log = logging.getLogger("gaudi_batch")
 """The logger of the whole package, which is set up here."""
 
-OPTION_FLAG = re.compile(r"--(prompts-)?storage-options\b")
+OPTION_FLAG = re.compile(r"--((prompts-)?storage|target)-options\b")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         # Other commands make nothing that could be resumed.
-        resumes = parsed is not None and parsed.command in ("run", "demo")
+        resumes = parsed is not None and parsed.command in ("run", "demo", "export")
         log.error("interrupted; the same command resumes" if resumes else "interrupted")
         return INTERRUPTED
     except BaseException:  # a library may call sys.exit

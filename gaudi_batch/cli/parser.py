@@ -15,7 +15,7 @@ from gaudi_batch.text import nearest
 
 JOB_COMMANDS = ("run", "submit", "check", "doctor", "bench", "tune")
 """The commands that take a job."""
-COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "demo", "emulate")
+COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "export", "prompts", "demo", "emulate")
 RUN_SWITCHES = {
     "strict": "read every row first and refuse the job if one can't be run",
     "overwrite": "remove the run that is in the output and start afresh",
@@ -63,7 +63,7 @@ def _meant(flag: str, options: Collection[str]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parses the arguments; `command` is the name of the command, `options` its flags. Raises InputError."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command not in (*JOB_COMMANDS, "status"):
+    if command not in (*JOB_COMMANDS, "status", "export", "prompts"):
         return _parser(lambda command: None).parse_args(arguments)
     from gaudi_batch.cli.flags import add_job_flags, join_mapping_flags
 
@@ -143,6 +143,38 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     status.add_argument("output", help="the job's output")
     status.add_argument("--json", action="store_true", help="as JSON")
     status.add_argument("--storage-options", metavar="YAML", help="fsspec options of the output's storage")
+
+    export = _command(commands, "export", "write a run's images elsewhere, packed, named and described for others")
+    export.add_argument("output", help="of the run's job")
+    export.add_argument("target", metavar="DEST", help="directory or URL that is empty, or holds a try of this export")
+    export.add_argument(
+        "--format", choices=["parquet", "webdataset", "files"], default="parquet", help="default: parquet"
+    )
+    export.add_argument("--target-size", default="500MB", help="of an object, about (default: 500MB)")
+    export.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="only rows that have it (also !=, <, <=, >, >=), as nsfw!=true; again for more; default: status=ok",
+    )
+    export.add_argument("--split", metavar="SHARES|COLUMN", help="shares by a hash of the id, as test=5%%, or a column")
+    export.add_argument("--name", help="template of names, as {id}-{image_index} (default: row and image)")
+    export.add_argument("--complete", action="store_true", help="refuse a run that is not complete")
+    export.add_argument("--address", help="Ray cluster whose nodes write it; default: this process writes")
+    export.add_argument("--push", metavar="OWNER/NAME", help="push it to this dataset repository of Hugging Face's hub")
+    export.add_argument("--private", action="store_true", help="make that repository private, if it is not there")
+    export.add_argument("--storage-options", metavar="YAML", help="fsspec options of the output's storage")
+    export.add_argument("--target-options", metavar="YAML", help="those of DEST's; default: the same on one protocol")
+
+    prompts = _command(commands, "prompts", "make a Parquet file of prompts from CSV, TSV, JSON lines, text or Parquet")
+    prompts.add_argument("source", metavar="IN", help="path or URL of the file; .gz, .bz2 and .xz are decompressed")
+    prompts.add_argument("target", metavar="OUT.parquet", help="path or URL of the file to make")
+    prompts.add_argument("--columns", metavar="VALUE", help="as for run: names of IN's columns where they are others")
+    prompts.add_argument("--format", choices=["csv", "tsv", "jsonl", "txt", "parquet"], help="default: as IN is named")
+    prompts.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    prompts.add_argument("--prompts-storage-options", metavar="YAML", help="fsspec options of the storage of IN")
+    prompts.add_argument("--storage-options", metavar="YAML", help="fsspec options of the storage of OUT.parquet")
 
     demo = _command(commands, "demo", "run a small job of bundled prompts on two cards of this machine")
     demo.add_argument("--output", default="demo-output", help="where the images go (default: demo-output)")

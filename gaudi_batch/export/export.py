@@ -1,0 +1,311 @@
+"""An export: what the manifests of a run name, and nothing else, in another place, format and packing.
+
+All is planned from the manifests and from listings. The plan has a digest, which stands in the destination before the
+first image: the same command goes on with what is not there yet, and another one is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gaudi_batch.dataset.columns import cast, plain
+from gaudi_batch.errors import InputError
+from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
+from gaudi_batch.export.parts import PartTask, is_written, write_part
+from gaudi_batch.export.plan import Part, in_order, parse_size, plan
+from gaudi_batch.export.selection import Splits, select
+from gaudi_batch.export.source import ImageAt, places, sizes
+from gaudi_batch.layout import METADATA
+from gaudi_batch.output import manifest
+from gaudi_batch.output.dataset_view import CommittedRun, open_committed
+from gaudi_batch.output.formats.encoding import SUFFIXES
+from gaudi_batch.output.formats.image_folder import ImageFolder
+from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import counted
+
+log = logging.getLogger(__name__)
+
+RECORD = ".gaudi-batch/export.json"
+"""What a destination holds, hidden from loaders."""
+LOCAL_THREADS = 4
+"""Parts that this machine writes at the same time."""
+RETRY_TIMEOUT_S = 600.0
+"""Seconds for which storage that fails is tried again."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is to be exported, and how."""
+
+    output: str
+    """Of a run."""
+    target: str
+    """A directory or a URL, where nothing is but an earlier try of the same export."""
+    format: str = "parquet"
+    """As a job's."""
+    target_size: str = "500MB"
+    """Of an object, about."""
+    filters: Sequence[str] = ()
+    """See `select`."""
+    split: str | None = None
+    """See `Splits`."""
+    name: str = DEFAULT_TEMPLATE
+    """See `Template`."""
+    complete: bool = False
+    """Whether a run that is not complete is refused."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """fsspec options of the run's storage."""
+    target_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Those of the target's; None takes the run's, where both are on one protocol."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, planned."""
+
+    run: CommittedRun
+    target: Storage
+    format: str
+    rows: pa.Table
+    """Its rows of the manifest, in order."""
+    failures: pa.Table
+    """Failed rows of the run, which are not in it."""
+    parts: Sequence[Part]
+    tasks: Sequence[PartTask]
+    digest: str
+    """Of all that decides what is written."""
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """How many rows each split has."""
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            counts[part.split] = counts.get(part.split, 0) + part.stop - part.start
+        return counts
+
+
+def plan_export(request: ExportRequest) -> Export:
+    """Finds out what an export is to write; writes nothing.
+
+    Raises:
+        InputError: it can't be done as it was asked for.
+        StorageError: storage failed, or images of the run are not there.
+    """
+    target_size = parse_size(request.target_size)
+    run = open_committed(request.output, request.storage_options, RETRY_TIMEOUT_S)
+    source = run.reader.storage
+    if not run.is_complete:
+        if request.complete:
+            raise InputError(f"{source.url}: the run is not complete; without --complete what is committed is exported")
+        log.warning("%s: the run is not complete; what is committed is exported", source.url)
+    every = _plain(run.manifest.to_table())
+    rows = select(every, request.filters)
+    if not len(rows):
+        raise InputError(
+            f"{source.url}: none of {len(every)} committed rows passes{' the filters' if request.filters else ''}"
+        )
+    output_format = request.format
+    template = Template(request.name, rows.column_names)
+    rows, splits = in_order(rows, Splits(request.split, rows.column_names).of(rows))
+    images = places(rows)
+    if output_format == manifest.FILES and None in images:
+        raise InputError("failed rows have no image; format webdataset or parquet takes them, files do not")
+    suffix = SUFFIXES[run.info.job.get("encoding", {}).get("type", "png")]
+    names = [f"{name}.{suffix}" for name in template.names(rows)]
+    parts = plan(splits, sizes(source, images), output_format, target_size)
+    described = manifest.described(rows)
+    if any("status" in text for text in request.filters):
+        described = described.append_column("status", rows["status"]).append_column("error", rows["error"])
+    tasks = [
+        PartTask(
+            part,
+            described.slice(part.start, part.stop - part.start),
+            images[part.start : part.stop],
+            names[part.start : part.stop],
+            output_format,
+        )
+        for part in parts
+    ]
+    failures = every.filter(pc.equal(every["status"], "failed"))
+    target = _target(request)
+    return Export(run, target, output_format, rows, failures, parts, tasks, _digest(run, output_format, tasks))
+
+
+def _target(request: ExportRequest) -> Storage:
+    options = request.target_options
+    if options is None:
+        protocol, is_url, _ = request.target.partition("://")
+        options = request.storage_options if is_url and request.output.startswith(f"{protocol}://") else {}
+    return Storage(request.target, options, RETRY_TIMEOUT_S)
+
+
+def _plain(rows: pa.Table) -> pa.Table:
+    schema = plain(rows.schema.remove_metadata())
+    return pa.table([cast(*each) for each in zip(rows.columns, schema.types, strict=True)], schema=schema)
+
+
+def _digest(run: CommittedRun, output_format: str, tasks: Sequence[PartTask]) -> str:
+    digest = hashlib.sha256(json.dumps([run.info.run_id, output_format]).encode())
+    for task in tasks:
+        sums = [None if image is None else image.sha256 for image in task.images]
+        digest.update(json.dumps([task.part.path, list(task.names), sums, task.described.column_names]).encode())
+    return digest.hexdigest()
+
+
+def begin(export: Export) -> None:
+    """Puts the record of an export in its destination, unless it is there.
+
+    Raises:
+        InputError: the destination holds something else.
+        StorageError: storage failed.
+    """
+    target = export.target
+    data = target.get(RECORD)
+    if data is not None:
+        try:
+            record = json.loads(data)
+            digest, images = record["digest"], record["images"]
+        except (ValueError, KeyError, TypeError):
+            digest, images = "", "some"
+        if digest != export.digest:
+            raise InputError(
+                f"{target.url} holds another export, of {images} images: this one, of {len(export.rows)}, differs in"
+                " images, names, splits, format or packing; name another place, or remove what is there"
+            )
+        return
+    if names := target.names(""):
+        raise InputError(f"{target.url} holds something else, {names[0]!r}; name a place that is empty or not there")
+    record = {
+        "digest": export.digest,
+        "run": export.run.info.run_id,
+        "format": export.format,
+        "images": len(export.rows),
+        "objects": len(export.parts),
+    }
+    target.put(RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def write_parts(export: Export, address: str | None) -> None:
+    """Writes the parts that are not there yet, in parallel.
+
+    Args:
+        export: begun.
+        address: of a Ray cluster whose nodes do it; None is this process.
+
+    Raises:
+        InputError: no cluster answers.
+        StorageError: storage failed, or an image is not what its manifest says.
+    """
+    source, target = export.run.reader.storage, export.target
+    listings: dict[str, list[str]] = {}
+    todo: list[PartTask] = []
+    for task in export.tasks:
+        directory = task.part.path if export.format == manifest.FILES else task.part.path.rpartition("/")[0]
+        if directory not in listings:
+            listings[directory] = target.names(directory)
+        if not is_written(task, listings[directory]):
+            todo.append(task)
+    if len(todo) < len(export.tasks):
+        log.info("%d of %d parts are there already", len(export.tasks) - len(todo), len(export.tasks))
+    done = 0
+    with _writers(address) as write:
+        for part in write(source, target, todo):
+            done += 1
+            log.info("%s: %s (%d of %d)", part.path, counted(part.stop - part.start, "image"), done, len(todo))
+
+
+_Write = Callable[[Storage, Storage, Sequence[PartTask]], Iterator[Part]]
+
+
+@contextlib.contextmanager
+def _writers(address: str | None) -> Iterator[_Write]:
+    if address is None:
+        yield _here
+        return
+    from gaudi_batch.cluster.connection import attached
+
+    with attached(address):
+        yield _on_cluster
+
+
+def _here(source: Storage, target: Storage, tasks: Sequence[PartTask]) -> Iterator[Part]:
+    with ThreadPoolExecutor(LOCAL_THREADS, "export") as pool:
+        writing = {pool.submit(write_part, source, target, task): task for task in tasks}
+        try:
+            for future in as_completed(writing):
+                future.result()
+                yield writing[future].part
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _on_cluster(source: Storage, target: Storage, tasks: Sequence[PartTask]) -> Iterator[Part]:
+    import ray
+    from ray.exceptions import RayTaskError
+
+    write = ray.remote(write_part).options(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")
+    source_ref, target_ref = ray.put(source), ray.put(target)
+    writing = {write.remote(source_ref, target_ref, task): task for task in tasks}
+    while writing:
+        ended, _ = ray.wait(list(writing))
+        for reference in ended:
+            task = writing.pop(reference)
+            try:
+                ray.get(reference)
+            except RayTaskError as error:
+                for other in writing:
+                    ray.cancel(other)
+                raise error.as_instanceof_cause() from None
+            yield task.part
+
+
+def describe_files(export: Export) -> None:
+    """Writes what loaders of image folders need to know, and removes what processes that were killed were writing.
+
+    Raises:
+        StorageError: storage failed.
+    """
+    target = export.target
+    if export.format == manifest.FILES:
+        use = "describe the images"
+        for split in export.splits:
+            with scratch_directory(use) as directory, scratch_errors(use):
+                path = Path(directory) / METADATA
+                folder = ImageFolder(path)
+                for task in export.tasks:
+                    if task.part.split == split:
+                        folder_name = task.part.path.rpartition("/")[2]
+                        names = pa.chunked_array([[f"{folder_name}/{name}" for name in task.names]], pa.string())
+                        folder.add(names, task.described)
+                folder.close()
+                target.put_file(f"{split}/{METADATA}", str(path))
+    paths = {part.path for part in export.parts}
+    for place in sorted({"", *paths, *(path.rpartition("/")[0] for path in paths)}):
+        for name in target.unfinished(place):
+            target.remove(f"{place}/{name}".lstrip("/"))
+
+
+def some_images(export: Export, count: int) -> list[tuple[ImageAt, str]]:
+    """Images from all of an export, with their prompts; none that is not safe for work."""
+    safe = [
+        (image, prompt)
+        for image, prompt, nsfw in zip(
+            places(export.rows), export.rows["prompt"].to_pylist(), export.rows["nsfw"].to_pylist(), strict=True
+        )
+        if image is not None and not nsfw
+    ]
+    step = max(1, len(safe) // count)
+    return safe[::step][:count]

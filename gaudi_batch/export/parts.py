@@ -1,0 +1,81 @@
+"""Writes one part of an export, in this process or in a task of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from gaudi_batch.export.plan import Part
+from gaudi_batch.export.source import READ_THREADS, ImageAt, read_images
+from gaudi_batch.output import manifest
+from gaudi_batch.output.formats import WRITERS
+from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
+from gaudi_batch.storage.store import Storage
+
+USE = "write a part of the export"
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """A part to be written."""
+
+    part: Part
+    described: pa.Table
+    """What its rows say of their images."""
+    images: Sequence[ImageAt | None]
+    """Where the run has them."""
+    names: Sequence[str]
+    """Their file names."""
+    output_format: str
+
+
+def is_written(task: PartTask, listed: Sequence[str]) -> bool:
+    """Whether a part is there, from the names that lie where it is to lie.
+
+    Args:
+        task: the part.
+        listed: names in the folder of a part of files, or beside the object of another.
+    """
+    if task.output_format == manifest.FILES:
+        return set(task.names) <= set(listed)
+    return task.part.path.rpartition("/")[2] in listed
+
+
+def write_part(source: Storage, target: Storage, task: PartTask) -> None:
+    """Writes a part whole; of files, those that are not there yet.
+
+    Args:
+        source: the output of the run.
+        target: the destination.
+        task: the part.
+
+    Raises:
+        StorageError: storage failed, or an image is not what its manifest says.
+    """
+    if task.output_format == manifest.FILES:
+        _write_files(source, target, task)
+        return
+    with scratch_directory(USE) as directory, scratch_errors(USE):
+        path = Path(directory) / "part"
+        with path.open("wb") as file:
+            WRITERS[task.output_format](file, task.described, task.names, read_images(source, task.images))
+        target.put_file(task.part.path, str(path))
+
+
+def _write_files(source: Storage, target: Storage, task: PartTask) -> None:
+    stored = set(target.names(task.part.path))
+    missing = [number for number, name in enumerate(task.names) if name not in stored]
+    images = [task.images[number] for number in missing]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        puts = []
+        for number, data in zip(missing, read_images(source, images), strict=True):
+            assert data is not None
+            puts.append(pool.submit(target.put, f"{task.part.path}/{task.names[number]}", data))
+            if len(puts) >= 4 * READ_THREADS:
+                puts.pop(0).result()
+        for put in puts:
+            put.result()

@@ -1,0 +1,130 @@
+"""Pushes an export to a dataset repository of Hugging Face's hub, by huggingface_hub's own resumable upload."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.export.card import CARD, GRID
+from gaudi_batch.export.export import RECORD, Export
+from gaudi_batch.export.plan import HUB_FILES
+from gaudi_batch.layout import METADATA
+from gaudi_batch.output.manifest import FILES
+from gaudi_batch.storage.reading import PART_BYTES
+from gaudi_batch.storage.scratch import scratch_errors
+from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import one_line
+
+log = logging.getLogger(__name__)
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_OF_HUB = (".gitattributes",)
+"""Files that the hub makes itself."""
+
+
+def require_repository(name: str) -> None:
+    """Raises InputError if a text can't be the name of a repository."""
+    if not _REPOSITORY.fullmatch(name):
+        raise InputError(f"--push {name!r}: must be owner/name")
+
+
+def require_few_files(export: Export) -> None:
+    """Raises InputError if an export has more files than the hub takes."""
+    if export.format == FILES and len(export.rows) + 10 > HUB_FILES:
+        raise InputError(
+            f"--push: {len(export.rows)} images as files are more than the {HUB_FILES} files that the hub takes in a"
+            " repository; --format parquet or webdataset packs them"
+        )
+
+
+def push(export: Export, repository: str, *, private: bool) -> str:
+    """Pushes an export that is written; returns its URL.
+
+    Args:
+        export: on a disk, or in a store, from which it is brought here first.
+        repository: owner/name; made if it is not there.
+        private: whether a repository that is made is private.
+
+    Raises:
+        InputError: the hub refuses, or the repository has other files.
+        StorageError: the hub can't be reached, or storage failed.
+    """
+    # Its own protocol for large files needs a server of its own; all hubs take that of LFS.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = str(api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True))
+        _require_nothing_else(export, repository, api.list_repo_files(repository, repo_type="dataset"))
+        with _staged(export) as folder:
+            log.info("pushing %s", url)
+            api.upload_large_folder(
+                repo_id=repository,
+                repo_type="dataset",
+                folder_path=folder,
+                private=private,
+                ignore_patterns=[RECORD],
+                print_report=False,
+            )
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"--push {repository!r}: the hub refuses: {one_line(error, 300)}; is HF_TOKEN set?") from None
+    except (OSError, OfflineModeIsEnabled) as error:
+        raise StorageError(f"--push {repository!r}: the hub can't be reached: {one_line(error, 300)}") from None
+    return url
+
+
+def _require_nothing_else(export: Export, repository: str, present: list[str]) -> None:
+    own = {CARD, GRID, *_OF_HUB, *(path for path in _paths(export))}
+    if others := sorted(set(present) - own):
+        raise InputError(
+            f"--push {repository!r}: the repository has other files, as {others[0]!r}; loaders would take them for"
+            " a part of this set: name another, or remove them"
+        )
+
+
+def _paths(export: Export) -> Iterator[str]:
+    for task in export.tasks:
+        if export.format != FILES:
+            yield task.part.path
+        else:
+            yield from (f"{task.part.path}/{name}" for name in task.names)
+    if export.format == FILES:
+        yield from (f"{split}/{METADATA}" for split in export.splits)
+
+
+@contextlib.contextmanager
+def _staged(export: Export) -> Iterator[Path]:
+    """The folder of an export on this disk. One in a store is brought here, under a name by which another try finds it;
+    what is here already is not brought again."""
+    target = export.target
+    if target.local:
+        yield Path(target.place)
+        return
+    folder = Path(tempfile.gettempdir()) / f"gaudi-batch-push-{export.digest[:16]}"
+    use = "bring the export here"
+    with scratch_errors(use):
+        for path in [CARD, GRID, *_paths(export)]:
+            _bring(target, path, folder / PurePosixPath(path))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bring(storage: Storage, path: str, local: Path) -> None:
+    entry = storage.entry(path)
+    if entry is None or (local.exists() and local.stat().st_size == entry.size):
+        return
+    local.parent.mkdir(parents=True, exist_ok=True)
+    part = local.with_name(f".{local.name}.part")
+    with part.open("wb") as file:
+        for start in range(0, entry.size, PART_BYTES):
+            file.write(storage.get_range(path, start, min(entry.size, start + PART_BYTES)))
+    part.replace(local)
