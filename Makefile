@@ -13,12 +13,12 @@ FLOORS_TESTS := test_api.py test_plan.py test_secrets.py card config dataset out
 COVERED := gaudi_batch.scheduling,gaudi_batch.card.mailbox,gaudi_batch.output.lease,gaudi_batch.output.ledger
 COVERING := tests/scheduling tests/card tests/driver tests/output
 
-.PHONY: help setup demo quick test thorough bench coverage floors check format clean
+.PHONY: help setup loaders demo quick test thorough bench coverage floors check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(VENV)/.pandas ## make .venv, with everything for development
+setup: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(VENV)/.pandas $(VENV)/.loaders ## make .venv, with everything for development
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,13 @@ $(VENV)/.azurite-$(AZURITE): | $(BIN)/python
 # Where one test looks for it: beside the packages, since pyarrow imports it in every process that finds it.
 $(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(BIN)/python
 	$(INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/pandas pandas pytz tzdata
+	touch $@
+
+loaders: $(VENV)/.loaders ## install what people open images with, for the tests that do
+
+# Apart from the packages of gaudi-batch, with which `datasets` does not go together.
+$(VENV)/.loaders: tests/loaders/requirements.txt | $(BIN)/python
+	$(INSTALL) --upgrade --target $(VENV)/loaders --requirement tests/loaders/requirements.txt
 	touch $@
 
 demo: $(VENV)/.base ## run a job of 200 bundled prompts on two cards of this machine

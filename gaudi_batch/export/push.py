@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.card import CARD, GRID
-from gaudi_batch.export.export import RECORD, Export
+from gaudi_batch.export.export import RECORD, RETRY_TIMEOUT_S, Export
 from gaudi_batch.export.plan import HUB_FILES
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
@@ -24,6 +26,11 @@ from gaudi_batch.text import one_line
 
 log = logging.getLogger(__name__)
 
+UPLOAD_CACHE = ".cache/huggingface/upload"
+"""Where huggingface_hub notes how far an upload has come, in the folder itself."""
+WAIT_S = 0.2
+_REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d Client Error|Invalid metadata")
+"""Errors that stay."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _OF_HUB = (".gitattributes",)
 """Files that the hub makes itself."""
@@ -67,19 +74,90 @@ def push(export: Export, repository: str, *, private: bool) -> str:
         _require_nothing_else(export, repository, api.list_repo_files(repository, repo_type="dataset"))
         with _staged(export) as folder:
             log.info("pushing %s", url)
-            api.upload_large_folder(
-                repo_id=repository,
-                repo_type="dataset",
-                folder_path=folder,
-                private=private,
-                ignore_patterns=[RECORD],
-                print_report=False,
+            _upload(
+                lambda: api.upload_large_folder(
+                    repo_id=repository,
+                    repo_type="dataset",
+                    folder_path=folder,
+                    private=private,
+                    ignore_patterns=[RECORD],
+                    print_report=False,
+                ),
+                repository,
+                folder / UPLOAD_CACHE,
             )
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(f"--push {repository!r}: the hub refuses: {one_line(error, 300)}; is HF_TOKEN set?") from None
     except (OSError, OfflineModeIsEnabled) as error:
         raise StorageError(f"--push {repository!r}: the hub can't be reached: {one_line(error, 300)}") from None
     return url
+
+
+class _Errors(logging.Handler):
+    """Keeps what huggingface_hub logs of an upload that fails: it tries again for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last = ""
+        self.since: float | None = None
+        """When the first was logged since `forget`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        message = record.getMessage()
+        if message.startswith("Failed"):
+            self.last = message
+            self.since = self.since or time.monotonic()
+
+    def forget(self) -> None:
+        """The upload goes on."""
+        self.since = None
+
+
+def _upload(upload: Callable[[], None], repository: str, cache: Path) -> None:
+    """Runs an upload until it has ended, has failed for RETRY_TIMEOUT_S without any progress, or is refused.
+
+    Args:
+        upload: does it.
+        repository: where to.
+        cache: where huggingface_hub notes how far it has come.
+    """
+    errors, ended = _Errors(), []
+    logger = logging.getLogger("huggingface_hub")
+    thread = threading.Thread(target=lambda: ended.append(_outcome(upload)), name="push", daemon=True)
+    logger.addHandler(errors)
+    try:
+        thread.start()
+        noted = _noted(cache)
+        while not ended:
+            thread.join(WAIT_S)
+            if (now_noted := _noted(cache)) != noted:
+                noted = now_noted
+                errors.forget()
+            if errors.since is not None:
+                if _REFUSED.search(errors.last):
+                    raise InputError(f"--push {repository!r}: the hub refuses: {one_line(errors.last, 300)}")
+                if time.monotonic() - errors.since > RETRY_TIMEOUT_S:
+                    raise StorageError(
+                        f"--push {repository!r}: tried for {RETRY_TIMEOUT_S:.0f} s: {one_line(errors.last, 300)}; the"
+                        " same command goes on"
+                    )
+    finally:
+        logger.removeHandler(errors)
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _outcome(upload: Callable[[], None]) -> Exception | None:
+    try:
+        upload()
+    except Exception as error:
+        return error
+    return None
+
+
+def _noted(cache: Path) -> set[tuple[str, int]]:
+    return {(path.name, path.stat().st_mtime_ns) for path in cache.rglob("*.metadata")}
 
 
 def _require_nothing_else(export: Export, repository: str, present: list[str]) -> None:
