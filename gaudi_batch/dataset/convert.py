@@ -21,7 +21,7 @@ from gaudi_batch.dataset.tables import BadLine, Line, PromptTable
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage
-from gaudi_batch.text import did_you_mean, one_line
+from gaudi_batch.text import counted, did_you_mean, one_line
 
 ROW_GROUP_ROWS = 1024
 """Rows of a row group. A card reads whole row groups, and a shard has at most as many images."""
@@ -45,6 +45,8 @@ _MAX_INT64 = 2**63 - 1
 class Converted:
     """The result of a conversion."""
 
+    unit: str
+    """What lines of the input are called."""
     rows: int = 0
     bad: int = 0
     """Lines that were left out."""
@@ -56,9 +58,9 @@ class Converted:
     def lines(self) -> list[str]:
         """A few lines for a person."""
         columns = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
-        lines = [f"{self.rows} rows with the columns {one_line(columns, 400)}"]
+        lines = [f"{counted(self.rows, 'row')} with the columns {one_line(columns, 400)}"]
         if self.bad:
-            lines.append(f"left out: {self.bad}, of which the first are")
+            lines.append(f"left out: {counted(self.bad, self.unit)}, the first of them:")
             lines += [f"  {example}" for example in self.examples]
         return lines
 
@@ -77,7 +79,7 @@ def convert(table: PromptTable, target: Storage, name: str, columns: Mapping[str
         StorageError: storage failed.
     """
     names = _names(table, columns)
-    result = Converted()
+    result = Converted(table.unit)
     kinds: dict[str, Counter[str]] = {}
     for line in table.lines():
         try:

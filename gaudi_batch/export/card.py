@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from gaudi_batch.dataset.reasons import Reasons
-from gaudi_batch.export.export import Export, some_images
+from gaudi_batch.export.export import Export, put_if_new, some_images
 from gaudi_batch.export.licence import licence_of
 from gaudi_batch.export.source import read_images
 from gaudi_batch.output.manifest import FILES
@@ -57,9 +57,11 @@ def write_card(export: Export) -> None:
     """
     images = some_images(export, GRID_SIDE**2)
     source = export.run.reader.storage
+    written = {CARD: card(export, [prompt for _, prompt in images]).encode()}
     if images:
-        export.target.put(GRID, grid([data or b"" for data in read_images(source, [image for image, _ in images])]))
-    export.target.put(CARD, card(export, [prompt for _, prompt in images]).encode())
+        written[GRID] = grid([data or b"" for data in read_images(source, [image for image, _ in images])])
+    for path, data in written.items():
+        put_if_new(export.target, path, data)
 
 
 def grid(images: Sequence[bytes]) -> bytes:

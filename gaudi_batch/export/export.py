@@ -291,11 +291,17 @@ def describe_files(export: Export) -> None:
                         names = pa.chunked_array([[f"{folder_name}/{name}" for name in task.names]], pa.string())
                         folder.add(names, task.described)
                 folder.close()
-                target.put_file(f"{split}/{METADATA}", str(path))
+                put_if_new(target, f"{split}/{METADATA}", path.read_bytes())
     paths = {part.path for part in export.parts}
     for place in sorted({"", *paths, *(path.rpartition("/")[0] for path in paths)}):
         for name in target.unfinished(place):
             target.remove(f"{place}/{name}".lstrip("/"))
+
+
+def put_if_new(target: Storage, path: str, data: bytes) -> None:
+    """Writes an object unless it has these bytes already: a push takes a file that was written again for another."""
+    if target.get(path) != data:
+        target.put(path, data)
 
 
 def some_images(export: Export, count: int) -> list[tuple[ImageAt, str]]:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 UPLOAD_CACHE = ".cache/huggingface/upload"
 """Where huggingface_hub notes how far an upload has come, in the folder itself."""
 WAIT_S = 0.2
-_REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d Client Error|Invalid metadata")
+_REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d (Client Error|[A-Z])|Invalid metadata")
 """Errors that stay."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _OF_HUB = (".gitattributes",)

@@ -1,0 +1,157 @@
+"""Which rows an export has, in which split, and in which object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gaudi_batch.errors import InputError
+from gaudi_batch.export.plan import FOLDER_FILES, in_order, parse_size, plan
+from gaudi_batch.export.selection import Splits, select
+
+ROWS = pa.table(
+    {
+        "id": ["a", "b", "c", "d"],
+        "row": [0, 1, 2, 3],
+        "image_index": pa.array([0, 0, 0, None], pa.int32()),
+        "status": ["ok", "ok", "ok", "failed"],
+        "nsfw": [True, False, None, None],
+        "topic": ["x", "y", None, "x"],
+        "width": pa.array([64, 128, 256, 64], pa.int32()),
+    }
+)
+
+
+def selected(*filters: str) -> str:
+    return "".join(select(ROWS, filters)["id"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        ([], "abc"),
+        (["nsfw=false"], "b"),
+        (["nsfw!=true"], "bc"),
+        (["nsfw=null"], "c"),
+        (["nsfw!=null"], "ab"),
+        (["topic=x"], "a"),
+        (["topic = x,y"], "ab"),
+        (["topic!=x,null"], "b"),
+        (["width>=128"], "bc"),
+        (["width<256", "topic=y"], "b"),
+        (["status=failed"], "d"),
+        (["status=ok,failed", "topic=x"], "ad"),
+    ],
+)
+def test_a_filter_takes_the_rows_that_it_says(filters: list[str], ids: str) -> None:
+    assert selected(*filters) == ids
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nsfw", "must be COLUMN=VALUE"),
+        ("nsf=true", "the manifest has no column 'nsf'; did you mean 'nsfw'?"),
+        ("width=wide", "'wide' is no value of a column of type int32"),
+        ("width<1,2", "'1,2' is no value"),
+    ],
+)
+def test_a_filter_that_can_t_be_is_refused_by_name(text: str, told: str) -> None:
+    with pytest.raises(InputError) as refused:
+        selected(text)
+    assert told in str(refused.value)
+
+
+def test_shares_are_of_a_hash_of_the_id_and_stay_whatever_else_is_exported() -> None:
+    ids = [f"id {number}" for number in range(4000)]
+    table = pa.table({"id": ids * 2})
+    splits = Splits("test=10%,validation=5%", table.column_names).of(table)
+    assert splits[:4000] == splits[4000:], "images of one prompt are in one split"
+    shares = {name: splits.count(name) / len(splits) for name in ("train", "test", "validation")}
+    assert shares["test"] == pytest.approx(0.1, abs=0.02)
+    assert shares["validation"] == pytest.approx(0.05, abs=0.02)
+    assert sum(shares.values()) == pytest.approx(1)
+    some = pa.table({"id": ids[::7]})
+    assert Splits("test=10%,validation=5%", ["id"]).of(some) == splits[:4000:7]
+    assert set(Splits("a=50%,b=50%", ["id"]).of(table)) == {"a", "b"}
+
+
+def test_a_column_names_splits() -> None:
+    assert Splits("topic", ROWS.column_names).of(ROWS) == ["x", "y", "train", "x"]
+    assert Splits(None, ROWS.column_names).of(ROWS) == ["train"] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "told"),
+    [
+        ("tpic", ["x"], "must be shares, as test=5%, or a column; did you mean 'topic'?"),
+        ("test=5", ["x"], "'test=5' is no share"),
+        ("test=0%", ["x"], "is no share"),
+        ("a=60%,b=50%", ["x"], "the shares are 110 % together"),
+        ("a=6%,a=5%", ["x"], "'a' is there twice"),
+        ("../x=5%", ["x"], "is no share"),
+        ("topic", ["../x"], "can't be the name of a split"),
+        ("topic", ["X", "x"], "differ in case alone"),
+        ("topic", [str(number) for number in range(101)], "it has 101 values; at most 100"),
+    ],
+)
+def test_splits_that_can_t_be_are_refused_by_name(text: str, values: list[str], told: str) -> None:
+    table = pa.table({"id": values, "topic": values})
+    with pytest.raises(InputError) as refused:
+        Splits(text, table.column_names).of(table)
+    assert told in str(refused.value)
+
+
+def test_rows_are_in_order_of_split_and_row() -> None:
+    rows, splits = in_order(ROWS, ["test", "train", "test", "a"])
+    assert (rows["id"].to_pylist(), splits) == (["b", "d", "a", "c"], ["train", "a", "test", "test"])
+
+
+@given(
+    sizes=st.lists(st.tuples(st.sampled_from(["train", "test"]), st.integers(1, 10_000)), min_size=1),
+    target=st.integers(1, 30_000),
+)
+def test_every_image_is_in_one_object_of_its_split_and_none_is_larger_than_it_must_be(
+    sizes: list[tuple[str, int]], target: int
+) -> None:
+    sizes.sort()
+    splits, numbers = [split for split, _ in sizes], [size for _, size in sizes]
+    parts = plan(splits, numbers, "parquet", target)
+    assert [(part.start, part.stop) for part in parts] == list(
+        zip([0, *(part.stop for part in parts[:-1])], [part.stop for part in parts], strict=True)
+    )
+    assert parts[-1].stop == len(sizes)
+    assert len({part.path for part in parts}) == len(parts)
+    for part in parts:
+        assert set(splits[part.start : part.stop]) == {part.split}
+        assert part.stop - part.start == 1 or part.size <= target
+
+
+def test_a_folder_has_as_many_files_as_the_hub_takes() -> None:
+    parts = plan(["train"] * 12_000, [10**9] * 12_000, "files", 1)
+    assert [part.stop - part.start for part in parts] == [FOLDER_FILES, FOLDER_FILES, 2000]
+    assert [part.path for part in parts] == ["train/00000", "train/00001", "train/00002"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500MB", 500_000_000),
+        ("1.5GiB", 3 << 29),
+        ("20k", 20_000),
+        ("1000", 1000),
+        ("0", None),
+        ("x", None),
+        ("-1", None),
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text: str, size: Any) -> None:
+    if size is not None:
+        assert parse_size(text) == size
+        return
+    with pytest.raises(InputError, match="must be a size such as 500MB"):
+        parse_size(text)
