@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import ray
-from helpers import StoreServer, read_manifest, wait_for_commits, wait_until
-from outside import Images, opened
+from helpers import REPOSITORY, StoreServer, read_manifest, wait_for_commits, wait_until
+from outside import Images, opened, run_outside
 from PIL import Image
 
 from benchmarks.chaos import card_processes
@@ -245,3 +246,23 @@ def test_objects_are_opened_from_disk_and_from_s3(
         place = f"{url}/data/*.{SUFFIXES[output_format]}"
         assert opened(ways, place, tmp_path / "s3", s3.options) == dict.fromkeys(ways.split(","), images)
         assert Storage(url, s3.options).names("images") == []
+
+
+SQL = """
+import fsspec, json, sys, duckdb
+options = json.loads(sys.argv[2])
+duckdb.register_filesystem(fsspec.filesystem("s3", **options))
+print(json.dumps(duckdb.sql(sys.argv[1]).fetchall()))
+"""
+
+
+def test_the_readme_s_query_counts_failed_rows_by_reason_in_s3(make: Make, tmp_path: Path, s3: StoreServer) -> None:
+    url = s3.url(f"{tmp_path.name}-sql")
+    make("files", url, storage_options=s3.options)
+    readme = (REPOSITORY / "README.md").read_text()
+    query = next(line for line in readme.splitlines() if line.startswith("select error"))
+    assert "s3://bucket/runs/first/manifest/" in query
+    query = query.replace("s3://bucket/runs/first", url)
+    printed = run_outside("-c", SQL, query, json.dumps(s3.options), home=tmp_path / "home")
+    failed = json.loads(printed.strip().splitlines()[-1])
+    assert sorted(failed) == [["RuntimeError: simulated failure of row 40", 1], ["RuntimeError: simulated failure of row 5", 1]]
