@@ -82,8 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif hub.refuses:
             self._answer(b"", {"X-Error-Message": "You have no access"}, 403)
         elif path == f"/api/datasets/{REPOSITORY}/preupload/main":
-            files = [{**file, "uploadMode": _mode(file["path"])} for file in json.loads(body)["files"]]
-            self._json({"files": [{"shouldIgnore": False, "oid": None, **file} for file in files]})
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [{"path": path, "uploadMode": _mode(path), **self._known(path)} for path in paths]})
         elif path == f"/datasets/{REPOSITORY}.git/info/lfs/objects/batch":
             self._json({"objects": [self._lfs(wanted) for wanted in json.loads(body)["objects"]]})
         elif path == "/lfs/verify":
@@ -105,6 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.objects[oid] = data
             self.server.puts[oid] += 1
         self._json({})
+
+    def _known(self, path: str) -> dict[str, Any]:
+        data = self.server.files.get(path)
+        oid = None if data is None else hashlib.sha256(data).hexdigest() if _mode(path) == "lfs" else _git_hash(data)
+        return {"shouldIgnore": False, "oid": oid}
 
     def _lfs(self, wanted: dict[str, Any]) -> dict[str, Any]:
         if wanted["oid"] in self.server.objects:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-
-import pyarrow as pa
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.messages import CardSetup, Done
@@ -119,7 +118,15 @@ class ShardRecorder:
         seed = self._setup.job.config.seed
         table = manifest.tabulate(shard.rows, shard.carried, images, maker.failures, seed, commit)
         if commit.has_members:
-            table, commit = self._finish(output, table, commit)
+            began = time.monotonic()
+            digest, now = output.finish(table), datetime.now(timezone.utc)
+            table = manifest.with_finish(table, now)
+            if lines:
+                took = lines[-1].upload_s + time.monotonic() - began
+                lines[-1] = replace(lines[-1], upload_s=round(took, 6))
+            finished_at = self._clock.convert(now.timestamp())
+            sums = ThroughputTotals.of(lines)
+            commit = replace(commit, sums=sums, object_sha256=digest, finished_at=finished_at)
         text = "".join(f"{line.json()}\n" for line in lines)
         self._setup.storage.put(throughput_path(card.name, number, attempt), text.encode())
         outcome = ShardOutcome(
@@ -132,16 +139,6 @@ class ShardRecorder:
             doubted=maker.doubted,
         )
         return Done(attempt, manifest.encode(table, commit), commit, outcome)
-
-    def _finish(
-        self, output: OutputFormat, table: pa.Table, commit: manifest.CommitInfo
-    ) -> tuple[pa.Table, manifest.CommitInfo]:
-        """Stores the object that has all images; returns the manifest's rows and what it says of the attempt, with when
-        that was."""
-        digest = output.finish(table)
-        now = datetime.now(timezone.utc)
-        finished_at = self._clock.convert(now.timestamp())
-        return manifest.with_finish(table, now), replace(commit, object_sha256=digest, finished_at=finished_at)
 
     def _commit(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from gaudi_batch.export.card import CARD, write_card
-from gaudi_batch.export.export import ExportRequest, begin, describe_files, plan_export, write_parts
+from gaudi_batch.export.card import write_card
+from gaudi_batch.export.export import CARD, ExportRequest, begin, describe_files, plan_export, write_parts
 from gaudi_batch.export.names import DEFAULT_TEMPLATE
 from gaudi_batch.text import counted, read_yaml
 
@@ -15,9 +15,9 @@ def export_run(parsed: argparse.Namespace) -> str:
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     target_options = read_yaml(parsed.target_options, dict, "--target-options") if parsed.target_options else None
     if parsed.push:
-        from gaudi_batch.export.push import require_repository
+        from gaudi_batch.export.push import prepare
 
-        require_repository(parsed.push)
+        prepare(parsed.push)
     request = ExportRequest(
         output=parsed.output,
         target=parsed.target,

@@ -81,6 +81,8 @@ def _value(item: pa.Scalar) -> Any:
         return item.as_py()
     except UnicodeDecodeError:
         raw = item.value if isinstance(item, pa.DictionaryScalar) else item
+        if not hasattr(raw, "as_buffer"):  # a text within it is to blame
+            return Undecodable(_text(item))
         return Undecodable(bytes(raw.as_buffer()).decode("utf-8", "replace"))
     except (ValueError, OverflowError):
         return Undecodable(_text(item))

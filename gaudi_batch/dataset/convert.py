@@ -6,18 +6,18 @@ line that can't be read, or whose values are not what a job takes, is left out, 
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.config.schema import PROMPT_COLUMNS
-from gaudi_batch.dataset.tables import BadLine, Line, PromptTable
+from gaudi_batch.dataset.tables import BadLine, Line, PromptTable, TypedText
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage
@@ -79,31 +79,32 @@ def convert(table: PromptTable, target: Storage, name: str, columns: Mapping[str
         StorageError: storage failed.
     """
     names = _names(table, columns)
+    known = [column for column, name in names.items() if name in TYPES]
     result = Converted(table.unit)
     kinds: dict[str, Counter[str]] = {}
-    for line in table.lines():
-        try:
-            values = _values(line, names)
-        except BadLine as bad:
-            result.bad += 1
-            if len(result.examples) < BAD_SHOWN:
-                result.examples.append(f"{table.unit} {line.number}: {one_line(bad, 200)}")
-            continue
-        result.rows += 1
-        for column, value in values.items():
-            kinds.setdefault(column, Counter())[_kind(value)] += 1
+    for chunk in table.chunks(known):
+        for line in chunk.lines:
+            try:
+                values = _values(line, names)
+            except BadLine as bad:
+                result.bad += 1
+                if len(result.examples) < BAD_SHOWN:
+                    result.examples.append(f"{table.unit} {line.number}: {one_line(bad, 200)}")
+                continue
+            result.rows += 1
+            for column, value in values.items():
+                kinds.setdefault(column, Counter())[_kind(value)] += 1
     if not result.rows:
         example = f"; the first of {result.bad} bad ones is {result.examples[0]}" if result.bad else ""
         raise InputError(f"{table.name!r} has no row with a prompt{example}")
-    types = [TYPES.get(column) or table.type_of(column) or _type(kinds[column]) for column in kinds]
-    schema = pa.schema(list(zip(kinds, types, strict=True)))
+    schema = pa.schema([(name, TYPES.get(name) or _type(table, name, kinds)) for name in names.values()])
     result.columns = {field.name: one_line(field.type, 100) for field in schema}
     use = "write the prompts"
     with scratch_directory(use) as directory, scratch_errors(use):
         path = f"{directory}/prompts.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for rows in _chunks(_good(table, names), ROW_GROUP_ROWS):
-                writer.write_table(_arrow(rows, schema))
+            for rows in _of_size(_good(table, known, names, schema), ROW_GROUP_ROWS):
+                writer.write_table(rows)
         target.put_file(name, path)
     return result
 
@@ -135,12 +136,37 @@ def _listed(names: Sequence[str]) -> str:
     return one_line(", ".join(map(repr, names)), 400)
 
 
-def _good(table: PromptTable, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    for line in table.lines():
-        try:
-            yield _values(line, names)
-        except BadLine:
-            continue
+def _good(table: PromptTable, known: Sequence[str], names: Mapping[str, str], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows that are good."""
+    for chunk in table.chunks(known):
+        rows: list[dict[str, Any]] = []
+        kept: list[int] = []
+        for place, line in enumerate(chunk.lines):
+            try:
+                rows.append(_values(line, names))
+            except BadLine:
+                continue
+            kept.append(place)
+        rest = None if chunk.rest is None else chunk.rest.take(pa.array(kept, pa.int64()))
+        columns = [
+            rest.column(field.name)
+            if rest is not None and field.name in rest.column_names
+            else pa.array([_fitting(row.get(field.name), field.type) for row in rows], field.type)
+            for field in schema
+        ]
+        yield pa.table(columns, schema=schema)
+
+
+def _of_size(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The rows of tables in tables of one size; the last may be smaller."""
+    rest: pa.Table | None = None
+    for table in tables:
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while len(rest) >= size:
+            yield rest.slice(0, size)
+            rest = rest.slice(size)
+    if rest is not None and len(rest):
+        yield rest
 
 
 def _values(line: Line, names: Mapping[str, str]) -> dict[str, Any]:
@@ -163,20 +189,20 @@ def _known(name: str, value: Any) -> Any:
     if kind == pa.string():
         if isinstance(value, str):
             return value
-        if name == "id" and isinstance(value, int | float):
+        if name == "id" and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         raise BadLine(f"{name} is {value!r:.80}; it must be a text")
     try:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
             raise ValueError
         number = float(value) if kind == pa.float64() else _whole(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         what = "number" if kind == pa.float64() else "whole number"
         raise BadLine(f"{name} is {value!r:.80}; it must be a {what}") from None
     return number
 
 
-def _whole(value: str | int | float) -> int:
+def _whole(value: str | int | float | Decimal) -> int:
     number = int(value) if isinstance(value, int) or (isinstance(value, str) and "." not in value) else float(value)
     if number != int(number) or abs(number) > _MAX_INT64:
         raise ValueError
@@ -184,15 +210,19 @@ def _whole(value: str | int | float) -> int:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, TypedText):
+        value = value.value
     if isinstance(value, int) and abs(value) > _MAX_INT64:
         return "large"
     return "null" if value is None else type(value).__name__
 
 
-def _type(kinds: Counter[str]) -> pa.DataType:
-    """The type of a column that a job does not know, from the kinds of its values; what is nested or mixed becomes JSON
-    in a text."""
-    present = set(kinds) - {"null"}
+def _type(table: PromptTable, name: str, kinds: Mapping[str, Counter[str]]) -> pa.DataType:
+    """The type of a column that a job does not know: its own, or from the kinds of its values; what is nested or mixed
+    becomes JSON in a text."""
+    if (own := table.type_of(name)) is not None:
+        return own
+    present = set(kinds.get(name, ())) - {"null"}
     if present == {"bool"}:
         return pa.bool_()
     if present == {"int"}:
@@ -202,17 +232,9 @@ def _type(kinds: Counter[str]) -> pa.DataType:
     return pa.string()
 
 
-def _arrow(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    columns = [pa.array([_fitting(row.get(field.name), field.type) for row in rows], field.type) for field in schema]
-    return pa.table(columns, schema=schema)
-
-
 def _fitting(value: Any, kind: pa.DataType) -> Any:
+    if isinstance(value, TypedText):
+        return str(value) if pa.types.is_string(kind) else value.value
     if pa.types.is_string(kind) and value is not None and not isinstance(value, str):
         return json.dumps(value, default=str)
     return value
-
-
-def _chunks(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk

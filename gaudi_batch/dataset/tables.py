@@ -11,16 +11,17 @@ import json
 import lzma
 import re
 import shlex
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.dataset.arrow import python_rows
-from gaudi_batch.dataset.columns import plain
+from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.dataset.rows import Undecodable
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.store import Storage
@@ -35,7 +36,7 @@ OPENERS: Mapping[str, Callable[[IO[bytes]], Any]] = {
 }
 """What opens a compressed file, by its suffix."""
 _SUFFIX = re.compile(rf"\.({'|'.join(KINDS)})(\.({'|'.join(OPENERS)}))?$", re.IGNORECASE)
-BATCH_ROWS = 1024
+CHUNK_LINES = 1024
 MAX_FIELD = 1 << 24
 """Characters of a field of a CSV file."""
 MAX_RECORD_LINES = 10_000
@@ -61,6 +62,14 @@ class Line:
     """Why it can't be read; None if it can."""
 
 
+class Chunk(NamedTuple):
+    """Some lines of a table."""
+
+    lines: list[Line]
+    rest: pa.Table | None = None
+    """The columns that are not looked at, where these have types; else they stand in the lines."""
+
+
 class PromptTable(Protocol):
     """A table that can be read more than once."""
 
@@ -71,8 +80,12 @@ class PromptTable(Protocol):
     def columns(self) -> list[str]:
         """The names of its columns. Raises InputError."""
 
-    def lines(self) -> Iterator[Line]:
-        """Its lines in order, without the header."""
+    def chunks(self, known: Collection[str]) -> Iterator[Chunk]:
+        """Its lines in order, without the header, some at a time.
+
+        Args:
+            known: the columns whose values are looked at.
+        """
 
     def type_of(self, column: str) -> pa.DataType | None:
         """The type of a column; None where it follows from the values."""
@@ -142,6 +155,16 @@ class _Lines:
         """Follows from the values."""
         return None
 
+    def chunks(self, known: Collection[str]) -> Iterator[Chunk]:
+        """See `PromptTable`."""
+        lines = self.lines()
+        while chunk := list(itertools.islice(lines, CHUNK_LINES)):
+            yield Chunk(chunk)
+
+    def lines(self) -> Iterator[Line]:
+        """The lines in order."""
+        raise NotImplementedError
+
     def _texts(self) -> Iterator[tuple[int, str]]:
         """The lines and their numbers; bytes that are not UTF-8 become surrogates."""
         with self._opened() as file:
@@ -149,7 +172,7 @@ class _Lines:
                 for number, line in enumerate(file, 1):
                     text = line.decode("utf-8", "surrogateescape")
                     yield number, text.removeprefix("\ufeff") if number == 1 else text
-            except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
                 raise InputError(f"{self.name!r} can't be decompressed: {one_line(error)}") from None
 
 
@@ -193,7 +216,8 @@ class JsonLines(_Lines):
 
 
 class CsvTable(_Lines):
-    """A CSV file with a header."""
+    """A CSV file with a header. A column has numbers or truth values if all of its values are, as they are usually
+    written; 007 and +49 are texts."""
 
     delimiter = ","
 
@@ -220,7 +244,7 @@ class CsvTable(_Lines):
             elif len(values) != len(columns):
                 yield Line(number, error=f"it has {len(values)} fields, and the header {len(columns)}")
             else:
-                yield _checked(number, {name: value or None for name, value in zip(columns, values, strict=True)})
+                yield _checked(number, {name: _typed(value) for name, value in zip(columns, values, strict=True)})
 
     def _record(self, number: int, text: str, error: str) -> Record:
         """The first line of a record that is broken."""
@@ -288,15 +312,20 @@ class ParquetTable:
         """See `PromptTable`."""
         return list(self._schema.names)
 
-    def lines(self) -> Iterator[Line]:
+    def chunks(self, known: Collection[str]) -> Iterator[Chunk]:
         """See `PromptTable`. Raises InputError if the file can't be read to its end."""
         number = 0
         with pq.ParquetFile(self._opened()) as file:
             try:
-                for batch in file.iter_batches(BATCH_ROWS):
-                    for values in python_rows(pa.Table.from_batches([batch])):
-                        number += 1
-                        yield _checked(number, values)
+                for batch in file.iter_batches(CHUNK_LINES):
+                    table = pa.Table.from_batches([batch])
+                    looked_at = [name for name in table.column_names if name in known]
+                    rows = python_rows(table.select(looked_at))
+                    lines = [_checked(number + place, values) for place, values in enumerate(rows, 1)]
+                    number += len(lines)
+                    rest = table.drop_columns(looked_at)
+                    columns = [cast(*each) for each in zip(rest.columns, plain(rest.schema).types, strict=True)]
+                    yield Chunk(lines, pa.table(columns, names=rest.column_names))
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"{self.name!r} can't be read after row {number}: {one_line(error, 300)}") from None
 
@@ -305,9 +334,36 @@ class ParquetTable:
         return self._schema.field(column).type if column in self._schema.names else None
 
 
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})\.\d{1,17}([eE][+-]?\d{1,2})?", re.ASCII)
+_TRUTH = {"true": True, "false": False, "True": True, "False": False}
+
+
+class TypedText(str):
+    """A text that may be a number or a truth value, if all others of its column may."""
+
+    value: int | float | bool
+
+
+def _typed(text: str) -> str | None:
+    """A field of a CSV file; None if it is empty."""
+    value: int | float | bool | None = _TRUTH.get(text)
+    if _WHOLE_NUMBER.fullmatch(text):
+        value = int(text)
+    elif _NUMBER.fullmatch(text):
+        value = float(text)
+    if value is None:
+        return text or None
+    typed = TypedText(text)
+    typed.value = value
+    return typed
+
+
 def _checked(number: int, values: Mapping[str, Any]) -> Line:
     """A line, unless it has bytes that are not UTF-8."""
     for name, value in values.items():
+        if _has_surrogates(name):
+            return Line(number, error="the name of a field is not UTF-8")
         if isinstance(value, Undecodable) or (isinstance(value, str) and _has_surrogates(value)):
             return Line(number, error=f"{name or 'it'} is not UTF-8")
     return Line(number, values)

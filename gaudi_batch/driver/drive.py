@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from gaudi_batch.driver.describing import Description
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.progress import RunProgress
@@ -11,6 +12,7 @@ from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
 from gaudi_batch.errors import ForcedInterrupt
 from gaudi_batch.output.lease import LeaseLost
+from gaudi_batch.output.manifest import FILES
 from gaudi_batch.output.spans import Stopwatch, read_spans
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.plan import Shard
@@ -50,6 +52,9 @@ def make_missing(
         lambda card_s: [*earlier, watch.span(card_s)],
         timeline,
     )
+    description = Description(run) if run.job.config.format == FILES else None
+    if description is not None:
+        run.commits.added = description.committed
     timeline.begin()
     cards.settle()
     with open_view() as view, handlers_kept():
@@ -58,7 +63,13 @@ def make_missing(
             grace,
             run.ledger.storage,
         )
-        driver, reason = loop.run()
+        is_complete = False
+        try:
+            driver, reason = loop.run()
+            is_complete = reason is None
+        finally:
+            if description is not None:
+                description.close(wait=is_complete)
     if driver.at_once and reason == INTERRUPTED:
         raise ForcedInterrupt("interrupted at once; what was committed stays, and the same command resumes")
     if driver.at_once:

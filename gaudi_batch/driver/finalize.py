@@ -71,8 +71,9 @@ def verify_images(run: Run) -> None:
     for line in report.lines():
         log.info("%s", line)
     if report.broken:
+        noun = "image" if run.job.config.format == manifest.FILES else "object"
         raise RunStopped(
-            f"missing: {counted(len(report.missing), 'image')}, torn: {counted(len(report.torn), 'image')}; the same"
+            f"missing: {counted(len(report.missing), noun)}, torn: {counted(len(report.torn), noun)}; the same"
             " command with --repair makes them again"
         )
 
@@ -153,7 +154,9 @@ def _join(run: Run) -> dict[str, Any]:
         if "id" in job.dataset.columns:
             repeated.add_manifest(table, job.config.seed, "seed" in job.dataset.columns)
 
-    images, failed_rows = join_manifests(run.commits, run.latest_shard_of_row, count_ids)
+    images, failed_rows = join_manifests(
+        run.commits, run.latest_shard_of_row, count_ids, job.config.format == manifest.FILES
+    )
     if warning := repeated.describe():
         log.warning("%s", warning)
     return {"images": images, "failed_rows": failed_rows, "rows_that_share_an_id": repeated.rows()}

@@ -7,18 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from PIL import Image
 
+from gaudi_batch.dataset.arrow import is_text
+from gaudi_batch.dataset.columns import is_binary
 from gaudi_batch.dataset.reasons import Reasons
-from gaudi_batch.export.export import Export, put_if_new, some_images
+from gaudi_batch.export.export import ASSETS, CARD, Export, put_if_new, some_images
 from gaudi_batch.export.licence import licence_of
 from gaudi_batch.export.source import read_images
 from gaudi_batch.output.manifest import FILES
 from gaudi_batch.text import counted, one_line
 
-CARD = "README.md"
-GRID = "assets/grid.jpg"
+GRID = f"{ASSETS}/grid.jpg"
 GRID_SIDE = 4
 """Pictures in a line of the grid, and lines."""
 CELL = 256
@@ -35,6 +37,19 @@ SIZE_CATEGORIES = (
     (1_000_000_000, "100M<n<1B"),
 )
 """The hub's names of sizes."""
+SHA256_DIGITS = 64
+"""Of the revision of a directory; that of a hub's model has fewer."""
+JSON_TYPES = (
+    (pa.types.is_boolean, "bool"),
+    (pa.types.is_integer, "int64"),
+    (pa.types.is_floating, "float64"),
+    (pa.types.is_duration, "float64"),
+    (is_text, "string"),
+    (pa.types.is_temporal, "string"),
+    (pa.types.is_decimal, "string"),
+    (is_binary, "string"),
+)
+"""What values of each type are in JSON, as `datasets` names it."""
 SETTINGS = (
     "width",
     "height",
@@ -90,6 +105,8 @@ def card(export: Export, prompts: Sequence[str]) -> str:
     info = export.run.info
     job, fingerprint = info.job, info.fingerprint
     name = str(fingerprint.get("model") or job.get("model") or "simulated")
+    revision = str(fingerprint.get("model_revision") or "")
+    model = _model_shown(name, revision)
     images = len(export.rows) - export.rows["path"].null_count
     rows = len(set(export.rows["row"].to_pylist()))
     lines = [
@@ -97,7 +114,7 @@ def card(export: Export, prompts: Sequence[str]) -> str:
         yaml.safe_dump(_front_matter(export), sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {counted(images, 'image')} by {_code(_model_shown(name))}",
+        f"# {counted(images, 'image')} by {_code(model)}",
         "",
         f"{counted(images, 'image')} of {counted(rows, 'prompt')}, made by gaudi-batch"
         f" {info.versions.get('gaudi-batch', '')}".rstrip()
@@ -106,21 +123,20 @@ def card(export: Export, prompts: Sequence[str]) -> str:
     ]
     if prompts:
         lines += [f"![Some of the images]({GRID})", "", "From left to right, line by line:", ""]
-        lines += [f"{number}. {_text(prompt)}" for number, prompt in enumerate(prompts, 1)]
+        lines += [f"{number}. {_code(prompt)}" for number, prompt in enumerate(prompts, 1)]
         lines.append("")
     lines += ["## How to load it", "", *_how_to_load(export), "## How it was made", ""]
-    lines += [
-        f"- Model: {_code(_model_shown(name))}"
-        + (f", revision {_code(revision)}" if (revision := fingerprint.get("model_revision")) else "")
-    ]
+    lines.append(f"- Model: {_code(model)}" + (f", revision {_code(revision)}" if revision else ""))
     storage = export.run.reader.storage
     same_store = "://" in name and storage.place.startswith(name.partition("://")[0] + "://")
     licence = licence_of(job, fingerprint, storage.options if same_store else {})
     lines.append(
-        f"- Licence of the model: {_text(licence)}" if licence else "- Licence of the model: its files say none"
+        f"- Licence of the model: {_code(licence)}" if licence else "- Licence of the model: its files say none"
     )
     for lora in fingerprint.get("lora", []):
-        lines.append(f"- LoRA: {_code(one_line(lora, 200))}")
+        path = _model_shown(str(lora.get("path", "")), str(lora.get("revision") or ""))
+        parts = [path, lora.get("weight_name"), f"scale {lora.get('scale', 1)}"]
+        lines.append("- LoRA: " + ", ".join(_code(part) for part in parts if part))
     lines.append(f"- Prompts: {_code(_place_shown(str(job.get('prompts', ''))))}, {counted(info.rows, 'row')}")
     for setting in SETTINGS:
         value = fingerprint.get(setting)
@@ -139,7 +155,9 @@ def card(export: Export, prompts: Sequence[str]) -> str:
 def _front_matter(export: Export) -> dict[str, Any]:
     size = next((name for most, name in SIZE_CATEGORIES if len(export.rows) < most), "n>1B")
     pattern = "{split}/**" if export.format == FILES else "data/{split}-*"
+    features = _features(export) if export.format == "webdataset" else None
     return {
+        **({"dataset_info": {"features": features}} if features else {}),
         "task_categories": ["text-to-image"],
         "tags": ["synthetic", "text-to-image", "gaudi-batch"],
         "size_categories": [size],
@@ -150,6 +168,21 @@ def _front_matter(export: Export) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _features(export: Export) -> list[dict[str, Any]] | None:
+    """The types of a sample as `datasets` writes them: else it would take those of the first five samples, and fail at
+    the first value of a column that has none there. None if a column has a type that is not known here."""
+    fields = []
+    for field in export.tasks[0].described.schema:
+        kind = next((name for is_kind, name in JSON_TYPES if is_kind(field.type)), None)
+        if kind is None:
+            return None
+        fields.append({"name": field.name, "dtype": kind})
+    suffix = export.tasks[0].names[0].rpartition(".")[2]
+    image = [{"name": suffix, "dtype": "image"}] if any(image for task in export.tasks for image in task.images) else []
+    texts = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__")]
+    return [*image, {"name": "json", "struct": fields}, *texts]
 
 
 def _how_to_load(export: Export) -> list[str]:
@@ -197,7 +230,7 @@ def _failures(export: Export) -> list[str]:
     for identity, error in zip(failed["id"].to_pylist(), failed["error"].to_pylist(), strict=True):
         reasons.add(error or "", identity)
     lines = [f"{counted(len(failed), 'row')} of the run failed, and has no image:", ""]
-    lines += [f"- {counted(reason['rows'], 'row')}: {_text(reason['reason'])}" for reason in reasons.describe()]
+    lines += [f"- {counted(reason['rows'], 'row')}: {_code(reason['reason'])}" for reason in reasons.describe()]
     return [*lines, ""]
 
 
@@ -208,18 +241,17 @@ def _stack(stacks: Sequence[Mapping[str, str]] | None, versions: Mapping[str, st
 
 def _place_shown(place: str) -> str:
     """A URL as it is, of a local path the last part: the card may be seen by all."""
-    return place if "://" in place else place.rstrip("/").rpartition("/")[2]
+    is_url = "://" in place and not place.startswith(("file://", "local://"))
+    return place if is_url else re.split(r"[/\\]", place.rstrip("/\\"))[-1]
 
 
-def _model_shown(name: str) -> str:
-    return _place_shown(name) if name.startswith(("/", ".", "~")) else name
+def _model_shown(name: str, revision: str) -> str:
+    """The name of a model of the hub or of this package; of one on a disk, which is known by the SHA-256 of its files,
+    the last part of its path."""
+    is_named = len(revision) < SHA256_DIGITS and not name.startswith(("/", ".", "~"))
+    return name if is_named or name.startswith("builtin:") else _place_shown(name)
 
 
 def _code(value: object) -> str:
     """A value in Markdown, as code in one line."""
     return f"`{one_line(value, 300).replace('`', chr(39))}`"
-
-
-def _text(value: str) -> str:
-    """A text that others have written in Markdown, as text alone."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&-])", r"\\\1", one_line(value, 300))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -39,8 +40,13 @@ log = logging.getLogger(__name__)
 
 RECORD = ".gaudi-batch/export.json"
 """What a destination holds, hidden from loaders."""
+CARD, ASSETS = "README.md", "assets"
+"""The dataset card, and the directory of its pictures."""
+OWN_NAMES = (CARD, ASSETS)
 LOCAL_THREADS = 4
 """Parts that this machine writes at the same time."""
+SETTLE_S = 1.0
+"""Seconds after which a record that was put in a store is looked at again."""
 RETRY_TIMEOUT_S = 600.0
 """Seconds for which storage that fails is tried again."""
 
@@ -119,13 +125,14 @@ def plan_export(request: ExportRequest) -> Export:
     output_format = request.format
     template = Template(request.name, rows.column_names)
     rows, splits = in_order(rows, Splits(request.split, rows.column_names).of(rows))
-    images = places(rows)
+    has_members = run.info.job.get("format", manifest.FILES) != manifest.FILES
+    images = places(rows, has_members=has_members)
     if output_format == manifest.FILES and None in images:
         raise InputError("failed rows have no image; format webdataset or parquet takes them, files do not")
     suffix = SUFFIXES[run.info.job.get("encoding", {}).get("type", "png")]
     names = [f"{name}.{suffix}" for name in template.names(rows)]
     parts = plan(splits, sizes(source, images), output_format, target_size)
-    described = manifest.described(rows)
+    described = manifest.described(rows, has_members=has_members)
     if any("status" in text for text in request.filters):
         described = described.append_column("status", rows["status"]).append_column("error", rows["error"])
     tasks = [
@@ -195,6 +202,9 @@ def begin(export: Export) -> None:
         "objects": len(export.parts),
     }
     target.put(RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    # Another may have begun at the same moment; the record that is there now decides for both.
+    time.sleep(0.0 if target.local else SETTLE_S)
+    begin(export)
 
 
 def write_parts(export: Export, address: str | None) -> None:
@@ -209,14 +219,8 @@ def write_parts(export: Export, address: str | None) -> None:
         StorageError: storage failed, or an image is not what its manifest says.
     """
     source, target = export.run.reader.storage, export.target
-    listings: dict[str, list[str]] = {}
-    todo: list[PartTask] = []
-    for task in export.tasks:
-        directory = task.part.path if export.format == manifest.FILES else task.part.path.rpartition("/")[0]
-        if directory not in listings:
-            listings[directory] = target.names(directory)
-        if not is_written(task, listings[directory]):
-            todo.append(task)
+    listings = _listings(export)
+    todo = [task for task in export.tasks if not is_written(task, listings[task.directory])]
     if len(todo) < len(export.tasks):
         log.info("%d of %d parts are there already", len(export.tasks) - len(todo), len(export.tasks))
     done = 0
@@ -224,6 +228,26 @@ def write_parts(export: Export, address: str | None) -> None:
         for part in write(source, target, todo):
             done += 1
             log.info("%s: %s (%d of %d)", part.path, counted(part.stop - part.start, "image"), done, len(todo))
+
+
+def _listings(export: Export) -> dict[str, list[str]]:
+    """What lies where the parts are to lie. Raises InputError if a name is none of this export's: whoever loads the
+    directory would take it for a part."""
+    target = export.target
+    names: dict[str, set[str]] = {"": {*OWN_NAMES}}
+    for task in export.tasks:
+        names[""].add(task.part.path.partition("/")[0])
+        names.setdefault(task.directory, set()).update(task.written)
+        if export.format == manifest.FILES:
+            names.setdefault(task.part.split, {METADATA}).add(task.part.path.rpartition("/")[2])
+    listings = {directory: target.names(directory) for directory in names}
+    for directory, listed in listings.items():
+        if others := [name for name in listed if name not in names[directory] and not name.startswith(".")]:
+            path = f"{directory}/{others[0]}".lstrip("/")
+            raise InputError(
+                f"{target.url} holds something else beside this export, {path!r}; remove it, or name another place"
+            )
+    return listings
 
 
 _Write = Callable[[Storage, Storage, Sequence[PartTask]], Iterator[Part]]
@@ -306,12 +330,12 @@ def put_if_new(target: Storage, path: str, data: bytes) -> None:
 
 def some_images(export: Export, count: int) -> list[tuple[ImageAt, str]]:
     """Images from all of an export, with their prompts; none that is not safe for work."""
+    images = [image for task in export.tasks for image in task.images]
+    prompts, nsfw = export.rows["prompt"].to_pylist(), export.rows["nsfw"].to_pylist()
     safe = [
         (image, prompt)
-        for image, prompt, nsfw in zip(
-            places(export.rows), export.rows["prompt"].to_pylist(), export.rows["nsfw"].to_pylist(), strict=True
-        )
-        if image is not None and not nsfw
+        for image, prompt, is_nsfw in zip(images, prompts, nsfw, strict=True)
+        if image is not None and not is_nsfw
     ]
     step = max(1, len(safe) // count)
     return safe[::step][:count]

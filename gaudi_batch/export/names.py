@@ -25,7 +25,10 @@ MAX_NAME_BYTES = 128
 _UNSAFE = re.compile(r'[\x00-\x20\x7f-\x9f"#%*./:<>?\\|\u2028\u2029\ufeff]+')
 """What a path, a shell, Windows or a loader of tar files, which ends a name at its first dot, takes for more than a
 letter."""
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com\d|lpt\d)", re.IGNORECASE)
+_VARIATIONS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
+"""Characters that are not seen, and which some file systems pass over; besides those of the class Cf."""
+_WIDE = re.compile(r"\d{3}")
 
 
 class Template:
@@ -56,6 +59,8 @@ class Template:
                 )
         if any("{" in (spec or "") or conversion for _, _, spec, conversion in parts):
             raise InputError(f"--name {text!r}: a column may have a format such as {{row:06d}} and nothing else")
+        if any(_WIDE.search(spec or "") for _, _, spec, _ in parts):
+            raise InputError(f"--name {text!r}: a format may ask for 99 characters at most")
         self._parts = parts
 
     def names(self, rows: pa.Table) -> list[str]:
@@ -64,7 +69,7 @@ class Template:
         Raises:
             InputError: a value does not fit its format, or two rows get one name.
         """
-        names = [safe_name(self._filled(row)) for row in python_rows(rows.select(list(dict.fromkeys(self.fields))))]
+        names = [self._filled(row) for row in python_rows(rows.select(list(dict.fromkeys(self.fields))))]
         first: dict[str, int] = {}
         for place, name in enumerate(names):
             other = first.setdefault(same_on_any_disk(name), place)
@@ -79,28 +84,46 @@ class Template:
         return names
 
     def _filled(self, row: dict[str, Any]) -> str:
-        pieces = []
+        pieces: list[str] = []
+        texts: list[int] = []
         for literal, field, spec, _ in self._parts:
             pieces.append(literal)
             if field is not None:
                 value = row[field]
+                if isinstance(value, str):
+                    texts.append(len(pieces))
                 try:
                     pieces.append("none" if value is None else format(value, spec or ""))
                 except (ValueError, TypeError):
                     raise InputError(
                         f"--name {self.text!r}: {short_repr(value, 80)} of column {field!r} has no format {spec!r}"
                     ) from None
-        return "".join(pieces)
+        pieces = [_safe(piece) for piece in pieces]
+        # A text is cut before numbers are, which tell images of one text apart.
+        while texts and (excess := len("".join(pieces).encode()) - MAX_NAME_BYTES) > 0:
+            longest = max(texts, key=lambda place: len(pieces[place].encode()))
+            if not pieces[longest]:
+                break
+            pieces[longest] = _cut(pieces[longest], len(pieces[longest].encode()) - excess)
+        return safe_name("".join(pieces))
 
 
 def safe_name(text: str) -> str:
     """A text as a name that is good on any file system and in any archive, of at most MAX_NAME_BYTES bytes."""
-    name = unicodedata.normalize("NFC", text).encode("utf-8", "replace").decode()
-    name = _UNSAFE.sub("_", name)
-    name = name.encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip("-~_")
-    if _DEVICES.fullmatch(name):
+    name = _cut(_safe(text), MAX_NAME_BYTES).strip("-~_")
+    if _DEVICES.fullmatch(unicodedata.normalize("NFKC", name)):
         name += "_"
     return name or "image"
+
+
+def _safe(text: str) -> str:
+    text = unicodedata.normalize("NFC", text).encode("utf-8", "replace").decode()
+    text = "".join(letter for letter in _VARIATIONS.sub("", text) if unicodedata.category(letter) != "Cf")
+    return _UNSAFE.sub("_", unicodedata.normalize("NFC", text))
+
+
+def _cut(text: str, size: int) -> str:
+    return text.encode()[: max(0, size)].decode("utf-8", "ignore")
 
 
 def same_on_any_disk(name: str) -> str:

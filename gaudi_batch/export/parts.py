@@ -32,17 +32,25 @@ class PartTask:
     """Their file names."""
     output_format: str
 
+    @property
+    def directory(self) -> str:
+        """Where its objects lie."""
+        return self.part.path if self.output_format == manifest.FILES else self.part.path.rpartition("/")[0]
+
+    @property
+    def written(self) -> Sequence[str]:
+        """The names of its objects there."""
+        return self.names if self.output_format == manifest.FILES else [self.part.path.rpartition("/")[2]]
+
 
 def is_written(task: PartTask, listed: Sequence[str]) -> bool:
     """Whether a part is there, from the names that lie where it is to lie.
 
     Args:
         task: the part.
-        listed: names in the folder of a part of files, or beside the object of another.
+        listed: the names in its directory.
     """
-    if task.output_format == manifest.FILES:
-        return set(task.names) <= set(listed)
-    return task.part.path.rpartition("/")[2] in listed
+    return set(task.written) <= set(listed)
 
 
 def write_part(source: Storage, target: Storage, task: PartTask) -> None:

@@ -21,7 +21,7 @@ FOLDER_FILES = 5_000
 HUB_FILES = 100_000
 """Files that Hugging Face's hub takes in a repository."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from gaudi_batch.errors import InputError, StorageError
-from gaudi_batch.export.card import CARD, GRID
-from gaudi_batch.export.export import RECORD, RETRY_TIMEOUT_S, Export
+from gaudi_batch.export.card import GRID
+from gaudi_batch.export.export import CARD, RECORD, RETRY_TIMEOUT_S, Export
 from gaudi_batch.export.plan import HUB_FILES
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
@@ -23,6 +27,9 @@ from gaudi_batch.storage.reading import PART_BYTES
 from gaudi_batch.storage.scratch import scratch_errors
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +43,13 @@ _OF_HUB = (".gitattributes",)
 """Files that the hub makes itself."""
 
 
-def require_repository(name: str) -> None:
-    """Raises InputError if a text can't be the name of a repository."""
+def prepare(name: str) -> None:
+    """Turns off the hub's newer protocol for large files, which needs a server of its own, where all hubs take Git LFS;
+    before anything imports huggingface_hub. Raises InputError if a text can't be the name of a repository."""
     if not _REPOSITORY.fullmatch(name):
         raise InputError(f"--push {name!r}: must be owner/name")
+    os.environ["HF_HUB_DISABLE_XET"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
 
 
 def require_few_files(export: Export) -> None:
@@ -63,16 +73,14 @@ def push(export: Export, repository: str, *, private: bool) -> str:
         InputError: the hub refuses, or the repository has other files.
         StorageError: the hub can't be reached, or storage failed.
     """
-    # Its own protocol for large files needs a server of its own; all hubs take that of LFS.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
         url = str(api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True))
-        _require_nothing_else(export, repository, api.list_repo_files(repository, repo_type="dataset"))
-        with _staged(export) as folder:
+        _claim(export, repository, api)
+        with _staged(export, url) as folder:
             log.info("pushing %s", url)
             _upload(
                 lambda: api.upload_large_folder(
@@ -80,16 +88,18 @@ def push(export: Export, repository: str, *, private: bool) -> str:
                     repo_type="dataset",
                     folder_path=folder,
                     private=private,
-                    ignore_patterns=[RECORD],
                     print_report=False,
                 ),
                 repository,
                 folder / UPLOAD_CACHE,
             )
+        present = set(api.list_repo_files(repository, repo_type="dataset"))
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(f"--push {repository!r}: the hub refuses: {one_line(error, 300)}; is HF_TOKEN set?") from None
     except (OSError, OfflineModeIsEnabled) as error:
         raise StorageError(f"--push {repository!r}: the hub can't be reached: {one_line(error, 300)}") from None
+    if missing := sorted(set(_paths(export)) - present):
+        raise StorageError(f"--push {repository!r}: {len(missing)} files are not there, the first {missing[0]!r}")
     return url
 
 
@@ -160,16 +170,25 @@ def _noted(cache: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in cache.rglob("*.metadata")}
 
 
-def _require_nothing_else(export: Export, repository: str, present: list[str]) -> None:
-    own = {CARD, GRID, *_OF_HUB, *(path for path in _paths(export))}
-    if others := sorted(set(present) - own):
-        raise InputError(
-            f"--push {repository!r}: the repository has other files, as {others[0]!r}; loaders would take them for"
-            " a part of this set: name another, or remove them"
-        )
+def _claim(export: Export, repository: str, api: HfApi) -> None:
+    """Puts the record of an export into a repository that has nothing yet. Raises InputError if it has something else:
+    loaders would take it for a part of this set, or it would be written over."""
+    present = set(api.list_repo_files(repository, repo_type="dataset"))
+    record = export.target.get(RECORD) or b""
+    if RECORD in present:
+        path = api.hf_hub_download(repository, RECORD, repo_type="dataset")
+        if json.loads(Path(path).read_bytes()).get("digest") != export.digest:
+            raise InputError(f"--push {repository!r}: the repository has another export; name another repository")
+    others = sorted(present - {*_OF_HUB, *((RECORD, *_paths(export)) if RECORD in present else ())})
+    if others:
+        raise InputError(f"--push {repository!r}: the repository has other files, as {others[0]!r}; name another")
+    if RECORD not in present:
+        api.upload_file(path_or_fileobj=record, path_in_repo=RECORD, repo_id=repository, repo_type="dataset")
 
 
 def _paths(export: Export) -> Iterator[str]:
+    """The files of an export that are pushed beside its record."""
+    yield from (path for path in (CARD, GRID) if export.target.entry(path) is not None)
     for task in export.tasks:
         if export.format != FILES:
             yield task.part.path
@@ -180,18 +199,21 @@ def _paths(export: Export) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _staged(export: Export) -> Iterator[Path]:
-    """The folder of an export on this disk. One in a store is brought here, under a name by which another try finds it;
-    what is here already is not brought again."""
+def _staged(export: Export, url: str) -> Iterator[Path]:
+    """A folder on this disk with the files of an export and no others, where huggingface_hub notes how far it has come
+    with this repository. The next try finds it. Files of an export in a store are brought here."""
     target = export.target
-    if target.local:
-        yield Path(target.place)
-        return
-    folder = Path(tempfile.gettempdir()) / f"gaudi-batch-push-{export.digest[:16]}"
-    use = "bring the export here"
-    with scratch_errors(use):
-        for path in [CARD, GRID, *_paths(export)]:
-            _bring(target, path, folder / PurePosixPath(path))
+    name = f"push-{hashlib.sha256(f'{url} {export.digest}'.encode()).hexdigest()[:16]}"
+    is_here = target.local
+    folder = Path(target.place, ".gaudi-batch", name) if is_here else Path(tempfile.gettempdir(), f"gaudi-batch-{name}")
+    with scratch_errors("bring the export here"):
+        for path in _paths(export):
+            local = folder / PurePosixPath(path)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            if not is_here:
+                _bring(target, path, local)
+            elif not local.is_symlink():
+                local.symlink_to(Path(target.place, path).resolve())
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -200,7 +222,6 @@ def _bring(storage: Storage, path: str, local: Path) -> None:
     entry = storage.entry(path)
     if entry is None or (local.exists() and local.stat().st_size == entry.size):
         return
-    local.parent.mkdir(parents=True, exist_ok=True)
     part = local.with_name(f".{local.name}.part")
     with part.open("wb") as file:
         for start in range(0, entry.size, PART_BYTES):

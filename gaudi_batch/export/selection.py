@@ -44,6 +44,8 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
                 f"--filter {text!r}: the manifest has no column {column!r}; {did_you_mean(column, rows.column_names)}it"
                 f" has {one_line(', '.join(rows.column_names), 400)}"
             )
+        if pa.types.is_nested(rows.column(column).type):
+            raise InputError(f"--filter {text!r}: {column!r} is a column of lists or structs, which have no order")
         names.append(column)
         rows = rows.filter(_mask(rows.column(column), sign, value, text))
     return rows if "status" in names else rows.filter(pc.equal(rows.column("status"), "ok"))
@@ -97,12 +99,16 @@ class Splits:
             match = _SHARE.fullmatch(part)
             if match is None or not 0 < float(match[2]) <= 100:
                 raise InputError(f"--split {text!r}: {part.strip()!r} is no share; it must be as test=5%")
-            if match[1] in dict(self._shares):
+            _require_split(match[1], text)
+            if match[1].casefold() in {name.casefold() for name, _ in self._shares}:
                 raise InputError(f"--split {text!r}: {match[1]!r} is there twice")
             total += float(match[2])
             self._shares.append((match[1], float(match[2]) / 100))
         if total > 100 + 1e-9:
             raise InputError(f"--split {text!r}: the shares are {total:g} % together; they must be at most 100 %")
+        for name, _ in self._shares:
+            if name != REST and name.casefold() == REST:
+                raise InputError(f"--split {text!r}: {name!r} differs from {REST!r}, which has the rest, in case alone")
 
     def of(self, rows: pa.Table) -> list[str]:
         """The split of each row. All rows of one id are in one split, whatever else is exported.
@@ -111,6 +117,8 @@ class Splits:
             InputError: a value of the column can't be the name of a split.
         """
         if self._column is not None:
+            if pa.types.is_nested(rows.column(self._column).type):
+                raise InputError(f"--split {self._column!r}: is a column of lists or structs, which name no split")
             values = rows.column(self._column).to_pylist()
             names = {value: _split_name(value, self._column) for value in set(values)}
             if len(names) > MAX_SPLITS:
@@ -137,8 +145,14 @@ class Splits:
 
 def _split_name(value: Any, column: str) -> str:
     name = REST if value is None else str(value)
-    if not _SPLIT_NAME.fullmatch(name):
-        raise InputError(
-            f"--split {column!r}: {name!r:.80} can't be the name of a split, which has letters, digits and _ alone"
-        )
+    _require_split(name, column)
     return name
+
+
+def _require_split(name: str, text: str) -> None:
+    """Raises InputError if a text can't be the name of a split: `all` has a meaning of its own in `datasets`."""
+    if not _SPLIT_NAME.fullmatch(name) or name == "all":
+        raise InputError(
+            f"--split {text!r}: {name!r:.80} can't be the name of a split, which has 1 to 64 letters, digits and _ of"
+            " ASCII alone, and is not 'all'"
+        )

@@ -37,10 +37,15 @@ class ImageAt(NamedTuple):
     sha256: str
 
 
-def places(rows: pa.Table) -> list[ImageAt | None]:
-    """Where the image of each row of a manifest is; None for a failed row."""
+def places(rows: pa.Table, *, has_members: bool) -> list[ImageAt | None]:
+    """Where the image of each row of a manifest is; None for a failed row.
+
+    Args:
+        rows: of the manifest.
+        has_members: whether objects have many images.
+    """
     paths, sums = rows.column("path").to_pylist(), rows.column("sha256").to_pylist()
-    members = rows.column(MEMBER).to_pylist() if MEMBER in rows.column_names else [None] * len(rows)
+    members = rows.column(MEMBER).to_pylist() if has_members else [None] * len(rows)
     return [
         None if path is None else ImageAt(path, member, digest)
         for path, member, digest in zip(paths, members, sums, strict=True)
@@ -139,7 +144,10 @@ class _Objects:
             self._members = self._opened(image.path)
             self._path = image.path
         assert image.member is not None
-        return self._members.read(image.member)
+        try:
+            return self._members.read(image.member)
+        except (tarfile.TarError, pa.ArrowException, OSError):  # pyarrow calls a torn file so, too
+            return None
 
     def _opened(self, path: str) -> _Members:
         entry = self._storage.entry(path)
@@ -150,7 +158,7 @@ class _Objects:
                 file.write(self._storage.get_range(path, start, min(entry.size, start + PART_BYTES)))
         try:
             return _Tar(self._file) if path.endswith(".tar") else _Parquet(self._file)
-        except (tarfile.TarError, pa.ArrowException):
+        except (tarfile.TarError, pa.ArrowException, OSError):
             return _Absent()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -63,7 +63,7 @@ class Part:
 
 
 class Commits:
-    """See the module. The threads that commit may call `add`; all else is one thread's.
+    """See the module. The threads that commit may call `add`, and one more thread `tables`; all else is one thread's.
 
     Args:
         ledger: of the run.
@@ -77,6 +77,8 @@ class Commits:
         self.retired: set[int] = set()
         """Shards whose manifest says that they are retired, while the plan does not say so yet."""
         self.parts: list[Part] = []
+        self.added: Callable[[], None] = lambda: None
+        """Called after each `add`."""
         self._driver = driver
         self._held: dict[int, _Held] = {}
         self._held_bytes = 0
@@ -94,6 +96,11 @@ class Commits:
     def in_order(self) -> Iterator[Commit]:
         """The commits in order of their shards."""
         return (self.by_shard[shard] for shard in sorted(self.by_shard))
+
+    def shards(self) -> set[int]:
+        """The shards that are committed; may be called from any thread."""
+        with self._lock:
+            return set(self.by_shard)
 
     def attempt_of(self, shard: int) -> str | None:
         """The attempt that is committed of a shard; None if none is known to be."""
@@ -140,7 +147,9 @@ class Commits:
             data: the manifest.
         """
         table, _ = manifest.read(data)
-        return self._take(info, table, None, hashlib.md5(data, usedforsecurity=False).hexdigest())
+        failed = self._take(info, table, None, hashlib.md5(data, usedforsecurity=False).hexdigest())
+        self.added()
+        return failed
 
     def tables(self, latest_shard_of_row: Mapping[int, int]) -> Iterator[pa.Table]:
         """The rows that count, roll-up by roll-up, and those that no roll-up has in order of their shards.
@@ -152,9 +161,11 @@ class Commits:
             StorageError: storage failed, or a roll-up is not what it was.
         """
         self._wait()
-        for part in self.parts:
+        with self._lock:
+            parts, held = list(self.parts), dict(self._held)
+        for part in parts:
             yield rollup.keep_latest(self.rows_of(part, self.bytes_of(part)), latest_shard_of_row)
-        for table in self._held_tables(sorted(self._held)):
+        for table in self._held_tables(sorted(held), held):
             yield rollup.keep_latest(table, latest_shard_of_row)
 
     def rows_of(self, part: Part, data: bytes) -> pa.Table:
@@ -277,7 +288,7 @@ class Commits:
             commits = [replace(self.by_shard[shard], entry=entry) for shard, entry in stored.items()]
         if not commits:
             return
-        table = rollup.join_tables(list(self._held_tables(stored)))
+        table = rollup.join_tables(list(self._held_tables(stored, held)))
         self._written += 1
         name = f"{self._driver}{self._written:06d}"
         self.ledger.put(rollup.rows_path(name), rollup.encode_rows(table))
@@ -301,12 +312,12 @@ class Commits:
         is_same = data is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() == held.md5
         return entry if is_same and storage.entry(path) == entry else None
 
-    def _held_tables(self, shards: Iterable[int]) -> Iterator[pa.Table]:
+    def _held_tables(self, shards: Iterable[int], held: Mapping[int, _Held]) -> Iterator[pa.Table]:
         """The rows of manifests that no roll-up has. Raises StorageError if one that is read again has changed."""
         shards = list(shards)
-        read = self.ledger.read_commits([shard for shard in shards if self._held[shard].table is None])
+        read = self.ledger.read_commits([shard for shard in shards if held[shard].table is None])
         for shard in shards:
-            table = self._held[shard].table
+            table = held[shard].table
             if table is None:
                 info, table = next(read, (None, None))
                 if info is None or (info.shard, info.attempt) != (shard, self.by_shard[shard].info.attempt):

@@ -19,7 +19,7 @@ from gaudi_batch.output import manifest, rollup
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.formats.image_folder import ImageFolder
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.storage.scratch import scratch_directory
+from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.text import one_line
 
 SORTED_BYTES = 512 << 20
@@ -86,6 +86,7 @@ def join_manifests(
     commits: Commits,
     latest_shard_of_row: Mapping[int, int],
     seen: Callable[[pa.Table], None] = lambda table: None,
+    images_are_files: bool = True,
 ) -> tuple[int, int]:
     """Writes manifest.parquet, all manifests of a run as one, and makes sure that it can be read. Where it would take
     more than SORTED_BYTES in memory it is a directory of files, one for each roll-up.
@@ -94,6 +95,7 @@ def join_manifests(
         commits: what is committed of the run.
         latest_shard_of_row: rows of several shards, with the highest of these, which alone counts.
         seen: called with rows that count, some at a time.
+        images_are_files: whether each image is an object; `images/metadata.parquet` is written, too, then.
 
     Returns:
         Its images and its failed rows.
@@ -109,7 +111,7 @@ def join_manifests(
         # Until it is written again, nobody may take the directory, half new, for that of a complete run.
         commits.ledger.remove("summary.json")
     with scratch_directory("join the manifests") as directory:
-        folder = ImageFolder(Path(directory) / METADATA)
+        folder = ImageFolder(Path(directory) / METADATA) if images_are_files else None
         if commits.rows_bytes > SORTED_BYTES:
             if names == [JOINED]:
                 commits.ledger.remove(JOINED)  # the file
@@ -118,7 +120,7 @@ def join_manifests(
             if names not in ([], [JOINED]):
                 commits.ledger.remove(JOINED)  # the directory
             _join_into_file(commits, latest_shard_of_row, counted, folder, Path(directory) / JOINED)
-        if folder.close():
+        if folder is not None and folder.close():
             commits.ledger.put_file(f"{IMAGES}/{METADATA}", Path(directory) / METADATA)
     return counted.rows - counted.failed, counted.failed
 
@@ -138,7 +140,7 @@ class _Counted:
 
 
 def _join_into_file(
-    commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted, folder: ImageFolder, path: Path
+    commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted, folder: ImageFolder | None, path: Path
 ) -> None:
     ledger = commits.ledger
     try:
@@ -159,7 +161,7 @@ def _join_into_file(
 
 
 def _join_into_directory(
-    commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted, folder: ImageFolder
+    commits: Commits, latest_shard_of_row: Mapping[int, int], counted: _Counted, folder: ImageFolder | None
 ) -> None:
     """Copies the rows of each roll-up, without those that do not count."""
     ledger = commits.ledger
@@ -184,12 +186,25 @@ def _join_into_directory(
         _require_size(ledger, path, len(data))
 
 
-def _describe(table: pa.Table, folder: ImageFolder) -> None:
-    """Adds rows of manifests to the description of the directory of images, if images lie there."""
-    if manifest.MEMBER in table.column_names:
+def put_description(commits: Commits, latest_shard_of_row: Mapping[int, int]) -> None:
+    """Writes `images/metadata.parquet` of what is committed now; images that are committed meanwhile may be missing.
+    Raises StorageError."""
+    use = "describe the images"
+    with scratch_directory(use) as directory, scratch_errors(use):
+        folder = ImageFolder(Path(directory) / METADATA)
+        for table in commits.tables(latest_shard_of_row):
+            _describe(table, folder)
+        if folder.close():
+            commits.ledger.put_file(f"{IMAGES}/{METADATA}", Path(directory) / METADATA)
+
+
+def _describe(table: pa.Table, folder: ImageFolder | None) -> None:
+    """Adds rows of manifests to the description of the directory of images."""
+    if folder is None:
         return
     table = table.filter(pc.is_valid(table.column("path")))
-    folder.add(pc.utf8_slice_codeunits(table.column("path"), len(f"{IMAGES}/")), manifest.described(table))
+    names = pc.utf8_slice_codeunits(table.column("path"), len(f"{IMAGES}/"))
+    folder.add(names, manifest.described(table, has_members=False))
 
 
 def _require_size(ledger: Ledger, path: str, written: int) -> None:

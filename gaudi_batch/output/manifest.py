@@ -46,7 +46,7 @@ COLUMNS = pa.schema(
 MEMBER = "member"
 """The column after `path` where that is an object with many images: the name of the image in it."""
 _WITH_MEMBER = COLUMNS.insert(COLUMNS.get_field_index("path") + 1, pa.field(MEMBER, pa.string()))
-NOT_DESCRIPTIVE = ("status", "error", "path", MEMBER, "sha256", "shard", "card", "finished_at")
+NOT_DESCRIPTIVE = ("status", "error", "path", "sha256", "shard", "card", "finished_at")
 """Columns that say where, when or whether an image was made. The others say what it is, and are the same whichever card
 makes it."""
 FILES = "files"
@@ -239,9 +239,14 @@ def with_finish(table: pa.Table, time: datetime) -> pa.Table:
     return table.set_column(place, field, pa.array([time] * len(table), field.type))
 
 
-def described(table: pa.Table) -> pa.Table:
-    """The rows of a manifest without the columns that say where, when or whether an image was made."""
-    return table.drop_columns([name for name in NOT_DESCRIPTIVE if name in table.column_names])
+def described(table: pa.Table, *, has_members: bool) -> pa.Table:
+    """The rows of a manifest without the columns that say where, when or whether an image was made.
+
+    Args:
+        table: the rows.
+        has_members: whether objects have many images; else a column `member` is a carried one.
+    """
+    return table.drop_columns([*NOT_DESCRIPTIVE, *([MEMBER] if has_members else [])])
 
 
 def encode(table: pa.Table, commit: CommitInfo) -> bytes:

@@ -13,6 +13,7 @@ from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import DATA, IMAGES, METADATA, attempt_name
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.text import counted
 
 READ_THREADS = 16
 SHOWN = 10
@@ -43,12 +44,17 @@ class VerifyReport:
         del described["images_of"]
         return described
 
+    @property
+    def damage(self) -> str:
+        """How much is missing and torn; of objects with many images, how many rows these have."""
+        damage = f"{len(self.missing)} missing, {len(self.torn)} torn"
+        if not any(path.startswith(f"{DATA}/") for path in (*self.missing, *self.torn)):
+            return damage
+        return f"{damage} of their objects, with {counted(len(self.broken), 'row')}"
+
     def lines(self) -> list[str]:
         """A few lines for a person."""
-        lines = [
-            f"verified {self.images} images: {len(self.missing)} missing, {len(self.torn)} torn,"
-            f" {len(self.foreign)} foreign"
-        ]
+        lines = [f"verified {self.images} images: {self.damage}, {len(self.foreign)} foreign"]
         for kind in PATHS:
             paths = getattr(self, kind)
             lines += [f"  {kind}: {path}" for path in paths[:SHOWN]]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SLOWEST_BYTES_PER_S = 1e6
-PART_BYTES = 32 << 20
+PART_BYTES = 8 << 20
 """Bytes of a large object that are read at a time."""
 
 

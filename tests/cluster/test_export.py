@@ -224,6 +224,10 @@ def test_an_export_is_refused_where_it_would_mix_with_something_else(make: Make,
     assert "holds something else, 'x'" in refused(output, tmp_path / "other")
     export(output, tmp_path / "out")
     assert "holds another export, of 39 images" in refused(output, tmp_path / "out", "--filter", "row<9")
+    (tmp_path / "out/data/train-00009-of-00010.parquet").touch()
+    assert "holds something else beside this export, 'data/train-00009-of-00010.parquet'" in refused(
+        output, tmp_path / "out", "--target-size", "15kB"
+    )
     assert "has no column 'nope'" in refused(output, tmp_path / "y", "--name", "{nope}")
     assert "none of 40 committed rows passes the filters" in refused(output, tmp_path / "y", "--filter", "row<0")
     assert "failed rows have no image" in refused(
@@ -265,11 +269,11 @@ def test_the_card_says_the_licence_and_no_markup_of_prompts(
     run(JobConfig(**job, device="cpu", steps=1, cards=1, batch_size=4), address=cluster)
     export(output, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert "- Licence of the model: apache\\-2.0" in card
+    assert "- Licence of the model: `apache-2.0`" in card
     assert "- Model: `builtin:shapes`" in card
     assert card.count("\n---\n") == 1
-    assert "<script>" not in card
-    assert "](http" not in card
+    markup = re.sub(r"`[^`\n]*`", "", card.partition("## How to load")[0])
+    assert not re.search(r"<script|\]\(http|\n\|", markup)
     assert len(yaml.safe_load(card.split("---")[1])["configs"]) == 1
 
 
@@ -329,8 +333,8 @@ def test_a_push_that_is_killed_goes_on_and_nothing_is_there_twice(make: Make, tm
     result = pushed(output, place, "--split", "test=20%")
     assert result.returncode == 0, result.stderr
     assert f"pushed:   {hub.url}/datasets/{REPOSITORY}" in result.stdout
-    expected = {name: data for name, data in files(place).items() if not name.startswith((".cache", ".gaudi-batch"))}
-    assert hub.files == expected
+    expected = files(place)
+    assert hub.files == expected, "what is there, and nothing else"
     assert set(hub.puts.values()) == {1}, "a file was sent twice"
     committed = [path for paths in hub.commits for path in paths]
     assert sorted(committed) == sorted(expected), "a file was committed twice"
@@ -340,6 +344,21 @@ def test_a_push_that_is_killed_goes_on_and_nothing_is_there_twice(make: Make, tm
     code = f"import datasets; print(datasets.load_dataset('{REPOSITORY}').num_rows)"
     printed = run_outside("-c", code, home=tmp_path / "home", HF_ENDPOINT=hub.url)
     assert sum(json.loads(printed.strip().splitlines()[-1].replace("'", '"')).values()) == 39
+
+
+def test_a_second_repository_gets_all_and_no_file_that_is_not_of_the_export(
+    make: Make, tmp_path: Path, hub: DataHub
+) -> None:
+    output, place = make(), tmp_path / "out"
+    assert pushed(output, place).returncode == 0
+    first = dict(hub.files)
+    hub.files.clear()
+    hub.objects.clear()
+    (place / ".env").write_text("SECRET=x")
+    (place / "assets/.grid.jpg.part-12345678").write_text("x")
+    result = pushed(output, place)
+    assert result.returncode == 0, result.stderr
+    assert hub.files == first
 
 
 def test_an_export_in_a_store_is_pushed_by_way_of_this_disk(
@@ -352,9 +371,8 @@ def test_an_export_in_a_store_is_pushed_by_way_of_this_disk(
     assert result.returncode == 0, result.stderr
     store = Storage(url, s3.options)
     assert {name: store.get(name) for name in hub.files} == hub.files
-    assert len(hub.files) == len(store.filesystem.find(store.root)) - 1
-    assert list((tmp_path / "staging").iterdir()) == []
-    assert not any(RECORD in name for name in hub.files)
+    assert len(hub.files) == len(store.filesystem.find(store.root))
+    assert not list((tmp_path / "staging").glob("*push*"))
 
 
 def test_a_hub_that_refuses_ends_a_push(make: Make, tmp_path: Path, hub: DataHub) -> None:
@@ -364,9 +382,13 @@ def test_a_hub_that_refuses_ends_a_push(make: Make, tmp_path: Path, hub: DataHub
     result = pushed(output, tmp_path / "out")
     assert (result.returncode, "the hub refuses" in result.stderr) == (2, True), result.stderr
     hub.refuses = False
-    hub.files["data/other.parquet"] = b"x"
+    hub.files["data/train-00000-of-00001.parquet"] = b"somebody else's"
     result = pushed(output, tmp_path / "out")
-    assert (result.returncode, "the repository has other files, as 'data/other.parquet'" in result.stderr) == (2, True)
+    assert (result.returncode, "the repository has other files, as 'data/train-0" in result.stderr) == (2, True)
+    hub.files[RECORD] = b'{"digest": "of another"}'
+    result = pushed(output, tmp_path / "out")
+    assert (result.returncode, "the repository has another export" in result.stderr) == (2, True)
+    assert hub.files["data/train-00000-of-00001.parquet"] == b"somebody else's"
     assert "must be owner/name" in refused(output, tmp_path / "x", "--push", "name")
 
 

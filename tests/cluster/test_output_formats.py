@@ -123,7 +123,7 @@ def test_rows_that_are_made_again_are_in_no_set_twice(make: Make, tmp_path: Path
     data = torn.read_bytes()
     torn.write_bytes(data[:1000] + bytes(1000) + data[2000:])
     gone.unlink()
-    with pytest.raises(RunStopped, match="missing: 1 image, torn: 1 image"):
+    with pytest.raises(RunStopped, match="missing: 1 object, torn: 1 object"):
         make(output_format, flags={"verify": True})
     fields = {"simulated": {"batch_seconds": 0.01, "raise_rows": [40]}}
     result = make(output_format, flags={"repair": True, "retry_failed": True, "verify": True}, **fields)
@@ -265,4 +265,7 @@ def test_the_readme_s_query_counts_failed_rows_by_reason_in_s3(make: Make, tmp_p
     query = query.replace("s3://bucket/runs/first", url)
     printed = run_outside("-c", SQL, query, json.dumps(s3.options), home=tmp_path / "home")
     failed = json.loads(printed.strip().splitlines()[-1])
-    assert sorted(failed) == [["RuntimeError: simulated failure of row 40", 1], ["RuntimeError: simulated failure of row 5", 1]]
+    assert sorted(failed) == [
+        ["RuntimeError: simulated failure of row 40", 1],
+        ["RuntimeError: simulated failure of row 5", 1],
+    ]

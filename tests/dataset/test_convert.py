@@ -103,21 +103,15 @@ def test_json_lines_keep_types_and_what_is_nested_or_mixed_as_json(converted: Co
         {"prompt": 3},
         ["no object"],
         {"prompt": "c \ud800"},
+        {"prompt": "d", "\ud800": 1},
+        {"prompt": "e", "width": 1e400},
     ]
     rows, bad = converted("p.jsonl", "\n\n".join(map(json.dumps, lines)).encode() + b"\nnope\n")
-    assert rows == [
-        {"prompt": "a", "n": 1.0, "x": 1, "flag": True, "mixed": "1", "nested": None, "large": None},
-        {
-            "prompt": "b",
-            "n": 2.5,
-            "x": None,
-            "flag": None,
-            "mixed": "text",
-            "nested": '{"k": [1]}',
-            "large": str(2**70),
-        },
-    ]
-    assert [line.partition(":")[0] for line in bad] == ["line 5", "line 7", "line 9", "line 10"]
+    first = {"prompt": "a", "n": 1.0, "x": 1, "flag": True, "mixed": "1"}
+    second = {"prompt": "b", "n": 2.5, "nested": '{"k": [1]}', "mixed": "text", "large": str(2**70)}
+    empty = dict.fromkeys(["x", "flag", "nested", "large", "width"])
+    assert rows == [empty | first, empty | second]
+    assert [line.partition(":")[0] for line in bad] == ["line 5", "line 7", "line 9", "line 11", "line 13", "line 14"]
     assert bad[0] == "line 5: prompt is 3; it must be a text"
 
 
@@ -228,3 +222,41 @@ def test_run_on_such_a_file_says_the_command(tmp_path: Path, where: str) -> None
         open_prompts(job)
     command = str(refused.value).partition("`")[2].partition("`")[0]
     assert command == f"gaudi-batch prompts {tmp_path}/prompts.csv prompts.parquet"
+
+
+def test_a_column_that_no_job_knows_costs_no_row_and_stays_what_it_is(converted: Convert, tmp_path: Path) -> None:
+    """Also where Python can't hold its values."""
+    times = pa.array([2**62 + 1, 1, None], pa.timestamp("ns"))
+    table = pa.table({"prompt": ["a", "b", "c"], "time": times, "width": [64.0, float("inf"), None]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    storage = Storage(str(tmp_path))
+    result = convert.convert(open_table(storage, "in.parquet"), storage, "out.parquet", {})
+    assert result.examples == ["row 2: width is inf; it must be a whole number"]
+    made = pq.read_table(tmp_path / "out.parquet")
+    assert made["time"].cast(pa.int64()).to_pylist() == [2**62 + 1, None]
+    assert made.schema.field("time").type == pa.timestamp("ns")
+
+
+def test_columns_of_csv_have_numbers_where_all_are_written_so(converted: Convert) -> None:
+    data = b"prompt,score,zip,share,flag,note\n1,2,007,0.5,true,3\nb,-10,10,2,false,x\nc,,1,,,\n"
+    assert converted("p.csv", data) == (
+        [
+            {"prompt": "1", "score": 2, "zip": "007", "share": 0.5, "flag": True, "note": "3"},
+            {"prompt": "b", "score": -10, "zip": "10", "share": 2.0, "flag": False, "note": "x"},
+            {"prompt": "c", "score": None, "zip": "1", "share": None, "flag": None, "note": None},
+        ],
+        [],
+    )
+
+
+@pytest.mark.parametrize("name", ["p.csv.gz", "p.csv.bz2", "p.csv.xz"])
+def test_what_is_not_compressed_as_its_name_says_is_refused(converted: Convert, name: str) -> None:
+    with pytest.raises(InputError, match="can't be decompressed"):
+        converted(name, b"prompt\na\n")
+
+
+def test_bytes_that_are_damaged_within_a_compressed_file_are_told(converted: Convert) -> None:
+    data = bytearray(gzip.compress(b"prompt\n" + b"".join(b"prompt %d\n" % number for number in range(5000))))
+    data[200:300] = bytes(100)
+    with pytest.raises(InputError, match="can't be decompressed"):
+        converted("p.csv.gz", bytes(data))

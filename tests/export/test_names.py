@@ -56,7 +56,25 @@ def test_names_of_ids_are_one_for_each_or_refused(ids: list[str]) -> None:
     assert len(folded) == len(names)
 
 
-@pytest.mark.parametrize("pair", [["a/b", "a_b"], ["A", "a"], ["e\u0301", "\u00e9"], ["x.", "x"], ["\u00df", "SS"]])
+def test_a_long_text_is_cut_and_not_the_numbers_after_it() -> None:
+    table = rows(["x" * 300, "x" * 300], prompt=["y" * 400, "é" * 400])
+    names = named("{prompt}-{id}-{row}-{image_index}", table)
+    assert [name[-4:] for name in names] == ["-0-0", "-1-0"]
+    assert all(MAX_NAME_BYTES - 3 <= len(name.encode()) <= MAX_NAME_BYTES for name in names)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ["a/b", "a_b"],
+        ["A", "a"],
+        ["e\u0301", "\u00e9"],
+        ["x.", "x"],
+        ["\u00df", "SS"],
+        ["a\u200db", "ab"],
+        ["x\ufe0f", "x"],
+    ],
+)
 def test_a_clash_is_refused_and_names_both(pair: list[str]) -> None:
     with pytest.raises(InputError, match=r"two images are called .*row 0, image 0, and row 1, image 0; with \{row\}"):
         named("{id}", rows(pair))
@@ -81,6 +99,7 @@ def test_a_template_has_columns_and_formats() -> None:
         ("{id[0]}", "has no column 'id[0]'"),
         ("{id!r}", "a column may have a format"),
         ("{row:{id}}", "a column may have a format"),
+        ("{row:999999999}", "a format may ask for 99 characters at most"),
         ("{id:06d}", "'x' of column 'id' has no format '06d'"),
     ],
 )

@@ -94,13 +94,18 @@ def test_a_column_names_splits() -> None:
         ("a=60%,b=50%", ["x"], "the shares are 110 % together"),
         ("a=6%,a=5%", ["x"], "'a' is there twice"),
         ("../x=5%", ["x"], "is no share"),
+        ("all=5%", ["x"], "can't be the name of a split"),
+        ("é=5%", ["x"], "can't be the name of a split"),
+        ("Test=5%,test=5%", ["x"], "'test' is there twice"),
+        ("Train=5%", ["x"], "differs from 'train'"),
+        ("lists", ["x"], "is a column of lists or structs"),
         ("topic", ["../x"], "can't be the name of a split"),
         ("topic", ["X", "x"], "differ in case alone"),
         ("topic", [str(number) for number in range(101)], "it has 101 values; at most 100"),
     ],
 )
 def test_splits_that_can_t_be_are_refused_by_name(text: str, values: list[str], told: str) -> None:
-    table = pa.table({"id": values, "topic": values})
+    table = pa.table({"id": values, "topic": values, "lists": [[value] for value in values]})
     with pytest.raises(InputError) as refused:
         Splits(text, table.column_names).of(table)
     assert told in str(refused.value)

@@ -151,6 +151,7 @@ ODD = {
     "number": pa.array([float("nan"), 1.5]),
     "nested": pa.array([{"a": [1, None]}, None]),
     "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+    "latin": pa.array([b"caf\xe9", b"x"]).view(pa.string()),
 }
 """Columns that a job may carry."""
 
@@ -164,6 +165,7 @@ def test_columns_of_any_type_are_in_an_object(output_format: str) -> None:
         rows = pq.read_table(buffer).to_pylist()
         assert [row["image"]["path"] for row in rows] == ["a.png", "b.png"]
         assert (rows[0]["input_image"], rows[0]["dictionary"], rows[0]["raw"]) == ("a", "x", b"\x00\xff")
+        assert (rows[0]["map"], rows[0]["latin"]) == ([{"key": "k", "value": 1}], "caf\ufffd")
         return
     with tarfile.open(fileobj=buffer) as tar:
         first, second = (json.load(tar.extractfile(name)) for name in ("a.json", "b.json"))  # type: ignore[arg-type]
@@ -177,17 +179,25 @@ def test_columns_of_any_type_are_in_an_object(output_format: str) -> None:
         "raw": "AP8=",
         "number": None,
         "nested": {"a": [1, None]},
-        "map": [["k", 1]],
+        "map": [{"key": "k", "value": 1}],
+        "latin": "caf\ufffd",
     }
     assert (second["image"], second["dictionary"], second["number"]) == ("", "y", 1.5), "a null text is empty"
 
 
 def test_a_loader_of_image_folders_takes_no_carried_column_for_its_own(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "metadata.parquet")
-    folder.add(pa.chunked_array([["a.png"]]), pa.table({"file_name": ["x"], "image": ["y"], "mask_file_name": ["z"]}))
+    columns = {"file_name": ["x"], "image": ["y"], "mask_file_name": ["z"], "mask_file_name_text": ["u"]}
+    folder.add(pa.chunked_array([["a.png"]]), pa.table(columns))
     assert folder.close()
-    rows = pq.read_table(tmp_path / "metadata.parquet").to_pylist()
-    assert rows == [{"file_name": "a.png", "input_file_name_text": "x", "input_image": "y", "mask_file_name_text": "z"}]
+    (row,) = pq.read_table(tmp_path / "metadata.parquet").to_pylist()
+    assert row == {
+        "file_name": "a.png",
+        "input_file_name_text": "x",
+        "input_image": "y",
+        "mask_file_name_text_": "z",
+        "mask_file_name_text": "u",
+    }
 
 
 @pytest.mark.parametrize("harm", ["torn", "missing"])

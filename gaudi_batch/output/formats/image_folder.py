@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gaudi_batch.dataset.columns import cast, plain
+from gaudi_batch.dataset.columns import cast
+from gaudi_batch.output.formats.loadable import loadable
 from gaudi_batch.output.manifest import renamed
 
 FILE_NAME = "file_name"
@@ -36,11 +37,11 @@ class ImageFolder:
             names: of their files, relative to the table.
             described: a row for each. A column that a loader would take for its own is renamed.
         """
-        columns = renamed(described.schema.remove_metadata(), [FILE_NAME, IMAGE]).names
-        columns = [f"{name}_text" if name.endswith(_OF_FILES) else name for name in columns]
-        rows = described.rename_columns(columns).add_column(0, pa.field(FILE_NAME, pa.string()), names)
+        rows = loadable(described)
+        rows = rows.rename_columns(_column_names(renamed(rows.schema, [FILE_NAME, IMAGE]).names))
+        rows = rows.add_column(0, pa.field(FILE_NAME, pa.string()), names)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, plain(rows.schema.remove_metadata()), compression="zstd")
+            self._writer = pq.ParquetWriter(self._path, rows.schema, compression="zstd")
         schema = self._writer.schema
         values = [cast(*each) for each in zip(rows.columns, schema.types, strict=True)]
         self._writer.write_table(pa.table(values, schema=schema))
@@ -50,3 +51,15 @@ class ImageFolder:
         if self._writer is not None:
             self._writer.close()
         return self._writer is not None
+
+
+def _column_names(names: list[str]) -> list[str]:
+    """Names of columns that a loader does not take for files."""
+    taken = set(names)
+    for place, name in enumerate(names):
+        if name.endswith(_OF_FILES):
+            while name in taken:
+                name = f"{name}_text" if name.endswith(_OF_FILES) else f"{name}_"
+            taken.add(name)
+            names[place] = name
+    return names

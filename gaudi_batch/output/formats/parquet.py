@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gaudi_batch.dataset.columns import cast, plain
+from gaudi_batch.output.formats.loadable import loadable
 from gaudi_batch.output.manifest import renamed
 
 IMAGE = "image"
@@ -28,9 +28,9 @@ at 100 MB/s; a row group costs some 2 KB of footer, which is read before anythin
 
 def write_parquet(file: BinaryIO, described: pa.Table, names: Sequence[str], images: Iterable[bytes | None]) -> None:
     """Writes a Parquet file; see `WriteObject`. At most one row group is in memory."""
-    others = plain(renamed(described.schema.remove_metadata(), [IMAGE]))
-    columns = [cast(*each) for each in zip(described.columns, others.types, strict=True)]
-    table = pa.table(columns, schema=others)
+    table = loadable(described)
+    table = table.rename_columns(renamed(table.schema, [IMAGE]).names)
+    others = table.schema
     schema = pa.schema([IMAGE_FIELD, *others], metadata=FEATURES)
     described_leaves = [path for path in _leaves(schema) if not path.startswith(f"{IMAGE}.")]
     with pq.ParquetWriter(

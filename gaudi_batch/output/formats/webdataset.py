@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gaudi_batch.dataset.arrow import is_text, python_rows
-from gaudi_batch.dataset.columns import cast, plain
+from gaudi_batch.output.formats.loadable import loadable
 
 BUFFER_BYTES = 1 << 20
 
@@ -23,7 +23,7 @@ BUFFER_BYTES = 1 << 20
 def write_tar(file: BinaryIO, described: pa.Table, names: Sequence[str], images: Iterable[bytes | None]) -> None:
     """Writes a tar file; see `WriteObject`. Its members have no time and no owner, which would differ each time."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, bufsize=BUFFER_BYTES) as tar:
-        for row, name, image in zip(python_rows(_without_null_texts(described)), names, images, strict=True):
+        for row, name, image in zip(python_rows(_without_null_texts(loadable(described))), names, images, strict=True):
             if image is not None:
                 _add(tar, name, image)
             _add(tar, f"{name.partition('.')[0]}.json", json_of(row))
@@ -34,8 +34,7 @@ def _without_null_texts(table: pa.Table) -> pa.Table:
     is null in all, and fails at the first text."""
     for place, field in enumerate(table.schema):
         if is_text(field.type):
-            column = cast(table.column(place), plain(pa.schema([field])).field(0).type)
-            table = table.set_column(place, field.name, pc.fill_null(column, ""))
+            table = table.set_column(place, field.name, pc.fill_null(table.column(place), ""))
     return table
 
 

@@ -85,7 +85,7 @@ class WholeOutput:
         ):
             path = f"{directory}/object"
             with Path(path).open("wb") as file:
-                self._write(file, manifest.described(images), names, map(self._bytes_of, names))
+                self._write(file, manifest.described(images, has_members=True), names, map(self._bytes_of, names))
             self.close()
             digest = sha256_of(path)
             self._storage.put_file(self._path, path)
