@@ -10,10 +10,12 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
+
+from helpers import answering
 
 OF_LFS = (".parquet", ".tar", ".png", ".jpg")
 REPOSITORY = "tests/images"
@@ -197,13 +199,6 @@ def _git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-@contextlib.contextmanager
-def datahub_served() -> Iterator[DataHub]:
+def datahub_served() -> contextlib.AbstractContextManager[DataHub]:
     """A hub that answers meanwhile."""
-    hub = DataHub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
+    return answering(DataHub())

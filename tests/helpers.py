@@ -11,11 +11,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ import pytest
 
 from gaudi_batch.pipelines.cpus import usable_cpus
 
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 
@@ -277,3 +280,14 @@ def serving(server: StoreServer) -> Iterator[StoreServer]:
         yield server
     finally:
         server.kill()
+
+
+@contextlib.contextmanager
+def answering(server: Server) -> Iterator[Server]:
+    """A server in this process that answers meanwhile."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -10,11 +10,11 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from helpers import REPOSITORY
+from helpers import REPOSITORY, answering
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = REPOSITORY / "gaudi_batch/models/shapes"
@@ -111,13 +111,6 @@ def _etag(file: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-@contextlib.contextmanager
-def hub_served() -> Iterator[Hub]:
+def hub_served() -> contextlib.AbstractContextManager[Hub]:
     """A hub that answers meanwhile."""
-    hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
+    return answering(Hub())

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gaudi_batch.config.schema import PROMPT_COLUMNS
-from gaudi_batch.dataset.tables import BadLine, Line, PromptTable, TypedText
+from gaudi_batch.dataset.csv_tables import TypedText
+from gaudi_batch.dataset.lines import BadLine, Line, PromptTable
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage

@@ -160,13 +160,13 @@ def test_an_export_that_is_killed_goes_on_with_what_is_not_there(
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     proxy.clear()
-    there = {name for name in store.filesystem.find(store.root) if re.search(path, name)}
+    arrived = {name for name in store.filesystem.find(store.root) if re.search(path, name)}
     before = len(puts(proxy))
     result = called(*arguments)
     assert result.returncode == 0, result.stderr
     again = [each.partition("?")[0].removeprefix("PUT /") for each in puts(proxy)[before:]]
-    assert there, "nothing was there when it was killed"
-    assert not there & {each for each in again if not each.endswith("metadata.parquet")}
+    assert arrived, "nothing was there when it was killed"
+    assert not arrived & {each for each in again if not each.endswith("metadata.parquet")}
     stored = {
         name.removeprefix(f"{store.root}/"): store.filesystem.cat_file(name)
         for name in store.filesystem.find(store.root)
@@ -305,13 +305,13 @@ def test_a_push_that_is_killed_goes_on_and_nothing_is_there_twice(make: Make, tm
     held = threading.Event()
     release = threading.Event()
 
-    def hold(oid: str) -> None:
+    def keep_from(oid: str) -> None:
         if len(hub.puts) >= 2 and not release.is_set():
             held.set()
             release.wait(60)
             raise ConnectionError
 
-    hub.before_put = hold
+    hub.before_put = keep_from
     arguments = [
         "export",
         str(output),

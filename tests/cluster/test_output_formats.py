@@ -23,7 +23,7 @@ from outside import Images, opened, run_outside
 from PIL import Image
 
 from benchmarks.chaos import card_processes
-from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, data_files, run
+from gaudi_batch import InputError, JobConfig, RunResult, RunStopped, data_files, load_manifest, run
 from gaudi_batch.cluster.connection import attached
 from gaudi_batch.output.formats import SUFFIXES
 from gaudi_batch.storage.store import Storage
@@ -99,6 +99,21 @@ def require_whole(output: Path, rows: int) -> None:
     assert not (output / "images").exists() or not list((output / "images").iterdir())
 
 
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def expected(output: Path) -> Images:
+    """What a set must hold, from the manifest of a run of files."""
+    images = []
+    for row in read_manifest(output):
+        if row["status"] == "ok":
+            with Image.open(output / row["path"]) as image:
+                digest = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+            images.append((row["row"], row["prompt"], digest))
+    return sorted(images)
+
+
 @pytest.mark.parametrize("output_format", WHOLE)
 def test_a_shard_is_one_object_of_the_same_bytes_whoever_makes_it(
     make: Make, tmp_path: Path, output_format: str
@@ -166,10 +181,11 @@ run(JobConfig.model_validate_json(sys.argv[1]), address=sys.argv[2])
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("output_format", WHOLE)
+@pytest.mark.parametrize("output_format", [*WHOLE, "files"])
 def test_a_driver_and_a_card_that_are_killed_change_no_byte(
     make: Make, prompts: Path, tmp_path: Path, cluster: str, output_format: str
 ) -> None:
+    """A set that is opened when both are dead has committed images alone, each once."""
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
     make(output_format, undisturbed, cards=2)
     job = JobConfig(
@@ -194,33 +210,31 @@ def test_a_driver_and_a_card_that_are_killed_change_no_byte(
         wait_for_commits(output, 3)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        committed = images_in(data_files(output))
-        assert len(set(committed)) == len(committed)
-        assert len(committed) <= sum(1 for row in read_manifest(undisturbed) if row["status"] == "ok")
+        rows = load_manifest(output).to_table()
+        committed = {row["sha256"] for row in rows.to_pylist() if row["status"] == "ok"}
+        if output_format == "files":
+            described = pq.read_table(output / "images/metadata.parquet")["file_name"].to_pylist()
+            sums_of_set = [digest_of(output / "images" / name) for name in described]
+            assert len(opened("imagefolder", str(output / "images"), tmp_path)["imagefolder"]) == len(described) > 0
+        else:
+            images = [data for path in data_files(output) for data in members(path).values()]
+            sums_of_set = [hashlib.sha256(data).hexdigest() for data in images]
+            assert len(sums_of_set) == len(committed)
+        assert len(set(sums_of_set)) == len(sums_of_set)
+        assert set(sums_of_set) <= committed
         wait_until(lambda: not set(card_processes(session)) - set(before))
         with contextlib.suppress(RunStopped):
             assert run(job).exit_code == 3
+    if output_format == "files":
+        sums = [[row["sha256"] for row in read_manifest(place)] for place in (output, undisturbed)]
+        assert sums[0] == sums[1]
+        assert opened("imagefolder", str(output / "images"), tmp_path) == {"imagefolder": expected(output)}
+        return
     require_whole(output, 98)
     assert objects(output) == objects(undisturbed)
 
 
-@pytest.fixture
-def expected(prompts: Path) -> Callable[[Path], Images]:
-    """What a set must hold, from the manifest of a run of files."""
-
-    def read(output: Path) -> Images:
-        images = []
-        for row in read_manifest(output):
-            if row["status"] == "ok":
-                with Image.open(output / row["path"]) as image:
-                    digest = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
-                images.append((row["row"], row["prompt"], digest))
-        return sorted(images)
-
-    return read
-
-
-def test_files_are_an_image_folder(make: Make, tmp_path: Path, expected: Callable[[Path], Images]) -> None:
+def test_files_are_an_image_folder(make: Make, tmp_path: Path) -> None:
     """Also after a repair, whose torn image nobody finds."""
     output = tmp_path / "out"
     make("files", limit=32)
@@ -231,9 +245,7 @@ def test_files_are_an_image_folder(make: Make, tmp_path: Path, expected: Callabl
     assert opened("imagefolder", str(output / "images"), tmp_path) == {"imagefolder": expected(output)}
 
 
-def test_objects_are_opened_from_disk_and_from_s3(
-    make: Make, tmp_path: Path, s3: StoreServer, expected: Callable[[Path], Images]
-) -> None:
+def test_objects_are_opened_from_disk_and_from_s3(make: Make, tmp_path: Path, s3: StoreServer) -> None:
     make("files", tmp_path / "files", limit=32)
     images = expected(tmp_path / "files")
     for output_format, ways in (("webdataset", "webdataset,wds"), ("parquet", "parquet,duckdb,pandas,polars")):

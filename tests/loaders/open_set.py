@@ -38,8 +38,8 @@ def loaded(kind: str, place: str, options: dict[str, Any], **where: str) -> Iter
     import datasets
 
     datasets.disable_progress_bars()
-    found = datasets.load_dataset(kind, **where, storage_options=options or None)
-    for split in found.values():
+    splits = datasets.load_dataset(kind, **where, storage_options=options or None)
+    for split in splits.values():
         for sample in split:
             record = sample.get("json", sample)
             image = sample["image"] if "image" in sample else sample["png"]
