@@ -12,10 +12,34 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import defaults, idle, memory, one_card, ray_data, reading, resuming, schedule, small_images
+from benchmarks import (
+    defaults,
+    formats,
+    idle,
+    loading,
+    memory,
+    one_card,
+    ray_data,
+    reading,
+    resuming,
+    schedule,
+    small_images,
+)
 from benchmarks.report import update_page
 
-MODULES = (defaults, ray_data, schedule, one_card, reading, resuming, small_images, idle, memory)
+MODULES = (
+    defaults,
+    ray_data,
+    schedule,
+    one_card,
+    reading,
+    resuming,
+    small_images,
+    formats,
+    loading,
+    idle,
+    memory,
+)
 BENCHMARKS = [module.BENCHMARK for module in MODULES]
 
 

@@ -43,11 +43,11 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         yield f"{prompts:,} images, {cards} cards, {where}", measure_store(cards, prompts, store)
 
 
-def measure_store(cards: int, prompts: int, store: str) -> dict[str, float]:
-    """One run."""
+def measure_store(cards: int, prompts: int, store: str, *more: str) -> dict[str, float]:
+    """One run, with more flags."""
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(scratch())
-        output, flags, options = str(home / "output"), list(NO_SLEEP), {}
+        output, flags, options = str(home / "output"), [*NO_SLEEP, *more], {}
         server = stack.enter_context(s3_server(home)) if store == "s3" else None
         if server:
             output, options = server.url("output"), server.options
