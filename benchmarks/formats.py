@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from benchmarks.harness import scratch
 from benchmarks.report import Benchmark, Row, size_flags
@@ -80,8 +80,9 @@ def store_shard(name: str, images: int) -> dict[str, float]:
 
 
 def peak_mb() -> float:
-    """The largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest resident memory of this process so far; `getrusage` begins with that of the process before it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 COLUMNS = {

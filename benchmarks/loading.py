@@ -48,7 +48,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                     export(f"{root}/files", output, store)
                 else:
                     flags = [*JOB, "--format", name, *(storage_flags(store) if store else ())]
-                    run_command(path, output, cluster.address, *flags).wait()
+                    with run_command(path, output, cluster.address, *flags) as command:
+                        command.wait()
                 storage = Storage(output, store)
                 stored = sizes(storage, pattern.partition("/")[0])
                 for way, seconds in loaded(ways, f"{output}/{pattern}", store, home).items():

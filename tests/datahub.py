@@ -36,6 +36,7 @@ class DataHub(ThreadingHTTPServer):
         """How often each was put whole."""
         self.commits: list[list[str]] = []
         """The paths of each commit."""
+        self.private = False
         self.refuses = False
         """Whether all that would change it is forbidden."""
         self.before_put: Callable[[str], None] = lambda oid: None
@@ -62,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server
         if re.fullmatch(rf"/api/datasets/{REPOSITORY}(/revision/[\w/]+)?", path) and hub.exists:
             siblings = [{"rfilename": name} for name in sorted(hub.files)]
-            self._json({"id": REPOSITORY, "sha": hub.head, "siblings": siblings, "private": False, "tags": []})
+            self._json({"id": REPOSITORY, "sha": hub.head, "siblings": siblings, "private": hub.private, "tags": []})
         elif match := re.fullmatch(rf"/api/datasets/{REPOSITORY}/tree/\w+(?:/(.*))?", path):
             self._tree(match[1] or "")
         elif match := re.fullmatch(rf"/datasets/{REPOSITORY}/resolve/\w+/(.+)", path):
@@ -78,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server
         if path == "/api/repos/create":
             self._json({"url": f"{hub.url}/datasets/{REPOSITORY}"}, 409 if hub.exists else 200)
+            hub.private = hub.private if hub.exists else bool(json.loads(body).get("private"))
             hub.exists = True
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -125,6 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         hub = self.server
         with hub.lock:
+            expected = lines[0]["value"].get("parentCommit")
+            if expected not in (None, hub.head):
+                self._answer(b"", {"X-Error-Message": "A commit has happened since"}, 412)
+                return
             for line in lines:
                 value = line["value"]
                 if line["key"] == "file":

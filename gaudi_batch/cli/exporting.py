@@ -7,6 +7,7 @@ import argparse
 from gaudi_batch.export.card import write_card
 from gaudi_batch.export.export import CARD, ExportRequest, begin, describe_files, plan_export, write_parts
 from gaudi_batch.export.names import DEFAULT_TEMPLATE
+from gaudi_batch.export.push import claim, prepare, push, require_few_files
 from gaudi_batch.text import counted, read_yaml
 
 
@@ -15,8 +16,6 @@ def export_run(parsed: argparse.Namespace) -> str:
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     target_options = read_yaml(parsed.target_options, dict, "--target-options") if parsed.target_options else None
     if parsed.push:
-        from gaudi_batch.export.push import prepare
-
         prepare(parsed.push)
     request = ExportRequest(
         output=parsed.output,
@@ -32,10 +31,9 @@ def export_run(parsed: argparse.Namespace) -> str:
     )
     planned = plan_export(request)
     if parsed.push:
-        from gaudi_batch.export.push import require_few_files
-
         require_few_files(planned)
     begin(planned)
+    url = claim(planned, parsed.push, private=parsed.private) if parsed.push else None
     write_parts(planned, parsed.address)
     describe_files(planned)
     write_card(planned)
@@ -45,8 +43,7 @@ def export_run(parsed: argparse.Namespace) -> str:
         f"exported: {planned.target.url}",
         f"card:     {planned.target.url}/{CARD}",
     ]
-    if parsed.push:
-        from gaudi_batch.export.push import push
-
-        lines.append(f"pushed:   {push(planned, parsed.push, private=parsed.private)}")
+    if url is not None:
+        push(planned, parsed.push, url)
+        lines.append(f"pushed:   {url}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ line that can't be read, or whose values are not what a job takes, is left out, 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,9 +124,11 @@ def _names(table: PromptTable, columns: Mapping[str, str]) -> dict[str, str]:
             raise InputError(f"--columns.{name}: {table.name!r} has no column {column!r}; it has {_listed(present)}")
         if name in present and name != column:
             raise InputError(f"--columns.{name}: {table.name!r} has a column {name!r} of its own, too; rename one")
+    if shared := [column for column, count in Counter(columns.values()).items() if count > 1]:
+        raise InputError(f"--columns: {shared[0]!r} is named twice; a column of the result comes from one of its own")
     if twice := [column for column, count in Counter(present).items() if count > 1]:
         raise InputError(f"{table.name!r} has the column {twice[0]!r} more than once; rename one")
-    if "prompt" not in present and "prompt" not in columns:
+    if "prompt" not in columns and ("prompt" not in present or "prompt" in columns.values()):
         raise InputError(
             f"{table.name!r} has no column 'prompt'; it has {_listed(present)}: name the right one with --columns"
             " prompt=NAME"
@@ -197,6 +200,8 @@ def _known(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
             raise ValueError
         number = float(value) if kind == pa.float64() else _whole(value)
+        if not math.isfinite(number):
+            raise ValueError
     except (ValueError, OverflowError):
         what = "number" if kind == pa.float64() else "whole number"
         raise BadLine(f"{name} is {value!r:.80}; it must be a {what}") from None
@@ -204,6 +209,8 @@ def _known(name: str, value: Any) -> Any:
 
 
 def _whole(value: str | int | float | Decimal) -> int:
+    if (isinstance(value, str) and not value.isascii()) or "_" in str(value):
+        raise ValueError
     number = int(value) if isinstance(value, int) or (isinstance(value, str) and "." not in value) else float(value)
     if number != int(number) or abs(number) > _MAX_INT64:
         raise ValueError

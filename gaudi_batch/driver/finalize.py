@@ -12,7 +12,7 @@ import pyarrow as pa
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.dataset.repeats import RepeatedIds
 from gaudi_batch.driver.leftovers import DRIVER_NAME_LENGTH
-from gaudi_batch.driver.rerun import latest_shards_of_rows
+from gaudi_batch.driver.rerun import latest_shards_of_rows, shards_with
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
@@ -21,7 +21,7 @@ from gaudi_batch.errors import Interrupted, RunStopped, StorageError
 from gaudi_batch.layout import DATA
 from gaudi_batch.output import manifest
 from gaudi_batch.output.cleanup import remove_parts, remove_superseded
-from gaudi_batch.output.joined import join_manifests
+from gaudi_batch.output.joined import join_manifests, put_description
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.totals import FILES, CommitTotals, stop_lines
@@ -105,6 +105,11 @@ def write_summary(run: Run, totals: CommitTotals, ended: Ended) -> dict[str, Any
     if reason is None:
         figures |= _join(run)
         _remove_rest(run)
+    elif run.job.config.format == manifest.FILES:
+        try:
+            put_description(run.commits, run.latest_shard_of_row)
+        except StorageError as error:
+            log.warning("images/metadata.parquet is not up to date: %s", error)
     summary = {
         "state": "stopped" if reason else "complete with failed rows" if figures["failed_rows"] else "complete",
         "reason": reason,
@@ -166,7 +171,8 @@ def _remove_rest(run: Run) -> None:
     """Removes what nothing in a complete run points to."""
     latest = run.latest_shard_of_row
     try:
-        remove_superseded(run.ledger, latest, run.commits.by_shard if latest else ())
+        shards = [shard.number for shard in shards_with(latest, run.plan, run.job.dataset)]
+        remove_superseded(run.ledger, latest, [shard for shard in shards if shard in run.commits.by_shard])
         run.commits.remove_unused(run.leftovers.drivers)
         remove_parts(run.ledger)
     except StorageError as error:

@@ -9,13 +9,12 @@ driver that ends between the two leaves retired shards whose rows are in no othe
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from gaudi_batch.dataset.reader import PromptDataset
 from gaudi_batch.dataset.scan import row_spans
-from gaudi_batch.driver.rerun import first_free
+from gaudi_batch.driver.rerun import first_free, has_any
 from gaudi_batch.driver.run_context import Committed, Run
 from gaudi_batch.errors import StorageError
 from gaudi_batch.plan import GroupRows, RowSpan, Shard
@@ -43,8 +42,9 @@ def recut(run: Run, committed: Committed) -> None:
     sizes = ShardSizes(config.batch_size, config.num_images, cards=cards)
     images = sum(shard.images for shard in left)
     rerun_rows = sorted(run.latest_shard_of_row)
+    # A row that another shard has made again must not get into one with a higher number, whose manifest would count.
     too_large = [
-        shard for shard in left if not sizes.fits(shard, images) and not _has_any(shard, rerun_rows, run.job.dataset)
+        shard for shard in left if not sizes.fits(shard, images) and not has_any(shard, rerun_rows, run.job.dataset)
     ]
     retired = [shard for shard in run.plan if shard.number in committed.retired] + run.ledger.retire(too_large)
     if not retired:
@@ -62,13 +62,6 @@ def recut(run: Run, committed: Committed) -> None:
     log.info("%s are cut anew into %d, for %s", counted(len(retired), "shard"), len(added), counted(cards, "card"))
     run.ledger.put_recut_plan([*kept, *added], retired)
     run.plan = [*kept, *added]
-
-
-def _has_any(shard: Shard, rows: Sequence[int], dataset: PromptDataset) -> bool:
-    """Whether a shard's range has any of these rows, which are sorted. A row that another shard has made again must not
-    get into one with a higher number, whose manifest would count for it."""
-    first = dataset.files[shard.file].first_row
-    return bisect_left(rows, first + shard.stop) > bisect_left(rows, first + shard.start)
 
 
 def _spans_of(shards: Iterable[Shard], spans: Iterable[RowSpan]) -> Iterator[RowSpan]:

@@ -6,6 +6,7 @@ A row may then be in several manifests. The one of the highest shard counts, so 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -102,11 +103,29 @@ def first_free(planned: Iterable[int], committed: Iterable[int]) -> int:
 
 def rows_of_shards(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, list[int]]:
     """The rows of each shard that makes rows again, numbered over all files."""
-    return {
-        shard.number: [dataset.files[shard.file].first_row + row for row in shard.only]
+    return {shard.number: rows_of(shard, dataset) for shard in plan if shard.only is not None}
+
+
+def shards_with(latest_shard_of_row: Mapping[int, int], plan: Iterable[Shard], dataset: PromptDataset) -> list[Shard]:
+    """The shards that may hold rows which later shards make again."""
+    rows = sorted(latest_shard_of_row)
+    return [
+        shard
         for shard in plan
-        if shard.only is not None
-    }
+        if has_any(shard, rows, dataset)
+        and (shard.only is None or any(latest_shard_of_row[row] > shard.number for row in rows_of(shard, dataset)))
+    ]
+
+
+def has_any(shard: Shard, rows: Sequence[int], dataset: PromptDataset) -> bool:
+    """Whether a shard's range has any of these rows, which are sorted."""
+    first = dataset.files[shard.file].first_row
+    return bisect_left(rows, first + shard.stop) > bisect_left(rows, first + shard.start)
+
+
+def rows_of(shard: Shard, dataset: PromptDataset) -> list[int]:
+    """The rows of a shard that makes rows again, numbered over all files."""
+    return [dataset.files[shard.file].first_row + row for row in shard.only or ()]
 
 
 def latest_shards_of_rows(plan: Iterable[Shard], dataset: PromptDataset) -> dict[int, int]:

@@ -11,12 +11,11 @@ import pyarrow as pa
 import yaml
 from PIL import Image
 
-from gaudi_batch.dataset.arrow import is_text
-from gaudi_batch.dataset.columns import is_binary
 from gaudi_batch.dataset.reasons import Reasons
 from gaudi_batch.export.export import ASSETS, CARD, Export, put_if_new, some_images
 from gaudi_batch.export.licence import licence_of
 from gaudi_batch.export.source import read_images
+from gaudi_batch.output.formats.loadable import loadable
 from gaudi_batch.output.manifest import FILES
 from gaudi_batch.text import counted, one_line
 
@@ -40,16 +39,14 @@ SIZE_CATEGORIES = (
 SHA256_DIGITS = 64
 """Of the revision of a directory; that of a hub's model has fewer."""
 JSON_TYPES = (
+    (pa.types.is_null, "null"),
     (pa.types.is_boolean, "bool"),
+    (pa.types.is_uint64, "uint64"),
     (pa.types.is_integer, "int64"),
     (pa.types.is_floating, "float64"),
     (pa.types.is_duration, "float64"),
-    (is_text, "string"),
-    (pa.types.is_temporal, "string"),
-    (pa.types.is_decimal, "string"),
-    (is_binary, "string"),
 )
-"""What values of each type are in JSON, as `datasets` names it."""
+"""What values of each type are in JSON, as `datasets` names it; of all others texts."""
 SETTINGS = (
     "width",
     "height",
@@ -170,19 +167,25 @@ def _front_matter(export: Export) -> dict[str, Any]:
     }
 
 
-def _features(export: Export) -> list[dict[str, Any]] | None:
+def _features(export: Export) -> list[dict[str, Any]]:
     """The types of a sample as `datasets` writes them: else it would take those of the first five samples, and fail at
-    the first value of a column that has none there. None if a column has a type that is not known here."""
-    fields = []
-    for field in export.tasks[0].described.schema:
-        kind = next((name for is_kind, name in JSON_TYPES if is_kind(field.type)), None)
-        if kind is None:
-            return None
-        fields.append({"name": field.name, "dtype": kind})
+    the first value of a column that has none there."""
+    described = loadable(export.tasks[0].described.slice(0, 0))
+    fields = [{"name": field.name, **_feature(field.type)} for field in described.schema]
     suffix = export.tasks[0].names[0].rpartition(".")[2]
     image = [{"name": suffix, "dtype": "image"}] if any(image for task in export.tasks for image in task.images) else []
     texts = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__")]
     return [*image, {"name": "json", "struct": fields}, *texts]
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """A type of JSON as `datasets` writes it."""
+    if pa.types.is_struct(kind):
+        return {"struct": [{"name": field.name, **_feature(field.type)} for field in kind]}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _feature(kind.value_type)
+        return {"list": inner if "list" in inner else inner.get("struct") or inner["dtype"]}
+    return {"dtype": next((name for is_kind, name in JSON_TYPES if is_kind(kind)), "string")}
 
 
 def _how_to_load(export: Export) -> list[str]:

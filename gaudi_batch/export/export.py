@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gaudi_batch.dataset.columns import cast, plain
-from gaudi_batch.errors import InputError
+from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
 from gaudi_batch.export.parts import PartTask, is_written, write_part
 from gaudi_batch.export.plan import Part, in_order, parse_size, plan
@@ -181,15 +181,10 @@ def begin(export: Export) -> None:
     target = export.target
     data = target.get(RECORD)
     if data is not None:
-        try:
-            record = json.loads(data)
-            digest, images = record["digest"], record["images"]
-        except (ValueError, KeyError, TypeError):
-            digest, images = "", "some"
-        if digest != export.digest:
+        if digest_of(data) != export.digest:
             raise InputError(
-                f"{target.url} holds another export, of {images} images: this one, of {len(export.rows)}, differs in"
-                " images, names, splits, format or packing; name another place, or remove what is there"
+                f"{target.url} holds another export: this one differs in images, names, splits, format or packing; name"
+                " another place, or remove what is there"
             )
         return
     if names := target.names(""):
@@ -205,6 +200,14 @@ def begin(export: Export) -> None:
     # Another may have begun at the same moment; the record that is there now decides for both.
     time.sleep(0.0 if target.local else SETTLE_S)
     begin(export)
+
+
+def digest_of(record: bytes) -> str | None:
+    """The digest in the record of an export; None if it is none."""
+    try:
+        return str(json.loads(record)["digest"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def write_parts(export: Export, address: str | None) -> None:
@@ -228,6 +231,12 @@ def write_parts(export: Export, address: str | None) -> None:
         for part in write(source, target, todo):
             done += 1
             log.info("%s: %s (%d of %d)", part.path, counted(part.stop - part.start, "image"), done, len(todo))
+    listings = _listings(export)
+    if missing := [task.part.path for task in export.tasks if not is_written(task, listings[task.directory])]:
+        raise StorageError(
+            f"{target.url}: {counted(len(missing), 'part')} that {'was' if len(missing) == 1 else 'were'} written can't"
+            f" be seen from here, the first {missing[0]}; the nodes and this machine must share the destination"
+        )
 
 
 def _listings(export: Export) -> dict[str, list[str]]:

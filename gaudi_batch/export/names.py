@@ -94,7 +94,7 @@ class Template:
                     texts.append(len(pieces))
                 try:
                     pieces.append("none" if value is None else format(value, spec or ""))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, OverflowError):
                     raise InputError(
                         f"--name {self.text!r}: {short_repr(value, 80)} of column {field!r} has no format {spec!r}"
                     ) from None

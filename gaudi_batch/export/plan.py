@@ -17,7 +17,9 @@ from gaudi_batch.output.formats import SUFFIXES
 from gaudi_batch.output.manifest import FILES
 
 FOLDER_FILES = 5_000
-"""Files of a folder of format `files`. Hugging Face's hub takes up to 10,000."""
+"""Files of a folder of format `files`."""
+HUB_FOLDER_FILES = 10_000
+"""Files that Hugging Face's hub takes in a folder."""
 HUB_FILES = 100_000
 """Files that Hugging Face's hub takes in a repository."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

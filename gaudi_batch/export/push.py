@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -15,27 +14,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.card import GRID
-from gaudi_batch.export.export import CARD, RECORD, RETRY_TIMEOUT_S, Export
-from gaudi_batch.export.plan import HUB_FILES
+from gaudi_batch.export.export import CARD, RECORD, RETRY_TIMEOUT_S, Export, digest_of
+from gaudi_batch.export.plan import HUB_FILES, HUB_FOLDER_FILES
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
 from gaudi_batch.storage.reading import PART_BYTES
+from gaudi_batch.storage.retry import delays
 from gaudi_batch.storage.scratch import scratch_errors
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 UPLOAD_CACHE = ".cache/huggingface/upload"
 """Where huggingface_hub notes how far an upload has come, in the folder itself."""
 WAIT_S = 0.2
+LAST_ERROR_S = 60.0
+"""Seconds after which an error says nothing any more of an upload that goes on."""
+_PASSING = (408, 409, 412, 425, 429)
+"""Statuses of errors that pass."""
 _REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d (Client Error|[A-Z])|Invalid metadata")
 """Errors that stay."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -59,48 +61,117 @@ def require_few_files(export: Export) -> None:
             f"--push: {len(export.rows)} images as files are more than the {HUB_FILES} files that the hub takes in a"
             " repository; --format parquet or webdataset packs them"
         )
+    if export.format != FILES and len(export.parts) > HUB_FOLDER_FILES:
+        raise InputError(
+            f"--push: {len(export.parts)} objects are more than the {HUB_FOLDER_FILES} files that the hub takes in a"
+            " folder; a larger --target-size makes fewer"
+        )
 
 
-def push(export: Export, repository: str, *, private: bool) -> str:
-    """Pushes an export that is written; returns its URL.
+def claim(export: Export, repository: str, *, private: bool) -> str:
+    """Makes sure that a repository is for an export: makes it if it is not there, and puts the export's record into it
+    if it has nothing yet; returns its URL.
+
+    Args:
+        export: begun.
+        repository: owner/name.
+        private: whether it is private.
+
+    Raises:
+        InputError: the hub refuses, or the repository has something else, which would be written over, or which loaders
+            would take for a part of the set.
+        StorageError: the hub can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+
+    def claimed() -> str:
+        url = str(api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True))
+        info = api.dataset_info(repository)
+        if private and not info.private:
+            raise InputError(f"--private: the repository {repository!r} is there, and is public")
+        present = {file.rfilename for file in info.siblings or ()}
+        if RECORD not in present:
+            if others := sorted(present - set(_OF_HUB)):
+                raise InputError(
+                    f"--push {repository!r}: the repository has other files, as {others[0]!r}; remove them, or name"
+                    " another"
+                )
+            # Refused if somebody else commits in the meantime.
+            record = export.target.get(RECORD) or b""
+            api.upload_file(
+                path_or_fileobj=record,
+                path_in_repo=RECORD,
+                repo_id=repository,
+                repo_type="dataset",
+                parent_commit=info.sha,
+            )
+            return url
+        path = api.hf_hub_download(repository, RECORD, repo_type="dataset", revision=info.sha)
+        if digest_of(Path(path).read_bytes()) != export.digest:
+            raise InputError(
+                f"--push {repository!r}: the repository has another export; remove its files, or name another"
+            )
+        if others := sorted(present - {*_OF_HUB, RECORD, CARD, GRID, *_paths(export)}):
+            raise InputError(f"--push {repository!r}: the repository has other files, as {others[0]!r}; remove them")
+        return url
+
+    return _from_hub(repository, claimed)
+
+
+def push(export: Export, repository: str, url: str) -> None:
+    """Pushes an export that is written.
 
     Args:
         export: on a disk, or in a store, from which it is brought here first.
-        repository: owner/name; made if it is not there.
-        private: whether a repository that is made is private.
+        repository: owner/name, which is claimed.
+        url: of it.
 
     Raises:
-        InputError: the hub refuses, or the repository has other files.
+        InputError: the hub refuses.
         StorageError: the hub can't be reached, or storage failed.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = HfApi()
-    try:
-        url = str(api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True))
-        _claim(export, repository, api)
-        with _staged(export, url) as folder:
-            log.info("pushing %s", url)
-            _upload(
-                lambda: api.upload_large_folder(
-                    repo_id=repository,
-                    repo_type="dataset",
-                    folder_path=folder,
-                    private=private,
-                    print_report=False,
-                ),
-                repository,
-                folder / UPLOAD_CACHE,
-            )
-        present = set(api.list_repo_files(repository, repo_type="dataset"))
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"--push {repository!r}: the hub refuses: {one_line(error, 300)}; is HF_TOKEN set?") from None
-    except (OSError, OfflineModeIsEnabled) as error:
-        raise StorageError(f"--push {repository!r}: the hub can't be reached: {one_line(error, 300)}") from None
+    with _staged(export, url) as folder:
+        log.info("pushing %s", url)
+        _upload(
+            lambda: api.upload_large_folder(
+                repo_id=repository, repo_type="dataset", folder_path=folder, print_report=False
+            ),
+            repository,
+            folder / UPLOAD_CACHE,
+        )
+    present = set(_from_hub(repository, lambda: api.list_repo_files(repository, repo_type="dataset")))
     if missing := sorted(set(_paths(export)) - present):
         raise StorageError(f"--push {repository!r}: {len(missing)} files are not there, the first {missing[0]!r}")
-    return url
+
+
+def _from_hub(repository: str, ask: Callable[[], T]) -> T:
+    """What the hub answers; tried again for RETRY_TIMEOUT_S where it does not answer or says that it can't.
+
+    Raises:
+        InputError: it refuses.
+        StorageError: it went on failing.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    began = time.monotonic()
+    for delay in delays():
+        try:
+            return ask()
+        except (HfHubHTTPError, HFValidationError, OSError, OfflineModeIsEnabled) as error:
+            status = int(getattr(getattr(error, "response", None), "status_code", None) or 500)
+            if isinstance(error, HFValidationError) or (status < 500 and status not in _PASSING):
+                told = one_line(error, 300)
+                raise InputError(f"--push {repository!r}: the hub refuses: {told}; is HF_TOKEN set?") from None
+            if time.monotonic() - began + delay > RETRY_TIMEOUT_S or isinstance(error, OfflineModeIsEnabled):
+                raise StorageError(f"--push {repository!r}: the hub can't be reached: {one_line(error, 300)}") from None
+            log.warning("%s: the hub can't be reached, trying again: %s", repository, one_line(error, 200))
+            time.sleep(delay)
+    raise AssertionError("the delays never end")
 
 
 class _Errors(logging.Handler):
@@ -111,13 +182,16 @@ class _Errors(logging.Handler):
         self.last = ""
         self.since: float | None = None
         """When the first was logged since `forget`."""
+        self.latest = 0.0
+        """When the last was."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
         message = record.getMessage()
         if message.startswith("Failed"):
             self.last = message
-            self.since = self.since or time.monotonic()
+            self.latest = time.monotonic()
+            self.since = self.since or self.latest
 
     def forget(self) -> None:
         """The upload goes on."""
@@ -147,7 +221,8 @@ def _upload(upload: Callable[[], None], repository: str, cache: Path) -> None:
             if errors.since is not None:
                 if _REFUSED.search(errors.last):
                     raise InputError(f"--push {repository!r}: the hub refuses: {one_line(errors.last, 300)}")
-                if time.monotonic() - errors.since > RETRY_TIMEOUT_S:
+                now = time.monotonic()
+                if now - errors.since > RETRY_TIMEOUT_S and now - errors.latest < LAST_ERROR_S:
                     raise StorageError(
                         f"--push {repository!r}: tried for {RETRY_TIMEOUT_S:.0f} s: {one_line(errors.last, 300)}; the"
                         " same command goes on"
@@ -170,22 +245,6 @@ def _noted(cache: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in cache.rglob("*.metadata")}
 
 
-def _claim(export: Export, repository: str, api: HfApi) -> None:
-    """Puts the record of an export into a repository that has nothing yet. Raises InputError if it has something else:
-    loaders would take it for a part of this set, or it would be written over."""
-    present = set(api.list_repo_files(repository, repo_type="dataset"))
-    record = export.target.get(RECORD) or b""
-    if RECORD in present:
-        path = api.hf_hub_download(repository, RECORD, repo_type="dataset")
-        if json.loads(Path(path).read_bytes()).get("digest") != export.digest:
-            raise InputError(f"--push {repository!r}: the repository has another export; name another repository")
-    others = sorted(present - {*_OF_HUB, *((RECORD, *_paths(export)) if RECORD in present else ())})
-    if others:
-        raise InputError(f"--push {repository!r}: the repository has other files, as {others[0]!r}; name another")
-    if RECORD not in present:
-        api.upload_file(path_or_fileobj=record, path_in_repo=RECORD, repo_id=repository, repo_type="dataset")
-
-
 def _paths(export: Export) -> Iterator[str]:
     """The files of an export that are pushed beside its record."""
     yield from (path for path in (CARD, GRID) if export.target.entry(path) is not None)
@@ -201,26 +260,50 @@ def _paths(export: Export) -> Iterator[str]:
 @contextlib.contextmanager
 def _staged(export: Export, url: str) -> Iterator[Path]:
     """A folder on this disk with the files of an export and no others, where huggingface_hub notes how far it has come
-    with this repository. The next try finds it. Files of an export in a store are brought here."""
+    with this repository. The next try finds it. Files of an export in a store are brought here.
+
+    Raises:
+        StorageError: there is no room, or the folder is somebody else's.
+    """
     target = export.target
     name = f"push-{hashlib.sha256(f'{url} {export.digest}'.encode()).hexdigest()[:16]}"
     is_here = target.local
     folder = Path(target.place, ".gaudi-batch", name) if is_here else Path(tempfile.gettempdir(), f"gaudi-batch-{name}")
     with scratch_errors("bring the export here"):
-        for path in _paths(export):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise StorageError(f"{folder} is somebody else's; set TMPDIR to a directory of your own", refused=True)
+        paths = list(_paths(export))
+        wanted = {folder / PurePosixPath(path) for path in paths}
+        for entry in folder.rglob("*"):
+            is_noted = entry.relative_to(folder).parts[0] == ".cache"
+            if not is_noted and entry not in wanted and (entry.is_symlink() or entry.is_file()):
+                entry.unlink()
+        for path in paths:
             local = folder / PurePosixPath(path)
             local.parent.mkdir(parents=True, exist_ok=True)
             if not is_here:
                 _bring(target, path, local)
-            elif not local.is_symlink():
-                local.symlink_to(Path(target.place, path).resolve())
+                continue
+            origin = Path(target.place, path).resolve()
+            if not (local.is_symlink() and local.readlink() == origin):
+                local.unlink(missing_ok=True)
+                local.symlink_to(origin)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bring(storage: Storage, path: str, local: Path) -> None:
     entry = storage.entry(path)
-    if entry is None or (local.exists() and local.stat().st_size == entry.size):
+    if entry is None:
+        return
+    # The card is the one file that another export of the same images may have with other bytes.
+    is_small = entry.size <= PART_BYTES
+    if (
+        local.exists()
+        and local.stat().st_size == entry.size
+        and not (is_small and local.read_bytes() != storage.get(path))
+    ):
         return
     part = local.with_name(f".{local.name}.part")
     with part.open("wb") as file:

@@ -150,9 +150,10 @@ def _split_name(value: Any, column: str) -> str:
 
 
 def _require_split(name: str, text: str) -> None:
-    """Raises InputError if a text can't be the name of a split: `all` has a meaning of its own in `datasets`."""
-    if not _SPLIT_NAME.fullmatch(name) or name == "all":
+    """Raises InputError if a text can't be the name of a split: `all` has a meaning of its own in `datasets`, and
+    `assets` has the card's pictures."""
+    if not _SPLIT_NAME.fullmatch(name) or name.casefold() in ("all", "assets"):
         raise InputError(
             f"--split {text!r}: {name!r:.80} can't be the name of a split, which has 1 to 64 letters, digits and _ of"
-            " ASCII alone, and is not 'all'"
+            " ASCII alone, and is neither 'all' nor 'assets'"
         )

@@ -97,11 +97,6 @@ class Commits:
         """The commits in order of their shards."""
         return (self.by_shard[shard] for shard in sorted(self.by_shard))
 
-    def shards(self) -> set[int]:
-        """The shards that are committed; may be called from any thread."""
-        with self._lock:
-            return set(self.by_shard)
-
     def attempt_of(self, shard: int) -> str | None:
         """The attempt that is committed of a shard; None if none is known to be."""
         commit = self.by_shard.get(shard)
@@ -162,7 +157,8 @@ class Commits:
         """
         self._wait()
         with self._lock:
-            parts, held = list(self.parts), dict(self._held)
+            parts = [replace(part, shards=set(part.shards)) for part in self.parts]
+            held = dict(self._held)
         for part in parts:
             yield rollup.keep_latest(self.rows_of(part, self.bytes_of(part)), latest_shard_of_row)
         for table in self._held_tables(sorted(held), held):

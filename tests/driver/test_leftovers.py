@@ -211,7 +211,9 @@ def test_at_the_end_of_a_run_roll_ups_of_drivers_that_only_the_timeline_names_go
         ledger.storage.put(name, b"rows")
     made = of_run(ledger)
     made.remove(COMMITTED, (), is_complete=True)
-    run: Any = SimpleNamespace(ledger=ledger, leftovers=made, latest_shard_of_row={}, commits=Commits(ledger, "ccccc"))
+    job = SimpleNamespace(dataset=None)
+    commits = Commits(ledger, "ccccc")
+    run: Any = SimpleNamespace(ledger=ledger, leftovers=made, latest_shard_of_row={}, plan=[], job=job, commits=commits)
     finalize._remove_rest(run)
     assert ledger.storage.get(stale) is None
     assert ledger.storage.get(others) == b"rows", "of nobody that this run knows"

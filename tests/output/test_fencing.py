@@ -219,7 +219,7 @@ def test_a_shard_whose_manifest_is_not_listed_yet_loses_no_image(
         known.add(commit.info)
     summary = write_summary(run, known, Ended(None))
     assert summary["reason"] == "no manifest of 1 shard is in place, the first of which is 1"
-    assert output.names("images") == ["000000-bbbbb1", "000001-bbbbb2"]
+    assert output.names("images") == ["000000-bbbbb1", "000001-bbbbb2", "metadata.parquet"]
 
 
 def test_a_run_whose_leftovers_may_not_be_removed_is_complete(

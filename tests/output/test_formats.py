@@ -152,6 +152,13 @@ ODD = {
     "nested": pa.array([{"a": [1, None]}, None]),
     "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
     "latin": pa.array([b"caf\xe9", b"x"]).view(pa.string()),
+    "author": pa.StructArray.from_arrays(
+        [pa.array([b"\xe9", b"x"]).view(pa.string()), pa.array([1, 2])], ["name", "n"]
+    ),
+    "names": pa.ListArray.from_arrays([0, 2, 2], pa.array([b"\xe9", b"x"]).view(pa.string())),
+    "times": pa.array([[("k", 2**62 + 1)], None], pa.map_(pa.string(), pa.int64())).cast(
+        pa.map_(pa.string(), pa.timestamp("ns"))
+    ),
 }
 """Columns that a job may carry."""
 
@@ -162,13 +169,17 @@ def test_columns_of_any_type_are_in_an_object(output_format: str) -> None:
     WRITERS[output_format](buffer, pa.table(ODD), ["a.png", "b.png"], [b"1", b"2"])
     buffer.seek(0)
     if output_format == "parquet":
-        rows = pq.read_table(buffer).to_pylist()
+        rows = pq.read_table(buffer).drop_columns("times").to_pylist()
         assert [row["image"]["path"] for row in rows] == ["a.png", "b.png"]
         assert (rows[0]["input_image"], rows[0]["dictionary"], rows[0]["raw"]) == ("a", "x", b"\x00\xff")
         assert (rows[0]["map"], rows[0]["latin"]) == ([{"key": "k", "value": 1}], "caf\ufffd")
+        assert (rows[0]["author"], rows[0]["names"]) == ({"name": "\ufffd", "n": 1}, ["\ufffd", "x"])
+        times = pq.read_table(buffer)["times"].combine_chunks().flatten().field("value")
+        assert times.cast(pa.int64()).to_pylist() == [2**62 + 1], "no nanosecond is lost"
         return
     with tarfile.open(fileobj=buffer) as tar:
         first, second = (json.load(tar.extractfile(name)) for name in ("a.json", "b.json"))  # type: ignore[arg-type]
+    assert "2116-02-20" in str(first.pop("times"))
     assert first == {
         "image": "a",
         "dictionary": "x",
@@ -181,6 +192,8 @@ def test_columns_of_any_type_are_in_an_object(output_format: str) -> None:
         "nested": {"a": [1, None]},
         "map": [{"key": "k", "value": 1}],
         "latin": "caf\ufffd",
+        "author": {"name": "\ufffd", "n": 1},
+        "names": ["\ufffd", "x"],
     }
     assert (second["image"], second["dictionary"], second["number"]) == ("", "y", 1.5), "a null text is empty"
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 
-from gaudi_batch.dataset.arrow import python_rows
+from gaudi_batch.dataset.arrow import is_text
 from gaudi_batch.dataset.columns import cast, plain
 
 
 def loadable(table: pa.Table) -> pa.Table:
     """A table in plain types, without maps, which `datasets` knows no type for, and with texts that are UTF-8, without
-    which most libraries refuse a whole file. A map becomes a list of its keys and values."""
+    which most libraries refuse a whole file. A map becomes a list of its keys and values; what is not UTF-8 in a text
+    becomes U+FFFD. All other values stay as they are."""
     schema = plain(table.schema.remove_metadata())
-    columns = []
-    for column, name, kind in zip(table.columns, schema.names, schema.types, strict=True):
-        values, without_maps = cast(column, kind), _without_maps(kind)
-        if without_maps != kind or not _is_utf8(values):
-            rows = python_rows(pa.table([values], names=["value"]))
-            values = pa.chunked_array([pa.array([_fitting(row["value"], without_maps) for row in rows], without_maps)])
-        columns.append((name, values))
-    return pa.table([values for _, values in columns], names=[name for name, _ in columns])
+    columns = [_mended(cast(column, kind)) for column, kind in zip(table.columns, schema.types, strict=True)]
+    return pa.table(columns, names=schema.names)
 
 
-def _is_utf8(column: pa.ChunkedArray) -> bool:
+def _mended(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not _has_map(column.type) and _is_valid(column):
+        return column
+    chunks = [_mend(chunk) for chunk in column.chunks] or [_mend(pa.array([], column.type))]
+    return pa.chunked_array(chunks)
+
+
+def _is_valid(column: pa.ChunkedArray) -> bool:
+    """Whether all texts in it are UTF-8."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -32,28 +33,40 @@ def _is_utf8(column: pa.ChunkedArray) -> bool:
     return True
 
 
-def _without_maps(kind: pa.DataType) -> pa.DataType:
+def _has_map(kind: pa.DataType) -> bool:
     if pa.types.is_map(kind):
-        return pa.list_(pa.struct([("key", _without_maps(kind.key_type)), ("value", _without_maps(kind.item_type))]))
+        return True
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_without_maps(field.type)) for field in kind])
+        return any(_has_map(field.type) for field in kind)
+    return _is_list(kind) and _has_map(kind.value_type)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _mend(array: pa.Array) -> pa.Array:
+    kind = array.type
+    if is_text(kind):
+        binary = pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
+        texts = [
+            None if value is None else value.decode("utf-8", "replace") for value in array.view(binary).to_pylist()
+        ]
+        return pa.array(texts, kind)
+    if pa.types.is_struct(kind):
+        children = [_mend(child) for child in array.flatten()]
+        fields = [field.with_type(child.type) for field, child in zip(kind, children, strict=True)]
+        return pa.StructArray.from_arrays(children, fields=fields, mask=array.is_null())
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_maps(kind.value_type)), kind.list_size)
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_without_maps(kind.value_type)))
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_maps(kind.value_type)))
-    return kind
-
-
-def _fitting(value: Any, kind: pa.DataType) -> Any:
-    """A Python value in the type without maps."""
-    if value is None:
-        return None
-    if pa.types.is_struct(kind):
-        names = [field.name for field in kind]
-        pairs = zip(names, value, strict=True) if isinstance(value, tuple) else ((name, value[name]) for name in names)
-        return {name: _fitting(item, kind.field(name).type) for name, item in pairs}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_fitting(item, kind.value_type) for item in value] if isinstance(value, list) else None
-    return str(value) if isinstance(value, str) else value
+        lists = _mend(array.cast(pa.list_(kind.value_type)))
+        return lists.cast(pa.list_(lists.type.value_type, kind.list_size))
+    if pa.types.is_map(kind) or _is_list(kind):
+        whole = array.take(pa.array(range(len(array)), pa.int64()))  # without an offset, which a mask does not go with
+        if pa.types.is_map(kind):
+            children = [_mend(whole.keys), _mend(whole.items)]
+            values = pa.StructArray.from_arrays(children, names=["key", "value"])
+        else:
+            values = _mend(whole.values)
+        lists = pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray
+        return lists.from_arrays(whole.offsets, values, mask=whole.is_null())
+    return array
