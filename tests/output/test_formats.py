@@ -140,6 +140,7 @@ def test_a_row_group_is_small_enough_to_read_one_image_of_it(
     assert json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"] == {"image": {"_type": "Image"}}
 
 
+LATIN = pa.array([b"\xe9", b"x"]).view(pa.string())
 ODD = {
     "image": pa.array(["a", None]),
     "dictionary": pa.array(["x", "y"]).dictionary_encode(),
@@ -155,7 +156,7 @@ ODD = {
     "author": pa.StructArray.from_arrays(
         [pa.array([b"\xe9", b"x"]).view(pa.string()), pa.array([1, 2])], ["name", "n"]
     ),
-    "names": pa.ListArray.from_arrays([0, 2, 2], pa.array([b"\xe9", b"x"]).view(pa.string())),
+    "names": pa.ListArray.from_arrays([0, 2, 2], LATIN),
     "times": pa.array([[("k", 2**62 + 1)], None], pa.map_(pa.string(), pa.int64())).cast(
         pa.map_(pa.string(), pa.timestamp("ns"))
     ),
