@@ -22,10 +22,9 @@ BUFFER_BYTES = 1 << 20
 
 def write_tar(file: BinaryIO, described: pa.Table, names: Sequence[str], images: Iterable[bytes | None]) -> None:
     """Writes a tar file; see `WriteObject`. Its members have no time and no owner, which would differ each time."""
+    rows = python_rows(_without_null_texts(loadable(described, microseconds=True)))
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, bufsize=BUFFER_BYTES) as tar:
-        for row, name, image in zip(
-            python_rows(_without_null_texts(loadable(described, microseconds=True))), names, images, strict=True
-        ):
+        for row, name, image in zip(rows, names, images, strict=True):
             if image is not None:
                 _add(tar, name, image)
             _add(tar, f"{name.partition('.')[0]}.json", json_of(row))
