@@ -4,7 +4,8 @@
 
 The images are of simulated cards, 256 x 256 pixels of one colour, so a file has less than a kilobyte and what is
 measured is what objects and requests cost, and decoding. Each library decodes every image. `files` and `webdataset` are
-what runs leave; `export` is a Parquet file that `gaudi-batch export` has packed of the files.
+what runs leave; `export` is a Parquet file that `gaudi-batch export` has packed of the files. `datasets` opens image
+folders of a disk and of the hub, and none of S3.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         path = write_prompts(home / "prompts.parquet", prompts)
         for where, root, store in (("disk", str(home), {}), ("S3", server.url("sets"), server.options)):
             for name, (pattern, ways) in SETS.items():
+                ways = "" if store and name == "files" else ways
                 output = f"{root}/{name}"
                 if name == "export":
                     export(f"{root}/files", output, store)
@@ -52,7 +54,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                         command.wait()
                 storage = Storage(output, store)
                 stored = sizes(storage, pattern.partition("/")[0])
-                for way, seconds in loaded(ways, f"{output}/{pattern}", store, home).items():
+                for way, seconds in loaded(ways, f"{output}/{pattern}", store, home).items() if ways else ():
                     library = CALLED.get(way, way)
                     figures = {"load_s": seconds, "images_per_s": prompts / seconds}
                     yield f"{name}, {where}, {library}", {**figures, "objects": len(stored), "mb": sum(stored) / 1e6}

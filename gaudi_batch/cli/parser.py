@@ -167,11 +167,13 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     export.add_argument("--storage-options", metavar="YAML", help="fsspec options of the output's storage")
     export.add_argument("--target-options", metavar="YAML", help="those of DEST's; default: the same on one protocol")
 
-    prompts = _command(commands, "prompts", "make a Parquet file of prompts from CSV, TSV, JSON lines, text or Parquet")
+    prompts = _command(commands, "prompts", "make a Parquet file of prompts from CSV, TSV, JSON, text or Parquet")
     prompts.add_argument("source", metavar="IN", help="path or URL of the file; .gz, .bz2 and .xz are decompressed")
     prompts.add_argument("target", metavar="OUT.parquet", help="path or URL of the file to make")
     prompts.add_argument("--columns", metavar="VALUE", help="as for run: names of IN's columns where they are others")
-    prompts.add_argument("--format", choices=["csv", "tsv", "jsonl", "txt", "parquet"], help="default: as IN is named")
+    prompts.add_argument(
+        "--format", choices=["csv", "tsv", "jsonl", "json", "txt", "parquet"], help="default: as IN is named"
+    )
     prompts.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     prompts.add_argument("--prompts-storage-options", metavar="YAML", help="fsspec options of the storage of IN")
     prompts.add_argument("--storage-options", metavar="YAML", help="fsspec options of the storage of OUT.parquet")

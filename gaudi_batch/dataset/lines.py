@@ -136,6 +136,30 @@ class JsonLines(Lines):
                 yield checked(number, values)
 
 
+class Json(JsonLines):
+    """A file with a JSON array of objects, which is read whole; or with an object a line."""
+
+    unit = "item"
+
+    def lines(self) -> Iterator[Line]:
+        """See `PromptTable`. Raises InputError if it is neither."""
+        with self._opened() as file:
+            start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not start.startswith(b"["):
+            yield from super().lines()
+            return
+        text = "".join(text for _, text in self.texts())
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.name!r} is no JSON: {one_line(error)}") from None
+        for number, item in enumerate(items, 1):
+            if isinstance(item, dict):
+                yield checked(number, item)
+            else:
+                yield Line(number, error="it is no JSON object")
+
+
 def checked(number: int, values: Mapping[str, Any]) -> Line:
     """A line, unless it has bytes that are not UTF-8."""
     for name, value in values.items():

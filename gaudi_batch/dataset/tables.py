@@ -17,12 +17,20 @@ import pyarrow.parquet as pq
 from gaudi_batch.dataset.arrow import python_rows
 from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.dataset.csv_tables import CsvTable, TsvTable
-from gaudi_batch.dataset.lines import CHUNK_LINES, Chunk, JsonLines, PromptTable, Text, checked
+from gaudi_batch.dataset.lines import CHUNK_LINES, Chunk, Json, JsonLines, PromptTable, Text, checked
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
 
-KINDS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "txt": "txt", "parquet": "parquet"}
+KINDS = {
+    "csv": "csv",
+    "tsv": "tsv",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "json",
+    "txt": "txt",
+    "parquet": "parquet",
+}
 """What a file is, by its suffix."""
 OPENERS: Mapping[str, Callable[[IO[bytes]], Any]] = {
     "gz": lambda file: gzip.GzipFile(fileobj=file),
@@ -80,7 +88,7 @@ def open_table(storage: Storage, path: str, kind: str | None = None) -> PromptTa
         return OPENERS[compression](file) if compression in OPENERS else file
 
     tables: dict[str, Callable[[str, Callable[[], IO[bytes]]], PromptTable]]
-    tables = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLines, "txt": Text, "parquet": ParquetTable}
+    tables = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLines, "json": Json, "txt": Text, "parquet": ParquetTable}
     return tables[kind](path, opened)
 
 

@@ -25,7 +25,7 @@ from gaudi_batch.storage.store import Storage
 
 HELD = {
     "fetch": ("GET", "prompts.*parquet"),
-    "upload": ("PUT", "images/"),
+    "upload": ("PUT", r"images/\d"),
     "commit": ("PUT", "manifest/"),
 }
 """The requests of each phase. In the phase `generate`, which has none, the card is killed after an image was stored."""

@@ -250,6 +250,7 @@ def test_a_node_of_which_nothing_works_is_asked_for_again(
     assert content(output) == undisturbed
 
 
+@pytest.mark.thorough
 def test_a_node_that_is_drained_while_its_cards_load_gets_no_shard(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ def proxy(s3: StoreServer) -> Iterator[FaultProxy]:
         yield started
 
 
-@pytest.mark.parametrize("target_format", ["parquet", "files"])
+@pytest.mark.parametrize("target_format", ["parquet", pytest.param("files", marks=pytest.mark.thorough)])
 def test_an_export_that_is_killed_goes_on_with_what_is_not_there(
     make: Make, tmp_path: Path, s3: StoreServer, proxy: FaultProxy, target_format: str
 ) -> None:

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("thread_cards")
 
 WHOLE = ("webdataset", "parquet")
 """Formats that keep all images of a shard in one object."""
+MORE = pytest.param("parquet", marks=pytest.mark.thorough)
 Make = Callable[..., RunResult]
 
 
@@ -129,7 +130,7 @@ def test_a_shard_is_one_object_of_the_same_bytes_whoever_makes_it(
     assert sums[0] == sums[1]
 
 
-@pytest.mark.parametrize("output_format", WHOLE)
+@pytest.mark.parametrize("output_format", ["webdataset", MORE])
 def test_rows_that_are_made_again_are_in_no_set_twice(make: Make, tmp_path: Path, output_format: str) -> None:
     output = tmp_path / "out"
     make(output_format)
@@ -181,7 +182,7 @@ run(JobConfig.model_validate_json(sys.argv[1]), address=sys.argv[2])
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("output_format", [*WHOLE, "files"])
+@pytest.mark.parametrize("output_format", ["webdataset", "files", MORE])
 def test_a_driver_and_a_card_that_are_killed_change_no_byte(
     make: Make, prompts: Path, tmp_path: Path, cluster: str, output_format: str
 ) -> None:

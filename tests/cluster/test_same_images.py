@@ -80,6 +80,7 @@ def test_a_node_with_another_version_makes_nothing_until_it_is_all_that_there_is
     assert list(output.glob("throughput/odd-node-*"))
 
 
+@pytest.mark.thorough
 def test_an_odd_node_that_loads_first_costs_a_resumed_run_that_node_alone(
     nodes: RayCluster, many: Path, tmp_path: Path
 ) -> None:

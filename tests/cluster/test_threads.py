@@ -18,6 +18,7 @@ HALF_DONE = TESTS / "data/half_done/cpu"
 BUILT_IN = ("--model", "builtin:shapes", "--steps", "2")
 
 
+@pytest.mark.thorough
 @several_cpus
 @pytest.mark.torch
 def test_a_gaudi_card_has_the_threads_of_its_own_node_and_not_of_the_head(

@@ -58,8 +58,7 @@ def names(pattern: str, options: dict[str, Any]) -> list[str]:
 
 def imagefolder(place: str, options: dict[str, Any]) -> Iterator[Image]:
     """A directory with a metadata.parquet."""
-    where = {"data_files": f"{place}/**"} if "://" in place else {"data_dir": place}
-    return loaded("imagefolder", place, options, **where)
+    return loaded("imagefolder", place, options, data_dir=place)
 
 
 def parquet(place: str, options: dict[str, Any]) -> Iterator[Image]:

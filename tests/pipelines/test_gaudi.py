@@ -120,6 +120,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 def test_in_eager_mode_a_job_needs_no_optimum_habana_and_a_card_whose_device_fails_is_replaced_on_its_module(
     prompts: Path, tmp_path: Path, on_cpu: dict[int, str | None]
