@@ -175,6 +175,7 @@ def test_rows_whose_reading_kills_are_found_and_no_other_row_fails(
     assert all(f"died reading this row, or one before it in row group {group}" in error for error in errors)
 
 
+@pytest.mark.thorough
 def test_a_card_that_has_no_memory_to_decode_costs_no_row(nodes: RayCluster, tmp_path: Path) -> None:
     """All row groups but the first need 200 MB; one card's address space is limited to little more than it has."""
     output, rows = tmp_path / "out", 64

@@ -166,6 +166,7 @@ def drain_spot_node(nodes: RayCluster) -> None:
     subprocess.run([RAY, *drain, "--address", nodes.address], check=True, capture_output=True)
 
 
+@pytest.mark.thorough
 def test_two_jobs_share_a_cluster_and_take_turns(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_node_that_does_not_see_the_output_makes_nothing(
     assert len({row["card"] for row in read_manifest(output)}) == 1
 
 
+@pytest.mark.thorough
 def test_a_job_that_loses_all_its_nodes_goes_on_with_the_next(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:

@@ -237,7 +237,7 @@ def test_an_export_is_refused_where_it_would_mix_with_something_else(make: Make,
     assert not (tmp_path / "y").exists()
 
 
-@pytest.mark.parametrize("target_format", FORMATS)
+@pytest.mark.parametrize("target_format", ["webdataset", "parquet", pytest.param("files", marks=pytest.mark.thorough)])
 def test_the_card_says_how_to_load_the_set_and_that_works(
     prompts: Path, make: Make, tmp_path: Path, target_format: str
 ) -> None:

@@ -170,6 +170,7 @@ def test_diffusers_own_pipelines_run_on_the_emulated_device_in_eager_mode(tmp_pa
     assert " passed" in run.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 @pytest.mark.torch
 def test_ray_finds_the_cards_and_each_actor_holds_its_own(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_bench_measures_and_says_that_the_cards_are_emulated(tmp_path: Path) -> 
     assert not [each.source for each in PUBLISHED if each.source in result.stdout]
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 def test_tune_ends_where_the_device_s_memory_ends_and_says_how_much_a_size_takes(tmp_path: Path) -> None:
     """With memory for the model and one image; a batch of 2 fails in a process that has made nothing else, too."""
