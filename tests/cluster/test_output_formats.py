@@ -209,6 +209,8 @@ def test_a_driver_and_a_card_that_are_killed_change_no_byte(
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: killed not in card_processes(session))
         wait_for_commits(output, 3)
+        if output_format == "files":
+            wait_until((output / "images/metadata.parquet").exists)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         rows = load_manifest(output).to_table()
