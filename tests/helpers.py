@@ -35,11 +35,14 @@ several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has on
 
 
 def examples(count: int) -> int:
-    """How many examples hypothesis tries: fewer in `make quick`, which is for whoever waits."""
-    return max(10, count // QUICK_DIVISOR) if os.environ.get("QUICK") else count
+    """How many examples hypothesis tries: all in `make thorough`, half of them in `make test`, and fewer in `make
+    quick`, which is for whoever waits."""
+    if os.environ.get("THOROUGH"):
+        return count
+    return max(10, count // (QUICK_DIVISOR if os.environ.get("QUICK") else TEST_DIVISOR))
 
 
-QUICK_DIVISOR = 10
+QUICK_DIVISOR, TEST_DIVISOR = 10, 2
 
 
 def read_manifest(output: Path) -> list[dict[str, Any]]:
