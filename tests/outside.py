@@ -29,7 +29,7 @@ def run_outside(*arguments: str, home: Path, cwd: Path | None = None, **environm
         environment: variables.
     """
     if not (LOADERS / "datasets").is_dir():
-        pytest.skip("`make loaders` has not been run")
+        pytest.fail("the libraries are not installed; `make loaders`, or `make setup`, does that")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AWS_"))}
     variables |= {"PYTHONPATH": str(LOADERS), "HF_HOME": str(home), "HOME": str(home), **environment}
     python = getattr(sys, "_base_executable", sys.executable)
