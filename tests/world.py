@@ -286,6 +286,8 @@ def let_it_end(world: World, new_card: int) -> None:
             world.commit_first()
         elif world.recalls:
             world.answer_recall(True)
+        elif world.drops:
+            world.end_drop(world.drops[0])
         elif world.unplaced:
             world.join(world.unplaced[0])
         elif world.starting - world.held_back:
