@@ -27,10 +27,15 @@ RECIPE_SUFFIXES = (".recipe", ".metadata")
 """What the files in it end with."""
 TIMELINE = "timeline"
 """The directory of what became of each card."""
+REPORT_FILE = "report.html"
+"""A run's report."""
+DRIVER_NAME_LENGTH = 5
+"""Letters of a driver's name, with which the names of its attempts begin."""
 OWN_FILES = (
     "plan.parquet",
     "progress.json",
     "summary.json",
+    REPORT_FILE,
     "verify.json",
     JOINED,
     "run.json",
@@ -58,6 +63,11 @@ def parse_attempt(name: str) -> tuple[int, str] | None:
     """The shard and the attempt of an object or a directory, from its name."""
     match = _ATTEMPT.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
+
+
+def driver_of(attempt: str) -> str:
+    """The driver that has named an attempt."""
+    return attempt[:DRIVER_NAME_LENGTH]
 
 
 def image_name(row: int, image: int, suffix: str) -> str:

@@ -179,6 +179,14 @@ def status(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def report(parsed: argparse.Namespace) -> int:
+    """Writes a page about a run."""
+    from gaudi_batch.cli.report import write_report
+
+    say(write_report(parsed))
+    return 0
+
+
 def export(parsed: argparse.Namespace) -> int:
     """Writes a run's images elsewhere."""
     from gaudi_batch.cli.exporting import export_run
@@ -244,6 +252,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "bench": bench,
     "tune": tune,
     "status": status,
+    "report": report,
     "export": export,
     "prompts": prompts,
     "demo": demo,

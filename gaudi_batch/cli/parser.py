@@ -15,7 +15,7 @@ from gaudi_batch.text import nearest
 
 JOB_COMMANDS = ("run", "submit", "check", "doctor", "bench", "tune")
 """The commands that take a job."""
-COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "export", "prompts", "demo", "emulate")
+COMMANDS = (*JOB_COMMANDS, "follow", "stop", "status", "report", "export", "prompts", "demo", "emulate")
 RUN_SWITCHES = {
     "strict": "read every row first and refuse the job if one can't be run",
     "overwrite": "remove the run that is in the output and start afresh",
@@ -63,7 +63,7 @@ def _meant(flag: str, options: Collection[str]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parses the arguments; `command` is the name of the command, `options` its flags. Raises InputError."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command not in (*JOB_COMMANDS, "status", "export", "prompts"):
+    if command not in (*JOB_COMMANDS, "status", "report", "export", "prompts"):
         return _parser(lambda command: None).parse_args(arguments)
     from gaudi_batch.cli.flags import add_job_flags, join_mapping_flags
 
@@ -143,6 +143,11 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     status.add_argument("output", help="the job's output")
     status.add_argument("--json", action="store_true", help="as JSON")
     status.add_argument("--storage-options", metavar="YAML", help="fsspec options of the output's storage")
+
+    report = _command(commands, "report", "make a page of HTML about the run in an output, also while it goes on")
+    report.add_argument("output", help="the job's output")
+    report.add_argument("--to", metavar="FILE", default="report.html", help="the page to write (default: report.html)")
+    report.add_argument("--storage-options", metavar="YAML", help="fsspec options of the output's storage")
 
     export = _command(commands, "export", "write a run's images elsewhere, packed, named and described for others")
     export.add_argument("output", help="of the run's job")

@@ -218,6 +218,12 @@ class SimulatedConfig(Section):
     unloadable_modules: tuple[int, ...] = ()
     """Modules on which loading raises."""
 
+    slow_modules: tuple[int, ...] = ()
+    """Modules on which a batch takes `slow_factor` times as long."""
+
+    slow_factor: Annotated[float, Field(ge=1)] = 2.0
+    """How many times as long."""
+
     lying_modules: tuple[int, ...] = ()
     """Modules on which images now and then are not finite, others each time."""
 

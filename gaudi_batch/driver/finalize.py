@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
@@ -11,21 +12,21 @@ import pyarrow as pa
 
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.dataset.repeats import RepeatedIds
-from gaudi_batch.driver.leftovers import DRIVER_NAME_LENGTH
 from gaudi_batch.driver.rerun import latest_shards_of_rows, shards_with
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED
 from gaudi_batch.driver.verifying import verify_run
 from gaudi_batch.errors import Interrupted, RunStopped, StorageError
-from gaudi_batch.layout import DATA
+from gaudi_batch.layout import DATA, REPORT_FILE, driver_of
 from gaudi_batch.output import manifest
 from gaudi_batch.output.cleanup import remove_parts, remove_superseded
 from gaudi_batch.output.joined import join_manifests, put_description
+from gaudi_batch.output.records import RunRecords
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.totals import FILES, CommitTotals, stop_lines
-from gaudi_batch.text import counted
+from gaudi_batch.text import counted, describe_error
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,32 @@ def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
     else:
         for line in stop_lines(summary) if reason is not None else ():
             log.info("%s", line)
+        if ended.watch is not None or run.ledger.storage.entry(REPORT_FILE) is None:
+            _write_report(run, summary)
     total = run.info.rows
     if reason == INTERRUPTED:
         raise Interrupted(f"interrupted with {rows} of {total} rows done; the same command resumes")
     if reason is not None:
         raise RunStopped(f"stopped: {reason} ({rows} of {total} rows are done; the same command resumes)")
     return RunResult(run.ledger.storage.place, summary, run.ledger.storage.options)
+
+
+def _write_report(run: Run, summary: dict[str, Any]) -> None:
+    """Writes the report of a run. Whatever becomes of it, the run is what it is without one."""
+    # What draws pictures is slow to import.
+    from gaudi_batch.reporting.report.report import make_report
+
+    again = f"gaudi-batch report {shlex.quote(run.ledger.storage.url)} makes it"
+    try:
+        spans = read_spans(run.ledger)
+        commits = list(run.commits.in_order())
+        records = RunRecords(run.ledger, run.info, run.plan, commits, run.latest_shard_of_row, spans)
+        run.ledger.put(REPORT_FILE, make_report(records, summary["state"], summary["reason"]))
+    except KeyboardInterrupt:
+        log.warning("interrupted; the report is not written, %s", again)
+    except Exception as error:
+        log.warning("the report is not written, %s: %s", again, describe_error(error))
+        log.debug("the report failed", exc_info=True)
 
 
 def verify_images(run: Run) -> None:
@@ -183,7 +204,7 @@ def _times(run: Run, totals: CommitTotals, ended: Ended, images: int) -> dict[st
     """The times of a run, from those of its drivers."""
     spans = [span for span in read_spans(run.ledger) if span.driver != run.lease.driver]
     spans += [ended.watch.span(ended.card_s)] if ended.watch else []
-    drivers = {attempt[:DRIVER_NAME_LENGTH] for attempt in totals.attempts.values()}
+    drivers = {driver_of(attempt) for attempt in totals.attempts.values()}
     wall_s = wall_seconds(spans, drivers)
     return {
         "started_at": run.info.created_at if wall_s is None else spans[0].started_at,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gaudi_batch.driver.doing import Doing
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.scheduling import decisions, events
@@ -37,6 +38,20 @@ def note_decision(timeline: Timeline, decision: decisions.Decision, slots: Mappi
         what, more = line
         number = decision.card  # type: ignore[union-attr]
         timeline.note(number, slots[number].name, what, **more)
+
+
+def note_end(timeline: Timeline, slots: Iterable[Slot], cards: Mapping[str, Sequence[Doing]]) -> None:
+    """Notes what the cards were at when their driver ended.
+
+    Args:
+        timeline: gets the lines.
+        slots: the cards.
+        cards: what each of them is at, by its label.
+    """
+    for slot in slots:
+        at = cards.get(slot.label)
+        if at:
+            timeline.note(slot.number, slot.name, "over", phase=at[0].phase, phase_s=round(at[0].seconds, 3))
 
 
 def _line(decision: decisions.Decision, slots: Mapping[int, Slot]) -> tuple[str, dict[str, Any]] | None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.layout import TIMELINE, attempt_name, drivers_of_timeline, throughput_path
+from gaudi_batch.layout import TIMELINE, attempt_name, driver_of, drivers_of_timeline, throughput_path
 from gaudi_batch.output.cleanup import Left, left_by_attempts, remove_left
 from gaudi_batch.output.formats import images_of
 from gaudi_batch.output.formats.base import Attempt
@@ -20,8 +20,6 @@ from gaudi_batch.output.manifest import FILES
 
 log = logging.getLogger(__name__)
 
-DRIVER_NAME_LENGTH = 5
-"""Letters of a driver's name; the names of its attempts begin with it."""
 QUIET_S = 60.0
 """Seconds after which no process that a driver has left writes any more: their cards end with it."""
 
@@ -129,5 +127,5 @@ class Leftovers:
         return [
             left
             for left in left_by_attempts(self._ledger.storage)
-            if left.attempt[:DRIVER_NAME_LENGTH] in self._past and self._committed(left.shard) != left.attempt
+            if driver_of(left.attempt) in self._past and self._committed(left.shard) != left.attempt
         ]

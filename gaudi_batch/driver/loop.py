@@ -18,7 +18,7 @@ from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.committer import Committer, check_storage, probe_attempt
 from gaudi_batch.driver.doing import Doing, Watch, waits_for
 from gaudi_batch.driver.fleet import Fleet
-from gaudi_batch.driver.history import note_decision, note_event
+from gaudi_batch.driver.history import note_decision, note_end, note_event
 from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
@@ -128,6 +128,7 @@ class Driver:
             stopped = reason is not None
             return reason
         finally:
+            note_end(self._progress.timeline, self.fleet.slots.values(), self.fleet.doings())
             if stopped:
                 self._ledger.storage.shut_down()
             self._background.cancel()

@@ -15,7 +15,6 @@ from gaudi_batch.dataset.survey import refuse_bad_rows
 from gaudi_batch.driver.connecting import cluster_of, connected_early, import_all
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.finalize import sum_up, verify_images
-from gaudi_batch.driver.leftovers import DRIVER_NAME_LENGTH
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
 from gaudi_batch.driver.recut import recut
@@ -23,6 +22,7 @@ from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.errors import ForcedInterrupt, InputError, StorageError
 from gaudi_batch.job import Job, resolve
+from gaudi_batch.layout import DRIVER_NAME_LENGTH
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger

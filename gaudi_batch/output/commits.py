@@ -243,26 +243,10 @@ class Commits:
         self.parts = [part for part in self.parts if part.shards]
 
     def _read_rollups(self, listed: Mapping[int, Entry]) -> None:
-        storage = self.ledger.storage
-        names = rollup.index_names(storage.names(ROLLUPS))
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            indexes = pool.map(storage.get, map(rollup.index_path, names))
-            for name, data in zip(names, indexes, strict=True):
-                try:
-                    commits, rows_bytes = rollup.decode_index(data or b"")
-                except ValueError as error:
-                    log.warning("%s/%s is passed over: %s", storage.url, rollup.index_path(name), one_line(error))
-                    continue
-                counting = {
-                    commit.info.shard: commit
-                    for commit in commits
-                    if listed.get(commit.info.shard) == commit.entry
-                    and commit.info.shard not in self.by_shard
-                    and self.ledger.is_of_run(commit.info)
-                }
-                if counting:
-                    self.by_shard |= counting
-                    self.parts.append(Part(name, set(counting), rows_bytes, len(counting) == len(commits)))
+        unknown = {shard: entry for shard, entry in listed.items() if shard not in self.by_shard}
+        for index in rollup.read_indexes(self.ledger.storage, unknown, self.ledger.is_of_run):
+            self.by_shard |= index.commits
+            self.parts.append(Part(index.name, set(index.commits), index.rows_bytes, index.whole))
 
     def _roll_up_early(self) -> None:
         try:

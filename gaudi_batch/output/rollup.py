@@ -10,7 +10,9 @@ mark.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,8 +25,12 @@ from gaudi_batch.layout import ROLLUPS
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.storage.listing import Entry
+from gaudi_batch.storage.reading import ReadableStorage
 from gaudi_batch.text import one_line
 
+log = logging.getLogger(__name__)
+
+READ_THREADS = 16
 INDEX_SUFFIX = ".index.parquet"
 FAILED_ROWS = pa.schema([("row", pa.int64()), ("id", pa.string()), ("error", pa.string())])
 """What is kept of a failed row."""
@@ -158,6 +164,54 @@ def decode_index(data: bytes) -> tuple[list[Commit], int]:
             zip(*info_columns, strict=True), sums, bad_rows, sizes, marks, failed, strict=True
         )
     ], rows_bytes
+
+
+@dataclass(frozen=True)
+class Index:
+    """A roll-up, as far as it says something of a run."""
+
+    name: str
+    commits: Mapping[int, Commit]
+    """Those that count, by shard."""
+    rows_bytes: int
+    """Size in memory of all its rows."""
+    whole: bool
+    """Whether all of its commits count."""
+
+
+def read_indexes(
+    storage: ReadableStorage, listed: Mapping[int, Entry], is_of_run: Callable[[CommitInfo], bool]
+) -> Iterator[Index]:
+    """The roll-ups of an output of which something counts. Each shard is in the first that has it.
+
+    Args:
+        storage: the output.
+        listed: the manifests in the listing, by shard.
+        is_of_run: whether a manifest is one of the run.
+
+    Raises:
+        StorageError: storage failed.
+    """
+    names = index_names(storage.names(ROLLUPS))
+    known: set[int] = set()
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        indexes = pool.map(storage.get, map(index_path, names))
+        for name, data in zip(names, indexes, strict=True):
+            try:
+                commits, rows_bytes = decode_index(data or b"")
+            except ValueError as error:
+                log.warning("%s/%s is passed over: %s", storage.url, index_path(name), one_line(error))
+                continue
+            counting = {
+                commit.info.shard: commit
+                for commit in commits
+                if listed.get(commit.info.shard) == commit.entry
+                and commit.info.shard not in known
+                and is_of_run(commit.info)
+            }
+            if counting:
+                known |= counting.keys()
+                yield Index(name, counting, rows_bytes, len(counting) == len(commits))
 
 
 def keep_latest(table: pa.Table, latest_shard_of_row: Mapping[int, int]) -> pa.Table:

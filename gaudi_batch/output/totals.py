@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.dataset.reasons import reason_lines
-from gaudi_batch.layout import IMAGES
+from gaudi_batch.layout import IMAGES, REPORT_FILE
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.plan import BatchKind
@@ -22,6 +22,7 @@ FILES = {
     "manifest": "manifest.parquet",
     "throughput": "throughput",
     "summary": "summary.json",
+    "report": REPORT_FILE,
 }
 """Where everything lies, relative to the output; images in `DATA` if objects have many."""
 MAX_KINDS = 100

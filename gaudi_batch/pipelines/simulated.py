@@ -61,7 +61,8 @@ class SimulatedPipeline:
         new = bucket.graph_key not in self._captured
         self._captured.add(bucket.graph_key)
         seconds = self._config.seconds_by_size.get(f"{bucket.width}x{bucket.height}", self._config.batch_seconds)
-        time.sleep(seconds + (self._config.capture_seconds if new else 0))
+        seconds += self._config.capture_seconds if new else 0
+        time.sleep(seconds * (self._config.slow_factor if self._module in self._config.slow_modules else 1))
         images = np.empty((len(items), bucket.height, bucket.width, 3), np.float32)
         for image, item in zip(images, items, strict=True):
             image[:] = np.random.default_rng(item.seed).integers(1, 256, 3) / 255

@@ -1,0 +1,45 @@
+"""The command of a job, from its fields."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from gaudi_batch.config.schema import JobConfig
+
+HIDDEN = "***"
+"""What stands in records in place of a secret."""
+
+
+def run_command(job: Mapping[str, Any], output: str) -> str:
+    """The `gaudi-batch run` that makes a job's images, to paste into a shell. Fields with their default are left out,
+    and so are those with a secret, which no record has.
+
+    Args:
+        job: the fields, as run.json has them.
+        output: where the images are to go.
+    """
+    fields = {**job, "output": output}
+    flags = [part for flag, value in _flags(fields, JobConfig) for part in (flag, value)]
+    return shlex.join(["gaudi-batch", "run", *flags])
+
+
+def _flags(fields: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        if name not in fields:
+            continue
+        value = fields[name]
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if isinstance(value, Mapping):
+                yield from _flags(value, kind, f"{prefix}{name}.")
+            continue
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        text = json.dumps(value)
+        if text == json.dumps(default, default=str) or HIDDEN in text:
+            continue
+        yield f"--{prefix}{name}".replace("_", "-"), value if isinstance(value, str) else text

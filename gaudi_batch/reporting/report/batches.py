@@ -1,0 +1,119 @@
+"""When each card made what: the batches of a run, from its throughput lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from gaudi_batch.layout import throughput_path
+from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.reader import READ_THREADS
+from gaudi_batch.output.records import RunRecords, json_lines
+
+MAX_SHARDS_READ = 5000
+"""Shards whose throughput lines are read, which takes a request each. Of a run with more, the sums in the manifests are
+taken, so that a shard is one stretch of time."""
+
+
+class Batch(NamedTuple):
+    """Some images that a card made in one stretch of time: those of one pipeline call, or of several."""
+
+    card: str
+    attempt: str
+    shard: int
+    start: float
+    """When the device began, in seconds since the epoch by the driver's clock."""
+    generate_s: float
+    wait_s: float
+    """Seconds for which the device was idle before."""
+    images: int
+    warmup: bool
+    calls: int = 1
+    """How many calls of the pipeline it is."""
+
+    @property
+    def stop(self) -> float:
+        """When the device ended."""
+        return self.start + self.generate_s
+
+
+def read_batches(records: RunRecords) -> list[Batch]:
+    """The committed batches of a run, in order of their shards. Raises StorageError."""
+    infos = [commit.info for commit in records.commits]
+    if len(infos) > MAX_SHARDS_READ:
+        return [batch for info in infos for batch in _of_sums(info)]
+    storage = records.reader.storage
+    paths = [throughput_path(info.card, info.shard, info.attempt) for info in infos]
+    batches: list[Batch] = []
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for info, data in zip(infos, pool.map(storage.get, paths), strict=True):
+            lines = [batch for line in json_lines(data) if (batch := _of_line(line, info)) is not None]
+            # Lines that are gone, or are not those that were committed, say less than the manifest.
+            whole = len(lines) == info.sums.batches
+            batches += lines if whole else _of_sums(info)
+    return batches
+
+
+def _of_line(line: dict[str, Any], info: CommitInfo) -> Batch | None:
+    try:
+        generate_s = float(line["generate_s"])
+        # An older version has only the time at which the images were stored.
+        at = line.get("started_at") or line["time"]
+        start = datetime.fromisoformat(str(at).replace("Z", "+00:00")).timestamp()
+        if not line.get("started_at"):
+            start -= generate_s
+        warmup = line["phase"] == "warmup"
+        wait_s, images = float(line["wait_s"]), int(line["images"])
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+    return Batch(info.card, info.attempt, info.shard, start, generate_s, wait_s, images, warmup)
+
+
+def _of_sums(info: CommitInfo) -> Iterator[Batch]:
+    """The batches of a shard as one stretch of warm-up and one of steady work that ends with its last image."""
+    sums = info.sums
+    if info.finished_at is None or not sums.batches:
+        return
+    steady_calls = round(sums.batches * sums.steady_images / sums.images) if sums.images else 0
+    start = info.finished_at - sums.steady_s - sums.warmup_s
+    wait_s = sums.wait_s
+    for seconds, images, calls, warmup in (
+        (sums.warmup_s, sums.images - sums.steady_images, sums.batches - steady_calls, True),
+        (sums.steady_s, sums.steady_images, steady_calls, False),
+    ):
+        if seconds > 0:
+            yield Batch(info.card, info.attempt, info.shard, start, seconds, wait_s, images, warmup, calls)
+            start, wait_s = start + seconds, 0.0
+
+
+def pace(batches: Sequence[Batch], kinds: dict[int, Any]) -> dict[str, float]:
+    """How fast each card was beside the others: 1 is as fast as the median, 0.5 half as fast. Batches are compared with
+    those of their own kind, warm-up left out; a card without any is left out.
+
+    Args:
+        batches: of the run.
+        kinds: the kind of batches that each shard has.
+    """
+    seconds: dict[Any, list[float]] = {}
+    steady = [batch for batch in batches if not batch.warmup and batch.generate_s > 0]
+    by_card_and_kind: dict[tuple[str, Any], list[float]] = {}
+    for batch in steady:
+        each = batch.generate_s / batch.calls
+        by_card_and_kind.setdefault((batch.card, kinds.get(batch.shard)), []).append(each)
+    for (_, kind), values in by_card_and_kind.items():
+        # Of each card one value, so that a card with many batches does not decide what is usual.
+        seconds.setdefault(kind, []).append(sum(values) / len(values))
+    usual = {kind: _median(values) for kind, values in seconds.items()}
+    spent: dict[str, list[float]] = {}
+    for batch in steady:
+        of_card = spent.setdefault(batch.card, [0.0, 0.0])
+        of_card[0] += usual[kinds.get(batch.shard)] * batch.calls
+        of_card[1] += batch.generate_s
+    return {card: expected / took for card, (expected, took) in spent.items()}
+
+
+def _median(values: Sequence[float]) -> float:
+    """The lower median: of two cards the faster one is the usual one."""
+    return sorted(values)[(len(values) - 1) // 2]

@@ -1,0 +1,262 @@
+"""What the report of a run shows, from its records alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from gaudi_batch.config.command import run_command
+from gaudi_batch.layout import driver_of
+from gaudi_batch.output.progress import sane_progress
+from gaudi_batch.output.records import RunRecords
+from gaudi_batch.output.spans import card_hours, wall_seconds
+from gaudi_batch.output.throughput import rounded
+from gaudi_batch.reporting.report.batches import Batch, pace, read_batches
+from gaudi_batch.reporting.report.page import render, version
+from gaudi_batch.reporting.report.pictures import describe, pictures
+from gaudi_batch.reporting.report.rates import rates
+from gaudi_batch.reporting.report.timelines import (
+    AT_WORK,
+    KINDS,
+    STRETCHES_DRAWN,
+    CardTimeline,
+    Mark,
+    RunClock,
+    drawn,
+    timelines,
+)
+from gaudi_batch.text import one_line
+
+MAX_CARDS = 256
+"""Cards that are drawn and listed: those with faults first, then the slowest."""
+MAX_STRETCHES = 60_000
+"""Stretches of time that are drawn of all cards."""
+MAX_MARKS = 2000
+MAX_FAILED_ROWS = 1000
+MAX_TEXT = 500
+SLOW = 0.8
+"""A card below this share of the others' pace is called slow; of cards that are all well, one differs by a few
+hundredths."""
+IDLE = 0.8
+"""A card whose device was busy for less than this share of what the others' were is called idle."""
+MIN_IDLE = 0.1
+"""And by this share of its time less."""
+
+
+def make_report(records: RunRecords, state: str, reason: str | None, base: str | None = "") -> bytes:
+    """The report of a run, as a page of HTML.
+
+    Args:
+        records: of the run.
+        state: as `status` has it.
+        reason: why it stopped, if it did.
+        base: address of the output, for links to its images; "" if the page lies in it, None if there is no address.
+
+    Raises:
+        StorageError: storage failed.
+    """
+    return render(describe_report(records, state, reason, base))
+
+
+def describe_report(records: RunRecords, state: str, reason: str | None, base: str | None = "") -> dict[str, Any]:
+    """The data of the page; see `make_report`."""
+    batches = read_batches(records)
+    clock = RunClock(records.spans, batches)
+    complete = state.startswith("complete")
+    cards = timelines(records.timelines(), batches, clock, {} if complete else _at_work(records))
+    faults = Counter({card.name: sum(mark.kind == "fault" for mark in card.marks) for card in cards})
+    totals = records.totals()
+    for card in cards:
+        totals.card(card.name, "", None)
+    figures = totals.describe(faults, 0)
+    kinds = {shard.number: shard.bucket.batch_kind for shard in records.plan}
+    paces = pace(batches, kinds)
+    described = [_card(card, figures["cards"][card.name], paces, clock.wall_s) for card in cards]
+    _flag_idle(described)
+    listed = _most_notable(described)
+    places = {name: place for place, name in enumerate(card["name"] for card in listed)}
+    committers = {driver_of(commit.info.attempt) for commit in records.commits}
+    wall_s = wall_seconds(records.spans, committers)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    images = figures["images"]
+    job = records.info.job
+    return {
+        "output": records.reader.storage.url,
+        "base": base,
+        "state": state,
+        "reason": reason,
+        "made_at": now,
+        "version": version(),
+        "run_id": records.info.run_id,
+        "created_at": records.info.created_at,
+        "asked": _asked(records),
+        "command": run_command(job, f"{str(job.get('output', '')).rstrip('/')}-again"),
+        "rows_planned": records.info.rows,
+        "images_planned": records.info.images,
+        "shards_planned": len(records.plan),
+        "wall_s": wall_s,
+        "images_per_s_wall": rounded(images / wall_s) if wall_s else None,
+        "card_hours": card_hours(records.spans, committers),
+        "drivers": [
+            {"driver": name, "start": round(start, 3), "stop": round(stop, 3), **_moments(records, name)}
+            for name, start, stop in clock.drivers
+        ],
+        "time_s": round(clock.wall_s, 3),
+        **{name: value for name, value in figures.items() if name != "cards"},
+        "failures": records.failed().describe(),
+        "failed": _failed_rows(records),
+        "cards": listed,
+        "cards_total": len(described),
+        "kinds": KINDS,
+        "spent": _spent(cards),
+        "stretches": _stretches([card for card in cards if card.name in places], places, clock.wall_s),
+        "marks": _marks(cards, places),
+        "rates": _rates(batches, clock, places),
+        "pictures": [describe(picture) for picture in pictures(records)],
+    }
+
+
+def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, float], wall_s: float) -> dict[str, Any]:
+    spent = card.seconds()
+    flags = []
+    card_pace = paces.get(card.name)
+    if card_pace is not None and card_pace < SLOW:
+        flags.append(f"slow: {card_pace:.2f} of the others' pace")
+    if any(mark.kind == "quarantined" for mark in card.marks):
+        flags.append("quarantined")
+    if figures["faults"]:
+        flags.append(f"{figures['faults']} fault{'s' if figures['faults'] > 1 else ''}")
+    return {
+        "name": card.name,
+        **figures,
+        "pace": rounded(card_pace),
+        "spent": {kind: round(seconds, 3) for kind, seconds in spent.items() if seconds},
+        "flags": flags,
+    }
+
+
+def _at_work(records: RunRecords) -> dict[str, float] | None:
+    """What the driver that is over or goes on said last of its cards; see `timelines`."""
+    progress = sane_progress(records.reader.get_json("progress.json") or {})
+    if not progress["cards"]:
+        return None
+    return {
+        name: card["phase_s"]
+        for name, card in progress["cards"].items()
+        if card["phase"] in AT_WORK and card["phase_s"] is not None
+    }
+
+
+def _flag_idle(cards: Iterable[dict[str, Any]]) -> None:
+    """Marks the cards that stood idle for longer than the others."""
+    held = {card["name"]: sum(card["spent"].values()) for card in cards}
+    shares = {
+        card["name"]: sum(card["spent"].get(kind, 0.0) for kind in ("warm-up", "generating", "backup", "lost"))
+        / held[card["name"]]
+        for card in cards
+        if held[card["name"]] > 0
+    }
+    if not shares:
+        return
+    usual = sorted(shares.values())[len(shares) // 2]
+    for card in cards:
+        share = shares.get(card["name"])
+        if share is not None and share < min(IDLE * usual, usual - MIN_IDLE):
+            card["flags"].append(f"idle: busy for {share:.0%} of its time, others for {usual:.0%}")
+
+
+def _most_notable(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cards that are shown, in order of their names."""
+    by_need = sorted(cards, key=lambda card: (-len(card["flags"]), card["pace"] if card["pace"] is not None else 0.0))
+    return sorted(by_need[:MAX_CARDS], key=lambda card: _natural(card["name"]))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key by which node-2 comes before node-10."""
+    parts: list[tuple[int, str]] = []
+    number = ""
+    for character in f"{name} ":
+        if character.isdecimal():
+            number += character
+            continue
+        if number:
+            parts.append((int(number), ""))
+            number = ""
+        parts.append((-1, character))
+    return parts
+
+
+def _asked(records: RunRecords) -> dict[str, Any]:
+    """What was asked, for a person."""
+    job, same = records.info.job, records.info.fingerprint
+    names = ("model", "device", "batch_size", "num_images", "width", "height", "steps", "guidance_scale", "scheduler")
+    more = ("dtype", "seed", "negative_prompt", "format", "encoding", "lora", "limit")
+    stack = records.reader.stack or records.info.versions
+    asked = {"prompts": job.get("prompts"), **{name: same.get(name, job.get(name)) for name in (*names, *more)}}
+    asked["model_revision"] = same.get("model_revision")
+    given = {name: value for name, value in asked.items() if value not in (None, [], {}, "")}
+    return {
+        "job": {name: value if isinstance(value, str | int | float) else str(value) for name, value in given.items()},
+        "stack": dict(stack),
+    }
+
+
+def _moments(records: RunRecords, driver: str) -> dict[str, Any]:
+    span = next((span for span in records.spans if span.driver == driver), None)
+    return {} if span is None else {"started_at": span.started_at, "ended_at": span.ended_at}
+
+
+def _failed_rows(records: RunRecords) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for commit in records.commits:
+        if commit.failed is None or len(rows) >= MAX_FAILED_ROWS:
+            continue
+        shard = commit.info.shard
+        rows += [
+            {name: one_line(row[name] or "", MAX_TEXT) for name in ("id", "error")} | {"row": row["row"]}
+            for row in commit.failed.to_pylist()
+            if records.latest_shard_of_row.get(row["row"], shard) == shard
+        ]
+    return rows[:MAX_FAILED_ROWS]
+
+
+def _spent(cards: Iterable[CardTimeline]) -> dict[str, float]:
+    """Seconds of all cards by kind."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for card in cards:
+        for kind, seconds in card.seconds().items():
+            total[kind] += seconds
+    return {kind: round(seconds, 3) for kind, seconds in total.items()}
+
+
+def _stretches(cards: Sequence[CardTimeline], places: Mapping[str, int], wall_s: float) -> list[list[Any]]:
+    resolution = wall_s / min(STRETCHES_DRAWN, max(100, MAX_STRETCHES // max(1, len(cards))))
+    kinds = list(KINDS)
+    return [
+        [places[card.name], kinds.index(stretch.kind), round(stretch.start, 3), round(stretch.stop, 3)]
+        for card in cards
+        for stretch in drawn(card.stretches, resolution)
+    ]
+
+
+def _marks(cards: Iterable[CardTimeline], places: Mapping[str, int]) -> list[list[Any]]:
+    """The last marks, faults first."""
+    marks: list[tuple[str, Mark]] = [(card.name, mark) for card in cards if card.name in places for mark in card.marks]
+    marks.sort(key=lambda item: (item[1].kind != "fault", -item[1].time))
+    kept = sorted(marks[:MAX_MARKS], key=lambda item: item[1].time)
+    return [[places[name], mark.kind, round(mark.time, 3), mark.text[:MAX_TEXT]] for name, mark in kept]
+
+
+def _rates(batches: Sequence[Batch], clock: RunClock, places: Mapping[str, int]) -> dict[str, Any]:
+    over_time = rates(batches, clock)
+    return {
+        "bin_s": round(over_time.bin_s, 4),
+        "all": [round(value, 4) for value in over_time.all().tolist()],
+        "cards": [
+            [places[name], [round(value, 4) for value in values.tolist()]]
+            for name, values in over_time.cards.items()
+            if name in places
+        ],
+    }

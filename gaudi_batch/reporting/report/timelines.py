@@ -1,0 +1,312 @@
+"""What each card did and when, from the timeline's lines and the batches that were committed.
+
+All times are seconds of the run: those of its drivers, one after the other, without what lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from gaudi_batch.layout import driver_of
+from gaudi_batch.output.spans import Span
+from gaudi_batch.reporting.report.batches import Batch
+from gaudi_batch.text import one_line
+
+LOADING, WARMUP, GENERATING, BACKUP = "loading", "warm-up", "generating", "backup"
+START, WAITING, TAIL, LOST, QUARANTINED = "start", "waiting", "tail", "lost", "quarantined"
+KINDS: Mapping[str, str] = {
+    LOADING: "a process starts and loads the model",
+    START: "loaded, before the first batch",
+    WARMUP: "first batches of a shape, which compile",
+    GENERATING: "batches that were committed",
+    BACKUP: "batches of a backup attempt that was committed",
+    WAITING: "idle between two batches",
+    LOST: "work that is not committed: a fault, a hang, an attempt that another card overtook, or one that goes on",
+    TAIL: "idle, and nothing was left to begin",
+    QUARANTINED: "given up; no process runs",
+}
+"""What a card can be at, with what it means."""
+MIN_LOST_S = 0.05
+"""A gap between two batches below this is no work that was lost: clocks are read one after the other."""
+AT_WORK = ("batch", "first batch", "reading", "storing", "encoding", "asking storage", "silent")
+"""Phases of a card that makes a shard."""
+STRETCHES_DRAWN = 1000
+"""Stretches of time that are drawn of a card at most; shorter ones are merged, the longest of each moment is seen."""
+
+
+class Stretch(NamedTuple):
+    """A card was at one thing from `start` to `stop`."""
+
+    kind: str
+    start: float
+    stop: float
+
+
+class Mark(NamedTuple):
+    """Something that happened to a card."""
+
+    kind: str
+    """`fault`, `backup`, `dropped`, `quarantined` or `released`."""
+    time: float
+    text: str
+
+
+@dataclass
+class CardTimeline:
+    """One card."""
+
+    name: str
+    stretches: list[Stretch] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind."""
+        spent = dict.fromkeys(KINDS, 0.0)
+        for stretch in self.stretches:
+            spent[stretch.kind] += stretch.stop - stretch.start
+        return spent
+
+
+class RunClock:
+    """Places moments in the time of a run.
+
+    Args:
+        spans: of its drivers.
+        batches: by which the time goes of drivers that have left no span.
+        attempts: prefixes of their attempts.
+    """
+
+    def __init__(self, spans: Sequence[Span], batches: Sequence[Batch]) -> None:
+        self._begins: list[tuple[float, float, float]] = []  # epoch, seconds, seconds of all before
+        self.drivers: list[tuple[str, float, float]] = []
+        """Each driver with its first and its last second."""
+        before = 0.0
+        for span in spans:
+            begin = seconds_of(span.started_at)
+            if begin is None:
+                continue
+            self._begins.append((begin, span.wall_s, before))
+            self.drivers.append((span.driver, before, before + span.wall_s))
+            before += span.wall_s
+        if not self._begins and batches:
+            first = min(batch.start - batch.wait_s for batch in batches)
+            before = max(batch.stop for batch in batches) - first
+            self._begins, self.drivers = [(first, before, 0.0)], [("", 0.0, before)]
+        self.wall_s = before
+        """Seconds of the run."""
+
+    def at(self, epoch: float) -> float:
+        """A moment in seconds since the epoch, as seconds of the run."""
+        place = 0.0
+        for begin, seconds, before in self._begins:
+            if epoch >= begin or not place:
+                place = before + min(max(0.0, epoch - begin), seconds)
+        return place
+
+
+def timelines(
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    batches: Iterable[Batch],
+    clock: RunClock,
+    at_work: Mapping[str, float] | None = None,
+) -> list[CardTimeline]:
+    """The timeline of each card, by name.
+
+    Args:
+        lines: the timeline's, by driver.
+        batches: what was committed.
+        clock: of the run.
+        at_work: cards that were making something when the last driver reported last, with for how many seconds; None
+            if that is not known, so that all since a card's last batch counts as lost.
+    """
+    cards: dict[str, CardTimeline] = {}
+    by_driver: dict[tuple[str, str], list[Batch]] = {}
+    known = {driver for driver, _, _ in clock.drivers}
+    for batch in batches:
+        driver = driver_of(batch.attempt)
+        by_driver.setdefault((driver if driver in known else "", batch.card), []).append(batch)
+    for number, (driver, begin, end) in enumerate(clock.drivers):
+        is_last = number == len(clock.drivers) - 1
+        of_driver = list(lines.get(driver, ())) if driver else []
+        told: set[str] = set()
+        for life in _lives(of_driver, clock, begin, end):
+            card = cards.setdefault(life.name, CardTimeline(life.name))
+            card.marks += life.marks
+            made = sorted(by_driver.get((driver, life.name), []), key=lambda batch: batch.start)
+            lost_from: float | None = 0.0
+            if is_last and at_work is not None:
+                lost_from = end - at_work[life.name] if life.name in at_work else None
+            card.stretches += life.fill(made, clock, lost_from)
+            told.add(life.name)
+        for (of, name), made in by_driver.items():
+            if of == driver and name not in told:  # an older version wrote no timeline
+                card = cards.setdefault(name, CardTimeline(name))
+                made = sorted(made, key=lambda batch: batch.start)
+                life = _Life(name, ups=[_Up(clock.at(made[0].start - made[0].wait_s), clock.at(made[-1].stop))])
+                card.stretches += life.fill(made, clock, None)
+    return [cards[name] for name in sorted(cards)]
+
+
+@dataclass
+class _Up:
+    """A time in which one process of a card worked."""
+
+    start: float
+    stop: float
+    failed: bool = False
+    """Whether it ended by a failure, so that what came after its last batch was lost."""
+
+
+@dataclass
+class _Life:
+    """What one driver's lines say of a card."""
+
+    name: str
+    stretches: list[Stretch] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    ups: list[_Up] = field(default_factory=list)
+    backups: set[str] = field(default_factory=set)
+    dropped: list[float] = field(default_factory=list)
+    is_over: bool = False
+    """Whether its driver has told what it was at in the end."""
+    lost_from: float | None = None
+    """Since when it was then at work that was not committed; None if it was not."""
+
+    def fill(self, made: Sequence[Batch], clock: RunClock, lost_from: float | None) -> list[Stretch]:
+        """All stretches, those of its batches among them.
+
+        Args:
+            made: the batches, in order.
+            clock: of the run.
+            lost_from: since when it was at work that was not committed as its driver ended, where no line says so.
+        """
+        lost_from = self.lost_from if self.is_over else lost_from
+        stretches = list(self.stretches)
+        for up in self.ups:
+            at, idle = up.start, START
+            for batch in made:
+                start, stop = clock.at(batch.start), clock.at(batch.stop)
+                if not up.start - MIN_LOST_S <= start <= up.stop + MIN_LOST_S:
+                    continue
+                start = max(start, at)
+                stop = max(start, min(stop, up.stop))
+                gap = start - at
+                waited = gap if gap - batch.wait_s < MIN_LOST_S else batch.wait_s
+                stretches += _stretch(LOST, at, start - waited)
+                stretches += _stretch(idle, start - waited, start)
+                kind = BACKUP if batch.attempt in self.backups else WARMUP if batch.warmup else GENERATING
+                stretches += _stretch(kind, start, stop)
+                at, idle = stop, WAITING
+            dropped = max((time for time in self.dropped if at < time <= up.stop), default=at)
+            stretches += _stretch(LOST, at, dropped)
+            lost = dropped if up.failed else up.stop if lost_from is None else min(max(dropped, lost_from), up.stop)
+            stretches += _stretch(TAIL, dropped, lost)
+            stretches += _stretch(LOST, lost, up.stop)
+        return sorted(stretches, key=lambda stretch: stretch.start)
+
+
+def _stretch(kind: str, start: float, stop: float) -> list[Stretch]:
+    return [Stretch(kind, start, stop)] if stop > start else []
+
+
+def _lives(lines: Sequence[Mapping[str, Any]], clock: RunClock, begin: float, end: float) -> list[_Life]:
+    """The cards of a driver's lines."""
+    by_slot: dict[Any, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_slot.setdefault(str(line.get("slot")), []).append(line)
+    return [_life(slot, of_slot, clock, (begin, end)) for slot, of_slot in by_slot.items()]
+
+
+def _life(slot: str, lines: Sequence[Mapping[str, Any]], clock: RunClock, span: tuple[float, float]) -> _Life:
+    names = [str(line["card"]) for line in lines if line.get("card")]
+    life = _Life(one_line(names[-1] if names else f"place {slot}, never ready"))
+    state, since = "", span[0]
+    for line in lines:
+        moment = seconds_of(line.get("time"))
+        if moment is None:
+            continue
+        at = min(max(clock.at(moment), span[0]), span[1])
+        what, error = str(line.get("what")), one_line(line.get("error") or "")
+        if what in ("starting", "ready", QUARANTINED, "released"):
+            _close(life, state, since, at, failed=what in ("starting", QUARANTINED))
+            state, since = what, at
+        if what == "fault":
+            life.marks.append(Mark("fault", at, error))
+        elif what == "backup":
+            life.backups.add(str(line.get("attempt")))
+            life.marks.append(Mark("backup", at, f"makes shard {line.get('shard')}, too"))
+        elif what == "dropped":
+            life.dropped.append(at)
+            life.marks.append(Mark("dropped", at, f"attempt {one_line(line.get('attempt'))}"))
+        elif what == "over":
+            life.is_over = True
+            if line.get("phase") in AT_WORK:
+                phase_s = line.get("phase_s")
+                life.lost_from = at - (phase_s if isinstance(phase_s, int | float) else 0.0)
+        elif what in (QUARANTINED, "released"):
+            life.marks.append(Mark(what, at, error or "its place was given back"))
+    _close(life, state, since, span[1], failed=False)
+    return life
+
+
+def _close(life: _Life, state: str, since: float, at: float, *, failed: bool) -> None:
+    """Ends what a card was at."""
+    if state == "starting":
+        life.stretches += _stretch(LOADING, since, at)
+    elif state == "ready":
+        life.ups.append(_Up(since, at, failed))
+    elif state == QUARANTINED:
+        life.stretches += _stretch(QUARANTINED, since, at)
+
+
+def drawn(stretches: Sequence[Stretch], resolution: float) -> list[Stretch]:
+    """The stretches as they are drawn: neighbours of one kind are one, and those that are shorter than can be seen are
+    taken together, as what most of them are.
+
+    Args:
+        stretches: of a card, in order.
+        resolution: seconds that can be told apart.
+    """
+    merged: list[Stretch] = []
+    bin_at, spent = None, {}  # type: float | None, dict[str, float]
+    bin_end = 0.0
+
+    def add(stretch: Stretch) -> None:
+        last = merged[-1] if merged else None
+        if last is not None and last.kind == stretch.kind and stretch.start - last.stop < resolution / 2:
+            merged[-1] = Stretch(last.kind, last.start, max(last.stop, stretch.stop))
+        else:
+            merged.append(stretch)
+
+    def close() -> None:
+        nonlocal bin_at
+        if bin_at is not None:
+            add(Stretch(max(spent, key=lambda kind: spent[kind]), bin_at, bin_end))
+            bin_at = None
+            spent.clear()
+
+    for stretch in stretches:
+        length = stretch.stop - stretch.start
+        if length >= resolution:
+            close()
+            add(stretch)
+            continue
+        if bin_at is not None and stretch.stop - bin_at > resolution:
+            close()
+        if bin_at is None:
+            bin_at = stretch.start
+        spent[stretch.kind] = spent.get(stretch.kind, 0.0) + length
+        bin_end = stretch.stop
+    close()
+    return merged
+
+
+def seconds_of(moment: Any) -> float | None:
+    """A time in ISO 8601 in seconds since the epoch; None if it is none."""
+    try:
+        return datetime.fromisoformat(str(moment).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return None
