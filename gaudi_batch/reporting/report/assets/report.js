@@ -19,7 +19,7 @@ function el(tag, attributes, ...children) {
     if (typeof value === "function") element.addEventListener(name, value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined).map((child) => child instanceof Node ? child : String(child)));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined).map((child) => child instanceof Node ? child : String(child)));
   return element;
 }
 
@@ -351,6 +351,9 @@ root.append(el("section", { id: "asked" },
     el("p", { class: "quiet" }, "The log of each is in log/ of the output."),
   ) : null,
 ));
+
+const titles = { timeline: "timeline", rates: "images/s", spent: "time", cards: "cards", failures: "failures", failed: "failed rows", pictures: "pictures", asked: "job" };
+document.querySelector("header").append(el("nav", {}, Object.entries(titles).filter(([id]) => document.getElementById(id)).map(([id, title]) => el("a", { href: `#${id}` }, title))));
 
 redraw();
 let pending = 0;
