@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from gaudi_batch.card.messages import CardReport, CardStatus, Done, Dropped, Message
+from gaudi_batch.card.work import CardWork
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import ShardFailed
 
@@ -42,6 +43,7 @@ class Mailbox:
         self._storing_since = 0.0
         self._batch_s: dict[BatchKind, float] = {}
         self._warmup_s: dict[BatchKind, float] = {}
+        self._work = CardWork()
 
     def emit(self, event: Message) -> int:
         """Adds an event for the driver and returns its number."""
@@ -75,6 +77,7 @@ class Mailbox:
                 reading_shard=self._reading_shard,
                 storing=self._storing,
                 storing_s=now - self._storing_since if self._storing else 0.0,
+                work=self._work,
             )
             return CardReport(tuple(self._events), status)
 
@@ -119,9 +122,11 @@ class Mailbox:
             self._phase, self._phase_since, self._kind = phase, time.monotonic(), kind
             self._shard, self._rows = shard, rows
 
-    def batch_took(self, kind: BatchKind, seconds: float, warmup: bool) -> None:
-        """Notes how long a batch took; `warmup` says whether it was one of the first of its graph key."""
+    def batch_took(self, kind: BatchKind, seconds: float, warmup: bool, wait_s: float = 0.0) -> None:
+        """Notes how long a batch took; `warmup` says whether it was one of the first of its graph key, `wait_s` for how
+        long the device was idle before."""
         with self._changed:
+            self._work = self._work.with_batch("warmup" if warmup else "steady", seconds, wait_s)
             if warmup:
                 self._warmup_s[kind] = min(seconds, self._warmup_s.get(kind, seconds))
             else:
@@ -147,5 +152,6 @@ class Mailbox:
     def stored(self, attempt: str, images: int) -> None:
         """Counts images of an attempt that are in storage."""
         with self._changed:
+            self._work = self._work.with_images(images)
             if attempt not in self._dropped:
                 self._images[attempt] += images

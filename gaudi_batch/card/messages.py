@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from gaudi_batch.card.work import CardWork
 from gaudi_batch.job import Job
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.plan import BatchKind
@@ -125,6 +126,10 @@ class CardStatus:
     """Images that are made and not stored yet."""
     storing_s: float = 0.0
     """Seconds since an image was last made or stored."""
+    work: CardWork = field(default_factory=CardWork)
+    """What its process has done since it started."""
+    watts: float | None = None
+    """What it draws; None where nobody measures that."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class WarmPipeline:
             self._mailbox.enter("idle")
         generate_s = self.idle_since - started
         self._warmups[key] += 1
-        self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup)
+        self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup, wait_s)
         return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began)
 
     def _generate_alone(self, bucket: Bucket, items: list[Item], key: Hashable, error: OutOfDeviceMemory) -> Generated:

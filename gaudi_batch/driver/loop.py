@@ -20,6 +20,7 @@ from gaudi_batch.driver.doing import Doing, Watch, waits_for
 from gaudi_batch.driver.fleet import Fleet
 from gaudi_batch.driver.history import note_decision, note_end, note_event
 from gaudi_batch.driver.leftovers import Leftovers
+from gaudi_batch.driver.metrics import RunMetrics
 from gaudi_batch.driver.places import CardsOfRun
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.errors import StorageError
@@ -45,6 +46,8 @@ TICK_INTERVAL_S = 0.2
 """Seconds between two looks whether a shard is overdue while a card idles."""
 PROGRESS_INTERVAL_S = 5.0
 """Seconds between two writings of progress.json."""
+METRICS_INTERVAL_S = 5.0
+"""Seconds between two recordings of metrics, of which Ray exports the last each 10 s by default."""
 TIMELINE_INTERVAL_S = 60.0
 """Seconds between two writings of what has become of the cards."""
 UNUSUAL_INTERVAL_S = 10.0
@@ -84,6 +87,7 @@ class Driver:
         self._leftovers = leftovers
         self._progress = progress
         self._view = view
+        self._metrics = RunMetrics(cards.setup, schedule, progress)
         self._background = Background(self._failed)
         self._committer = Committer(commits, progress)
         self.fleet = Fleet(cards, schedule, progress, self._background, self.tell, self._committer.keep)
@@ -119,6 +123,7 @@ class Driver:
             self._enforce_limits,
             self._tick,
             self._report,
+            self._record_metrics,
             self._write_timeline,
         ):
             self._background.spawn(work())
@@ -133,6 +138,7 @@ class Driver:
                 self._ledger.storage.shut_down()
             self._background.cancel()
             await self._committer.close(wait=not self.at_once)
+            self._metrics.record(self.fleet.slots.values())
             await self.fleet.close()
             if not self.at_once:
                 await self._write_end(stopped)
@@ -255,6 +261,11 @@ class Driver:
             await self._background.in_thread(self._ledger.ensure_held)
             await self._background.in_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_INTERVAL_S)
+
+    async def _record_metrics(self) -> None:
+        while True:
+            self._metrics.record(self.fleet.slots.values())
+            await asyncio.sleep(METRICS_INTERVAL_S)
 
     async def _write_timeline(self) -> None:
         while True:

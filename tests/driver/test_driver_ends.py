@@ -40,7 +40,9 @@ class Recorder:
 async def a_driver(cluster_s: float = 60.0) -> Driver:
     """A driver whose cluster never gives a card."""
     config = JobConfig(prompts="p", output="o", device="simulated", limits={"cluster": cluster_s})
-    setup: Any = SimpleNamespace(driver="a", job=SimpleNamespace(config=config))
+    setup: Any = SimpleNamespace(
+        driver="a", run_id="", storage=SimpleNamespace(url="o"), job=SimpleNamespace(config=config)
+    )
     schedule = Schedule(
         [Shard(0, 0, 0, 4, Bucket(64, 64, 20, 2.0), 4, 4)], "a", RowCounts(4), Rules(cluster_timeout_s=cluster_s)
     )
