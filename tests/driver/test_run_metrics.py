@@ -45,7 +45,8 @@ class Recorded:
         self.values[self._labels(tags)] += value  # type: ignore[assignment]
 
     def observe(self, value: float, tags: dict[str, str]) -> None:
-        self.values[(*self._labels(tags), value)] += 1
+        labels = (*self._labels(tags), value)
+        self.values[labels] += 1
 
     def _labels(self, tags: dict[str, str]) -> tuple[str, ...]:
         assert tuple(tags) == ("run", *self.metric.labels)

@@ -1,0 +1,83 @@
+"""The dashboard is one that Grafana reads, and it and the docs have the metrics that a run records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from helpers import REPOSITORY
+
+from gaudi_batch.card.work import BATCH_BOUNDS_S
+from gaudi_batch.driver.metrics import MAX_CARDS, METRICS
+from gaudi_batch.scheduling.cards import CardState
+
+TEXT = (REPOSITORY / "monitoring/grafana-dashboard.json").read_text()
+DASHBOARD: dict[str, Any] = json.loads(TEXT)
+DOCS = (REPOSITORY / "docs/monitoring.md").read_text()
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """By the classes that Grafana makes of its schemas, which drop what these do not have, and add defaults."""
+    register_default_plugins()
+    read = json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(DASHBOARD)))
+    assert list(dropped(DASHBOARD, read)) == []
+    assert list(dropped({"panels": [{"type": "stat", "tile": ""}]}, read)) == ["panels/0/tile"]
+
+
+def dropped(written: Any, read: Any) -> Iterator[str]:
+    """Where something was written that was not read as it is."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        for name, value in written.items():
+            yield from (f"{name}/{place}".rstrip("/") for place in dropped(value, read.get(name)))
+    elif isinstance(written, list) and isinstance(read, list) and len(written) <= len(read):
+        for number, value in enumerate(written):
+            yield from (f"{number}/{place}".rstrip("/") for place in dropped(value, read[number]))
+    elif written != read:
+        yield ""
+
+
+def test_panels_have_places_and_numbers_of_their_own() -> None:
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not taken & cells
+        taken |= cells
+        names = [target["refId"] for target in panel["targets"]]
+        assert len(set(names)) == len(names)
+
+
+def test_the_dashboard_shows_every_metric_and_no_other() -> None:
+    names = {re.sub(r"_bucket$", "", name) for name in re.findall(r"ray_gaudi_batch_\w+", TEXT)}
+    assert names == {f"ray_{metric.name}" for metric in METRICS}
+
+
+def test_the_docs_list_every_metric_with_its_kind_and_labels() -> None:
+    rows = re.findall(r"^\| `(ray_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
+    assert rows == [
+        (f"ray_{metric.name}", metric.kind, ", ".join(f"`{name}`" for name in metric.labels), metric.description)
+        for metric in METRICS
+    ]
+    assert f"the first {MAX_CARDS} cards" in DOCS
+    assert f"at most {series(MAX_CARDS + 1)} series" in DOCS
+    assert f"with 8 cards, {series(8)}" in DOCS
+
+
+def series(cards: int) -> int:
+    """How many series a driver adds that has series of its own for so many cards."""
+    values = {"card": cards, "state": len(CardState), "phase": 2}
+    parts = {"histogram": len(BATCH_BOUNDS_S) + 3}  # the last bucket, the count and the sum
+    return sum(parts.get(metric.kind, 1) * math.prod(values[label] for label in metric.labels) for metric in METRICS)
