@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import sub
 
 BATCH_BOUNDS_S = (
     0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0,
@@ -12,6 +13,7 @@ BATCH_BOUNDS_S = (
 )  # fmt: skip
 """Upper bounds of the buckets that batches are counted in, in seconds. A batch of Stable Diffusion takes seconds,
 one of FLUX a minute, and one that compiles up to `limits.first_batch`, half an hour."""
+_NO_BATCH = (0,) * (len(BATCH_BOUNDS_S) + 1)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class CardWork:
 
     def with_batch(self, phase: str, generate_s: float, wait_s: float) -> CardWork:
         """These sums and one batch more."""
-        counts = list(self.batches.get(phase, (0,) * (len(BATCH_BOUNDS_S) + 1)))
+        counts = list(self.batches.get(phase, _NO_BATCH))
         counts[bisect_left(BATCH_BOUNDS_S, generate_s)] += 1
         batches = {**self.batches, phase: tuple(counts)}
         return CardWork(self.images, self.generate_s + generate_s, self.wait_s + wait_s, batches)
@@ -44,13 +46,12 @@ class CardWork:
         has taken the place of that one, and all of it is new."""
         if self.images < before.images or self.generate_s < before.generate_s:
             before = CardWork()
-        none = (0,) * (len(BATCH_BOUNDS_S) + 1)
         return CardWork(
             self.images - before.images,
             self.generate_s - before.generate_s,
             self.wait_s - before.wait_s,
             {
-                phase: tuple(now - then for now, then in zip(counts, before.batches.get(phase, none), strict=True))
+                phase: tuple(map(sub, counts, before.batches.get(phase, _NO_BATCH)))
                 for phase, counts in self.batches.items()
             },
         )

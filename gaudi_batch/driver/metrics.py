@@ -32,7 +32,7 @@ NAME_LENGTH = 40
 """Characters of an output's name that the label `run` has."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """One metric, without the prefix `ray_` that Ray's agent gives it."""
 
@@ -135,20 +135,27 @@ class RunMetrics:
         self._count_up_to(RETRIES, self._schedule.retries)
 
     def _record_cards(self, slots: Collection[Slot]) -> None:
+        # Summed up first: a call of Ray for each of 10,000 cards would hold the loop up for half a second.
+        done: defaultdict[tuple[Metric, str], float] = defaultdict(float)
         watts: defaultdict[str, float] = defaultdict(float)
+        batches: defaultdict[str, Counter[int]] = defaultdict(Counter)
         for slot in slots:
             if slot.status is None:
                 continue
-            card = self._card(slot.label)
-            before, self._seen[slot.number] = self._seen.get(slot.number, CardWork()), slot.status.work
-            work = slot.status.work.since(before)
-            self._add(IMAGES, work.images, card)
-            self._add(GENERATE, work.generate_s, card)
-            self._add(WAIT, work.wait_s, card)
-            for phase, counts in work.batches.items():
-                self._observe(phase, counts)
+            card, work = self._card(slot.label), slot.status.work
+            new = work.since(self._seen.get(slot.number, CardWork()))
+            self._seen[slot.number] = work
+            done[IMAGES, card] += new.images
+            done[GENERATE, card] += new.generate_s
+            done[WAIT, card] += new.wait_s
+            for phase, counts in new.batches.items():
+                batches[phase].update({place: count for place, count in enumerate(counts) if count})
             if slot.status.watts is not None and slot.actor is not None:
                 watts[card] += slot.status.watts
+        for (metric, card), value in done.items():
+            self._add(metric, value, card)
+        for phase, by_place in batches.items():
+            self._observe(phase, by_place)
         for card, drawn in watts.items():
             self._set(WATTS, drawn, card)
         faults: Counter[str] = Counter()
@@ -176,10 +183,11 @@ class RunMetrics:
         self._add(metric, total - self._counted[metric, label], *filter(None, [label]))
         self._counted[metric, label] = max(total, self._counted[metric, label])
 
-    def _observe(self, phase: str, counts: tuple[int, ...]) -> None:
-        for seconds, count in zip(_MIDDLES, counts, strict=True):
+    def _observe(self, phase: str, counts: Mapping[int, int]) -> None:
+        observe, labels = self._instruments[BATCH].observe, self._labels(BATCH, (phase,))
+        for place, count in counts.items():
             for _ in range(count):
-                self._instruments[BATCH].observe(seconds, self._labels(BATCH, (phase,)))
+                observe(_MIDDLES[place], labels)
 
     def _labels(self, metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
         return {"run": self._run, **dict(zip(metric.labels, labels, strict=True))}
