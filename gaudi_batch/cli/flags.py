@@ -60,7 +60,7 @@ def add_job_flags(command: argparse.ArgumentParser) -> None:
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
     """Every field of a job with its dotted name, and with what the docstring below it says."""
     fields: list[tuple[str, FieldInfo]] = []
-    described = _docstrings(model)
+    described = docstrings(model)
     for name, field in model.model_fields.items():
         field.description = described.get(name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -72,7 +72,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldIn
     return fields
 
 
-def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+def docstrings(model: type[BaseModel]) -> dict[str, str]:
     """What stands below the fields of a class in its source."""
     module = ast.parse(Path(inspect.getfile(model)).read_text(encoding="utf-8"))
     (source,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == model.__name__)

@@ -271,15 +271,15 @@ print(json.dumps(duckdb.sql(sys.argv[1]).fetchall()))
 """
 
 
-def test_the_readme_s_query_counts_failed_rows_by_reason_in_s3(make: Make, tmp_path: Path, s3: StoreServer) -> None:
+def test_the_documented_query_counts_failed_rows_by_reason_in_s3(make: Make, tmp_path: Path, s3: StoreServer) -> None:
     url = s3.url(f"{tmp_path.name}-sql")
     make("files", url, storage_options=s3.options)
     now = {"simulated": {"batch_seconds": 0.01, "raise_rows": [40]}}
     make("files", url, storage_options=s3.options, flags={"retry_failed": True}, **now)
-    readme = (REPOSITORY / "README.md").read_text()
-    query = next(line for line in readme.splitlines() if line.startswith("select error"))
+    page = (REPOSITORY / "docs/datasets.md").read_text()
+    query = page.partition("```sql\n")[2].partition("```")[0]
     assert "s3://bucket/runs/first/manifest/" in query
     query = query.replace("s3://bucket/runs/first", url)
-    printed = run_outside("-c", SQL, query, json.dumps(s3.options), home=tmp_path / "home")
+    printed = run_outside("-c", SQL, query.rstrip(";\n"), json.dumps(s3.options), home=tmp_path / "home")
     failed = json.loads(printed.strip().splitlines()[-1])
-    assert failed == [["RuntimeError: simulated failure of row 40", 1]]
+    assert failed == [["RuntimeError: simulated failure of row 40", 1, "40"]]

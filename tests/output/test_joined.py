@@ -32,7 +32,7 @@ from gaudi_batch.plan import Bucket
 from gaudi_batch.storage.store import Storage
 
 RULES = RowRules(Bucket(64, 64, 20, 7.5), 1, None, 8, bounds_for(64, 64))
-README = REPOSITORY / "README.md"
+OUTPUTS = REPOSITORY / "docs/outputs.md"
 
 
 def commit(ledger: Ledger, shard: int, rows: Sequence[PromptRow], again: bool = False) -> str:
@@ -97,7 +97,7 @@ def test_the_line_for_pandas_reads_every_number_as_it_is(ledger: Ledger, tmp_pat
     rows = rows_of(range(4), seed=seeds, width=[64, 64, 65, 64], prompt=["p", "", "p", "p"])
     commit(ledger, 0, rows)
     join_manifests(known(ledger), {})
-    lines = re.findall(r"^images = (pandas.*)$", README.read_text(), re.MULTILINE)
+    lines = re.findall(r"^images = (pandas.*)$", OUTPUTS.read_text(), re.MULTILINE)
     assert len(lines) == 1
     path = str(tmp_path / "out/manifest.parquet")
     expected = pq.read_table(path).select(["seed", "width", "height", "steps", "image_index"]).to_pydict()
