@@ -7,13 +7,14 @@ DEMO_OUTPUT ?= demo-output
 # Names of benchmarks and flags, as in BENCH='defaults --repeat 1'.
 BENCH ?=
 AZURITE := 3.37.0
+MERMAID := 11.17.2
 FLOORS := .venv-floors
 FLOORS_PYTHON ?= python3.10
 FLOORS_TESTS := test_api.py test_plan.py test_secrets.py card config dataset output scheduling storage cluster/test_columns.py
 COVERED := gaudi_batch.scheduling,gaudi_batch.card.mailbox,gaudi_batch.output.lease,gaudi_batch.output.ledger
 COVERING := tests/scheduling tests/card tests/driver tests/output
 
-.PHONY: help setup loaders demo quick test thorough bench coverage floors check format clean
+.PHONY: help setup loaders demo quick test thorough bench coverage floors check docs format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -40,6 +41,11 @@ $(VENV)/.azurite-$(AZURITE): | $(BIN)/python
 # Where one test looks for it: beside the packages, since pyarrow imports it in every process that finds it.
 $(VENV)/.pandas: constraints.txt constraints-gaudi.txt | $(BIN)/python
 	$(INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/pandas pandas pytz tzdata
+	touch $@
+
+# Draws the diagrams of the documentation's site, which fetches nothing from elsewhere; too large to keep here.
+$(VENV)/.mermaid-$(MERMAID): | $(BIN)/python
+	npm install --loglevel error --no-save --no-package-lock --no-audit --no-fund --prefix $(VENV)/mermaid @mermaid-js/tiny@$(MERMAID)
 	touch $@
 
 loaders: $(VENV)/.loaders ## install what people open images with, for the tests that do
@@ -81,16 +87,20 @@ floors: $(VENV)/.base ## run tests on the lowest versions that pyproject.toml al
 		'moto[server]>=5.1' 'pytest>=8' 'pytest-timeout>=2.3'
 	$(FLOORS)/bin/python -m pytest -k "not azure" $(FLOORS_TESTS:%=tests/%)
 
-check: $(VENV)/.dev ## check style, types, layers, words and lengths
+check: $(VENV)/.dev docs ## check style, types, layers, words and lengths, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/check_code.py
 
-format: $(VENV)/.dev ## format all code
+docs: $(VENV)/.dev $(VENV)/.mermaid-$(MERMAID) ## build the documentation as a site, in build/site
+	$(BIN)/python tools/site.py
+
+format: $(VENV)/.dev ## format all code, and write the tables of docs/job-file.md
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python tools/job_file.py
 
 clean: ## remove what these targets have made
-	rm -rf $(VENV) $(FLOORS) .coverage build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) .cache .coverage build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
