@@ -91,7 +91,7 @@ def run_page(checkout: Path, cluster: str) -> Callable[..., None]:
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=400,
                 check=False,
             )
             assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
@@ -113,7 +113,7 @@ def test_every_command_of_the_quickstart_works(
 
 @pytest.mark.thorough
 @pytest.mark.torch
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_every_command_of_the_readme_works(run_page: Callable[..., None], checkout: Path) -> None:
     prompts = checkout / "bucket/prompts/p.parquet"
     prompts.parent.mkdir(parents=True)
