@@ -7,6 +7,7 @@ Secret are
   http(s) URL, which may sign it, and any other in which a name says that its value is secret (`?sig=...`). An `@` or a
   `?` in a path is a part of it.
 - of storage options: all under a name that says so (`SECRET_KEY`), and what is secret in their URLs.
+- of a job: who is told of its end (`on_end`), as whoever knows the URL of a webhook may post to it.
 - of the environment: the values of variables whose names say so (`SECRET_VARIABLE`).
 
 In texts, values of options and variables are found from 8 characters on: a shorter one stands in names by chance, as
@@ -37,7 +38,9 @@ SECRET_VARIABLE = re.compile(
     r")",
     re.IGNORECASE,
 )
-SECRET_KEY = re.compile(r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie", re.IGNORECASE)
+SECRET_KEY = re.compile(
+    r"key|secret|token|pass|pwd|sas|credential|auth|connection_string|header|cookie|on_end", re.IGNORECASE
+)
 NO_SECRETS = frozenset(("anon", "browser", "cache", "cloud", "google_default"))
 """What `token` may be in gcsfs beside a token: ways to come to one."""
 SHORTEST_SECRET = 8

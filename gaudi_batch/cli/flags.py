@@ -138,9 +138,14 @@ def _flag_value(path: str, text: str, field: FieldInfo) -> Any:
     flag = f"--{path.replace('_', '-')}"
     if dict in kinds and not (str in kinds and not text.lstrip().startswith("{")):
         return read_yaml(text, dict, flag)
-    if tuple in kinds:
+    if tuple in kinds and not (_takes_text(field.annotation) and not text.lstrip().startswith(("[", "{"))):
         return read_yaml(text if text.lstrip().startswith("[") else f"[{text}]", list, flag)
     return text
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether each of the sections in a list may be a text, which then has commas and colons of its own."""
+    return any(getattr(item, "takes_text", False) for item in typing.get_args(annotation))
 
 
 def _is_section(field: FieldInfo) -> bool:

@@ -24,7 +24,7 @@ from gaudi_batch.text import OneLineFormatter, one_line, printable
 log = logging.getLogger("gaudi_batch")
 """The logger of the whole package, which is set up here."""
 
-OPTION_FLAG = re.compile(r"--((prompts-)?storage|target)-options\b")
+OPTION_FLAG = re.compile(r"--(((prompts-)?storage|target)-options|on-end)\b")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,8 +83,8 @@ def _complain(text: str) -> None:
 
 
 def _hide_secrets() -> None:
-    """Removes storage options and the secrets in URLs from the title of this process, which `ps` shows to everybody and
-    Ray records."""
+    """Removes storage options, on_end and the secrets in URLs from the title of this process, which `ps` shows to
+    everybody and Ray records."""
     visible: list[str] = []
     for argument in sys.orig_argv:
         flag, equals, _ = argument.partition("=")

@@ -99,6 +99,12 @@ def require_portable(config: JobConfig) -> None:
         options: Mapping[str, Any] = getattr(config, name) or {}
         if redacted_options(options) != options:
             raise InputError(f"{name}: holds a secret, which the cluster's list of jobs {TELLS}")
+    for number, told in enumerate(config.on_end):
+        if told.tells_url or has_secret(told.command or ""):
+            raise InputError(
+                f"on_end[{number}]: holds a URL or a secret, which the cluster's list of jobs would tell; put it into a"
+                " variable of the environment of the cluster's head and name that, as in on_end: ${SLACK_WEBHOOK}"
+            )
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line for all that is wrong with a job: each field, its value and its rule. Values of storage options,
-    which may be secrets, are not shown.
+    """One line for all that is wrong with a job: each field, its value and its rule. Values of storage options and of
+    on_end, which may be secrets, are not shown.
 
     Args:
         error: what the validation found.
@@ -144,7 +144,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             if not where:
                 lines.setdefault(message.split(":")[0], message)
                 continue
-            if "storage_options" not in field:
+            if "storage_options" not in field and where[0] != "on_end":
                 message = f"{short_repr(problem['input'])}: {message}"
         lines[field] = (
             f"{field}: {message}" if field not in lines else f"{lines[field]}, or {message.split(': ', 1)[-1]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from gaudi_batch.config.bounds import MAX_IMAGES, MAX_SEED
+from gaudi_batch.config.deadline import parse_deadline
 from gaudi_batch.config.load import explain, in_full, merge, pairs, read_job_file
 from gaudi_batch.config.sections import (
     CpuConfig,
@@ -28,6 +30,7 @@ from gaudi_batch.config.sections import (
     GaudiSettings,
     LimitsConfig,
     LoraConfig,
+    OnEndConfig,
     PositiveInt,
     Section,
     SimulatedConfig,
@@ -51,6 +54,9 @@ PROMPT_COLUMNS = (
     "num_images",
 )
 """The columns of a prompt dataset that mean something to the job; all others are carried into the manifest."""
+
+
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class JobConfig(Section):
@@ -179,6 +185,25 @@ class JobConfig(Section):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     """Time limits of a card's phases."""
 
+    price_per_card_hour: Price | None = None
+    """What an hour of a card costs, in any currency. A card is paid for from when the cluster gives it until the run
+    gives it back."""
+
+    price_per_node_hour: Price | None = None
+    """What an hour of a node costs, in place of the price of a card. A node is paid for while the run has a card of
+    it."""
+
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """What the whole run may cost, by the price: then it begins no more work and commits what has begun."""
+
+    deadline: str | None = None
+    """When the run begins no more work and commits what has begun: a time with its zone, as 2026-12-01T08:00:00+01:00,
+    or the time that this command may take, as 8h, 90m or 1h30m."""
+
+    on_end: tuple[OnEndConfig, ...] = ()
+    """Who is told that the run is over: a webhook's URL, a command, or a list of {url, format: json or slack} and
+    {command}. ${NAME} in a URL is a variable of the driver's environment."""
+
     cpu: CpuConfig = Field(default_factory=CpuConfig)
     """Settings of device cpu."""
 
@@ -190,7 +215,8 @@ class JobConfig(Section):
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for field, value in super().__repr_args__():
-            yield field, redacted_options({"": value})[""]
+            name = field or ""
+            yield field, redacted_options({name: value})[name]
 
     @field_validator("prompts", "output")
     @classmethod
@@ -240,6 +266,37 @@ class JobConfig(Section):
             "must be a count, as 100, or a share of the rows, as 5% or 0.05; a share is at most 1.0 or 100%"
         )
 
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _deadline_as_text(cls, value: Any) -> Any:
+        if isinstance(value, datetime):  # as YAML reads a time
+            return value.isoformat()
+        return value if value is None else str(value)
+
+    @field_validator("deadline")
+    @classmethod
+    def _deadline_is_clear(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_deadline(value)
+        return value
+
+    @field_validator("on_end", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, (str, Mapping, OnEndConfig)) else value
+
+    @model_validator(mode="after")
+    def _price_is_known(self) -> JobConfig:
+        prices = [price for price in (self.price_per_card_hour, self.price_per_node_hour) if price is not None]
+        if len(prices) > 1:
+            raise ValueError("price_per_card_hour: is one price and price_per_node_hour another; name one of them")
+        if self.budget is not None and not prices:
+            raise ValueError(
+                f"budget: {self.budget:g} is reached when the run has cost that; name price_per_card_hour or"
+                " price_per_node_hour, too"
+            )
+        return self
+
     @model_validator(mode="after")
     def _cards_agree(self) -> JobConfig:
         if self.max_cards is not None and self.cards != "all":
@@ -273,7 +330,7 @@ class JobConfig(Section):
             return validated(fields)
         except ValidationError as error:
             # A value that is quoted may be a secret of the same job, which nobody has been told of.
-            names = ("storage_options", "prompts_storage_options")
+            names = ("storage_options", "prompts_storage_options", "on_end")
             options = {name: fields.get(name) for name in names} if isinstance(fields, Mapping) else {}
             raise InputError(redact(explain(error, cls), options)) from None
 

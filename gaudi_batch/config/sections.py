@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -250,3 +252,66 @@ class LimitsConfig(Section):
     cluster: Annotated[float, Field(gt=0)] = 1800.0
     """A cluster without a card that works, before the run stops. A run that never had one waits for it only with
     min_cards or max_cards."""
+
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+"""A variable of the driver's environment in a URL."""
+_URL_IN_TEXT = re.compile(r"https?://[^\s'\"]+")
+
+
+def check_webhook(url: str) -> None:
+    """Raises a ValueError, which does not show the URL, if nothing can be sent to it."""
+    try:
+        parts = urlsplit(url)
+        sendable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sendable = False
+    if not sendable or not url.isprintable() or " " in url:
+        raise ValueError("must be a URL that begins with http:// or https:// and has a host")
+    if "@" in parts.netloc:
+        raise ValueError("has a user name or a password before its host, which are not sent; use a command")
+
+
+class OnEndConfig(Section):
+    """Who is told that a run is over."""
+
+    takes_text: ClassVar[bool] = True
+    """Whether a flag takes a text in place of the mapping, as it is."""
+
+    url: Annotated[str | None, Field(repr=False)] = None
+    """Where JSON is posted; ${NAME} in it is a variable of the driver's environment."""
+
+    format: Literal["json", "slack"] | None = None
+    """What is posted to the URL: json, the outcome by fields; slack, sentences in the form that Slack takes. Null is
+    slack for hooks.slack.com and json for others."""
+
+    command: Annotated[str | None, Field(repr=False)] = None
+    """What the shell runs on the driver's machine, with that JSON on standard input."""
+
+    @property
+    def tells_url(self) -> bool:
+        """Whether it has a URL in it that whoever reads it could post to."""
+        text = self.url or self.command or ""
+        return any("$" not in url for url in _URL_IN_TEXT.findall(text))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            is_url = value.lstrip().startswith(("http://", "https://")) or VARIABLE.fullmatch(value.strip())
+            return {"url": value.strip()} if is_url else {"command": value}
+        if isinstance(value, Mapping) and any("://" in str(name) for name in value):
+            raise ValueError("must be a text, or a mapping of url and format, or of command")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> OnEndConfig:
+        if (self.url is None) == (self.command is None):
+            raise ValueError("must have either a url or a command")
+        if self.command is not None and (not self.command.strip() or "\0" in self.command):
+            raise ValueError("command must be what a shell can run")
+        if self.command is not None and self.format is not None:
+            raise ValueError("format belongs to a url; a command gets the JSON on standard input")
+        if self.url is not None and not VARIABLE.search(self.url):
+            check_webhook(self.url)
+        return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 
 from gaudi_batch.driver.describing import Description
 from gaudi_batch.driver.early import EarlyCards
@@ -10,10 +11,10 @@ from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.signals import INTERRUPTED, LoopRunner, handlers_kept
+from gaudi_batch.driver.spending import Spending
 from gaudi_batch.errors import ForcedInterrupt
 from gaudi_batch.output.lease import LeaseLost
 from gaudi_batch.output.manifest import FILES
-from gaudi_batch.output.spans import Stopwatch, read_spans
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.plan import Shard
 from gaudi_batch.reporting.terminal import open_view
@@ -23,7 +24,7 @@ from gaudi_batch.scheduling.state import RowCounts, Rules
 
 
 def make_missing(
-    run: Run, cards: EarlyCards, missing: list[Shard], committed: Committed, watch: Stopwatch, grace: float
+    run: Run, cards: EarlyCards, missing: list[Shard], committed: Committed, spending: Spending, grace: float
 ) -> Ended:
     """Makes shards.
 
@@ -32,7 +33,7 @@ def make_missing(
         cards: its cards, some of which may have started.
         missing: its shards that are not committed.
         committed: what is; goes on being added to.
-        watch: the time of this driver.
+        spending: the time of this driver, and what the run costs and may cost.
         grace: seconds that what has begun may take to be committed after SIGTERM or Ctrl-C.
 
     Raises:
@@ -42,14 +43,13 @@ def make_missing(
     schedule = _schedule(run, missing, committed)
     totals = committed.totals
     planned = sum(shard.images for shard in run.plan if shard.number in totals.attempts and not shard.is_rerun)
-    earlier = read_spans(run.ledger)
     timeline = Timeline(run.ledger, run.lease.driver)
     progress = RunProgress(
         schedule,
         committed,
         run.info.images,
         planned - totals.images,
-        lambda card_s: [*earlier, watch.span(card_s)],
+        spending,
         timeline,
     )
     description = Description(run) if run.job.config.format == FILES else None
@@ -74,7 +74,10 @@ def make_missing(
         raise ForcedInterrupt("interrupted at once; what was committed stays, and the same command resumes")
     if driver.at_once:
         raise LeaseLost(f"stopped: {reason}")
-    return Ended(reason, progress.faults, schedule.retries, watch, progress.card_s)
+    ended = Ended(reason, progress.faults, schedule.retries, spending.watch, progress.held)
+    if spending.reached is not None and spending.reached.reason == reason:
+        return replace(ended, way_out=spending.reached.way_out)
+    return ended
 
 
 def _schedule(run: Run, missing: list[Shard], committed: Committed) -> Schedule:

@@ -21,9 +21,10 @@ from gaudi_batch.errors import Interrupted, RunStopped, StorageError
 from gaudi_batch.layout import DATA, REPORT_FILE, driver_of
 from gaudi_batch.output import manifest
 from gaudi_batch.output.cleanup import remove_parts, remove_superseded
+from gaudi_batch.output.cost import Price
 from gaudi_batch.output.joined import join_manifests, put_description
 from gaudi_batch.output.records import RunRecords
-from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds
+from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds, whole_cost
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.totals import FILES, CommitTotals, stop_lines
 from gaudi_batch.text import counted, describe_error
@@ -46,7 +47,7 @@ def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
     """
     reason, rows = ended.reason, totals.rows
     try:
-        summary = write_summary(run, totals, ended)
+        summary = run.summary = write_summary(run, totals, ended)
         rows, reason = summary["rows"], summary["reason"]
     except StorageError as error:
         if reason is None:
@@ -62,7 +63,7 @@ def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
     if reason == INTERRUPTED:
         raise Interrupted(f"interrupted with {rows} of {total} rows done; the same command resumes")
     if reason is not None:
-        raise RunStopped(f"stopped: {reason} ({rows} of {total} rows are done; the same command resumes)")
+        raise RunStopped(f"stopped: {reason} ({rows} of {total} rows are done; {ended.way_out})")
     return RunResult(run.ledger.storage.place, summary, run.ledger.storage.options)
 
 
@@ -203,14 +204,17 @@ def _remove_rest(run: Run) -> None:
 def _times(run: Run, totals: CommitTotals, ended: Ended, images: int) -> dict[str, Any]:
     """The times of a run, from those of its drivers."""
     spans = [span for span in read_spans(run.ledger) if span.driver != run.lease.driver]
-    spans += [ended.watch.span(ended.card_s)] if ended.watch else []
+    spans += [ended.watch.span(ended.held)] if ended.watch else []
     drivers = {driver_of(attempt) for attempt in totals.attempts.values()}
     wall_s = wall_seconds(spans, drivers)
+    cost = None if wall_s is None else whole_cost(spans, Price.of(run.job.config))
     return {
         "started_at": run.info.created_at if wall_s is None else spans[0].started_at,
         "ended_at": max((span.ended_at for span in spans), default=None),
         "wall_s": wall_s,
         "images_per_s_wall": rounded(images / wall_s) if wall_s else None,
         "card_hours": card_hours(spans, drivers),
+        "cost": rounded(cost),
+        "cost_per_image": None if cost is None or not images else float(f"{cost / images:.4g}"),
         "drivers": [asdict(span) for span in spans],
     }

@@ -153,15 +153,17 @@ class Driver:
             self._actions[type(decision)](decision)
             note_decision(self._progress.timeline, decision, self.fleet.slots)
 
-    def stop(self, reason: str, grace: float) -> None:
+    def stop(self, reason: str, grace: float | None) -> None:
         """Takes up no more work and ends when what has begun is committed.
 
         Args:
             reason: why.
-            grace: seconds after which it ends at the latest.
+            grace: seconds after which it ends at the latest; None leaves that to the limits of the cards, which end
+                each that hangs.
         """
         self.tell(events.StopRequested(reason))
-        self.loop.call_later(grace, self.tell, events.StopForced(reason))
+        if grace is not None:
+            self.loop.call_later(grace, self.tell, events.StopForced(reason))
 
     def stop_at_once(self, reason: str) -> None:
         """Ends without waiting for commits under way or for storage that fails. What is committed stays; the next
@@ -229,13 +231,16 @@ class Driver:
     # -- clocks -------------------------------------------------------------------------------------------------
 
     async def _enforce_limits(self) -> None:
-        """Kills cards that have passed a limit, and shows the progress."""
+        """Kills cards that have passed a limit, stops a run that has reached one, and shows the progress."""
         looked = warned = time.monotonic()
         while True:
             late = time.monotonic() - looked - LIMITS_INTERVAL_S
             looked += LIMITS_INTERVAL_S + late
             self.fleet.enforce_limits(late if late > LIMITS_INTERVAL_S else 0.0)
             self.check_ray()
+            if (limit := self._progress.limit_reached(self.fleet.slots.values())) is not None:
+                log.warning("%s: finishing what has begun", limit)
+                self.stop(limit, None)
             cards = self.fleet.doings()
             if time.monotonic() - warned > UNUSUAL_INTERVAL_S:
                 warned = time.monotonic()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import collections
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 
 from gaudi_batch.driver.doing import Doing, card_lines, describe_doings
 from gaudi_batch.driver.run_context import Committed
-from gaudi_batch.driver.slot import Slot
+from gaudi_batch.driver.slot import Slot, held_of_cluster
+from gaudi_batch.driver.spending import Spending
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.progress import DOING_FIELDS, CardProgress, FaultRecord, ProgressRecord
-from gaudi_batch.output.spans import Span
+from gaudi_batch.output.spans import Held
+from gaudi_batch.output.throughput import rounded
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.reporting.terminal import Progress
 from gaudi_batch.scheduling.cards import CardState
@@ -33,7 +35,7 @@ class RunProgress:
         committed: what is committed so far; goes on being added to.
         images_total: images that the whole plan asks for.
         images_missing: images that committed shards were to have and have not, since rows failed.
-        drivers: the times of the run's drivers so far, given the seconds for which this one has held cards.
+        spending: the times of the run's drivers, and what it costs and may cost.
         timeline: is told of faults.
     """
 
@@ -43,19 +45,19 @@ class RunProgress:
         committed: Committed,
         images_total: int,
         images_missing: int,
-        drivers: Callable[[float], list[Span]],
+        spending: Spending,
         timeline: Timeline,
     ) -> None:
         self.timeline = timeline
         self.faults: Counter[str] = Counter()
-        self.card_s = 0.0
-        """Seconds for which this driver had held cards at the last report."""
+        self.held = Held()
+        """What this driver held of the cluster at the last report."""
         self._schedule = schedule
         self._totals = committed.totals
         self._failed = committed.failed
         self._images_total = images_total
         self._missing = images_missing
-        self._drivers = drivers
+        self._spending = spending
         self._recent_faults: collections.deque[FaultRecord] = collections.deque(maxlen=FAULTS_KEPT)
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
 
@@ -99,7 +101,19 @@ class RunProgress:
         states = [self._schedule.state(slot.number) for slot in slots]
         ready, present = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
         failed, lines = self._schedule.failed_rows, card_lines(cards)
-        return Progress(images, self._images_total, failed, ready, present, rate, waits_for, tuple(lines))
+        current = Progress(images, self._images_total, failed, ready, present, rate, waits_for, tuple(lines))
+        if self._spending.price is None:
+            return current
+        held = held_of_cluster(slots, now)
+        expected = self._spending.expected(held, current.seconds_left)
+        return replace(current, cost=self._spending.cost(held), cost_expected=expected)
+
+    def limit_reached(self, slots: Collection[Slot]) -> str | None:
+        """The budget or the deadline, if the run has just reached it: why it is to stop."""
+        if not self._spending.is_limited:
+            return None
+        reached = self._spending.examine(held_of_cluster(slots, time.monotonic()))
+        return None if reached is None else reached.reason
 
     def describe(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
@@ -114,7 +128,7 @@ class RunProgress:
         """
         progress = self.progress(slots, cards, waits_for)
         now = time.monotonic()
-        self.card_s = sum(slot.card_s(now) for slot in slots)
+        self.held = held_of_cluster(slots, now)
         return {
             "time": _now(),
             "state": state,
@@ -127,7 +141,9 @@ class RunProgress:
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
             "shards_pending": self._schedule.pending(),
             "retries": self._schedule.retries,
-            "drivers": [asdict(span) for span in self._drivers(self.card_s)],
+            "drivers": [asdict(span) for span in self._spending.spans(self.held)],
+            "cost": rounded(progress.cost),
+            "cost_expected": rounded(progress.cost_expected),
             "waits_for": waits_for,
             "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
             "faults": list(self._recent_faults),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.leftovers import Leftovers
@@ -14,7 +14,7 @@ from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.run_info import RunInfo
-from gaudi_batch.output.spans import Stopwatch
+from gaudi_batch.output.spans import Held, Stopwatch
 from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.plan import Shard
 
@@ -51,6 +51,10 @@ class Run:
     """Connects to the cluster at its first call; returns what a card takes of the cluster. Raises InputError."""
     commits: Commits
     """What is committed of it."""
+    begun: bool = False
+    """Whether this driver found shards to make."""
+    summary: Mapping[str, Any] | None = None
+    """What summary.json says of it, once this driver has written that."""
     leftovers: Leftovers = field(init=False)
     """What attempts have left that were not committed."""
 
@@ -107,5 +111,7 @@ class Ended:
     retries: int = 0
     watch: Stopwatch | None = None
     """This driver's time; None if it had no shard to make, since its time is then not the run's."""
-    card_s: float = 0.0
-    """Seconds for which it held cards, summed over the cards."""
+    held: Held = Held()  # noqa: RUF009
+    """What it held of the cluster."""
+    way_out: str = "the same command resumes"
+    """What a person can do about the reason."""

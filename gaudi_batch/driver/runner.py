@@ -20,6 +20,7 @@ from gaudi_batch.driver.opening import repair as add_broken_rows
 from gaudi_batch.driver.recut import recut
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
+from gaudi_batch.driver.spending import Spending
 from gaudi_batch.errors import ForcedInterrupt, InputError, StorageError
 from gaudi_batch.job import Job, resolve
 from gaudi_batch.layout import DRIVER_NAME_LENGTH
@@ -28,7 +29,7 @@ from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.place import refuse_file
 from gaudi_batch.output.run_info import new_run_id
-from gaudi_batch.output.spans import Stopwatch
+from gaudi_batch.output.spans import Held
 from gaudi_batch.storage.store import Storage
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run(
     storage = Storage(config.output, config.storage_options, config.storage_patience)
     refuse_file(storage)
     driver = "".join(secrets.choice(string.ascii_lowercase) for _ in range(DRIVER_NAME_LENGTH))
-    watch = Stopwatch(driver)
+    spending = Spending(config, driver)
     lease = LeaseKeeper(storage, driver)
     ledger = Ledger(storage, lease)
     record = None if overwrite else ledger.run()
@@ -118,9 +119,11 @@ def run(
                 info, plan = open_run(ledger, job, connect, overwrite, run_id)
                 this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
                 opened.callback(this_run.leftovers.close)
+                spending.read_earlier(ledger)
+                over = spending.examine(Held()) is not None
                 manifests = ledger.manifest_entries()
                 # A repair first needs the cluster's cards to read the images.
-                if manifests and len(manifests) < len(plan) and not repair:
+                if manifests and len(manifests) < len(plan) and not repair and not over:
                     cards.start(info.run_id, len(plan) - len(manifests), "all records of the run are read")
                 this_run.commits.refresh(manifests)
                 if repair:
@@ -129,7 +132,7 @@ def run(
                     retry_failed_rows(this_run)
                 committed = Committed.of(this_run)
                 recut(this_run, committed)
-                ended = _make_missing(this_run, cards, committed, watch, grace)
+                ended = _make_missing(this_run, cards, committed, spending, grace)
                 result = sum_up(this_run, committed.totals, ended)
                 if verify:
                     verify_images(this_run)
@@ -152,17 +155,20 @@ def _try_card(job: Job, ledger: Ledger, resources: CardResources, driver: str) -
     try_card(job, resources, driver)
 
 
-def _make_missing(run: Run, cards: EarlyCards, committed: Committed, watch: Stopwatch, grace: float) -> Ended:
-    """Makes the shards that are not committed, if there are any."""
+def _make_missing(run: Run, cards: EarlyCards, committed: Committed, spending: Spending, grace: float) -> Ended:
+    """Makes the shards that are not committed, if there are any and the run may go on."""
     missing = [shard for shard in run.plan if shard.number not in committed.totals.attempts]
     if len(missing) < len(run.plan):
         log.info("%d of %d shards are committed already", len(run.plan) - len(missing), len(run.plan))
     if not missing:
         return Ended(None)
+    run.begun = True
+    if spending.reached is not None:
+        return Ended(spending.reached.reason, way_out=spending.reached.way_out)
     run.connect()
     if not run.lease.follows_silent:
         run.leftovers.list_meanwhile()
     # Ray is slow to import, and nothing else here needs it.
     from gaudi_batch.driver.drive import make_missing
 
-    return make_missing(run, cards, missing, committed, watch, grace)
+    return make_missing(run, cards, missing, committed, spending, grace)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from gaudi_batch.card.messages import CardStatus, Ready
 from gaudi_batch.driver.watchdog import PassedLimit
+from gaudi_batch.output.spans import Held
+from gaudi_batch.output.totals import length_of_union
 
 
 @dataclass
@@ -65,6 +68,21 @@ class Slot:
             return f"card {self.number}"
         module = "" if self.ready.module is None else f", module {self.ready.module}"
         return f"card {self.name} (node {self.ready.node}{module})"
+
+
+def held_of_cluster(slots: Iterable[Slot], now: float) -> Held:
+    """What the slots of a run hold, and have held, of the cluster by `now`, monotonic."""
+    cards, card_s = 0, 0.0
+    stretches: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    nodes = set()
+    for slot in slots:
+        if slot.placed is not None:
+            card_s += slot.card_s(now)
+            stretches[slot.node_id].append((slot.placed, slot.placed + slot.card_s(now)))
+            if slot.given_back is None:
+                cards += 1
+                nodes.add(slot.node_id)
+    return Held(card_s, sum(map(length_of_union, stretches.values())), cards, len(nodes))
 
 
 def card_name(slot: Slot, ready: Ready, slots: Iterable[Slot]) -> str:

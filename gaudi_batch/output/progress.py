@@ -62,6 +62,10 @@ class ProgressRecord(TypedDict):
     retries: int
     drivers: list[dict[str, Any]]
     """The spans of the run's drivers, as `spans.Span` has them."""
+    cost: float | None
+    """What the run has cost so far; None without a price, or if that of an earlier driver is not known."""
+    cost_expected: float | None
+    """What it will have cost at the present rate."""
     waits_for: str | None
     cards: dict[str, CardProgress]
     """By label."""
@@ -69,7 +73,7 @@ class ProgressRecord(TypedDict):
     """The last ones."""
 
 
-_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left")
+_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left", "cost", "cost_expected")
 CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
 DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
 """The fields of a card for the first thing that it does."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from gaudi_batch.dataset.reasons import reason_lines
 from gaudi_batch.layout import IMAGES, REPORT_FILE
+from gaudi_batch.output.cost import cost_words, money
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.plan import BatchKind
@@ -113,8 +114,8 @@ class CommitTotals:
     def _rate_together(self, rate_of: Callable[[ThroughputTotals], float | None]) -> float | None:
         rated = [(rate_of(card.sums), card.at_work) for card in self.cards.values()]
         known = [(rate, at_work) for rate, at_work in rated if rate is not None]
-        together = _length([stretch for _, at_work in known for stretch in at_work])
-        return sum(rate * _length(at_work) for rate, at_work in known) / together if together > 0 else None
+        together = length_of_union([stretch for _, at_work in known for stretch in at_work])
+        return sum(rate * length_of_union(at_work) for rate, at_work in known) / together if together > 0 else None
 
     def batch_times(self) -> dict[BatchKind, BatchTimes]:
         """What batches have taken, by kind. How many were warm-up follows from the share of their images."""
@@ -182,6 +183,9 @@ def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
     if summary["images_per_s_wall"] is not None:
         drivers = f", in {len(summary['drivers'])} drivers" if len(summary["drivers"]) > 1 else ""
         lines.append(f"took {duration(summary['wall_s'])}{drivers}: {summary['images_per_s_wall']:.2f} images/s")
+    if summary["cost"] is not None:
+        each = summary["cost_per_image"]
+        lines.append(cost_words(summary["cost"], None) + ("" if each is None else f", {money(each)} an image"))
     lines.append(f"from {summary['started_at']} to {summary['ended_at']}")
     for name, card in list(summary["cards"].items())[:CARDS_SHOWN]:
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
@@ -221,7 +225,7 @@ def failure_lines(failures: list[dict[str, Any]]) -> list[str]:
     return [*lines, f"failed: {rest} rows for {len(more)} more reasons, in summary.json"] if more else lines
 
 
-def _length(stretches: Iterable[tuple[float, float]]) -> float:
+def length_of_union(stretches: Iterable[tuple[float, float]]) -> float:
     """Seconds that are in at least one of the stretches."""
     length, until = 0.0, -math.inf
     for start, stop in sorted(stretches):

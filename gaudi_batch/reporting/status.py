@@ -13,6 +13,7 @@ from typing import Any
 
 from gaudi_batch.dataset.reasons import FIRST_IDS, reason_lines
 from gaudi_batch.errors import InputError
+from gaudi_batch.output.cost import cost_words
 from gaudi_batch.output.holder import Lease, read_lease
 from gaudi_batch.output.progress import sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
@@ -88,6 +89,8 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         "failures": progress["failures"] if current is None else sane_failures(current.get("failures")),
         "images_per_s": progress["images_per_s"],
         "seconds_left": progress["seconds_left"] if state == "running" else None,
+        "cost": progress["cost"],
+        "cost_expected": progress["cost_expected"] if state == "running" else None,
         "waits_for": progress["waits_for"] if state == "running" else None,
         "progress_time": progress["time"],
         "cards": progress["cards"] if state in ("running", "silent") else without_doings(progress["cards"]),
@@ -172,6 +175,8 @@ def describe_status(status: dict[str, Any]) -> str:
         lines.append(f"speed    {_rate(status)} images/s, {left} left, as of {status['progress_time']}")
     elif status["state"] in ("silent", "stopped") and status["cards"]:
         lines.append(f"as of    {status['progress_time']}:")
+    if words := cost_words(status["cost"], status["cost_expected"]):
+        lines.append(f"cost     {words.removeprefix('cost ')}")
     if status["waits_for"]:
         lines.append(f"waits    for {status['waits_for']}")
     for name, card in list(status["cards"].items())[:MAX_CARDS_SHOWN]:

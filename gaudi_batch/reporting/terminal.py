@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gaudi_batch.output.cost import cost_words
 from gaudi_batch.reporting.console import LossyStream
 from gaudi_batch.text import OneLineFormatter, counted, duration
 
@@ -44,6 +45,9 @@ class Progress:
     """What the run as a whole waits for; None if it does not wait."""
     cards_doing: tuple[str, ...] = ()
     """Lines about what cards are doing; few, however many cards there are."""
+    cost: float | None = None
+    """So far; None if it is not known."""
+    cost_expected: float | None = None
 
     @property
     def seconds_left(self) -> float | None:
@@ -55,10 +59,11 @@ class Progress:
     def line(self) -> str:
         """The progress in one line."""
         rate = "-" if self.images_per_s is None else f"{self.images_per_s:.2f}"
+        cost = f", {words}" if (words := cost_words(self.cost, self.cost_expected)) else ""
         waits = "" if self.waits_for is None else f"; waits for {self.waits_for}"
         return (
             f"{self.images}/{self.images_total} images, {rate} images/s, {self.cards_ready}/{self.cards} cards,"
-            f" {counted(self.failed_rows, 'failed row')}, {duration(self.seconds_left)} left{waits}"
+            f" {counted(self.failed_rows, 'failed row')}, {duration(self.seconds_left)} left{cost}{waits}"
         )
 
 

@@ -156,7 +156,7 @@ def test_cards_that_started_early_are_given_back_if_the_run_ends(
     while_reading(monkeypatch, wait_for_cards)
     with attached(cluster):
         if where == "before the driver begins":
-            monkeypatch.setattr("gaudi_batch.driver.drive.read_spans", raises(error))
+            monkeypatch.setattr("gaudi_batch.driver.drive.Timeline", raises(error))
         with pytest.raises(type(error)):
             resume()
         states = {group["state"] for group in placement_group_table().values()}

@@ -31,6 +31,7 @@ class Recorder:
         self.progress: Any = lambda *_: []
         self.show: Any = self.progress
         self.due: Any = self.progress
+        self.limit_reached: Any = lambda *_: None
         self.storage = SimpleNamespace(longest_running_s=lambda: 0.0)
         self.ledger = self
         this: Any = self

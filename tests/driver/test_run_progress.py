@@ -9,10 +9,12 @@ import pytest
 from world import RULES, shards
 
 from gaudi_batch.card.messages import CardStatus, Ready
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
 from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot
+from gaudi_batch.driver.spending import Spending
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.timeline import Timeline
@@ -35,7 +37,12 @@ def run() -> RunProgress:
     schedule = Schedule(shards(3), "a", RowCounts(3 * ROWS), RULES)
     no_ledger: Any = None
     return RunProgress(
-        schedule, Committed(CommitTotals(), FailedRows({})), 3 * ROWS, 0, lambda card_s: [], Timeline(no_ledger, "a")
+        schedule,
+        Committed(CommitTotals(), FailedRows({})),
+        3 * ROWS,
+        0,
+        Spending(JobConfig(prompts="p", output="o", device="simulated", price_per_card_hour=36.0), "a"),
+        Timeline(no_ledger, "a"),
     )
 
 
@@ -95,4 +102,18 @@ def test_the_hours_of_cards_go_on_until_their_place_is_given_back(run: RunProgre
     held, returned, asked = card(0, 0), card(1, 0), Slot(2)
     held.placed, returned.placed, returned.given_back = 400.0, 400.0, 500.0
     run.describe([held, returned, asked], {}, None, "running")
-    assert run.card_s == 600.0 + 100.0
+    assert run.held.card_s == 600.0 + 100.0
+
+
+def test_what_a_run_costs_is_told_with_what_it_will_at_the_present_rate(run: RunProgress, clock: list[float]) -> None:
+    """At 36 an hour a card costs a hundredth a second."""
+    cards = [card(0, 0), card(1, 0)]
+    assert run.describe(cards, {}, None, "running")["cost"] == 20.0, "two cards for 1000 s"
+    for stored in (1, 2, 3):
+        clock[0] += 10.0
+        cards[0].status = CardStatus("batch", 1.0, 0.0, stored)
+        described = run.describe(cards, {}, None, "running")
+    assert described["cost"] == 20.6
+    assert described["images_per_s"] == 0.1
+    assert described["cost_expected"] == pytest.approx(20.6 + 2 * 0.01 * 90), "nine images are left"
+    assert [span["cost"] for span in described["drivers"]] == [20.6]

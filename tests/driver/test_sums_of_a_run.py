@@ -38,7 +38,8 @@ def test_a_run_that_stops_says_why_rows_failed_and_a_row_made_again_counts_once(
         Shard(2, 0, 0, 1, BUCKET, 1, 1, only=(0,), failed_before=1),
     ]
     job: Any = SimpleNamespace(
-        dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)]), config=SimpleNamespace(format="files")
+        dataset=SimpleNamespace(files=[SimpleNamespace(first_row=0)]),
+        config=SimpleNamespace(format="files", price_per_card_hour=None, price_per_node_hour=None),
     )
     lease = LeaseKeeper(storage, "aaaaa")
     ledger, record = Ledger(storage, Unfenced()), RunInfo({}, {}, {}, "now", rows=4, images=4)
