@@ -291,8 +291,12 @@ class OnEndConfig(Section):
     @property
     def tells_url(self) -> bool:
         """Whether it has a URL in it that whoever reads it could post to."""
-        text = self.url or self.command or ""
-        return any("$" not in url for url in _URL_IN_TEXT.findall(text))
+        return any("$" not in url for url in self.urls)
+
+    @property
+    def urls(self) -> list[str]:
+        """The http(s) URLs in it."""
+        return _URL_IN_TEXT.findall(self.url or self.command or "")
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from gaudi_batch.dataset.survey import refuse_bad_rows
 from gaudi_batch.driver.connecting import cluster_of, connected_early, import_all
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.finalize import sum_up, verify_images
+from gaudi_batch.driver.on_end import OnEnd
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
 from gaudi_batch.driver.recut import recut
@@ -84,7 +85,7 @@ def run(
     record = None if overwrite else ledger.run()
     address = address_of(address)
     device = record.job["device"] if record else None
-    with connected_early(config, address, device):
+    with OnEnd(config) as on_end, connected_early(config, address, device):
         config = with_device(config, address, device)
         job = resolve(config, record.fixed if record else None)
         if record:
@@ -117,7 +118,7 @@ def run(
                     cards.give_back()
                     _try_card(job, ledger, connect(), driver)
                 info, plan = open_run(ledger, job, connect, overwrite, run_id)
-                this_run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
+                this_run = on_end.run = Run(job, ledger, lease, info, plan, connect, Commits(ledger, driver))
                 opened.callback(this_run.leftovers.close)
                 spending.read_earlier(ledger)
                 over = spending.examine(Held()) is not None
