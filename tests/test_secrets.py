@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command_line
+from helpers import called, command_line
 
 from gaudi_batch import JobConfig, run
 from gaudi_batch.errors import InputError, StorageError
@@ -182,6 +182,27 @@ def test_a_config_that_is_shown_or_refused_keeps_its_secrets() -> None:
         assert SECRET not in str(refused.value) + repr(refused.value)
     with pytest.raises(InputError, match="seed: -1: "):
         JobConfig.model_validate(SMALL | {"seed": -1, "prompts": 1})
+
+
+def test_a_webhook_is_no_secret_to_who_is_told_and_to_nobody_else(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it can't be reached, and where a command prints it."""
+    monkeypatch.setattr("gaudi_batch.driver.on_end.TOTAL_TIMEOUT_S", 0.0)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "prompts.parquet")
+    url = f"http://127.0.0.1:9/services/{SECRET}"
+    told = [url, {"url": url, "format": "slack"}, f"echo can't open {url}; exit 1"]
+    job = SMALL | {"prompts": str(tmp_path / "prompts.parquet"), "output": str(tmp_path / "out"), "on_end": told}
+    config = JobConfig.model_validate(job)
+    assert SECRET not in f"{config!r} {config} {config.on_end}"
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    result = called("run", tmp_path / "job.yaml", "--address", cluster)
+    assert result.returncode == 0
+    assert result.stderr.count("is not told that the run is over") == 3
+    assert SECRET not in result.stdout + result.stderr
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b'"on_end"' in stored
+    assert SECRET.encode() not in stored
 
 
 def test_no_error_and_no_log_line_has_a_secret_whoever_writes_it() -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaudi_batch.cli.estimate import TuneRecord, estimate, speeds_of_commits, speeds_of_summary
+from gaudi_batch.cli.expected_cost import CARDS_OF_NODE, Work, money_lines
 from gaudi_batch.cluster.devices import with_device
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reasons import reason_lines
 from gaudi_batch.dataset.survey import survey
 from gaudi_batch.driver.growth import adds_to, plan_rest, why_not_resumed
+from gaudi_batch.driver.spending import Spending
 from gaudi_batch.job import DEFAULT_CARDS, Job, resolve
 from gaudi_batch.output.place import refuse_file, require_writable
 from gaudi_batch.output.reader import OutputReader
@@ -25,8 +27,6 @@ BUCKETS_SHOWN = 20
 REASONS_SHOWN = 10
 CHECK_RETRY_TIMEOUT_S = 10.0
 """Seconds for which an output that fails is tried again."""
-CARDS_OF_NODE = 8
-"""Cards of a Gaudi node: what a plan is made for where nothing says how many there will be."""
 WAYS_TO_KNOW = (
     "`gaudi-batch tune` with the job file measures a card, or run the job with --limit and look again, which makes"
     " nothing twice"
@@ -69,6 +69,7 @@ def check(config: JobConfig, strict: bool = False, job_file: str | None = None) 
         InputError: it can't be run as it is, its shape columns can't be read, or its output can't be where it is to be.
         StorageError: storage failed.
     """
+    spending = Spending(config, "")
     storage = Storage(config.output, config.storage_options, min(CHECK_RETRY_TIMEOUT_S, config.storage_patience))
     refuse_file(storage)
     require_writable(storage)
@@ -130,7 +131,9 @@ def check(config: JobConfig, strict: bool = False, job_file: str | None = None) 
     if len(buckets) > BUCKETS_SHOWN:
         lines.append(f"bucket   and {len(buckets) - BUCKETS_SHOWN} more")
     lines += _idle_cards(job, cards, shards, batches, place)
-    lines += _time(place, buckets, cards, TuneRecord(job, job_file), ledger)
+    time_lines, work = _time(place, buckets, cards, TuneRecord(job, job_file), ledger)
+    spending.read_earlier(ledger)
+    lines += time_lines + money_lines(work, spending, (place.summary or {}).get("cards") or {})
     refused = place.refused
     if rows.bad == rows.rows:
         refused = refused or f"no row can be run: {rows.examples}"
@@ -203,10 +206,10 @@ def _idle_cards(job: Job, cards: int | None, shards: int, batches: int, place: _
 
 def _time(
     place: _Place, buckets: Mapping[Bucket, PlanSummary], cards: int | None, record: TuneRecord, ledger: OutputReader
-) -> list[str]:
+) -> tuple[list[str], Work]:
     """How long the job will take; never a guess where nothing was measured."""
     if place.complete:
-        return ["time     none: all is made"]
+        return ["time     none: all is made"], Work(0.0, cards)
     config, plan = record.job.config, buckets
     sources, images = [record.speeds()], ""
     if place.plan is not None:
@@ -220,11 +223,13 @@ def _time(
     problem = [f"tune     {record.problem}"] if record.problem else []
     if measured := estimate(plan, config.batch_size, sources):
         at_work = cards and max(1, min(cards, shards))
-        return [*problem, f"time     {measured.text(at_work, images)}"]
+        work = Work(measured.card_s, at_work, not measured.unknown)
+        return [*problem, f"time     {measured.text(at_work, images)}"], work
     if config.device == "simulated":
         batches = sum(part.batches for part in plan.values())
         seconds = -(-batches // (cards or DEFAULT_CARDS)) * config.simulated.batch_seconds
-        return [*problem, f"time     about {duration(seconds)} on {cards} cards, warm-up left out"]
+        line = f"time     about {duration(seconds)} on {cards} cards, warm-up left out"
+        return [*problem, line], Work(batches * config.simulated.batch_seconds, cards or DEFAULT_CARDS)
     first = "not known before a first run" if place.plan is None else "not known yet"
     why = record.why_not()
-    return [*problem, f"time     {first}" + (f": {why}" if why else "") + f"; {WAYS_TO_KNOW}"]
+    return [*problem, f"time     {first}" + (f": {why}" if why else "") + f"; {WAYS_TO_KNOW}"], Work(None, cards)

@@ -56,6 +56,7 @@ class RunProgress:
         self._totals = committed.totals
         self._failed = committed.failed
         self._images_total = images_total
+        self._images_before = committed.totals.images
         self._missing = images_missing
         self._spending = spending
         self._recent_faults: collections.deque[FaultRecord] = collections.deque(maxlen=FAULTS_KEPT)
@@ -92,7 +93,7 @@ class RunProgress:
         """
         images = self._totals.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
         now = time.monotonic()
-        if images > self._totals.images or self._rates:
+        if images > self._images_before or self._rates:
             self._rates.append((now, images))
         while self._rates and now - self._rates[0][0] > RATE_WINDOW_S:
             self._rates.popleft()

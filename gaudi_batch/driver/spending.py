@@ -46,11 +46,10 @@ class Spending:
         """The spans of the drivers before this one."""
         self.reached: Reached | None = None
         """The limit that was reached first; None before."""
-        self._budget = config.budget
+        self.budget = config.budget
         self._deadline = config.deadline
         self._end = parse_deadline(config.deadline) if config.deadline else None
-        now = _now()
-        if isinstance(self._end, datetime) and self._end <= now:
+        if isinstance(self._end, datetime) and self._end <= (now := _now()):
             raise InputError(
                 f"deadline: {config.deadline} is over, it is {now.isoformat(timespec='seconds')}; name a later one"
             )
@@ -59,7 +58,7 @@ class Spending:
         """Reads what the drivers before this one have left of their times."""
         self.earlier = read_spans(ledger)
         unknown = costs(self.earlier, self.price).count(None)
-        if self._budget is not None and unknown:
+        if self.budget is not None and unknown:
             log.warning(
                 "what %s of this run cost is not known, as an older version wrote no times of nodes or cards down; the"
                 " budget counts without that",
@@ -87,9 +86,16 @@ class Spending:
         return None if cost is None or rest is None or seconds_left is None else cost + rest * seconds_left
 
     @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None if there is none."""
+        if isinstance(self._end, datetime):
+            return (self._end - _now()).total_seconds()
+        return None if self._end is None else self._end.total_seconds() - self.watch.seconds
+
+    @property
     def is_limited(self) -> bool:
         """Whether there is a limit that the run may reach yet."""
-        return self.reached is None and (self._budget is not None or self._end is not None)
+        return self.reached is None and (self.budget is not None or self._end is not None)
 
     def examine(self, held: Held) -> Reached | None:
         """The limit that the run has just reached; None if there is none, or it was reported before.
@@ -103,22 +109,21 @@ class Spending:
         return self.reached
 
     def _over_budget(self, held: Held) -> Reached | None:
-        if self._budget is None:
+        if self.budget is None:
             return None
         spent = sum(cost for cost in costs(self.spans(held), self.price) if cost is not None)
-        if spent < self._budget:
+        if spent < self.budget:
             return None
-        reason = f"the budget of {self._budget:.15g} is reached at {money(spent)}"
+        reason = f"the budget of {self.budget:.15g} is reached at {money(spent)}"
         return Reached(reason, "the same command with a larger budget resumes")
 
     def _past_deadline(self) -> Reached | None:
+        if self.seconds_left is None or self.seconds_left > 0:
+            return None
         if isinstance(self._end, datetime):
-            if _now() >= self._end:
-                way_out = "the same command with a later deadline resumes"
-                return Reached(f"the deadline, {self._deadline}, is reached", way_out)
-        elif self._end is not None and self.watch.seconds >= self._end.total_seconds():
-            return Reached(f"the deadline of {self._deadline} is reached", "the same command resumes")
-        return None
+            way_out = "the same command with a later deadline resumes"
+            return Reached(f"the deadline, {self._deadline}, is reached", way_out)
+        return Reached(f"the deadline of {self._deadline} is reached", "the same command resumes")
 
 
 def _now() -> datetime:

@@ -183,9 +183,7 @@ def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
     if summary["images_per_s_wall"] is not None:
         drivers = f", in {len(summary['drivers'])} drivers" if len(summary["drivers"]) > 1 else ""
         lines.append(f"took {duration(summary['wall_s'])}{drivers}: {summary['images_per_s_wall']:.2f} images/s")
-    if summary["cost"] is not None:
-        each = summary["cost_per_image"]
-        lines.append(cost_words(summary["cost"], None) + ("" if each is None else f", {money(each)} an image"))
+    lines += _cost_lines(summary)
     lines.append(f"from {summary['started_at']} to {summary['ended_at']}")
     for name, card in list(summary["cards"].items())[:CARDS_SHOWN]:
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
@@ -214,7 +212,14 @@ def _totals(summary: Mapping[str, Any]) -> str:
 
 def stop_lines(summary: Mapping[str, Any]) -> list[str]:
     """The state of a run that stopped, in lines for its log."""
-    return [_totals(summary), *failure_lines(summary["failures"])]
+    return [_totals(summary), *_cost_lines(summary), *failure_lines(summary["failures"])]
+
+
+def _cost_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a run cost; nothing if that is not known."""
+    each = summary["cost_per_image"]
+    of_image = "" if each is None else f", {money(each)} an image"
+    return [f"{cost_words(summary['cost'], None)}{of_image}"] if summary["cost"] is not None else []
 
 
 def failure_lines(failures: list[dict[str, Any]]) -> list[str]:

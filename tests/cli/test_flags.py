@@ -47,6 +47,21 @@ def test_a_section_that_may_be_absent_is_a_mapping_on_the_command_line() -> None
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("https://h/x?a=1,2", [("https://h/x?a=1,2", None)]),
+        ("curl -d @- https://h/x # a, b: c", [(None, "curl -d @- https://h/x # a, b: c")]),
+        ("{url: https://h/x, format: slack}", [("https://h/x", None)]),
+        ("[https://h/x, {command: 'true'}]", [("https://h/x", None), (None, "true")]),
+        ("[]", []),
+    ],
+)
+def test_who_is_told_of_the_end_is_a_text_a_mapping_or_a_list(text: str, told: list[tuple[str, str]]) -> None:
+    parsed = parse(["check", "--prompts", "p", "--output", "o", "--model", "builtin:shapes", "--on-end", text])
+    assert [(each.url, each.command) for each in job_from(parsed).on_end] == told
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "--batch_size", "4"], "--batch_size; did you mean --batch-size?"),

@@ -87,6 +87,15 @@ def test_the_rate_is_that_of_the_last_minute(run: RunProgress, clock: list[float
     assert all(later >= before - 1e-9 for before, later in itertools.pairwise(known[60:]))
 
 
+def test_a_rate_needs_no_image_that_is_not_committed_yet(run: RunProgress, clock: list[float]) -> None:
+    """As where shards are committed as fast as they are stored."""
+    for shard in range(3):
+        run.committed(commit(shard, ROWS), None)
+        rate = run.progress([], {}, None).images_per_s
+        clock[0] += 4.0
+    assert rate == 1.0
+
+
 def test_the_latest_faults_are_kept_and_all_are_counted(run: RunProgress, clock: list[float]) -> None:
     slot = card(0, 0)
     run.introduce(slot)

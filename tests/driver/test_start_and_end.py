@@ -91,8 +91,9 @@ def test_the_title_of_the_process_has_no_storage_options(monkeypatch: pytest.Mon
     titles: list[str] = []
     monkeypatch.setattr("setproctitle.setproctitle", titles.append)
     options = ["--storage-options={note: private}", "--prompts-storage-options", "{note: private}"]
-    options.append("--prompts-storage-options.note=private")
+    options += ["--prompts-storage-options.note=private", "--on-end", "private", "--on-end={url: private}"]
     monkeypatch.setattr(sys, "orig_argv", ["gaudi-batch", "run", *options])
     cli._hide_secrets()
     hidden = "'--storage-options=***' --prompts-storage-options '***' '--prompts-storage-options.note=***'"
+    hidden += " --on-end '***' '--on-end=***'"
     assert titles == [f"gaudi-batch run {hidden}"]
