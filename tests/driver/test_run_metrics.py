@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from world import RULES, shards
 
+from gaudi_batch import JobConfig
 from gaudi_batch.card.messages import CardStatus
 from gaudi_batch.card.work import BATCH_BOUNDS_S, CardWork
 from gaudi_batch.dataset.reasons import FailedRows
@@ -19,6 +20,7 @@ from gaudi_batch.driver.metrics import MAX_CARDS, METRICS, OTHER, Metric, RunMet
 from gaudi_batch.driver.progress import RunProgress
 from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot
+from gaudi_batch.driver.spending import Spending
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.output.totals import CommitTotals
 from gaudi_batch.scheduling import events
@@ -71,7 +73,8 @@ def schedule() -> Schedule:
 def progress(schedule: Schedule) -> RunProgress:
     no_ledger: Any = None
     committed = Committed(CommitTotals(), FailedRows({}))
-    return RunProgress(schedule, committed, 12, 0, lambda card_s: [], Timeline(no_ledger, "a"))
+    spending = Spending(JobConfig(prompts="p", output="o", device="simulated"), "a")
+    return RunProgress(schedule, committed, 12, 0, spending, Timeline(no_ledger, "a"))
 
 
 @pytest.fixture
