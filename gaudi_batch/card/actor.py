@@ -34,6 +34,7 @@ from gaudi_batch.card.shard_result import (
 )
 from gaudi_batch.card.shard_runner import CardFault, MadeImage, ShardMaker, ShardRows
 from gaudi_batch.card.store_pool import StorePool
+from gaudi_batch.card.telemetry import Telemetry
 from gaudi_batch.card.warm_pipeline import WarmPipeline
 from gaudi_batch.cluster.model_peers import peers_of_card
 from gaudi_batch.cluster.placement import card_placement
@@ -85,7 +86,8 @@ class Card:
         self._peers = peers_of_card(setup.tracker, self._node_id)
         self._storage = setup.storage
         stores = (self._storage, setup.job.dataset.storage)
-        self._mailbox = Mailbox(lambda: max(storage.longest_running_s() for storage in stores))
+        self._telemetry = Telemetry(self._module)
+        self._mailbox = Mailbox(lambda: max(s.longest_running_s() for s in stores), self._telemetry.latest)
         self._clock = DriverClock()
         self._recorder = ShardRecorder(setup, self._clock)
         self._inbox: queue.Queue[ShardTask] = queue.Queue()
@@ -172,7 +174,7 @@ class Card:
             storage = isinstance(error, StorageError) and not error.refused
             self._mailbox.emit(Broken(describe_error(error), storage))
             return
-        self._pipeline = WarmPipeline(pipeline, setup.job.config.gaudi.max_graphs, self._mailbox)
+        self._pipeline = WarmPipeline(pipeline, setup.job.config.gaudi.max_graphs, self._mailbox, self._telemetry)
         brought = self._recipes.bring()
         loaded = time.monotonic() - self._started
         self._mailbox.emit(
@@ -186,10 +188,10 @@ class Card:
                 model=pipeline.model,
                 threads=pipeline.threads,
                 cpus=usable_cpus(),
-                notes=(*pipeline.notes(), *filter(None, [brought])),
+                notes=(*pipeline.notes(), *filter(None, [brought, self._telemetry.note(pipeline.device)])),
             )
         )
-        self._pipeline.idle_since = time.monotonic()
+        self._pipeline.begin()
         while True:
             self._mailbox.enter("idle")
             if self._fetched.empty():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from gaudi_batch.card.messages import CardReport, CardStatus, Done, Dropped, Message
 from gaudi_batch.card.work import CardWork
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import ShardFailed
 
@@ -20,10 +21,12 @@ class Mailbox:
 
     Args:
         storage_s: tells for how many seconds the oldest operation on storage has been going on.
+        readings: tells what the card's counters say.
     """
 
-    def __init__(self, storage_s: Callable[[], float]) -> None:
+    def __init__(self, storage_s: Callable[[], float], readings: Callable[[], Readings] = Readings) -> None:
         self._storage_s = storage_s
+        self._readings = readings
         self._changed = threading.Condition()
         self._events: list[tuple[int, Message]] = []
         self._last_event = 0
@@ -78,6 +81,7 @@ class Mailbox:
                 storing=self._storing,
                 storing_s=now - self._storing_since if self._storing else 0.0,
                 work=self._work,
+                readings=self._readings(),
             )
             return CardReport(tuple(self._events), status)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from gaudi_batch.card.work import CardWork
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.job import Job
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.plan import BatchKind
@@ -128,8 +129,8 @@ class CardStatus:
     """Seconds since an image was last made or stored."""
     work: CardWork = field(default_factory=CardWork)
     """What its process has done since it started."""
-    watts: float | None = None
-    """What it draws; None where nobody measures that."""
+    readings: Readings = field(default_factory=Readings)
+    """What its counters say now."""
 
 
 @dataclass(frozen=True)

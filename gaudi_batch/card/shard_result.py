@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 
 from gaudi_batch.card.clock import DriverClock
 from gaudi_batch.card.messages import CardSetup, Done
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.card.shard_runner import MadeImage, ShardMaker, ShardRows
+from gaudi_batch.card.telemetry import Mark
 from gaudi_batch.errors import StorageError
 from gaudi_batch.layout import throughput_path
 from gaudi_batch.output import manifest
@@ -46,6 +48,8 @@ class PipelineCall:
     """Seconds for which the device was idle before it."""
     started: float = 0.0
     """When it began, by this node's clock, in seconds since the epoch."""
+    mark: Mark | None = None
+    """Where the device's counters are read at its end."""
 
 
 @dataclass
@@ -195,6 +199,7 @@ class ShardRecorder:
             started_at=datetime.fromtimestamp(self._clock.convert(call.started), timezone.utc).isoformat(
                 timespec="milliseconds"
             ),
+            **asdict(call.mark.readings() if call.mark is not None else Readings()),
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.shard_result import PipelineCall
+from gaudi_batch.card.telemetry import Telemetry
 from gaudi_batch.pipelines.base import DeviceError, Generated, Item, OutOfDeviceMemory, Pipeline
 from gaudi_batch.plan import Bucket, Shard
 
@@ -19,16 +20,22 @@ class WarmPipeline:
         pipeline: the pipeline.
         max_graphs: graph keys whose graphs it keeps; for one more the least recently used is given up.
         mailbox: is told what the device does.
+        telemetry: of the device.
     """
 
-    def __init__(self, pipeline: Pipeline, max_graphs: int, mailbox: Mailbox) -> None:
+    def __init__(self, pipeline: Pipeline, max_graphs: int, mailbox: Mailbox, telemetry: Telemetry) -> None:
         self._pipeline = pipeline
         self._max_graphs = max_graphs
         self._mailbox = mailbox
+        self._telemetry = telemetry
         self._warmups: dict[Hashable, int] = {}
         self.device = pipeline.device
-        self.idle_since = 0.0
-        """Since when the device has nothing to do, monotonic."""
+        self._idle_since = 0.0
+
+    def begin(self) -> None:
+        """From now on the device waits for work."""
+        self._idle_since = time.monotonic()
+        self._telemetry.mark(self._idle_since, self._idle_since)
 
     def graph_key(self, bucket: Bucket, item: Item) -> Hashable:
         """See `Pipeline`."""
@@ -48,7 +55,7 @@ class WarmPipeline:
             self._forget(next(iter(self._warmups)), key)
         warmup = self._warmups[key] < self._pipeline.warmup_batches
         started, began = time.monotonic(), time.time()
-        wait_s = started - self.idle_since
+        wait_s = started - self._idle_since
         rows = tuple(dict.fromkeys(item.row for item in items if item.row >= 0))  # a probe has no row
         enter = functools.partial(self._mailbox.enter, kind=bucket.batch_kind, shard=shard.number, rows=rows)
         enter("first batch" if warmup else "batch")
@@ -61,12 +68,13 @@ class WarmPipeline:
             enter("first batch")
             generated = self._generate_alone(bucket, items, key, error)
         finally:
-            self.idle_since = time.monotonic()
+            self._idle_since = time.monotonic()
+            mark = self._telemetry.mark(started, self._idle_since)
             self._mailbox.enter("idle")
-        generate_s = self.idle_since - started
+        generate_s = self._idle_since - started
         self._warmups[key] += 1
         self._mailbox.batch_took(bucket.batch_kind, generate_s, warmup, wait_s)
-        return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began)
+        return generated, PipelineCall("warmup" if warmup else "steady", generate_s, wait_s, began, mark)
 
     def _generate_alone(self, bucket: Bucket, items: list[Item], key: Hashable, error: OutOfDeviceMemory) -> Generated:
         """A call of the pipeline that had no memory left, again without the graphs of other keys."""

@@ -60,6 +60,8 @@ _INDEX = pa.schema(
         ("failed", pa.list_(pa.struct(list(FAILED_ROWS)))),
     ]
 )
+_ADDED = ("sum_energy_j", "sum_energy_images")
+"""Columns that the index of an older version has not; they are 0."""
 _ROWS_BYTES = b"rows_bytes"
 
 
@@ -144,6 +146,8 @@ def decode_index(data: bytes) -> tuple[list[Commit], int]:
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         rows_bytes = int((table.schema.metadata or {})[_ROWS_BYTES])
+        for name in set(_ADDED).difference(table.column_names):
+            table = table.append_column(name, pa.array([0] * len(table), _SUMS[name]))
         table = table.select(_INDEX.names).cast(_INDEX)
         if any(table.column(name).null_count for name in ("shard", "attempt", "card", "node", "size", "mark", *_SUMS)):
             raise ValueError("a value of it is missing")

@@ -38,6 +38,19 @@ class BatchLine:
     """The same for uploads."""
     started_at: str = ""
     """When its pipeline call began, by the driver's clock, ISO 8601, UTC; `time` is by the clock of the card's node."""
+    energy_j: float | None = None
+    """Joules by the card's counter, from the end of the call before to the end of this one, waiting included. This and
+    the following are null where nobody knows, and not in the lines of older versions."""
+    watts: float | None = None
+    """Mean of the looks at the card during the call; of a call of less than a second the one look after it."""
+    temperature_c: float | None = None
+    """The highest of these looks, degrees Celsius."""
+    utilisation: float | None = None
+    """Their mean, 0 to 1."""
+    memory_used_mb: float | None = None
+    """The most, 10^6 bytes of the card's memory."""
+    throttled: str | None = None
+    """Why the clocks were held back: `power`, `thermal` or both; empty if they were not."""
 
     def json(self) -> str:
         """The line."""
@@ -57,6 +70,10 @@ class ThroughputTotals:
     wait_s: float = 0.0
     encode_s: float = 0.0
     upload_s: float = 0.0
+    energy_j: float = 0.0
+    """Joules of the batches whose joules are known; 0 where none are, as in all of older versions."""
+    energy_images: int = 0
+    """Images of these batches."""
 
     @classmethod
     def of(cls, lines: Iterable[BatchLine]) -> ThroughputTotals:
@@ -74,6 +91,8 @@ class ThroughputTotals:
                 wait_s=line.wait_s,
                 encode_s=line.encode_s,
                 upload_s=line.upload_s,
+                energy_j=line.energy_j or 0.0,
+                energy_images=0 if line.energy_j is None else line.images,
             )
         return total
 
@@ -89,6 +108,8 @@ class ThroughputTotals:
             self.wait_s + other.wait_s,
             self.encode_s + other.encode_s,
             self.upload_s + other.upload_s,
+            self.energy_j + other.energy_j,
+            self.energy_images + other.energy_images,
         )
 
     @property
@@ -108,6 +129,11 @@ class ThroughputTotals:
         busy = self.steady_s + self.warmup_s
         return busy / (busy + self.wait_s) if busy + self.wait_s > 0 else None
 
+    @property
+    def joules_per_image(self) -> float | None:
+        """Joules an image, of the images whose joules are known; None where none are."""
+        return self.energy_j / self.energy_images if self.energy_j > 0 and self.energy_images else None
+
     def describe(self) -> dict[str, Any]:
         """The sums as the summary has them."""
         return {
@@ -122,6 +148,9 @@ class ThroughputTotals:
             "wait_s": rounded(self.wait_s),
             "encode_s": rounded(self.encode_s),
             "upload_s": rounded(self.upload_s),
+            "energy_j": rounded(self.energy_j) if self.energy_j > 0 else None,
+            "energy_images": self.energy_images,
+            "joules_per_image": rounded(self.joules_per_image),
         }
 
 

@@ -188,7 +188,7 @@ def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
     for name, card in list(summary["cards"].items())[:CARDS_SHOWN]:
         speed = "-" if card["images_per_s"] is None else f"{card['images_per_s']:.2f}"
         busy = "-" if card["busy_share"] is None else f"{card['busy_share']:.1%}"
-        spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s"
+        spent = f"busy {busy}, warm-up {card['warmup_s']:.1f} s{_energy(card)}"
         lines.append(f"  card {printable(name)}: {card['images']} images, {speed} images/s, {spent}")
     if len(summary["cards"]) > CARDS_SHOWN:
         lines.append(f"  and {len(summary['cards']) - CARDS_SHOWN} more cards, in summary.json")
@@ -206,8 +206,13 @@ def _totals(summary: Mapping[str, Any]) -> str:
     hours = "" if summary["card_hours"] is None else f", {summary['card_hours']:.2f} card-hours"
     return (
         f"{summary['state']}: {summary['images']} images, {counted(summary['failed_rows'], 'failed row')},"
-        f" {counted(len(summary['cards']), 'card')}{rate}{hours}"
+        f" {counted(len(summary['cards']), 'card')}{rate}{hours}{_energy(summary)}"
     )
+
+
+def _energy(record: Mapping[str, Any]) -> str:
+    joules, each = record["energy_j"], record["joules_per_image"]
+    return "" if joules is None or each is None else f", {joules / 1000:,.1f} kJ, {each:,.1f} J an image"
 
 
 def stop_lines(summary: Mapping[str, Any]) -> list[str]:

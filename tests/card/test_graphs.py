@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gaudi_batch.card.mailbox import Mailbox
+from gaudi_batch.card.telemetry import Telemetry
 from gaudi_batch.card.warm_pipeline import WarmPipeline
 from gaudi_batch.pipelines.base import Item, OutOfDeviceMemory
 from gaudi_batch.plan import Bucket, Shard
@@ -47,7 +48,7 @@ class Graphs:
 
 
 def warm(pipeline: Any, max_graphs: int) -> WarmPipeline:
-    return WarmPipeline(pipeline, max_graphs, Mailbox(lambda: 0.0))
+    return WarmPipeline(pipeline, max_graphs, Mailbox(lambda: 0.0), Telemetry(None))
 
 
 def phases(pipeline: WarmPipeline, *widths: int) -> list[str]:
