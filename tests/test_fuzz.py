@@ -400,7 +400,8 @@ RECORD = {
 LEASE = {
     "driver": "abcde", "host": "h", "machine": "m", "pid": 7, "started": "9", "beat": 1, "dead": [], "released": False
 }  # fmt: skip
-CARD = {"state": "ready", "images": 3, "images_per_s": 1.5, "faults": 0}
+COUNTERS = {"watts": 612.4, "temperature_c": 84, "utilisation": 0.9, "memory_used_mb": 1.0, "throttled": "thermal"}
+CARD = {"state": "ready", "images": 3, "images_per_s": 1.5, "faults": 0, "energy_j": 1.0, **COUNTERS}
 PROGRESS = {
     "time": "2026-11-23T00:00:00Z",
     "images_missing": 0,

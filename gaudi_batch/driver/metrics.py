@@ -150,8 +150,8 @@ class RunMetrics:
             done[WAIT, card] += new.wait_s
             for phase, counts in new.batches.items():
                 batches[phase].update({place: count for place, count in enumerate(counts) if count})
-            if slot.status.watts is not None and slot.actor is not None:
-                watts[card] += slot.status.watts
+            if slot.status.readings.watts is not None and slot.actor is not None:
+                watts[card] += slot.status.readings.watts
         for (metric, card), value in done.items():
             self._add(metric, value, card)
         for phase, by_place in batches.items():

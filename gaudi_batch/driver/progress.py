@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 import pyarrow as pa
 
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.driver.doing import Doing, card_lines, describe_doings
 from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot, held_of_cluster
@@ -17,7 +18,7 @@ from gaudi_batch.driver.spending import Spending
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.progress import DOING_FIELDS, CardProgress, FaultRecord, ProgressRecord
 from gaudi_batch.output.spans import Held
-from gaudi_batch.output.throughput import rounded
+from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.reporting.terminal import Progress
 from gaudi_batch.scheduling.cards import CardState
@@ -153,6 +154,8 @@ class RunProgress:
     def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> CardProgress:
         of_card = self._totals.cards.get(slot.name)
         first = at[0].describe() if at else dict.fromkeys(DOING_FIELDS)
+        sums = (of_card.sums if of_card else ThroughputTotals()).describe()
+        readings = slot.status.readings if slot.status and slot.actor else Readings()
         return {
             "node": slot.ready.node if slot.ready else None,
             "module": slot.ready.module if slot.ready else None,
@@ -166,8 +169,14 @@ class RunProgress:
             "rows": first["rows"],
             "doing": describe_doings(at) or None,
             "images": (of_card.sums.images if of_card else 0) + (slot.status.images if slot.status else 0),
-            "images_per_s": of_card.sums.describe()["images_per_s"] if of_card else None,
+            "images_per_s": sums["images_per_s"],
             "faults": self.faults[slot.label],
+            "watts": readings.watts,
+            "temperature_c": readings.temperature_c,
+            "utilisation": readings.utilisation,
+            "memory_used_mb": readings.memory_used_mb,
+            "throttled": readings.throttled,
+            "energy_j": sums["energy_j"],
         }
 
 

@@ -32,6 +32,16 @@ class CardProgress(TypedDict):
     """Images that are committed, and those that are stored of shards it still makes."""
     images_per_s: float | None
     faults: int
+    watts: float | None
+    """This and the next four are what its counters say now; None where nobody knows."""
+    temperature_c: float | None
+    utilisation: float | None
+    """0 to 1."""
+    memory_used_mb: float | None
+    throttled: str | None
+    """Why its clocks are held back; empty if they are not."""
+    energy_j: float | None
+    """Joules of its committed batches."""
 
 
 class FaultRecord(TypedDict):
@@ -74,10 +84,12 @@ class ProgressRecord(TypedDict):
 
 
 _NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left", "cost", "cost_expected")
-CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard")
+COUNTERS = ("watts", "temperature_c", "utilisation", "memory_used_mb", "throttled")
+"""The fields of a card's counters."""
+CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard", "energy_j", *COUNTERS[:-1])
 DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
 """The fields of a card for the first thing that it does."""
-CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing")
+CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing", "throttled")
 
 
 def sane_progress(written: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def sane_progress(written: dict[str, Any]) -> dict[str, Any]:
 
 def without_doings(cards: dict[str, Any]) -> dict[str, Any]:
     """What is said of cards whose driver is over: they do nothing any more."""
-    now = dict.fromkeys((*DOING_FIELDS, "doing"))
+    now = dict.fromkeys((*DOING_FIELDS, "doing", *COUNTERS))
     return {name: card | now for name, card in cards.items()}
 
 

@@ -182,7 +182,7 @@ def describe_status(status: dict[str, Any]) -> str:
     for name, card in list(status["cards"].items())[:MAX_CARDS_SHOWN]:
         done = f"{card['images']} images, {_rate(card)} images/s, {card['faults']} faults"
         doing = f", {card['doing']}" if card["doing"] else ""
-        lines.append(f"card     {name}: {card['state']}{doing}; {done}")
+        lines.append(f"card     {name}: {card['state']}{doing}; {done}{_counters(card)}")
     if len(status["cards"]) > MAX_CARDS_SHOWN:
         lines.append(f"card     and {len(status['cards']) - MAX_CARDS_SHOWN} more; --json has all")
     lines += [f"fault    {fault['time']} {fault['card']} {fault['what']}" for fault in status["faults"][-10:]]
@@ -201,6 +201,12 @@ def describe_verify(verified: dict[str, Any], committed: int) -> str:
     later = committed - verified["shards"] if verified["shards"] is not None else 0
     since = f", before the last {later} shards were committed" if later > 0 else ""
     return f"{verified['images']} images at {verified['time']}{since}: {counts}{paths}"
+
+
+def _counters(card: dict[str, Any]) -> str:
+    texts = [f"{card[name]:.0f} {unit}" for name, unit in (("watts", "W"), ("temperature_c", "°C")) if card[name]]
+    texts += [f"throttled: {card['throttled']}"] if card["throttled"] else []
+    return "".join(f", {text}" for text in texts)
 
 
 def _rate(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from world import RULES, shards
 
 from gaudi_batch.card.messages import CardStatus, Ready
 from gaudi_batch.config.schema import JobConfig
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
 from gaudi_batch.driver.run_context import Committed
@@ -23,6 +24,7 @@ from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
 ROWS = 4
+HOT = Readings(watts=612.4, temperature_c=84, utilisation=0.97, memory_used_mb=61_000.0, throttled="thermal")
 
 
 @pytest.fixture
@@ -126,3 +128,20 @@ def test_what_a_run_costs_is_told_with_what_it_will_at_the_present_rate(run: Run
     assert described["images_per_s"] == 0.1
     assert described["cost_expected"] == pytest.approx(20.6 + 2 * 0.01 * 90), "nine images are left"
     assert [span["cost"] for span in described["drivers"]] == [20.6]
+
+
+def test_a_card_s_counters_are_there_while_its_process_is(run: RunProgress, clock: list[float]) -> None:
+    slot = card(0, 0)
+    names = ("watts", "temperature_c", "utilisation", "memory_used_mb", "throttled")
+
+    def described() -> Any:
+        return run.describe([slot], {}, None, "running")["cards"]["host-0"]
+
+    assert [described()[name] for name in (*names, "energy_j")] == [None] * 6
+    slot.status = CardStatus("batch", 1.0, 0.0, 0, readings=HOT)
+    assert {name: described()[name] for name in names} == {name: getattr(HOT, name) for name in names}
+    slot.actor = None
+    assert [described()[name] for name in names] == [None] * 5
+    sums = ThroughputTotals(images=4, energy_j=1640.0, energy_images=4)
+    run.committed(CommitInfo(0, "aaaaa0", "host-0", "host", 0, ROWS, 0, 4, sums, "run"), None)
+    assert described()["energy_j"] == 1640.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +178,21 @@ def test_an_index_that_can_not_be_read_is_passed_over(
     ledger.storage.put(name, data[: len(data) // 2] if damage is None else damage)
     assert rows(known(ledger, "bbbbb")) == whole
     assert f"{name} is passed over" in caplog.text
+
+
+def test_the_index_of_an_older_version_says_nothing_of_joules(ledger: Ledger, read: list[str]) -> None:
+    whole = rows(rolled_up(ledger))
+    for name in ledger.storage.names("rollup"):
+        if name.endswith("index.parquet"):
+            table = pq.read_table(io.BytesIO(ledger.storage.get(f"rollup/{name}") or b""))
+            data = io.BytesIO()
+            pq.write_table(table.drop_columns(["sum_energy_j", "sum_energy_images"]), data)
+            ledger.storage.put(f"rollup/{name}", data.getvalue())
+    read.clear()
+    later = known(ledger, "bbbbb")
+    assert read == [], "it counts all the same"
+    assert rows(later) == whole
+    assert {commit.info.sums.describe()["energy_j"] for commit in later.by_shard.values()} == {None}
 
 
 def test_rows_that_are_gone_or_fewer_are_no_result(ledger: Ledger) -> None:
