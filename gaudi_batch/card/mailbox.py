@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from gaudi_batch.card.messages import CardReport, CardStatus, Done, Dropped, Message
-from gaudi_batch.card.work import CardWork
 from gaudi_batch.card.readings import Readings
+from gaudi_batch.card.work import CardWork
 from gaudi_batch.plan import BatchKind
 from gaudi_batch.scheduling.events import ShardFailed
 

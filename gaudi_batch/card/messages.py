@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from gaudi_batch.card.work import CardWork
 from gaudi_batch.card.readings import Readings
+from gaudi_batch.card.work import CardWork
 from gaudi_batch.job import Job
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.plan import BatchKind

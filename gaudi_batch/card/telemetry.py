@@ -75,6 +75,8 @@ class Telemetry:
             self._missing = f"there is no {library}; {LIBRARY_VARIABLE} names another place"
         else:
             self._start(module, library)
+        if self._missing:
+            log.debug("no watts and joules: %s", self._missing)
 
     def mark(self, began: float, ended: float) -> Mark:
         """Has the counters read for a call of the pipeline that has just ended. Never waits.

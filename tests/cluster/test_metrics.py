@@ -28,6 +28,7 @@ from raynodes import RayCluster
 
 from gaudi_batch.card.mailbox import Mailbox
 from gaudi_batch.card.messages import CardReport
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.driver import loop, metrics
 from gaudi_batch.driver.metrics import METRICS, run_label
 
@@ -122,7 +123,7 @@ def test_every_query_of_the_dashboard_has_an_answer_while_a_job_runs(
 
     def with_watts(mailbox: Mailbox, acknowledged: int, timeout_s: float) -> CardReport:
         report = poll(mailbox, acknowledged, timeout_s)
-        return replace(report, status=replace(report.status, watts=300.0))  # as a Gaudi has it
+        return replace(report, status=replace(report.status, readings=Readings(watts=300.0)))  # as a Gaudi has it
 
     monkeypatch.setattr(Mailbox, "poll", with_watts)
     over, series = threading.Event(), "sum(ray_gaudi_batch_images_total)"

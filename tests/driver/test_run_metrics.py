@@ -13,6 +13,7 @@ from world import RULES, shards
 
 from gaudi_batch import JobConfig
 from gaudi_batch.card.messages import CardStatus
+from gaudi_batch.card.readings import Readings
 from gaudi_batch.card.work import BATCH_BOUNDS_S, CardWork
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver import metrics
@@ -84,7 +85,7 @@ def run(schedule: Schedule, progress: RunProgress) -> RunMetrics:
 
 
 def card(number: int, work: CardWork, watts: float | None = None) -> Slot:
-    status = CardStatus("idle", 0.0, 0.0, 0, work=work, watts=watts)
+    status = CardStatus("idle", 0.0, 0.0, 0, work=work, readings=Readings(watts=watts))
     return Slot(number, name=f"host-{number}", actor=object(), status=status)
 
 

@@ -9,8 +9,8 @@ import pytest
 from world import RULES, shards
 
 from gaudi_batch.card.messages import CardStatus, Ready
-from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.card.readings import Readings
+from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
 from gaudi_batch.driver.run_context import Committed
