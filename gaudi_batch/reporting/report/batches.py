@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from gaudi_batch.layout import throughput_path
 from gaudi_batch.output.manifest import CommitInfo
+from gaudi_batch.output.progress import sane_numbers
 from gaudi_batch.output.reader import READ_THREADS
 from gaudi_batch.output.records import RunRecords, json_lines
+from gaudi_batch.output.throughput import rounded
+from gaudi_batch.text import one_line
 
 MAX_SHARDS_READ = 5000
 """Shards whose throughput lines are read, which takes a request each. Of a run with more, the sums in the manifests are
@@ -32,6 +35,10 @@ class Batch(NamedTuple):
     warmup: bool
     calls: int = 1
     """How many calls of the pipeline it is."""
+    watts: float | None = None
+    temperature_c: float | None = None
+    throttled: str = ""
+    """Why the card's clock was lowered; empty if it was not."""
 
     @property
     def stop(self) -> float:
@@ -66,9 +73,10 @@ def _of_line(line: dict[str, Any], info: CommitInfo) -> Batch | None:
             start -= generate_s
         warmup = line["phase"] == "warmup"
         wait_s, images = float(line["wait_s"]), int(line["images"])
+        counters = sane_numbers(line, ("watts", "temperature_c")) | {"throttled": one_line(line.get("throttled") or "")}
     except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    return Batch(info.card, info.attempt, info.shard, start, generate_s, wait_s, images, warmup)
+    return Batch(info.card, info.attempt, info.shard, start, generate_s, wait_s, images, warmup, **counters)
 
 
 def _of_sums(info: CommitInfo) -> Iterator[Batch]:
@@ -86,6 +94,25 @@ def _of_sums(info: CommitInfo) -> Iterator[Batch]:
         if seconds > 0:
             yield Batch(info.card, info.attempt, info.shard, start, seconds, wait_s, images, warmup, calls)
             start, wait_s = start + seconds, 0.0
+
+
+def counters(batches: Iterable[Batch]) -> dict[str, dict[str, Any]]:
+    """What the counters of each card said during its batches: `watts` (the mean while the device generated),
+    `temperature_c` (the highest) and `throttled` (every reason); a card without counters is left out."""
+    by_card: dict[str, list[Batch]] = {}
+    for batch in batches:
+        if batch.watts is not None or batch.temperature_c is not None or batch.throttled:
+            by_card.setdefault(batch.card, []).append(batch)
+    described = {}
+    for card, known in by_card.items():
+        drawn = [(batch.watts, batch.generate_s) for batch in known if batch.watts is not None]
+        seconds = sum(each for _, each in drawn)
+        described[card] = {
+            "watts": rounded(sum(watts * each for watts, each in drawn) / seconds) if seconds else None,
+            "temperature_c": max((batch.temperature_c or 0.0 for batch in known), default=0.0) or None,
+            "throttled": ", ".join(sorted({batch.throttled for batch in known} - {""})),
+        }
+    return described
 
 
 def pace(batches: Sequence[Batch], kinds: dict[int, Any]) -> dict[str, float]:

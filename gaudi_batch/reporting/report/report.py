@@ -9,11 +9,11 @@ from typing import Any
 
 from gaudi_batch.config.command import run_command
 from gaudi_batch.layout import driver_of
-from gaudi_batch.output.progress import sane_progress
+from gaudi_batch.output.progress import sane_numbers, sane_progress
 from gaudi_batch.output.records import RunRecords
 from gaudi_batch.output.spans import card_hours, wall_seconds
 from gaudi_batch.output.throughput import rounded
-from gaudi_batch.reporting.report.batches import Batch, pace, read_batches
+from gaudi_batch.reporting.report.batches import Batch, counters, pace, read_batches
 from gaudi_batch.reporting.report.page import render, version
 from gaudi_batch.reporting.report.pictures import describe, pictures
 from gaudi_batch.reporting.report.rates import rates
@@ -73,12 +73,15 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     figures = totals.describe(faults, 0)
     kinds = {shard.number: shard.bucket.batch_kind for shard in records.plan}
     paces = pace(batches, kinds)
-    described = [_card(card, figures["cards"][card.name], paces, clock.wall_s) for card in cards]
+    measured = counters(batches)
+    described = [_card(card, figures["cards"][card.name] | measured.get(card.name, {}), paces) for card in cards]
     _flag_idle(described)
     listed = _most_notable(described)
     places = {name: place for place, name in enumerate(card["name"] for card in listed)}
     committers = {driver_of(commit.info.attempt) for commit in records.commits}
     wall_s = wall_seconds(records.spans, committers)
+    spent = records.reader.get_json("progress.json" if state == "running" else "summary.json") or {}
+    cost = sane_numbers(spent, ("cost",))["cost"]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     images = figures["images"]
     job = records.info.job
@@ -99,6 +102,8 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "wall_s": wall_s,
         "images_per_s_wall": rounded(images / wall_s) if wall_s else None,
         "card_hours": card_hours(records.spans, committers),
+        "cost": cost,
+        "cost_per_image": cost / images if cost is not None and images else None,
         "drivers": [
             {"driver": name, "start": round(start, 3), "stop": round(stop, 3), **_moments(records, name)}
             for name, start, stop in clock.drivers
@@ -118,7 +123,7 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     }
 
 
-def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, float], wall_s: float) -> dict[str, Any]:
+def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, float]) -> dict[str, Any]:
     spent = card.seconds()
     flags = []
     card_pace = paces.get(card.name)
@@ -126,6 +131,8 @@ def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, fl
         flags.append(f"slow: {card_pace:.2f} of the others' pace")
     if any(mark.kind == "quarantined" for mark in card.marks):
         flags.append("quarantined")
+    if figures.get("throttled"):
+        flags.append(f"throttled: {figures['throttled']}")
     if figures["faults"]:
         flags.append(f"{figures['faults']} fault{'s' if figures['faults'] > 1 else ''}")
     return {

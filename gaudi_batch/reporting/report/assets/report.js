@@ -60,7 +60,7 @@ root.append(
     tile("images/s of wall time", rate(data.images_per_s_wall)),
     tile("images/s of generation", rate(data.images_per_s)),
     tile(data.card_hours === null ? "cards" : `cards, ${number(data.card_hours, 2)} card-hours`, number(data.cards_total)),
-    data.joules_per_image ? tile("joules an image", number(data.joules_per_image, 0)) : null,
+    data.joules_per_image ? tile(`joules an image; ${number(data.energy_j / 3.6e6, 2)} kWh`, number(data.joules_per_image, 1)) : null,
     data.cost !== null && data.cost !== undefined ? tile(data.cost_per_image ? `cost; ${data.cost_per_image.toPrecision(2)} an image` : "cost", number(data.cost, 2)) : null,
   ),
 );
@@ -237,7 +237,9 @@ const columns = [
   ["warm-up", (card) => duration(card.warmup_s), "number"],
   ["failed rows", (card) => number(card.failed_rows), "number"],
   ["faults", (card) => number(card.faults), "number"],
-  data.cards.some((card) => card.joules_per_image) ? ["J an image", (card) => number(card.joules_per_image, 0), "number"] : null,
+  data.cards.some((card) => card.joules_per_image) ? ["J an image", (card) => number(card.joules_per_image, 1), "number"] : null,
+  data.cards.some((card) => card.watts) ? ["W", (card) => number(card.watts, 0), "number"] : null,
+  data.cards.some((card) => card.temperature_c) ? ["max \u00b0C", (card) => number(card.temperature_c, 0), "number"] : null,
   ["", (card) => card.flags.join("; "), "text"],
 ].filter(Boolean);
 if (names.length) {
