@@ -21,6 +21,7 @@ from benchmarks import (
     one_card,
     ray_data,
     reading,
+    report_page,
     resuming,
     schedule,
     small_images,
@@ -39,6 +40,7 @@ MODULES = (
     loading,
     idle,
     memory,
+    report_page,
 )
 BENCHMARKS = [module.BENCHMARK for module in MODULES]
 

@@ -45,7 +45,9 @@ CARD = "card-0"
 WRITE_THREADS = 4
 
 
-class _Unfenced:
+class Unfenced:
+    """A holder of a lease that nobody else wants."""
+
     def ensure_held(self) -> None:
         """Always."""
 
@@ -100,7 +102,7 @@ def write(directory: Path, shards: int, committed: float, quiet: bool = False) -
             texts = [f"a photo of object number {row} on a table" for row in range(start, min(rows, start + 100_000))]
             writer.write_table(pa.table({"prompt": texts}))
     storage = Storage(str(directory / "out"))
-    ledger = Ledger(storage, _Unfenced())
+    ledger = Ledger(storage, Unfenced())
     config = JobConfig(
         prompts=str(prompts), output=storage.place, device="simulated", batch_size=BATCH, shard_size=IMAGES, steps=50
     )

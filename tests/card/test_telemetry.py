@@ -26,6 +26,7 @@ from gaudi_batch.card import telemetry
 from gaudi_batch.card.readings import Judge, Readings, Sample, over_time
 from gaudi_batch.card.telemetry import LIBRARY_VARIABLE, Mark, Telemetry
 from gaudi_batch.pipelines.simulated import SimulatedPipeline
+from gaudi_batch.scheduling.backups import Backups
 
 pytest.importorskip("pyhlml")
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, which builds the stand-in")
@@ -183,8 +184,9 @@ def joules(stub: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]
 
 @pytest.mark.usefixtures("thread_cards")
 def test_the_joules_of_all_batches_are_what_the_counters_went_up_by(
-    cluster: str, stub: Any, joules: dict[int, list[float]], tmp_path: Path
+    cluster: str, stub: Any, joules: dict[int, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Backups, "next", lambda backups, now: [])  # of two attempts at a shard one leaves no lines
     before = [of_module(stub, module).energy_mj for module in (0, 1)]
     summary, lines, printed = a_run(tmp_path, cluster)
     after = [of_module(stub, module).energy_mj for module in (0, 1)]

@@ -15,7 +15,7 @@ from gaudi_batch.output.records import RunRecords, json_lines
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.text import one_line
 
-MAX_SHARDS_READ = 5000
+MAX_SHARDS_READ = 10_000
 """Shards whose throughput lines are read, which takes a request each. Of a run with more, the sums in the manifests are
 taken, so that a shard is one stretch of time."""
 
