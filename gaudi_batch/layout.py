@@ -31,6 +31,8 @@ REPORT_FILE = "report.html"
 """A run's report."""
 DRIVER_NAME_LENGTH = 5
 """Letters of a driver's name, with which the names of its attempts begin."""
+LOG = "log"
+"""The directory of the log lines of each driver."""
 OWN_FILES = (
     "plan.parquet",
     "progress.json",
@@ -50,6 +52,7 @@ _MANIFEST = re.compile(r"(\d{6,})\.parquet")
 _OWN_NAMES = {
     ROLLUPS: re.compile(r"[a-z]{5}\d{6,}(\.index)?\.parquet"),
     TIMELINE: re.compile(r"[a-z]{5}-\d{6,}\.jsonl"),
+    LOG: re.compile(r"[a-z]{5}-\d{6,}\.log"),
     JOINED: re.compile(r"[a-z]{5}\d{6,}\.parquet"),
 }
 
@@ -95,6 +98,11 @@ def timeline_path(driver: str, number: int) -> str:
     return f"{TIMELINE}/{driver}-{number:06d}.jsonl"
 
 
+def log_path(driver: str, number: int) -> str:
+    """A piece of a driver's log."""
+    return f"{LOG}/{driver}-{number:06d}.log"
+
+
 def drivers_of_timeline(names: Iterable[str]) -> set[str]:
     """The drivers of the names in `TIMELINE`."""
     return {name.partition("-")[0] for name in own_names(TIMELINE, names)}
@@ -130,5 +138,5 @@ def is_of_run(path: str) -> bool:
 
 
 def own_names(place: str, names: Iterable[str]) -> list[str]:
-    """Those of the names in `ROLLUPS`, `TIMELINE` or `JOINED` that a run has given."""
+    """Those of the names in `ROLLUPS`, `TIMELINE`, `LOG` or `JOINED` that a run has given."""
     return [name for name in names if _OWN_NAMES[place].fullmatch(name)]

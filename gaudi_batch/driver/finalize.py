@@ -196,7 +196,7 @@ def _remove_rest(run: Run) -> None:
         shards = [shard.number for shard in shards_with(latest, run.plan, run.job.dataset)]
         remove_superseded(run.ledger, latest, [shard for shard in shards if shard in run.commits.by_shard])
         run.commits.remove_unused(run.leftovers.drivers)
-        remove_parts(run.ledger)
+        remove_parts(run.ledger, run.lease.driver)
     except StorageError as error:
         log.warning("what drivers that were killed have left is still there: %s", error)
 

@@ -15,6 +15,7 @@ from gaudi_batch.dataset.survey import refuse_bad_rows
 from gaudi_batch.driver.connecting import cluster_of, connected_early, import_all
 from gaudi_batch.driver.early import EarlyCards
 from gaudi_batch.driver.finalize import sum_up, verify_images
+from gaudi_batch.driver.log_keeper import LogKeeper
 from gaudi_batch.driver.on_end import OnEnd
 from gaudi_batch.driver.opening import open_run, refuse_another_job, retry_failed_rows
 from gaudi_batch.driver.opening import repair as add_broken_rows
@@ -31,6 +32,7 @@ from gaudi_batch.output.ledger import Ledger
 from gaudi_batch.output.place import refuse_file
 from gaudi_batch.output.run_info import new_run_id
 from gaudi_batch.output.spans import Held
+from gaudi_batch.output.totals import result_lines
 from gaudi_batch.storage.store import Storage
 
 if TYPE_CHECKING:
@@ -85,7 +87,8 @@ def run(
     record = None if overwrite else ledger.run()
     address = address_of(address)
     device = record.job["device"] if record else None
-    with OnEnd(config) as on_end, connected_early(config, address, device):
+    kept_log = LogKeeper(storage, lease)
+    with kept_log.listening(), OnEnd(config) as on_end, connected_early(config, address, device):
         config = with_device(config, address, device)
         job = resolve(config, record.fixed if record else None)
         if record:
@@ -114,6 +117,7 @@ def run(
                             cards.start(run_id, job.batches, "the run is planned")
 
                 lease.take(log.info, prepare)
+                opened.enter_context(kept_log.storing())
                 if overwrite and ledger.holds_run():
                     cards.give_back()
                     _try_card(job, ledger, connect(), driver)
@@ -137,6 +141,8 @@ def run(
                 result = sum_up(this_run, committed.totals, ended)
                 if verify:
                     verify_images(this_run)
+                for line in result_lines(ledger.storage.url, result.summary):
+                    kept_log.note(line)
                 return result
         except ForcedInterrupt:
             lease.forget(lambda: not ledger.in_doubt)

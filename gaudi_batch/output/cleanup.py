@@ -10,6 +10,7 @@ from gaudi_batch.layout import (
     DATA,
     IMAGES,
     JOINED,
+    LOG,
     METADATA,
     OWN_FILES,
     ROLLUPS,
@@ -80,15 +81,24 @@ def remove_left(ledger: Ledger, left: Iterable[Left], committed: Mapping[int, st
         _remove_all(pool, ledger, [each.path for each in left if committed.get(each.shard) != each.attempt])
 
 
-def remove_parts(ledger: Ledger) -> None:
+def remove_parts(ledger: Ledger, driver: str = "") -> None:
     """Removes what processes that were killed have left on a disk of files that they were writing, beside images in
     directories, which go with their attempt, and the small files that others than this thread may be writing now.
-    Raises LeaseLost or StorageError."""
+
+    Args:
+        ledger: of the run.
+        driver: the one whose log another thread may be writing.
+
+    Raises:
+        LeaseLost: another driver has taken over.
+        StorageError: storage failed.
+    """
     storage = ledger.storage
     cards = [f"throughput/{card}" for card in storage.names("throughput")] if storage.local else []
-    for place in ("", "manifest", ROLLUPS, TIMELINE, JOINED, IMAGES, DATA, *cards):
+    for place in ("", "manifest", ROLLUPS, TIMELINE, LOG, JOINED, IMAGES, DATA, *cards):
         for name, wanted in storage.unfinished(place).items():
-            if wanted not in WRITTEN_BY_OTHERS and is_of_run(f"{place}/{wanted}".lstrip("/")):
+            own_log = place == LOG and wanted.startswith(f"{driver}-")
+            if wanted not in WRITTEN_BY_OTHERS and not own_log and is_of_run(f"{place}/{wanted}".lstrip("/")):
                 ledger.remove(f"{place}/{name}".lstrip("/"))
 
 
@@ -102,7 +112,7 @@ def clear(ledger: Ledger) -> None:
     with ThreadPoolExecutor(REMOVE_THREADS) as pool:
         _remove_all(pool, ledger, map(manifest_path, ledger.manifests()))
         _remove_all(pool, ledger, [left.path for left in left_by_attempts(ledger.storage)])
-        for place in (ROLLUPS, TIMELINE):
+        for place in (ROLLUPS, TIMELINE, LOG):
             names = own_names(place, ledger.storage.names(place))
             _remove_all(pool, ledger, [f"{place}/{name}" for name in names])
     for name in (f"{IMAGES}/{METADATA}", *OWN_FILES):

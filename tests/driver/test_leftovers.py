@@ -182,7 +182,7 @@ def test_a_run_that_ends_before_it_lists_leaves_no_thread(ledger: Ledger, monkey
 
 def test_files_that_were_being_written_are_removed_and_nobody_elses(ledger: Ledger) -> None:
     root = Path(ledger.storage.root)
-    for place in ("rollup", "timeline", "manifest.parquet"):
+    for place in ("rollup", "timeline", "log", "manifest.parquet"):
         (root / place).mkdir()
     ledger.storage.put(manifest_path(0), b"a manifest")
     whole = [
@@ -190,15 +190,17 @@ def test_files_that_were_being_written_are_removed_and_nobody_elses(ledger: Ledg
         "manifest/000000.parquet",
         "throughput/card/000000-aaaaa1.jsonl",
         "timeline/aaaaa-000001.jsonl",
+        "log/aaaaa-000001.log",
         "rollup/aaaaa000001.index.parquet",
         "manifest.parquet/aaaaa000001.parquet",
     ]
     parts = [root / name.replace(name.split("/")[-1], f".{name.split('/')[-1]}.part-0a1b2c3d") for name in whole]
     others = [root / f".{name}.part-0a1b2c3d" for name in ("lease.json", "stop.json")]
+    others += [root / "log/.bbbbb-000001.log.part-0a1b2c3d"]
     others += [root / ".notes.txt.part-0a1b2c3d", root / "manifest/.000000.parquet.part-1", root / "throughput/a file"]
     for path in (*parts, *others):
         path.write_bytes(b"half")
-    remove_parts(ledger)
+    remove_parts(ledger, "bbbbb")
     assert [path for path in (*parts, *others) if path.exists()] == others
     assert (root / manifest_path(0)).read_bytes() == b"a manifest"
 
@@ -214,6 +216,7 @@ def test_at_the_end_of_a_run_roll_ups_of_drivers_that_only_the_timeline_names_go
     job = SimpleNamespace(dataset=None)
     commits = Commits(ledger, "ccccc")
     run: Any = SimpleNamespace(ledger=ledger, leftovers=made, latest_shard_of_row={}, plan=[], job=job, commits=commits)
+    run.lease = SimpleNamespace(driver="ccccc")
     finalize._remove_rest(run)
     assert ledger.storage.get(stale) is None
     assert ledger.storage.get(others) == b"rows", "of nobody that this run knows"

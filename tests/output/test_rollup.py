@@ -343,11 +343,12 @@ def test_overwriting_removes_the_roll_ups(ledger: Ledger, monkeypatch: pytest.Mo
     join_manifests(known(ledger), {})
     clear(ledger)
     assert left(ledger) == set()
-    for name in ("rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet"):
+    ledger.storage.put("log/aaaaa-000001.log", b"a line")
+    for name in ("rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet", "log/app.log"):
         ledger.storage.put(name, b"somebody's own")
     rolled_up(filled(ledger))
     clear(ledger)
-    assert left(ledger) == {"rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet"}
+    assert left(ledger) == {"rollup/sales.csv", "timeline/2025/plan.md", "rollup/mine.parquet", "log/app.log"}
 
 
 def test_roll_ups_that_say_nothing_of_the_run_are_removed(ledger: Ledger) -> None:
