@@ -25,12 +25,12 @@ from smalljob import a_job, write_dataset
 from gaudi_batch import InputError, JobConfig
 from gaudi_batch.cluster.address import address_of, check_reachable
 from gaudi_batch.driver.runner import run
-from gaudi_batch.reporting.terminal import Progress, open_view
+from gaudi_batch.reporting.terminal import open_view
 
 pytestmark = pytest.mark.usefixtures("thread_cards")
 
 log = logging.getLogger("gaudi_batch")
-HALF = Progress(5, 10, 0, 1, 1, 2.0)
+HALF = {"time": "2026-01-01T00:00:00Z", "images": 5, "images_total": 10, "cards": {}, "faults": []}
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_an_application_keeps_its_log_handlers_on_a_terminal(
         kept, on_terminal = logging.FileHandler(tmp_path / "log"), logging.StreamHandler(sys.stderr)
         monkeypatch.setattr(log, "handlers", [kept, on_terminal])
         with open_view() as view:
-            view.show(HALF)
+            view.show(lambda: HALF)
             log.info("while it runs")
             assert on_terminal not in log.handlers
         log.info("afterwards")
@@ -145,7 +145,7 @@ def test_a_terminal_that_can_not_redraw_gets_lines(
     with caplog.at_level(logging.INFO, "gaudi_batch"), terminal(monkeypatch, term) as reader:
         monkeypatch.setattr(log, "handlers", [logging.StreamHandler(sys.stderr)])
         with open_view() as view:
-            view.show(HALF)
+            view.show(lambda: HALF)
         assert appears("5/10 images", reader)
 
 

@@ -15,9 +15,11 @@ from gaudi_batch.cli.parser import RUN_SWITCHES
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redact
 from gaudi_batch.reporting.console import OutputLost, require_reader, say
+from gaudi_batch.reporting.json_log import FIELDS, JsonFormatter, logs_json
 
 if TYPE_CHECKING:
     from gaudi_batch.cluster.jobs_client import JobsClient
+    from gaudi_batch.output.reader import OutputReader
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ def submit(parsed: argparse.Namespace) -> int:
     config = job_from(parsed)
     require_portable(config)
     flags = [f"--{name.replace('_', '-')}" for name in RUN_SWITCHES if getattr(parsed, name)]
+    if parsed.log_format == "json":
+        flags.append("--log-format=json")
     submission = Submission(config, flags, parsed.grace, parsed.job_id, parsed.ship_code)
     cluster = JobsClient(parsed.address)
     job = cluster.submit(submission)
@@ -174,9 +178,25 @@ def status(parsed: argparse.Namespace) -> int:
     options = read_yaml(parsed.storage_options, dict, "--storage-options") if parsed.storage_options else {}
     storage = Storage(parsed.output, options, STATUS_RETRY_TIMEOUT_S)
     refuse_file(storage)
+    if parsed.watch:
+        return _watch(OutputReader(storage), parsed)
+    if parsed.interval is not None:
+        raise InputError("--interval: says how often --watch looks, and there is no --watch")
     current = read_status(OutputReader(storage))
     say(json.dumps(current, indent=1) if parsed.json else describe_status(current))
     return 0
+
+
+def _watch(reader: OutputReader, parsed: argparse.Namespace) -> int:
+    """Shows the run in an output until it is over."""
+    from gaudi_batch.reporting.screen import open_screen
+    from gaudi_batch.reporting.status import describe_status
+    from gaudi_batch.reporting.watch import EXIT_CODES, Watcher, watch
+
+    with open_screen(parsed.json) as (show, interval_s):
+        last = watch(Watcher(reader), show, parsed.interval or interval_s)
+    say(json.dumps(last) if parsed.json else describe_status(last))
+    return EXIT_CODES.get(last["state"], 1)
 
 
 def report(parsed: argparse.Namespace) -> int:
@@ -235,11 +255,19 @@ def _print_result(output: str, summary: dict[str, Any]) -> None:
     """Prints the outcome of a run. The exit code is the same if nobody reads it."""
     from gaudi_batch.output.totals import result_lines
 
+    lines = result_lines(output, summary)
     try:
-        say("\n".join(result_lines(output, summary)))
+        say(_as_json(lines[0], summary) if logs_json(logging.getLogger("gaudi_batch")) else "\n".join(lines))
     except OutputLost as error:
         if not error.closed:
             log.warning("%s", error)
+
+
+def _as_json(message: str, summary: dict[str, Any]) -> str:
+    """The outcome of a run as a log line: the log of a submitted job has both streams of its driver."""
+    fields = {name: value for name, value in summary.items() if not isinstance(value, (dict, list))}
+    attributes = {"name": "gaudi_batch", "levelname": "INFO", "msg": message, FIELDS: fields}
+    return JsonFormatter().format(logging.makeLogRecord(attributes))
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gaudi_batch.cli.commands import COMMANDS, INTERRUPTED
-from gaudi_batch.cli.parser import parse
+from gaudi_batch.cli.parser import asks_for_json, parse
 from gaudi_batch.errors import GaudiBatchError, InputError
 from gaudi_batch.redaction import redact
 from gaudi_batch.reporting.console import LossyStream, OutputLost, open_streams
+from gaudi_batch.reporting.json_log import JsonFormatter, logs_json
 from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
@@ -33,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # SIGTERM means the same as Ctrl-C from the first moment, not only while images are made; also in the background
         # of a shell, which ignores Ctrl-C there.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _set_up_log()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    _set_up_log(asks_for_json(given))
     parsed: argparse.Namespace | None = None
     try:
         try:
-            parsed = parse(sys.argv[1:] if arguments is None else list(arguments))
+            parsed = parse(given)
         except InputError as error:
-            _complain(f"gaudi-batch: {one_line(error, 2000)}")
+            if logs_json(log):
+                log.error("%s", one_line(error, 2000))
+            else:
+                _complain(f"gaudi-batch: {one_line(error, 2000)}")
             return error.exit_code
         except SystemExit:
             return 0  # help or the version is printed
@@ -62,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("interrupted; the same command resumes" if resumes else "interrupted")
         return INTERRUPTED
     except BaseException:  # a library may call sys.exit
+        if logs_json(log):
+            log.critical("an error that nobody has foreseen", exc_info=True)
+            return 1
         _complain("\n".join(map(printable, redact(traceback.format_exc()).splitlines())))
         return 1
 
@@ -100,9 +108,9 @@ def _hide_secrets() -> None:
         setproctitle(shlex.join(visible))
 
 
-def _set_up_log() -> None:
+def _set_up_log(as_json: bool) -> None:
     handler = logging.StreamHandler(LossyStream(sys.stderr))
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonFormatter() if as_json else OneLineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

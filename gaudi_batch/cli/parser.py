@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import importlib.metadata
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from gaudi_batch.errors import InputError
@@ -68,6 +69,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     from gaudi_batch.cli.flags import add_job_flags, join_mapping_flags
 
     return _parser(add_job_flags).parse_args(join_mapping_flags(arguments))
+
+
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """Whether the arguments ask for a log in JSON; known before they are parsed, so that what is wrong with them is
+    said so, too."""
+    given = [value for flag, value in pairwise(arguments) if flag == "--log-format"]
+    return "--log-format=json" in arguments or "json" in given
 
 
 def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:
@@ -142,6 +150,12 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
     status = _command(commands, "status", "say how far the run in an output is, from the output alone")
     status.add_argument("output", help="the job's output")
     status.add_argument("--json", action="store_true", help="as JSON")
+    status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
+    status.add_argument(
+        "--interval",
+        type=_interval,
+        help="seconds between two looks of --watch, 1 or more (default: 5; in lines without a terminal, 30)",
+    )
     status.add_argument("--storage-options", metavar="YAML", help="fsspec options of the output's storage")
 
     report = _command(commands, "report", "make a page of HTML about the run in an output, also while it goes on")
@@ -231,8 +245,21 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
 
 
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than a second")
+    return seconds
+
+
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(command=name, options=command._option_string_actions)
     command.add_argument("--verbose", action="store_true", help="log more")
+    command.add_argument(
+        "--log-format",
+        choices=["text", "json"],
+        default="text",
+        help="json: each log line is a JSON object, and nothing is drawn on a terminal (default: text)",
+    )
     return command

@@ -21,7 +21,6 @@ SOON_S = 30.0
 """Nothing that has taken less than these seconds counts as slow."""
 LIMIT_SHARE = 0.5
 """Something counts as slow once this share of its limit has passed, whatever is usual."""
-CARDS_SHOWN = 8
 WAITS_SAID = 5
 """Lines about slow things at one look."""
 
@@ -132,20 +131,6 @@ def doings(slot: Slot, state: CardState, now: float, rules: PhaseRules) -> list[
     if slot.up and state is CardState.STARTING:
         return [Doing("idle", current[0].seconds, note="waiting for what the other cards have")]
     return current
-
-
-def card_lines(cards: Mapping[str, Sequence[Doing]]) -> list[str]:
-    """What the cards are doing, by their names: a line for each of at most `CARDS_SHOWN` cards, the nearest to their
-    limits first, and one line for all others."""
-    busy = {name: current for name, current in cards.items() if current}
-    names = list(busy)
-    if len(names) > CARDS_SHOWN:
-        names.sort(key=lambda name: -busy[name][0].seconds / (busy[name][0].limit or float("inf")))
-    lines = [f"card {name}: {describe_doings(busy[name])}" for name in names[:CARDS_SHOWN]]
-    phases = Counter(busy[name][0].phase for name in names[CARDS_SHOWN:])
-    if phases:
-        lines.append(f"{phases.total()} more cards: {', '.join(f'{n} {phase}' for phase, n in phases.most_common())}")
-    return lines
 
 
 def describe_doings(current: Sequence[Doing]) -> str:

@@ -246,7 +246,8 @@ class Driver:
                 warned = time.monotonic()
                 for line in self._watch.due(cards):
                     log.warning("%s", line)
-            self._view.show(self._progress.progress(self.fleet.slots.values(), cards, self._waits_for(cards)))
+            self._progress.note(self.fleet.slots.values())
+            self._view.show(lambda: self._describe("running"))
             await asyncio.sleep(LIMITS_INTERVAL_S)
 
     async def _tick(self) -> None:

@@ -123,12 +123,11 @@ class RunMetrics:
             log.warning("Ray takes no more metrics of this run, which goes on without: %s", one_line(error))
 
     def _record_run(self, slots: Collection[Slot]) -> None:
-        progress = self._progress.progress(slots, {}, None)
-        self._set(IMAGES_PLANNED, progress.images_total)
-        self._set(IMAGES_DONE, progress.images)
-        self._set(FAILED_ROWS, progress.failed_rows)
+        self._set(IMAGES_PLANNED, self._progress.images_total)
+        self._set(IMAGES_DONE, self._progress.images(slots))
+        self._set(FAILED_ROWS, self._schedule.failed_rows)
         self._set(SHARDS_PENDING, self._schedule.pending())
-        self._set(LEFT, progress.seconds_left)
+        self._set(LEFT, self._progress.left(slots).seconds)
         states = Counter(self._schedule.state(slot.number) for slot in slots)
         for state in CardState:
             self._set(CARDS, states[state], state.name.lower())

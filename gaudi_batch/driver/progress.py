@@ -6,26 +6,25 @@ import collections
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pyarrow as pa
 
 from gaudi_batch.card.readings import Readings
-from gaudi_batch.driver.doing import Doing, card_lines, describe_doings
+from gaudi_batch.driver.doing import Doing, describe_doings
 from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot, held_of_cluster
 from gaudi_batch.driver.spending import Spending
+from gaudi_batch.driver.time_left import Rate, TimeLeft
 from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.progress import DOING_FIELDS, CardProgress, FaultRecord, ProgressRecord
 from gaudi_batch.output.spans import Held
 from gaudi_batch.output.throughput import ThroughputTotals, rounded
 from gaudi_batch.output.timeline import Timeline
-from gaudi_batch.reporting.terminal import Progress
 from gaudi_batch.scheduling.cards import CardState
 from gaudi_batch.scheduling.schedule import Schedule
 
 FAULTS_KEPT = 100
-RATE_WINDOW_S = 60.0
 
 
 class RunProgress:
@@ -56,12 +55,12 @@ class RunProgress:
         self._schedule = schedule
         self._totals = committed.totals
         self._failed = committed.failed
-        self._images_total = images_total
-        self._images_before = committed.totals.images
+        self.images_total = images_total
+        """Images that the whole plan asks for."""
         self._missing = images_missing
         self._spending = spending
         self._recent_faults: collections.deque[FaultRecord] = collections.deque(maxlen=FAULTS_KEPT)
-        self._rates: collections.deque[tuple[float, int]] = collections.deque()
+        self._rate = Rate()
 
     def introduce(self, slot: Slot) -> None:
         """A card is up; it is in the reports from now on."""
@@ -82,34 +81,6 @@ class RunProgress:
         shard = self._schedule.shards[info.shard]
         self._missing += (0 if shard.is_rerun else shard.images) - info.images + info.images_before
 
-    def progress(
-        self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None
-    ) -> Progress:
-        """The progress of the run, as the terminal shows it.
-
-        Args:
-            slots: its cards.
-            cards: what each of them is at, by its label.
-            waits_for: what the run as a whole waits for, if it does.
-        """
-        images = self._totals.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
-        now = time.monotonic()
-        if images > self._images_before or self._rates:
-            self._rates.append((now, images))
-        while self._rates and now - self._rates[0][0] > RATE_WINDOW_S:
-            self._rates.popleft()
-        since, before = self._rates[0] if self._rates else (now, images)
-        rate = (images - before) / (now - since) if now - since > 2 and images > before else None
-        states = [self._schedule.state(slot.number) for slot in slots]
-        ready, present = states.count(CardState.READY), len(states) - states.count(CardState.GONE)
-        failed, lines = self._schedule.failed_rows, card_lines(cards)
-        current = Progress(images, self._images_total, failed, ready, present, rate, waits_for, tuple(lines))
-        if self._spending.price is None:
-            return current
-        held = held_of_cluster(slots, now)
-        expected = self._spending.expected(held, current.seconds_left)
-        return replace(current, cost=self._spending.cost(held), cost_expected=expected)
-
     def limit_reached(self, slots: Collection[Slot]) -> str | None:
         """The budget or the deadline, if the run has just reached it: why it is to stop."""
         if not self._spending.is_limited:
@@ -117,10 +88,23 @@ class RunProgress:
         reached = self._spending.examine(held_of_cluster(slots, time.monotonic()))
         return None if reached is None else reached.reason
 
+    def note(self, slots: Collection[Slot]) -> None:
+        """Notes how many images there are now, for the rate; to be called every few seconds or more often."""
+        states = [self._schedule.state(slot.number) for slot in slots]
+        self._rate.note(time.monotonic(), self.images(slots), states.count(CardState.READY))
+
+    def images(self, slots: Collection[Slot]) -> int:
+        """Images that are committed, and those that are stored of shards that cards still make."""
+        return self._totals.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
+
+    def left(self, slots: Collection[Slot]) -> TimeLeft:
+        """How long the rest takes."""
+        return self._rate.left(self.images_total - self._missing - self.images(slots))
+
     def describe(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
     ) -> ProgressRecord:
-        """The content of progress.json.
+        """The content of progress.json, which the terminal shows, too.
 
         Args:
             slots: its cards.
@@ -128,24 +112,27 @@ class RunProgress:
             waits_for: what the run as a whole waits for, if it does.
             state: `running` or `over`.
         """
-        progress = self.progress(slots, cards, waits_for)
+        self.note(slots)
+        images, rate, left = self.images(slots), self._rate.images_per_s(), self.left(slots)
         now = time.monotonic()
         self.held = held_of_cluster(slots, now)
         return {
             "time": _now(),
             "state": state,
-            "images": progress.images,
-            "images_total": progress.images_total,
+            "images": images,
+            "images_total": self.images_total,
             "images_missing": self._missing,
-            "failed_rows": progress.failed_rows,
+            "failed_rows": self._schedule.failed_rows,
             "failures": self._failed.describe(),
-            "images_per_s": None if progress.images_per_s is None else round(progress.images_per_s, 3),
-            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
+            "images_per_s": None if rate is None else round(rate, 3),
+            "seconds_left": _rounded(left.seconds),
+            "seconds_left_low": _rounded(left.low),
+            "seconds_left_high": _rounded(left.high),
             "shards_pending": self._schedule.pending(),
             "retries": self._schedule.retries,
             "drivers": [asdict(span) for span in self._spending.spans(self.held)],
-            "cost": rounded(progress.cost),
-            "cost_expected": rounded(progress.cost_expected),
+            "cost": rounded(self._spending.cost(self.held)) if self._spending.price else None,
+            "cost_expected": rounded(self._spending.expected(self.held, left.seconds)),
             "waits_for": waits_for,
             "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
             "faults": list(self._recent_faults),
@@ -178,6 +165,10 @@ class RunProgress:
             "throttled": readings.throttled,
             "energy_j": sums["energy_j"],
         }
+
+
+def _rounded(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds)
 
 
 def _now() -> str:

@@ -68,6 +68,9 @@ class ProgressRecord(TypedDict):
     """Failed rows by reason, as `Reasons.describe` has them."""
     images_per_s: float | None
     seconds_left: int | None
+    seconds_left_low: int | None
+    """With the next, the range in which that lies; None while too little is known. See `driver/time_left.py`."""
+    seconds_left_high: int | None
     shards_pending: int
     retries: int
     drivers: list[dict[str, Any]]
@@ -83,7 +86,18 @@ class ProgressRecord(TypedDict):
     """The last ones."""
 
 
-_NUMBERS = ("images_missing", "failed_rows", "images_per_s", "seconds_left", "cost", "cost_expected")
+_NUMBERS = (
+    "images",
+    "images_total",
+    "images_missing",
+    "failed_rows",
+    "images_per_s",
+    "seconds_left",
+    "seconds_left_low",
+    "seconds_left_high",
+    "cost",
+    "cost_expected",
+)
 COUNTERS = ("watts", "temperature_c", "utilisation", "memory_used_mb", "throttled")
 """The fields of a card's counters."""
 CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard", "energy_j", *COUNTERS[:-1])

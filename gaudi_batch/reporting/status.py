@@ -17,6 +17,7 @@ from gaudi_batch.output.cost import cost_words
 from gaudi_batch.output.holder import Lease, read_lease
 from gaudi_batch.output.progress import sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.reporting.progress_text import time_left
 from gaudi_batch.text import duration, one_line, printable
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ WATCH_INTERVAL_S = 1.0
 MAX_CARDS_SHOWN = 32
 """Cards that are listed for a person."""
 REASONS_SHOWN = 10
+TIME_LEFT = ("seconds_left", "seconds_left_low", "seconds_left_high")
 
 
 def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     Args:
         ledger: of the run.
         watch_s: how many seconds to watch the lease of a driver of which it is not known whether it lives; by default
-            `WATCH_TIMEOUT_S`.
+            `WATCH_TIMEOUT_S`; 0 if the caller has watched it, and it was silent.
 
     Returns:
         `state` (`complete`, `complete with failed rows`, `stopped`, `running` or `silent`), the counts of shards and
@@ -88,7 +90,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         "failed_rows": progress["failed_rows"],
         "failures": progress["failures"] if current is None else sane_failures(current.get("failures")),
         "images_per_s": progress["images_per_s"],
-        "seconds_left": progress["seconds_left"] if state == "running" else None,
+        **{name: progress[name] if state == "running" else None for name in TIME_LEFT},
         "cost": progress["cost"],
         "cost_expected": progress["cost_expected"] if state == "running" else None,
         "waits_for": progress["waits_for"] if state == "running" else None,
@@ -110,7 +112,7 @@ def _state_of(lease: Lease | None) -> str:
 def _watch(ledger: OutputReader, lease: Lease, written: Any, watch_s: float) -> tuple[str, float | None]:
     """Whether a driver on another machine lives: the state, and the seconds of silence if it does not."""
     age = _age(written)
-    if age is not None and abs(age) < FRESH_PROGRESS_S:
+    if watch_s and age is not None and abs(age) < FRESH_PROGRESS_S:
         return "running", None
     log.info("looking for up to %.0f s whether its driver, %s, lives", watch_s, lease.holder)
     since = time.monotonic()
@@ -171,8 +173,7 @@ def describe_status(status: dict[str, Any]) -> str:
     if status["verify"]:
         lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")
     if status["state"] == "running":
-        left = duration(status["seconds_left"])
-        lines.append(f"speed    {_rate(status)} images/s, {left} left, as of {status['progress_time']}")
+        lines.append(f"speed    {_rate(status)} images/s, {time_left(status)}, as of {status['progress_time']}")
     elif status["state"] in ("silent", "stopped") and status["cards"]:
         lines.append(f"as of    {status['progress_time']}:")
     if words := cost_words(status["cost"], status["cost_expected"]):

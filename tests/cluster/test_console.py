@@ -4,6 +4,7 @@ characters that can't be said, terminals that go; and errors that nobody has for
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import signal
@@ -122,11 +123,28 @@ def test_a_run_goes_on_when_its_terminal_is_gone(cluster: str, tmp_path: Path) -
     terminal, end = pty.openpty()
     run = subprocess.Popen([*COMMAND, "run", *flags], stdout=subprocess.DEVNULL, stderr=end, start_new_session=True)
     os.close(end)
-    while b"images/s" not in os.read(terminal, 65536):
-        pass
+    seen = b""
+    while b"images/s faults" not in seen:  # the head of the table of cards
+        seen += os.read(terminal, 65536)
     os.close(terminal)
     assert run.wait(TIMEOUT_S) == 0
     assert len(read_manifest(tmp_path / "out")) == 64
+
+
+def test_a_log_for_machines_is_json_to_the_last_line_and_draws_nothing(finished: list[str]) -> None:
+    terminal, end = pty.openpty()
+    command = [*COMMAND, "run", *finished, "--log-format", "json"]
+    run = subprocess.Popen(command, stdout=end, stderr=end, start_new_session=True)
+    os.close(end)
+    seen = b""
+    with contextlib.suppress(OSError):  # the end of what was written to a terminal that nobody has open any more
+        while data := os.read(terminal, 65536):
+            seen += data
+    os.close(terminal)
+    assert run.wait(TIMEOUT_S) == 3
+    lines = [json.loads(line) for line in seen.decode("ascii").splitlines()]
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+    assert (lines[-1]["state"], lines[-1]["images"], lines[-1]["failed_rows"]) == ("complete with failed rows", 2, 1)
 
 
 UNFORESEEN = """

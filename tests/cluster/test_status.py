@@ -91,10 +91,15 @@ def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     assert time.monotonic() - began < 30, "what has just been written needs no second look"
 
     change(output / "lease.json", released=True)
+    capsys.readouterr()
+    assert cli.main(["status", str(output), "--watch"]) == 1
+    assert capsys.readouterr().out.startswith(f"{output}: stopped\n")
     over = json.loads(asked(output, capsys, "--json"))
     assert over["state"] == "stopped"
     assert {(card["phase"], card["doing"], card["rows"]) for card in over["cards"].values()} == {(None, None, None)}
     assert command_line(*job, "--simulated.batch-seconds", "0").returncode == 3
+    assert cli.main(["status", str(output), "--watch", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["state"] == "complete with failed rows"
     lost = next(row["path"] for row in read_manifest(output) if row["path"])
     (output / lost).unlink()
     assert command_line(*job, "--simulated.batch-seconds", "0", "--verify").returncode == 1

@@ -29,6 +29,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.progress: Any = lambda *_: []
+        self.note: Any = self.progress
         self.show: Any = self.progress
         self.due: Any = self.progress
         self.limit_reached: Any = lambda *_: None

@@ -63,10 +63,12 @@ def commit(shard: int, images: int) -> CommitInfo:
 def test_images_are_those_of_commits_and_those_that_cards_have_stored(run: RunProgress, clock: list[float]) -> None:
     run.committed(commit(0, ROWS), None)
     waits: dict[str, Any] = {}
-    assert run.progress([card(0, 2), card(1, 1)], waits, None).images == ROWS + 3
+    assert run.describe([card(0, 2), card(1, 1)], waits, None, "running")["images"] == ROWS + 3
     dead = card(2, 3)
     dead.actor = None
-    assert run.progress([dead], waits, None).images == ROWS, "what a dead process stored is named by no manifest"
+    assert run.describe([dead], waits, None, "running")["images"] == ROWS, (
+        "what a dead process stored is named by no manifest"
+    )
 
 
 def test_images_of_failed_rows_are_missing_from_the_total(run: RunProgress, clock: list[float]) -> None:
@@ -81,7 +83,7 @@ def test_the_rate_is_that_of_the_last_minute(run: RunProgress, clock: list[float
     for second in range(120):
         clock[0] = 1000.0 + second
         stored = second if second < 60 else 60 + 2 * (second - 60)
-        rates.append(run.progress([card(0, stored)], {}, None).images_per_s)
+        rates.append(run.describe([card(0, stored)], {}, None, "running")["images_per_s"])
     assert rates[:3] == [None, None, None], "a rate of a moment says nothing"
     known = [rate for rate in rates if rate is not None]
     assert known[50] == pytest.approx(1.0)
@@ -93,7 +95,7 @@ def test_a_rate_needs_no_image_that_is_not_committed_yet(run: RunProgress, clock
     """As where shards are committed as fast as they are stored."""
     for shard in range(3):
         run.committed(commit(shard, ROWS), None)
-        rate = run.progress([], {}, None).images_per_s
+        rate = run.describe([], {}, None, "running")["images_per_s"]
         clock[0] += 4.0
     assert rate == 1.0
 
