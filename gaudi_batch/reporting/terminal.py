@@ -27,6 +27,8 @@ CARDS_INTERVAL_S = 60.0
 """Seconds between two sets of plain lines about the cards."""
 REDRAW_INTERVAL_S = 1.0
 """Seconds between two pictures on a terminal."""
+MAX_DRAWING_SHARE = 0.05
+"""Of the driver's time, the share that drawing may take."""
 FOOT_SHARE = 0.67
 """Of the terminal's lines, those that the view may take; the others are for the log."""
 
@@ -82,10 +84,10 @@ class FootView:
     """The view at the foot of a terminal, with log lines above."""
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, refresh_per_second=2, transient=True)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
         self._console = console
         self._opened = contextlib.ExitStack()
-        self._last: float | None = None
+        self._next = time.monotonic()
 
     def __enter__(self) -> FootView:
         self._opened.enter_context(logs_above(self._console))
@@ -99,11 +101,12 @@ class FootView:
         self._opened.close()
 
     def show(self, describe: Describe) -> None:
-        """Draws anew every `REDRAW_INTERVAL_S`."""
-        now = time.monotonic()
-        if self._last is None or now - self._last >= REDRAW_INTERVAL_S:
-            self._last = now
-            self._live.update(RunView(describe(), FOOT_SHARE))
+        """Draws anew every `REDRAW_INTERVAL_S`; less often where ten thousand cards make that a work of its own."""
+        began = time.monotonic()
+        if began >= self._next:
+            self._live.update(RunView(describe(), FOOT_SHARE), refresh=True)
+            ended = time.monotonic()
+            self._next = ended + max(REDRAW_INTERVAL_S, (ended - began) / MAX_DRAWING_SHARE)
 
 
 def open_view() -> View:

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, called
 
 from gaudi_batch.cluster import jobs_client
-from gaudi_batch.cluster.submission import require_portable
+from gaudi_batch.cluster.submission import Submission, require_portable
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.errors import InputError
 
@@ -89,3 +89,24 @@ def test_the_script_names_its_flags() -> None:
     result = subprocess.run(script, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--config" in result.stderr
+
+
+@pytest.mark.parametrize(("flags", "sent"), [((), False), (("--log-format", "json"), True)])
+def test_the_driver_logs_in_the_format_that_submit_was_given(
+    flags: tuple[str, ...], sent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Submission] = []
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def submit(self, submission: Submission) -> str:
+            submitted.append(submission)
+            return "a-job"
+
+    monkeypatch.setattr(jobs_client, "JobsClient", Client)
+    job = ("--prompts=s3://bucket/p", "--output=s3://bucket/out", "--device=simulated")
+    ended = called("submit", *job, "--address=http://head:8265", "--no-wait", *flags)
+    assert (ended.returncode, ended.stdout) == (0, "job: a-job\n"), ended.stderr
+    assert ("--log-format=json" in submitted[0].entrypoint) == sent

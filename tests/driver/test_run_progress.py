@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from world import RULES, shards
+from world import RULES, loaded, shards
 
 from gaudi_batch.card.messages import CardStatus, Ready
 from gaudi_batch.card.readings import Readings
@@ -20,6 +20,7 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.output.totals import CommitTotals
+from gaudi_batch.scheduling.events import CardPlaced
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
 
@@ -121,6 +122,9 @@ def test_the_hours_of_cards_go_on_until_their_place_is_given_back(run: RunProgre
 def test_what_a_run_costs_is_told_with_what_it_will_at_the_present_rate(run: RunProgress, clock: list[float]) -> None:
     """At 36 an hour a card costs a hundredth a second."""
     cards = [card(0, 0), card(1, 0)]
+    for number in (0, 1):
+        run._schedule.handle(CardPlaced(number, "node"))
+        run._schedule.handle(loaded(number, "node"))
     assert run.describe(cards, {}, None, "running")["cost"] == 20.0, "two cards for 1000 s"
     for stored in (1, 2, 3):
         clock[0] += 10.0

@@ -23,6 +23,8 @@ def line_of(cards: dict[str, Any]) -> str:
         "summary",
         "waits_for",
         "seconds_left",
+        "cost",
+        "cost_expected",
         "images_per_s",
         "progress_time",
     )
