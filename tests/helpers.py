@@ -52,9 +52,9 @@ def read_manifest(output: Path) -> list[dict[str, Any]]:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    """What an output holds, without the record of who drives."""
+    """What an output holds, without the record of who drives, and what drivers have logged."""
     stored = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: data for name, data in stored.items() if name != "lease.json"}
+    return {name: data for name, data in stored.items() if name != "lease.json" and not name.startswith("log/")}
 
 
 def command_line(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

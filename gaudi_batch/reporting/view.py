@@ -106,12 +106,13 @@ def _wrapped(text: str, width: int, style: str) -> list[Text]:
 
 
 def _bar(record: Record, width: int) -> Text:
-    images, total = record.get("images") or 0, record.get("images_total") or 0
-    share = min(1.0, images / total) if total else 0.0
+    # Images of failed rows are made no more, and no one waits for them.
+    done, total = (record.get("images") or 0) + (record.get("images_missing") or 0), record.get("images_total") or 0
+    share = min(1.0, max(0.0, done / total)) if total else 0.0
     percent = f" {math.floor(1000 * share) / 10:5.1f} %"  # 100 % is for what is complete
     cells = max(1, width - len(percent))
-    done = int(cells * share)
-    return Text.assemble(("━" * done, "green"), ("━" * (cells - done), "bright_black"), percent)
+    full = int(cells * share)
+    return Text.assemble(("━" * full, "green"), ("━" * (cells - full), "bright_black"), percent)
 
 
 def _cards(cards: Mapping[str, Mapping[str, Any]], width: int, height: int) -> list[Text]:
