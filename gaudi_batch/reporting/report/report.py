@@ -19,8 +19,12 @@ from gaudi_batch.reporting.report.pictures import describe, pictures
 from gaudi_batch.reporting.report.rates import rates
 from gaudi_batch.reporting.report.timelines import (
     AT_WORK,
+    BACKUP,
+    GENERATING,
     KINDS,
+    LOST,
     STRETCHES_DRAWN,
+    WARMUP,
     CardTimeline,
     Mark,
     RunClock,
@@ -41,8 +45,8 @@ SLOW = 0.8
 hundredths."""
 IDLE = 0.8
 """A card whose device was busy for less than this share of what the others' were is called idle."""
-MIN_IDLE = 0.1
-"""And by this share of its time less."""
+MIN_DIFFERENCE = 0.1
+"""And by this share of its time less; a card that lost this share of its time more than the others is named, too."""
 
 
 def make_report(records: RunRecords, state: str, reason: str | None, base: str | None = "") -> bytes:
@@ -75,7 +79,7 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     paces = pace(batches, kinds)
     measured = counters(batches)
     described = [_card(card, figures["cards"][card.name] | measured.get(card.name, {}), paces) for card in cards]
-    _flag_idle(described)
+    _flag_unlike(described)
     listed = _most_notable(described)
     places = {name: place for place, name in enumerate(card["name"] for card in listed)}
     committers = {driver_of(commit.info.attempt) for commit in records.commits}
@@ -156,22 +160,24 @@ def _at_work(records: RunRecords) -> dict[str, float] | None:
     }
 
 
-def _flag_idle(cards: Iterable[dict[str, Any]]) -> None:
-    """Marks the cards that stood idle for longer than the others."""
+def _flag_unlike(cards: Sequence[dict[str, Any]]) -> None:
+    """Marks the cards that stood idle, or worked for nothing, for a larger part of their time than the others."""
     held = {card["name"]: sum(card["spent"].values()) for card in cards}
-    shares = {
-        card["name"]: sum(card["spent"].get(kind, 0.0) for kind in ("warm-up", "generating", "backup", "lost"))
-        / held[card["name"]]
-        for card in cards
-        if held[card["name"]] > 0
-    }
-    if not shares:
-        return
-    usual = sorted(shares.values())[len(shares) // 2]
-    for card in cards:
-        share = shares.get(card["name"])
-        if share is not None and share < min(IDLE * usual, usual - MIN_IDLE):
-            card["flags"].append(f"idle: busy for {share:.0%} of its time, others for {usual:.0%}")
+    known = [card for card in cards if held[card["name"]] > 0]
+
+    def shares(*kinds: str) -> dict[str, float]:
+        return {
+            card["name"]: sum(card["spent"].get(kind, 0.0) for kind in kinds) / held[card["name"]] for card in known
+        }
+
+    lost, busy = shares(LOST), shares(WARMUP, GENERATING, BACKUP, LOST)
+    usually_lost, usually_busy = (sorted(each.values())[len(known) // 2] if known else 0.0 for each in (lost, busy))
+    for card in known:
+        name = card["name"]
+        if lost[name] > usually_lost + MIN_DIFFERENCE:
+            card["flags"].append(f"lost: {lost[name]:.0%} of its time, others {usually_lost:.0%}")
+        if busy[name] < min(IDLE * usually_busy, usually_busy - MIN_DIFFERENCE):
+            card["flags"].append(f"idle: busy for {busy[name]:.0%} of its time, others for {usually_busy:.0%}")
 
 
 def _most_notable(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
