@@ -10,7 +10,6 @@ has shards of 16, too many to read their throughput lines. `gaudi-batch report` 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import resource
@@ -84,7 +83,7 @@ def write(home: Path, images: int, size: int) -> int:
         prompts=str(prompts), output=storage.place, device="simulated", batch_size=BATCH, shard_size=size, steps=50
     )
     info, plan = begin_run(ledger, resolve(with_device(config, None, None)), 1)
-    files = photos()
+    files = photos(home)
     timeline = Timeline(ledger, ATTEMPT[:5])
     timeline.begin()
     now = datetime.now(timezone.utc).timestamp()
@@ -115,7 +114,7 @@ def write(home: Path, images: int, size: int) -> int:
 
 
 def _write_shard(
-    out: Path, shard: Shard, number: int, start: float, run: str, files: list[bytes]
+    out: Path, shard: Shard, number: int, start: float, run: str, files: list[Path]
 ) -> tuple[CommitInfo, pa.Table, float]:
     card, node = f"node-{number // 8}-{number % 8}", f"node-{number // 8}"
     seconds = BATCH_S * (1.6 if number == 11 else 1.0)
@@ -153,15 +152,16 @@ def _write_shard(
     for path, data in (
         (manifest_path(shard.number), manifest.encode(table, commit)),
         (throughput_path(card, shard.number, ATTEMPT), "".join(f"{line.json()}\n" for line in lines).encode()),
-        (paths[0], files[shard.number % len(files)]),
     ):
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
+    (out / paths[0]).parent.mkdir(parents=True)
+    os.link(files[shard.number % len(files)], out / paths[0])
     return commit, table, start
 
 
-def photos() -> list[bytes]:
+def photos(home: Path) -> list[Path]:
     """PNG files that weigh like photos: large soft shapes and some grain."""
     files = []
     for seed in range(PICTURES):
@@ -170,10 +170,9 @@ def photos() -> list[bytes]:
             (512, 512), Image.Resampling.BICUBIC
         )
         grain = random.normal(0, 6, (512, 512, 3))
-        buffer = io.BytesIO()
         pixels = np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        files.append(buffer.getvalue())
+        files.append(home / f"photo-{seed}.png")
+        Image.fromarray(pixels).save(files[-1], compress_level=1)
     return files
 
 
