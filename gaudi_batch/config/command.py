@@ -13,24 +13,28 @@ from gaudi_batch.config.schema import JobConfig
 
 HIDDEN = "***"
 """What stands in records in place of a secret."""
+OF_ONE_COMMAND = ("budget", "deadline", "on_end")
+"""Fields that end or follow one command, and have nothing to do with what it makes."""
 
 
 def run_command(job: Mapping[str, Any], output: str) -> str:
     """The `gaudi-batch run` that makes a job's images, to paste into a shell. Fields with their default are left out,
-    and so are those with a secret, which no record has.
+    and so are those with a secret, which no record has, and `OF_ONE_COMMAND`.
 
     Args:
         job: the fields, as run.json has them.
         output: where the images are to go.
     """
     fields = {**job, "output": output}
-    flags = [part for flag, value in _flags(fields, JobConfig) for part in (flag, value)]
+    flags: list[str] = []
+    for flag, value in _flags(fields, JobConfig):
+        flags += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
     return shlex.join(["gaudi-batch", "run", *flags])
 
 
 def _flags(fields: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
-        if name not in fields:
+        if name not in fields or name in OF_ONE_COMMAND:
             continue
         value = fields[name]
         kind = field.annotation

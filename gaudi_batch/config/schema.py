@@ -7,6 +7,7 @@ line makes its flags and their help from these declarations.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -238,7 +239,12 @@ class JobConfig(Section):
     @field_validator("carry", mode="before")
     @classmethod
     def _carry_in_short(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        with contextlib.suppress(ValueError):
+            if isinstance(names := json.loads(value), list):  # as a name with a comma needs it
+                return names
+        return [name.strip() for name in value.split(",") if name.strip()]
 
     @field_validator("columns")
     @classmethod

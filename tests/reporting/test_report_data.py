@@ -1,0 +1,77 @@
+"""A report is right for runs of older versions and of other formats, and text in it stays text."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import REPOSITORY, called
+from PIL import Image
+
+from gaudi_batch.output.formats import WRITERS
+from gaudi_batch.reporting.report import pictures
+from gaudi_batch.reporting.report.page import render
+from gaudi_batch.storage.store import Storage
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+@pytest.mark.parametrize("kept", ["simulated", "cpu"])
+def test_a_run_of_an_older_version_has_a_report(kept: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(REPOSITORY / "tests/data/half_done" / kept / "output", output)
+    made = called("report", output, "--to", tmp_path / "report.html")
+    assert made.returncode == 0, made.stderr
+    data = data_of(tmp_path / "report.html")
+    rows = [row for file in sorted(output.glob("manifest/*")) for row in pq.read_table(file).to_pylist()]
+    assert data["state"] == "stopped"
+    assert data["images"] == sum(row["status"] == "ok" for row in rows) > 0
+    assert data["failed_rows"] == sum(row["status"] == "failed" for row in rows)
+    assert sum(card["images"] for card in data["cards"]) == data["images"]
+    assert len(data["pictures"]) == data["images"]
+    assert data["stretches"], "what its batches took is drawn"
+
+
+def test_the_first_images_of_an_object_are_read_without_the_others(tmp_path: Path) -> None:
+    def png(shade: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    names = [f"{row:08d}-00.png" for row in range(200)]
+    images = [png(shade) for shade in range(200)]
+    described = pa.table({"row": list(range(200)), "prompt": ["p"] * 200})
+    for suffix, write in zip(("tar", "parquet"), (WRITERS["webdataset"], WRITERS["parquet"]), strict=True):
+        with (tmp_path / f"x.{suffix}").open("wb") as file:
+            write(file, described, names, images)
+        storage = Storage(str(tmp_path))
+        first = pictures._first_images(storage, f"x.{suffix}")
+        assert [next(first) for _ in range(3)] == list(zip(names, images, strict=True))[:3]
+        (tmp_path / f"x.{suffix}").write_bytes((tmp_path / f"x.{suffix}").read_bytes()[:700])
+        assert list(pictures._first_images(storage, f"x.{suffix}")) in ([], [(names[0], images[0])]), "it is torn"
+
+
+def test_pictures_are_spread_over_groups_and_none_is_left_out_where_there_are_few() -> None:
+    assert pictures._shares([1, 2, 3], 500) == [1, 2, 3]
+    assert pictures._shares([1000, 2, 1000], 500) == [249, 2, 249]
+    assert pictures._shares([5] * 1000, 500) == [1] * 500 + [0] * 500
+    assert pictures._shares([], 500) == []
+
+
+def test_nothing_that_a_run_says_ends_the_script_element() -> None:
+    page = render({"output": "</title><b>", "prompt": "</script><!--<script>&\u2028", "n": 1}).decode()
+    assert page.count("</script>") == 4 == page.count("<script")
+    assert "<b>" not in page
+    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["prompt"] == "</script><!--<script>&\u2028"
