@@ -95,7 +95,7 @@ def test_hostile_rows_stay_rows(hostile: Path, tmp_path: Path, cluster: str) -> 
         assert all(row[column] == text for column in TEXTS)
         assert row["status"] == ("failed" if number % len(TEXTS) % 3 == 2 else "ok")
         assert row["error"] is None or harmless(row["error"])
-    own = r"(run|progress|summary|lease)\.json|(plan|manifest)\.parquet|manifest/\d{6}\.parquet"
+    own = r"(run|progress|summary|lease)\.json|report\.html|(plan|manifest)\.parquet|manifest/\d{6}\.parquet"
     own += r"|images/\d{6}-\w+/\d{8}-00\.png|images/metadata\.parquet|timeline/\w+-\d{6}\.jsonl|log/\w+-\d{6}\.log"
     for path in {path for path in tmp_path.rglob("*") if path.is_file()} - before:
         name = path.relative_to(output).as_posix()

@@ -83,6 +83,7 @@ def test_a_log_for_machines_has_an_object_a_line_with_the_progress_in_numbers(mo
     handler.setFormatter(JsonFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    monkeypatch.setattr(log, "propagate", False)  # pytest's report of a test has no lone surrogates
     monkeypatch.setenv("HF_TOKEN", "xyzzy-of-somebody")
     with LineView() as view:
         view.show(lambda: RECORD)
