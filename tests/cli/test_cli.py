@@ -102,6 +102,7 @@ def test_check_prints_the_plan_and_starts_nothing(write_prompts: Callable[..., P
     assert "10 rows can't be run: row 1: prompt is empty" in strict.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 def test_a_job_file_runs_on_a_ray_that_is_started_for_it_and_status_tells(prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"

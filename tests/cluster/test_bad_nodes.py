@@ -112,6 +112,7 @@ def test_nodes_whose_storage_fails_do_not_end_the_run(
     assert stored == {row["path"] for row in read_manifest(output)}
 
 
+@pytest.mark.thorough
 def test_a_row_that_takes_its_node_down_costs_four_nodes_and_nobody_else(nodes: RayCluster, tmp_path: Path) -> None:
     prompts, output = write_prompts(tmp_path / "prompts.parquet", 320), tmp_path / "out"
     for _ in range(2):

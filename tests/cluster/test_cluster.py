@@ -235,6 +235,7 @@ def test_a_job_that_loses_all_its_nodes_goes_on_with_the_next(
     assert log.count("left with its node") == 2
 
 
+@pytest.mark.thorough
 def test_a_node_of_which_nothing_works_is_asked_for_again(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -309,6 +310,7 @@ def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayC
         cluster.stop()
 
 
+@pytest.mark.thorough
 def test_nodes_come_for_the_job_and_go_after_it(
     autoscaled: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from ray_up import what_is_missing
 MISSING = what_is_missing()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(MISSING is not None, reason=f"no cluster of namespaces here: {MISSING}")
 @pytest.mark.timeout(300)
 def test_ray_up_a_job_and_ray_down() -> None:

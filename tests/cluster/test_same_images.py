@@ -48,6 +48,7 @@ def stacks(output: Path) -> list[dict[str, str]]:
     return stored
 
 
+@pytest.mark.thorough
 def test_a_node_with_another_version_makes_nothing_until_it_is_all_that_there_is(
     nodes: RayCluster, many: Path, tmp_path: Path
 ) -> None:

@@ -114,7 +114,7 @@ class Job:
 
 
 @pytest.mark.parametrize(
-    "name", ["xl", "flux", "qwen", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd3", "aura"))]
+    "name", ["flux", "qwen", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("xl", "sd3", "aura"))]
 )
 def test_each_shape_is_one_graph_without_a_break(name: str, saved: dict[str, Path | str], breaks: Any) -> None:
     shards = [((64, 64), 3), ((64, 96), 1), ((64, 64), 2)]
