@@ -73,6 +73,20 @@ def quote_if_unprintable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def short_hosts(hosts: Iterable[str]) -> dict[str, str]:
+    """Names of hosts without the domain that all of them share: a.example.com and b.example.com are a and b."""
+    names = sorted(set(hosts))
+    parts = [name.split(".") for name in names]
+    common = 0
+    while (
+        len(names) > 1
+        and all(len(each) > common + 1 for each in parts)
+        and len({each[-1 - common] for each in parts}) == 1
+    ):
+        common += 1
+    return {name: ".".join(each[: len(each) - common]) for name, each in zip(names, parts, strict=True)}
+
+
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, or None; case, dashes and underscores make no difference."""
     plain = {each.lower().replace("_", "-"): each for each in known}

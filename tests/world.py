@@ -159,7 +159,8 @@ class World:
                 self.held_back.discard(decision.card)
                 self.quarantined.add(decision.card)
             elif isinstance(decision, Release):
-                assert decision.card in self.leaving
+                assert decision.card in self.leaving or self.schedule.stop_reason is not None
+                self.held_back.discard(decision.card)
                 assert not self.in_flight.pop(decision.card, [])
                 self.starting.discard(decision.card)
             elif isinstance(decision, Finish):

@@ -32,6 +32,15 @@ def run_command(job: Mapping[str, Any], output: str) -> str:
     return shlex.join(["gaudi-batch", "run", *flags])
 
 
+def _has_secret(value: Any) -> bool:
+    """Whether a part of a value stands for a secret: all of it, or the user or the query of a URL."""
+    if isinstance(value, Mapping):
+        return any(map(_has_secret, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_secret, value))
+    return value == HIDDEN or (isinstance(value, str) and "://" in value and HIDDEN in value)
+
+
 def _flags(fields: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
         if name not in fields or name in OF_ONE_COMMAND:
@@ -44,6 +53,6 @@ def _flags(fields: Mapping[str, Any], model: type[BaseModel], prefix: str = "") 
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         text = json.dumps(value)
-        if text == json.dumps(default, default=str) or HIDDEN in text:
+        if text == json.dumps(default, default=str) or _has_secret(value):
             continue
         yield f"--{prefix}{name}".replace("_", "-"), value if isinstance(value, str) else text

@@ -23,6 +23,7 @@ from gaudi_batch.output import manifest
 from gaudi_batch.output.cleanup import remove_parts, remove_superseded
 from gaudi_batch.output.cost import Price
 from gaudi_batch.output.joined import join_manifests, put_description
+from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.records import RunRecords
 from gaudi_batch.output.spans import card_hours, read_spans, wall_seconds, whole_cost
 from gaudi_batch.output.throughput import rounded
@@ -30,6 +31,9 @@ from gaudi_batch.output.totals import FILES, CommitTotals, stop_lines
 from gaudi_batch.text import counted, describe_error
 
 log = logging.getLogger(__name__)
+
+REPORT_RETRY_TIMEOUT_S = 10.0
+"""Seconds for which what a report reads is tried again: the run is over, and its lease is held meanwhile."""
 
 
 def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
@@ -57,7 +61,7 @@ def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
     else:
         for line in stop_lines(summary) if reason is not None else ():
             log.info("%s", line)
-        if ended.watch is not None or run.ledger.storage.entry(REPORT_FILE) is None:
+        if ended.watch is not None or reason is not None or run.ledger.storage.entry(REPORT_FILE) is None:
             _write_report(run, summary)
     total = run.info.rows
     if reason == INTERRUPTED:
@@ -74,9 +78,10 @@ def _write_report(run: Run, summary: dict[str, Any]) -> None:
 
     again = f"gaudi-batch report {shlex.quote(run.ledger.storage.url)} makes it"
     try:
-        spans = read_spans(run.ledger)
+        reader = OutputReader(run.ledger.storage.tried_for(REPORT_RETRY_TIMEOUT_S))
+        reader.run()
         commits = list(run.commits.in_order())
-        records = RunRecords(run.ledger, run.info, run.plan, commits, run.latest_shard_of_row, spans)
+        records = RunRecords(reader, run.info, run.plan, commits, run.latest_shard_of_row, read_spans(reader))
         run.ledger.put(REPORT_FILE, make_report(records, summary["state"], summary["reason"]))
     except KeyboardInterrupt:
         log.warning("interrupted; the report is not written, %s", again)

@@ -171,9 +171,10 @@ class Fleet:
         self._kill(slot)
 
     def release(self, decision: decisions.Release) -> None:
-        """Gives back the place of a card whose node leaves."""
+        """Gives back the place of a card that has nothing more to do."""
         slot = self.slots[decision.card]
-        log.info("%s is released, as its node leaves", slot.where)
+        why = "the run stops" if self._schedule.stop_reason is not None else "its node leaves"
+        log.info("%s is released, as %s", slot.where, why)
         self._kill(slot)
         self._give_back(slot)
 

@@ -83,7 +83,7 @@ def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo
     plan = ledger.plan(record.rows)
     added = plan_rest(plan, record, job, cards)
     refuse_other_rows(ledger, added, job)
-    fingerprint = job.fingerprint()
+    fingerprint, described = job.fingerprint(), job.describe()
     growth = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": record.rows,
@@ -92,7 +92,7 @@ def grow(ledger: Ledger, record: RunInfo, job: Job, cards: int) -> tuple[RunInfo
     }
     grown = replace(
         record,
-        job=record.job | {"limit": job.config.limit},
+        job=record.job | {name: described[name] for name in ("prompts", "limit")},
         fingerprint=record.fingerprint | {"limit": fingerprint["limit"], "files": fingerprint["files"]},
         rows=job.total_rows,
         images=sum(shard.images for shard in (*plan, *added) if not shard.is_rerun),

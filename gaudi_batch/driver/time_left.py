@@ -15,7 +15,8 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 RATE_WINDOW_S = 60.0
-"""Seconds over which the rate is taken."""
+"""Seconds over which the rate is taken, at least."""
+MIN_BATCHES = 3
 MIN_RATE_S = 2.0
 """Seconds before which there is no rate: that of a moment says nothing."""
 MAX_HISTORY_S = 3600.0
@@ -77,12 +78,29 @@ class Rate:
             self._samples.popleft()
 
     def images_per_s(self) -> float | None:
-        """Images a second over the last `RATE_WINDOW_S`; None until it is known."""
-        if self._last is None:
+        """Images a second over the last `RATE_WINDOW_S`, or the last `MIN_BATCHES` times that there were more, if these
+        took longer; None until it is known.
+
+        It is taken from one time that there were more to another: a card whose batch takes a minute and a half shows
+        nothing between two, and is no faster after one.
+        """
+        last = self._last
+        if last is None:
             return None
-        first = next((sample for sample in self._samples if sample.time >= self._last.time - RATE_WINDOW_S), self._last)
-        seconds, images = self._last.time - first.time, self._last.images - first.images
-        return images / seconds if seconds > MIN_RATE_S and images > 0 else None
+        more: list[Sample] = []  # each the first with its images, the last one first
+        for sample, before in pairwise(reversed([*self._samples, last])):
+            if sample.images > before.images:
+                more.append(sample)
+            if len(more) > MIN_BATCHES and last.time - sample.time >= RATE_WINDOW_S:
+                break
+        if len(more) < 2:
+            first = self._samples[0] if self._samples else last
+            seconds, images = last.time - first.time, last.images - first.images
+            return images / seconds if seconds > MIN_RATE_S and images > 0 else None
+        newest, oldest = more[0], more[-1]
+        usual_s = (newest.time - oldest.time) / (len(more) - 1)
+        seconds = max(newest.time, last.time - usual_s) - oldest.time  # a pause that is longer than usual counts
+        return (newest.images - oldest.images) / seconds if seconds > MIN_RATE_S else None
 
     def left(self, images: int) -> TimeLeft:
         """How long so many images will take."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard
 
 from gaudi_batch.dataset.reasons import FIRST_IDS
 from gaudi_batch.text import one_line
@@ -103,7 +103,7 @@ COUNTERS = ("watts", "temperature_c", "utilisation", "memory_used_mb", "throttle
 CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard", "energy_j", *COUNTERS[:-1])
 DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
 """The fields of a card for the first thing that it does."""
-CARD_TEXTS = ("state", "phase", "bucket", "rows", "doing", "throttled")
+CARD_TEXTS = ("node", "state", "phase", "bucket", "rows", "doing", "throttled")
 
 
 def sane_progress(written: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +158,12 @@ def sane_text(written: Any) -> str | None:
 
 def sane_numbers(written: dict[str, Any], names: tuple[str, ...] = _NUMBERS) -> dict[str, Any]:
     """The values of some names, None for each that is no finite number."""
-    values = {name: written.get(name) for name in names}
-    return {
-        name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
-        for name, value in values.items()
-    }
+    return {name: value if is_sane(value := written.get(name)) else None for name in names}
+
+
+def is_sane(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number that a figure may be: finite, and no larger than a float can be."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # of an integer of hundreds of digits
+        return False

@@ -4,6 +4,7 @@ knows."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,6 +53,19 @@ class RunRecords:
             if commit.failed is not None:
                 failed.add(commit.info.shard, commit.failed)
         return failed
+
+    def images_made_again(self) -> tuple[Counter[str], Counter[str]]:
+        """By card, the images and the failed rows of manifests that others have taken the place of; counted only where
+        rows were made again, since every manifest is read for it. Raises StorageError."""
+        images: Counter[str] = Counter()
+        failed: Counter[str] = Counter()
+        if self.latest_shard_of_row:
+            shards = [commit.info.shard for commit in self.commits]
+            for info, table in self.reader.read_commits(shards):
+                for row, status in zip(*(table.column(name).to_pylist() for name in ("row", "status")), strict=True):
+                    if self.latest_shard_of_row.get(row, info.shard) != info.shard:
+                        (failed if status == "failed" else images)[info.card] += 1
+        return images, failed
 
     def timelines(self) -> dict[str, list[dict[str, Any]]]:
         """The lines of `timeline.py` by driver, in the order in which they were written; one that can't be read is

@@ -142,4 +142,4 @@ def whole_cost(spans: Collection[Span], price: Price | None) -> float | None:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -36,7 +36,7 @@ def progress_line(record: Record) -> str:
     return (
         f"{number(record.get('images'))}/{number(record.get('images_total'))} images,"
         f" {rate(record.get('images_per_s'))} images/s, {ready}/{present} cards,"
-        f" {'-' if failed is None else counted(failed, 'failed row')}, {time_left(record)}{cost}{waits}"
+        f" {'- failed rows' if failed is None else counted(failed, 'failed row')}, {time_left(record)}{cost}{waits}"
     )
 
 

@@ -17,6 +17,7 @@ from gaudi_batch.output.cost import cost_words
 from gaudi_batch.output.holder import Lease, read_lease
 from gaudi_batch.output.progress import sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.records import read_records
 from gaudi_batch.reporting.progress_text import time_left
 from gaudi_batch.text import duration, one_line, printable
 
@@ -56,7 +57,8 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     plan = ledger.plan(record.rows)
     committed = set(ledger.committed_shards())
     summary = ledger.get_json("summary.json")
-    progress = sane_progress(ledger.get_json("progress.json") or {})
+    written = ledger.get_json("progress.json") or {}
+    progress = sane_progress(written)
     planned = sum(shard.images for shard in plan if shard.number in committed and not shard.is_rerun)
     images = planned - (progress.get("images_missing") or 0)
     reason, silent_s = summary.get("reason") if summary else None, None
@@ -75,6 +77,12 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         elif lease is not None and silent_s is not None:
             gone = f"its driver, {lease.holder}, may be dead; the same command resumes"
             reason = f"silent for {duration(silent_s)}; {gone}"
+    if state in ("stopped", "silent") and written.get("state") != "over":
+        # Its driver was killed: what it wrote last is older than its last commits.
+        records = read_records(ledger)
+        totals = records.totals()
+        images, counts = totals.images, {"failed_rows": totals.failed_rows, "failures": records.failed().describe()}
+        progress |= counts
     current = summary if summary is not None and state.startswith("complete") else None
     return {
         "output": ledger.storage.url,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
@@ -26,13 +26,15 @@ from gaudi_batch.reporting.progress_text import (
     rate,
     share_of_limit,
 )
-from gaudi_batch.text import printable
+from gaudi_batch.text import printable, short_hosts
 
 FAULTS_SHOWN = 5
 FEWER_FAULTS = 3
 """On a terminal of fewer than `LARGE_HEIGHT` lines."""
 LARGE_HEIGHT = 30
 MAX_NAME_WIDTH = 32
+MIN_WIDTH = 12
+"""Columns of a terminal below which nothing can be read."""
 NO_BREAK = "\u00a0"
 NEAR_LIMIT = 0.5
 """A card that has used this share of its time is shown before all others."""
@@ -79,7 +81,9 @@ class RunView:
         yield from self.lines(options.max_width, height)
 
     def lines(self, width: int, height: int) -> list[Text]:
-        """Its lines, each no wider than that."""
+        """Its lines, each no wider than that; none where nothing could be read."""
+        if width < MIN_WIDTH:
+            return []
         head = [Text(fit(self._title, width), "bold")] if self._title else []
         if self._record.get("time") is not None:
             head.append(_bar(self._record, width))
@@ -139,7 +143,9 @@ def _table(rows: Mapping[str, Mapping[str, Any]], cards: Mapping[str, Mapping[st
     widths = [
         max(len(column.title), *(len(row[place]) for row in cells.values())) for place, column in enumerate(columns)
     ]
-    name_width = min(MAX_NAME_WIDTH, width // 4, max(4, *(cell_len(printable(name)) for name in rows)))
+    short = short_hosts(node for card in cards.values() if isinstance(node := card.get("node"), str))
+    labels = {name: name.replace(node, short.get(node, node)) for name, node in _nodes(rows)}
+    name_width = min(MAX_NAME_WIDTH, width // 4, max(4, *(cell_len(printable(label)) for label in labels.values())))
     state_width = max(5, width - name_width - 1 - sum(each + 1 for each in widths))
 
     def line(name: str, state: str, numbers: Sequence[str], style: str) -> Text:
@@ -152,15 +158,25 @@ def _table(rows: Mapping[str, Mapping[str, Any]], cards: Mapping[str, Mapping[st
 
     header = line("card", "state", [column.title for column in columns], "")
     header.stylize("dim")
-    return [header, *(line(name, _state(card, state_width), cells[name], _style(card)) for name, card in rows.items())]
+    return [
+        header,
+        *(line(labels[name], _state(card, state_width), cells[name], _style(card)) for name, card in rows.items()),
+    ]
+
+
+def _nodes(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for name, card in rows.items():
+        yield name, str(card.get("node") or name)
 
 
 def _fit_end(name: str, width: int) -> str:
     """A name that keeps its end, which tells the cards of a node apart."""
     name = printable(name)
-    while cell_len(name) > width:
-        name = f"…{name[2:]}" if name.startswith("…") else f"…{name[1:]}"
-    return name
+    if cell_len(name) <= width:
+        return name
+    while name and cell_len(name) >= width:
+        name = name[1:]
+    return f"…{name}"
 
 
 def _is_known(card: Mapping[str, Any], column: _Column) -> bool:

@@ -11,7 +11,16 @@ from gaudi_batch.plan import BatchKind, Shard
 from gaudi_batch.scheduling.admission import Admission
 from gaudi_batch.scheduling.capacity import CapacityPlan
 from gaudi_batch.scheduling.cards import TRANSITIONS, Card, CardChange, CardState
-from gaudi_batch.scheduling.decisions import Admit, Decision, GiveBack, NoteFault, Quarantine, Release, Replace
+from gaudi_batch.scheduling.decisions import (
+    Admit,
+    Decision,
+    DropCards,
+    GiveBack,
+    NoteFault,
+    Quarantine,
+    Release,
+    Replace,
+)
 from gaudi_batch.scheduling.events import (
     CardBroken,
     CardDied,
@@ -183,6 +192,17 @@ class CardEvents:
         for card in free:
             self.change(card, CardChange.RELEASED)
         return [Release(card.number) for card in free]
+
+    def release_idle(self) -> list[Decision]:
+        """Releases the cards that have nothing in flight, and asks for no other: the run stops, and each would be paid
+        for until the last one has ended."""
+        filed = (self._cards.starting, self._cards.open[0], self._cards.apart)
+        idle = [card for cards in filed for card in cards.values() if not card.in_flight]
+        for card in idle:
+            self.change(card, CardChange.NOT_NEEDED)
+        unplaced = tuple(self._cards.unplaced)
+        self._cards.unplaced.clear()
+        return [*(Release(card.number) for card in idle), *([DropCards(unplaced)] if unplaced else [])]
 
     def record_success(self, card: Card) -> None:
         """Notes that a card has made something."""

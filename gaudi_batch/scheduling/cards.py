@@ -35,6 +35,7 @@ class CardChange(Enum):
     GIVEN_UP = "it failed too often, or its images would differ from the run's"
     NODE_LEAVES = "its node announces that it will be shut down"
     RELEASED = "it has finished what it had begun"
+    NOT_NEEDED = "the run stops, and it has begun nothing"
     NODE_GONE = "its node is gone"
 
 
@@ -48,6 +49,8 @@ TRANSITIONS: Mapping[tuple[CardState, CardChange], CardState] = {
     (CardState.STARTING, CardChange.NODE_LEAVES): CardState.LEAVING,
     (CardState.READY, CardChange.NODE_LEAVES): CardState.LEAVING,
     (CardState.LEAVING, CardChange.RELEASED): CardState.GONE,
+    (CardState.STARTING, CardChange.NOT_NEEDED): CardState.GONE,
+    (CardState.READY, CardChange.NOT_NEEDED): CardState.GONE,
     (CardState.STARTING, CardChange.NODE_GONE): CardState.GONE,
     (CardState.READY, CardChange.NODE_GONE): CardState.GONE,
     (CardState.LEAVING, CardChange.NODE_GONE): CardState.GONE,

@@ -23,7 +23,8 @@ The rules:
 * When nothing is pending, a shard that would end later where it is than on an idle card gets a second attempt there
   (`backups.py`). The first that is made is committed, and the card of the other drops it.
 * A shard is stuck when trying it again shows nothing new: the others go on, and the run ends as stopped.
-* A card whose node has announced its end finishes the shard that it has begun and gets no other.
+* A card whose node has announced its end finishes the shard that it has begun and gets no other. In a run that stops
+  all do, and a card that has begun nothing is given back.
 * The run ends: complete, or stopped with a reason. What waits always waits for a card that is up, starting or expected
   of the cluster, and when there is none the run is over. Another may take the place of one that left with its node or
   is quarantined, and is expected until the cluster is seen to give none; not, though, when every card of two nodes has
@@ -201,6 +202,7 @@ class Schedule:
             decisions += self._state.backups.next(self._state.now)
         else:
             decisions += self._work.recall_all()
+            decisions += self._cards.release_idle()
         over = state.open == 0 or state.stop_reason is not None or self._cards.capacity.is_hopeless()
         if over and not self._work.attempts and not state.committing:
             state.finished = True

@@ -135,8 +135,12 @@ class ReadableStorage(Retrying):
 
     def once(self) -> Self:
         """The same place, for operations that are tried only once."""
+        return self.tried_for(0.0)
+
+    def tried_for(self, seconds: float) -> Self:
+        """The same place, for operations that are tried again for so many seconds at most."""
         other = copy.copy(self)
-        other.retry_timeout_s = 0.0
+        other.retry_timeout_s = min(seconds, self.retry_timeout_s)
         return other
 
     def names(self, directory: str) -> list[str]:

@@ -95,3 +95,16 @@ def test_nothing_is_said_of_what_is_not_known() -> None:
     rate.note(MIN_HISTORY_S, int(MIN_HISTORY_S), 0)
     assert rate.left(100) == TimeLeft(None), "no card is left"
     assert rate.left(0) == rate.left(-3) == TimeLeft(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("batch_s", [9.0, 90.0, 400.0])
+def test_the_rate_of_long_batches_is_known_between_them(batch_s: float) -> None:
+    rate = Rate()
+    for second in range(int(batch_s * 12)):
+        rate.note(float(second), 8 * int(second / batch_s), 1)
+        if second > 6 * batch_s:
+            assert rate.images_per_s() == pytest.approx(8 / batch_s, rel=0.15)
+            assert rate.left(80).seconds == pytest.approx(10 * batch_s, rel=0.35)
+    for second in range(int(batch_s * 12), int(batch_s * 24)):
+        rate.note(float(second), 88, 1)
+    assert (rate.images_per_s() or 0) < 0.3 * 8 / batch_s, "a run that stands still is no fast one"

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.spans import Span
-from gaudi_batch.reporting.report.batches import Batch, pace
-from gaudi_batch.reporting.report.rates import rates
+from gaudi_batch.output.throughput import ThroughputTotals
+from gaudi_batch.reporting.report.batches import Batch, _of_line, _of_sums, pace
+from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
 from gaudi_batch.reporting.report.timelines import RunClock, Stretch, drawn, timelines
 
 BEGIN = 1_000_000.0
@@ -33,7 +35,8 @@ def line(at: float, what: str, slot: int = 0, card: str = "a", **more: Any) -> d
 
 
 def told(lines: list[dict[str, Any]], batches: list[Batch], wall_s: float = 20.0) -> list[tuple[str, float, float]]:
-    (card,) = timelines({"aaaaa": lines}, batches, RunClock([span("aaaaa", 0, wall_s)], batches), {})
+    told_of = {"aaaaa": lines}
+    (card,) = timelines(told_of, batches, RunClock([span("aaaaa", 0, wall_s)], batches, told_of), {})
     return [(stretch.kind, round(stretch.start, 2), round(stretch.stop, 2)) for stretch in card.stretches]
 
 
@@ -89,12 +92,32 @@ def test_a_quarantined_card_stays_so_to_the_end() -> None:
 
 def test_the_time_between_two_drivers_is_no_time_of_the_run() -> None:
     clock = RunClock([span("aaaaa", 0, 10), span("bbbbb", 1000, 5)], [])
-    assert [clock.at(BEGIN + moment) for moment in (3, 500, 1000, 1004, 2000)] == [3, 10, 10, 14, 15]
+    moments = [("aaaaa", -1), ("aaaaa", 3), ("aaaaa", 500), ("bbbbb", 1000), ("bbbbb", 1004), ("bbbbb", 2000)]
+    assert [clock.at(BEGIN + moment, driver) for driver, moment in moments] == [0, 3, 10, 10, 14, 15]
     assert (clock.drivers, clock.wall_s) == ([("aaaaa", 0, 10), ("bbbbb", 10, 15)], 15)
 
 
+def test_the_clock_of_a_later_driver_may_be_behind() -> None:
+    made = [batch(3), batch(100 - 40, attempt="bbbbb1")]
+    clock = RunClock([span("aaaaa", 0, 50), span("bbbbb", 95 - 40, 20)], made)
+    lines = {
+        "aaaaa": [*START, line(50, "over", phase="idle", phase_s=46)],
+        "bbbbb": [line(56, "starting"), line(57, "ready")],
+    }
+    (card,) = timelines(lines, made, clock, {})
+    assert card.seconds()["generating"] == 2
+    assert card.stretches[-2:] == [Stretch("generating", 55, 56), Stretch("tail", 56, 70)]
+
+
+def test_a_span_in_whole_seconds_of_an_older_version_cuts_nothing_off() -> None:
+    old = Span("aaaaa", iso(0)[:19] + "+00:00", iso(5)[:19] + "+00:00", 5.0, 5.0)
+    made = [batch(4.2, 1.4)]  # it began at 0.9
+    clock = RunClock([old], made)
+    assert clock.at(made[0].stop, "aaaaa") - clock.at(made[0].start, "aaaaa") == pytest.approx(1.4)
+
+
 def test_a_run_without_timeline_or_spans_shows_its_batches() -> None:
-    made = [batch(3, attempt="1"), batch(5, attempt="2", card="b", wait=0.5)]
+    made = [batch(3, attempt="aaaaa1"), batch(5, attempt="aaaaa2", card="b", wait=0.5)]
     cards = timelines({}, made, RunClock([], made))
     assert [(card.name, [stretch.kind for stretch in card.stretches]) for card in cards] == [
         ("a", ["generating"]),
@@ -102,12 +125,56 @@ def test_a_run_without_timeline_or_spans_shows_its_batches() -> None:
     ]
 
 
+def test_drivers_of_an_older_version_are_shown_before_those_that_left_a_span() -> None:
+    made = [batch(3), batch(103, attempt="bbbbb1")]
+    clock = RunClock([span("bbbbb", 100, 10)], made)
+    assert clock.drivers == [("aaaaa", 0, 1), ("bbbbb", 1, 11)]
+    rate = rate_of_all(made, clock)
+    assert rate.values[""].sum() * rate.bin_s == pytest.approx(16)
+
+
+def test_a_place_that_never_had_a_card_is_told_apart() -> None:
+    lines = {"aaaaa": [*START, line(1, "starting", slot=1, card=""), line(2, "released", slot=1, card="")]}
+    cards = timelines(lines, [batch(3)], RunClock([span("aaaaa", 0, 20)], [batch(3)], lines), {})
+    assert [(card.name, card.was_ready) for card in cards] == [("a", True), ("place 1, never ready", False)]
+
+
 def test_every_image_is_in_the_rates_whatever_the_bins() -> None:
     made = [batch(0.3 * number, 0.29, card=f"c{number % 3}") for number in range(300)]
-    over_time = rates(made, RunClock([span("aaaaa", 0, 95)], made))
-    assert over_time.all().sum() * over_time.bin_s == pytest.approx(8 * 300)
-    steady = over_time.all()[1:90]
-    assert np.all(np.abs(steady - 8 / 0.3) < 4)
+    clock = RunClock([span("aaaaa", 0, 95)], made)
+    of_all, by_card = rate_of_all(made, clock), rates_by_card(made, clock)
+    assert of_all.values[""].sum() * of_all.bin_s == pytest.approx(8 * 300)
+    assert sum(values.sum() for values in by_card.values.values()) * by_card.bin_s == pytest.approx(8 * 300)
+    assert np.all(np.abs(of_all.values[""][1:90] - 8 / 0.3) < 4)
+
+
+def test_the_rate_of_all_is_as_fine_with_a_thousand_cards() -> None:
+    made = [batch(number / 10, card=f"c{number}") for number in range(1000)]
+    clock = RunClock([span("aaaaa", 0, 101)], made)
+    assert len(rate_of_all(made, clock).values[""]) == 120
+    assert len(rates_by_card(made, clock).values["c0"]) == 12
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"generate_s": float("nan")},
+        {"generate_s": 1e999},
+        {"generate_s": -1},
+        {"wait_s": float("nan")},
+        {"images": 10**400},
+        {"started_at": "yesterday"},
+        {"phase": None, "images": None},
+    ],
+)
+def test_a_line_that_can_not_be_is_left_out(fields: dict[str, Any]) -> None:
+    whole = {"time": iso(1), "started_at": iso(0), "generate_s": 1, "wait_s": 0, "images": 8, "phase": "steady"}
+    info = CommitInfo(0, "aaaaa1", "a", "n", 0, 8, 0, 8, ThroughputTotals(2, 8, 0, 1, 0.5, 0.7), finished_at=BEGIN)
+    assert _of_line(whole, info) is not None
+    assert _of_line(whole | fields, info) is None
+    (warmup, steady) = _of_sums(info)
+    assert (warmup.calls, steady.calls, steady.stop) == (2, 1, BEGIN), "a share of a call is one"
+    assert pace([warmup, steady], {}) == {"a": 1.0}
 
 
 def test_a_card_of_half_the_pace_is_half_as_fast_whatever_sizes_it_made() -> None:

@@ -299,7 +299,7 @@ def test_max_failed_is_a_count_or_a_share(limit: float | None, stops: bool) -> N
             world.commit_first()
         while world.recalls:
             world.answer_recall(True)
-        if world.in_flight[0]:
+        if world.in_flight.get(0):
             number = world.in_flight[0][0].shard.number
             world.finish_first(0, failed=1 if number < 4 else 0)
     assert (world.finished[0] is not None) is stops
@@ -364,3 +364,27 @@ def test_an_event_costs_as_much_work_with_a_thousand_cards_as_with_a_hundred() -
     assert calls_an_event(5_000, 6, shards=1) < 250
     # Shards that were lost with two nodes wait for nodes of their own.
     assert calls_an_event(1000, 6, lost_nodes=40) < 500
+
+
+def test_a_run_that_stops_gives_each_card_back_as_soon_as_it_has_nothing_in_flight() -> None:
+    world = World(Schedule(shards(40), "a", RowCounts(160), RULES))
+    start(world, 3)
+    world.join(3)  # it loads
+    world.see(more=2)
+    assert len(world.unplaced) == 2
+    for card in range(3):
+        world.begin(card)
+    world.do(world.handle(StopRequested("enough")))
+    assert world.unplaced == []
+    assert world.schedule.state(3) is CardState.GONE
+    while world.recalls:
+        world.answer_recall(True)
+    for card in range(3):
+        assert world.schedule.state(card) is CardState.READY, "what it has begun is made"
+        world.finish_first(card)
+        assert world.schedule.state(card) is CardState.GONE
+        assert world.finished == []
+    while world.commits:
+        world.commit_first()
+    assert world.finished == ["enough"]
+    assert len(world.committed) == 3

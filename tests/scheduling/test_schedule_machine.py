@@ -35,7 +35,8 @@ from gaudi_batch.scheduling.state import RowCounts
 MAX_CARDS = 8
 ROWS = 4
 """Of a shard."""
-ENDS = ("no card is left", "nodes in a row", "no card that works")
+TOLD = "told to stop"
+ENDS = (TOLD, "no card is left", "nodes in a row", "no card that works")
 """What the reason of a run says that ended with shards left, none of which is stuck."""
 
 
@@ -170,6 +171,12 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(unreadable=st.booleans())
     def storage_is_checked(self, unreadable: bool) -> None:
         self.world.check_storage(of_shard="its rows can't be read" if unreadable else None)
+
+    @precondition(lambda self: self.goes_on())
+    @rule(really=st.sampled_from([False] * 9 + [True]))
+    def it_is_told_to_stop(self, really: bool) -> None:
+        if really:
+            self.world.do(self.world.handle(StopRequested(TOLD)))
 
     @precondition(lambda self: self.world.finished)
     @rule()

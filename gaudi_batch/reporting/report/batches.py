@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gaudi_batch.layout import throughput_path
 from gaudi_batch.output.manifest import CommitInfo
-from gaudi_batch.output.progress import sane_numbers
+from gaudi_batch.output.progress import is_sane
 from gaudi_batch.output.reader import READ_THREADS
 from gaudi_batch.output.records import RunRecords, json_lines
 from gaudi_batch.output.throughput import rounded
@@ -18,6 +19,14 @@ from gaudi_batch.text import one_line
 MAX_SHARDS_READ = 10_000
 """Shards whose throughput lines are read, which takes a request each. Of a run with more, the sums in the manifests are
 taken, so that a shard is one stretch of time."""
+
+
+READ_TIMEOUT_S = 60.0
+MAX_S = 1e7
+"""Seconds beyond which a batch can't be: nobody waits for months."""
+MAX_BATCH_IMAGES = 1_000_000
+MAX_COUNTER = 1e5
+"""Watts or degrees beyond which a counter is wrong."""
 
 
 class Batch(NamedTuple):
@@ -46,16 +55,26 @@ class Batch(NamedTuple):
         return self.start + self.generate_s
 
 
-def read_batches(records: RunRecords) -> list[Batch]:
-    """The committed batches of a run, in order of their shards. Raises StorageError."""
+def read_batches(records: RunRecords, timeout_s: float = READ_TIMEOUT_S) -> list[Batch]:
+    """The committed batches of a run, in order of their shards. Raises StorageError.
+
+    Args:
+        records: of the run.
+        timeout_s: seconds after which no more lines are read, and the sums in the manifests are taken.
+    """
+    until = time.monotonic() + timeout_s
     infos = [commit.info for commit in records.commits]
     if len(infos) > MAX_SHARDS_READ:
         return [batch for info in infos for batch in _of_sums(info)]
     storage = records.reader.storage
-    paths = [throughput_path(info.card, info.shard, info.attempt) for info in infos]
     batches: list[Batch] = []
+
+    def read(info: CommitInfo) -> bytes | None:
+        late = time.monotonic() > until
+        return None if late else storage.get(throughput_path(info.card, info.shard, info.attempt))
+
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for info, data in zip(infos, pool.map(storage.get, paths), strict=True):
+        for info, data in zip(infos, pool.map(read, infos), strict=True):
             lines = [batch for line in json_lines(data) if (batch := _of_line(line, info)) is not None]
             # Lines that are gone, or are not those that were committed, say less than the manifest.
             whole = len(lines) == info.sums.batches
@@ -73,8 +92,13 @@ def _of_line(line: dict[str, Any], info: CommitInfo) -> Batch | None:
             start -= generate_s
         warmup = line["phase"] == "warmup"
         wait_s, images = float(line["wait_s"]), int(line["images"])
-        counters = sane_numbers(line, ("watts", "temperature_c")) | {"throttled": one_line(line.get("throttled") or "")}
+        counters: dict[str, Any] = {"throttled": one_line(line.get("throttled") or "")}
+        for name in ("watts", "temperature_c"):
+            value = line.get(name)
+            counters[name] = value if is_sane(value) and 0 <= value <= MAX_COUNTER else None
     except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+    if not (0 <= generate_s <= MAX_S and 0 <= wait_s <= MAX_S and 0 <= images <= MAX_BATCH_IMAGES and 0 < start < 1e11):
         return None
     return Batch(info.card, info.attempt, info.shard, start, generate_s, wait_s, images, warmup, **counters)
 
@@ -88,8 +112,8 @@ def _of_sums(info: CommitInfo) -> Iterator[Batch]:
     start = info.finished_at - sums.steady_s - sums.warmup_s
     wait_s = sums.wait_s
     for seconds, images, calls, warmup in (
-        (sums.warmup_s, sums.images - sums.steady_images, sums.batches - steady_calls, True),
-        (sums.steady_s, sums.steady_images, steady_calls, False),
+        (sums.warmup_s, sums.images - sums.steady_images, max(1, sums.batches - steady_calls), True),
+        (sums.steady_s, sums.steady_images, max(1, steady_calls), False),
     ):
         if seconds > 0:
             yield Batch(info.card, info.attempt, info.shard, start, seconds, wait_s, images, warmup, calls)

@@ -102,14 +102,15 @@ def _chosen(records: RunRecords) -> dict[int, int]:
         if info.images:
             groups.setdefault((buckets.get(info.shard), info.card), []).append((info.shard, info.images))
     is_files = records.info.job.get("format", FILES) == FILES
-    most_shards = MAX_PICTURES if is_files else MAX_OBJECTS
+    total = sum(map(len, groups.values()))
+    most_shards = total if is_files else MAX_OBJECTS
     wanted: dict[int, int] = {}
-    for share, shards in zip(
-        _shares([sum(n for _, n in group) for group in groups.values()], MAX_PICTURES), groups.values(), strict=True
-    ):
-        count = max(1, min(len(shards), share, most_shards * share // MAX_PICTURES or 1))
+    sizes = [sum(images for _, images in group) for group in groups.values()]
+    for share, shards in zip(_shares(sizes, MAX_PICTURES), groups.values(), strict=True):
+        of_group = len(shards) if total <= most_shards else max(1, most_shards * len(shards) // total)
+        count = min(of_group, share)
         taken = [shards[place * len(shards) // count] for place in range(count)]
-        for (shard, _), pictures_of in zip(taken, _shares([n for _, n in taken], share), strict=True):
+        for (shard, _), pictures_of in zip(taken, _shares([images for _, images in taken], share), strict=True):
             if pictures_of:
                 wanted[shard] = pictures_of
     return wanted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -9,14 +11,15 @@ from typing import Any
 
 from gaudi_batch.config.command import run_command
 from gaudi_batch.layout import driver_of
-from gaudi_batch.output.progress import sane_numbers, sane_progress
+from gaudi_batch.output.cost import Price
+from gaudi_batch.output.progress import is_sane, sane_progress
 from gaudi_batch.output.records import RunRecords
-from gaudi_batch.output.spans import card_hours, wall_seconds
+from gaudi_batch.output.spans import card_hours, wall_seconds, whole_cost
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.reporting.report.batches import Batch, counters, pace, read_batches
 from gaudi_batch.reporting.report.page import render, version
 from gaudi_batch.reporting.report.pictures import describe, pictures
-from gaudi_batch.reporting.report.rates import rates
+from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
 from gaudi_batch.reporting.report.timelines import (
     AT_WORK,
     BACKUP,
@@ -31,8 +34,10 @@ from gaudi_batch.reporting.report.timelines import (
     drawn,
     timelines,
 )
-from gaudi_batch.text import one_line
+from gaudi_batch.text import one_line, short_hosts
 
+COMMIT = re.compile("[0-9a-f]{40}")
+"""The revision of a hub's model; that of a directory has more digits."""
 MAX_CARDS = 256
 """Cards that are drawn and listed: those with faults first, then the slowest."""
 MAX_STRETCHES = 60_000
@@ -67,28 +72,39 @@ def make_report(records: RunRecords, state: str, reason: str | None, base: str |
 def describe_report(records: RunRecords, state: str, reason: str | None, base: str | None = "") -> dict[str, Any]:
     """The data of the page; see `make_report`."""
     batches = read_batches(records)
-    clock = RunClock(records.spans, batches)
-    complete = state.startswith("complete")
-    cards = timelines(records.timelines(), batches, clock, {} if complete else _at_work(records))
-    faults = Counter({card.name: sum(mark.kind == "fault" for mark in card.marks) for card in cards})
+    lines = records.timelines()
+    clock = RunClock(records.spans, batches, lines)
+    cards = timelines(lines, batches, clock, {} if state.startswith("complete") else _at_work(records))
     totals = records.totals()
-    for card in cards:
+    cards += [CardTimeline(name, was_ready=True) for name in totals.cards.keys() - {card.name for card in cards}]
+    # A place that was given back before its card had loaded is no card; its time counts.
+    present = [card for card in cards if card.was_ready or any(mark.kind == "fault" for mark in card.marks)]
+    for card in present:
         totals.card(card.name, "", None)
+    faults = Counter({card.name: sum(mark.kind == "fault" for mark in card.marks) for card in present})
     figures = totals.describe(faults, 0)
-    kinds = {shard.number: shard.bucket.batch_kind for shard in records.plan}
-    paces = pace(batches, kinds)
+    paces = pace(batches, {shard.number: shard.bucket.batch_kind for shard in records.plan})
     measured = counters(batches)
-    described = [_card(card, figures["cards"][card.name] | measured.get(card.name, {}), paces) for card in cards]
+    images_again, failed_again = records.images_made_again()
+    described = []
+    for card in present:
+        of_card = figures["cards"][card.name] | measured.get(card.name, {})
+        of_card["images"] -= images_again[card.name]
+        of_card["failed_rows"] -= failed_again[card.name]
+        described.append(_card(card, of_card, paces))
     _flag_unlike(described)
     listed = _most_notable(described)
     places = {name: place for place, name in enumerate(card["name"] for card in listed)}
+    short = short_hosts(card["node"] for card in listed)
+    for card_record in listed:
+        node = card_record["node"]
+        card_record["label"] = card_record["name"].replace(node, short[node]) if node else card_record["name"]
     committers = {driver_of(commit.info.attempt) for commit in records.commits}
     wall_s = wall_seconds(records.spans, committers)
-    spent = records.reader.get_json("progress.json" if state == "running" else "summary.json") or {}
-    cost = sane_numbers(spent, ("cost",))["cost"]
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     images = figures["images"]
     job = records.info.job
+    cost = None if wall_s is None else whole_cost(records.spans, _price(job))
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "output": records.reader.storage.url,
         "base": base,
@@ -97,9 +113,9 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "made_at": now,
         "version": version(),
         "run_id": records.info.run_id,
-        "created_at": records.info.created_at,
+        "created_at": records.spans[0].started_at if wall_s is not None else records.info.created_at,
         "asked": _asked(records),
-        "command": run_command(job, f"{str(job.get('output', '')).rstrip('/')}-again"),
+        "command": _command(records),
         "rows_planned": records.info.rows,
         "images_planned": records.info.images,
         "shards_planned": len(records.plan),
@@ -146,6 +162,24 @@ def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, fl
         "spent": {kind: round(seconds, 3) for kind, seconds in spent.items() if seconds},
         "flags": flags,
     }
+
+
+def _price(job: Mapping[str, Any]) -> Price | None:
+    """The price that the run's first command named, for drivers whose own named none."""
+    for unit in ("card", "node"):
+        per_hour = job.get(f"price_per_{unit}_hour")
+        if is_sane(per_hour):
+            return Price(per_hour, "card" if unit == "card" else "node")
+    return None
+
+
+def _command(records: RunRecords) -> str:
+    """The command that repeats the run beside it, with the revision of the hub's model that it had."""
+    job = dict(records.info.job)
+    revision = str(records.info.fingerprint.get("model_revision"))
+    if COMMIT.fullmatch(revision) and not job.get("revision"):
+        job["revision"] = revision
+    return run_command(job, f"{str(job.get('output', '')).rstrip('/')}-again")
 
 
 def _at_work(records: RunRecords) -> dict[str, float] | None:
@@ -211,7 +245,8 @@ def _asked(records: RunRecords) -> dict[str, Any]:
     asked["model_revision"] = same.get("model_revision")
     given = {name: value for name, value in asked.items() if value not in (None, [], {}, "")}
     return {
-        "job": {name: value if isinstance(value, str | int | float) else str(value) for name, value in given.items()},
+        # Seeds have up to 63 bits, and JavaScript's numbers 53.
+        "job": {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()},
         "stack": dict(stack),
     }
 
@@ -263,13 +298,14 @@ def _marks(cards: Iterable[CardTimeline], places: Mapping[str, int]) -> list[lis
 
 
 def _rates(batches: Sequence[Batch], clock: RunClock, places: Mapping[str, int]) -> dict[str, Any]:
-    over_time = rates(batches, clock)
+    of_all, by_card = rate_of_all(batches, clock), rates_by_card(batches, clock)
     return {
-        "bin_s": round(over_time.bin_s, 4),
-        "all": [round(value, 4) for value in over_time.all().tolist()],
+        "bin_s": round(of_all.bin_s, 4),
+        "all": [round(value, 4) for value in of_all.values[""].tolist()] if of_all.values else [],
+        "card_bin_s": round(by_card.bin_s, 4),
         "cards": [
             [places[name], [round(value, 4) for value in values.tolist()]]
-            for name, values in over_time.cards.items()
+            for name, values in by_card.values.items()
             if name in places
         ],
     }

@@ -5,12 +5,14 @@ All times are seconds of the run: those of its drivers, one after the other, wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from gaudi_batch.layout import driver_of
+from gaudi_batch.output.progress import is_sane
 from gaudi_batch.output.spans import Span
 from gaudi_batch.reporting.report.batches import Batch
 from gaudi_batch.text import one_line
@@ -61,6 +63,8 @@ class CardTimeline:
     name: str
     stretches: list[Stretch] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    was_ready: bool = False
+    """Whether it has ever loaded; else it is a place that was given back before."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds by kind."""
@@ -74,37 +78,51 @@ class RunClock:
     """Places moments in the time of a run.
 
     Args:
-        spans: of its drivers.
-        batches: by which the time goes of drivers that have left no span.
-        attempts: prefixes of their attempts.
+        spans: of its drivers. One of an older version has left none; its time is that of its batches.
+        batches: what was committed.
+        lines: of the timeline, by driver.
     """
 
-    def __init__(self, spans: Sequence[Span], batches: Sequence[Batch]) -> None:
-        self._begins: list[tuple[float, float, float]] = []  # epoch, seconds, seconds of all before
-        self.drivers: list[tuple[str, float, float]] = []
-        """Each driver with its first and its last second."""
-        before = 0.0
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        batches: Iterable[Batch],
+        lines: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        for batch in batches:
+            driver = driver_of(batch.attempt)
+            first[driver] = min(first.get(driver, math.inf), batch.start - batch.wait_s)
+            last[driver] = max(last.get(driver, -math.inf), batch.stop)
+        known: dict[str, tuple[float, float]] = {}  # begin in seconds since the epoch, and seconds
         for span in spans:
             begin = seconds_of(span.started_at)
-            if begin is None:
-                continue
-            self._begins.append((begin, span.wall_s, before))
-            self.drivers.append((span.driver, before, before + span.wall_s))
-            before += span.wall_s
-        if not self._begins and batches:
-            first = min(batch.start - batch.wait_s for batch in batches)
-            before = max(batch.stop for batch in batches) - first
-            self._begins, self.drivers = [(first, before, 0.0)], [("", 0.0, before)]
-        self.wall_s = before
+            if begin is not None:
+                of_lines = [seconds_of(line.get("time")) or 0.0 for line in (lines or {}).get(span.driver, ())]
+                end = max(last.get(span.driver, 0.0), *of_lines, 0.0)
+                # Older versions wrote whole seconds down, and left the rest out.
+                late = 0.0 if "." in span.started_at else min(1.0, max(0.0, end - begin - span.wall_s))
+                known[span.driver] = begin + late, span.wall_s
+        for driver in first.keys() - known.keys():
+            known[driver] = first[driver], last[driver] - first[driver]
+        self._begins: dict[str, tuple[float, float, float]] = {}  # and the seconds of all drivers before
+        self.wall_s = 0.0
         """Seconds of the run."""
+        for driver, (begin, seconds) in sorted(known.items(), key=lambda item: item[1][0]):
+            self._begins[driver] = begin, seconds, self.wall_s
+            self.wall_s += seconds
 
-    def at(self, epoch: float) -> float:
-        """A moment in seconds since the epoch, as seconds of the run."""
-        place = 0.0
-        for begin, seconds, before in self._begins:
-            if epoch >= begin or not place:
-                place = before + min(max(0.0, epoch - begin), seconds)
-        return place
+    @property
+    def drivers(self) -> list[tuple[str, float, float]]:
+        """Each driver with its first and its last second, in their order."""
+        return [(driver, before, before + seconds) for driver, (_, seconds, before) in self._begins.items()]
+
+    def at(self, epoch: float, driver: str) -> float:
+        """A moment of a driver, in seconds since the epoch by its clock, as seconds of the run; 0 for a driver of whom
+        nothing is known."""
+        begin, seconds, before = self._begins.get(driver, (epoch, 0.0, 0.0))
+        return before + min(max(0.0, epoch - begin), seconds)
 
 
 def timelines(
@@ -123,30 +141,28 @@ def timelines(
             if that is not known, so that all since a card's last batch counts as lost.
     """
     cards: dict[str, CardTimeline] = {}
-    by_driver: dict[tuple[str, str], list[Batch]] = {}
-    known = {driver for driver, _, _ in clock.drivers}
-    for batch in batches:
-        driver = driver_of(batch.attempt)
-        by_driver.setdefault((driver if driver in known else "", batch.card), []).append(batch)
-    for number, (driver, begin, end) in enumerate(clock.drivers):
-        is_last = number == len(clock.drivers) - 1
-        of_driver = list(lines.get(driver, ())) if driver else []
-        told: set[str] = set()
-        for life in _lives(of_driver, clock, begin, end):
+    made: dict[tuple[str, str], list[Batch]] = {}
+    for batch in sorted(batches, key=lambda batch: batch.start):
+        made.setdefault((driver_of(batch.attempt), batch.card), []).append(batch)
+    for driver, begin, end in clock.drivers:
+        is_last = end == clock.wall_s
+        lives = [*_lives(lines.get(driver, ()), clock, driver, (begin, end))]
+        told = {life.name for life in lives}
+        for of, name in made:
+            if of == driver and name not in told:  # an older version wrote no timeline, or the line comes later
+                of_card = made[of, name]
+                start = clock.at(of_card[0].start - of_card[0].wait_s, driver)
+                lives.append(
+                    _Life(name, was_ready=True, is_over=True, ups=[_Up(start, clock.at(of_card[-1].stop, driver))])
+                )
+        for life in lives:
             card = cards.setdefault(life.name, CardTimeline(life.name))
+            card.was_ready |= life.was_ready
             card.marks += life.marks
-            made = sorted(by_driver.get((driver, life.name), []), key=lambda batch: batch.start)
             lost_from: float | None = 0.0
             if is_last and at_work is not None:
                 lost_from = end - at_work[life.name] if life.name in at_work else None
-            card.stretches += life.fill(made, clock, lost_from)
-            told.add(life.name)
-        for (of, name), made in by_driver.items():
-            if of == driver and name not in told:  # an older version wrote no timeline
-                card = cards.setdefault(name, CardTimeline(name))
-                made = sorted(made, key=lambda batch: batch.start)
-                life = _Life(name, ups=[_Up(clock.at(made[0].start - made[0].wait_s), clock.at(made[-1].stop))])
-                card.stretches += life.fill(made, clock, None)
+            card.stretches += life.fill(made.get((driver, life.name), []), clock, driver, lost_from)
     return [cards[name] for name in sorted(cards)]
 
 
@@ -165,6 +181,7 @@ class _Life:
     """What one driver's lines say of a card."""
 
     name: str
+    was_ready: bool = False
     stretches: list[Stretch] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     ups: list[_Up] = field(default_factory=list)
@@ -175,12 +192,13 @@ class _Life:
     lost_from: float | None = None
     """Since when it was then at work that was not committed; None if it was not."""
 
-    def fill(self, made: Sequence[Batch], clock: RunClock, lost_from: float | None) -> list[Stretch]:
+    def fill(self, made: Sequence[Batch], clock: RunClock, driver: str, lost_from: float | None) -> list[Stretch]:
         """All stretches, those of its batches among them.
 
         Args:
             made: the batches, in order.
             clock: of the run.
+            driver: whose batches they are.
             lost_from: since when it was at work that was not committed as its driver ended, where no line says so.
         """
         lost_from = self.lost_from if self.is_over else lost_from
@@ -188,7 +206,7 @@ class _Life:
         for up in self.ups:
             at, idle = up.start, START
             for batch in made:
-                start, stop = clock.at(batch.start), clock.at(batch.stop)
+                start, stop = clock.at(batch.start, driver), clock.at(batch.stop, driver)
                 if not up.start - MIN_LOST_S <= start <= up.stop + MIN_LOST_S:
                     continue
                 start = max(start, at)
@@ -212,23 +230,24 @@ def _stretch(kind: str, start: float, stop: float) -> list[Stretch]:
     return [Stretch(kind, start, stop)] if stop > start else []
 
 
-def _lives(lines: Sequence[Mapping[str, Any]], clock: RunClock, begin: float, end: float) -> list[_Life]:
+def _lives(
+    lines: Sequence[Mapping[str, Any]], clock: RunClock, driver: str, span: tuple[float, float]
+) -> Iterable[_Life]:
     """The cards of a driver's lines."""
-    by_slot: dict[Any, list[Mapping[str, Any]]] = {}
+    by_slot: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         by_slot.setdefault(str(line.get("slot")), []).append(line)
-    return [_life(slot, of_slot, clock, (begin, end)) for slot, of_slot in by_slot.items()]
+    for slot, of_slot in by_slot.items():
+        moments = [(seconds_of(line.get("time")), line) for line in of_slot]
+        timed = [(clock.at(moment, driver), line) for moment, line in moments if moment is not None]
+        yield _life(slot, timed, span)
 
 
-def _life(slot: str, lines: Sequence[Mapping[str, Any]], clock: RunClock, span: tuple[float, float]) -> _Life:
-    names = [str(line["card"]) for line in lines if line.get("card")]
-    life = _Life(one_line(names[-1] if names else f"place {slot}, never ready"))
+def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tuple[float, float]) -> _Life:
+    names = [str(line["card"]) for _, line in lines if line.get("card")]
+    life = _Life(one_line(names[-1] if names else f"place {slot}, never ready"), was_ready=bool(names))
     state, since = "", span[0]
-    for line in lines:
-        moment = seconds_of(line.get("time"))
-        if moment is None:
-            continue
-        at = min(max(clock.at(moment), span[0]), span[1])
+    for at, line in lines:
         what, error = str(line.get("what")), one_line(line.get("error") or "")
         if what in ("starting", "ready", QUARANTINED, "released"):
             _close(life, state, since, at, failed=what in ("starting", QUARANTINED))
@@ -245,7 +264,7 @@ def _life(slot: str, lines: Sequence[Mapping[str, Any]], clock: RunClock, span: 
             life.is_over = True
             if line.get("phase") in AT_WORK:
                 phase_s = line.get("phase_s")
-                life.lost_from = at - (phase_s if isinstance(phase_s, int | float) else 0.0)
+                life.lost_from = at - (phase_s if is_sane(phase_s) else 0.0)
         elif what in (QUARANTINED, "released"):
             life.marks.append(Mark(what, at, error or "its place was given back"))
     _close(life, state, since, span[1], failed=False)

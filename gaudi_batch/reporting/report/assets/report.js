@@ -1,7 +1,8 @@
 "use strict";
 // Everything that comes from the run is put into the page as text: `el` makes text nodes of strings.
 const data = JSON.parse(document.getElementById("data").textContent);
-const root = document.getElementById("report");
+const page = document.getElementById("report");
+const root = { append: (...parts) => page.append(...parts.filter((part) => part !== null)) };
 const kinds = Object.keys(data.kinds);
 const color = (kind) => `var(--${kind})`;
 const SYMBOLS = { fault: "times", backup: "triangle", dropped: "square", quarantined: "diamond2", released: "circle" };
@@ -70,9 +71,11 @@ root.append(
 const names = data.cards.map((card) => card.name);
 const flagged = new Set(data.cards.filter((card) => card.flags.length).map((card) => card.name));
 const words = new Map(data.cards.map((card) => [card.name, card.flags.map((flag) => flag.split(":")[0]).filter((flag) => !/fault/.test(flag)).join(", ")]));
-const label = (name) => {
+const labels = new Map(data.cards.map((card) => [card.name, card.label]));
+const label = (card) => {
+  const name = labels.get(card);
   const short = name.length > 24 ? `${name.slice(0, 11)}\u2026${name.slice(-12)}` : name;
-  return flagged.has(name) ? `\u26a0 ${short}${words.get(name) ? ` (${words.get(name)})` : ""}` : short;
+  return flagged.has(card) ? `\u26a0 ${short}${words.get(card) ? ` (${words.get(card)})` : ""}` : short;
 };
 const breaks = data.drivers.slice(1).map((driver) => driver.start);
 const big = matchMedia("(min-width: 1900px)");
@@ -140,7 +143,7 @@ function rateOfAll(width) {
 }
 
 function rateByCard(width) {
-  const step = data.rates.bin_s;
+  const step = data.rates.card_bin_s;
   const cells = data.rates.cards.flatMap(([place, values]) => values.map((value, bin) => ({ card: names[place], x1: bin * step, x2: (bin + 1) * step, value })).filter((cell) => cell.value > 0));
   return Plot.plot({
     ...axes(width),
@@ -299,11 +302,11 @@ function open(picture) {
 const optionsOf = (values) => [...new Set(values)].map((value) => el("option", { value }, value));
 const searchable = (...texts) => texts.filter((text) => text !== null && text !== undefined).join("\n").toLowerCase();
 if (data.pictures.length || data.failed.length) {
-  const text = el("input", { type: "search", placeholder: "filter by prompt, id or error", "aria-label": "filter", input: filter });
+  const text = el("input", { type: "search", placeholder: "filter by prompt, id, seed or error", "aria-label": "filter", input: filter });
   const bucket = el("select", { "aria-label": "settings", change: filter }, el("option", { value: "" }, "all settings"), optionsOf(data.pictures.map((picture) => picture.bucket)));
   const card = el("select", { "aria-label": "card", change: filter }, el("option", { value: "" }, "all cards"), optionsOf(data.pictures.map((picture) => picture.card)));
   const count = el("span", { class: "quiet", id: "shown" });
-  const tiles = data.pictures.map((picture) => [picture, searchable(picture.prompt, picture.id, picture.negative_prompt), el("li", {},
+  const tiles = data.pictures.map((picture) => [picture, searchable(picture.prompt, picture.id, picture.negative_prompt, picture.seed), el("li", {},
     el("button", { click: () => open(picture), title: picture.prompt ?? "" },
       el("img", { src: picture.src, alt: picture.prompt ?? "", loading: "lazy" }),
       el("span", {}, picture.prompt ?? "")))]);
@@ -359,5 +362,5 @@ document.querySelector("header").append(el("nav", {}, Object.entries(titles).fil
 
 redraw();
 let pending = 0;
-new ResizeObserver(() => { cancelAnimationFrame(pending); pending = requestAnimationFrame(redraw); }).observe(root);
+new ResizeObserver(() => { cancelAnimationFrame(pending); pending = requestAnimationFrame(redraw); }).observe(page);
 document.documentElement.dataset.drawn = "true";
