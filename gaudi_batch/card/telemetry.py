@@ -93,6 +93,8 @@ class Telemetry:
                     raise BrokenPipeError
                 os.write(self._process.stdin.fileno(), b"%d\n" % mark.number)
                 self._pending.append(mark)
+                if len(self._pending) > MAX_SAMPLES:  # the library hangs, and the process takes marks all the same
+                    self._pending.popleft().answered.set()
             except OSError:  # it has ended, or its pipe is full since it stands still
                 mark.answered.set()
             hangs = bool(self._pending) and ended - self._pending[0].ended > MAX_AGE_S

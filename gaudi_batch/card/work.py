@@ -44,7 +44,11 @@ class CardWork:
     def since(self, before: CardWork) -> CardWork:
         """What was done since an earlier look at the same card. With a sum that is smaller than it was, another process
         has taken the place of that one, and all of it is new."""
-        if self.images < before.images or self.generate_s < before.generate_s:
+        sums = zip(
+            (self.images, self.generate_s, self.wait_s), (before.images, before.generate_s, before.wait_s), strict=True
+        )
+        fewer = any(sum(self.batches.get(phase, ())) < sum(counts) for phase, counts in before.batches.items())
+        if fewer or any(now < then for now, then in sums):
             before = CardWork()
         return CardWork(
             self.images - before.images,

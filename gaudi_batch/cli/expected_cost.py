@@ -52,7 +52,7 @@ def money_lines(work: Work, spending: Spending, used: dict[str, Any]) -> list[st
             in_all = "" if rest is None else f", {about} {money(so_far + rest)} in all"
             parts.append(f"{money(so_far)} so far{in_all}")
         lines.append(f"cost     {'; '.join(parts)}")
-        lines += _budget(spending.budget, so_far or 0.0, rest)
+        lines += _budget(spending.budget, spending.spent(Held()), rest)
     left = spending.seconds_left
     if left is not None and work.seconds is not None and work.seconds > left:
         lines.append(

@@ -256,7 +256,10 @@ class LimitsConfig(Section):
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 """A variable of the driver's environment in a URL."""
-_URL_IN_TEXT = re.compile(r"https?://[^\s'\"]+")
+_URL_IN_TEXT = re.compile(r"\w+://[^\s'\"]+", re.IGNORECASE)
+_LONG_WORD = re.compile(r"\w{20,}")
+"""With a digit in it, what tokens look like."""
+_VARIABLE_ALONE = re.compile(r"\"?\$(\w+|\{\w+\})\"?")
 
 
 def check_webhook(url: str) -> None:
@@ -290,8 +293,12 @@ class OnEndConfig(Section):
 
     @property
     def tells_url(self) -> bool:
-        """Whether it has a URL in it that whoever reads it could post to."""
-        return any("$" not in url for url in self.urls)
+        """Whether whoever reads it may learn a URL or a token from it: all but a URL that is a variable, and a command
+        without either."""
+        if self.url is not None:
+            return VARIABLE.fullmatch(self.url) is None
+        command = self.command or ""
+        return "://" in command or any(any(map(str.isdecimal, word)) for word in _LONG_WORD.findall(command))
 
     @property
     def urls(self) -> list[str]:
@@ -302,7 +309,7 @@ class OnEndConfig(Section):
     @classmethod
     def _text_alone(cls, value: Any) -> Any:
         if isinstance(value, str):
-            is_url = value.lstrip().startswith(("http://", "https://")) or VARIABLE.fullmatch(value.strip())
+            is_url = value.lstrip().lower().startswith(("http://", "https://")) or VARIABLE.fullmatch(value.strip())
             return {"url": value.strip()} if is_url else {"command": value}
         if isinstance(value, Mapping) and any("://" in str(name) for name in value):
             raise ValueError("must be a text, or a mapping of url and format, or of command")
@@ -314,6 +321,8 @@ class OnEndConfig(Section):
             raise ValueError("must have either a url or a command")
         if self.command is not None and (not self.command.strip() or "\0" in self.command):
             raise ValueError("command must be what a shell can run")
+        if self.command is not None and _VARIABLE_ALONE.fullmatch(self.command.strip()):
+            raise ValueError("command is nothing but a variable; a URL in one is written ${NAME}, as a url")
         if self.command is not None and self.format is not None:
             raise ValueError("format belongs to a url; a command gets the JSON on standard input")
         if self.url is not None and not VARIABLE.search(self.url):

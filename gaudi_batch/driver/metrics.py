@@ -53,10 +53,10 @@ IMAGES_DONE = Metric(
 )
 FAILED_ROWS = Metric("gaudi_batch_failed_rows", "gauge", (), "Rows of the run that failed.")
 SHARDS_PENDING = Metric("gaudi_batch_shards_pending", "gauge", (), "Shards that wait for a card: the queue.")
-LEFT = Metric("gaudi_batch_left_seconds", "gauge", (), "Seconds left, by the rate of the last minute; absent before.")
+LEFT = Metric("gaudi_batch_left_seconds", "gauge", (), "Seconds left, as progress.json has them; absent while unknown.")
 CARDS = Metric("gaudi_batch_cards", "gauge", ("state",), "Cards by state.")
 WATTS = Metric("gaudi_batch_card_watts", "gauge", ("card",), "What the card draws; absent where nobody measures that.")
-RETRIES = Metric("gaudi_batch_retries_total", "counter", (), "Attempts at shards that had been tried before.")
+RETRIES = Metric("gaudi_batch_retries_total", "counter", (), "Attempts at shards that failed.")
 FAULTS = Metric("gaudi_batch_faults_total", "counter", ("card",), "Faults of the card.")
 IMAGES = Metric(
     "gaudi_batch_images_total",
@@ -204,7 +204,7 @@ def run_label(output: str, run_id: str) -> str:
     which is the same however often the run is resumed. A run of an old version has no id."""
     name = redact(output).rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")[:NAME_LENGTH]
-    return f"{name}-{run_id[:8]}" if run_id else name
+    return f"{name or 'run'}-{run_id[:8]}" if run_id else name or "run"
 
 
 def _instruments() -> dict[Metric, Any]:

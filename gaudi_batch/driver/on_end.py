@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from gaudi_batch.config.schema import JobConfig
@@ -45,8 +45,8 @@ KILL_TIMEOUT_S = 1.0
 """Seconds in which a command that takes too long is killed."""
 POLL_INTERVAL_S = 0.05
 """Seconds between two looks whether a command has ended."""
-ERROR_BYTES = 2000
-"""Bytes at the end of a command's output in which its error is looked for."""
+NO_COMMAND = (126, 127)
+"""Exit codes of a shell for a command that it may not run, or that is not there."""
 SLACK_HOST = "hooks.slack.com"
 
 
@@ -98,7 +98,7 @@ class Webhook:
             raise InputError(f"{place}.url: {error}") from None
         parts = urlsplit(self._url)
         learn({"on_end": self._url})
-        self.name = f"{place} ({parts.scheme}://{parts.hostname})"
+        self.name = place  # of some services the host is the secret
         self._is_slack = config.format == "slack" or (config.format is None and parts.hostname == SLACK_HOST)
 
     def tell(self, outcome: Outcome, until: float, given_up: threading.Event) -> None:
@@ -110,7 +110,7 @@ class Webhook:
         try:
             urllib.request.build_opener(_NoRedirects).open(request, timeout=seconds).close()
         except urllib.error.HTTPError as error:
-            answer = f"it answers {error.code} {one_line(error.reason, 100)}"
+            answer = f"it answers {error.code}"  # its words may repeat the URL
             error.close()
             if error.code < 500 and error.code not in TRANSIENT_STATUSES:
                 raise Refused(answer) from None
@@ -141,15 +141,16 @@ class Command:
         """See `Target`. A command that takes too long is killed with all that it has started."""
         about = {"GAUDI_BATCH_EXIT_CODE": str(outcome.exit_code), "GAUDI_BATCH_STATE": outcome.state}
         # Files and no pipes: what it leaves in the background would keep a pipe open.
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as printed:
+        with tempfile.TemporaryFile() as given:
             given.write(outcome.json())
             given.seek(0)
             process = subprocess.Popen(
                 self._command,
                 shell=True,
                 stdin=given,
-                stdout=printed,
-                stderr=subprocess.STDOUT,
+                # What it says may be a webhook's URL, or without end.
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 env=os.environ | about,
                 start_new_session=True,
             )
@@ -159,15 +160,10 @@ class Command:
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     raise OSError("it took too long and was killed")
+            if process.returncode in NO_COMMAND:
+                raise Refused(f"it can't be run (exit code {process.returncode}); the command alone says why")
             if process.returncode:
-                raise OSError(f"it ended with exit code {process.returncode}{_last_line(printed)}")
-
-
-def _last_line(printed: IO[bytes]) -> str:
-    size = printed.seek(0, os.SEEK_END)
-    printed.seek(max(0, size - ERROR_BYTES))
-    lines = printed.read().decode(errors="replace").strip().splitlines()
-    return f": {one_line(lines[-1], 200)}" if lines else ""
+                raise OSError(f"it ended with exit code {process.returncode}; what it printed is not kept")
 
 
 class OnEnd:
@@ -211,13 +207,16 @@ def tell_all(targets: list[Target], outcome: Outcome, seconds: float) -> None:
     """Tells everybody at the same time, and returns after so many seconds at the latest, or when a signal comes."""
     until, given_up = time.monotonic() + seconds, threading.Event()
     threads = [
-        threading.Thread(target=_tell, args=(target, outcome, until, given_up), name="on_end", daemon=True)
+        threading.Thread(target=_tell, args=(target, outcome, until, given_up), name=target.name, daemon=True)
         for target in targets
     ]
     try:
         for thread in threads:
             thread.start()
         _join(threads, until - time.monotonic() + KILL_TIMEOUT_S)
+        for thread in threads:
+            if thread.is_alive():
+                log.warning("%s is not told that the run is over: it has not answered for %g s", thread.name, seconds)
     except KeyboardInterrupt:
         log.warning("on_end: interrupted, so nobody is told any more")
         given_up.set()

@@ -132,7 +132,10 @@ class RunProgress:
             "retries": self._schedule.retries,
             "drivers": [asdict(span) for span in self._spending.spans(self.held)],
             "cost": rounded(self._spending.cost(self.held)) if self._spending.price else None,
-            "cost_expected": rounded(self._spending.expected(self.held, left.seconds)),
+            # A run that stops makes no more than what has begun.
+            "cost_expected": None
+            if self._schedule.stop_reason is not None
+            else rounded(self._spending.expected(self.held, left.seconds)),
             "waits_for": waits_for,
             "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
             "faults": list(self._recent_faults),

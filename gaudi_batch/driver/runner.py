@@ -23,9 +23,9 @@ from gaudi_batch.driver.recut import recut
 from gaudi_batch.driver.result import RunResult
 from gaudi_batch.driver.run_context import Committed, Ended, Run
 from gaudi_batch.driver.spending import Spending
-from gaudi_batch.errors import ForcedInterrupt, InputError, StorageError
+from gaudi_batch.errors import ForcedInterrupt, InputError, RunStopped, StorageError
 from gaudi_batch.job import Job, resolve
-from gaudi_batch.layout import DRIVER_NAME_LENGTH
+from gaudi_batch.layout import DRIVER_NAME_LENGTH, driver_of
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.lease import LeaseKeeper
 from gaudi_batch.output.ledger import Ledger
@@ -131,12 +131,18 @@ def run(
                 if manifests and len(manifests) < len(plan) and not repair and not over:
                     cards.start(info.run_id, len(plan) - len(manifests), "all records of the run are read")
                 this_run.commits.refresh(manifests)
+                spending.note_committers({driver_of(commit.info.attempt) for commit in this_run.commits.in_order()})
+                if over and (repair or retry_failed):
+                    # Either would add shards that nobody makes.
+                    assert spending.reached is not None
+                    raise RunStopped(f"stopped: {spending.reached.reason}; {spending.reached.way_out}")
                 if repair:
                     add_broken_rows(this_run)
                 if retry_failed:
                     retry_failed_rows(this_run)
                 committed = Committed.of(this_run)
-                recut(this_run, committed)
+                if not over:
+                    recut(this_run, committed)
                 ended = _make_missing(this_run, cards, committed, spending, grace)
                 result = sum_up(this_run, committed.totals, ended)
                 if verify:

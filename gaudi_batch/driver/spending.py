@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -47,6 +47,7 @@ class Spending:
         self.reached: Reached | None = None
         """The limit that was reached first; None before."""
         self.budget = config.budget
+        self._is_partly_unknown = False
         self._deadline = config.deadline
         self._end = parse_deadline(config.deadline) if config.deadline else None
         if isinstance(self._end, datetime) and self._end <= (now := _now()):
@@ -65,13 +66,29 @@ class Spending:
                 counted(unknown, "earlier driver"),
             )
 
+    def note_committers(self, drivers: Collection[str]) -> None:
+        """Notes who committed something: where one of these left no span, what the run has cost is not known."""
+        unknown = len(set(drivers) - {span.driver for span in self.earlier})
+        if unknown and not self._is_partly_unknown:
+            self._is_partly_unknown = True
+            if self.budget is not None:
+                log.warning(
+                    "%s of this run wrote no times down, as older versions did not; what these cost is not known, and"
+                    " the budget counts without that",
+                    counted(unknown, "earlier driver"),
+                )
+
+    def spent(self, held: Held) -> float:
+        """What is known of the cost so far."""
+        return sum(cost for cost in costs(self.spans(held), self.price) if cost is not None)
+
     def spans(self, held: Held) -> list[Span]:
         """The spans of all drivers, this one's so far, with what it holds and has held of the cluster."""
         return [*self.earlier, self.watch.span(held)]
 
     def cost(self, held: Held) -> float | None:
         """What the run has cost so far; None if that is not known. See `spans`."""
-        return whole_cost(self.spans(held), self.price)
+        return None if self._is_partly_unknown else whole_cost(self.spans(held), self.price)
 
     def expected(self, held: Held, seconds_left: float | None) -> float | None:
         """What the run will have cost if the cards that it holds take so many seconds for the rest; None if that is not
@@ -111,7 +128,7 @@ class Spending:
     def _over_budget(self, held: Held) -> Reached | None:
         if self.budget is None:
             return None
-        spent = sum(cost for cost in costs(self.spans(held), self.price) if cost is not None)
+        spent = self.spent(held)
         if spent < self.budget:
             return None
         reason = f"the budget of {self.budget:.15g} is reached at {money(spent)}"

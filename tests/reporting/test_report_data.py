@@ -23,9 +23,9 @@ from gaudi_batch.storage.store import Storage
 
 
 def data_of(page: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
-    assert found is not None
-    return dict(json.loads(found[1]))
+    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert script is not None
+    return dict(json.loads(script[1]))
 
 
 @pytest.mark.parametrize("kept", ["simulated", "cpu"])
