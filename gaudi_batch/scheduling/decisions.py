@@ -139,7 +139,7 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class Release:
-    """Kill the card's process and give back its slot: it has nothing in flight, and its node leaves or the run stops."""
+    """Kill the card's process and give back its slot: it has nothing in flight; its node leaves, or the run stops."""
 
     card: int
 
