@@ -80,6 +80,10 @@ def test_work_that_is_not_committed_is_lost() -> None:
     assert told(in_the_making, [batch(3)])[2:] == [("tail", 4, 14), ("lost", 14, 20)]
 
 
+def test_a_card_that_is_given_back_was_idle() -> None:
+    assert told([*START, line(6, "released")], [batch(3)])[2:] == [("tail", 4, 6)]
+
+
 def test_batches_of_a_backup_attempt_are_told_apart() -> None:
     lines = [*START, line(4, "backup", shard=3, attempt="aaaaa9", backup_of="aaaaa2")]
     assert told(lines, [batch(3), batch(4, attempt="aaaaa9")], 5)[1:] == [("generating", 3, 4), ("backup", 4, 5)]

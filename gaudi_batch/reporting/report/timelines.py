@@ -31,6 +31,7 @@ KINDS: Mapping[str, str] = {
     QUARANTINED: "given up; no process runs",
 }
 """What a card can be at, with what it means."""
+FAILED = ("starting", QUARANTINED)
 MIN_LOST_S = 0.05
 """A gap between two batches below this is no work that was lost: clocks are read one after the other."""
 AT_WORK = ("batch", "first batch", "reading", "storing", "encoding", "asking storage", "silent")
@@ -172,8 +173,9 @@ class _Up:
 
     start: float
     stop: float
-    failed: bool = False
-    """Whether it ended by a failure, so that what came after its last batch was lost."""
+    end: str = ""
+    """The line that ended it: by `starting` or `quarantined` it failed, so that what came after its last batch was
+    lost; by `released` it had nothing more to do."""
 
 
 @dataclass
@@ -220,7 +222,11 @@ class _Life:
                 at, idle = stop, WAITING
             dropped = max((time for time in self.dropped if at < time <= up.stop), default=at)
             stretches += _stretch(LOST, at, dropped)
-            lost = dropped if up.failed else up.stop if lost_from is None else min(max(dropped, lost_from), up.stop)
+            lost = up.stop  # what came before that was idle
+            if up.end in FAILED:
+                lost = dropped
+            elif not up.end and lost_from is not None:
+                lost = min(max(dropped, lost_from), up.stop)
             stretches += _stretch(TAIL, dropped, lost)
             stretches += _stretch(LOST, lost, up.stop)
         return sorted(stretches, key=lambda stretch: stretch.start)
@@ -250,7 +256,7 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
     for at, line in lines:
         what, error = str(line.get("what")), one_line(line.get("error") or "")
         if what in ("starting", "ready", QUARANTINED, "released"):
-            _close(life, state, since, at, failed=what in ("starting", QUARANTINED))
+            _close(life, state, since, at, what)
             state, since = what, at
         if what == "fault":
             life.marks.append(Mark("fault", at, error))
@@ -267,16 +273,16 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
                 life.lost_from = at - (phase_s if is_sane(phase_s) else 0.0)
         elif what in (QUARANTINED, "released"):
             life.marks.append(Mark(what, at, error or "its place was given back"))
-    _close(life, state, since, span[1], failed=False)
+    _close(life, state, since, span[1])
     return life
 
 
-def _close(life: _Life, state: str, since: float, at: float, *, failed: bool) -> None:
-    """Ends what a card was at."""
+def _close(life: _Life, state: str, since: float, at: float, end: str = "") -> None:
+    """Ends what a card was at; by a line, or with its driver."""
     if state == "starting":
         life.stretches += _stretch(LOADING, since, at)
     elif state == "ready":
-        life.ups.append(_Up(since, at, failed))
+        life.ups.append(_Up(since, at, end))
     elif state == QUARANTINED:
         life.stretches += _stretch(QUARANTINED, since, at)
 
