@@ -239,7 +239,15 @@ def test_a_server_that_never_answers_keeps_nobody(caplog: pytest.LogCaptureFixtu
 def test_what_a_command_prints_is_in_no_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be the URL that it posts to, as in the error of a library, or without end."""
     monkeypatch.setenv("HOOK", f"hooks.invalid/{SECRET}")
-    end(["echo no answer from $HOOK; exit 3", "$HOOK and more", f"/no/such/{SECRET}", "exec yes"], a_run(SUMMARY))
+    end(
+        [
+            "echo no answer from $HOOK; exit 3",
+            "$HOOK and more",
+            f"/no/such/{SECRET}",
+            "head -c 100000000 /dev/zero; exit 126",
+        ],
+        a_run(SUMMARY),
+    )
     assert SECRET not in caplog.text
     assert any("can't be run (exit code 127)" in message for message in caplog.messages)
 
