@@ -239,6 +239,7 @@ def test_a_server_that_never_answers_keeps_nobody(caplog: pytest.LogCaptureFixtu
 def test_what_a_command_prints_is_in_no_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be the URL that it posts to, as in the error of a library, or without end."""
     monkeypatch.setenv("HOOK", f"hooks.invalid/{SECRET}")
+    monkeypatch.setattr(on_end, "TOTAL_TIMEOUT_S", 1.0)
     end(
         [
             "echo no answer from $HOOK; exit 3",
