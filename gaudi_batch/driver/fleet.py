@@ -173,8 +173,10 @@ class Fleet:
     def release(self, decision: decisions.Release) -> None:
         """Gives back the place of a card that has nothing more to do."""
         slot = self.slots[decision.card]
-        why = "the run stops" if self._schedule.stop_reason is not None else "its node leaves"
-        log.info("%s is released, as %s", slot.where, why)
+        if self._schedule.stop_reason is not None:
+            log.debug("%s is released, as the run stops", slot.where)  # there may be thousands
+        else:
+            log.info("%s is released, as its node leaves", slot.where)
         self._kill(slot)
         self._give_back(slot)
 
