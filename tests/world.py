@@ -163,6 +163,7 @@ class World:
                 self.held_back.discard(decision.card)
                 assert not self.in_flight.pop(decision.card, [])
                 self.starting.discard(decision.card)
+                self.quarantined.discard(decision.card)
             elif isinstance(decision, Finish):
                 self.finished.append(decision.reason)
 

@@ -47,7 +47,11 @@ class CardWork:
         sums = zip(
             (self.images, self.generate_s, self.wait_s), (before.images, before.generate_s, before.wait_s), strict=True
         )
-        fewer = any(sum(self.batches.get(phase, ())) < sum(counts) for phase, counts in before.batches.items())
+        fewer = any(
+            now < then
+            for phase, counts in before.batches.items()
+            for now, then in zip(self.batches.get(phase, _NO_BATCH), counts, strict=True)
+        )
         if fewer or any(now < then for now, then in sums):
             before = CardWork()
         return CardWork(

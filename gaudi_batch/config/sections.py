@@ -257,8 +257,10 @@ class LimitsConfig(Section):
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 """A variable of the driver's environment in a URL."""
 _URL_IN_TEXT = re.compile(r"\w+://[^\s'\"]+", re.IGNORECASE)
-_LONG_WORD = re.compile(r"\w{20,}")
-"""With a digit in it, what tokens look like."""
+_TOKEN = re.compile(
+    r"(?=[A-Za-z]*\d)[A-Za-z\d]{20,}|[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}|authorization", re.IGNORECASE
+)
+"""What tokens look like: long words with a digit, UUIDs, and what stands behind the name of a header."""
 _VARIABLE_ALONE = re.compile(r"\"?\$(\w+|\{\w+\})\"?")
 
 
@@ -298,7 +300,7 @@ class OnEndConfig(Section):
         if self.url is not None:
             return VARIABLE.fullmatch(self.url) is None
         command = self.command or ""
-        return "://" in command or any(any(map(str.isdecimal, word)) for word in _LONG_WORD.findall(command))
+        return "://" in command or _TOKEN.search(command) is not None
 
     @property
     def urls(self) -> list[str]:

@@ -296,4 +296,6 @@ class Driver:
 
     def _waits_for(self, cards: Mapping[str, Sequence[Doing]]) -> str | None:
         storage_s = self._ledger.storage.longest_running_s()
-        return waits_for(cards.values(), self.fleet.count_ready(), storage_s, self.fleet.rules.need)
+        # A run that stops gives its cards back while it commits what they have made.
+        working = self.fleet.count_ready() + (self._schedule.stop_reason is not None)
+        return waits_for(cards.values(), working, storage_s, self.fleet.rules.need)

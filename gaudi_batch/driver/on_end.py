@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -116,6 +117,8 @@ class Webhook:
                 raise Refused(answer) from None
             raise OSError(answer) from None
         except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLError):  # it names the host
+                raise OSError("its certificate is not accepted") from None
             raise OSError(one_line(error.reason, 200)) from None
 
 

@@ -132,13 +132,14 @@ def run(
                     cards.start(info.run_id, len(plan) - len(manifests), "all records of the run are read")
                 this_run.commits.refresh(manifests)
                 spending.note_committers({driver_of(commit.info.attempt) for commit in this_run.commits.in_order()})
-                if over and (repair or retry_failed):
+                complete = all(shard.number in this_run.commits.by_shard for shard in plan)
+                if over and complete and (repair or retry_failed):
                     # Either would add shards that nobody makes.
                     assert spending.reached is not None
                     raise RunStopped(f"stopped: {spending.reached.reason}; {spending.reached.way_out}")
-                if repair:
+                if repair and not over:
                     add_broken_rows(this_run)
-                if retry_failed:
+                if retry_failed and not over:
                     retry_failed_rows(this_run)
                 committed = Committed.of(this_run)
                 if not over:

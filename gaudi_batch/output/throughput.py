@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -94,8 +94,7 @@ class ThroughputTotals:
                 energy_j=line.energy_j or 0.0,
                 energy_images=0 if line.energy_j is None else line.images,
             )
-        # A counter that stood still all the time counts nothing, and says nothing of the images.
-        return total if total.energy_j > 0 else replace(total, energy_images=0)
+        return total
 
     def __add__(self, other: ThroughputTotals) -> ThroughputTotals:
         # By name, since a run has as many sums as shards.

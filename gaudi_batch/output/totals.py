@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gaudi_batch.dataset.reasons import reason_lines
@@ -144,7 +144,11 @@ class CommitTotals:
             }
             for name, card in sorted(self.cards.items())
         }
-        total = sum((card.sums for card in self.cards.values()), ThroughputTotals())
+        # A card whose counter stood still all the time says nothing of its images.
+        counted_joules = [
+            card.sums if card.sums.energy_j > 0 else replace(card.sums, energy_images=0) for card in self.cards.values()
+        ]
+        total = sum(counted_joules, ThroughputTotals())
         return {
             "rows": self.rows,
             "failed_rows": self.failed_rows,

@@ -198,6 +198,7 @@ class CardEvents:
         for until the last one has ended."""
         filed = (self._cards.starting, self._cards.open[0], self._cards.apart)
         idle = [card for cards in filed for card in cards.values() if not card.in_flight]
+        idle += self._cards.in_states(CardState.QUARANTINED)
         for card in idle:
             self.change(card, CardChange.NOT_NEEDED)
         unplaced = tuple(self._cards.unplaced)

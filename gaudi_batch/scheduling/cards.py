@@ -51,6 +51,7 @@ TRANSITIONS: Mapping[tuple[CardState, CardChange], CardState] = {
     (CardState.LEAVING, CardChange.RELEASED): CardState.GONE,
     (CardState.STARTING, CardChange.NOT_NEEDED): CardState.GONE,
     (CardState.READY, CardChange.NOT_NEEDED): CardState.GONE,
+    (CardState.QUARANTINED, CardChange.NOT_NEEDED): CardState.GONE,
     (CardState.STARTING, CardChange.NODE_GONE): CardState.GONE,
     (CardState.READY, CardChange.NODE_GONE): CardState.GONE,
     (CardState.LEAVING, CardChange.NODE_GONE): CardState.GONE,

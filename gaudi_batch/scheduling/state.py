@@ -171,6 +171,8 @@ class RunState:
             shard: the shard that the card was at.
             error: how it failed.
         """
+        if self.stop_reason is not None:
+            return []  # it ends as soon as what has begun has; the cards that are given back say nothing of storage
         failures = self.storage_failures
         if failures.failed(node, self.cards.live_on.keys()):
             return self.end(error)

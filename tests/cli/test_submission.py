@@ -52,6 +52,8 @@ def test_the_handlers_that_an_application_has_on_the_log_of_ray_keep_their_level
         ({"on_end": "HTTPS://hooks/xyzzy"}, r"on_end\[0\]: holds a URL"),
         ({"on_end": "https://${HOST}/xyzzy"}, r"on_end\[0\]: holds a URL"),
         ({"on_end": 'curl -d @- "https://hooks/xyzzy/$STATE"'}, r"on_end\[0\]: holds a URL"),
+        ({"on_end": "curl hc-ping.com/8f3c2a1b-aaaa-4bbb-8ccc-123456789abc"}, r"on_end\[0\]: holds .* a secret"),
+        ({"on_end": "curl -H 'Authorization: Bearer xyzzyxyzzyxyzzy' host"}, r"on_end\[0\]: holds .* a secret"),
         ({"on_end": "curl hooks.slack.com/T0/B0/xyzzy0123456789abcdef01"}, r"on_end\[0\]: holds .* a secret"),
         ({"on_end": "tell xyzzyxyzzy"}, r"on_end\[0\]: holds .* a secret"),
         ({"storage_options": {"secret": "xyzzy"}}, "storage_options: holds a secret"),
@@ -77,7 +79,13 @@ def test_what_means_nothing_elsewhere_or_is_secret_does_not_leave(
         {"output": "abfs://box@account.dfs.core.windows.net/out"},
         {"output": "s3://bucket/team@example/a:b@c"},
         {"output": "s3://bucket/latest"},
-        {"on_end": ["${HOOK}", 'curl -d @- "$HOOK"', "/opt/tools/tell-everybody-who-wants-to-know.sh"]},
+        {
+            "on_end": [
+                "${HOOK}",
+                'curl -d @- "$HOOK"',
+                "/home/u/run_on_end_of_batch_2026.sh --to-everybody-who-wants-it-in-2026",
+            ]
+        },
     ],
 )
 def test_a_url_that_only_looks_like_a_secret_may_leave(

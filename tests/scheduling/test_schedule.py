@@ -388,3 +388,39 @@ def test_a_run_that_stops_gives_each_card_back_as_soon_as_it_has_nothing_in_flig
         world.commit_first()
     assert world.finished == ["enough"]
     assert len(world.committed) == 3
+
+
+def test_storage_that_fails_while_a_run_stops_ends_nothing_that_has_begun() -> None:
+    """The cards that were given back do not make the others all that there are."""
+    world = World(Schedule(shards(40), "a", RowCounts(160), RULES))
+    for card, node in enumerate((0, 1, 1, 2, 3)):
+        world.join(card, f"node {node}")
+        world.ready(card)
+    for card in range(5):
+        world.begin(card)
+    world.do(world.handle(StopRequested("enough")))
+    while world.recalls:
+        world.answer_recall(True)
+    for card in (3, 4):
+        world.finish_first(card)
+    for card in (0, 1):
+        task = world.in_flight[card].pop(0)
+        world.do(world.handle(ShardFailed(task.attempt, ShardFailure("no storage", healthy=False, storage=True))))
+    assert world.finished == [], "a card still makes its shard"
+    world.finish_first(2)
+    while world.commits:
+        world.commit_first()
+    assert world.finished == ["enough"]
+    assert len(world.committed) == 3
+
+
+def test_a_quarantined_card_is_given_back_when_its_run_stops() -> None:
+    world = World(Schedule(shards(40), "a", RowCounts(160), RULES))
+    start(world, 3)
+    while world.schedule.state(1) is not CardState.QUARANTINED:
+        world.break_down(1)
+        world.starting.add(1) if world.schedule.state(1) is CardState.STARTING else None
+        if world.schedule.state(1) is CardState.STARTING:
+            world.ready(1)
+    world.do(world.handle(StopRequested("enough")))
+    assert world.schedule.state(1) is CardState.GONE
