@@ -145,10 +145,9 @@ class CommitTotals:
             for name, card in sorted(self.cards.items())
         }
         # A card whose counter stood still all the time says nothing of its images.
-        counted_joules = [
-            card.sums if card.sums.energy_j > 0 else replace(card.sums, energy_images=0) for card in self.cards.values()
-        ]
-        total = sum(counted_joules, ThroughputTotals())
+        of_cards = [card.sums for card in self.cards.values()]
+        known = [sums if sums.energy_j > 0 else replace(sums, energy_images=0) for sums in of_cards]
+        total = sum(known, ThroughputTotals())
         return {
             "rows": self.rows,
             "failed_rows": self.failed_rows,

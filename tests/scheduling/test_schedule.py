@@ -18,6 +18,8 @@ from gaudi_batch.scheduling.events import (
     CardDied,
     CardLeaving,
     CardPlaced,
+    ShardFailed,
+    ShardFailure,
     StopRequested,
 )
 from gaudi_batch.scheduling.schedule import Schedule
