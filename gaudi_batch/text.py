@@ -75,7 +75,7 @@ def quote_if_unprintable(text: str) -> str:
 
 def short_hosts(hosts: Iterable[str]) -> dict[str, str]:
     """Names of hosts without the domain that all of them share: a.example.com and b.example.com are a and b."""
-    names = sorted(set(hosts))
+    names = sorted({host for host in hosts if host and not host.replace(".", "").isdecimal()})
     parts = [name.split(".") for name in names]
     common = 0
     while (

@@ -13,7 +13,7 @@ from gaudi_batch.config.schema import JobConfig
 
 HIDDEN = "***"
 """What stands in records in place of a secret."""
-OF_ONE_COMMAND = ("budget", "deadline", "on_end")
+OF_ONE_COMMAND = ("budget", "deadline", "max_failed", "on_end")
 """Fields that end or follow one command, and have nothing to do with what it makes."""
 
 

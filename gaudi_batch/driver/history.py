@@ -63,8 +63,10 @@ def _line(decision: decisions.Decision, slots: Mapping[int, Slot]) -> tuple[str,
         return "starting", {}
     if isinstance(decision, decisions.Quarantine):
         return "quarantined", {"error": decision.reason}
-    if isinstance(decision, (decisions.Release, decisions.GiveBack)):
+    if isinstance(decision, decisions.Release):
         return "released", {}
+    if isinstance(decision, decisions.GiveBack):
+        return "released", {"node_gone": True}
     if isinstance(decision, decisions.Assign) and decision.task.backup_of is not None:
         task = decision.task
         return "backup", {"shard": task.shard.number, "attempt": task.attempt, "backup_of": task.backup_of}

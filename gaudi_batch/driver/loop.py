@@ -48,8 +48,9 @@ PROGRESS_INTERVAL_S = 5.0
 """Seconds between two writings of progress.json."""
 METRICS_INTERVAL_S = 5.0
 """Seconds between two recordings of metrics, of which Ray exports the last each 10 s by default."""
+FIRST_TIMELINE_S = 5.0
 TIMELINE_INTERVAL_S = 60.0
-"""Seconds between two writings of what has become of the cards."""
+"""Seconds until what has become of the cards is first written, and at most between two writings later."""
 UNUSUAL_INTERVAL_S = 10.0
 """Seconds between two looks for slow things to log."""
 
@@ -274,8 +275,10 @@ class Driver:
             await asyncio.sleep(METRICS_INTERVAL_S)
 
     async def _write_timeline(self) -> None:
+        seconds = FIRST_TIMELINE_S
         while True:
-            await asyncio.sleep(TIMELINE_INTERVAL_S)
+            await asyncio.sleep(seconds)
+            seconds = min(2 * seconds, TIMELINE_INTERVAL_S)
             await self._background.in_thread(self._progress.timeline.write)
 
     async def _write_end(self, stopped: bool) -> None:

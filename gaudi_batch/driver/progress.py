@@ -114,6 +114,8 @@ class RunProgress:
         """
         self.note(slots)
         images, rate, left = self.images(slots), self._rate.images_per_s(), self.left(slots)
+        if self._schedule.stop_reason is not None:
+            left = TimeLeft(None)  # it makes no more than what has begun
         now = time.monotonic()
         self.held = held_of_cluster(slots, now)
         return {
@@ -132,10 +134,7 @@ class RunProgress:
             "retries": self._schedule.retries,
             "drivers": [asdict(span) for span in self._spending.spans(self.held)],
             "cost": rounded(self._spending.cost(self.held)) if self._spending.price else None,
-            # A run that stops makes no more than what has begun.
-            "cost_expected": None
-            if self._schedule.stop_reason is not None
-            else rounded(self._spending.expected(self.held, left.seconds)),
+            "cost_expected": rounded(self._spending.expected(self.held, left.seconds)),
             "waits_for": waits_for,
             "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
             "faults": list(self._recent_faults),

@@ -43,9 +43,10 @@ class Timeline:
             slot: number of the card's place in the cluster, among those of its driver.
             card: its name, as in throughput lines; empty before its first process has loaded.
             what: `starting` (a process is started, and then loads), `ready` (`load_s`, `module` and `node`), `fault`
-                (`error`), `quarantined` (`error`), `released` (its place is given back), `backup` (it begins a second
-                `attempt` at a `shard` of which `backup_of` is the first), `dropped` (it ends an `attempt`), or `over`
-                (the driver ends; `phase` and `phase_s` say what the card was at, and for how many seconds).
+                (`error`), `quarantined` (`error`), `released` (its place is given back; with `node_gone` if its node
+                has gone), `backup` (it begins a second `attempt` at a `shard` of which `backup_of` is the first),
+                `dropped` (it ends an `attempt`), or `over` (the driver ends; `phase` and `phase_s` say what the card
+                was at, and for how many seconds).
             ago_s: seconds since it happened.
             more: other fields of the line.
         """

@@ -17,9 +17,9 @@ NEEDED = {"prompts": "s3://b/my prompts/*.parquet", "output": "out", "model": "s
 FIELDS: list[dict[str, Any]] = [
     {},
     {"columns": {"prompt": "my caption", "id": "key"}, "carry": ["a b", "c"]},
-    {"carry": ["*"], "cards": 3, "max_failed": 0.05, "use_safetensors": False},
+    {"carry": ["*"], "cards": 3, "use_safetensors": False},
     {"negative_prompt": "--no $(rm -rf) 'quotes' \"and\" \n lines", "seed": 2**63 - 1, "guidance_scale": 1e-7},
-    {"negative_prompt": "-blurry", "steps": 7, "max_failed": 12, "min_cards": 2, "max_cards": 4},
+    {"negative_prompt": "-blurry", "steps": 7, "min_cards": 2, "max_cards": 4},
     {"encoding": {"type": "jpeg", "quality": 80}, "format": "parquet", "dtype": "bfloat16"},
     {"lora": [{"path": "style", "scale": 0.5}, {"path": "s3://b/x.safetensors", "weight_name": "w"}]},
     {"gaudi": {"recipe_store": None, "recipe_cache": None, "max_graphs": 3, "config": {"use_torch_autocast": False}}},
@@ -42,7 +42,7 @@ def test_secrets_and_what_belongs_to_one_command_are_left_out() -> None:
     config = JobConfig(
         **NEEDED, storage_options={"key": "AKIA0123456789"}, on_end=[{"url": "https://h.example/s3cret"}]
     )
-    config = config.model_copy(update={"deadline": "8h", "budget": 3.0})
+    config = config.model_copy(update={"deadline": "8h", "budget": 3.0, "max_failed": 12})
     assert run_command(redacted_options(config.model_dump(mode="json")), "x") == (
         "gaudi-batch run --prompts 's3://b/my prompts/*.parquet' --output x --model some/model"
     )

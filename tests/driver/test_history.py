@@ -63,7 +63,7 @@ def test_the_life_of_a_card_is_in_the_timeline(timeline: Timeline, tmp_path: Pat
         {**card, "what": "dropped", "attempt": "aaaaa9"},
         {**card, "what": "starting"},
         {**card, "what": "quarantined", "error": "it fails"},
-        {**card, "what": "released"},
+        {**card, "what": "released", "node_gone": True},
     ]
 
 

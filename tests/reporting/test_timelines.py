@@ -82,6 +82,7 @@ def test_work_that_is_not_committed_is_lost() -> None:
 
 def test_a_card_that_is_given_back_was_idle() -> None:
     assert told([*START, line(6, "released")], [batch(3)])[2:] == [("tail", 4, 6)]
+    assert told([*START, line(6, "released", node_gone=True)], [batch(3)])[2:] == [("lost", 4, 6)], "with its node"
 
 
 def test_batches_of_a_backup_attempt_are_told_apart() -> None:

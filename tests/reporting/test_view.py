@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gaudi_batch.output.progress import sane_progress
 from gaudi_batch.reporting.view import RunView
+from gaudi_batch.text import short_hosts
 
 HOSTILE = "[red]red[/] \x1b[31m\x9b2J\r\n\u202eevil"
 
@@ -132,3 +133,12 @@ def test_whatever_stands_in_progress_json_the_view_keeps_to_its_place(
     for line in lines:
         assert cell_len(line.plain) <= width
         assert line.plain.isprintable()
+
+
+def test_hosts_are_shown_without_the_domain_that_they_share() -> None:
+    hosts = ["a.x.example.com", "b.x.example.com", ""]
+    assert short_hosts(hosts) == {"a.x.example.com": "a", "b.x.example.com": "b"}
+    assert short_hosts(["a.x.com", "a.y.com"]) == {"a.x.com": "a.x", "a.y.com": "a.y"}
+    assert short_hosts(["vm", "a.x"]) == {"vm": "vm", "a.x": "a.x"}
+    assert short_hosts(["one.x.com"]) == {"one.x.com": "one.x.com"}
+    assert short_hosts(["10.0.0.1", "10.0.1.1"]) == {}

@@ -22,8 +22,8 @@ taken, so that a shard is one stretch of time."""
 
 
 READ_TIMEOUT_S = 60.0
-MAX_S = 1e7
-"""Seconds beyond which a batch can't be: nobody waits for months."""
+MAX_S = 2 * 86400.0
+"""Seconds beyond which a batch, or a wait for one, can't be."""
 MAX_BATCH_IMAGES = 1_000_000
 MAX_COUNTER = 1e5
 """Watts or degrees beyond which a counter is wrong."""
@@ -92,7 +92,9 @@ def _of_line(line: dict[str, Any], info: CommitInfo) -> Batch | None:
             start -= generate_s
         warmup = line["phase"] == "warmup"
         wait_s, images = float(line["wait_s"]), int(line["images"])
-        counters: dict[str, Any] = {"throttled": one_line(line.get("throttled") or "")}
+        counters: dict[str, Any] = {
+            "throttled": one_line(line["throttled"]) if isinstance(line.get("throttled"), str) else ""
+        }
         for name in ("watts", "temperature_c"):
             value = line.get(name)
             counters[name] = value if is_sane(value) and 0 <= value <= MAX_COUNTER else None

@@ -11,10 +11,9 @@ from typing import Any
 
 from gaudi_batch.config.command import run_command
 from gaudi_batch.layout import driver_of
-from gaudi_batch.output.cost import Price
 from gaudi_batch.output.progress import is_sane, sane_progress
 from gaudi_batch.output.records import RunRecords
-from gaudi_batch.output.spans import card_hours, wall_seconds, whole_cost
+from gaudi_batch.output.spans import card_hours, wall_seconds
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.reporting.report.batches import Batch, counters, pace, read_batches
 from gaudi_batch.reporting.report.page import render, version
@@ -25,6 +24,7 @@ from gaudi_batch.reporting.report.timelines import (
     BACKUP,
     GENERATING,
     KINDS,
+    LOADING,
     LOST,
     STRETCHES_DRAWN,
     WARMUP,
@@ -80,7 +80,7 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     # A place that was given back before its card had loaded is no card; its time counts.
     present = [card for card in cards if card.was_ready or any(mark.kind == "fault" for mark in card.marks)]
     for card in present:
-        totals.card(card.name, "", None)
+        totals.card(card.name, card.node, None)
     faults = Counter({card.name: sum(mark.kind == "fault" for mark in card.marks) for card in present})
     figures = totals.describe(faults, 0)
     paces = pace(batches, {shard.number: shard.bucket.batch_kind for shard in records.plan})
@@ -98,12 +98,11 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     short = short_hosts(card["node"] for card in listed)
     for card_record in listed:
         node = card_record["node"]
-        card_record["label"] = card_record["name"].replace(node, short[node]) if node else card_record["name"]
+        card_record["label"] = card_record["name"].replace(node, short.get(node, node)) if node else card_record["name"]
     committers = {driver_of(commit.info.attempt) for commit in records.commits}
     wall_s = wall_seconds(records.spans, committers)
     images = figures["images"]
-    job = records.info.job
-    cost = None if wall_s is None else whole_cost(records.spans, _price(job))
+    cost = _cost(records)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "output": records.reader.storage.url,
@@ -164,13 +163,17 @@ def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, fl
     }
 
 
-def _price(job: Mapping[str, Any]) -> Price | None:
-    """The price that the run's first command named, for drivers whose own named none."""
-    for unit in ("card", "node"):
-        per_hour = job.get(f"price_per_{unit}_hour")
-        if is_sane(per_hour):
-            return Price(per_hour, "card" if unit == "card" else "node")
-    return None
+def _cost(records: RunRecords) -> float | None:
+    """What the run has cost, as its last driver has counted it; None if that is not known."""
+    summary, progress = (records.reader.get_json(name) or {} for name in ("summary.json", "progress.json"))
+    # A driver that was killed has left no summary, and that of the one before it says less.
+    last = (
+        summary
+        if summary.get("drivers") and len(summary["drivers"]) >= len(progress.get("drivers") or ())
+        else progress
+    )
+    cost = last.get("cost")
+    return cost if is_sane(cost) else None
 
 
 def _command(records: RunRecords) -> str:
@@ -196,7 +199,8 @@ def _at_work(records: RunRecords) -> dict[str, float] | None:
 
 def _flag_unlike(cards: Sequence[dict[str, Any]]) -> None:
     """Marks the cards that stood idle, or worked for nothing, for a larger part of their time than the others."""
-    held = {card["name"]: sum(card["spent"].values()) for card in cards}
+    # Loading counts for neither: who was given back early has loaded for as long as the others.
+    held = {card["name"]: sum(card["spent"].values()) - card["spent"].get(LOADING, 0.0) for card in cards}
     known = [card for card in cards if held[card["name"]] > 0]
 
     def shares(*kinds: str) -> dict[str, float]:

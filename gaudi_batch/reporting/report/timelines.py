@@ -31,8 +31,9 @@ KINDS: Mapping[str, str] = {
     QUARANTINED: "given up; no process runs",
 }
 """What a card can be at, with what it means."""
-FAILED = ("starting", QUARANTINED)
-MIN_LOST_S = 0.05
+NODE_GONE = "its node is gone"
+FAILED = ("starting", QUARANTINED, NODE_GONE)
+MIN_LOST_S = 0.25
 """A gap between two batches below this is no work that was lost: clocks are read one after the other."""
 AT_WORK = ("batch", "first batch", "reading", "storing", "encoding", "asking storage", "silent")
 """Phases of a card that makes a shard."""
@@ -66,6 +67,8 @@ class CardTimeline:
     marks: list[Mark] = field(default_factory=list)
     was_ready: bool = False
     """Whether it has ever loaded; else it is a place that was given back before."""
+    node: str = ""
+    """Its node's host name; empty if no line says it."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds by kind."""
@@ -159,6 +162,7 @@ def timelines(
         for life in lives:
             card = cards.setdefault(life.name, CardTimeline(life.name))
             card.was_ready |= life.was_ready
+            card.node = life.node or card.node
             card.marks += life.marks
             lost_from: float | None = 0.0
             if is_last and at_work is not None:
@@ -175,7 +179,7 @@ class _Up:
     stop: float
     end: str = ""
     """The line that ended it: by `starting` or `quarantined` it failed, so that what came after its last batch was
-    lost; by `released` it had nothing more to do."""
+    lost, and so by the end of its node; by `released` it had nothing more to do."""
 
 
 @dataclass
@@ -184,6 +188,7 @@ class _Life:
 
     name: str
     was_ready: bool = False
+    node: str = ""
     stretches: list[Stretch] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     ups: list[_Up] = field(default_factory=list)
@@ -255,8 +260,10 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
     state, since = "", span[0]
     for at, line in lines:
         what, error = str(line.get("what")), one_line(line.get("error") or "")
+        if what == "ready":
+            life.node = one_line(line.get("node") or "")
         if what in ("starting", "ready", QUARANTINED, "released"):
-            _close(life, state, since, at, what)
+            _close(life, state, since, at, NODE_GONE if line.get("node_gone") else what)
             state, since = what, at
         if what == "fault":
             life.marks.append(Mark("fault", at, error))
@@ -272,7 +279,9 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
                 phase_s = line.get("phase_s")
                 life.lost_from = at - (phase_s if is_sane(phase_s) else 0.0)
         elif what in (QUARANTINED, "released"):
-            life.marks.append(Mark(what, at, error or "its place was given back"))
+            life.marks.append(
+                Mark(what, at, error or (NODE_GONE if line.get("node_gone") else "its place was given back"))
+            )
     _close(life, state, since, span[1])
     return life
 
