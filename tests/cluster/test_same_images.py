@@ -139,6 +139,7 @@ def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
     assert "images may differ" not in result.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 def test_a_node_with_another_model_at_the_same_path_makes_nothing(
     nodes: RayCluster, many: Path, tmp_path: Path

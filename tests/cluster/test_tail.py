@@ -65,6 +65,7 @@ def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
     assert len(images) == count, "nothing of the card that hung is left"
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_resumed_on_more_cards_is_cut_for_them(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     driver = start(prompts, output, cluster, 1, 0.5, "--batch-size", "1")

@@ -330,6 +330,7 @@ def test_every_ready_made_job_can_be_checked_without_a_network(tmp_path: Path) -
             assert "not looked at" in text
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 def test_the_published_example_runs_word_for_word(tmp_path: Path) -> None:
     put_into_hub_cache(tmp_path / "hub", "stabilityai/stable-diffusion-2-base", BUILTIN_MODELS / "shapes")
