@@ -30,6 +30,12 @@ TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 
 
+def only_with(program: str) -> pytest.MarkDecorator:
+    """Leaves tests out where a program is missing; in CI, which installs it, they fail there."""
+    missing = shutil.which(program) is None and not os.environ.get("CI")
+    return pytest.mark.skipif(missing, reason=f"{program} is not installed; .ci/run installs it")
+
+
 several_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="this machine has one CPU")
 """Of tests that keep a process from all CPUs but one, which shows nothing where there is no other."""
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from helpers import REPOSITORY, called, free_port, wait_until
+from helpers import REPOSITORY, called, free_port, only_with, wait_until
 from raynodes import RayCluster
 
 from gaudi_batch.card.mailbox import Mailbox
@@ -32,7 +31,7 @@ from gaudi_batch.card.readings import Readings
 from gaudi_batch.driver import loop, metrics
 from gaudi_batch.driver.metrics import METRICS, run_label
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian's package prometheus is missing")
+pytestmark = only_with("prometheus")
 
 DASHBOARD = json.loads((REPOSITORY / "monitoring/grafana-dashboard.json").read_text())
 CONFIG = (REPOSITORY / "monitoring/prometheus.yml").read_text()

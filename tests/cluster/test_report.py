@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shlex
@@ -13,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import Browser, Page, opened_browser
 from helpers import called, read_manifest, wait_for_commits, wait_until
+from PIL import Image
 
 ROWS, SHARD, BATCH = 960, 8, 4
 HOSTILE = [
@@ -146,6 +150,20 @@ def test_text_of_others_stays_text(page: Page, run: Path) -> None:
     assert page.evaluate("document.querySelectorAll('script').length") == 4
     assert page.errors == []
     assert page.requests == [], "it needs no network"
+
+
+def test_each_picture_is_that_of_its_prompt(page: Page, run: Path) -> None:
+    """A simulated image has the colour of its seed."""
+    rows = {row["path"]: row for row in read_manifest(run)}
+    for picture in data_of(page)["pictures"]:
+        row = rows[picture["path"]]
+        assert [picture[name] for name in ("prompt", "id", "row", "card")] == [
+            row[name] for name in ("prompt", "id", "row", "card")
+        ]
+        assert picture["seed"] == str(row["seed"])
+        small = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))).convert("RGB")
+        whole = Image.open(run / row["path"]).convert("RGB")
+        assert np.allclose(np.asarray(whole)[5, 5], np.asarray(small)[5, 5], atol=12)
 
 
 def test_the_filter_leaves_what_fits(page: Page) -> None:

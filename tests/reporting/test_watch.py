@@ -135,13 +135,17 @@ def test_a_driver_that_lives_is_followed_by_two_requests(
     assert requests == ["lease.json", "progress.json"] * 3
 
 
-def test_a_driver_that_falls_silent_is_told_of_and_then_over(
-    driver: Driver, watcher: Watcher, clock: list[float]
-) -> None:
+def begin(driver: Driver, watcher: Watcher) -> None:
     driver.write("run.json", {})
     driver.renew()
     driver.report()
     assert seen(watcher).state == "running"
+
+
+def test_a_driver_that_falls_silent_is_told_of_and_then_over(
+    driver: Driver, watcher: Watcher, clock: list[float]
+) -> None:
+    begin(driver, watcher)
     clock[0] += 10.0
     driver.report()
     assert seen(watcher).state == "running"
@@ -158,10 +162,7 @@ def test_a_driver_that_falls_silent_is_told_of_and_then_over(
 def test_one_that_nobody_has_seen_alive_is_waited_for_no_longer_than_by_status(
     driver: Driver, watcher: Watcher, clock: list[float]
 ) -> None:
-    driver.write("run.json", {})
-    driver.renew()
-    driver.report()
-    assert seen(watcher).state == "running"
+    begin(driver, watcher)
     clock[0] += WATCH_TIMEOUT_S + 1.0
     assert watcher.ask() == {"state": "complete"}
 
