@@ -192,8 +192,9 @@ class _Life:
     stretches: list[Stretch] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     ups: list[_Up] = field(default_factory=list)
-    backups: set[str] = field(default_factory=set)
-    dropped: list[float] = field(default_factory=list)
+    backups: dict[str, float] = field(default_factory=dict)
+    """When it began each."""
+    dropped: list[tuple[float, str]] = field(default_factory=list)
     is_over: bool = False
     """Whether its driver has told what it was at in the end."""
     lost_from: float | None = None
@@ -225,8 +226,12 @@ class _Life:
                 kind = BACKUP if batch.attempt in self.backups else WARMUP if batch.warmup else GENERATING
                 stretches += _stretch(kind, start, stop)
                 at, idle = stop, WAITING
-            dropped = max((time for time in self.dropped if at < time <= up.stop), default=at)
-            stretches += _stretch(LOST, at, dropped)
+            dropped, attempt = max(
+                ((time, name) for time, name in self.dropped if at < time <= up.stop), default=(at, "")
+            )
+            begun = min(max(at, self.backups.get(attempt, at)), dropped)  # it was idle until it began a backup
+            stretches += _stretch(TAIL, at, begun)
+            stretches += _stretch(LOST, begun, dropped)
             lost = up.stop  # what came before that was idle
             if up.end in FAILED:
                 lost = dropped
@@ -268,10 +273,10 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
         if what == "fault":
             life.marks.append(Mark("fault", at, error))
         elif what == "backup":
-            life.backups.add(str(line.get("attempt")))
+            life.backups[str(line.get("attempt"))] = at
             life.marks.append(Mark("backup", at, f"makes shard {line.get('shard')}, too"))
         elif what == "dropped":
-            life.dropped.append(at)
+            life.dropped.append((at, str(line.get("attempt"))))
             life.marks.append(Mark("dropped", at, f"attempt {one_line(line.get('attempt'))}"))
         elif what == "over":
             life.is_over = True
