@@ -153,7 +153,9 @@ class RayCluster:
         if "--autoscaling-config" not in self.head_options:
             options.append("--no-monitor")  # which is the autoscaler
         options += ["--system-config", json.dumps(FRUGAL | self.system_config), *self.head_options]
-        self.add(*options, **self.head_environment)
+        # Else each dashboard and each autoscaler of this machine would have its metrics at one port.
+        metrics = {f"{name}_METRIC_PORT": str(free_port()) for name in ("DASHBOARD", "AUTOSCALER")}
+        self.add(*options, **metrics, **self.head_environment)
         return self
 
     def add(self, *options: str, wrapper: Sequence[str] = (), **environment: str) -> RayNode:

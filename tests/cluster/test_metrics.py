@@ -159,8 +159,8 @@ def test_every_query_of_the_dashboard_has_an_answer_while_a_job_runs(
     assert "metrics" not in ended.stderr
     rows = pa.concat_tables(pq.read_table(path) for path in (output / "manifest").glob("*.parquet"))
     made = rows.filter(pc.field("status") == "ok").num_rows
-    wait_until(lambda: prometheus.values(series) == [made], 20)
-    wait_until(lambda: {target["health"] for target in prometheus.get("targets")["activeTargets"]} == {"up"}, 20)
+    wait_until(lambda: prometheus.values(series) == [made])
+    wait_until(lambda: {target["health"] for target in prometheus.get("targets")["activeTargets"]} == {"up"})
     names = {name.removesuffix("_bucket") for name in prometheus.get("label/__name__/values") if "gaudi_batch" in name}
     names = {name for name in names if not name.endswith(("_count", "_sum"))}
     assert names == {f"ray_{metric.name}" for metric in METRICS} - {
