@@ -77,7 +77,11 @@ def test_work_that_is_not_committed_is_lost() -> None:
     overtaken = [*START, line(9, "dropped", attempt="aaaaa7"), line(20, "over", phase="idle", phase_s=11)]
     assert told(overtaken, [batch(3)])[2:] == [("lost", 4, 9), ("tail", 9, 20)]
     backup = line(7, "backup", attempt="aaaaa7", shard=3, backup_of="aaaaa2")
-    assert told([*START, backup, *overtaken[2:]], [batch(3)])[2:] == [("tail", 4, 7), ("lost", 7, 9), ("tail", 9, 20)]
+    assert told([*START, backup, *overtaken[2:]], [batch(3)])[2:] == [("tail", 4, 7), ("backup", 7, 9), ("tail", 9, 20)]
+    at_the_end = [*START, backup, line(20, "over", phase="batch", phase_s=6)]
+    assert told(at_the_end, [batch(3)])[2:] == [("tail", 4, 7), ("backup", 7, 20)], "its other attempt was faster"
+    failed = [*START, backup, line(9, "fault", error="no"), line(9, "starting"), line(20, "ready")]
+    assert told(failed, [batch(3)])[2:] == [("lost", 4, 9), ("loading", 9, 20)]
     in_the_making = [*START, line(20, "over", phase="batch", phase_s=6)]
     assert told(in_the_making, [batch(3)])[2:] == [("tail", 4, 14), ("lost", 14, 20)]
 

@@ -24,9 +24,9 @@ KINDS: Mapping[str, str] = {
     START: "loaded, before the first batch",
     WARMUP: "first batches of a shape, which compile",
     GENERATING: "batches that were committed",
-    BACKUP: "batches of a backup attempt that was committed",
+    BACKUP: "work on a backup attempt, which is committed or which the other card overtook",
     WAITING: "idle between two batches",
-    LOST: "work that is not committed: a fault, a hang, an attempt that another card overtook, or one that goes on",
+    LOST: "work that is not committed: a fault, a hang, an attempt that a backup overtook, or one that goes on",
     TAIL: "idle, and nothing was left to begin",
     QUARANTINED: "given up; no process runs",
 }
@@ -231,14 +231,16 @@ class _Life:
             )
             begun = min(max(at, self.backups.get(attempt, at)), dropped)  # it was idle until it began a backup
             stretches += _stretch(TAIL, at, begun)
-            stretches += _stretch(LOST, begun, dropped)
-            lost = up.stop  # what came before that was idle
+            stretches += _stretch(BACKUP if attempt in self.backups else LOST, begun, dropped)
+            lost, kind = up.stop, LOST  # what came before that was idle
             if up.end in FAILED:
                 lost = dropped
             elif not up.end and lost_from is not None:
                 lost = min(max(dropped, lost_from), up.stop)
+                if backups := [time for time in self.backups.values() if dropped <= time <= lost]:
+                    lost, kind = max(backups), BACKUP  # which goes on, or of which nobody has told how it ended
             stretches += _stretch(TAIL, dropped, lost)
-            stretches += _stretch(LOST, lost, up.stop)
+            stretches += _stretch(kind, lost, up.stop)
         return sorted(stretches, key=lambda stretch: stretch.start)
 
 
