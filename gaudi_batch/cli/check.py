@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,8 +161,11 @@ def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _
         return _Place(["place    can be written; no run is there"])
     status, summary = read_status(ledger), ledger.get_json("summary.json")
     made = f"{status['images_committed']} of {status['images_planned']} images are made"
-    rate = (summary or {}).get("images_per_s") or status["images_per_s"]
-    speed = f", at {rate:.2f} images/s of generation" if rate else ""
+    speed = ""
+    if rate := (summary or {}).get("images_per_s"):
+        speed = f", at {rate:.2f} images/s of generation"
+    elif rate := status["images_per_s"]:
+        speed = f", at {rate:.2f} images/s of wall time when its driver wrote last"
     lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
     if status["verify"]:
         lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")
@@ -223,13 +227,15 @@ def _time(
     problem = [f"tune     {record.problem}"] if record.problem else []
     if measured := estimate(plan, config.batch_size, sources):
         at_work = cards and max(1, min(cards, shards))
-        work = Work(measured.card_s, at_work, not measured.unknown)
+        work = Work(measured.card_s, at_work, not measured.unknown, cards)
         return [*problem, f"time     {measured.text(at_work, images)}"], work
     if config.device == "simulated":
         batches = sum(part.batches for part in plan.values())
-        seconds = -(-batches // (cards or DEFAULT_CARDS)) * config.simulated.batch_seconds
-        line = f"time     about {duration(seconds)} on {cards} cards, warm-up left out"
-        return [*problem, line], Work(batches * config.simulated.batch_seconds, cards or DEFAULT_CARDS)
+        held = cards or DEFAULT_CARDS
+        at_work = max(1, min(held, shards))
+        seconds = math.ceil(batches / at_work) * config.simulated.batch_seconds
+        line = f"time     about {duration(seconds)} on {counted(at_work, 'card')}, warm-up left out"
+        return [*problem, line], Work(seconds * at_work, at_work, held=held)
     first = "not known before a first run" if place.plan is None else "not known yet"
     why = record.why_not()
     return [*problem, f"time     {first}" + (f": {why}" if why else "") + f"; {WAYS_TO_KNOW}"], Work(None, cards)

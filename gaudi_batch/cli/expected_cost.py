@@ -25,6 +25,8 @@ class Work:
     """Cards that it has work for; None if nobody knows how many there will be."""
     is_whole: bool = True
     """Whether that is all of it; else a part is left out, as nothing has measured it."""
+    held: int | None = None
+    """Cards that it holds to its end, those without work among them; None if nobody knows."""
 
     @property
     def seconds(self) -> float | None:
@@ -70,10 +72,14 @@ def _rest(work: Work, price: Price, used: dict[str, Any]) -> tuple[float | None,
     nodes = {card.get("node") for card in used.values()}
     cards_of_node = math.ceil(len(used) / len(nodes)) if nodes else CARDS_OF_NODE
     cards = work.cards or cards_of_node
-    count = math.ceil(cards / cards_of_node)
+    held = max(cards, work.held or 0)
+    count = math.ceil(held / cards_of_node)
+    seconds = card_s / cards
     if price.unit == "node":
         basis = f"at {price}, {counted(count, 'node')} of {cards_of_node} cards, loading and warm-up left out"
-    return price.cost(card_s, card_s / cards * count), basis
+    if held > cards:
+        basis += f", {counted(held - cards, 'card')} without work paid, too"
+    return price.cost(seconds * held, seconds * count), basis
 
 
 def _budget(budget: float | None, so_far: float, rest: float | None) -> list[str]:

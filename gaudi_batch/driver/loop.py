@@ -134,7 +134,8 @@ class Driver:
             stopped = reason is not None
             return reason
         finally:
-            note_end(self._progress.timeline, self.fleet.slots.values(), self.fleet.doings())
+            uncommitted = self._progress.uncommitted.seconds(committing=self.at_once)
+            note_end(self._progress.timeline, self.fleet.slots.values(), self.fleet.doings(), uncommitted)
             if stopped:
                 self._ledger.storage.shut_down()
             self._background.cancel()
@@ -148,11 +149,13 @@ class Driver:
     def tell(self, event: events.Event) -> None:
         """Tells the schedule what happened and carries out its decisions."""
         note_event(self._progress.timeline, event, self.fleet.slots)
+        self._progress.uncommitted.note_event(event)
         if isinstance(event, events.RecallAnswered) and event.given_back:
             self._leftovers.settled(event.attempt)
         for decision in self.events.handle(event):
             self._actions[type(decision)](decision)
             note_decision(self._progress.timeline, decision, self.fleet.slots)
+            self._progress.uncommitted.note_decision(decision)
 
     def stop(self, reason: str, grace: float | None) -> None:
         """Takes up no more work and ends when what has begun is committed.

@@ -15,7 +15,7 @@ from gaudi_batch.dataset.reasons import FIRST_IDS, reason_lines
 from gaudi_batch.errors import InputError
 from gaudi_batch.output.cost import cost_words
 from gaudi_batch.output.holder import Lease, read_lease
-from gaudi_batch.output.progress import sane_failures, sane_progress, sane_text, without_doings
+from gaudi_batch.output.progress import is_sane, sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.records import read_records
 from gaudi_batch.reporting.progress_text import time_left
@@ -99,7 +99,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         "failures": progress["failures"] if current is None else sane_failures(current.get("failures")),
         "images_per_s": progress["images_per_s"],
         **{name: progress[name] if state == "running" else None for name in TIME_LEFT},
-        "cost": progress["cost"],
+        "cost": cost if current is not None and is_sane(cost := current.get("cost")) else progress["cost"],
         "cost_expected": progress["cost_expected"] if state == "running" else None,
         "waits_for": progress["waits_for"] if state == "running" else None,
         "progress_time": progress["time"],

@@ -41,6 +41,16 @@ def test_the_cost_follows_from_the_time_and_the_price() -> None:
     ], "nothing is left that a budget could stop"
 
 
+def test_cards_without_work_are_paid_to_the_end() -> None:
+    work = Work(40 * HOUR, 4, held=6)
+    idle = "loading and warm-up left out, 2 cards without work paid, too"
+    assert lines(work, price_per_card_hour=2) == [f"cost     about 120.00 (at 2.00 a card-hour, {idle})"]
+    assert lines(Work(40 * HOUR, 4, held=12), price_per_node_hour=10) == [
+        "cost     about 200.00 (at 10.00 a node-hour, 2 nodes of 8 cards, loading and warm-up left out, 8 cards without"
+        " work paid, too)"
+    ]
+
+
 def test_nodes_are_those_that_the_cards_fill() -> None:
     by_node = "at 10.00 a node-hour, {} cards, loading and warm-up left out"
     assert lines(Work(36 * HOUR, 9), price_per_node_hour=10) == [

@@ -218,5 +218,7 @@ def test_it_is_made_at_any_time(run: Path, browser: Browser) -> None:
     data = data_of(page)
     assert data["state"] == "running"
     assert 24 <= data["images"] == sum(card["images"] for card in data["cards"]) < ROWS
+    assert page.text(".tile:first-child span") == f"images committed, of {ROWS} planned"
+    assert data["spent"]["uncommitted"] > 0
     assert page.evaluate("originalOf(data.pictures[0])").startswith(f"file://{run}/images/")
     assert page.errors == []

@@ -11,7 +11,7 @@ import pytest
 from helpers import Unfenced
 
 from gaudi_batch.card.messages import Ready
-from gaudi_batch.driver.history import note_decision, note_event
+from gaudi_batch.driver.history import Uncommitted, note_decision, note_event
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output.ledger import Ledger
@@ -65,6 +65,27 @@ def test_the_life_of_a_card_is_in_the_timeline(timeline: Timeline, tmp_path: Pat
         {**card, "what": "quarantined", "error": "it fails"},
         {**card, "what": "released", "node_gone": True},
     ]
+
+
+def test_a_card_is_at_work_that_is_not_committed_until_its_shards_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    uncommitted = Uncommitted()
+    for card, attempt in ((0, "aaaaa1"), (0, "aaaaa2"), (1, "aaaaa3"), (2, "aaaaa4"), (3, "aaaaa5")):
+        uncommitted.note_decision(decisions.Assign(card, decisions.ShardTask(TASK.shard, attempt)))
+        now += 1.0
+    assert uncommitted.seconds() == {0: 5, 1: 3, 2: 2, 3: 1}, "since each got the first of its shards"
+    uncommitted.note_decision(decisions.Commit(11, "aaaaa1"))
+    assert uncommitted.seconds()[0] == 5
+    assert uncommitted.seconds(committing=False)[0] == 4
+    uncommitted.note_event(events.ShardCommitted(11))
+    uncommitted.note_event(events.RecallAnswered("aaaaa2", given_back=True))
+    uncommitted.note_event(events.RecallAnswered("aaaaa3", given_back=False))
+    uncommitted.note_event(events.AttemptEnded(2, "aaaaa4"))
+    assert uncommitted.seconds() == {1: 3, 3: 1}
+    uncommitted.note_decision(decisions.Replace(3))
+    uncommitted.note_decision(decisions.Discard("aaaaa3"))
+    assert uncommitted.seconds() == {}
 
 
 def test_each_line_is_stored_once(timeline: Timeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from gaudi_batch.output.formats import WRITERS
 from gaudi_batch.reporting.report import pictures
 from gaudi_batch.reporting.report.page import render
+from gaudi_batch.reporting.report.report import _flag_unlike
 from gaudi_batch.storage.store import Storage
 
 
@@ -75,3 +76,12 @@ def test_nothing_that_a_run_says_ends_the_script_element() -> None:
     assert page.count("</script>") == 4 == page.count("<script")
     assert "<b>" not in page
     assert json.loads(page.split('id="data">')[1].split("</script>")[0])["prompt"] == "</script><!--<script>&\u2028"
+
+
+def test_of_two_cards_the_one_that_lost_its_time_is_named() -> None:
+    cards = [
+        {"name": "a", "spent": {"generating": 90.0, "tail": 10.0}, "flags": []},
+        {"name": "b", "spent": {"generating": 40.0, "lost": 60.0}, "flags": []},
+    ]
+    _flag_unlike(cards)
+    assert [card["flags"] for card in cards] == [[], ["lost: 60% of its time, others 0%"]]

@@ -12,8 +12,9 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.spans import Span
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.reporting.report.batches import Batch, _of_line, _of_sums, pace
+from gaudi_batch.reporting.report.drawing import drawn
 from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
-from gaudi_batch.reporting.report.timelines import RunClock, Stretch, drawn, timelines
+from gaudi_batch.reporting.report.timelines import UNCOMMITTED, RunClock, Stretch, timelines
 
 BEGIN = 1_000_000.0
 
@@ -84,6 +85,23 @@ def test_work_that_is_not_committed_is_lost() -> None:
     assert told(failed, [batch(3)])[2:] == [("lost", 4, 9), ("loading", 9, 20)]
     in_the_making = [*START, line(20, "over", phase="batch", phase_s=6)]
     assert told(in_the_making, [batch(3)])[2:] == [("tail", 4, 14), ("lost", 14, 20)]
+
+
+def test_all_batches_that_are_not_committed_are_no_idle_time() -> None:
+    """However short the batch is at which the card is: it has made others of that shard before."""
+    line_of = [*START, line(20, "over", phase="batch", phase_s=1, uncommitted_s=16.5)]
+    assert told(line_of, [batch(3)])[2:] == [("lost", 4, 20)], "it got the shard while it made the one before"
+    line_of = [*START, line(20, "over", phase="batch", phase_s=1, uncommitted_s=6)]
+    assert told(line_of, [batch(3)])[2:] == [("tail", 4, 14), ("lost", 14, 20)]
+    line_of = [*START, line(20, "over", phase="storing", phase_s=1, uncommitted_s=0)]
+    assert told(line_of, [batch(3)])[2:] == [("tail", 4, 20)], "all that it stores is committed by now"
+
+
+def test_what_is_in_the_making_is_not_lost_while_the_run_goes_on() -> None:
+    clock = RunClock([span("aaaaa", 0, 20)], [batch(3)])
+    (card,) = timelines({"aaaaa": START}, [batch(3)], clock, {"a": 17.0}, UNCOMMITTED)
+    assert [stretch.kind for stretch in card.stretches] == ["loading", "generating", "uncommitted"]
+    assert card.seconds()["uncommitted"] == pytest.approx(16)
 
 
 def test_a_card_that_is_given_back_was_idle() -> None:

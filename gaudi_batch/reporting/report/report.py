@@ -7,32 +7,34 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from statistics import median_high, median_low
 from typing import Any
 
 from gaudi_batch.config.command import run_command
 from gaudi_batch.layout import driver_of
+from gaudi_batch.output.cost import money
 from gaudi_batch.output.progress import is_sane, sane_progress
 from gaudi_batch.output.records import RunRecords
 from gaudi_batch.output.spans import card_hours, wall_seconds
 from gaudi_batch.output.throughput import rounded
 from gaudi_batch.reporting.report.batches import Batch, counters, pace, read_batches
+from gaudi_batch.reporting.report.drawing import STRETCHES_DRAWN, drawn
 from gaudi_batch.reporting.report.page import render, version
 from gaudi_batch.reporting.report.pictures import describe, pictures
 from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
 from gaudi_batch.reporting.report.timelines import (
-    AT_WORK,
     BACKUP,
     GENERATING,
     KINDS,
     LOADING,
     LOST,
-    STRETCHES_DRAWN,
+    UNCOMMITTED,
     WARMUP,
     CardTimeline,
     Mark,
     RunClock,
-    drawn,
     timelines,
+    uncommitted_seconds,
 )
 from gaudi_batch.text import one_line, short_hosts
 
@@ -74,7 +76,9 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     batches = read_batches(records)
     lines = records.timelines()
     clock = RunClock(records.spans, batches, lines)
-    cards = timelines(lines, batches, clock, {} if state.startswith("complete") else _at_work(records))
+    goes_on = state in ("running", "silent")
+    at_work = {} if state.startswith("complete") else _at_work(records)
+    cards = timelines(lines, batches, clock, at_work, UNCOMMITTED if goes_on else LOST)
     totals = records.totals()
     cards += [CardTimeline(name, was_ready=True) for name in totals.cards.keys() - {card.name for card in cards}]
     # A place that was given back before its card had loaded is no card; its time counts.
@@ -102,7 +106,7 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     committers = {driver_of(commit.info.attempt) for commit in records.commits}
     wall_s = wall_seconds(records.spans, committers)
     images = figures["images"]
-    cost = _cost(records)
+    cost, each = _cost(records, images)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "output": records.reader.storage.url,
@@ -122,7 +126,8 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "images_per_s_wall": rounded(images / wall_s) if wall_s else None,
         "card_hours": card_hours(records.spans, committers),
         "cost": cost,
-        "cost_per_image": cost / images if cost is not None and images else None,
+        "cost_per_image": each,
+        "cost_words": [None if amount is None else money(amount) for amount in (cost, each)],
         "drivers": [
             {"driver": name, "start": round(start, 3), "stop": round(stop, 3), **_moments(records, name)}
             for name, start, stop in clock.drivers
@@ -163,8 +168,8 @@ def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, fl
     }
 
 
-def _cost(records: RunRecords) -> float | None:
-    """What the run has cost, as its last driver has counted it; None if that is not known."""
+def _cost(records: RunRecords, images: int) -> tuple[float | None, float | None]:
+    """What the run has cost, as its last driver has counted it, and what an image has; None if that is not known."""
     summary, progress = (records.reader.get_json(name) or {} for name in ("summary.json", "progress.json"))
     # A driver that was killed has left no summary, and that of the one before it says less.
     last = (
@@ -172,8 +177,12 @@ def _cost(records: RunRecords) -> float | None:
         if summary.get("drivers") and len(summary["drivers"]) >= len(progress.get("drivers") or ())
         else progress
     )
-    cost = last.get("cost")
-    return cost if is_sane(cost) else None
+    cost, each = last.get("cost"), last.get("cost_per_image")
+    if not is_sane(cost):
+        return None, None
+    if not is_sane(each) or last.get("images") != images:
+        each = cost / images if images else None
+    return cost, each
 
 
 def _command(records: RunRecords) -> str:
@@ -190,11 +199,8 @@ def _at_work(records: RunRecords) -> dict[str, float] | None:
     progress = sane_progress(records.reader.get_json("progress.json") or {})
     if not progress["cards"]:
         return None
-    return {
-        name: card["phase_s"]
-        for name, card in progress["cards"].items()
-        if card["phase"] in AT_WORK and card["phase_s"] is not None
-    }
+    seconds = {name: uncommitted_seconds(card) for name, card in progress["cards"].items()}
+    return {name: value for name, value in seconds.items() if value is not None}
 
 
 def _flag_unlike(cards: Sequence[dict[str, Any]]) -> None:
@@ -208,8 +214,9 @@ def _flag_unlike(cards: Sequence[dict[str, Any]]) -> None:
             card["name"]: sum(card["spent"].get(kind, 0.0) for kind in kinds) / held[card["name"]] for card in known
         }
 
-    lost, busy = shares(LOST), shares(WARMUP, GENERATING, BACKUP, LOST)
-    usually_lost, usually_busy = (sorted(each.values())[len(known) // 2] if known else 0.0 for each in (lost, busy))
+    lost, busy = shares(LOST), shares(WARMUP, GENERATING, UNCOMMITTED, BACKUP, LOST)
+    usually_lost = median_low(lost.values()) if known else 0.0  # of two cards one has lost nothing
+    usually_busy = median_high(busy.values()) if known else 0.0
     for card in known:
         name = card["name"]
         if lost[name] > usually_lost + MIN_DIFFERENCE:

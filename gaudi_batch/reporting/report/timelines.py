@@ -19,14 +19,16 @@ from gaudi_batch.text import one_line
 
 LOADING, WARMUP, GENERATING, BACKUP = "loading", "warm-up", "generating", "backup"
 START, WAITING, TAIL, LOST, QUARANTINED = "start", "waiting", "tail", "lost", "quarantined"
+UNCOMMITTED = "uncommitted"
 KINDS: Mapping[str, str] = {
     LOADING: "a process starts and loads the model",
     START: "loaded, before the first batch",
     WARMUP: "first batches of a shape, which compile",
     GENERATING: "batches that were committed",
+    UNCOMMITTED: "work on shards that are not committed yet, while the run goes on",
     BACKUP: "work on a backup attempt, which is committed or which the other card overtook",
     WAITING: "idle between two batches",
-    LOST: "work that is not committed: a fault, a hang, an attempt that a backup overtook, or one that goes on",
+    LOST: "work that was never committed: a fault, a hang, a run that was ended, an attempt that a backup overtook",
     TAIL: "idle, and nothing was left to begin",
     QUARANTINED: "given up; no process runs",
 }
@@ -37,8 +39,6 @@ MIN_LOST_S = 0.25
 """A gap between two batches below this is no work that was lost: clocks are read one after the other."""
 AT_WORK = ("batch", "first batch", "reading", "storing", "encoding", "asking storage", "silent")
 """Phases of a card that makes a shard."""
-STRETCHES_DRAWN = 1000
-"""Stretches of time that are drawn of a card at most; shorter ones are merged, the longest of each moment is seen."""
 
 
 class Stretch(NamedTuple):
@@ -134,6 +134,7 @@ def timelines(
     batches: Iterable[Batch],
     clock: RunClock,
     at_work: Mapping[str, float] | None = None,
+    unfinished: str = LOST,
 ) -> list[CardTimeline]:
     """The timeline of each card, by name.
 
@@ -141,8 +142,9 @@ def timelines(
         lines: the timeline's, by driver.
         batches: what was committed.
         clock: of the run.
-        at_work: cards that were making something when the last driver reported last, with for how many seconds; None
-            if that is not known, so that all since a card's last batch counts as lost.
+        at_work: cards that were at work which is not committed when the last driver reported last, with for how many
+            seconds; None if that is not known, so that all since a card's last batch counts as such work.
+        unfinished: the kind of that work.
     """
     cards: dict[str, CardTimeline] = {}
     made: dict[tuple[str, str], list[Batch]] = {}
@@ -167,6 +169,7 @@ def timelines(
             lost_from: float | None = 0.0
             if is_last and at_work is not None:
                 lost_from = end - at_work[life.name] if life.name in at_work else None
+            life.unfinished = unfinished if is_last else LOST
             card.stretches += life.fill(made.get((driver, life.name), []), clock, driver, lost_from)
     return [cards[name] for name in sorted(cards)]
 
@@ -199,6 +202,8 @@ class _Life:
     """Whether its driver has told what it was at in the end."""
     lost_from: float | None = None
     """Since when it was then at work that was not committed; None if it was not."""
+    unfinished: str = LOST
+    """The kind of that work."""
 
     def fill(self, made: Sequence[Batch], clock: RunClock, driver: str, lost_from: float | None) -> list[Stretch]:
         """All stretches, those of its batches among them.
@@ -236,6 +241,7 @@ class _Life:
             if up.end in FAILED:
                 lost = dropped
             elif not up.end and lost_from is not None:
+                kind = self.unfinished
                 lost = min(max(dropped, lost_from), up.stop)
                 if backups := [time for time in self.backups.values() if dropped <= time <= lost]:
                     lost, kind = max(backups), BACKUP  # which goes on, or of which nobody has told how it ended
@@ -246,6 +252,18 @@ class _Life:
 
 def _stretch(kind: str, start: float, stop: float) -> list[Stretch]:
     return [Stretch(kind, start, stop)] if stop > start else []
+
+
+def uncommitted_seconds(told: Mapping[str, Any]) -> float | None:
+    """For how many seconds a card had been at work that is not committed; None if it was not.
+
+    Args:
+        told: what its driver said of it last. Older versions told nothing but since when it had been at one batch.
+    """
+    if is_sane(seconds := told.get("uncommitted_s")):
+        return seconds or None
+    phase_s = told.get("phase_s")
+    return None if told.get("phase") not in AT_WORK else phase_s if is_sane(phase_s) else 0.0
 
 
 def _lives(
@@ -282,9 +300,8 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
             life.marks.append(Mark("dropped", at, f"attempt {one_line(line.get('attempt'))}"))
         elif what == "over":
             life.is_over = True
-            if line.get("phase") in AT_WORK:
-                phase_s = line.get("phase_s")
-                life.lost_from = at - (phase_s if is_sane(phase_s) else 0.0)
+            seconds = uncommitted_seconds(line)
+            life.lost_from = None if seconds is None else at - seconds
         elif what in (QUARANTINED, "released"):
             life.marks.append(
                 Mark(what, at, error or (NODE_GONE if line.get("node_gone") else "its place was given back"))
@@ -301,48 +318,6 @@ def _close(life: _Life, state: str, since: float, at: float, end: str = "") -> N
         life.ups.append(_Up(since, at, end))
     elif state == QUARANTINED:
         life.stretches += _stretch(QUARANTINED, since, at)
-
-
-def drawn(stretches: Sequence[Stretch], resolution: float) -> list[Stretch]:
-    """The stretches as they are drawn: neighbours of one kind are one, and those that are shorter than can be seen are
-    taken together, as what most of them are.
-
-    Args:
-        stretches: of a card, in order.
-        resolution: seconds that can be told apart.
-    """
-    merged: list[Stretch] = []
-    bin_at, spent = None, {}  # type: float | None, dict[str, float]
-    bin_end = 0.0
-
-    def add(stretch: Stretch) -> None:
-        last = merged[-1] if merged else None
-        if last is not None and last.kind == stretch.kind and stretch.start - last.stop < resolution / 2:
-            merged[-1] = Stretch(last.kind, last.start, max(last.stop, stretch.stop))
-        else:
-            merged.append(stretch)
-
-    def close() -> None:
-        nonlocal bin_at
-        if bin_at is not None:
-            add(Stretch(max(spent, key=lambda kind: spent[kind]), bin_at, bin_end))
-            bin_at = None
-            spent.clear()
-
-    for stretch in stretches:
-        length = stretch.stop - stretch.start
-        if length >= resolution:
-            close()
-            add(stretch)
-            continue
-        if bin_at is not None and stretch.stop - bin_at > resolution:
-            close()
-        if bin_at is None:
-            bin_at = stretch.start
-        spent[stretch.kind] = spent.get(stretch.kind, 0.0) + length
-        bin_end = stretch.stop
-    close()
-    return merged
 
 
 def seconds_of(moment: Any) -> float | None:

@@ -44,6 +44,7 @@ function clock(seconds) {
 // -- the head ------------------------------------------------------------------------------------------------------
 
 const stateClass = data.state.startsWith("complete") ? "complete" : data.state === "running" ? "running" : "stopped";
+const goesOn = data.state === "running" || data.state === "silent";
 const signs = { complete: "\u2713", running: "\u25b6", stopped: "\u25a0" };
 const tile = (label, value, bad) => el("div", { class: bad ? "tile bad" : "tile", "data-name": label }, el("b", {}, value), el("span", {}, label));
 
@@ -53,16 +54,17 @@ root.append(
     el("h1", {}, data.output),
     el("p", {}, el("span", { class: `state ${stateClass}` }, `${signs[stateClass]} ${data.state}`), data.reason ? ` ${data.reason}` : ""),
     el("p", { class: "quiet" }, `run ${data.run_id || "without an id"}, begun ${data.created_at}; this page was made ${data.made_at} by gaudi-batch ${data.version}`),
+    goesOn ? el("p", {}, "The run goes on. Images count once their shard is committed, and show in the rates then.") : null,
   ),
   el("section", { class: "tiles", "aria-label": "figures" },
-    tile(`images of ${number(data.images_planned)} planned`, number(data.images)),
+    tile(`images ${goesOn ? "committed, " : ""}of ${number(data.images_planned)} planned`, number(data.images)),
     tile(`failed rows of ${number(data.rows)} done`, number(data.failed_rows), data.failed_rows > 0),
     tile(data.drivers.length > 1 ? `wall time, ${data.drivers.length} drivers` : "wall time", duration(data.wall_s)),
     tile("images/s of wall time", rate(data.images_per_s_wall)),
     tile("images/s of generation", rate(data.images_per_s)),
     tile(data.card_hours === null ? "cards" : `cards, ${number(data.card_hours, 2)} card-hours`, number(data.cards_total)),
     data.joules_per_image ? tile(`joules an image; ${number(data.energy_j / 3.6e6, 2)} kWh`, number(data.joules_per_image, 1)) : null,
-    data.cost !== null && data.cost !== undefined ? tile(data.cost_per_image ? `cost; ${data.cost_per_image.toPrecision(2)} an image` : "cost", number(data.cost, 2)) : null,
+    data.cost_words[0] ? tile(data.cost_words[1] ? `cost; ${data.cost_words[1]} an image` : "cost", data.cost_words[0]) : null,
   ),
 );
 
@@ -132,6 +134,7 @@ function rateOfAll(width) {
   return Plot.plot({
     ...axes(width),
     height: big.matches ? 260 : 190,
+    marginTop: 22, // the label stands above the highest tick
     y: { label: "images/s, all cards", grid: true, zero: true, ticks: 5 },
     marks: [
       Plot.rectY(bins, { x1: "x1", x2: "x2", y: "value", fill: "var(--generating)", ariaDescription: "images a second", title: (bin) => `${clock(bin.x1)} to ${clock(bin.x2)}: ${rate(bin.value)} images/s` }),
