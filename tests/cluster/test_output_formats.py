@@ -276,10 +276,10 @@ def test_the_documented_query_counts_failed_rows_by_reason_in_s3(make: Make, tmp
     make("files", url, storage_options=s3.options)
     now = {"simulated": {"batch_seconds": 0.01, "raise_rows": [40]}}
     make("files", url, storage_options=s3.options, flags={"retry_failed": True}, **now)
-    page = (REPOSITORY / "docs/datasets.md").read_text()
-    query = page.partition("```sql\n")[2].partition("```")[0]
-    assert "s3://bucket/runs/first/manifest/" in query
-    query = query.replace("s3://bucket/runs/first", url)
-    printed = run_outside("-c", SQL, query.rstrip(";\n"), json.dumps(s3.options), home=tmp_path / "home")
-    failed = json.loads(printed.strip().splitlines()[-1])
-    assert failed == [["RuntimeError: simulated failure of row 40", 1, "40"]]
+    for page in ("docs/datasets.md", "README.md"):
+        query = (REPOSITORY / page).read_text().partition("```sql\n")[2].partition("```")[0]
+        assert "s3://bucket/runs/first/manifest/" in query
+        query = query.replace("s3://bucket/runs/first", url)
+        printed = run_outside("-c", SQL, query.rstrip(";\n"), json.dumps(s3.options), home=tmp_path / "home")
+        failed = json.loads(printed.strip().splitlines()[-1])
+        assert failed == [["RuntimeError: simulated failure of row 40", 1, "40"]], page
