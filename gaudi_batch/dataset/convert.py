@@ -17,17 +17,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gaudi_batch.config.bounds import MAX_IMAGES, MAX_INT32, MAX_SEED
 from gaudi_batch.config.schema import PROMPT_COLUMNS
 from gaudi_batch.dataset.csv_tables import TypedText
 from gaudi_batch.dataset.lines import BadLine, Line, PromptTable
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage
-from gaudi_batch.text import counted, did_you_mean, one_line
+from gaudi_batch.text import counted, did_you_mean, one_line, short_repr
 
 ROW_GROUP_ROWS = 1024
 """Rows of a row group. A card reads whole row groups, and a shard has at most as many images."""
-BAD_SHOWN = 10
+SHOWN = 10
+"""Lines that are shown: of those left out, and of rows over several lines."""
 TYPES: Mapping[str, pa.DataType] = {
     "prompt": pa.string(),
     "id": pa.string(),
@@ -40,7 +42,13 @@ TYPES: Mapping[str, pa.DataType] = {
     "num_images": pa.int64(),
 }
 """Types of the columns that a job knows."""
+RANGES = {"seed": (0, MAX_SEED), "num_images": (1, MAX_IMAGES)} | dict.fromkeys(
+    ("width", "height", "steps"), (1, MAX_INT32)
+)
+"""What a whole number of a column may be."""
 _MAX_INT64 = 2**63 - 1
+_MAX_EXACT = 2**53
+"""Every whole number up to this is a floating-point number, too."""
 
 
 @dataclass
@@ -54,6 +62,10 @@ class Converted:
     """Lines that were left out."""
     examples: list[str] = field(default_factory=list)
     """The first of them, each with its number and the reason."""
+    long: int = 0
+    """Rows that go over several lines."""
+    long_examples: list[str] = field(default_factory=list)
+    """The first of them, each with the numbers of its lines and its prompt."""
     columns: dict[str, str] = field(default_factory=dict)
     """The type of each column."""
 
@@ -64,6 +76,11 @@ class Converted:
         if self.bad:
             lines.append(f"left out: {counted(self.bad, self.unit)}, the first of them:")
             lines += [f"  {example}" for example in self.examples]
+        if self.long:
+            lines.append(
+                f"over several lines, unless a quote is not closed: {counted(self.long, 'row')}, the first of them:"
+            )
+            lines += [f"  {example}" for example in self.long_examples]
         return lines
 
 
@@ -89,11 +106,16 @@ def convert(table: PromptTable, target: Storage, name: str, columns: Mapping[str
             try:
                 values = _values(line, names)
             except BadLine as bad:
-                result.bad += 1
-                if len(result.examples) < BAD_SHOWN:
-                    result.examples.append(f"{table.unit} {line.number}: {one_line(bad, 200)}")
+                result.bad += line.span
+                if len(result.examples) < SHOWN:
+                    result.examples.append(f"{line.place(table.unit)}: {one_line(bad, 200)}")
                 continue
             result.rows += 1
+            if line.span > 1:
+                result.long += 1
+                if len(result.long_examples) < SHOWN:
+                    prompt = one_line(values["prompt"], 100)
+                    result.long_examples.append(f"{line.place(table.unit)} are one row: {prompt}")
             for column, value in values.items():
                 kinds.setdefault(column, Counter())[_kind(value)] += 1
     if not result.rows:
@@ -112,7 +134,7 @@ def convert(table: PromptTable, target: Storage, name: str, columns: Mapping[str
 
 
 def _names(table: PromptTable, columns: Mapping[str, str]) -> dict[str, str]:
-    """The name in the result of each column of the input. Raises InputError."""
+    """The name in the result of each column of the input; none if none of its lines can be read. Raises InputError."""
     present = table.columns()
     for name, column in columns.items():
         if name not in PROMPT_COLUMNS:
@@ -120,7 +142,7 @@ def _names(table: PromptTable, columns: Mapping[str, str]) -> dict[str, str]:
                 f"--columns: {name!r} is no column that a job knows; {did_you_mean(name, PROMPT_COLUMNS)}it knows"
                 f" {', '.join(PROMPT_COLUMNS)}"
             )
-        if column not in present:
+        if present and column not in present:
             raise InputError(f"--columns.{name}: {table.name!r} has no column {column!r}; it has {_listed(present)}")
         if name in present and name != column:
             raise InputError(f"--columns.{name}: {table.name!r} has a column {name!r} of its own, too; rename one")
@@ -128,7 +150,7 @@ def _names(table: PromptTable, columns: Mapping[str, str]) -> dict[str, str]:
         raise InputError(f"--columns: {shared[0]!r} is named twice; a column of the result comes from one of its own")
     if twice := [column for column, count in Counter(present).items() if count > 1]:
         raise InputError(f"{table.name!r} has the column {twice[0]!r} more than once; rename one")
-    if "prompt" not in columns and ("prompt" not in present or "prompt" in columns.values()):
+    if present and "prompt" not in columns and ("prompt" not in present or "prompt" in columns.values()):
         raise InputError(
             f"{table.name!r} has no column 'prompt'; it has {_listed(present)}: name the right one with --columns"
             " prompt=NAME"
@@ -195,24 +217,25 @@ def _known(name: str, value: Any) -> Any:
             return value
         if name == "id" and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
-        raise BadLine(f"{name} is {value!r:.80}; it must be a text")
+        raise BadLine(f"{name} is {short_repr(value, 80)}; it must be a text")
+    what = "whole number in {} .. {}".format(*RANGES[name]) if name in RANGES else "number"
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
             raise ValueError
-        number = float(value) if kind == pa.float64() else _whole(value)
+        number = _whole(value, *RANGES[name]) if name in RANGES else float(value)
         if not math.isfinite(number):
             raise ValueError
-    except (ValueError, OverflowError):
-        what = "number" if kind == pa.float64() else "whole number"
-        raise BadLine(f"{name} is {value!r:.80}; it must be a {what}") from None
+    except (ValueError, ArithmeticError):
+        raise BadLine(f"{name} is {short_repr(value, 80)}; it must be a {what}") from None
     return number
 
 
-def _whole(value: str | int | float | Decimal) -> int:
-    if (isinstance(value, str) and not value.isascii()) or "_" in str(value):
+def _whole(value: str | int | float | Decimal, least: int, most: int) -> int:
+    """A whole number, whose digits are all kept. Raises ValueError or ArithmeticError."""
+    if isinstance(value, str) and (not value.isascii() or "_" in value):
         raise ValueError
-    number = int(value) if isinstance(value, int) or (isinstance(value, str) and "." not in value) else float(value)
-    if number != int(number) or abs(number) > _MAX_INT64:
+    number = Decimal(value)
+    if not least <= number <= most or number != int(number):
         raise ValueError
     return int(number)
 
@@ -220,8 +243,8 @@ def _whole(value: str | int | float | Decimal) -> int:
 def _kind(value: Any) -> str:
     if isinstance(value, TypedText):
         value = value.value
-    if isinstance(value, int) and abs(value) > _MAX_INT64:
-        return "large"
+    if isinstance(value, int) and abs(value) > _MAX_EXACT:
+        return "long" if abs(value) <= _MAX_INT64 else "large"
     return "null" if value is None else type(value).__name__
 
 
@@ -233,7 +256,7 @@ def _type(table: PromptTable, name: str, kinds: Mapping[str, Counter[str]]) -> p
     present = set(kinds.get(name, ())) - {"null"}
     if present == {"bool"}:
         return pa.bool_()
-    if present == {"int"}:
+    if present and present <= {"int", "long"}:
         return pa.int64()
     if present and present <= {"int", "float"}:
         return pa.float64()

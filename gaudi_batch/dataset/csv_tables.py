@@ -2,64 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import re
 from collections import deque
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from gaudi_batch.dataset.lines import Line, Lines, checked, has_surrogates
 from gaudi_batch.errors import InputError
-from gaudi_batch.text import one_line
+from gaudi_batch.text import counted, one_line
 
 MAX_FIELD = 1 << 24
 """Characters of a field of a CSV file."""
 MAX_RECORD_LINES = 10_000
 """Lines over which a quoted field of a CSV file goes on; a quote that is not closed before is a mistake."""
-Record: TypeAlias = tuple[int, list[str], str | None]
-"""The number of the first line, the fields, and why it can't be read."""
+
+
+class Record(NamedTuple):
+    """A row of fields."""
+
+    number: int
+    """Of its first line."""
+    values: list[str]
+    error: str | None = None
+    """Why it can't be read; None if it can."""
+    span: int = 1
+    """Over how many lines it goes."""
 
 
 class CsvTable(Lines):
     """A CSV file with a header. A column has numbers or truth values if all of its values are, as they are usually
     written; 007 and +49 are texts."""
 
-    delimiter = ","
-
     def columns(self) -> list[str]:
         """See `PromptTable`. Raises InputError if the header can't be read."""
         header = next(self._records(), None)
         if header is None:
             raise InputError(f"{self.name!r} is empty; its first line must name the columns")
-        number, names, error = header
-        if error is None and any(map(has_surrogates, names)):
-            error = "not UTF-8"
+        if not header.values and header.error is None:
+            raise InputError(f"{self.name!r}: line 1 is empty; it must name the columns")
+        error = "not UTF-8; save the file as UTF-8" if any(map(has_surrogates, header.values)) else header.error
         if error is not None:
-            raise InputError(f"{self.name!r}: the header in line {number} can't be read: {error}")
-        return names
+            raise InputError(f"{self.name!r}: the header in line {header.number} can't be read: {error}")
+        return header.values
 
     def lines(self) -> Iterator[Line]:
         """See `PromptTable`."""
         columns = self.columns()
-        for number, values, error in itertools.islice(self._records(), 1, None):
+        for number, values, error, span in itertools.islice(self._records(), 1, None):
+            if error is None and values and len(values) != len(columns):
+                error = f"it has {counted(len(values), 'field')}, and the header {len(columns)}"
+                if span > 1:
+                    error += "; a quote may not be closed"
             if error is not None:
-                yield Line(number, error=error)
-            elif not values:
-                continue
-            elif len(values) != len(columns):
-                yield Line(number, error=f"it has {len(values)} fields, and the header {len(columns)}")
-            else:
-                yield checked(number, {name: _typed(value) for name, value in zip(columns, values, strict=True)})
-
-    def _record(self, number: int, text: str, error: str) -> Record:
-        """The first line of a record that is broken."""
-        return number, [], error
+                yield Line(number, error=error, span=span)
+            elif values:
+                fields = {name: _typed(value) for name, value in zip(columns, values, strict=True)}
+                yield checked(number, fields, span)
 
     def _records(self) -> Iterator[Record]:
-        """The records, each with the number of its first line, and why it can't be read. Of a record that is broken
-        the first line is left out, and the lines after it are read anew: a quote that is not closed would take them
-        all."""
+        """The records. Of one whose quote is not closed the first line is left out, and the lines after it are read
+        anew: it would take them all."""
         source = self.texts()
         again: deque[tuple[int, str]] = deque()
         taken: list[tuple[int, str]] = []
@@ -75,31 +80,52 @@ class CsvTable(Lines):
                 yield line[1]
 
         csv.field_size_limit(MAX_FIELD)
+        width = 0
         while True:
-            reader = csv.reader(texts(), delimiter=self.delimiter, strict=True)
             try:
-                for values in reader:
-                    yield taken[0][0], values, None
+                for values in csv.reader(texts(), strict=True):
+                    if len(taken) > 1 and _are_rows([text for _, text in taken], width):
+                        raise csv.Error("a quote is not closed")
+                    yield Record(taken[0][0], values, span=len(taken))
+                    width = width or len(values)
                     taken.clear()
                 return
             except csv.Error as error:
                 is_open = len(taken) > 1 or "unexpected end" in str(error)
                 why = "a quote is not closed" if is_open else f"not CSV: {one_line(error)}"
-                yield self._record(*taken[0], why)
+                yield Record(taken[0][0], [], why)
                 again.extendleft(reversed(taken[1:]))
                 taken.clear()
 
 
+def _are_rows(lines: Sequence[str], width: int) -> bool:
+    """Whether each of the lines of a record is a row of its own, which only a quote that is not closed has made a part
+    of another: it has all fields, and in one column all of them have a number. A text over several lines rarely has."""
+    rows = [line.rstrip("\r\n").split(",") for line in lines]
+    return all(len(row) == width for row in rows) and any(
+        all(_NUMERIC.fullmatch(value) for value in column) for column in zip(*rows, strict=True)
+    )
+
+
 class TsvTable(CsvTable):
-    """The same with tabs in place of commas. Many such files quote nothing, and so quotes that do not go together are a
-    part of the text."""
+    """The same with tabs in place of commas, and a line is always a row. Many such files quote nothing: quotes are
+    taken off where they enclose a field as in CSV, and otherwise are a part of the text."""
 
-    delimiter = "\t"
+    def _records(self) -> Iterator[Record]:
+        csv.field_size_limit(MAX_FIELD)
+        width = 0
+        for number, text in self.texts():
+            line = text.rstrip("\r\n")
+            values = line.split("\t") if line else []
+            if '"' in line:
+                with contextlib.suppress(csv.Error):
+                    unquoted = next(csv.reader([line], delimiter="\t", strict=True))
+                    values = unquoted if len(unquoted) == (width or len(unquoted)) else values
+            yield Record(number, values)
+            width = width or len(values)
 
-    def _record(self, number: int, text: str, error: str) -> Record:
-        return number, text.rstrip("\r\n").split(self.delimiter), None
 
-
+_NUMERIC = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})\.\d{1,17}([eE][+-]?\d{1,2})?", re.ASCII)
 _TRUTH = {"true": True, "false": False, "True": True, "False": False}

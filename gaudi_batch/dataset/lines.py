@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import lzma
@@ -17,6 +18,10 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.text import one_line
 
 CHUNK_LINES = 1024
+DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error)
+"""What reading a compressed file raises that is damaged, or is none."""
+OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""What files in UTF-16 or UTF-32 begin with."""
 
 
 class BadLine(Exception):
@@ -32,6 +37,18 @@ class Line:
     values: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     """Why it can't be read; None if it can."""
+    span: int = 1
+    """Over how many lines of the file it goes."""
+
+    def place(self, unit: str) -> str:
+        """Its number in words.
+
+        Args:
+            unit: what a line is called.
+        """
+        if self.span == 1:
+            return f"{unit} {self.number}"
+        return f"{unit}s {self.number} to {self.number + self.span - 1}"
 
 
 class Chunk(NamedTuple):
@@ -87,14 +104,22 @@ class Lines:
         raise NotImplementedError
 
     def texts(self) -> Iterator[tuple[int, str]]:
-        """The lines and their numbers; bytes that are not UTF-8 become surrogates."""
+        """The lines and their numbers; bytes that are not UTF-8 become surrogates. Raises InputError if the file can't
+        be read to its end."""
+        number = 0
         with self._opened() as file:
             try:
                 for number, line in enumerate(file, 1):
+                    if number == 1 and line.startswith(OTHER_UNICODE):
+                        raise InputError(f"{self.name!r} is text in UTF-16 or UTF-32; save it as UTF-8")
                     text = line.decode("utf-8", "surrogateescape")
                     yield number, text.removeprefix("\ufeff") if number == 1 else text
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise InputError(f"{self.name!r} can't be decompressed: {one_line(error)}") from None
+            except DECOMPRESSION_ERRORS as error:
+                after = f" after line {number}" if number else ""
+                raise InputError(
+                    f"{self.name!r} can't be decompressed{after}: {one_line(error)}; bring the whole file anew, or"
+                    " rename it if it is not compressed as its name says"
+                ) from None
 
 
 class Text(Lines):
@@ -116,7 +141,7 @@ class JsonLines(Lines):
 
     def columns(self) -> list[str]:
         """See `PromptTable`; all columns of all lines."""
-        return list(dict.fromkeys(name for line in self.lines() for name in line.values))
+        return _columns(self.lines())
 
     def lines(self) -> Iterator[Line]:
         """See `PromptTable`."""
@@ -128,46 +153,70 @@ class JsonLines(Lines):
                 continue
             try:
                 values = json.loads(text)
-                if not isinstance(values, dict):
-                    raise ValueError("it is no JSON object")
-            except (ValueError, RecursionError) as error:
-                yield Line(number, error=f"not JSON: {one_line(error)}")
+            except ValueError as error:
+                yield Line(number, error=f"not JSON: {_json_error(error, text)}")
+            except RecursionError:
+                yield Line(number, error=f"not JSON: {_TOO_DEEP}")
             else:
-                yield checked(number, values)
+                if isinstance(values, dict):
+                    yield checked(number, values)
+                else:
+                    yield Line(number, error=_NO_OBJECT)
 
 
-class Json(JsonLines):
-    """A file with a JSON array of objects, which is read whole; or with an object a line."""
+class JsonArray(Lines):
+    """A file with a JSON array of objects, which is read whole."""
 
     unit = "item"
 
+    def columns(self) -> list[str]:
+        """See `PromptTable`; all columns of all items."""
+        return _columns(self.lines())
+
     def lines(self) -> Iterator[Line]:
-        """See `PromptTable`. Raises InputError if it is neither."""
-        with self._opened() as file:
-            start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if not start.startswith(b"["):
-            yield from super().lines()
-            return
+        """See `PromptTable`. Raises InputError if it is no JSON."""
         text = "".join(text for _, text in self.texts())
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.name!r} is no JSON: {one_line(error)}") from None
+            why = _TOO_DEEP if isinstance(error, RecursionError) else one_line(error)
+            raise InputError(f"{self.name!r} can't be read as a JSON array, no item of it: {why}") from None
         for number, item in enumerate(items, 1):
-            if isinstance(item, dict):
-                yield checked(number, item)
-            else:
-                yield Line(number, error="it is no JSON object")
+            yield checked(number, item) if isinstance(item, dict) else Line(number, error=_NO_OBJECT)
 
 
-def checked(number: int, values: Mapping[str, Any]) -> Line:
+def json_table(name: str, opened: Callable[[], IO[bytes]]) -> PromptTable:
+    """A file with a JSON array of objects, or with an object a line. Raises InputError if it can't be read."""
+    table = JsonLines(name, opened)
+    first = next((text for _, text in table.texts() if text.strip()), "")
+    return JsonArray(name, opened) if first.lstrip().startswith("[") else table
+
+
+_NO_OBJECT = "it is no JSON object"
+_TOO_DEEP = "it is nested too deeply"
+
+
+def _columns(lines: Iterator[Line]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line.values))
+
+
+def _json_error(error: ValueError, text: str) -> str:
+    """Why a line is not JSON."""
+    if not isinstance(error, json.JSONDecodeError):
+        return one_line(error)
+    if error.pos >= len(text.rstrip()):
+        return "it ends too early; an object must stand whole in its line, or be one of an array with --format json"
+    return f"{error.msg} at column {error.colno}"
+
+
+def checked(number: int, values: Mapping[str, Any], span: int = 1) -> Line:
     """A line, unless it has bytes that are not UTF-8."""
     for name, value in values.items():
         if has_surrogates(name):
-            return Line(number, error="the name of a field is not UTF-8")
+            return Line(number, error="the name of a field is not UTF-8", span=span)
         if isinstance(value, Undecodable) or (isinstance(value, str) and has_surrogates(value)):
-            return Line(number, error=f"{name or 'it'} is not UTF-8")
-    return Line(number, values)
+            return Line(number, error=f"{name or 'it'} is not UTF-8", span=span)
+    return Line(number, values, span=span)
 
 
 def has_surrogates(text: str) -> bool:

@@ -17,7 +17,16 @@ import pyarrow.parquet as pq
 from gaudi_batch.dataset.arrow import python_rows
 from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.dataset.csv_tables import CsvTable, TsvTable
-from gaudi_batch.dataset.lines import CHUNK_LINES, Chunk, Json, JsonLines, PromptTable, Text, checked
+from gaudi_batch.dataset.lines import (
+    CHUNK_LINES,
+    DECOMPRESSION_ERRORS,
+    Chunk,
+    JsonLines,
+    PromptTable,
+    Text,
+    checked,
+    json_table,
+)
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import one_line
@@ -88,7 +97,14 @@ def open_table(storage: Storage, path: str, kind: str | None = None) -> PromptTa
         return OPENERS[compression](file) if compression in OPENERS else file
 
     tables: dict[str, Callable[[str, Callable[[], IO[bytes]]], PromptTable]]
-    tables = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLines, "json": Json, "txt": Text, "parquet": ParquetTable}
+    tables = {
+        "csv": CsvTable,
+        "tsv": TsvTable,
+        "jsonl": JsonLines,
+        "json": json_table,
+        "txt": Text,
+        "parquet": ParquetTable,
+    }
     return tables[kind](path, opened)
 
 
@@ -103,7 +119,7 @@ class ParquetTable:
         try:
             with pq.ParquetFile(opened()) as file:
                 self._schema = plain(file.schema_arrow)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, ValueError, *DECOMPRESSION_ERRORS) as error:
             raise InputError(f"{name!r} is not a readable Parquet file: {one_line(error, 300)}") from None
 
     def columns(self) -> list[str]:
@@ -113,8 +129,8 @@ class ParquetTable:
     def chunks(self, known: Collection[str]) -> Iterator[Chunk]:
         """See `PromptTable`. Raises InputError if the file can't be read to its end."""
         number = 0
-        with pq.ParquetFile(self._opened()) as file:
-            try:
+        try:
+            with pq.ParquetFile(self._opened()) as file:
                 for batch in file.iter_batches(CHUNK_LINES):
                     table = pa.Table.from_batches([batch])
                     looked_at = [name for name in table.column_names if name in known]
@@ -124,8 +140,8 @@ class ParquetTable:
                     rest = table.drop_columns(looked_at)
                     columns = [cast(*each) for each in zip(rest.columns, plain(rest.schema).types, strict=True)]
                     yield Chunk(lines, pa.table(columns, names=rest.column_names))
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"{self.name!r} can't be read after row {number}: {one_line(error, 300)}") from None
+        except (pa.ArrowException, *DECOMPRESSION_ERRORS) as error:
+            raise InputError(f"{self.name!r} can't be read after row {number}: {one_line(error, 300)}") from None
 
     def type_of(self, column: str) -> pa.DataType | None:
         """See `PromptTable`."""

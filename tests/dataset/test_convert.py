@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -24,6 +25,8 @@ from gaudi_batch.dataset.tables import open_table
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.store import Storage
 
+SEED = "must be a whole number in 0 .. 9223372036854775807"
+WIDTH = "must be a whole number in 1 .. 2147483647"
 Convert = Callable[..., tuple[list[dict[str, Any]], list[str]]]
 
 
@@ -73,13 +76,13 @@ def test_a_broken_line_is_named_and_costs_no_other(converted: Convert) -> None:
     rows, bad = converted("p.csv", "\n".join(lines).encode("utf-8", "surrogateescape"))
     assert [(row["prompt"], row["seed"]) for row in rows] == [("a", 1), ("e", 8), ("f", 9)]
     assert bad == [
-        "line 3: seed is 'x'; it must be a whole number",
+        f"line 3: seed is 'x'; it {SEED}",
         "line 4: it has 3 fields, and the header 2",
         "line 5: prompt is empty",
         "line 6: a quote is not closed",
         "line 7: not CSV: ',' expected after '\"'",
         "line 9: prompt is not UTF-8",
-        "line 11: seed is '1.5'; it must be a whole number",
+        f"line 11: seed is '1.5'; it {SEED}",
     ]
 
 
@@ -87,6 +90,51 @@ def test_a_quote_that_is_not_closed_does_not_take_the_rest_of_a_large_file(conve
     lines = ["prompt", '"never closed', *(f"prompt {number}" for number in range(20_000))]
     rows, bad = converted("p.csv", "\n".join(lines).encode())
     assert (len(rows), bad) == (20_000, ["line 2: a quote is not closed"])
+
+
+BROKEN = b"""id,prompt
+1,a
+2,"b, c"
+6,"red circle
+7,x
+8,y
+9,blue 5"
+10,z
+"""
+
+
+def test_a_quote_that_a_later_line_closes_by_chance_costs_its_own_line(converted: Convert) -> None:
+    """All lines that it would take have a number in the same column, and all their fields."""
+    rows, bad = converted("p.csv", BROKEN)
+    assert bad == ["line 4: a quote is not closed"]
+    assert [row["id"] for row in rows] == ["1", "2", "7", "8", "9", "10"]
+    assert rows[-2]["prompt"] == 'blue 5"'
+
+
+def test_a_row_over_several_lines_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.csv").write_text('id,prompt\n1,a\n2,"High quality,\n\nof a cat, a dog"\n3,"b\nc",x\n')
+    made = called("prompts", "p.csv", "p.parquet")
+    assert made.stdout == (
+        "2 rows with the columns id (string), prompt (string)\n"
+        "left out: 2 lines, the first of them:\n"
+        "  lines 6 to 7: it has 3 fields, and the header 2; a quote may not be closed\n"
+        "over several lines, unless a quote is not closed: 1 row, the first of them:\n"
+        "  lines 3 to 5 are one row: High quality, of a cat, a dog\n"
+    )
+    assert made.returncode == 3
+
+
+def test_a_quote_of_tsv_takes_no_other_line(converted: Convert) -> None:
+    data = b'id\tprompt\tnote\n1\t"Hello there\tx\n2\tshe said goodbye"\ty\n3\t"a\tb"\n4\t"c\td"\te\n'
+    rows, bad = converted("p.tsv", data)
+    assert [(row["id"], row["prompt"], row["note"]) for row in rows] == [
+        ("1", '"Hello there', "x"),
+        ("2", 'she said goodbye"', "y"),
+        ("3", '"a', 'b"'),
+        ("4", "c\td", "e"),
+    ]
+    assert not bad
 
 
 def test_tsv_has_quotes_as_others_write_them_or_as_text(converted: Convert) -> None:
@@ -115,6 +163,39 @@ def test_json_lines_keep_types_and_what_is_nested_or_mixed_as_json(converted: Co
     assert bad[0] == "line 5: prompt is 3; it must be a text"
 
 
+@pytest.mark.parametrize("large", [9007199254740993, 90071992547409931, 2**63 - 1])
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl"])
+def test_a_whole_number_keeps_its_digits_beside_others(converted: Convert, name: str, large: int) -> None:
+    csv = f"prompt,x,y\na,{large},{large}\nb,0.5,1\n"
+    lines = f'{{"prompt":"a","x":{large},"y":{large}}}\n{{"prompt":"b","x":0.5,"y":1}}\n'
+    rows, bad = converted(name, (csv if name == "p.csv" else lines).encode())
+    assert [str(row["x"]) for row in rows] == [str(large), "0.5"]
+    assert [int(row["y"]) for row in rows] == [large, 1]
+    assert not bad
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("seed", "9223372036854775813", SEED),
+        ("seed", "-1", SEED),
+        ("seed", "1" * 5000, SEED),
+        ("seed", "9007199254740993.0", None),
+        ("width", "0", WIDTH),
+        ("num_images", "2.5", "must be a whole number in 1 .. "),
+        ("guidance_scale", "nan", "must be a number"),
+        ("steps", "1_0", "must be a whole number in 1 .. "),
+    ],
+)
+def test_a_number_that_no_job_takes_is_told_with_the_range(
+    converted: Convert, name: str, value: str, rule: str | None
+) -> None:
+    rows, bad = converted("p.csv", f"prompt,{name}\na,{value}\nb,\n".encode())
+    assert [row["prompt"] for row in rows] == (["b"] if rule else ["a", "b"])
+    assert rule is None or rule in bad[0]
+    assert rule is not None or rows[0][name] == 9007199254740993
+
+
 def test_text_is_a_prompt_a_line(converted: Convert) -> None:
     assert converted("p.txt", b"one\n\n two \r\n\xff\n") == (
         [{"prompt": "one"}, {"prompt": " two "}],
@@ -127,7 +208,7 @@ def test_another_parquet_file_keeps_its_types(converted: Convert, tmp_path: Path
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=1)
     rows, bad = converted("in.parquet", (tmp_path / "in.parquet").read_bytes(), prompt="text")
     assert rows == [{"prompt": "a", "tags": ["x"], "width": 64}]
-    assert bad == ["row 2: prompt is empty", "row 3: width is 'no'; it must be a whole number"]
+    assert bad == ["row 2: prompt is empty", f"row 3: width is 'no'; it {WIDTH}"]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
@@ -151,7 +232,18 @@ def test_compressed_files_are_read_and_torn_ones_refused(
         ("p.csv", b"prompt,id\na,1\n", {"prompt": "id"}, "has a column 'prompt' of its own, too"),
         ("p.csv", b"prompt,prompt\na,1\n", {}, "has the column 'prompt' more than once"),
         ("p.csv", b"prompt\na\n", {"prmpt": "prompt"}, "'prmpt' is no column that a job knows; did you mean 'prompt'?"),
-        ("p.csv", b"\xff,prompt\na,b\n", {}, "the header in line 1 can't be read: not UTF-8"),
+        ("p.csv", b"\xff,prompt\na,b\n", {}, "the header in line 1 can't be read: not UTF-8; save the file as UTF-8"),
+        ("p.csv", b"\nprompt\na\n", {}, "'p.csv': line 1 is empty; it must name the columns"),
+        ("p.tsv", b"\xef\xbb\xbf\r\nprompt\na\n", {}, "'p.tsv': line 1 is empty; it must name the columns"),
+        ("p.txt", "one\ntwo\n".encode("utf-16"), {}, "'p.txt' is text in UTF-16 or UTF-32; save it as UTF-8"),
+        ("p.jsonl", b'\n{"prompt": "a",}\n' * 2, {}, "the first of 2 bad ones is line 2: not JSON: "),
+        ("p.json", b'{"prompt": "a",}\n', {"prompt": "text"}, "the first of 1 bad ones is line 1: not JSON: "),
+        ("p.jsonl", b'{\n  "prompt": "a"\n}\n', {}, "line 1: not JSON: it ends too early; an object must stand whole"),
+        ("p.json", b'{\n  "prompt": "a"\n}\n', {}, "line 1: not JSON: it ends too early; an object must stand whole"),
+        ("p.jsonl", b"[1]\n", {}, "the first of 1 bad ones is line 1: it is no JSON object"),
+        ("p.jsonl", b"[" * 100_000, {}, "line 1: not JSON: it is nested too deeply"),
+        ("p.json", b'[\n{"prompt": "a",,}]', {}, "'p.json' can't be read as a JSON array, no item of it: "),
+        ("p.json", b"[1]", {}, "the first of 1 bad ones is item 1: it is no JSON object"),
         ("p.parquet", b"PAR1", {}, "is not a readable Parquet file"),
         ("p.doc", b"x", {}, "ends with none of .csv, .tsv, .jsonl"),
     ],
@@ -180,6 +272,25 @@ def test_any_text_comes_through_csv_as_it_was(tmp_path_factory: pytest.TempPathF
     assert pq.read_table(directory / "out.parquet")["prompt"].to_pylist() == texts
 
 
+MARKS = [*'"{}[]:,\n\t\r\0', '""', "x,", '"prompt"', '"a"', '{"prompt":"a","x":', "prompt", "PAR1"]
+VALUES = ["9007199254740993", "0.5", "1e999", "9" * 30, "null", "true", "\ufeff", "\udcff", "\\ud800", "é", "\u2028"]
+ODD = st.sampled_from(MARKS + VALUES)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt", "parquet"])
+@given(parts=st.lists(ODD), start=st.sampled_from(["", "prompt,x\n", "prompt\tx\n", '{"prompt":"a","x":1}\n', "["]))
+def test_no_text_ends_in_anything_but_rows_or_a_refusal(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, parts: list[str], start: str
+) -> None:
+    directory = tmp_path_factory.mktemp("odd")
+    data = (start + "".join(parts)).encode("utf-8", "surrogateescape")
+    storage = Storage(str(directory))
+    for name, written in ((f"p.{kind}", data), (f"p.{kind}.gz", data), (f"q.{kind}.gz", gzip.compress(data)[:-3])):
+        (directory / name).write_bytes(written)
+        with contextlib.suppress(InputError):
+            convert.convert(open_table(storage, name), storage, "out.parquet", {})
+
+
 def test_row_groups_are_as_large_as_shards(converted: Convert, tmp_path: Path) -> None:
     converted("p.txt", b"".join(b"prompt %d\n" % number for number in range(2500)))
     metadata = pq.ParquetFile(tmp_path / "out.parquet").metadata
@@ -195,7 +306,7 @@ def test_the_command_says_what_it_made_and_replaces_nothing(tmp_path: Path, monk
     assert (made.returncode, made.stdout) == (
         3,
         "1 row with the columns prompt (string), seed (int64)\n"
-        "left out: 1 line, the first of them:\n  line 3: seed is 'x'; it must be a whole number\n",
+        f"left out: 1 line, the first of them:\n  line 3: seed is 'x'; it {SEED}\n",
     )
     again = called("prompts", "p.csv", "p.parquet", "--columns", "prompt=caption")
     assert (again.returncode, "--overwrite replaces it" in again.stderr) == (2, True)
@@ -231,7 +342,7 @@ def test_a_column_that_no_job_knows_costs_no_row_and_stays_what_it_is(converted:
     pq.write_table(table, tmp_path / "in.parquet")
     storage = Storage(str(tmp_path))
     result = convert.convert(open_table(storage, "in.parquet"), storage, "out.parquet", {})
-    assert result.examples == ["row 2: width is inf; it must be a whole number"]
+    assert result.examples == [f"row 2: width is inf; it {WIDTH}"]
     made = pq.read_table(tmp_path / "out.parquet")
     assert made["time"].cast(pa.int64()).to_pylist() == [2**62 + 1, None]
     assert made.schema.field("time").type == pa.timestamp("ns")
@@ -249,10 +360,26 @@ def test_columns_of_csv_have_numbers_where_all_are_written_so(converted: Convert
     )
 
 
-@pytest.mark.parametrize("name", ["p.csv.gz", "p.csv.bz2", "p.csv.xz"])
-def test_what_is_not_compressed_as_its_name_says_is_refused(converted: Convert, name: str) -> None:
-    with pytest.raises(InputError, match="can't be decompressed"):
-        converted(name, b"prompt\na\n")
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt", "parquet"])
+def test_what_is_not_compressed_as_its_name_says_is_refused(converted: Convert, kind: str, suffix: str) -> None:
+    told = "is not a readable Parquet file" if kind == "parquet" else "can't be decompressed: .*; bring the whole file"
+    with pytest.raises(InputError, match=told):
+        converted(f"p.{kind}.{suffix}", b"prompt\na\n")
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_a_compressed_file_that_is_cut_off_is_refused(
+    converted: Convert, tmp_path: Path, kind: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    pq.write_table(pa.table({"prompt": [f"prompt {number}" for number in range(1000)]}), tmp_path / "in.parquet")
+    array = json.dumps([{"prompt": f"prompt {number}"} for number in range(1000)]).encode()
+    data = compress((tmp_path / "in.parquet").read_bytes() if kind == "parquet" else array)
+    told = "is not a readable Parquet file" if kind == "parquet" else "can't be decompressed"
+    for size in (len(data) // 2, 20, 5):
+        with pytest.raises(InputError, match=told):
+            converted(f"p.{kind}.{suffix}", data[:size])
 
 
 def test_bytes_that_are_damaged_within_a_compressed_file_are_told(converted: Convert) -> None:
