@@ -6,13 +6,11 @@ first image: the same command goes on with what is not there yet, and another on
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import pyarrow.compute as pc
 from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
-from gaudi_batch.export.parts import PartTask, is_written, write_part
+from gaudi_batch.export.parts import PartTask, is_written, write_tasks
 from gaudi_batch.export.plan import Part, in_order, parse_size, plan
 from gaudi_batch.export.selection import Splits, select
 from gaudi_batch.export.source import ImageAt, places, sizes
@@ -43,8 +41,6 @@ RECORD = ".gaudi-batch/export.json"
 CARD, ASSETS = "README.md", "assets"
 """The dataset card, and the directory of its pictures."""
 OWN_NAMES = (CARD, ASSETS)
-LOCAL_THREADS = 4
-"""Parts that this machine writes at the same time."""
 SETTLE_S = 1.0
 """Seconds after which a record that was put in a store is looked at again."""
 RETRY_TIMEOUT_S = 600.0
@@ -226,11 +222,8 @@ def write_parts(export: Export, address: str | None) -> None:
     todo = [task for task in export.tasks if not is_written(task, listings[task.directory])]
     if len(todo) < len(export.tasks):
         log.info("%d of %d parts are there already", len(export.tasks) - len(todo), len(export.tasks))
-    done = 0
-    with _writers(address) as write:
-        for part in write(source, target, todo):
-            done += 1
-            log.info("%s: %s (%d of %d)", part.path, counted(part.stop - part.start, "image"), done, len(todo))
+    for done, part in enumerate(write_tasks(source, target, todo, address), 1):
+        log.info("%s: %s (%d of %d)", part.path, counted(part.stop - part.start, "image"), done, len(todo))
     listings = _listings(export)
     if missing := [task.part.path for task in export.tasks if not is_written(task, listings[task.directory])]:
         raise StorageError(
@@ -257,52 +250,6 @@ def _listings(export: Export) -> dict[str, list[str]]:
                 f"{target.url} holds something else beside this export, {path!r}; remove it, or name another place"
             )
     return listings
-
-
-_Write = Callable[[Storage, Storage, Sequence[PartTask]], Iterator[Part]]
-
-
-@contextlib.contextmanager
-def _writers(address: str | None) -> Iterator[_Write]:
-    if address is None:
-        yield _here
-        return
-    from gaudi_batch.cluster.connection import attached
-
-    with attached(address):
-        yield _on_cluster
-
-
-def _here(source: Storage, target: Storage, tasks: Sequence[PartTask]) -> Iterator[Part]:
-    with ThreadPoolExecutor(LOCAL_THREADS, "export") as pool:
-        writing = {pool.submit(write_part, source, target, task): task for task in tasks}
-        try:
-            for future in as_completed(writing):
-                future.result()
-                yield writing[future].part
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _on_cluster(source: Storage, target: Storage, tasks: Sequence[PartTask]) -> Iterator[Part]:
-    import ray
-    from ray.exceptions import RayTaskError
-
-    write = ray.remote(write_part).options(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")
-    source_ref, target_ref = ray.put(source), ray.put(target)
-    writing = {write.remote(source_ref, target_ref, task): task for task in tasks}
-    while writing:
-        ended, _ = ray.wait(list(writing))
-        for reference in ended:
-            task = writing.pop(reference)
-            try:
-                ray.get(reference)
-            except RayTaskError as error:
-                for other in writing:
-                    ray.cancel(other)
-                raise error.as_instanceof_cause() from None
-            yield task.part
 
 
 def describe_files(export: Export) -> None:

@@ -1,16 +1,17 @@
-"""Writes one part of an export, in this process or in a task of a cluster."""
+"""Writes the parts of an export."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from gaudi_batch.export.plan import Part
-from gaudi_batch.export.source import READ_THREADS, ImageAt, read_images
+from gaudi_batch.export.source import READ_THREADS, ImageAt, Span, locate, read_images, scattered
+from gaudi_batch.export.workers import workers
 from gaudi_batch.output import manifest
 from gaudi_batch.output.formats import WRITERS
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
@@ -51,6 +52,33 @@ def is_written(task: PartTask, listed: Sequence[str]) -> bool:
         listed: the names in its directory.
     """
     return set(task.written) <= set(listed)
+
+
+def write_tasks(source: Storage, target: Storage, tasks: Sequence[PartTask], address: str | None) -> Iterator[Part]:
+    """Writes parts in parallel; yields each that is written.
+
+    Args:
+        source: the output of the run.
+        target: the destination.
+        tasks: the parts.
+        address: as in `workers`.
+
+    Raises:
+        InputError: no cluster answers.
+        StorageError: storage failed, or an image is not what its manifest says.
+    """
+    with workers(address) as for_each:
+        objects = scattered([task.images for task in tasks])
+        spans = dict(for_each(locate, [source], objects))
+        located = [replace(task, images=[_located(image, spans) for image in task.images]) for task in tasks]
+        for task, _ in for_each(write_part, [source, target], located):
+            yield task.part
+
+
+def _located(image: ImageAt | None, spans: Mapping[str, Mapping[str, Span]]) -> ImageAt | None:
+    if image is None or image.member is None or image.path not in spans:
+        return image
+    return image._replace(span=spans[image.path].get(image.member))
 
 
 def write_part(source: Storage, target: Storage, task: PartTask) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,11 @@ READ_THREADS = 16
 USE = "read the images of a shard"
 OVERHEAD = 2048
 """Bytes of an image's record beside it in an object of many: headers of a tar file and JSON."""
+MAX_OPENED = 2
+"""Times that an object of many images is read whole. One whose rows lie so scattered that it would be read more often
+is read once to see where its images are, and then image by image."""
+Span = tuple[int, int]
+"""The first byte of an image in its object, and the one after it."""
 
 
 class ImageAt(NamedTuple):
@@ -35,6 +41,13 @@ class ImageAt(NamedTuple):
     path: str
     member: str | None
     sha256: str
+    span: Span | None = None
+    """Where it lies in an object of many, if that is known."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is in an object of many images."""
+        return self.path.startswith(f"{DATA}/")
 
 
 def places(rows: pa.Table, *, has_members: bool) -> list[ImageAt | None]:
@@ -81,6 +94,25 @@ def sizes(storage: Storage, images: Sequence[ImageAt | None]) -> list[int]:
     return [0 if image is None else known[image.path] for image in images]
 
 
+def scattered(parts: Sequence[Sequence[ImageAt | None]]) -> list[str]:
+    """The objects of many images that would be opened more than MAX_OPENED times.
+
+    Args:
+        parts: the images of each, in the order in which they are read.
+    """
+    opened: Counter[str] = Counter()
+    for images in parts:
+        packed = (image.path for image in images if image is not None and image.is_packed)
+        opened.update(path for path, _ in itertools.groupby(packed))
+    return [path for path, times in opened.items() if times > MAX_OPENED]
+
+
+def locate(storage: Storage, path: str) -> Mapping[str, Span]:
+    """Where each image lies in an object of many; none of those that can't be found. Raises StorageError."""
+    with scratch_directory(USE) as directory, scratch_errors(USE):
+        return _Objects(storage, directory).spans(path)
+
+
 def read_images(storage: Storage, images: Sequence[ImageAt | None]) -> Iterator[bytes | None]:
     """The bytes of images, in order.
 
@@ -90,20 +122,24 @@ def read_images(storage: Storage, images: Sequence[ImageAt | None]) -> Iterator[
     with ThreadPoolExecutor(READ_THREADS) as pool, scratch_directory(USE) as directory:
         opened = _Objects(storage, directory)
         pending: deque[Future[bytes | None]] = deque()
-        remaining = iter(images)
-        for image in remaining:
-            if image is not None and image.path.startswith(f"{DATA}/"):
+        for image in images:
+            if image is None:
+                pending.append(_done(None))
+            elif image.is_packed and image.span is None:
                 with scratch_errors(USE):
                     data = opened.read(image)
                 pending.append(_done(_whole(storage, image, data)))
-            elif image is None:
-                pending.append(_done(None))
             else:
-                pending.append(pool.submit(lambda at: _whole(storage, at, storage.get(at.path)), image))
+                pending.append(pool.submit(_read_one, storage, image))
             if len(pending) >= 2 * READ_THREADS:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _read_one(storage: Storage, image: ImageAt) -> bytes:
+    data = storage.get(image.path) if image.span is None else storage.get_range(image.path, *image.span)
+    return _whole(storage, image, data)
 
 
 def _done(data: bytes | None) -> Future[bytes | None]:
@@ -130,9 +166,12 @@ class _Members(Protocol):
     def read(self, member: str) -> bytes | None:
         """The bytes of an image; None where it is not there."""
 
+    def spans(self) -> Mapping[str, Span]:
+        """Where each image lies."""
+
 
 class _Objects:
-    """Objects of many images, one of which is on this disk at a time: images come in the order of their objects."""
+    """Objects of many images, one of which is on this disk at a time."""
 
     def __init__(self, storage: Storage, directory: str) -> None:
         self._storage, self._file = storage, Path(directory) / "object"
@@ -148,6 +187,13 @@ class _Objects:
             return self._members.read(image.member)
         except (tarfile.TarError, pa.ArrowException, OSError):  # pyarrow calls a torn file so, too
             return None
+
+    def spans(self, path: str) -> Mapping[str, Span]:
+        """Where each image of an object lies; none of those that can't be found. Raises StorageError."""
+        try:
+            return self._opened(path).spans()
+        except (tarfile.TarError, pa.ArrowException, OSError):
+            return {}
 
     def _opened(self, path: str) -> _Members:
         entry = self._storage.entry(path)
@@ -166,27 +212,33 @@ class _Absent:
     def read(self, member: str) -> bytes | None:
         return None
 
+    def spans(self) -> Mapping[str, Span]:
+        return {}
+
 
 class _Tar:
     def __init__(self, path: Path) -> None:
         self._path = path
         with tarfile.open(path) as tar:
-            self._places: Mapping[str, tuple[int, int]] = {
-                member.name: (member.offset_data, member.size) for member in tar if member.isfile()
+            self._spans: Mapping[str, Span] = {
+                member.name: (member.offset_data, member.offset_data + member.size) for member in tar if member.isfile()
             }
 
     def read(self, member: str) -> bytes | None:
-        if member not in self._places:
+        if member not in self._spans:
             return None
-        start, size = self._places[member]
+        start, stop = self._spans[member]
         with self._path.open("rb") as file:
             file.seek(start)
-            return file.read(size)
+            return file.read(stop - start)
+
+    def spans(self) -> Mapping[str, Span]:
+        return self._spans
 
 
 class _Parquet:
     def __init__(self, path: Path) -> None:
-        self._file = pq.ParquetFile(path)
+        self._path, self._file = path, pq.ParquetFile(path)
         self._groups: dict[str, int] = {}
         for group in range(self._file.num_row_groups):
             names = self._file.read_row_group(group, columns=[f"{IMAGE}.path"]).column(IMAGE)
@@ -199,7 +251,31 @@ class _Parquet:
         if group is None:
             return None
         if group != self._group:
-            images = self._file.read_row_group(group, columns=[IMAGE]).column(IMAGE).to_pylist()
-            self._images = {image["path"]: image["bytes"] for image in images if image is not None}
+            self._images = self._images_of(group)
             self._group = group
         return self._images.get(member)
+
+    def spans(self) -> Mapping[str, Span]:
+        # Runs write images as they are, without compression, one after the other.
+        spans: dict[str, Span] = {}
+        with self._path.open("rb") as file:
+            for group in range(self._file.num_row_groups):
+                pages = self._pages(group)
+                file.seek(pages.start)
+                data, place = file.read(len(pages)), 0
+                for member, image in self._images_of(group).items():
+                    if (at := data.find(image, place)) >= 0:
+                        place = at + len(image)
+                        spans[member] = pages.start + at, pages.start + place
+        return spans
+
+    def _images_of(self, group: int) -> dict[str, bytes]:
+        images = self._file.read_row_group(group, columns=[IMAGE]).column(IMAGE).to_pylist()
+        return {image["path"]: image["bytes"] for image in images if image is not None}
+
+    def _pages(self, group: int) -> range:
+        """The bytes of the file with the images of a row group."""
+        stored = self._file.metadata.row_group(group)
+        columns = (stored.column(index) for index in range(stored.num_columns))
+        chunk = next(column for column in columns if column.path_in_schema == f"{IMAGE}.bytes")
+        return range(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size)
