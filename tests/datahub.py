@@ -39,6 +39,8 @@ class DataHub(ThreadingHTTPServer):
         self.private = False
         self.refuses = False
         """Whether all that would change it is forbidden."""
+        self.statuses: Callable[[str], int | None] = lambda path: None
+        """Called with the path of each POST; a status that it returns is the answer."""
         self.before_put: Callable[[str], None] = lambda oid: None
         """Called when a large file comes, before it is taken."""
         self.lock = threading.Lock()
@@ -77,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub = self.server
-        if path == "/api/repos/create":
+        if status := hub.statuses(path):
+            self._answer(b"", {}, status)
+        elif path == "/api/repos/create":
             self._json({"url": f"{hub.url}/datasets/{REPOSITORY}"}, 409 if hub.exists else 200)
             hub.private = hub.private if hub.exists else bool(json.loads(body).get("private"))
             hub.exists = True

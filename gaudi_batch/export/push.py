@@ -10,36 +10,24 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.card import GRID
-from gaudi_batch.export.export import CARD, RECORD, RETRY_TIMEOUT_S, Export, digest_of
+from gaudi_batch.export.export import CARD, RECORD, Export, digest_of
+from gaudi_batch.export.hub import from_hub, upload_until_done
 from gaudi_batch.export.plan import HUB_FILES, HUB_FOLDER_FILES
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
 from gaudi_batch.storage.reading import PART_BYTES
-from gaudi_batch.storage.retry import delays
 from gaudi_batch.storage.scratch import scratch_errors
 from gaudi_batch.storage.store import Storage
-from gaudi_batch.text import one_line
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 UPLOAD_CACHE = ".cache/huggingface/upload"
 """Where huggingface_hub notes how far an upload has come, in the folder itself."""
-WAIT_S = 0.2
-LAST_ERROR_S = 60.0
-"""Seconds after which an error says nothing any more of an upload that goes on."""
-_PASSING = (408, 409, 412, 425, 429)
-"""Statuses of errors that pass."""
-_REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d (Client Error|[A-Z])|Invalid metadata")
-"""Errors that stay."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _OF_HUB = (".gitattributes",)
 """Files that the hub makes itself."""
@@ -117,7 +105,7 @@ def claim(export: Export, repository: str, *, private: bool) -> str:
             raise InputError(f"--push {repository!r}: the repository has other files, as {others[0]!r}; remove them")
         return url
 
-    return _from_hub(repository, claimed)
+    return from_hub(repository, claimed)
 
 
 def push(export: Export, repository: str, url: str) -> None:
@@ -137,112 +125,16 @@ def push(export: Export, repository: str, url: str) -> None:
     api = HfApi()
     with _staged(export, url) as folder:
         log.info("pushing %s", url)
-        _upload(
+        upload_until_done(
             lambda: api.upload_large_folder(
                 repo_id=repository, repo_type="dataset", folder_path=folder, print_report=False
             ),
             repository,
             folder / UPLOAD_CACHE,
         )
-    present = set(_from_hub(repository, lambda: api.list_repo_files(repository, repo_type="dataset")))
+    present = set(from_hub(repository, lambda: api.list_repo_files(repository, repo_type="dataset")))
     if missing := sorted(set(_paths(export)) - present):
         raise StorageError(f"--push {repository!r}: {len(missing)} files are not there, the first {missing[0]!r}")
-
-
-def _from_hub(repository: str, ask: Callable[[], T]) -> T:
-    """What the hub answers; tried again for RETRY_TIMEOUT_S where it does not answer or says that it can't.
-
-    Raises:
-        InputError: it refuses.
-        StorageError: it went on failing.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    began = time.monotonic()
-    for delay in delays():
-        try:
-            return ask()
-        except (HfHubHTTPError, HFValidationError, OSError, OfflineModeIsEnabled) as error:
-            status = int(getattr(getattr(error, "response", None), "status_code", None) or 500)
-            if isinstance(error, HFValidationError) or (status < 500 and status not in _PASSING):
-                told = one_line(error, 300)
-                raise InputError(f"--push {repository!r}: the hub refuses: {told}; is HF_TOKEN set?") from None
-            if time.monotonic() - began + delay > RETRY_TIMEOUT_S or isinstance(error, OfflineModeIsEnabled):
-                raise StorageError(f"--push {repository!r}: the hub can't be reached: {one_line(error, 300)}") from None
-            log.warning("%s: the hub can't be reached, trying again: %s", repository, one_line(error, 200))
-            time.sleep(delay)
-    raise AssertionError("the delays never end")
-
-
-class _Errors(logging.Handler):
-    """Keeps what huggingface_hub logs of an upload that fails: it tries again for ever."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.last = ""
-        self.since: float | None = None
-        """When the first was logged since `forget`."""
-        self.latest = 0.0
-        """When the last was."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`."""
-        message = record.getMessage()
-        if message.startswith("Failed"):
-            self.last = message
-            self.latest = time.monotonic()
-            self.since = self.since or self.latest
-
-    def forget(self) -> None:
-        """The upload goes on."""
-        self.since = None
-
-
-def _upload(upload: Callable[[], None], repository: str, cache: Path) -> None:
-    """Runs an upload until it has ended, has failed for RETRY_TIMEOUT_S without any progress, or is refused.
-
-    Args:
-        upload: does it.
-        repository: where to.
-        cache: where huggingface_hub notes how far it has come.
-    """
-    errors, ended = _Errors(), []
-    logger = logging.getLogger("huggingface_hub")
-    thread = threading.Thread(target=lambda: ended.append(_outcome(upload)), name="push", daemon=True)
-    logger.addHandler(errors)
-    try:
-        thread.start()
-        noted = _noted(cache)
-        while not ended:
-            thread.join(WAIT_S)
-            if (now_noted := _noted(cache)) != noted:
-                noted = now_noted
-                errors.forget()
-            if errors.since is not None:
-                if _REFUSED.search(errors.last):
-                    raise InputError(f"--push {repository!r}: the hub refuses: {one_line(errors.last, 300)}")
-                now = time.monotonic()
-                if now - errors.since > RETRY_TIMEOUT_S and now - errors.latest < LAST_ERROR_S:
-                    raise StorageError(
-                        f"--push {repository!r}: tried for {RETRY_TIMEOUT_S:.0f} s: {one_line(errors.last, 300)}; the"
-                        " same command goes on"
-                    )
-    finally:
-        logger.removeHandler(errors)
-    if ended[0] is not None:
-        raise ended[0]
-
-
-def _outcome(upload: Callable[[], None]) -> Exception | None:
-    try:
-        upload()
-    except Exception as error:
-        return error
-    return None
-
-
-def _noted(cache: Path) -> set[tuple[str, int]]:
-    return {(path.name, path.stat().st_mtime_ns) for path in cache.rglob("*.metadata")}
 
 
 def _paths(export: Export) -> Iterator[str]:

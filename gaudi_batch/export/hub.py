@@ -1,0 +1,183 @@
+"""Asks Hugging Face's hub, and uploads to it, until it answers or refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from gaudi_batch.errors import InputError, StorageError
+from gaudi_batch.export.export import RETRY_TIMEOUT_S
+from gaudi_batch.storage.retry import PERMANENT_ERRNOS, delays
+from gaudi_batch.text import one_line
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.2
+"""Seconds between two looks at an upload."""
+LAST_ERROR_S = 60.0
+"""Seconds after which an error says nothing any more of an upload that goes on."""
+READ_INTERVAL_FACTOR = 30
+"""How far an upload has come is read again after so many times the time that reading it took."""
+_PASSING = (408, 409, 412, 425, 429)
+"""Statuses of errors that pass."""
+_REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d (Client Error|[A-Z])|Invalid metadata")
+"""Errors that stay."""
+_ERRNO = re.compile(r"\[Errno (\d+)\]")
+
+
+def from_hub(repository: str, ask: Callable[[], T]) -> T:
+    """What the hub answers; tried again while it does not answer or says that it can't, for RETRY_TIMEOUT_S after the
+    first time.
+
+    Raises:
+        InputError: it refuses.
+        StorageError: it went on failing, or this disk refuses.
+    """
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    failing_since: float | None = None
+    for delay in delays():
+        try:
+            return ask()
+        except (OSError, ValueError) as error:  # those of requests and huggingface_hub among them
+            told = one_line(error, 300)
+            if _is_refusal(error):
+                raise InputError(f"--push {repository!r}: the hub refuses: {told}; is HF_TOKEN set?") from None
+            if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
+                raise _disk_refuses(repository, told) from None
+            now = time.monotonic()
+            failing_since = now if failing_since is None else failing_since
+            if now - failing_since + delay > RETRY_TIMEOUT_S or isinstance(error, OfflineModeIsEnabled):
+                raise StorageError(f"--push {repository!r}: the hub can't be reached: {told}") from None
+            log.warning("%s: the hub can't be reached, trying again: %s", repository, one_line(error, 200))
+            time.sleep(delay)
+    raise AssertionError("the delays never end")
+
+
+def _is_refusal(error: OSError | ValueError) -> bool:
+    """Whether the hub, or huggingface_hub before it asks, would refuse the same again."""
+    if isinstance(error, ValueError):
+        return not isinstance(error, json.JSONDecodeError)  # a gateway's page in place of an answer
+    status = int(getattr(getattr(error, "response", None), "status_code", None) or 500)
+    return status < 500 and status not in _PASSING
+
+
+def _disk_refuses(repository: str, told: str) -> StorageError:
+    return StorageError(f"--push {repository!r}: {told}; make room or set TMPDIR and HF_HOME", refused=True)
+
+
+def upload_until_done(upload: Callable[[], None], repository: str, cache: Path) -> None:
+    """Uploads until all is there.
+
+    Args:
+        upload: does it; goes on where it was when it is called again.
+        repository: where to.
+        cache: where huggingface_hub notes how far it has come.
+
+    Raises:
+        InputError: the hub refuses.
+        StorageError: it has failed for RETRY_TIMEOUT_S without any progress, or this disk refuses.
+    """
+    from_hub(repository, lambda: _upload(upload, repository, Progress(cache)))
+
+
+class _Errors(logging.Handler):
+    """Keeps what huggingface_hub logs of an upload that fails: it tries again for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last = ""
+        self.since: float | None = None
+        """When the first was logged since `forget`."""
+        self.latest = 0.0
+        """When the last was."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        message = record.getMessage()
+        if message.startswith("Failed"):
+            self.last = message
+            self.latest = time.monotonic()
+            self.since = self.since or self.latest
+
+    def forget(self) -> None:
+        """The upload goes on."""
+        self.since = None
+
+
+class Progress:
+    """How far an upload has come, by a file that huggingface_hub writes for each file of it.
+
+    Args:
+        cache: the directory of these.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._noted: set[tuple[str, int]] | None = None
+        self._read_next_at = 0.0
+
+    def was_made(self, *, at_once: bool) -> bool:
+        """Whether it has come further since it was looked at last.
+
+        Args:
+            at_once: looks whatever a look takes. Otherwise there are few looks where each takes long.
+        """
+        began = time.monotonic()
+        if began < self._read_next_at and not at_once:
+            return False
+        before, self._noted = self._noted, _noted(self._cache)
+        ended = time.monotonic()
+        self._read_next_at = ended + READ_INTERVAL_FACTOR * (ended - began)
+        return before is not None and before != self._noted
+
+
+def _noted(cache: Path) -> set[tuple[str, int]]:
+    return {(path.name, path.stat().st_mtime_ns) for path in cache.rglob("*.metadata")}
+
+
+def _upload(upload: Callable[[], None], repository: str, progress: Progress) -> None:
+    """Runs an upload until it has ended, has failed for RETRY_TIMEOUT_S without any progress, or is refused; raises
+    what it raises."""
+    errors, ended = _Errors(), []
+    logger = logging.getLogger("huggingface_hub")
+    thread = threading.Thread(target=lambda: ended.append(_outcome(upload)), name="push", daemon=True)
+    logger.addHandler(errors)
+    try:
+        thread.start()
+        while not ended:
+            thread.join(WAIT_S)
+            if errors.since is None:
+                continue
+            told = one_line(errors.last, 300)
+            if _REFUSED.search(errors.last):
+                raise InputError(f"--push {repository!r}: the hub refuses: {told}")
+            if (number := _ERRNO.search(errors.last)) and int(number[1]) in PERMANENT_ERRNOS:
+                raise _disk_refuses(repository, told)
+            now = time.monotonic()
+            is_over = now - errors.since > RETRY_TIMEOUT_S and now - errors.latest < LAST_ERROR_S
+            if progress.was_made(at_once=is_over):
+                errors.forget()
+            elif is_over:
+                raise StorageError(
+                    f"--push {repository!r}: tried for {RETRY_TIMEOUT_S:.0f} s: {told}; the same command goes on"
+                )
+    finally:
+        logger.removeHandler(errors)
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _outcome(upload: Callable[[], None]) -> Exception | None:
+    try:
+        upload()
+    except Exception as error:
+        return error
+    return None

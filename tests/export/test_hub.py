@@ -1,0 +1,183 @@
+"""What the hub answers during a push: what passes is tried again, and what stays ends the push in one line."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from gaudi_batch.errors import GaudiBatchError, InputError, StorageError
+from gaudi_batch.export import hub
+from gaudi_batch.export.export import RETRY_TIMEOUT_S
+
+REPOSITORY = "owner/name"
+
+
+def answer(status: int) -> Exception:
+    """The error of an answer."""
+    response = requests.Response()
+    response.status_code = status
+    error: Exception = HfHubHTTPError(f"{status} Client Error\n\nsome lines\nof it", response=response)
+    return error
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "delays", lambda: itertools.repeat(0.0))
+    monkeypatch.setattr(hub, "WAIT_S", 0.01)
+
+
+def raising(*errors: Exception) -> Callable[[], None]:
+    """An upload that ends with these errors, one each time, and then well."""
+    remaining = iter(errors)
+
+    def upload() -> None:
+        for error in remaining:
+            raise error
+
+    return upload
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        answer(500),
+        answer(502),
+        answer(429),
+        requests.ConnectionError("reset"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        requests.JSONDecodeError("not JSON", "<html>", 0),
+        TimeoutError(),
+    ],
+)
+def test_an_upload_that_ends_with_what_passes_is_tried_again(tmp_path: Path, error: Exception) -> None:
+    hub.upload_until_done(raising(error, error), REPOSITORY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (answer(401), InputError, "the hub refuses: 401"),
+        (answer(403), InputError, "the hub refuses: 403"),
+        (answer(404), InputError, "the hub refuses: 404"),
+        (HFValidationError("a name"), InputError, "the hub refuses: a name"),
+        (requests.exceptions.MissingSchema("No scheme supplied"), InputError, "the hub refuses: No scheme"),
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), StorageError, "can't be reached: HF_HUB_OFFLINE"),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError, "No space left on device; make room"),
+    ],
+)
+def test_an_upload_that_ends_with_what_stays_is_told_in_a_line(
+    tmp_path: Path, error: Exception, kind: type[GaudiBatchError], told: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        hub.upload_until_done(raising(error), REPOSITORY, tmp_path)
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_hub_that_goes_on_failing_ends_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "RETRY_TIMEOUT_S", 0.0)
+    with pytest.raises(StorageError, match=r"'owner/name': the hub can't be reached: 502"):
+        hub.upload_until_done(raising(*[answer(502)] * 3), REPOSITORY, tmp_path)
+
+
+def test_time_that_an_upload_took_before_it_failed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    clock: Any = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None)
+    monkeypatch.setattr(hub, "time", clock)
+    upload = raising(answer(502))
+
+    def late() -> None:
+        now[0] += 2 * RETRY_TIMEOUT_S
+        upload()
+
+    hub.upload_until_done(late, REPOSITORY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("logged", "kind", "told"),
+    [
+        ("Failed to commit: 403 Forbidden: no access", InputError, "the hub refuses: Failed to commit: 403"),
+        ("Failed to compute sha256: [Errno 28] No space left", StorageError, "make room"),
+    ],
+)
+def test_what_an_upload_logs_and_would_try_for_ever_ends_it(
+    tmp_path: Path, logged: str, kind: type[GaudiBatchError], told: str
+) -> None:
+    over = threading.Event()
+
+    def upload() -> None:
+        logging.getLogger("huggingface_hub").error(logged)
+        over.wait(30)
+
+    with pytest.raises(kind) as raised:
+        hub.upload_until_done(upload, REPOSITORY, tmp_path)
+    over.set()
+    assert told in str(raised.value)
+
+
+def test_an_upload_that_goes_well_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Path] = []
+    waits: list[float | None] = []
+    over = threading.Event()
+    monkeypatch.setattr(hub, "_noted", looks.append)
+    join = threading.Thread.join
+
+    def joined(thread: threading.Thread, timeout: float | None = None) -> None:
+        waits.append(timeout)
+        if len(waits) > 5:
+            over.set()
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", joined)
+
+    def upload() -> None:
+        over.wait(30)
+
+    hub.upload_until_done(upload, REPOSITORY, tmp_path)
+    assert len(waits) > 5
+    assert not looks
+
+
+def test_looking_how_far_an_upload_has_come_takes_a_small_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looks, notes = [0.0], [], {("a", 1)}
+
+    def noted(_: Path) -> set[tuple[str, int]]:
+        now[0] += 0.4
+        looks.append(now[0])
+        return set(notes)
+
+    clock: Any = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(hub, "time", clock)
+    monkeypatch.setattr(hub, "_noted", noted)
+    progress = hub.Progress(tmp_path)
+    assert not progress.was_made(at_once=False)
+    while now[0] < 100:
+        now[0] += 0.2
+        assert not progress.was_made(at_once=False)
+    assert 0.4 * len(looks) < 5
+    notes.add(("b", 2))
+    now[0] += 15
+    assert progress.was_made(at_once=False)
+
+
+def test_what_huggingface_hub_notes_is_progress(tmp_path: Path) -> None:
+    progress = hub.Progress(tmp_path)
+    assert not progress.was_made(at_once=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.parquet.metadata").touch()
+    assert progress.was_made(at_once=True)
+    assert not progress.was_made(at_once=True)
