@@ -175,7 +175,8 @@ def _parser(add_job_flags: Callable[[argparse.ArgumentParser], None]) -> argpars
         action="append",
         default=[],
         metavar="COLUMN=VALUE",
-        help="only rows that have it (also !=, <, <=, >, >=), as nsfw!=true; again for more; default: status=ok",
+        help="only rows that have it (also !=, <, <=, >, >=), as nsfw!=true; = and != take several with commas between"
+        " them, and a value with a comma in double quotes; again for more filters; default: status=ok",
     )
     export.add_argument("--split", metavar="SHARES|COLUMN", help="shares by a hash of the id, as test=5%%, or a column")
     export.add_argument("--name", help="template of names, as {id}-{image_index} (default: row and image)")

@@ -111,9 +111,14 @@ class Template:
 def safe_name(text: str) -> str:
     """A text as a name that is good on any file system and in any archive, of at most MAX_NAME_BYTES bytes."""
     name = _cut(_safe(text), MAX_NAME_BYTES).strip("-~_")
-    if _DEVICES.fullmatch(unicodedata.normalize("NFKC", name)):
+    if is_device(name):
         name += "_"
     return name or "image"
+
+
+def is_device(name: str) -> bool:
+    """Whether Windows takes a name for a device, and makes neither a file nor a directory of it."""
+    return _DEVICES.fullmatch(unicodedata.normalize("NFKC", name)) is not None
 
 
 def _safe(text: str) -> str:

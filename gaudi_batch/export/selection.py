@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -10,13 +11,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gaudi_batch.dataset.arrow import is_text, python_rows
 from gaudi_batch.errors import InputError
+from gaudi_batch.export.names import is_device
 from gaudi_batch.text import did_you_mean, one_line
 
 REST = "train"
 """The split of what no share takes."""
 _FILTER = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _COMPARE = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}
+_VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|((?!")[^,]*?))\s*(,|\Z)', re.DOTALL)
+"""A value of a filter, and the comma after it."""
 _SHARE = re.compile(r"\s*(\w+)\s*=\s*(\d+(?:\.\d+)?)\s*%\s*")
 _SPLIT_NAME = re.compile(r"\w{1,64}", re.ASCII)
 MAX_SPLITS = 100
@@ -28,7 +33,8 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
     Args:
         rows: of a manifest.
         filters: each `COLUMN=VALUE`, with `!=`, `<`, `<=`, `>` or `>=` in place of `=`. `=` and `!=` take several
-            values with commas between them, and `null`; `!=` keeps rows without a value.
+            values with commas between them, and `null`; `!=` keeps rows without a value. A value with a comma stands
+            in double quotes, as in CSV. A time without a zone is UTC where the column has a zone.
 
     Raises:
         InputError: a filter can't be read, or names a column that is not there.
@@ -47,26 +53,69 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
         if pa.types.is_nested(rows.column(column).type):
             raise InputError(f"--filter {text!r}: {column!r} is a column of lists or structs, which have no order")
         names.append(column)
-        rows = rows.filter(_mask(rows.column(column), sign, value, text))
+        try:
+            mask = _mask(rows.column(column), sign, value, text)
+        except pa.ArrowNotImplementedError:
+            kind = one_line(rows.column(column).type, 80)
+            raise InputError(
+                f"--filter {text!r}: {column!r} is a column of type {kind}, which can't be compared"
+            ) from None
+        rows = rows.filter(mask)
     return rows if "status" in names else rows.filter(pc.equal(rows.column("status"), "ok"))
 
 
 def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.ChunkedArray:
+    kind = column.type
+    values = _values(value, text)
     if sign in _COMPARE:
-        return _COMPARE[sign](column, _scalar(value, column.type, text))
-    values = [part.strip() for part in value.split(",")]
-    given = pa.array([_scalar(part, column.type, text).as_py() for part in values if part != "null"], column.type)
-    mask = pc.is_in(column, given)
-    if "null" in values:
+        if len(values) != 1 or values[0] is None:
+            raise InputError(
+                f"--filter {text!r}: {sign} takes one value; one with a comma in it stands in double quotes"
+            )
+        return _COMPARE[sign](column, _scalar(values[0], kind, text))
+    if len(values) > 1 and '"' not in value and is_text(kind) and pc.any(pc.equal(column, value)).as_py():
+        raise InputError(
+            f"--filter {text!r}: {value!r} is several values, and one value of the column; in double quotes it is one,"
+            " and with each of them in double quotes it is several"
+        )
+    # Of scalars and not of Python's values, which have no nanoseconds.
+    given = [pa.array([_scalar(each, kind, text)], kind) for each in values if each is not None]
+    mask = pc.is_in(column, pa.concat_arrays(given) if given else pa.array([], kind))
+    if None in values:
         mask = pc.or_(mask, pc.is_null(column))
     return pc.invert(mask) if sign == "!=" else mask
 
 
+def _values(value: str, text: str) -> list[str | None]:
+    """The values with commas between them, each as CSV has it; None is null."""
+    values: list[str | None] = []
+    place, separator = 0, ","
+    while separator:
+        match = _VALUE.match(value, place)
+        if match is None:
+            raise InputError(
+                f"--filter {text!r}: a value that begins with a double quote must end with one, and has two for each"
+                " that is in it"
+            )
+        quoted, bare, separator = match.groups()
+        if quoted is not None:
+            values.append(quoted.replace('""', '"'))
+        else:
+            values.append(None if bare == "null" else bare)
+        place = match.end()
+    return values
+
+
 def _scalar(value: str, kind: pa.DataType, text: str) -> pa.Scalar:
-    try:
-        return pa.scalar(value).cast(kind)
-    except (pa.ArrowException, ValueError):
-        raise InputError(f"--filter {text!r}: {value!r} is no value of a column of type {one_line(kind, 80)}") from None
+    kinds = [kind]
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        kinds.append(pa.timestamp(kind.unit))  # a time without a zone, which the second cast takes as UTC
+    for given in kinds:
+        with contextlib.suppress(pa.ArrowInvalid, ValueError):
+            return pa.scalar(value).cast(given).cast(kind)
+    example = "; a time is as 2026-11-29 or 2026-11-29T14:30:00" if pa.types.is_timestamp(kind) else ""
+    told = f"{value!r} is no value of a column of type {one_line(kind, 80)}{example}"
+    raise InputError(f"--filter {text!r}: {told}")
 
 
 class Splits:
@@ -119,7 +168,7 @@ class Splits:
         if self._column is not None:
             if pa.types.is_nested(rows.column(self._column).type):
                 raise InputError(f"--split {self._column!r}: is a column of lists or structs, which name no split")
-            values = rows.column(self._column).to_pylist()
+            values = [row[self._column] for row in python_rows(rows.select([self._column]))]
             names = {value: _split_name(value, self._column) for value in set(values)}
             if len(names) > MAX_SPLITS:
                 raise InputError(
@@ -150,10 +199,10 @@ def _split_name(value: Any, column: str) -> str:
 
 
 def _require_split(name: str, text: str) -> None:
-    """Raises InputError if a text can't be the name of a split: `all` has a meaning of its own in `datasets`, and
-    `assets` has the card's pictures."""
-    if not _SPLIT_NAME.fullmatch(name) or name.casefold() in ("all", "assets"):
+    """Raises InputError if a text can't be the name of a split: `all` has a meaning of its own in `datasets`, `assets`
+    has the card's pictures, and Windows makes no directory with the name of a device."""
+    if not _SPLIT_NAME.fullmatch(name) or name.casefold() in ("all", "assets") or is_device(name):
         raise InputError(
             f"--split {text!r}: {name!r:.80} can't be the name of a split, which has 1 to 64 letters, digits and _ of"
-            " ASCII alone, and is neither 'all' nor 'assets'"
+            " ASCII alone, and is neither 'all' nor 'assets' nor a device of Windows, as 'con' or 'aux'"
         )

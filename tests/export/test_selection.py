@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -22,6 +23,11 @@ ROWS = pa.table(
         "nsfw": [True, False, None, None],
         "topic": ["x", "y", None, "x"],
         "width": pa.array([64, 128, 256, 64], pa.int32()),
+        "label": ["a,b", 'say "a"', "a", "null"],
+        "made": pa.array([0, 1_000_000_001, None, 2 * 10**18], pa.timestamp("ns")),
+        "finished_at": pa.array([0, 3600 * 10**6, 86_400 * 10**6, None], pa.timestamp("us", "UTC")),
+        "half": pa.array(np.array([0, 1, 2, 3], np.float16)),
+        "hour": pa.array([0, 1, 2, 3], pa.time32("s")),
     }
 )
 
@@ -45,6 +51,21 @@ def selected(*filters: str) -> str:
         (["width<256", "topic=y"], "b"),
         (["status=failed"], "d"),
         (["status=ok,failed", "topic=x"], "ad"),
+        (['label="a,b"'], "a"),
+        (['label!="a,b"'], "bc"),
+        (['label = "a,b" , a'], "ac"),
+        (['label="say ""a"""'], "b"),
+        (['label=say "a"'], "b"),
+        (['label="null"', "status!=null"], "d"),
+        (["label=null"], ""),
+        (['label<"a,c"'], "ac"),
+        (["made=1970-01-01T00:00:01.000000001"], "b"),
+        (["made!=1970-01-01T00:00:01.000000001,null"], "a"),
+        (["made>1970-01-01T00:00:01"], "b"),
+        (["finished_at>1970-01-01"], "bc"),
+        (["finished_at>=1970-01-01", "finished_at<1970-01-02"], "ab"),
+        (["finished_at=1970-01-01T01:00"], "b"),
+        (["finished_at=1970-01-01T01:00:00Z,1970-01-02T02:00+02:00"], "bc"),
     ],
 )
 def test_a_filter_takes_the_rows_that_it_says(filters: list[str], ids: str) -> None:
@@ -57,7 +78,15 @@ def test_a_filter_takes_the_rows_that_it_says(filters: list[str], ids: str) -> N
         ("nsfw", "must be COLUMN=VALUE"),
         ("nsf=true", "the manifest has no column 'nsf'; did you mean 'nsfw'?"),
         ("width=wide", "'wide' is no value of a column of type int32"),
-        ("width<1,2", "'1,2' is no value"),
+        ("width<1,2", "< takes one value; one with a comma in it stands in double quotes"),
+        ("width<null", "< takes one value"),
+        ('label="a,b', "a value that begins with a double quote must end with one"),
+        ('label="a" b', "a value that begins with a double quote must end with one"),
+        ("label!=a,b", "'a,b' is several values, and one value of the column; in double quotes it is one"),
+        ("finished_at>noon", "timestamp[us, tz=UTC]; a time is as 2026-11-29 or 2026-11-29T14:30:00"),
+        ("made>1970-01-01T00:00Z", "timestamp[ns]; a time is as 2026-11-29 or 2026-11-29T14:30:00"),
+        ("half=1", "'half' is a column of type halffloat, which can't be compared"),
+        ("hour=12:30", "'hour' is a column of type time32[s], which can't be compared"),
     ],
 )
 def test_a_filter_that_can_t_be_is_refused_by_name(text: str, told: str) -> None:
@@ -101,11 +130,16 @@ def test_a_column_names_splits() -> None:
         ("lists", ["x"], "is a column of lists or structs"),
         ("topic", ["../x"], "can't be the name of a split"),
         ("topic", ["X", "x"], "differ in case alone"),
+        ("topic", ["con", "x"], "'con' can't be the name of a split"),
+        ("topic", ["Lpt1", "x"], "'Lpt1' can't be the name of a split"),
+        ("aux=5%", ["x"], "'aux' can't be the name of a split"),
+        ("made", ["x"], "can't be the name of a split"),
         ("topic", [str(number) for number in range(101)], "it has 101 values; at most 100"),
     ],
 )
 def test_splits_that_can_t_be_are_refused_by_name(text: str, values: list[str], told: str) -> None:
     table = pa.table({"id": values, "topic": values, "lists": [[value] for value in values]})
+    table = table.append_column("made", pa.array([1_000_000_001] * len(values), pa.timestamp("ns")))
     with pytest.raises(InputError) as refused:
         Splits(text, table.column_names).of(table)
     assert told in str(refused.value)
