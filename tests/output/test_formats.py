@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import REPOSITORY, Unfenced
+from outside import opened
 from PIL import Image
 from records import BUCKET
 
@@ -207,7 +208,13 @@ def test_columns_of_any_type_are_in_an_object(output_format: str) -> None:
 
 def test_a_loader_of_image_folders_takes_no_carried_column_for_its_own(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "metadata.parquet")
-    columns = {"file_name": ["x"], "image": ["y"], "mask_file_name": ["z"], "mask_file_name_text": ["u"]}
+    columns = {
+        "file_name": ["x"],
+        "image": ["y"],
+        "mask_file_name": ["z"],
+        "mask_file_name_text": ["u"],
+        "file_names": [["v"]],
+    }
     folder.add(pa.chunked_array([["a.png"]]), pa.table(columns))
     assert folder.close()
     (row,) = pq.read_table(tmp_path / "metadata.parquet").to_pylist()
@@ -217,7 +224,41 @@ def test_a_loader_of_image_folders_takes_no_carried_column_for_its_own(tmp_path:
         "input_image": "y",
         "mask_file_name_text_": "z",
         "mask_file_name_text": "u",
+        "file_names_text": ["v"],
     }
+
+
+COCO_FIELDS = {"file_name": pa.string(), "file_name_text": pa.string(), "file_names": pa.list_(pa.string())}
+OF_COCO = pa.struct(list(COCO_FIELDS.items()))
+COCO = {"file_name": "coco0.jpg", "file_name_text": "t", "file_names": ["coco1.jpg"]}
+CALLED_SO = {"file_name_text_": "coco0.jpg", "file_name_text": "t", "file_names_text": ["coco1.jpg"]}
+NESTED = {
+    "meta": pa.array([None, COCO], OF_COCO),
+    "file_names": pa.array([["b.jpg"], None], pa.large_list(pa.large_string())),
+    "deep": pa.array([None, {"seen": [{"mask_file_name": "m"}, None]}]),
+    "large": pa.array([[COCO], []], pa.large_list(OF_COCO)),
+    "pair": pa.array([[COCO, None], None], pa.list_(OF_COCO, 2)),
+    "map": pa.array([[("k", COCO)], None], pa.map_(pa.string(), OF_COCO)),
+}
+"""Columns whose fields have names that loaders of image folders take for files."""
+
+
+def test_a_loader_of_image_folders_takes_no_nested_field_for_a_file(tmp_path: Path) -> None:
+    described = pa.table({"row": [0, 1], "prompt": ["p", "q"], **NESTED})
+    folder = ImageFolder(tmp_path / "set/metadata.parquet")
+    (tmp_path / "set/1").mkdir(parents=True)
+    for row in range(2):
+        Image.fromarray(picture(row)).save(tmp_path / f"set/1/{row}.png")
+        folder.add(pa.chunked_array([[f"1/{row}.png"]]), described.slice(row, 1))
+    assert folder.close()
+    first, second = pq.read_table(tmp_path / "set/metadata.parquet").to_pylist()
+    assert (first["meta"], second["meta"]) == (None, CALLED_SO)
+    assert (first["file_names_text"], second["file_names_text"]) == (["b.jpg"], None)
+    assert second["deep"] == {"seen": [{"mask_file_name_text": "m"}, None]}
+    assert (first["large"], first["pair"]) == ([CALLED_SO], [CALLED_SO, None])
+    assert first["map"] == [{"key": "k", "value": CALLED_SO}]
+    images = [(row, "pq"[row], hashlib.sha256(picture(row).tobytes()).hexdigest()) for row in range(2)]
+    assert opened("imagefolder", str(tmp_path / "set"), tmp_path) == {"imagefolder": images}
 
 
 @pytest.mark.parametrize("harm", ["torn", "missing"])
