@@ -11,7 +11,7 @@ import threading
 import time
 
 from gaudi_batch.driver.run_context import Run
-from gaudi_batch.output.joined import put_description
+from gaudi_batch.output.joined import begin_description, put_description
 from gaudi_batch.text import describe_error
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,14 @@ class Description:
     Rows that are about to be made again are left out: their images may be missing, or torn.
 
     Args:
-        run: the run.
+        run: the run, of which no card stores an image yet.
+
+    Raises:
+        StorageError: it is not there and can't be written.
     """
 
     def __init__(self, run: Run) -> None:
+        begin_description(run.ledger)
         self._run = run
         self._has_changed = threading.Event()
         self._is_over = threading.Event()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -186,16 +186,29 @@ def _join_into_directory(
         _require_size(ledger, path, len(data))
 
 
+def begin_description(ledger: Ledger) -> None:
+    """Writes an `images/metadata.parquet` that names no image, unless there is one: where there is none, loaders take
+    every image that they find. Raises StorageError."""
+    if ledger.storage.entry(f"{IMAGES}/{METADATA}") is None:
+        _put_description(ledger, [])
+
+
 def put_description(commits: Commits, latest_shard_of_row: Mapping[int, int]) -> None:
     """Writes `images/metadata.parquet` of what is committed now; images that are committed meanwhile may be missing.
     Raises StorageError."""
+    _put_description(commits.ledger, commits.tables(latest_shard_of_row))
+
+
+def _put_description(ledger: Ledger, tables: Iterable[pa.Table]) -> None:
     use = "describe the images"
     with scratch_directory(use) as directory, scratch_errors(use):
         folder = ImageFolder(Path(directory) / METADATA)
-        for table in commits.tables(latest_shard_of_row):
+        for table in tables:
             _describe(table, folder)
-        if folder.close():
-            commits.ledger.put_file(f"{IMAGES}/{METADATA}", Path(directory) / METADATA)
+        if not folder.close():
+            _describe(manifest.COLUMNS.empty_table(), folder)
+            folder.close()
+        ledger.put_file(f"{IMAGES}/{METADATA}", Path(directory) / METADATA)
 
 
 def _describe(table: pa.Table, folder: ImageFolder | None) -> None:

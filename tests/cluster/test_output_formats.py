@@ -210,7 +210,7 @@ def test_a_driver_and_a_card_that_are_killed_change_no_byte(
         wait_until(lambda: killed not in card_processes(session))
         wait_for_commits(output, 3)
         if output_format == "files":
-            wait_until((output / "images/metadata.parquet").exists)
+            wait_until(lambda: pq.read_metadata(output / "images/metadata.parquet").num_rows)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         rows = load_manifest(output).to_table()

@@ -181,7 +181,7 @@ def test_a_manifest_that_lands_while_the_run_is_summed_up_keeps_its_images(
     write_summary(run, CommitTotals(), Ended("max_failed"))
     assert arrives.is_set()
     assert output.names("manifest") == ["000003.parquet"]
-    assert output.names("images") == ["000003-aaaaa1"]
+    assert output.names("images") == ["000003-aaaaa1", "metadata.parquet"]
 
 
 def test_a_shard_whose_manifest_is_not_listed_yet_loses_no_image(
