@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import and_
 from os import PathLike, fspath
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs
 
@@ -17,6 +14,7 @@ from gaudi_batch.errors import InputError
 from gaudi_batch.layout import JOINED, manifest_path
 from gaudi_batch.output.manifest import COLUMNS
 from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.rollup import counting
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.storage.store import Storage
 
@@ -115,17 +113,16 @@ def open_committed(
         joined = ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
         return CommittedRun(reader, info, joined, is_complete=True)
     paths: list[str] = []
-    superseded: list[ds.Expression] = []
+    latest: dict[int, int] = {}
     for commit, table in reader.commits():
         paths.append(storage.full(manifest_path(commit.shard)))
         if commit.again:
-            rows = pa.array(table.column("row").to_pylist(), pa.int64())
-            superseded.append(ds.field("row").isin(rows) & (ds.field("shard") < commit.shard))
+            latest.update(dict.fromkeys(table.column("row").to_pylist(), commit.shard))
     if not paths:
         return CommittedRun(reader, info, ds.dataset(COLUMNS.empty_table()), is_complete=False)
     dataset = ds.dataset(paths, filesystem=filesystem, format="parquet")
-    if superseded:
-        dataset = dataset.filter(functools.reduce(and_, [~rows for rows in superseded]))
+    if latest:
+        dataset = dataset.filter(counting(latest))
     return CommittedRun(reader, info, dataset, is_complete=False)
 
 

@@ -24,7 +24,7 @@ from gaudi_batch.output.cleanup import clear
 from gaudi_batch.output.commits import Commits
 from gaudi_batch.output.joined import join_manifests
 from gaudi_batch.output.ledger import Ledger
-from gaudi_batch.output.rollup import index_path, rows_path
+from gaudi_batch.output.rollup import counting, index_path, keep_latest, rows_path
 from gaudi_batch.storage.listing import Entry
 from gaudi_batch.storage.store import Storage
 
@@ -399,3 +399,15 @@ def test_a_store_s_own_marks_tell_what_was_replaced(on_s3: Callable[[], Ledger],
     assert read == [manifest_path(4)]
     assert second.by_shard[4].failed is None
     assert len(rows(second)) == (SHARDS + 1) * ROWS
+
+
+def test_a_hundred_thousand_rows_that_were_made_again_count_once() -> None:
+    """Each in a shard of its own; one condition for each would fill the stack."""
+    again = 100_000
+    rows = [*range(2 * again), *range(again), *range(5)]
+    shards = [*[0] * (2 * again), *range(1, again + 1), *range(again + 1, again + 6)]
+    latest = dict(zip(rows[2 * again :], shards[2 * again :], strict=True))
+    table = pa.table({"row": rows, "shard": shards})
+    counted = ds.dataset(table).filter(counting(latest)).to_table()
+    assert counted.equals(keep_latest(table, latest))
+    assert counted.num_rows == 2 * again
