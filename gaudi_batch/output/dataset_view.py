@@ -16,6 +16,7 @@ from gaudi_batch.output.manifest import COLUMNS
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.rollup import counting
 from gaudi_batch.output.run_info import RunInfo
+from gaudi_batch.output.totals import is_current
 from gaudi_batch.storage.store import Storage
 
 
@@ -105,11 +106,8 @@ def open_committed(
     reader, info = _opened(output, storage_options, retry_timeout_s)
     storage = reader.storage
     filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.filesystem))
-    summary = reader.get_json("summary.json") or {}
-    complete = len(reader.plan(info.rows)) == len(reader.committed_shards())
-    # Shards may be retired while the plan does not say so yet: the summary of a run with fewer rows is no proof.
-    complete = complete and summary.get("rows_planned", info.rows) == info.rows
-    if complete and str(summary.get("state")).startswith("complete"):
+    plan, committed = reader.plan(info.rows), reader.committed_shards()
+    if is_current(reader.get_json("summary.json") or {}, info.rows, len(plan), len(committed)):
         joined = ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
         return CommittedRun(reader, info, joined, is_complete=True)
     paths: list[str] = []

@@ -175,6 +175,20 @@ class CommitTotals:
         }
 
 
+def is_current(summary: Mapping[str, Any], rows: int, planned: int, committed: int) -> bool:
+    """Whether a summary is that of a complete run as it is now. A run that gets rows, or makes rows again, has more
+    rows or shards than its last summary says until it is summed up anew, also if its driver is killed before that.
+
+    Args:
+        summary: what summary.json says; empty if it is not there.
+        rows: of the run.
+        planned: shards that are planned.
+        committed: shards that are committed.
+    """
+    says_all = (summary.get("rows_planned", rows), summary.get("shards", planned)) == (rows, planned)
+    return str(summary.get("state")).startswith("complete") and says_all and planned == committed
+
+
 def result_lines(output: str, summary: Mapping[str, Any]) -> list[str]:
     """The outcome of a run, in lines for a person.
 

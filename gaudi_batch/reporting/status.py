@@ -18,6 +18,7 @@ from gaudi_batch.output.holder import Lease, read_lease
 from gaudi_batch.output.progress import is_sane, sane_failures, sane_progress, sane_text, without_doings
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.records import read_records
+from gaudi_batch.output.totals import is_current
 from gaudi_batch.reporting.progress_text import time_left
 from gaudi_batch.text import duration, one_line, printable
 
@@ -62,10 +63,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     planned = sum(shard.images for shard in plan if shard.number in committed and not shard.is_rerun)
     images = planned - (progress.get("images_missing") or 0)
     reason, silent_s = summary.get("reason") if summary else None, None
-    complete = len(committed) == len(plan)
-    # Shards may be retired while the plan does not say so yet: the summary of a run with fewer rows is no proof.
-    summed_up = summary is not None and summary.get("rows_planned", record.rows) == record.rows
-    if complete and summary is not None and summed_up and summary.get("state") != "stopped":
+    if summary is not None and is_current(summary, record.rows, len(plan), len(committed)):
         state = str(summary.get("state"))
     else:
         lease = read_lease(ledger.storage)
