@@ -165,7 +165,7 @@ def _examine_output(ledger: OutputReader, record: RunInfo | None, job: Job) -> _
     if rate := (summary or {}).get("images_per_s"):
         speed = f", at {rate:.2f} images/s of generation"
     elif rate := status["images_per_s"]:
-        speed = f", at {rate:.2f} images/s of wall time when its driver wrote last"
+        speed = f", at {rate:.2f} images/s in the last minute of its driver"
     lines = [f"place    can be written; a run of {record.created_at} is there, {status['state']}: {made}{speed}"]
     if status["verify"]:
         lines.append(f"verified {describe_verify(status['verify'], status['shards_committed'])}")

@@ -1,8 +1,9 @@
-"""What becomes of the cards, for the timeline and progress.json, by the events and decisions of the schedule."""
+"""What becomes of the cards, for the timeline: the lines that follow from events and decisions of the schedule."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from gaudi_batch.driver.doing import Doing
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.scheduling import decisions, events
+
+IDLE_S = 1.0
+"""Seconds without work after which a card is idle; one that gets some sooner has waited for it."""
 
 
 def note_event(timeline: Timeline, event: events.Event, slots: Mapping[int, Slot]) -> None:
@@ -40,63 +44,80 @@ def note_decision(timeline: Timeline, decision: decisions.Decision, slots: Mappi
         timeline.note(number, slots[number].name, what, **more)
 
 
-class Uncommitted:
-    """Since when each card has been at work that is not committed."""
+class CardsAtWork:
+    """Which cards have work, for the timeline: `works` where an idle card gets some, `idle` where one has none left.
 
-    def __init__(self) -> None:
-        self._attempts: dict[str, tuple[int, float]] = {}  # each with its card, and when that got it, monotonic
-        self._committing: dict[int, str] = {}
+    Args:
+        timeline: gets the lines.
+        slots: the cards by number.
+    """
+
+    def __init__(self, timeline: Timeline, slots: Mapping[int, Slot]) -> None:
+        self._timeline, self._slots = timeline, slots
+        self._attempts: dict[str, int] = {}  # those that go on, each with its card
+        self._counts: Counter[int] = Counter()  # how many a card has
+        self._idle: set[int] = set()
+        self._idle_since: dict[int, float] = {}  # of those of which no line says so yet, monotonic
 
     def note_event(self, event: events.Event) -> None:
         """Notes what ends an attempt."""
-        if isinstance(event, events.ShardCommitted):
-            self._attempts.pop(self._committing.pop(event.shard, ""), None)
-        elif isinstance(event, (events.AttemptEnded, events.ShardFailed)) or (
-            isinstance(event, events.RecallAnswered) and event.given_back
-        ):
-            self._attempts.pop(event.attempt, None)
+        ends = (events.ShardMade, events.DoubtsChecked, events.ShardFailed, events.AttemptEnded)
+        if not isinstance(event, ends) and not (isinstance(event, events.RecallAnswered) and event.given_back):
+            return
+        card = self._attempts.pop(event.attempt, None)
+        if card is None:
+            return
+        self._counts[card] -= 1
+        if not self._counts[card]:
+            status = self._slots[card].status
+            stored_s = status.phase_s if status is not None and status.phase == "idle" else 0.0  # its device had ended
+            self._idle_since[card] = time.monotonic() - stored_s
 
     def note_decision(self, decision: decisions.Decision) -> None:
         """Notes what begins an attempt, or ends all of a card."""
         if isinstance(decision, decisions.Assign):
-            self._attempts[decision.task.attempt] = decision.card, time.monotonic()
-        elif isinstance(decision, decisions.Commit):
-            self._committing[decision.shard] = decision.attempt
-        elif isinstance(decision, decisions.Discard):
-            self._attempts.pop(decision.attempt, None)
+            card, is_backup = decision.card, decision.task.backup_of is not None
+            if is_backup:
+                self._tell_idle(card)  # what comes now is told apart from what was
+            self._idle_since.pop(card, None)
+            if card in self._idle:
+                self._idle.remove(card)
+                self._timeline.note(card, self._slots[card].name, "works")
+            self._attempts[decision.task.attempt] = card
+            self._counts[card] += 1
+        elif isinstance(decision, decisions.Admit):
+            self._idle.add(decision.card)
         elif isinstance(decision, (decisions.Replace, decisions.Quarantine, decisions.Release, decisions.GiveBack)):
-            self._attempts = {name: of for name, of in self._attempts.items() if of[0] != decision.card}
+            self._attempts = {name: card for name, card in self._attempts.items() if card != decision.card}
+            self._counts.pop(decision.card, None)
+            self._idle.discard(decision.card)
+            self._idle_since.pop(decision.card, None)
 
-    def seconds(self, *, committing: bool = True) -> dict[int, float]:
-        """For how many seconds, by the number of the card; without those that have no such work.
+    def tell_idle(self, seconds: float = IDLE_S) -> None:
+        """Notes the cards that have been idle for so many seconds."""
+        since = time.monotonic() - seconds
+        for card in [card for card, begun in self._idle_since.items() if begun <= since]:
+            self._tell_idle(card)
 
-        Args:
-            committing: whether a shard counts that is made, while its manifest is being stored.
-        """
-        now, made = time.monotonic(), set() if committing else set(self._committing.values())
-        longest: dict[int, float] = {}
-        for attempt, (card, since) in self._attempts.items():
-            if attempt not in made:
-                longest[card] = max(longest.get(card, 0.0), now - since)
-        return longest
+    def _tell_idle(self, card: int) -> None:
+        since = self._idle_since.pop(card, None)
+        if since is not None:
+            self._idle.add(card)
+            self._timeline.note(card, self._slots[card].name, "idle", ago_s=time.monotonic() - since)
 
 
-def note_end(
-    timeline: Timeline, slots: Iterable[Slot], cards: Mapping[str, Sequence[Doing]], uncommitted: Mapping[int, float]
-) -> None:
+def note_end(timeline: Timeline, slots: Iterable[Slot], cards: Mapping[str, Sequence[Doing]]) -> None:
     """Notes what the cards were at when their driver ended.
 
     Args:
         timeline: gets the lines.
         slots: the cards.
         cards: what each of them is at, by its label.
-        uncommitted: for how many seconds each has been at work that is not committed, by its number.
     """
     for slot in slots:
-        if at := cards.get(slot.label):
-            seconds = round(uncommitted.get(slot.number, 0.0), 3)
-            doing: dict[str, Any] = {"phase": at[0].phase, "phase_s": round(at[0].seconds, 3), "uncommitted_s": seconds}
-            timeline.note(slot.number, slot.name, "over", **doing)
+        at = cards.get(slot.label)
+        if at:
+            timeline.note(slot.number, slot.name, "over", phase=at[0].phase, phase_s=round(at[0].seconds, 3))
 
 
 def _line(decision: decisions.Decision, slots: Mapping[int, Slot]) -> tuple[str, dict[str, Any]] | None:

@@ -18,7 +18,7 @@ from gaudi_batch.driver.background import Background
 from gaudi_batch.driver.committer import Committer, check_storage, probe_attempt
 from gaudi_batch.driver.doing import Doing, Watch, waits_for
 from gaudi_batch.driver.fleet import Fleet
-from gaudi_batch.driver.history import note_decision, note_end, note_event
+from gaudi_batch.driver.history import CardsAtWork, note_decision, note_end, note_event
 from gaudi_batch.driver.leftovers import Leftovers
 from gaudi_batch.driver.metrics import RunMetrics
 from gaudi_batch.driver.places import CardsOfRun
@@ -45,12 +45,9 @@ LIMITS_INTERVAL_S = 0.5
 TICK_INTERVAL_S = 0.2
 """Seconds between two looks whether a shard is overdue while a card idles."""
 PROGRESS_INTERVAL_S = 5.0
-"""Seconds between two writings of progress.json."""
+"""Seconds between two writings of progress.json, and of what has become of the cards."""
 METRICS_INTERVAL_S = 5.0
 """Seconds between two recordings of metrics, of which Ray exports the last each 10 s by default."""
-FIRST_TIMELINE_S = 5.0
-TIMELINE_INTERVAL_S = 60.0
-"""Seconds until what has become of the cards is first written, and at most between two writings later."""
 UNUSUAL_INTERVAL_S = 10.0
 """Seconds between two looks for slow things to log."""
 
@@ -92,6 +89,7 @@ class Driver:
         self._background = Background(self._failed)
         self._committer = Committer(commits, progress)
         self.fleet = Fleet(cards, schedule, progress, self._background, self.tell, self._committer.keep)
+        self._at_work = CardsAtWork(progress.timeline, self.fleet.slots)
         self._over: asyncio.Future[str | None] = self.loop.create_future()
         self._watch = Watch()
         self._actions: Mapping[type, Callable[[Any], None]] = {
@@ -125,7 +123,6 @@ class Driver:
             self._tick,
             self._report,
             self._record_metrics,
-            self._write_timeline,
         ):
             self._background.spawn(work())
         stopped = True
@@ -134,8 +131,8 @@ class Driver:
             stopped = reason is not None
             return reason
         finally:
-            uncommitted = self._progress.uncommitted.seconds(committing=self.at_once)
-            note_end(self._progress.timeline, self.fleet.slots.values(), self.fleet.doings(), uncommitted)
+            self._at_work.tell_idle(0.0)
+            note_end(self._progress.timeline, self.fleet.slots.values(), self.fleet.doings())
             if stopped:
                 self._ledger.storage.shut_down()
             self._background.cancel()
@@ -149,13 +146,13 @@ class Driver:
     def tell(self, event: events.Event) -> None:
         """Tells the schedule what happened and carries out its decisions."""
         note_event(self._progress.timeline, event, self.fleet.slots)
-        self._progress.uncommitted.note_event(event)
+        self._at_work.note_event(event)
         if isinstance(event, events.RecallAnswered) and event.given_back:
             self._leftovers.settled(event.attempt)
         for decision in self.events.handle(event):
             self._actions[type(decision)](decision)
+            self._at_work.note_decision(decision)
             note_decision(self._progress.timeline, decision, self.fleet.slots)
-            self._progress.uncommitted.note_decision(decision)
 
     def stop(self, reason: str, grace: float | None) -> None:
         """Takes up no more work and ends when what has begun is committed.
@@ -269,6 +266,8 @@ class Driver:
     async def _report(self) -> None:
         while True:
             await self._background.in_thread(self._ledger.ensure_held)
+            self._at_work.tell_idle()
+            await self._background.in_thread(self._progress.timeline.write)
             await self._background.in_thread(self._ledger.put_json, "progress.json", self._describe("running"))
             await asyncio.sleep(PROGRESS_INTERVAL_S)
 
@@ -276,13 +275,6 @@ class Driver:
         while True:
             self._metrics.record(self.fleet.slots.values())
             await asyncio.sleep(METRICS_INTERVAL_S)
-
-    async def _write_timeline(self) -> None:
-        seconds = FIRST_TIMELINE_S
-        while True:
-            await asyncio.sleep(seconds)
-            seconds = min(2 * seconds, TIMELINE_INTERVAL_S)
-            await self._background.in_thread(self._progress.timeline.write)
 
     async def _write_end(self, stopped: bool) -> None:
         try:

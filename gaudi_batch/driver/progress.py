@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from gaudi_batch.card.readings import Readings
 from gaudi_batch.driver.doing import Doing, describe_doings
-from gaudi_batch.driver.history import Uncommitted
 from gaudi_batch.driver.run_context import Committed
 from gaudi_batch.driver.slot import Slot, held_of_cluster
 from gaudi_batch.driver.spending import Spending
@@ -50,7 +49,6 @@ class RunProgress:
         timeline: Timeline,
     ) -> None:
         self.timeline = timeline
-        self.uncommitted = Uncommitted()
         self.faults: Counter[str] = Counter()
         self.held = Held()
         """What this driver held of the cluster at the last report."""
@@ -118,7 +116,7 @@ class RunProgress:
         images, rate, left = self.images(slots), self._rate.images_per_s(), self.left(slots)
         if self._schedule.stop_reason is not None:
             left = TimeLeft(None)  # it makes no more than what has begun
-        now, uncommitted = time.monotonic(), self.uncommitted.seconds() if state == "running" else {}
+        now = time.monotonic()
         self.held = held_of_cluster(slots, now)
         return {
             "time": _now(),
@@ -138,14 +136,11 @@ class RunProgress:
             "cost": rounded(self._spending.cost(self.held)) if self._spending.price else None,
             "cost_expected": rounded(self._spending.expected(self.held, left.seconds)),
             "waits_for": waits_for,
-            "cards": {
-                slot.label: self._describe_card(slot, cards.get(slot.label, ()), uncommitted.get(slot.number, 0.0))
-                for slot in slots
-            },
+            "cards": {slot.label: self._describe_card(slot, cards.get(slot.label, ())) for slot in slots},
             "faults": list(self._recent_faults),
         }
 
-    def _describe_card(self, slot: Slot, at: Sequence[Doing], uncommitted_s: float) -> CardProgress:
+    def _describe_card(self, slot: Slot, at: Sequence[Doing]) -> CardProgress:
         of_card = self._totals.cards.get(slot.name)
         first = at[0].describe() if at else dict.fromkeys(DOING_FIELDS)
         sums = (of_card.sums if of_card else ThroughputTotals()).describe()
@@ -162,7 +157,6 @@ class RunProgress:
             "bucket": first["bucket"],
             "rows": first["rows"],
             "doing": describe_doings(at) or None,
-            "uncommitted_s": round(uncommitted_s, 3),
             "images": (of_card.sums.images if of_card else 0) + (slot.status.images if slot.status else 0),
             "images_per_s": sums["images_per_s"],
             "faults": self.faults[slot.label],

@@ -28,8 +28,6 @@ class CardProgress(TypedDict):
     rows: str | None
     doing: str | None
     """All that it does, in words."""
-    uncommitted_s: float
-    """For how long it has been at work that is not committed; 0 if it is not."""
     images: int
     """Images that are committed, and those that are stored of shards it still makes."""
     images_per_s: float | None
@@ -102,17 +100,7 @@ _NUMBERS = (
 )
 COUNTERS = ("watts", "temperature_c", "utilisation", "memory_used_mb", "throttled")
 """The fields of a card's counters."""
-CARD_NUMBERS = (
-    "images",
-    "images_per_s",
-    "faults",
-    "phase_s",
-    "limit_s",
-    "shard",
-    "uncommitted_s",
-    "energy_j",
-    *COUNTERS[:-1],
-)
+CARD_NUMBERS = ("images", "images_per_s", "faults", "phase_s", "limit_s", "shard", "energy_j", *COUNTERS[:-1])
 DOING_FIELDS = ("phase", "phase_s", "limit_s", "shard", "bucket", "rows")
 """The fields of a card for the first thing that it does."""
 CARD_TEXTS = ("node", "state", "phase", "bucket", "rows", "doing", "throttled")
@@ -142,7 +130,7 @@ def sane_progress(written: dict[str, Any]) -> dict[str, Any]:
 
 def without_doings(cards: dict[str, Any]) -> dict[str, Any]:
     """What is said of cards whose driver is over: they do nothing any more."""
-    now = dict.fromkeys((*DOING_FIELDS, "doing", "uncommitted_s", *COUNTERS))
+    now = dict.fromkeys((*DOING_FIELDS, "doing", *COUNTERS))
     return {name: card | now for name, card in cards.items()}
 
 

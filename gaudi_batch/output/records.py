@@ -90,6 +90,7 @@ def read_records(reader: OutputReader) -> RunRecords:
     info = reader.run()
     if info is None:
         raise InputError(f"{reader.storage.url}: there is no run here (no run.json)")
+    spans = read_spans(reader)  # first: what is committed after that lies beyond them
     plan = reader.plan(info.rows)
     listed = reader.manifest_entries()
     commits: dict[int, Commit] = {}
@@ -107,7 +108,7 @@ def read_records(reader: OutputReader) -> RunRecords:
         commits[commit.shard] = Commit(known, listed[commit.shard], failed)
     latest = {row: shard for shard in sorted(rows_again) for row in rows_again[shard]}
     in_order = [commits[shard] for shard in sorted(commits)]
-    return RunRecords(reader, info, plan, in_order, latest, read_spans(reader))
+    return RunRecords(reader, info, plan, in_order, latest, spans)
 
 
 def json_lines(data: bytes | None) -> Iterable[dict[str, Any]]:

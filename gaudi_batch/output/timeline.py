@@ -1,4 +1,5 @@
-"""timeline/<driver>-<number>.jsonl: what became of each card, one line each time that it changed.
+"""timeline/<driver>-<number>.jsonl: what became of each card, one line each time that it changed. The last file grows
+until it is `MAX_BYTES` large.
 
 Number 0 has no line: it is there from before the driver's first attempt, so that a later driver knows whose attempts
 are over. With the throughput lines, which say when each batch began and how long it took, this is what each card did
@@ -15,6 +16,9 @@ from typing import Any
 from gaudi_batch.layout import timeline_path
 from gaudi_batch.output.ledger import Ledger
 
+MAX_BYTES = 1 << 16
+"""Bytes from which on a file is not added to."""
+
 
 class Timeline:
     """The lines of one driver.
@@ -28,7 +32,8 @@ class Timeline:
         self._ledger = ledger
         self._driver = driver
         self._lines: list[str] = []
-        self._written = 0
+        self._number = 1
+        self._file = b""
         self._lock = threading.Lock()
         self._writing = threading.Lock()
 
@@ -45,8 +50,9 @@ class Timeline:
             what: `starting` (a process is started, and then loads), `ready` (`load_s`, `module` and `node`), `fault`
                 (`error`), `quarantined` (`error`), `released` (its place is given back; with `node_gone` if its node
                 has gone), `backup` (it begins a second `attempt` at a `shard` of which `backup_of` is the first),
-                `dropped` (it ends an `attempt`), or `over` (the driver ends; `phase` and `phase_s` say what the card
-                was at, and for how many seconds).
+                `dropped` (it ends an `attempt`), `works` (it was idle and has work; a card that becomes ready is idle),
+                `idle` (it has none left), or `over` (the driver ends; `phase` and `phase_s` say what the card was at,
+                and for how many seconds).
             ago_s: seconds since it happened.
             more: other fields of the line.
         """
@@ -57,7 +63,7 @@ class Timeline:
             self._lines.append(line)
 
     def write(self) -> None:
-        """Stores the lines that are new, as an object of their own; those of a try that failed come with the next one.
+        """Stores the lines that are new; those of a try that failed come with the next one.
 
         Raises:
             LeaseLost: another driver has taken over.
@@ -67,8 +73,9 @@ class Timeline:
             with self._lock:
                 lines = list(self._lines)
             if lines:
-                path = timeline_path(self._driver, self._written + 1)
-                self._ledger.put(path, "".join(f"{line}\n" for line in lines).encode())
-                self._written += 1
+                file = self._file + "".join(f"{line}\n" for line in lines).encode()
+                self._ledger.put(timeline_path(self._driver, self._number), file)
+                is_full = len(file) >= MAX_BYTES
+                self._number, self._file = (self._number + 1, b"") if is_full else (self._number, file)
                 with self._lock:
                     del self._lines[: len(lines)]

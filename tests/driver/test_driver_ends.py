@@ -14,7 +14,6 @@ from ray.exceptions import RaySystemError
 from gaudi_batch.cluster.connection import CardResources
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.driver import calls, fleet, loop
-from gaudi_batch.driver.history import Uncommitted
 from gaudi_batch.driver.loop import Driver
 from gaudi_batch.driver.places import CardsOfRun, Places
 from gaudi_batch.driver.slot import Slot
@@ -38,7 +37,6 @@ class Recorder:
         self.ledger = self
         this: Any = self
         self.timeline = Timeline(this, "a")
-        self.uncommitted = Uncommitted()
 
 
 async def a_driver(cluster_s: float = 60.0) -> Driver:

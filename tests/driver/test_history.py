@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import Unfenced
 
-from gaudi_batch.card.messages import Ready
-from gaudi_batch.driver.history import Uncommitted, note_decision, note_event
+from gaudi_batch.card.messages import CardStatus, Ready
+from gaudi_batch.driver.history import CardsAtWork, note_decision, note_event
 from gaudi_batch.driver.slot import Slot
 from gaudi_batch.errors import StorageError
 from gaudi_batch.output.ledger import Ledger
@@ -67,25 +67,44 @@ def test_the_life_of_a_card_is_in_the_timeline(timeline: Timeline, tmp_path: Pat
     ]
 
 
-def test_a_card_is_at_work_that_is_not_committed_until_its_shards_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    uncommitted = Uncommitted()
-    for card, attempt in ((0, "aaaaa1"), (0, "aaaaa2"), (1, "aaaaa3"), (2, "aaaaa4"), (3, "aaaaa5")):
-        uncommitted.note_decision(decisions.Assign(card, decisions.ShardTask(TASK.shard, attempt)))
-        now += 1.0
-    assert uncommitted.seconds() == {0: 5, 1: 3, 2: 2, 3: 1}, "since each got the first of its shards"
-    uncommitted.note_decision(decisions.Commit(11, "aaaaa1"))
-    assert uncommitted.seconds()[0] == 5
-    assert uncommitted.seconds(committing=False)[0] == 4
-    uncommitted.note_event(events.ShardCommitted(11))
-    uncommitted.note_event(events.RecallAnswered("aaaaa2", given_back=True))
-    uncommitted.note_event(events.RecallAnswered("aaaaa3", given_back=False))
-    uncommitted.note_event(events.AttemptEnded(2, "aaaaa4"))
-    assert uncommitted.seconds() == {1: 3, 3: 1}
-    uncommitted.note_decision(decisions.Replace(3))
-    uncommitted.note_decision(decisions.Discard("aaaaa3"))
-    assert uncommitted.seconds() == {}
+def test_a_card_works_from_its_first_shard_on_until_it_has_none_left(timeline: Timeline, tmp_path: Path) -> None:
+    """Three cards: one gets its next shard at once, one after it was idle, one makes what another is making, too."""
+    slots = {number: Slot(number, name=f"host-{number}") for number in range(3)}
+    slots[1].status = CardStatus("idle", 1.5, 0.0, 0)  # it has stored its last image for so long
+    cards = CardsAtWork(timeline, slots)
+
+    def assign(card: int, attempt: str, backup_of: str | None = None) -> None:
+        cards.note_decision(decisions.Assign(card, decisions.ShardTask(TASK.shard, attempt, backup_of=backup_of)))
+
+    for number in slots:
+        cards.note_decision(decisions.Admit(number))
+    for card, attempt in ((0, "aaaaa1"), (1, "aaaaa2"), (2, "aaaaa3"), (2, "aaaaa4")):
+        assign(card, attempt)
+    cards.note_event(events.ShardMade("aaaaa1", events.ShardOutcome(4, 0, 0)))
+    assign(0, "aaaaa5")
+    cards.note_event(events.ShardMade("aaaaa2", events.ShardOutcome(4, 0, 0)))
+    cards.note_event(events.AttemptEnded(2, "aaaaa3"))
+    cards.tell_idle()
+    assign(1, "aaaaa6")
+    cards.note_event(events.RecallAnswered("aaaaa4", given_back=True))
+    assign(2, "aaaaa7", backup_of="aaaaa5")
+    cards.note_event(events.RecallAnswered("aaaaa6", given_back=False))
+    cards.note_decision(decisions.Replace(0))
+    cards.note_event(events.ShardFailed("aaaaa5", events.ShardFailure("no")))
+    cards.tell_idle(0.0)
+    timeline.write()
+    lines = [json.loads(line) for file in sorted((tmp_path / "timeline").glob("*")) for line in file.open()]
+    assert [(line["slot"], line["what"]) for line in lines] == [
+        (0, "works"),
+        (1, "works"),
+        (2, "works"),
+        (1, "idle"),
+        (1, "works"),
+        (2, "idle"),
+        (2, "works"),
+    ]
+    idle, works = (datetime.fromisoformat(line["time"]) for line in lines[3:5])
+    assert 1.5 <= (works - idle).total_seconds() < 60
 
 
 def test_each_line_is_stored_once(timeline: Timeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,4 +118,10 @@ def test_each_line_is_stored_once(timeline: Timeline, tmp_path: Path, monkeypatc
     timeline.note(0, "a", "released")
     timeline.write()
     assert [line["what"] for line in stored(tmp_path)] == ["starting", "released"]
-    assert len(list((tmp_path / "timeline").iterdir())) == 2
+    assert len(list((tmp_path / "timeline").iterdir())) == 1, "it grows"
+    monkeypatch.setattr("gaudi_batch.output.timeline.MAX_BYTES", 100)
+    for slot in (1, 2):
+        timeline.note(slot, "a", "starting")
+        timeline.write()
+    assert [line["slot"] for line in stored(tmp_path)] == [0, 0, 1, 2]
+    assert len(list((tmp_path / "timeline").iterdir())) == 2, "the first was full"

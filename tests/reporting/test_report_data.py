@@ -19,7 +19,7 @@ from PIL import Image
 from gaudi_batch.output.formats import WRITERS
 from gaudi_batch.reporting.report import pictures
 from gaudi_batch.reporting.report.page import render
-from gaudi_batch.reporting.report.report import _flag_unlike
+from gaudi_batch.reporting.report.report import _flag_near_limits, _flag_unlike, _now
 from gaudi_batch.storage.store import Storage
 
 
@@ -76,6 +76,17 @@ def test_nothing_that_a_run_says_ends_the_script_element() -> None:
     assert page.count("</script>") == 4 == page.count("<script")
     assert "<b>" not in page
     assert json.loads(page.split('id="data">')[1].split("</script>")[0])["prompt"] == "</script><!--<script>&\u2028"
+
+
+def test_a_card_that_is_near_a_limit_is_named() -> None:
+    cards = [
+        {"name": str(used), "flags": []} | _now({"phase": "batch", "phase_s": used, "limit_s": 60}) for used in (9, 31)
+    ]
+    _flag_near_limits(cards)
+    assert [card["flags"] for card in cards] == [[], ["near its limit: batch, 31 s of 60 s"]]
+    cards = [{"flags": []} | _now({})]
+    _flag_near_limits(cards)
+    assert cards[0]["flags"] == [], "of a run that is over"
 
 
 def test_of_two_cards_the_one_that_lost_its_time_is_named() -> None:

@@ -14,7 +14,8 @@ from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.reporting.report.batches import Batch, _of_line, _of_sums, pace
 from gaudi_batch.reporting.report.drawing import drawn
 from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
-from gaudi_batch.reporting.report.timelines import UNCOMMITTED, RunClock, Stretch, timelines
+from gaudi_batch.reporting.report.timelines import MAX_OLD_S, RunClock, timelines
+from gaudi_batch.reporting.report.work import UNCOMMITTED, Stretch
 
 BEGIN = 1_000_000.0
 
@@ -77,31 +78,88 @@ def test_work_that_is_not_committed_is_lost() -> None:
     ]
     overtaken = [*START, line(9, "dropped", attempt="aaaaa7"), line(20, "over", phase="idle", phase_s=11)]
     assert told(overtaken, [batch(3)])[2:] == [("lost", 4, 9), ("tail", 9, 20)]
-    backup = line(7, "backup", attempt="aaaaa7", shard=3, backup_of="aaaaa2")
-    assert told([*START, backup, *overtaken[2:]], [batch(3)])[2:] == [("tail", 4, 7), ("backup", 7, 9), ("tail", 9, 20)]
-    at_the_end = [*START, backup, line(20, "over", phase="batch", phase_s=6)]
-    assert told(at_the_end, [batch(3)])[2:] == [("tail", 4, 7), ("backup", 7, 20)], "its other attempt was faster"
-    failed = [*START, backup, line(9, "fault", error="no"), line(9, "starting"), line(20, "ready")]
+    of_other = line(7, "backup", attempt="aaaaa7", shard=3, backup_of="aaaaa2")
+    assert told([*START, of_other, *overtaken[2:]], [batch(3)])[2:] == [
+        ("tail", 4, 7),
+        ("backup", 7, 9),
+        ("tail", 9, 20),
+    ]
+    failed = [*START, of_other, line(9, "fault", error="no"), line(9, "starting"), line(20, "ready")]
     assert told(failed, [batch(3)])[2:] == [("lost", 4, 9), ("loading", 9, 20)]
     in_the_making = [*START, line(20, "over", phase="batch", phase_s=6)]
     assert told(in_the_making, [batch(3)])[2:] == [("tail", 4, 14), ("lost", 14, 20)]
 
 
-def test_all_batches_that_are_not_committed_are_no_idle_time() -> None:
-    """However short the batch is at which the card is: it has made others of that shard before."""
-    line_of = [*START, line(20, "over", phase="batch", phase_s=1, uncommitted_s=16.5)]
-    assert told(line_of, [batch(3)])[2:] == [("lost", 4, 20)], "it got the shard while it made the one before"
-    line_of = [*START, line(20, "over", phase="batch", phase_s=1, uncommitted_s=6)]
-    assert told(line_of, [batch(3)])[2:] == [("tail", 4, 14), ("lost", 14, 20)]
-    line_of = [*START, line(20, "over", phase="storing", phase_s=1, uncommitted_s=0)]
-    assert told(line_of, [batch(3)])[2:] == [("tail", 4, 20)], "all that it stores is committed by now"
+WORKS = [*START, line(3, "works")]
+
+
+def test_a_card_is_idle_when_its_driver_says_so_and_else_at_work() -> None:
+    made = [batch(3), batch(6, wait=2), batch(14.5, wait=8.5)]
+    lines = [*WORKS, line(4, "idle"), line(5, "works"), line(7, "idle"), line(14, "works")]
+    assert told(lines, made)[1:] == [
+        ("generating", 3, 4),
+        ("tail", 4, 5),
+        ("waiting", 5, 6),
+        ("generating", 6, 7),
+        ("tail", 7, 14),
+        ("waiting", 14, 14.5),
+        ("generating", 14.5, 15.5),
+        ("lost", 15.5, 20),
+    ]
+
+
+def test_work_without_a_committed_batch_is_lost_and_idle_time_before_it_is_not() -> None:
+    """It was idle, and then its process died at a shard; and an attempt of another was overtaken before a batch."""
+    died = [*WORKS, line(4, "idle"), line(8, "works"), line(11, "starting"), line(12, "ready"), line(12, "works")]
+    assert told([*died, line(13, "idle")], [batch(3), batch(12)])[2:] == [
+        ("tail", 4, 8),
+        ("lost", 8, 11),
+        ("loading", 11, 12),
+        ("generating", 12, 13),
+        ("tail", 13, 20),
+    ]
+    overtaken = [*WORKS, line(9, "dropped", attempt="aaaaa7"), line(10, "idle"), line(14, "works"), line(15, "idle")]
+    assert told(overtaken, [batch(3), batch(14, wait=4)])[2:] == [
+        ("lost", 4, 10),
+        ("tail", 10, 14),
+        ("generating", 14, 15),
+        ("tail", 15, 20),
+    ]
+
+
+def backup(at: float, attempt: str) -> list[dict[str, Any]]:
+    return [line(at, "works"), line(at, "backup", attempt=attempt, shard=3, backup_of="aaaaa2")]
+
+
+def test_each_backup_attempt_is_drawn_as_one_whatever_became_of_it() -> None:
+    first = [line(5, "idle"), *backup(7, "aaaaa7"), line(9, "dropped", attempt="aaaaa7"), line(10, "idle")]
+    second = [*backup(12, "aaaaa8"), line(14, "idle")]
+    stretches = told([*WORKS, *first, *second], [batch(3, seconds=2)])
+    assert stretches[2:] == [
+        ("tail", 5, 7),
+        ("backup", 7, 10),
+        ("tail", 10, 12),
+        ("backup", 12, 14),
+        ("tail", 14, 20),
+    ]
+    own = [line(15, "works")]
+    made = [batch(3, seconds=2), batch(15.5, wait=1.5)]
+    assert told([*WORKS, *first, *second, *own], made)[7:] == [
+        ("waiting", 15, 15.5),
+        ("generating", 15.5, 16.5),
+        ("lost", 16.5, 20),
+    ]
+    assert told([*WORKS, *first, *second], made[:1])[3] == ("backup", 7, 10)
+    died = [*WORKS, *first[:3], line(9, "starting"), line(20, "ready")]
+    assert told(died, [batch(3, seconds=2)])[2:] == [("tail", 5, 7), ("lost", 7, 9), ("loading", 9, 20)]
 
 
 def test_what_is_in_the_making_is_not_lost_while_the_run_goes_on() -> None:
-    clock = RunClock([span("aaaaa", 0, 20)], [batch(3)])
-    (card,) = timelines({"aaaaa": START}, [batch(3)], clock, {"a": 17.0}, UNCOMMITTED)
-    assert [stretch.kind for stretch in card.stretches] == ["loading", "generating", "uncommitted"]
-    assert card.seconds()["uncommitted"] == pytest.approx(16)
+    lines = {"aaaaa": [*WORKS, line(5, "idle"), line(5, "works")]}
+    clock = RunClock([span("aaaaa", 0, 20)], [batch(3)], lines)
+    (card,) = timelines(lines, [batch(3)], clock, None, UNCOMMITTED)
+    assert [stretch.kind for stretch in card.stretches] == ["loading", "generating", "uncommitted", "uncommitted"]
+    assert card.seconds()["uncommitted"] == pytest.approx(16), "however short the batch is at which it is"
 
 
 def test_a_card_that_is_given_back_was_idle() -> None:
@@ -136,6 +194,11 @@ def test_the_clock_of_a_later_driver_may_be_behind() -> None:
     (card,) = timelines(lines, made, clock, {})
     assert card.seconds()["generating"] == 2
     assert card.stretches[-2:] == [Stretch("generating", 55, 56), Stretch("tail", 56, 70)]
+
+
+def test_what_a_driver_committed_after_it_wrote_its_times_lies_where_it_was() -> None:
+    assert RunClock([span("aaaaa", 0, 10)], [batch(12)]).wall_s == pytest.approx(13)
+    assert RunClock([span("aaaaa", 0, 10)], [batch(5000)]).wall_s == 10 + MAX_OLD_S, "by a clock that is wrong"
 
 
 def test_a_span_in_whole_seconds_of_an_older_version_cuts_nothing_off() -> None:

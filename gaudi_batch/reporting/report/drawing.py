@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gaudi_batch.reporting.report.timelines import Stretch
+from gaudi_batch.reporting.report.work import Stretch
 
 STRETCHES_DRAWN = 1000
 """Stretches of time that are drawn of a card at most; shorter ones are merged, the longest of each moment is seen."""

@@ -13,29 +13,20 @@ from typing import Any
 from gaudi_batch.config.command import run_command
 from gaudi_batch.layout import driver_of
 from gaudi_batch.output.cost import money
+from gaudi_batch.output.holder import read_lease
 from gaudi_batch.output.progress import is_sane, sane_progress
 from gaudi_batch.output.records import RunRecords
 from gaudi_batch.output.spans import card_hours, wall_seconds
 from gaudi_batch.output.throughput import rounded
+from gaudi_batch.reporting.progress_text import share_of_limit
 from gaudi_batch.reporting.report.batches import Batch, counters, pace, read_batches
 from gaudi_batch.reporting.report.drawing import STRETCHES_DRAWN, drawn
 from gaudi_batch.reporting.report.page import render, version
 from gaudi_batch.reporting.report.pictures import describe, pictures
 from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
-from gaudi_batch.reporting.report.timelines import (
-    BACKUP,
-    GENERATING,
-    KINDS,
-    LOADING,
-    LOST,
-    UNCOMMITTED,
-    WARMUP,
-    CardTimeline,
-    Mark,
-    RunClock,
-    timelines,
-    uncommitted_seconds,
-)
+from gaudi_batch.reporting.report.timelines import AT_WORK, CardTimeline, Mark, RunClock, timelines
+from gaudi_batch.reporting.report.work import BACKUP, GENERATING, KINDS, LOADING, LOST, UNCOMMITTED, WARMUP
+from gaudi_batch.reporting.view import NEAR_LIMIT
 from gaudi_batch.text import one_line, short_hosts
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -76,8 +67,11 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     batches = read_batches(records)
     lines = records.timelines()
     clock = RunClock(records.spans, batches, lines)
-    goes_on = state in ("running", "silent")
-    at_work = {} if state.startswith("complete") else _at_work(records)
+    lease = read_lease(records.reader.storage) if state in ("running", "silent") else None
+    # The cards are the last driver's; another may have taken over, and has reported nothing yet.
+    goes_on = lease is not None and [lease.driver] == [name for name, _, _ in clock.drivers[-1:]]
+    progress = sane_progress(records.reader.get_json("progress.json") or {})["cards"]
+    at_work = {} if state.startswith("complete") else _at_work(progress)
     cards = timelines(lines, batches, clock, at_work, UNCOMMITTED if goes_on else LOST)
     totals = records.totals()
     cards += [CardTimeline(name, was_ready=True) for name in totals.cards.keys() - {card.name for card in cards}]
@@ -95,8 +89,9 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         of_card = figures["cards"][card.name] | measured.get(card.name, {})
         of_card["images"] -= images_again[card.name]
         of_card["failed_rows"] -= failed_again[card.name]
-        described.append(_card(card, of_card, paces))
+        described.append(_card(card, of_card, paces) | _now(progress.get(card.name, {}) if goes_on else {}))
     _flag_unlike(described)
+    _flag_near_limits(described)
     listed = _most_notable(described)
     places = {name: place for place, name in enumerate(card["name"] for card in listed)}
     short = short_hosts(card["node"] for card in listed)
@@ -194,13 +189,27 @@ def _command(records: RunRecords) -> str:
     return run_command(job, f"{str(job.get('output', '')).rstrip('/')}-again")
 
 
-def _at_work(records: RunRecords) -> dict[str, float] | None:
+def _at_work(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
     """What the driver that is over or goes on said last of its cards; see `timelines`."""
-    progress = sane_progress(records.reader.get_json("progress.json") or {})
-    if not progress["cards"]:
+    if not cards:
         return None
-    seconds = {name: uncommitted_seconds(card) for name, card in progress["cards"].items()}
-    return {name: value for name, value in seconds.items() if value is not None}
+    return {
+        name: card["phase_s"]
+        for name, card in cards.items()
+        if card["phase"] in AT_WORK and card["phase_s"] is not None
+    }
+
+
+def _now(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card of a run that goes on is at."""
+    return {name: card.get(name) for name in ("phase", "phase_s", "limit_s")} | {"now": card.get("doing")}
+
+
+def _flag_near_limits(cards: Iterable[dict[str, Any]]) -> None:
+    """Marks the cards that have used a large part of the time after which they are killed for what they are at."""
+    for card in cards:
+        if share_of_limit(card) >= NEAR_LIMIT:
+            card["flags"].append(f"near its limit: {card['phase']}, {card['phase_s']:.0f} s of {card['limit_s']:.0f} s")
 
 
 def _flag_unlike(cards: Sequence[dict[str, Any]]) -> None:

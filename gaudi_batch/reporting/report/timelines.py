@@ -15,38 +15,27 @@ from gaudi_batch.layout import driver_of
 from gaudi_batch.output.progress import is_sane
 from gaudi_batch.output.spans import Span
 from gaudi_batch.reporting.report.batches import Batch
+from gaudi_batch.reporting.report.work import (
+    BACKUP,
+    FAILED,
+    GENERATING,
+    KINDS,
+    LOADING,
+    LOST,
+    NODE_GONE,
+    QUARANTINED,
+    WARMUP,
+    Made,
+    Stretch,
+    Up,
+    stretch,
+)
 from gaudi_batch.text import one_line
 
-LOADING, WARMUP, GENERATING, BACKUP = "loading", "warm-up", "generating", "backup"
-START, WAITING, TAIL, LOST, QUARANTINED = "start", "waiting", "tail", "lost", "quarantined"
-UNCOMMITTED = "uncommitted"
-KINDS: Mapping[str, str] = {
-    LOADING: "a process starts and loads the model",
-    START: "loaded, before the first batch",
-    WARMUP: "first batches of a shape, which compile",
-    GENERATING: "batches that were committed",
-    UNCOMMITTED: "work on shards that are not committed yet, while the run goes on",
-    BACKUP: "work on a backup attempt, which is committed or which the other card overtook",
-    WAITING: "idle between two batches",
-    LOST: "work that was never committed: a fault, a hang, a run that was ended, an attempt that a backup overtook",
-    TAIL: "idle, and nothing was left to begin",
-    QUARANTINED: "given up; no process runs",
-}
-"""What a card can be at, with what it means."""
-NODE_GONE = "its node is gone"
-FAILED = ("starting", QUARANTINED, NODE_GONE)
-MIN_LOST_S = 0.25
-"""A gap between two batches below this is no work that was lost: clocks are read one after the other."""
+MAX_OLD_S = 60.0
+"""Seconds that a span may be older than what its driver has committed: it is written every few seconds."""
 AT_WORK = ("batch", "first batch", "reading", "storing", "encoding", "asking storage", "silent")
 """Phases of a card that makes a shard."""
-
-
-class Stretch(NamedTuple):
-    """A card was at one thing from `start` to `stop`."""
-
-    kind: str
-    start: float
-    stop: float
 
 
 class Mark(NamedTuple):
@@ -73,8 +62,8 @@ class CardTimeline:
     def seconds(self) -> dict[str, float]:
         """Seconds by kind."""
         spent = dict.fromkeys(KINDS, 0.0)
-        for stretch in self.stretches:
-            spent[stretch.kind] += stretch.stop - stretch.start
+        for each in self.stretches:
+            spent[each.kind] += each.stop - each.start
         return spent
 
 
@@ -107,7 +96,9 @@ class RunClock:
                 end = max(last.get(span.driver, 0.0), *of_lines, 0.0)
                 # Older versions wrote whole seconds down, and left the rest out.
                 late = 0.0 if "." in span.started_at else min(1.0, max(0.0, end - begin - span.wall_s))
-                known[span.driver] = begin + late, span.wall_s
+                # Of a driver that goes on, or was killed, the span was written before its last commits.
+                seconds = max(span.wall_s, min(end - begin - late, span.wall_s + MAX_OLD_S))
+                known[span.driver] = begin + late, seconds
         for driver in first.keys() - known.keys():
             known[driver] = first[driver], last[driver] - first[driver]
         self._begins: dict[str, tuple[float, float, float]] = {}  # and the seconds of all drivers before
@@ -142,9 +133,10 @@ def timelines(
         lines: the timeline's, by driver.
         batches: what was committed.
         clock: of the run.
-        at_work: cards that were at work which is not committed when the last driver reported last, with for how many
-            seconds; None if that is not known, so that all since a card's last batch counts as such work.
-        unfinished: the kind of that work.
+        at_work: cards that were making something when the last driver reported last, with for how many seconds; None
+            if that is not known, so that all since a card's last batch counts as such work. Of an older version, which
+            has not said in its lines when its cards had work.
+        unfinished: what work is that had not ended when the last driver reported last.
     """
     cards: dict[str, CardTimeline] = {}
     made: dict[tuple[str, str], list[Batch]] = {}
@@ -159,7 +151,7 @@ def timelines(
                 of_card = made[of, name]
                 start = clock.at(of_card[0].start - of_card[0].wait_s, driver)
                 lives.append(
-                    _Life(name, was_ready=True, is_over=True, ups=[_Up(start, clock.at(of_card[-1].stop, driver))])
+                    _Life(name, was_ready=True, is_over=True, ups=[Up(start, clock.at(of_card[-1].stop, driver))])
                 )
         for life in lives:
             card = cards.setdefault(life.name, CardTimeline(life.name))
@@ -175,17 +167,6 @@ def timelines(
 
 
 @dataclass
-class _Up:
-    """A time in which one process of a card worked."""
-
-    start: float
-    stop: float
-    end: str = ""
-    """The line that ended it: by `starting` or `quarantined` it failed, so that what came after its last batch was
-    lost, and so by the end of its node; by `released` it had nothing more to do."""
-
-
-@dataclass
 class _Life:
     """What one driver's lines say of a card."""
 
@@ -194,7 +175,7 @@ class _Life:
     node: str = ""
     stretches: list[Stretch] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
-    ups: list[_Up] = field(default_factory=list)
+    ups: list[Up] = field(default_factory=list)
     backups: dict[str, float] = field(default_factory=dict)
     """When it began each."""
     dropped: list[tuple[float, str]] = field(default_factory=list)
@@ -204,66 +185,42 @@ class _Life:
     """Since when it was then at work that was not committed; None if it was not."""
     unfinished: str = LOST
     """The kind of that work."""
+    tells_work: bool = False
+    """Whether its driver says when its cards have work."""
 
-    def fill(self, made: Sequence[Batch], clock: RunClock, driver: str, lost_from: float | None) -> list[Stretch]:
+    def fill(self, batches: Iterable[Batch], clock: RunClock, driver: str, lost_from: float | None) -> list[Stretch]:
         """All stretches, those of its batches among them.
 
         Args:
-            made: the batches, in order.
+            batches: that were committed, in order.
             clock: of the run.
             driver: whose batches they are.
             lost_from: since when it was at work that was not committed as its driver ended, where no line says so.
         """
+        made = []
+        for batch in batches:
+            kind = BACKUP if batch.attempt in self.backups else WARMUP if batch.warmup else GENERATING
+            made.append(Made(kind, clock.at(batch.start, driver), clock.at(batch.stop, driver), batch.wait_s))
         lost_from = self.lost_from if self.is_over else lost_from
         stretches = list(self.stretches)
         for up in self.ups:
-            at, idle = up.start, START
-            for batch in made:
-                start, stop = clock.at(batch.start, driver), clock.at(batch.stop, driver)
-                if not up.start - MIN_LOST_S <= start <= up.stop + MIN_LOST_S:
-                    continue
-                start = max(start, at)
-                stop = max(start, min(stop, up.stop))
-                gap = start - at
-                waited = gap if gap - batch.wait_s < MIN_LOST_S else batch.wait_s
-                stretches += _stretch(LOST, at, start - waited)
-                stretches += _stretch(idle, start - waited, start)
-                kind = BACKUP if batch.attempt in self.backups else WARMUP if batch.warmup else GENERATING
-                stretches += _stretch(kind, start, stop)
-                at, idle = stop, WAITING
-            dropped, attempt = max(
-                ((time, name) for time, name in self.dropped if at < time <= up.stop), default=(at, "")
-            )
-            begun = min(max(at, self.backups.get(attempt, at)), dropped)  # it was idle until it began a backup
-            stretches += _stretch(TAIL, at, begun)
-            stretches += _stretch(BACKUP if attempt in self.backups else LOST, begun, dropped)
-            lost, kind = up.stop, LOST  # what came before that was idle
-            if up.end in FAILED:
-                lost = dropped
-            elif not up.end and lost_from is not None:
-                kind = self.unfinished
-                lost = min(max(dropped, lost_from), up.stop)
-                if backups := [time for time in self.backups.values() if dropped <= time <= lost]:
-                    lost, kind = max(backups), BACKUP  # which goes on, or of which nobody has told how it ended
-            stretches += _stretch(TAIL, dropped, lost)
-            stretches += _stretch(kind, lost, up.stop)
-        return sorted(stretches, key=lambda stretch: stretch.start)
+            work = up.work() if self.tells_work else self._guessed_work(up, made, lost_from)
+            stretches += up.fill(made, work, self.unfinished)
+        return sorted(stretches, key=lambda each: each.start)
 
-
-def _stretch(kind: str, start: float, stop: float) -> list[Stretch]:
-    return [Stretch(kind, start, stop)] if stop > start else []
-
-
-def uncommitted_seconds(told: Mapping[str, Any]) -> float | None:
-    """For how many seconds a card had been at work that is not committed; None if it was not.
-
-    Args:
-        told: what its driver said of it last. Older versions told nothing but since when it had been at one batch.
-    """
-    if is_sane(seconds := told.get("uncommitted_s")):
-        return seconds or None
-    phase_s = told.get("phase_s")
-    return None if told.get("phase") not in AT_WORK else phase_s if is_sane(phase_s) else 0.0
+    def _guessed_work(self, up: Up, made: Iterable[Made], lost_from: float | None) -> list[Stretch]:
+        """When it had work, by a driver of an older version, which did not say so: up to its last batch, and while it
+        was at what is known not to be committed."""
+        at = max((min(batch.stop, up.stop) for batch in made if up.start <= batch.stop), default=up.start)
+        dropped, attempt = max(((time, name) for time, name in self.dropped if at < time <= up.stop), default=(at, ""))
+        begun = min(max(at, self.backups.get(attempt, at)), dropped)  # it was idle until it began a backup
+        lost = up.stop
+        if up.end in FAILED:
+            lost = dropped
+        elif not up.end and lost_from is not None:
+            lost = min(max(dropped, lost_from), up.stop)
+        kind = BACKUP if attempt in self.backups else LOST
+        return [*stretch(LOST, up.start, at), *stretch(kind, begun, dropped), *stretch(LOST, lost, up.stop)]
 
 
 def _lives(
@@ -273,23 +230,29 @@ def _lives(
     by_slot: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         by_slot.setdefault(str(line.get("slot")), []).append(line)
+    tells_work = any(line.get("what") == "works" for line in lines)
     for slot, of_slot in by_slot.items():
         moments = [(seconds_of(line.get("time")), line) for line in of_slot]
         timed = [(clock.at(moment, driver), line) for moment, line in moments if moment is not None]
-        yield _life(slot, timed, span)
+        life = _life(slot, timed, span)
+        life.tells_work = tells_work
+        yield life
 
 
 def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tuple[float, float]) -> _Life:
     names = [str(line["card"]) for _, line in lines if line.get("card")]
     life = _Life(one_line(names[-1] if names else f"place {slot}, never ready"), was_ready=bool(names))
     state, since = "", span[0]
+    changes: list[tuple[float, str]] = []
     for at, line in lines:
         what, error = str(line.get("what")), one_line(line.get("error") or "")
         if what == "ready":
             life.node = one_line(line.get("node") or "")
         if what in ("starting", "ready", QUARANTINED, "released"):
-            _close(life, state, since, at, NODE_GONE if line.get("node_gone") else what)
-            state, since = what, at
+            _close(life, state, Up(since, at, NODE_GONE if line.get("node_gone") else what, changes))
+            state, since, changes = what, at, []
+        if what in ("works", "idle", "backup"):
+            changes.append((at, what))
         if what == "fault":
             life.marks.append(Mark("fault", at, error))
         elif what == "backup":
@@ -300,24 +263,23 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
             life.marks.append(Mark("dropped", at, f"attempt {one_line(line.get('attempt'))}"))
         elif what == "over":
             life.is_over = True
-            seconds = uncommitted_seconds(line)
-            life.lost_from = None if seconds is None else at - seconds
+            if line.get("phase") in AT_WORK:
+                phase_s = line.get("phase_s")
+                life.lost_from = at - (phase_s if is_sane(phase_s) else 0.0)
         elif what in (QUARANTINED, "released"):
             life.marks.append(
                 Mark(what, at, error or (NODE_GONE if line.get("node_gone") else "its place was given back"))
             )
-    _close(life, state, since, span[1])
+    _close(life, state, Up(since, span[1], changes=changes))
     return life
 
 
-def _close(life: _Life, state: str, since: float, at: float, end: str = "") -> None:
+def _close(life: _Life, state: str, up: Up) -> None:
     """Ends what a card was at; by a line, or with its driver."""
-    if state == "starting":
-        life.stretches += _stretch(LOADING, since, at)
-    elif state == "ready":
-        life.ups.append(_Up(since, at, end))
-    elif state == QUARANTINED:
-        life.stretches += _stretch(QUARANTINED, since, at)
+    if state == "ready":
+        life.ups.append(up)
+    elif state in ("starting", QUARANTINED):
+        life.stretches += stretch(LOADING if state == "starting" else QUARANTINED, up.start, up.stop)
 
 
 def seconds_of(moment: Any) -> float | None:

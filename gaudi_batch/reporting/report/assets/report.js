@@ -246,6 +246,7 @@ const columns = [
   data.cards.some((card) => card.joules_per_image) ? ["J an image", (card) => number(card.joules_per_image, 1), "number"] : null,
   data.cards.some((card) => card.watts) ? ["W", (card) => number(card.watts, 0), "number"] : null,
   data.cards.some((card) => card.temperature_c) ? ["max \u00b0C", (card) => number(card.temperature_c, 0), "number"] : null,
+  data.cards.some((card) => card.now) ? ["now", (card) => card.now ?? "", "text"] : null,
   ["", (card) => card.flags.join("; "), "text"],
 ].filter(Boolean);
 if (names.length) {
