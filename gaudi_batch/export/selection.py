@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,8 +18,9 @@ from gaudi_batch.text import did_you_mean, one_line
 
 REST = "train"
 """The split of what no share takes."""
-_FILTER = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_FILTER = re.compile(r"\s*([^=!<>]+?)\s*([=!<>]+)\s*(.*?)\s*", re.DOTALL)
 _COMPARE = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}
+_SIGNS = ("=", "==", "!=", *_COMPARE)
 _VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|((?!")[^,]*?))\s*(,|\Z)', re.DOTALL)
 """A value of a filter, and the comma after it."""
 _SHARE = re.compile(r"\s*(\w+)\s*=\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -32,9 +33,10 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
 
     Args:
         rows: of a manifest.
-        filters: each `COLUMN=VALUE`, with `!=`, `<`, `<=`, `>` or `>=` in place of `=`. `=` and `!=` take several
-            values with commas between them, and `null`; `!=` keeps rows without a value. A value with a comma stands
-            in double quotes, as in CSV. A time without a zone is UTC where the column has a zone.
+        filters: each `COLUMN=VALUE`, with `!=`, `<`, `<=`, `>` or `>=` in place of `=`, which may be `==`, too. `=`
+            and `!=` take several values with commas between them, and `null`; `!=` keeps rows without a value. A value
+            with a comma, or that begins with one of these signs, stands in double quotes, as in CSV. A time without a
+            zone is UTC where the column has a zone.
 
     Raises:
         InputError: a filter can't be read, or names a column that is not there.
@@ -45,6 +47,11 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
         if match is None:
             raise InputError(f"--filter {text!r}: must be COLUMN=VALUE, or with !=, <, <=, > or >= in place of =")
         column, sign, value = match.groups()
+        if sign not in _SIGNS:
+            raise InputError(
+                f"--filter {text!r}: {sign!r} compares nothing; it must be {', '.join(_SIGNS[:-1])} or {_SIGNS[-1]},"
+                " and a value that begins with one of = ! < > stands in double quotes"
+            )
         if column not in rows.column_names:
             raise InputError(
                 f"--filter {text!r}: the manifest has no column {column!r}; {did_you_mean(column, rows.column_names)}it"
@@ -66,17 +73,20 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
 
 def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.ChunkedArray:
     kind = column.type
-    values = _values(value, text)
+    parts = _parts(value, text)
+    values = [part.value for part in parts]
     if sign in _COMPARE:
         if len(values) != 1 or values[0] is None:
             raise InputError(
                 f"--filter {text!r}: {sign} takes one value; one with a comma in it stands in double quotes"
             )
         return _COMPARE[sign](column, _scalar(values[0], kind, text))
-    if len(values) > 1 and '"' not in value and is_text(kind) and pc.any(pc.equal(column, value)).as_py():
+    is_several = len(parts) > 1 and not all(part.is_quoted for part in parts)
+    if is_several and is_text(kind) and pc.any(pc.equal(column, value)).as_py():
+        quoted = '"{}"'.format(value.replace('"', '""'))
         raise InputError(
-            f"--filter {text!r}: {value!r} is several values, and one value of the column; in double quotes it is one,"
-            " and with each of them in double quotes it is several"
+            f"--filter {text!r}: {value!r} is several values, and one value of the column; as {quoted} it is one, and"
+            " with each of them in double quotes it is several"
         )
     # Of scalars and not of Python's values, which have no nanoseconds.
     given = [pa.array([_scalar(each, kind, text)], kind) for each in values if each is not None]
@@ -86,9 +96,17 @@ def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.Chunk
     return pc.invert(mask) if sign == "!=" else mask
 
 
-def _values(value: str, text: str) -> list[str | None]:
-    """The values with commas between them, each as CSV has it; None is null."""
-    values: list[str | None] = []
+class _Part(NamedTuple):
+    """A value of a filter."""
+
+    value: str | None
+    """None is null."""
+    is_quoted: bool
+
+
+def _parts(value: str, text: str) -> list[_Part]:
+    """The values with commas between them, each as CSV has it."""
+    parts: list[_Part] = []
     place, separator = 0, ","
     while separator:
         match = _VALUE.match(value, place)
@@ -99,11 +117,11 @@ def _values(value: str, text: str) -> list[str | None]:
             )
         quoted, bare, separator = match.groups()
         if quoted is not None:
-            values.append(quoted.replace('""', '"'))
+            parts.append(_Part(quoted.replace('""', '"'), True))
         else:
-            values.append(None if bare == "null" else bare)
+            parts.append(_Part(None if bare == "null" else bare, False))
         place = match.end()
-    return values
+    return parts
 
 
 def _scalar(value: str, kind: pa.DataType, text: str) -> pa.Scalar:
