@@ -71,7 +71,7 @@ class Converted:
 
     def lines(self) -> list[str]:
         """A few lines for a person."""
-        columns = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
+        columns = ", ".join(f"{_visible(name)} ({kind})" for name, kind in self.columns.items())
         lines = [f"{counted(self.rows, 'row')} with the columns {one_line(columns, 400)}"]
         if self.bad:
             lines.append(f"left out: {counted(self.bad, self.unit)}, the first of them:")
@@ -156,6 +156,11 @@ def _names(table: PromptTable, columns: Mapping[str, str]) -> dict[str, str]:
             " prompt=NAME"
         )
     return {column: column for column in present} | {column: name for name, column in columns.items()}
+
+
+def _visible(name: str) -> str:
+    """A column's name as it is, or in quotes if it is empty or one can't see all of it in a line."""
+    return name if name and name == one_line(name) else repr(name)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -32,8 +32,12 @@ class Record(NamedTuple):
     """Over how many lines it goes."""
 
 
+class _NotClosed(csv.Error):
+    """A record of which a quote is taken for one that is not closed; the message says why."""
+
+
 class CsvTable(Lines):
-    """A CSV file with a header. A column has numbers or truth values if all of its values are, as they are usually
+    """A CSV file with a header, whose names have no spaces around them. A column has numbers or truth values if all of its values are, as they are usually
     written; 007 and +49 are texts."""
 
     def columns(self) -> list[str]:
@@ -46,7 +50,7 @@ class CsvTable(Lines):
         error = "not UTF-8; save the file as UTF-8" if any(map(has_surrogates, header.values)) else header.error
         if error is not None:
             raise InputError(f"{self.name!r}: the header in line {header.number} can't be read: {error}")
-        return header.values
+        return [name.strip() for name in header.values]
 
     def lines(self) -> Iterator[Line]:
         """See `PromptTable`."""
@@ -76,7 +80,7 @@ class CsvTable(Lines):
                     return
                 taken.append(line)
                 if len(taken) > MAX_RECORD_LINES:
-                    raise csv.Error("a quote is not closed")
+                    raise _NotClosed(_OPEN)
                 yield line[1]
 
         csv.field_size_limit(MAX_FIELD)
@@ -85,17 +89,30 @@ class CsvTable(Lines):
             try:
                 for values in csv.reader(texts(), strict=True):
                     if len(taken) > 1 and _are_rows([text for _, text in taken], width):
-                        raise csv.Error("a quote is not closed")
+                        first, last = taken[0][0], taken[-1][0]
+                        raise _NotClosed(
+                            f"lines {first} to {last} are taken for rows of their own, as each has all fields and a"
+                            f" number in the same column; close the quote in line {first}, or give a row over several"
+                            " lines as JSON"
+                        )
                     yield Record(taken[0][0], values, span=len(taken))
                     width = width or len(values)
                     taken.clear()
                 return
             except csv.Error as error:
-                is_open = len(taken) > 1 or "unexpected end" in str(error)
-                why = "a quote is not closed" if is_open else f"not CSV: {one_line(error)}"
-                yield Record(taken[0][0], [], why)
+                yield Record(taken[0][0], [], _reason(error, len(taken)))
                 again.extendleft(reversed(taken[1:]))
                 taken.clear()
+
+
+_OPEN = "a quote is not closed"
+
+
+def _reason(error: csv.Error, lines: int) -> str:
+    """Why a record of so many lines can't be read."""
+    if isinstance(error, _NotClosed):
+        return str(error)
+    return _OPEN if lines > 1 or "unexpected end" in str(error) else f"not CSV: {one_line(error)}"
 
 
 def _are_rows(lines: Sequence[str], width: int) -> bool:

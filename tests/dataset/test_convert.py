@@ -59,6 +59,25 @@ def test_a_csv_file_has_its_columns_mapped_and_their_types(converted: Convert, t
     assert schema.types == [pa.string(), pa.int64(), pa.float64(), pa.string()]
 
 
+@pytest.mark.parametrize(("name", "data"), [("p.csv", b"prompt, seed\na, 1\n"), ("p.tsv", b"prompt\t seed \na\t1\n")])
+def test_spaces_around_the_names_of_a_header_do_not_count(converted: Convert, name: str, data: bytes) -> None:
+    assert converted(name, data) == ([{"prompt": "a", "seed": 1}], [])
+
+
+def test_a_name_that_could_not_be_seen_is_told_in_quotes(converted: Convert, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(b",prompt\n0,a\n")
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt":"a"," seed":1}\n')
+    storage = Storage(str(tmp_path))
+    told = [
+        convert.convert(open_table(storage, name), storage, "out.parquet", {}).lines()[0]
+        for name in ("p.csv", "p.jsonl")
+    ]
+    assert told == [
+        "1 row with the columns '' (int64), prompt (string)",
+        "1 row with the columns prompt (string), ' seed' (int64)",
+    ]
+
+
 def test_a_broken_line_is_named_and_costs_no_other(converted: Convert) -> None:
     lines = [
         "prompt,seed",
@@ -106,7 +125,10 @@ BROKEN = b"""id,prompt
 def test_a_quote_that_a_later_line_closes_by_chance_costs_its_own_line(converted: Convert) -> None:
     """All lines that it would take have a number in the same column, and all their fields."""
     rows, bad = converted("p.csv", BROKEN)
-    assert bad == ["line 4: a quote is not closed"]
+    assert bad == [
+        "line 4: lines 4 to 7 are taken for rows of their own, as each has all fields and a number in the same column;"
+        " close the quote in line 4, or give a row over several lines as JSON"
+    ]
     assert [row["id"] for row in rows] == ["1", "2", "7", "8", "9", "10"]
     assert rows[-2]["prompt"] == 'blue 5"'
 
@@ -231,6 +253,7 @@ def test_compressed_files_are_read_and_torn_ones_refused(
         ("p.csv", b"prompt\na\n", {"prompt": "caption"}, "has no column 'caption'; it has 'prompt'"),
         ("p.csv", b"prompt,id\na,1\n", {"prompt": "id"}, "has a column 'prompt' of its own, too"),
         ("p.csv", b"prompt,prompt\na,1\n", {}, "has the column 'prompt' more than once"),
+        ("p.csv", b"prompt,seed, seed\na,1,2\n", {}, "has the column 'seed' more than once"),
         ("p.csv", b"prompt\na\n", {"prmpt": "prompt"}, "'prmpt' is no column that a job knows; did you mean 'prompt'?"),
         ("p.csv", b"\xff,prompt\na,b\n", {}, "the header in line 1 can't be read: not UTF-8; save the file as UTF-8"),
         ("p.csv", b"\nprompt\na\n", {}, "'p.csv': line 1 is empty; it must name the columns"),
