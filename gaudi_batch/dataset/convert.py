@@ -7,7 +7,6 @@ line that can't be read, or whose values are not what a job takes, is left out, 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gaudi_batch.config.bounds import MAX_IMAGES, MAX_INT32, MAX_SEED
+from gaudi_batch.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_INT32, MAX_SEED, MAX_STEPS
 from gaudi_batch.config.schema import PROMPT_COLUMNS
 from gaudi_batch.dataset.csv_tables import TypedText
 from gaudi_batch.dataset.lines import BadLine, Line, PromptTable
@@ -42,10 +41,15 @@ TYPES: Mapping[str, pa.DataType] = {
     "num_images": pa.int64(),
 }
 """Types of the columns that a job knows."""
-RANGES = {"seed": (0, MAX_SEED), "num_images": (1, MAX_IMAGES)} | dict.fromkeys(
-    ("width", "height", "steps"), (1, MAX_INT32)
-)
-"""What a whole number of a column may be."""
+RANGES = {
+    "seed": (0, MAX_SEED),
+    "width": (1, MAX_INT32),
+    "height": (1, MAX_INT32),
+    "steps": (1, MAX_STEPS),
+    "guidance_scale": (0, int(MAX_GUIDANCE)),
+    "num_images": (1, MAX_IMAGES),
+}
+"""What a number of a column may be, whatever job reads it."""
 _MAX_INT64 = 2**63 - 1
 _MAX_EXACT = 2**53
 """Every whole number up to this is a floating-point number, too."""
@@ -223,26 +227,20 @@ def _known(name: str, value: Any) -> Any:
         if name == "id" and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         raise BadLine(f"{name} is {short_repr(value, 80)}; it must be a text")
-    what = "whole number in {} .. {}".format(*RANGES[name]) if name in RANGES else "number"
+    is_whole = kind == pa.int64()
+    least, most = RANGES[name]
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
             raise ValueError
-        number = _whole(value, *RANGES[name]) if name in RANGES else float(value)
-        if not math.isfinite(number):
+        if isinstance(value, str) and (not value.isascii() or "_" in value):
+            raise ValueError
+        number = Decimal(value)  # which keeps all digits
+        if not least <= number <= most or (is_whole and number != int(number)):
             raise ValueError
     except (ValueError, ArithmeticError):
+        what = f"{'whole number' if is_whole else 'number'} in {least} .. {most}"
         raise BadLine(f"{name} is {short_repr(value, 80)}; it must be a {what}") from None
-    return number
-
-
-def _whole(value: str | int | float | Decimal, least: int, most: int) -> int:
-    """A whole number, whose digits are all kept. Raises ValueError or ArithmeticError."""
-    if isinstance(value, str) and (not value.isascii() or "_" in value):
-        raise ValueError
-    number = Decimal(value)
-    if not least <= number <= most or number != int(number):
-        raise ValueError
-    return int(number)
+    return int(number) if is_whole else float(number)
 
 
 def _kind(value: Any) -> str:

@@ -37,8 +37,8 @@ class _NotClosed(csv.Error):
 
 
 class CsvTable(Lines):
-    """A CSV file with a header, whose names have no spaces around them. A column has numbers or truth values if all of its values are, as they are usually
-    written; 007 and +49 are texts."""
+    """A CSV file with a header; spaces around its names do not count. A column has numbers or truth values if all of
+    its values are, as they are usually written; 007 and +49 are texts."""
 
     def columns(self) -> list[str]:
         """See `PromptTable`. Raises InputError if the header can't be read."""

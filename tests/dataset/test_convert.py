@@ -27,6 +27,7 @@ from gaudi_batch.storage.store import Storage
 
 SEED = "must be a whole number in 0 .. 9223372036854775807"
 WIDTH = "must be a whole number in 1 .. 2147483647"
+GUIDANCE = "must be a number in 0 .. 1000"
 Convert = Callable[..., tuple[list[dict[str, Any]], list[str]]]
 
 
@@ -205,7 +206,13 @@ def test_a_whole_number_keeps_its_digits_beside_others(converted: Convert, name:
         ("seed", "9007199254740993.0", None),
         ("width", "0", WIDTH),
         ("num_images", "2.5", "must be a whole number in 1 .. "),
-        ("guidance_scale", "nan", "must be a number"),
+        ("guidance_scale", "nan", GUIDANCE),
+        ("guidance_scale", "inf", GUIDANCE),
+        ("guidance_scale", "-5", GUIDANCE),
+        ("guidance_scale", "1000.1", GUIDANCE),
+        ("guidance_scale", "1_0", GUIDANCE),
+        ("guidance_scale", "\u0663", GUIDANCE),
+        ("steps", "1001", "must be a whole number in 1 .. 1000"),
         ("steps", "1_0", "must be a whole number in 1 .. "),
     ],
 )
