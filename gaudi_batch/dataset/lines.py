@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import itertools
 import json
 import lzma
@@ -104,16 +105,15 @@ class Lines:
         raise NotImplementedError
 
     def texts(self) -> Iterator[tuple[int, str]]:
-        """The lines and their numbers; bytes that are not UTF-8 become surrogates. Raises InputError if the file can't
-        be read to its end."""
+        """The lines and their numbers. A line ends with LF, CR LF or CR, which it keeps; bytes that are not UTF-8
+        become surrogates. Raises InputError if the file can't be read to its end."""
         number = 0
-        with self._opened() as file:
+        with io.TextIOWrapper(self._opened(), "utf-8", "surrogateescape", newline="") as file:
             try:
                 for number, line in enumerate(file, 1):
-                    if number == 1 and line.startswith(OTHER_UNICODE):
+                    if number == 1 and line.encode("utf-8", "surrogateescape").startswith(OTHER_UNICODE):
                         raise InputError(f"{self.name!r} is text in UTF-16 or UTF-32; save it as UTF-8")
-                    text = line.decode("utf-8", "surrogateescape")
-                    yield number, text.removeprefix("\ufeff") if number == 1 else text
+                    yield number, line.removeprefix("\ufeff") if number == 1 else line
             except DECOMPRESSION_ERRORS as error:
                 after = f" after line {number}" if number else ""
                 raise InputError(
@@ -132,7 +132,9 @@ class Text(Lines):
     def lines(self) -> Iterator[Line]:
         """See `PromptTable`."""
         for number, text in self.texts():
-            if text.strip():
+            if "\0" in text:
+                yield Line(number, error="it has a zero character; if the file is UTF-16, save it as UTF-8")
+            elif text.strip():
                 yield checked(number, {"prompt": text.rstrip("\r\n")})
 
 
@@ -153,10 +155,8 @@ class JsonLines(Lines):
                 continue
             try:
                 values = json.loads(text)
-            except ValueError as error:
-                yield Line(number, error=f"not JSON: {_json_error(error, text)}")
-            except RecursionError:
-                yield Line(number, error=f"not JSON: {_TOO_DEEP}")
+            except (ValueError, RecursionError) as error:
+                yield Line(number, error=_json_error(error, text))
             else:
                 if isinstance(values, dict):
                     yield checked(number, values)
@@ -179,7 +179,7 @@ class JsonArray(Lines):
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:
-            why = _TOO_DEEP if isinstance(error, RecursionError) else one_line(error)
+            why = one_line(error) if isinstance(error, json.JSONDecodeError) else _json_error(error, text)
             raise InputError(f"{self.name!r} can't be read as a JSON array, no item of it: {why}") from None
         for number, item in enumerate(items, 1):
             yield checked(number, item) if isinstance(item, dict) else Line(number, error=_NO_OBJECT)
@@ -193,20 +193,24 @@ def json_table(name: str, opened: Callable[[], IO[bytes]]) -> PromptTable:
 
 
 _NO_OBJECT = "it is no JSON object"
-_TOO_DEEP = "it is nested too deeply"
 
 
 def _columns(lines: Iterator[Line]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line.values))
 
 
-def _json_error(error: ValueError, text: str) -> str:
-    """Why a line is not JSON."""
-    if not isinstance(error, json.JSONDecodeError):
-        return one_line(error)
+def _json_error(error: ValueError | RecursionError, text: str) -> str:
+    """Why a text can't be read as JSON."""
+    if isinstance(error, RecursionError):
+        return "not JSON: it is nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # what int() raises
+        return "a number has too many digits; in quotes it is kept as a text"
     if error.pos >= len(text.rstrip()):
-        return "it ends too early; an object must stand whole in its line, or be one of an array with --format json"
-    return f"{error.msg} at column {error.colno}"
+        return (
+            "not JSON: it ends too early; an object must stand whole in its line, or be one of an array with --format"
+            " json"
+        )
+    return f"not JSON: {error.msg} at column {error.colno}"
 
 
 def checked(number: int, values: Mapping[str, Any], span: int = 1) -> Line:

@@ -232,6 +232,30 @@ def test_text_is_a_prompt_a_line(converted: Convert) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("p.txt", "one\u2028two\x85\x0c\rthree\n\rfour\r\nfive"),
+        ("p.csv", "prompt\rone\u2028two\x85\x0c\rthree\n\rfour\r\nfive"),
+        ("p.tsv", "prompt\rone\u2028two\x85\x0c\rthree\n\rfour\r\nfive"),
+        ("p.jsonl", '{"prompt": "one\u2028two\x85\\f"}\r{"prompt": "three"}\r{"prompt": "four"}\r\n{"prompt": "five"}'),
+    ],
+)
+def test_lines_end_as_on_any_system_and_at_no_other_separator(converted: Convert, name: str, data: str) -> None:
+    rows, bad = converted(name, data.encode())
+    assert [row["prompt"] for row in rows] == ["one\u2028two\x85\x0c", "three", "four", "five"]
+    assert not bad
+
+
+def test_text_with_zero_characters_is_no_prompt(converted: Convert) -> None:
+    assert converted("p.txt", b"a\0b\nc\n") == (
+        [{"prompt": "c"}],
+        ["line 1: it has a zero character; if the file is UTF-16, save it as UTF-8"],
+    )
+    with pytest.raises(InputError, match="the first of 3 bad ones is line 1: it has a zero character"):
+        converted("p.txt", "one\ntwo\n".encode("utf-16-le"))
+
+
 def test_another_parquet_file_keeps_its_types(converted: Convert, tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "", "b"], "tags": [["x"], None, []], "width": pa.array(["64", "64", "no"])})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=1)
@@ -273,6 +297,13 @@ def test_compressed_files_are_read_and_torn_ones_refused(
         ("p.jsonl", b"[1]\n", {}, "the first of 1 bad ones is line 1: it is no JSON object"),
         ("p.jsonl", b"[" * 100_000, {}, "line 1: not JSON: it is nested too deeply"),
         ("p.json", b'[\n{"prompt": "a",,}]', {}, "'p.json' can't be read as a JSON array, no item of it: "),
+        (
+            "p.jsonl",
+            b'{"n": %s}' % (b"1" * 5000),
+            {},
+            "line 1: a number has too many digits; in quotes it is kept as a",
+        ),
+        ("p.json", b'[{"n": %s}]' % (b"1" * 5000), {}, "no item of it: a number has too many digits; in quotes it is"),
         ("p.json", b"[1]", {}, "the first of 1 bad ones is item 1: it is no JSON object"),
         ("p.parquet", b"PAR1", {}, "is not a readable Parquet file"),
         ("p.doc", b"x", {}, "ends with none of .csv, .tsv, .jsonl"),
@@ -292,7 +323,7 @@ def test_any_text_comes_through_csv_as_it_was(tmp_path_factory: pytest.TempPathF
     import io
 
     directory = tmp_path_factory.mktemp("texts")
-    texts = [text.replace("\r", " ").replace("\0", " ") for text in texts]
+    texts = [text.replace("\0", " ") for text in texts]
     texts = [text for text in texts if text.strip()] or ["a"]
     text = io.StringIO()
     csv.writer(text, quoting=csv.QUOTE_ALL).writerows([["prompt"], *([each] for each in texts)])
