@@ -46,7 +46,8 @@ def from_hub(repository: str, ask: Callable[[], T]) -> T:
     for delay in delays():
         try:
             return ask()
-        except (OSError, ValueError) as error:  # those of requests and huggingface_hub among them
+        except (OSError, ValueError) as raised:  # those of requests and huggingface_hub among them
+            error = _origin(raised)
             told = one_line(error, 300)
             if _is_refusal(error):
                 raise InputError(f"--push {repository!r}: the hub refuses: {told}; is HF_TOKEN set?") from None
@@ -61,9 +62,18 @@ def from_hub(repository: str, ask: Callable[[], T]) -> T:
     raise AssertionError("the delays never end")
 
 
-def _is_refusal(error: OSError | ValueError) -> bool:
+def _origin(error: BaseException) -> BaseException:
+    """The error of the request itself, where huggingface_hub raised another from it."""
+    cause = error.__cause__
+    is_of_request = getattr(error, "response", None) is not None
+    return cause if isinstance(cause, (OSError, ValueError)) and not is_of_request else error
+
+
+def _is_refusal(error: BaseException) -> bool:
     """Whether the hub, or huggingface_hub before it asks, would refuse the same again."""
-    if isinstance(error, ValueError):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, ValueError) and not isinstance(error, LocalEntryNotFoundError):
         return not isinstance(error, json.JSONDecodeError)  # a gateway's page in place of an answer
     status = int(getattr(getattr(error, "response", None), "status_code", None) or 500)
     return status < 500 and status not in _PASSING

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from gaudi_batch.errors import GaudiBatchError, InputError, StorageError
 from gaudi_batch.export import hub
@@ -27,6 +27,13 @@ def answer(status: int) -> Exception:
     response = requests.Response()
     response.status_code = status
     error: Exception = HfHubHTTPError(f"{status} Client Error\n\nsome lines\nof it", response=response)
+    return error
+
+
+def not_located(cause: Exception | None) -> Exception:
+    """The error of a download whose file huggingface_hub could not ask for."""
+    error: Exception = LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
+    error.__cause__ = cause
     return error
 
 
@@ -57,6 +64,10 @@ def raising(*errors: Exception) -> Callable[[], None]:
         ConnectionResetError(errno.ECONNRESET, "reset"),
         requests.JSONDecodeError("not JSON", "<html>", 0),
         TimeoutError(),
+        not_located(None),
+        not_located(answer(429)),
+        not_located(answer(503)),
+        not_located(requests.ConnectionError("reset")),
     ],
 )
 def test_an_upload_that_ends_with_what_passes_is_tried_again(tmp_path: Path, error: Exception) -> None:
@@ -69,6 +80,7 @@ def test_an_upload_that_ends_with_what_passes_is_tried_again(tmp_path: Path, err
         (answer(401), InputError, "the hub refuses: 401"),
         (answer(403), InputError, "the hub refuses: 403"),
         (answer(404), InputError, "the hub refuses: 404"),
+        (not_located(answer(403)), InputError, "the hub refuses: 403"),
         (HFValidationError("a name"), InputError, "the hub refuses: a name"),
         (requests.exceptions.MissingSchema("No scheme supplied"), InputError, "the hub refuses: No scheme"),
         (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), StorageError, "can't be reached: HF_HUB_OFFLINE"),
