@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.export import RETRY_TIMEOUT_S
@@ -19,6 +20,9 @@ from gaudi_batch.text import one_line
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+ANSWER_TIMEOUT_S = 120.0
+"""Seconds for which the hub, or a store behind it, may keep a connection waiting: for an answer, or until it takes more
+of a file. A slow upload that goes on is not cut off."""
 WAIT_S = 0.2
 """Seconds between two looks at an upload."""
 LAST_ERROR_S = 60.0
@@ -29,7 +33,30 @@ _PASSING = (408, 409, 412, 425, 429)
 """Statuses of errors that pass."""
 _REFUSED = re.compile(r"\b4(?!08|09|12|25|29)\d\d (Client Error|[A-Z])|Invalid metadata")
 """Errors that stay."""
+_IS_MADE_AGAIN = " thrown while requesting "
+"""In the warnings of requests that huggingface_hub makes again by itself, before it says that something failed."""
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
+
+
+def set_timeouts() -> None:
+    """Has huggingface_hub take a request that gets no answer for one that failed: of itself it waits for ever."""
+    import requests
+    from huggingface_hub import configure_http_backend, get_session
+
+    class Session(requests.Session):
+        def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+            options["timeout"] = options.get("timeout") or ANSWER_TIMEOUT_S
+            return super().send(request, **options)
+
+    adapters = {prefix: type(adapter) for prefix, adapter in get_session().adapters.items()}
+
+    def session() -> Session:
+        made = Session()
+        for prefix, adapter in adapters.items():
+            made.mount(prefix, adapter())
+        return made
+
+    configure_http_backend(session)
 
 
 def from_hub(repository: str, ask: Callable[[], T]) -> T:
@@ -75,8 +102,11 @@ def _is_refusal(error: BaseException) -> bool:
 
     if isinstance(error, ValueError) and not isinstance(error, LocalEntryNotFoundError):
         return not isinstance(error, json.JSONDecodeError)  # a gateway's page in place of an answer
-    status = int(getattr(getattr(error, "response", None), "status_code", None) or 500)
-    return status < 500 and status not in _PASSING
+    return _status(error) < 500 and _status(error) not in _PASSING
+
+
+def _status(error: BaseException) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", None) or 500)
 
 
 def _disk_refuses(repository: str, told: str) -> StorageError:
@@ -104,22 +134,34 @@ class _Errors(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.last = ""
+        self.told = ""
+        """The last with the error that it came of."""
         self.since: float | None = None
-        """When the first was logged since `forget`."""
+        """When the first was logged since `forget`, or the first request was made again."""
         self.latest = 0.0
         """When the last was."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
-        message = record.getMessage()
-        if message.startswith("Failed"):
-            self.last = message
-            self.latest = time.monotonic()
-            self.since = self.since or self.latest
+        message, now = record.getMessage(), time.monotonic()
+        has_failed = record.levelno >= logging.ERROR and message.startswith("Failed")
+        if has_failed:
+            self.last, self.told, self.latest = message, _with_cause(message, sys.exc_info()[1]), now
+        if has_failed or _IS_MADE_AGAIN in message:
+            self.since = self.since or now
 
     def forget(self) -> None:
         """The upload goes on."""
         self.since = None
+
+
+def _with_cause(message: str, error: BaseException | None) -> str:
+    """What huggingface_hub logs of an error that it handles, with the status and the words of a store."""
+    origin = error and _origin(error)
+    if origin is None or origin is error:
+        return message
+    words = getattr(origin, "server_message", None)
+    return f"{message.rstrip('.')}: {f'{_status(origin)} {words}' if words else origin}"
 
 
 class Progress:
@@ -166,7 +208,7 @@ def _upload(upload: Callable[[], None], repository: str, progress: Progress) -> 
             thread.join(WAIT_S)
             if errors.since is None:
                 continue
-            told = one_line(errors.last, 300)
+            told = one_line(errors.told, 300)
             if _REFUSED.search(errors.last):
                 raise InputError(f"--push {repository!r}: the hub refuses: {told}")
             if (number := _ERRNO.search(errors.last)) and int(number[1]) in PERMANENT_ERRNOS:

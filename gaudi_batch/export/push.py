@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.card import GRID
 from gaudi_batch.export.export import CARD, RECORD, Export, digest_of
-from gaudi_batch.export.hub import from_hub, upload_until_done
+from gaudi_batch.export.hub import from_hub, set_timeouts, upload_until_done
 from gaudi_batch.export.plan import HUB_FILES, HUB_FOLDER_FILES
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
@@ -35,11 +35,13 @@ _OF_HUB = (".gitattributes",)
 
 def prepare(name: str) -> None:
     """Turns off the hub's newer protocol for large files, which needs a server of its own, where all hubs take Git LFS;
-    before anything imports huggingface_hub. Raises InputError if a text can't be the name of a repository."""
+    before anything imports huggingface_hub; sets timeouts. Raises InputError if a text can't be the name of a
+    repository."""
     if not _REPOSITORY.fullmatch(name):
         raise InputError(f"--push {name!r}: must be owner/name")
     os.environ["HF_HUB_DISABLE_XET"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    set_timeouts()
 
 
 def require_few_files(export: Export) -> None:

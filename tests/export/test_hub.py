@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
+from huggingface_hub import configure_http_backend, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from gaudi_batch.errors import GaudiBatchError, InputError, StorageError
@@ -22,11 +24,12 @@ from gaudi_batch.export.export import RETRY_TIMEOUT_S
 REPOSITORY = "owner/name"
 
 
-def answer(status: int) -> Exception:
+def answer(status: int, words: str | None = None) -> Exception:
     """The error of an answer."""
     response = requests.Response()
     response.status_code = status
-    error: Exception = HfHubHTTPError(f"{status} Client Error\n\nsome lines\nof it", response=response)
+    told = f"{status} Client Error\n\nsome lines\nof it"
+    error: Exception = HfHubHTTPError(told, response=response, server_message=words)
     return error
 
 
@@ -137,6 +140,98 @@ def test_what_an_upload_logs_and_would_try_for_ever_ends_it(
         hub.upload_until_done(upload, REPOSITORY, tmp_path)
     over.set()
     assert told in str(raised.value)
+
+
+def failing_to_put(over: threading.Event, cause: Exception) -> None:
+    """An upload as huggingface_hub's, whose large file a store does not take."""
+    try:
+        raise RuntimeError("Error while uploading 'data/x' to the Hub.") from cause
+    except RuntimeError as error:
+        logging.getLogger("huggingface_hub").error("Failed to preupload LFS: %s", error)
+    over.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (answer(403, "AccessDenied: the bucket is closed"), "to the Hub: 403 AccessDenied: the bucket is closed"),
+        (answer(403), "to the Hub: 403 Client Error some lines of it"),
+        (requests.ConnectionError("reset by peer"), "to the Hub: reset by peer"),
+    ],
+)
+def test_the_end_says_what_a_store_behind_the_hub_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, told: str
+) -> None:
+    monkeypatch.setattr(hub, "RETRY_TIMEOUT_S", 0.0)
+    over = threading.Event()
+    with pytest.raises(StorageError) as raised:
+        hub.upload_until_done(lambda: failing_to_put(over, cause), REPOSITORY, tmp_path)
+    over.set()
+    assert f"'data/x' {told}; the same command goes on" in str(raised.value)
+
+
+def test_a_store_behind_the_hub_that_refuses_is_asked_again(tmp_path: Path) -> None:
+    # The URL that the hub gave may have run out; it gives another.
+    over = threading.Event()
+    timer = threading.Timer(0.1, over.set)
+    timer.start()
+    hub.upload_until_done(lambda: failing_to_put(over, answer(403)), REPOSITORY, tmp_path)
+    timer.join()
+
+
+def test_a_refusal_counts_though_a_warning_follows_it(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def upload() -> None:
+        logger = logging.getLogger("huggingface_hub")
+        logger.error("Failed to commit: 403 Forbidden: no access")
+        logger.warning("Failed to commit 5 files at once. Will retry with less files in next batch.")
+        over.wait(30)
+
+    with pytest.raises(InputError, match="no access"):
+        hub.upload_until_done(upload, REPOSITORY, tmp_path)
+    over.set()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a hub that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_hub_that_never_answers_a_request_has_failed_it(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = type(get_session().get_adapter(silent))
+    monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 0.05)
+    hub.set_timeouts()
+    try:
+        with pytest.raises(requests.Timeout):
+            get_session().post(f"{silent}/api/datasets/owner/name/preupload/main", json={})
+        monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 600.0)
+        with pytest.raises(requests.Timeout):
+            get_session().get(silent, timeout=0.05)
+        assert type(get_session().get_adapter(silent)) is adapter
+    finally:
+        configure_http_backend()
+
+
+def test_failing_begins_with_the_first_request_that_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, over = [1000.0], threading.Event()
+    clock: Any = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(hub, "time", clock)
+
+    def upload() -> None:
+        logger = logging.getLogger("huggingface_hub.utils._http")
+        logger.warning("'Read timed out. (read timeout=120)' thrown while requesting PUT http://store/x?signature=1")
+        now[0] += RETRY_TIMEOUT_S + 1
+        logger.error("Failed to preupload LFS: Error while uploading 'data/x' to the Hub.")
+        over.wait(30)
+
+    with pytest.raises(StorageError, match="Failed to preupload LFS"):
+        hub.upload_until_done(upload, REPOSITORY, tmp_path)
+    over.set()
 
 
 def test_an_upload_that_goes_well_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
