@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
-from gaudi_batch.export.parts import PartTask, is_written, write_tasks
+from gaudi_batch.export.parts import PartTask, Spans, is_written, located, write_tasks
 from gaudi_batch.export.plan import Part, in_order, parse_size, plan
 from gaudi_batch.export.selection import Splits, select
 from gaudi_batch.export.source import ImageAt, places, sizes
@@ -88,6 +88,8 @@ class Export:
     tasks: Sequence[PartTask]
     digest: str
     """Of all that decides what is written."""
+    spans: Spans = field(default_factory=dict)
+    """See `write_tasks`."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -222,7 +224,7 @@ def write_parts(export: Export, address: str | None) -> None:
     todo = [task for task in export.tasks if not is_written(task, listings[task.directory])]
     if len(todo) < len(export.tasks):
         log.info("%d of %d parts are there already", len(export.tasks) - len(todo), len(export.tasks))
-    for done, part in enumerate(write_tasks(source, target, todo, address), 1):
+    for done, part in enumerate(write_tasks(source, target, todo, address, export.spans), 1):
         log.info("%s: %s (%d of %d)", part.path, counted(part.stop - part.start, "image"), done, len(todo))
     listings = _listings(export)
     if missing := [task.part.path for task in export.tasks if not is_written(task, listings[task.directory])]:
@@ -286,7 +288,7 @@ def put_if_new(target: Storage, path: str, data: bytes) -> None:
 
 def some_images(export: Export, count: int) -> list[tuple[ImageAt, str]]:
     """Images from all of an export, with their prompts; none that is not safe for work."""
-    images = [image for task in export.tasks for image in task.images]
+    images = [image for task in export.tasks for image in located(task.images, export.spans)]
     prompts, nsfw = export.rows["prompt"].to_pylist(), export.rows["nsfw"].to_pylist()
     safe = [
         (image, prompt)

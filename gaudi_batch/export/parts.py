@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,14 @@ from gaudi_batch.output import manifest
 from gaudi_batch.output.formats import WRITERS
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage
+from gaudi_batch.text import counted
 
+log = logging.getLogger(__name__)
+
+FIRST_LOCATED = 8
+"""Objects, about, that are read for the places of their images before the first parts are written; before the next
+twice as many, and so on. So an export that is killed has written about as much as it reads again, and a large cluster
+has much to do at the same time."""
 USE = "write a part of the export"
 
 
@@ -54,7 +62,13 @@ def is_written(task: PartTask, listed: Sequence[str]) -> bool:
     return set(task.written) <= set(listed)
 
 
-def write_tasks(source: Storage, target: Storage, tasks: Sequence[PartTask], address: str | None) -> Iterator[Part]:
+Spans = MutableMapping[str, Mapping[str, Span]]
+"""Where each image lies in objects of many, by path and name."""
+
+
+def write_tasks(
+    source: Storage, target: Storage, tasks: Sequence[PartTask], address: str | None, spans: Spans
+) -> Iterator[Part]:
     """Writes parts in parallel; yields each that is written.
 
     Args:
@@ -62,23 +76,54 @@ def write_tasks(source: Storage, target: Storage, tasks: Sequence[PartTask], add
         target: the destination.
         tasks: the parts.
         address: as in `workers`.
+        spans: gets where the images of objects lie that are scattered over the parts.
 
     Raises:
         InputError: no cluster answers.
         StorageError: storage failed, or an image is not what its manifest says.
     """
+    objects = set(scattered([task.images for task in tasks]))
+    if objects:
+        told = counted(len(objects), "object")
+        log.info("images of %s lie scattered over the parts; each is read once to see where its images lie", told)
+    done = 0
     with workers(address) as for_each:
-        objects = scattered([task.images for task in tasks])
-        spans = dict(for_each(locate, [source], objects))
-        located = [replace(task, images=[_located(image, spans) for image in task.images]) for task in tasks]
-        for task, _ in for_each(write_part, [source, target], located):
-            yield task.part
+        for together, unknown in _in_steps(tasks, objects):
+            for path, of_object in for_each(locate, [source], unknown):
+                spans[path] = of_object
+                done += 1
+                log.info("%s: where its images lie is known (%d of %d)", path, done, len(objects))
+            placed = [replace(task, images=located(task.images, spans)) for task in together]
+            for task, _ in for_each(write_part, [source, target], placed):
+                yield task.part
 
 
-def _located(image: ImageAt | None, spans: Mapping[str, Mapping[str, Span]]) -> ImageAt | None:
-    if image is None or image.member is None or image.path not in spans:
-        return image
-    return image._replace(span=spans[image.path].get(image.member))
+def _in_steps(tasks: Sequence[PartTask], objects: Set[str]) -> Iterator[tuple[list[PartTask], list[str]]]:
+    """Parts to be written together, and those of these objects that no part before has images of."""
+    together: list[PartTask] = []
+    unknown: list[str] = []
+    seen: set[str] = set()
+    limit = FIRST_LOCATED
+    for task in tasks:
+        together.append(task)
+        paths = {image.path: None for image in task.images if image is not None and image.path in objects}
+        unknown += [path for path in paths if path not in seen]
+        seen |= paths.keys()
+        if len(unknown) >= limit:
+            yield together, unknown
+            together, unknown, limit = [], [], 2 * limit
+    if together:
+        yield together, unknown
+
+
+def located(images: Sequence[ImageAt | None], spans: Mapping[str, Mapping[str, Span]]) -> list[ImageAt | None]:
+    """Images with where each lies in its object, as far as that is known."""
+    return [
+        image
+        if image is None or image.member is None or image.path not in spans
+        else image._replace(span=spans[image.path].get(image.member))
+        for image in images
+    ]
 
 
 def write_part(source: Storage, target: Storage, task: PartTask) -> None:

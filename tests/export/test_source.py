@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gaudi_batch.errors import StorageError
-from gaudi_batch.export.parts import PartTask, write_tasks
+from gaudi_batch.export import parts
+from gaudi_batch.export.parts import PartTask, Spans, located, write_tasks
 from gaudi_batch.export.plan import plan
 from gaudi_batch.export.source import ImageAt, read_images
 from gaudi_batch.output.formats import SUFFIXES, WRITERS
@@ -61,20 +64,27 @@ def run_of(place: Path, output_format: str, objects: list[list[int]]) -> tuple[C
     return Counting(str(place)), at
 
 
-def exported(source: Storage, target: Path, at: dict[int, ImageAt], splits: list[str]) -> None:
-    """Exports all rows, those of a split together, in some objects a split."""
+def tasks_of(at: dict[int, ImageAt], splits: list[str]) -> list[PartTask]:
+    """The parts of all rows, those of a split together, in some objects a split."""
     rows = sorted(at, key=lambda row: (splits[row], row))
-    parts = plan(sorted(splits), [len(image_of(row)) for row in rows], "parquet", 100_000)
-    assert len(parts) > 3
     tasks = []
-    for part in parts:
+    for part in plan(sorted(splits), [len(image_of(row)) for row in rows], "parquet", 100_000):
         of_part = rows[part.start : part.stop]
         names = [name_of(row) for row in of_part]
         tasks.append(PartTask(part, described(of_part), [at[row] for row in of_part], names, "parquet"))
-    assert list(write_tasks(source, Storage(str(target)), tasks, None))
-    stored = [row for part in parts for row in pq.read_table(target / part.path).to_pylist()]
+    assert len(tasks) > 3
+    return tasks
+
+
+def exported(source: Storage, target: Path, at: dict[int, ImageAt], splits: list[str]) -> Spans:
+    """Exports all rows; where the images of scattered objects lie."""
+    tasks, spans = tasks_of(at, splits), dict[str, Any]()
+    assert list(write_tasks(source, Storage(str(target)), tasks, None, spans))
+    rows = [row for task in tasks for row in task.described["row"].to_pylist()]
+    stored = [row for task in tasks for row in pq.read_table(target / task.part.path).to_pylist()]
     assert [row["row"] for row in stored] == rows
     assert [row["image"] for row in stored] == [{"bytes": image_of(row), "path": name_of(row)} for row in rows]
+    return spans
 
 
 def objects_of(kind: str) -> tuple[list[list[int]], list[str]]:
@@ -94,9 +104,43 @@ def objects_of(kind: str) -> tuple[list[list[int]], list[str]]:
 def test_no_object_is_read_more_than_twice(tmp_path: Path, output_format: str, kind: str) -> None:
     objects, splits = objects_of(kind)
     source, at = run_of(tmp_path / "run", output_format, objects)
-    exported(source, tmp_path / "out", at, splits)
+    spans = exported(source, tmp_path / "out", at, splits)
     for path, size in source.read.items():
         assert size <= 2 * (tmp_path / "run" / path).stat().st_size, f"{path} was read more than twice"
+    source.read.clear()
+    some = [at[row] for row in range(0, ROWS, 16) if at[row].path in spans]
+    assert None not in list(read_images(source, located(some, spans)))
+    assert 0 < sum(source.read.values()) < 2500 * ROWS / 16, "pictures of the card are read alone"
+
+
+def test_parts_are_written_as_soon_as_their_own_images_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = range(0, 480, 40)
+    source, at = run_of(
+        tmp_path / "run", "webdataset", [[*range(start + k, start + 40, 2)] for start in starts for k in (0, 1)]
+    )
+    tasks, target = tasks_of(at, ["train"] * 480), Storage(str(tmp_path / "out"))
+    steps: list[str] = []
+
+    def one_by_one(function: Any, storages: Sequence[Storage], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        for item in items:
+            steps.append(item.part.path if isinstance(item, PartTask) else item)
+            yield item, function(*storages, item)
+
+    monkeypatch.setattr(parts, "workers", lambda _: contextlib.nullcontext(one_by_one))
+    paths = {task.part.path: {image.path for image in task.images if image is not None} for task in tasks}
+    writing = write_tasks(source, target, tasks, None, {})
+    assert next(writing).path == tasks[0].part.path
+    assert len(steps) <= 12 < len(tasks)
+    assert [*writing][-1].path == tasks[-1].part.path
+    assert len(steps) == len(set(steps)) == len(tasks) + len(set().union(*paths.values())), "each is read once"
+    for path, objects in paths.items():
+        assert objects <= set(steps[: steps.index(path)])
+    # Of an export that was killed, objects whose parts are all there are not read again.
+    steps.clear()
+    assert len(list(write_tasks(source, target, tasks[12:], None, {}))) == len(tasks) - 12
+    assert set(steps) - set(paths) <= set().union(*(paths[task.part.path] for task in tasks[12:]))
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
