@@ -74,7 +74,7 @@ def nothing_was_held_against_cards(output: Storage) -> None:
 def said_once(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The last line on standard error says why, and there is no traceback; returns it."""
     errors = capsys.readouterr().err
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors, errors
     last = errors.rstrip().rsplit("\n", 1)[-1]
     for word in words:
         assert word in last, errors

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gaudi_batch.pipelines.fetching import Files, LocalModel, Origin, PeerLost
@@ -141,7 +141,7 @@ async def _lives(actor: Any) -> bool:
     """Whether a card has not died; one that does not answer may live."""
     try:
         await asyncio.wait_for(actor.__ray_ready__.remote(), CHECK_INTERVAL_S)
-    except asyncio.TimeoutError:
+    except (asyncio.TimeoutError, ActorUnavailableError):
         return True
     except RayError:
         return False
@@ -187,7 +187,9 @@ class ModelPeers:
         """See `Peers`."""
         self._models[revision] = model
         if self._tracker is not None:
-            self._tracker.offer.remote(revision, self._own)
+            with contextlib.suppress(RayError):  # who then waits for a turn gets it from its origin
+                # An asynchronous actor may take calls out of order, and the turn ends only once others can see this.
+                ray.get(self._tracker.offer.remote(revision, self._own), timeout=READ_TIMEOUT_S)
 
     def files(self, revision: str) -> Files:
         """The files of a model that this card has, for another."""

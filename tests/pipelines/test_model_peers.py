@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from gaudi_batch.cluster import model_peers
-from gaudi_batch.cluster.model_peers import ORIGIN, READERS, ModelTracker, Source
+from gaudi_batch.cluster.model_peers import ORIGIN, READERS, ModelPeers, ModelTracker, Source
 
 
 class Actor:
@@ -149,3 +149,35 @@ def test_the_cards_of_a_node_give_to_two_nodes_together() -> None:
         assert await third is not None
 
     played(play)
+
+
+def test_others_can_see_a_model_before_the_turn_of_its_card_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor with asynchronous methods may begin a call before one that was made before it."""
+    calls: list[str] = []
+
+    def method(name: str) -> Any:
+        def remote(*_: Any) -> str:
+            calls.append(f"ask {name}")
+            return name
+
+        return SimpleNamespace(remote=remote)
+
+    tracker = SimpleNamespace(turn=method("turn"), offer=method("offer"), end=method("end"))
+    monkeypatch.setattr("ray.get", lambda name, timeout=None: calls.append(f"got {name}"))
+    origin: Any = SimpleNamespace(revision="model", readers=1)
+    model: Any = SimpleNamespace()
+    peers = ModelPeers(tracker, Source("a-1", Actor()))
+    with peers.turn(origin):
+        peers.offer("model", model)
+    assert calls == ["ask turn", "got turn", "ask offer", "got offer", "ask end"]
+
+
+def test_a_card_that_can_not_be_asked_for_a_while_has_not_died() -> None:
+    def raising(error: Exception) -> Any:
+        async def ask() -> None:
+            raise error
+
+        return SimpleNamespace(__ray_ready__=SimpleNamespace(remote=ask))
+
+    assert asyncio.run(model_peers._lives(raising(ActorUnavailableError("busy", None))))
+    assert not asyncio.run(model_peers._lives(raising(RayError("gone"))))
