@@ -241,6 +241,7 @@ def test_an_id_that_would_be_no_part_of_an_address(dataset: Path, tmp_path: Path
         assert f"--job-id {name!r}: " in result.stderr
 
 
+@pytest.mark.thorough
 def test_following_ends_when_the_cluster_falls_silent(
     nodes: RayCluster, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_node_that_may_use_fewer_cpus_than_a_card_has_threads_is_refused_by_na
     assert not list((tmp_path / "out").glob("throughput/small-node-*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 @pytest.mark.usefixtures("thread_cards")
 def test_a_run_whose_threads_an_older_version_fixed_goes_on_with_as_many(tmp_path: Path, cluster: str) -> None:
