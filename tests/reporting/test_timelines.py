@@ -108,6 +108,14 @@ def test_a_card_is_idle_when_its_driver_says_so_and_else_at_work() -> None:
     ]
 
 
+def test_the_moment_until_a_driver_hears_that_a_card_is_idle_is_no_work() -> None:
+    assert told([*WORKS, line(4.1, "idle")], [batch(3)])[1:] == [
+        ("generating", 3, 4),
+        ("tail", 4, 4.1),
+        ("tail", 4.1, 20),
+    ]
+
+
 def test_work_without_a_committed_batch_is_lost_and_idle_time_before_it_is_not() -> None:
     """It was idle, and then its process died at a shard; and an attempt of another was overtaken before a batch."""
     died = [*WORKS, line(4, "idle"), line(8, "works"), line(11, "starting"), line(12, "ready"), line(12, "works")]

@@ -26,7 +26,8 @@ NODE_GONE = "its node is gone"
 FAILED = ("starting", QUARANTINED, NODE_GONE)
 """Ends of a process by which the work that it had begun was lost."""
 MIN_LOST_S = 0.25
-"""A gap between two batches below this is no work that was lost: clocks are read one after the other."""
+"""A gap between two batches, or after the last, below this is no work that was lost: clocks are read one after the
+other."""
 
 
 class Stretch(NamedTuple):
@@ -94,7 +95,7 @@ class Up:
             stretches += stretch(batch.kind, begin, end)
             at, idle, pause = end, TAIL, WAITING
         for piece in _pieces(at, self.stop, work, TAIL):
-            kind = piece.kind
+            kind = piece.kind if piece.stop - piece.start >= MIN_LOST_S else TAIL
             if kind == LOST and not self.end:
                 kind = unfinished
             elif kind == BACKUP and self.end in FAILED and piece.stop == self.stop:
