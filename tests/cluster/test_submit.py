@@ -89,26 +89,26 @@ def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
     nodes: RayCluster, dataset: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    submit = (
-        "submit",
-        "--address",
-        nodes.jobs_address,
-        *job(dataset, output, **{"simulated.batch-seconds": "2", "cards": "2"}),
-    )
-    begun = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
+
+    def submit(seconds: str) -> tuple[str, ...]:
+        flags = {"shard-size": "1", "batch-size": "1", "cards": "2", "simulated.batch-seconds": seconds}
+        return ("submit", "--address", nodes.jobs_address, *job(dataset, output, **flags))
+
+    at_leisure = (*submit("5"), "--no-wait", "--job-id", f"night-{os.getpid()}")  # 64 shards: 160 s of two cards
+    begun = command_line(*at_leisure)
     assert (begun.returncode, begun.stdout) == (0, f"job: night-{os.getpid()}\n"), begun.stderr
-    again = command_line(*submit, "--no-wait", "--job-id", f"night-{os.getpid()}")
+    again = command_line(*at_leisure)
     assert again.returncode == 2
     assert f"has a job 'night-{os.getpid()}' already" in again.stderr
     wait_for_commits(output, 1)
     stopped = command_line("stop", f"night-{os.getpid()}", "--address", nodes.jobs_address)
     assert stopped.stdout == f"job night-{os.getpid()}: STOPPED\n", stopped.stderr
     assert json.loads((output / "lease.json").read_text())["released"]
-    assert 0 < len(list(output.glob("manifest/*"))) < 8
+    assert 0 < len(list(output.glob("manifest/*"))) < 64
     assert not (output / "manifest.parquet").exists()
-    resumed = command_line(*submit)
+    resumed = command_line(*submit("0.01"))
     assert resumed.returncode == 3, resumed.stdout
-    assert "of 8 shards are committed already" in resumed.stdout
+    assert "of 64 shards are committed already" in resumed.stdout
     assert len(read_manifest(output)) == 64
 
 
