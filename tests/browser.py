@@ -13,6 +13,7 @@ from typing import Any
 import playwright.sync_api as playwright
 import pytest
 
+TIMEOUT_MS = 120_000.0
 PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -84,6 +85,7 @@ class Browser:
         raw = self.browser.new_page(
             viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )
+        raw.set_default_timeout(TIMEOUT_MS)
         page = Page(raw)
         url = file.resolve().as_uri()
         raw.on("console", lambda message: page.errors.append(message.text) if message.type != "log" else None)
@@ -105,7 +107,7 @@ def opened_browser() -> Iterator[Browser]:
             pytest.fail("there is no Chromium; .ci/run installs it")
         pytest.skip("there is no Chromium")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox"], timeout=TIMEOUT_MS)
         try:
             yield Browser(browser)
         finally:

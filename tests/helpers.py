@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -64,12 +64,11 @@ def files(output: Path) -> dict[str, bytes]:
 
 
 def command_line(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `gaudi-batch` in a process of its own."""
+    """Runs `gaudi-batch` in a process of its own, for as long as its test may take."""
     return subprocess.run(
         [sys.executable, "-m", "gaudi_batch", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
         env=os.environ | environment,
         check=False,
     )
@@ -130,8 +129,24 @@ def _ports_of_this_process() -> Iterator[int]:
 
 
 FIRST_PORT, PORTS = 20000, 1000
-"""Ray's workers have 10002 to 19999, what connects from anywhere 32768 and more."""
+"""Ray's workers have those below, what connects from anywhere 32768 and more."""
 _ports = _ports_of_this_process()
+
+
+def worker_ports() -> Sequence[int]:
+    """Ports for the workers of one more node: a node sees no port that another has given away and that is not listened
+    on yet."""
+    return next(_worker_ports)
+
+
+def _worker_ports_of_this_process() -> Iterator[Sequence[int]]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST_WORKER_PORT + worker % 12 * WORKER_PORTS
+    return itertools.cycle(range(first + begun, first + begun + 80) for begun in range(0, WORKER_PORTS, 80))
+
+
+FIRST_WORKER_PORT, WORKER_PORTS = 10400, 800
+_worker_ports = _worker_ports_of_this_process()
 
 
 @dataclass
@@ -168,7 +183,9 @@ class StoreServer:
     def start(self) -> None:
         """Starts the server and waits until it answers."""
         self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(300):
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                break
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
                 return

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import free_port
+from helpers import free_port, worker_ports
 
 RAY = str(Path(sys.executable).parent / "ray")
 QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
@@ -34,7 +34,7 @@ from ray.scripts.scripts import main
 main()
 """
 """`ray` as it is without the extras `default` and `client`, whose processes no test but those of the jobs needs."""
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 150.0
 
 
 def descendants(pid: int) -> list[int]:
@@ -162,6 +162,7 @@ class RayCluster:
         """Starts a node; one without --head joins the head."""
         join = [] if "--head" in options else ["--address", self.address]
         ports = [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "dashboard-agent-grpc")]
+        ports.append(f"--worker-port-list={','.join(map(str, worker_ports()))}")
         home = self.home / f"node-{len(self.nodes)}"
         # What copies the workers' logs to drivers that want none costs as much as a card's start.
         node = RayNode(home, [*join, *ports, "--include-log-monitor=false", *options], wrapper, environment)
@@ -233,7 +234,7 @@ class FreeCards:
 
     def wait_for(self, count: int) -> None:
         """Waits until so many are free: those of a job that has ended are so a moment later."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + START_TIMEOUT_S
         while (free := self._count()) < count:
             if time.monotonic() > until:
                 raise TimeoutError(f"{free} of {count} cards are free")
@@ -252,7 +253,7 @@ def add_cards(cluster: RayCluster, cards: int, **options: Any) -> RayNode:
 def wait_for_card(node: RayNode) -> int:
     """The process of a node's card, once it is there."""
     assert node.process is not None
-    until = time.monotonic() + 60
+    until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         for pid in descendants(node.process.pid):
             with contextlib.suppress(OSError):

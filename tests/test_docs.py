@@ -100,6 +100,7 @@ def run_page(checkout: Path, cluster: str) -> Callable[..., None]:
 
 
 @pytest.mark.torch
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("left_out", [DEAR, pytest.param((), marks=pytest.mark.thorough)], ids=["cheap", "every"])
 def test_every_command_of_the_quickstart_works(
     run_page: Callable[..., None], checkout: Path, left_out: Collection[str]

@@ -105,7 +105,8 @@ def test_nodes_whose_storage_fails_do_not_end_the_run(
         add_cards(nodes, 2, wrapper=in_own_mounts(mounts.format(**places)))
     add_cards(nodes, 2)
     nodes.wait_for(2 + len(failures))
-    log = Run(nodes, prompts, output, "--simulated.load-seconds", "1").end(0)
+    slow = ("--simulated.load-seconds", "1", "--simulated.batch-seconds", "0.5")
+    log = Run(nodes, prompts, output, *slow).end(0)
     assert statuses(output) == [(row, "ok") for row in range(320)]
     assert all(message in log for message in failures.values()), log
     stored = {str(path.relative_to(output)) for path in output.glob("images/*/*.png")}
@@ -207,19 +208,19 @@ def test_a_card_that_paints_wrong_now_and_then_is_quarantined_and_costs_no_row(
     add_cards(nodes, 4)
     nodes.wait_for(2)
     lying = ("--simulated.lying-modules", "[2]", "--simulated.lying-share", "0.05")
-    log = Run(nodes, prompts, output, *lying, "--simulated.batch-seconds", "0.05").end(0)
+    log = Run(nodes, prompts, output, *lying, "--simulated.batch-seconds", "0.15").end(0)
     assert statuses(output) == [(row, "ok") for row in range(1600)]
     assert re.findall(r"module (\d)\) is quarantined: \d+ times in \d+ images it failed", log) == ["2"]
 
 
 def test_large_images_have_a_time_limit_of_their_own(nodes: RayCluster, tmp_path: Path) -> None:
-    """A small batch takes 0.05 s, a large one 3 s: longer than limits.batch, and than ten small ones."""
+    """A small batch takes 0.05 s, a large one 6 s: longer than limits.batch, and than ten small ones."""
     sizes = [128 if row % 4 == 3 else 64 for row in range(96)]
     prompts, output = write_prompts(tmp_path / "prompts.parquet", 96, width=sizes), tmp_path / "out"
     add_cards(nodes, 2)
     nodes.wait_for(2)
-    times = ("--simulated.batch-seconds", "0.05", "--simulated.seconds-by-size", "{128x64: 3}")
-    log = Run(nodes, prompts, output, *times, "--limits.batch", "1", "--limits.first-batch", "30").end(0)
+    times = ("--simulated.batch-seconds", "0.05", "--simulated.seconds-by-size", "{128x64: 6}")
+    log = Run(nodes, prompts, output, *times, "--limits.batch", "5", "--limits.first-batch", "60").end(0)
     assert statuses(output) == [(row, "ok") for row in range(96)]
     assert "took longer" not in log
 
@@ -232,8 +233,8 @@ def test_a_size_that_takes_longer_than_its_limit_everywhere_is_set_aside_by_name
     add_cards(nodes, 3)
     nodes.wait_for(2)
     times = ("--simulated.batch-seconds", "0.05", "--simulated.seconds-by-size", "{128x64: 60}")
-    log = Run(nodes, prompts, output, *times, "--limits.first-batch", "3", "--steps", "20").end(1)
-    assert "stopped: batches of 128x64, 20 steps take longer than 3 s (limits.first_batch)" in log
+    log = Run(nodes, prompts, output, *times, "--limits.first-batch", "5", "--steps", "20").end(1)
+    assert "stopped: batches of 128x64, 20 steps take longer than 5 s (limits.first_batch)" in log
     assert "quarantined" not in log
     made = [row for path in output.glob("manifest/*.parquet") for row in pq.read_table(path).to_pylist()]
     assert sorted(row["row"] for row in made) == [row for row in range(160) if row % 4 != 3]

@@ -168,7 +168,7 @@ def test_a_card_that_hangs_does_not_keep_a_run_beyond_its_deadline(
 ) -> None:
     hangs = {"batch_seconds": 0.02, "hang_rows": [3 * ROWS]}
     with pytest.raises(RunStopped, match=r"the deadline, .* is reached"):
-        make(deadline="2126-01-01T00:00:00Z", cards=1, simulated=hangs, limits={"batch": 1.0, "first_batch": 30.0})
+        make(deadline="2126-01-01T00:00:00Z", cards=1, simulated=hangs, limits={"batch": 5.0, "first_batch": 30.0})
     assert (at_limit, committed(output)) == ([3], 3)
     (fault,) = json.loads((output / "progress.json").read_text())["faults"]
-    assert "its batch took longer than 1 s (limits.batch)" in fault["what"]
+    assert "its batch took longer than 5 s (limits.batch)" in fault["what"]

@@ -25,7 +25,7 @@ def test_the_log_of_a_run_with_faults_is_replayed_with_the_same_decisions(
         prompts=str(prompts),
         output=str(output),
         device="simulated",
-        simulated={"batch_seconds": 0.2, **faults},
+        simulated={"batch_seconds": 0.5, **faults},
         shard_size=8,
         batch_size=4,
         max_failed=12,

@@ -32,7 +32,7 @@ def test_a_card_taken_for_dead_that_comes_back_changes_nothing(
     output = tmp_path / "out"
     command = (
         *("run", "--prompts", prompts, "--output", output, "--device", "simulated", "--address", nodes.address),
-        *("--simulated.batch-seconds", "1", "--shard-size", "8", "--cards", "2"),
+        *("--simulated.batch-seconds", "2", "--shard-size", "8", "--cards", "2"),
     )
     driver = subprocess.Popen(
         [sys.executable, "-m", "gaudi_batch", *map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ

@@ -194,7 +194,7 @@ def test_a_driver_and_a_card_that_are_killed_change_no_byte(
         output=str(output),
         format=output_format,
         device="simulated",
-        simulated={"batch_seconds": 0.3, "raise_rows": [5, 40]},
+        simulated={"batch_seconds": 1.0, "raise_rows": [5, 40]},
         shard_size=16,
         cards=2,
         width=64,
@@ -227,7 +227,8 @@ def test_a_driver_and_a_card_that_are_killed_change_no_byte(
         assert set(sums_of_set) <= committed
         wait_until(lambda: not set(card_processes(session)) - set(before))
         with contextlib.suppress(RunStopped):
-            assert run(job).exit_code == 3
+            soon = job.simulated.model_copy(update={"batch_seconds": 0.01})
+            assert run(job.model_copy(update={"simulated": soon})).exit_code == 3
     if output_format == "files":
         sums = [[row["sha256"] for row in read_manifest(place)] for place in (output, undisturbed)]
         assert sums[0] == sums[1]

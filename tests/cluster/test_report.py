@@ -50,11 +50,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
         "--batch-size": BATCH,
         "--shard-size": SHARD,
         "--device": "simulated",
-        "--simulated.batch-seconds": 0.25,
+        "--simulated.batch-seconds": 0.5,
         "--simulated.slow-modules": "[1]",
         "--simulated.slow-factor": 2.5,
         "--simulated.raise-rows": BAD,
-        "--limits.batch": 3,
+        "--limits.batch": 12,
         "--limits.answer": 20,
     }
     flags = [str(part) for item in fields.items() for part in item]
@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
     wait_until(lambda: HUNG in (output / "progress.json").read_text())
     running = called("report", output, "--to", directory / "running.html")
     assert running.returncode == 0, running.stderr
-    wait_for_commits(output, ROWS // SHARD - 10)
+    wait_for_commits(output, ROWS // SHARD - 20)
     os.kill(processes[3], signal.SIGSTOP)
     assert driver.wait(timeout=120) == 3
     return output
@@ -129,7 +129,7 @@ def test_a_slow_card_a_hang_and_a_backup_are_in_the_timeline(page: Page, run: Pa
     (faults,) = [titles for titles in [page.titles('[aria-description="fault"]')] if titles]
     assert [title for title in faults if title.startswith(f"{hung} at") and HUNG in title]
     lost = page.titles('[aria-description="lost"]')
-    assert max(seconds_of(title) for title in lost if title.startswith(f"{hung}: lost")) > 3, "the limit"
+    assert max(seconds_of(title) for title in lost if title.startswith(f"{hung}: lost")) > 10, "the limit"
     assert [title for title in lost if title.startswith(f"{late}: lost")]
     loading = page.titles('[aria-description="loading"]')
     assert len([title for title in loading if title.startswith(f"{hung}: loading")]) == 2, "it was replaced"

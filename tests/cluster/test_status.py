@@ -48,7 +48,7 @@ def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     prompts = write_prompts({"prompt": [None if row in (1, 3) else f"prompt {row}" for row in range(count)]})
     flags = ("--device", "simulated", "--cards", "1", "--shard-size", "4", "--batch-size", "4")
     job = ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, *flags)
-    slow = ("--simulated.batch-seconds", "0.5")
+    slow = ("--simulated.batch-seconds", "2")
     driver = subprocess.Popen([sys.executable, "-m", "gaudi_batch", *job, *slow], stderr=subprocess.DEVNULL)
     progress = output / "progress.json"
     wait_until(lambda: progress.exists() and json.loads(progress.read_text())["failed_rows"] >= 2, 120)

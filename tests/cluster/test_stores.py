@@ -73,7 +73,7 @@ def test_a_killed_driver_s_run_is_finished(
     dataset: Path, server: StoreServer, cluster: str, url: str, output: Storage, undisturbed: Content, tmp_path: Path
 ) -> None:
     job = tmp_path / "job.yaml"
-    job.write_text(json.dumps(a_job(dataset, url, storage_options=server.options, simulated={"batch_seconds": 0.3})))
+    job.write_text(json.dumps(a_job(dataset, url, storage_options=server.options, simulated={"batch_seconds": 1.0})))
     command = [sys.executable, "-m", "gaudi_batch", "run", str(job), "--address", cluster]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len(output.names("manifest")) >= 2 or driver.poll() is not None, 120)
@@ -162,9 +162,10 @@ def test_a_bucket_that_is_not_there_says_nothing_of_what_is_in_it(
     action: str, known: bool, server: StoreServer, proxy: FaultProxy, url: str, output: Storage
 ) -> None:
     output.put("run.json", b"{}")
-    storage = Storage(url, server.quick_options_at(proxy.port), retry_timeout_s=0.2)
+    storage = Storage(url, server.quick_options_at(proxy.port), retry_timeout_s=20.0)
     storage.creates = True
     assert not known or storage.get("run.json") == b"{}"
+    storage.retry_timeout_s = 0.2
     actions: dict[str, Callable[[], object]] = {
         "get": lambda: storage.get("run.json"),
         "names": lambda: storage.names(""),

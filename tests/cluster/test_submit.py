@@ -214,20 +214,20 @@ def test_a_shell_that_keeps_its_token_back_is_told_so(nodes: RayCluster) -> None
     assert "no authentication token was found" not in line
 
 
-@pytest.mark.parametrize(("grace", "committed"), [("0", 0), ("60", 1)])
+@pytest.mark.parametrize(("grace", "seconds", "committed"), [("0", 20, 0), ("60", 3, 1)])
 def test_the_grace_that_stop_gives_reaches_the_driver(
-    nodes: RayCluster, tmp_path: Path, grace: str, committed: int
+    nodes: RayCluster, tmp_path: Path, grace: str, seconds: int, committed: int
 ) -> None:
-    """One shard in hand that takes 16 s, in a job that was submitted with a grace of 2 s."""
+    """One shard of eight batches in hand, in a job that was submitted with a grace of 2 s."""
     prompts, output, name = tmp_path / "prompts.parquet", tmp_path / "out", f"grace-{grace}"
     pq.write_table(pa.table({"prompt": ["a"] * 16}), prompts)
-    fields = {"simulated.batch-seconds": "2", "batch-size": "1", "cards": "1"}
+    fields = {"simulated.batch-seconds": str(seconds), "batch-size": "1", "cards": "1"}
     given = ("--no-wait", "--job-id", name, "--grace", "2", "--address", nodes.jobs_address)
     assert command_line("submit", *given, *job(prompts, output, **fields)).returncode == 0
     wait_until(lambda: list(output.glob("images/*/*")))
     stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
     assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
-    assert f"what has begun is committed first, for up to {grace} s; a shard takes 16 s" in stopped.stderr
+    assert f"what has begun is committed first, for up to {grace} s; a shard takes {8 * seconds} s" in stopped.stderr
     assert ("what is not done by then is made again" in stopped.stderr) == (grace == "0")
     assert len(list(output.glob("manifest/*"))) == committed
     assert not (output / "stop.json").exists()

@@ -21,8 +21,8 @@ from gaudi_batch import JobConfig, run
 pytestmark = pytest.mark.usefixtures("thread_cards")
 
 
-def job(prompts: Path, output: Path, cluster: str) -> tuple[str, ...]:
-    fields = ("--shard-size", "8", "--cards", "1", "--device", "simulated", "--simulated.batch-seconds", "0.2")
+def job(prompts: Path, output: Path, cluster: str, seconds: str = "0.2") -> tuple[str, ...]:
+    fields = ("--shard-size", "8", "--cards", "1", "--device", "simulated", "--simulated.batch-seconds", seconds)
     return ("run", "--prompts", str(prompts), "--output", str(output), "--address", cluster, *fields)
 
 
@@ -43,7 +43,7 @@ def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Pat
     output = tmp_path / "out"
     began = time.monotonic()
     driver = subprocess.Popen(
-        [sys.executable, "-m", "gaudi_batch", *job(prompts, output, cluster)], stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "gaudi_batch", *job(prompts, output, cluster, "1")], stderr=subprocess.DEVNULL
     )
     wait_for_commits(output, 4)
     (module,) = modules_that_made(output)
@@ -79,7 +79,7 @@ def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rat
     output = tmp_path / "out"
     lost = add_cards(nodes, 1)
     driver = subprocess.Popen(
-        [sys.executable, "-m", "gaudi_batch", *job(prompts, output, nodes.address)], stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "gaudi_batch", *job(prompts, output, nodes.address, "0.5")], stderr=subprocess.DEVNULL
     )
     wait_for_commits(output, 4)
     lost.kill()

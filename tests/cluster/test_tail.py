@@ -32,7 +32,7 @@ def rows(output: Path) -> list[int]:
 @pytest.mark.usefixtures("thread_cards", "cards_are_free")
 def test_the_defaults_give_every_card_its_share(prompts: Path, tmp_path: Path, cluster: str) -> None:
     config = JobConfig(
-        prompts=str(prompts), output=str(tmp_path / "out"), device="simulated", simulated={"batch_seconds": 0.5}
+        prompts=str(prompts), output=str(tmp_path / "out"), device="simulated", simulated={"batch_seconds": 1.5}
     )
     summary = run(config, address=cluster).summary
     assert len(pq.read_table(tmp_path / "out/plan.parquet")) == 13, "a shard for each batch of 100 images"
@@ -48,7 +48,7 @@ def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
     """With 20 rows there is a third batch, which one of the two cards has in its queue."""
     prompts, output = write_prompts({"prompt": ["p"] * count}), tmp_path / "out"
     limits = ("--limits.batch", "3000", "--limits.first-batch", "3000", "--limits.answer", "3000")
-    driver = start(prompts, output, cluster, 2, 8.0, *limits)
+    driver = start(prompts, output, cluster, 2, 16.0, *limits)
 
     def generating() -> list[int]:
         path = output / "progress.json"

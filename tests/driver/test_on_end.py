@@ -199,7 +199,7 @@ def test_what_hangs_is_killed_when_its_time_is_over(
     limits = {"TOTAL_TIMEOUT_S": None, "INTERRUPTED_TIMEOUT_S": Interrupted, "FORCED_TIMEOUT_S": ForcedInterrupt}
     for name, kind in limits.items():
         is_meant = error is None if kind is None else type(error) is kind
-        monkeypatch.setattr(on_end, name, 2.0 if is_meant else 1000.0)
+        monkeypatch.setattr(on_end, name, 5.0 if is_meant else 1000.0)
     end(f"sleep 100 & echo $! > {tmp_path}/pid; wait", a_run(SUMMARY), error)
     assert_killed(int((tmp_path / "pid").read_text()))
     assert caplog.messages == [
@@ -239,7 +239,7 @@ def test_a_server_that_never_answers_keeps_nobody(caplog: pytest.LogCaptureFixtu
 def test_what_a_command_prints_is_in_no_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be the URL that it posts to, as in the error of a library, or without end."""
     monkeypatch.setenv("HOOK", f"hooks.invalid/{SECRET}")
-    monkeypatch.setattr(on_end, "TOTAL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(on_end, "TOTAL_TIMEOUT_S", 5.0)
     end(
         [
             "echo no answer from $HOOK; exit 3",

@@ -150,6 +150,7 @@ def test_the_command_sees_the_stand_in_and_nobody_else_does(tmp_path: Path) -> N
 
 
 @pytest.mark.torch
+@pytest.mark.timeout(900)
 def test_optimum_habana_runs_on_the_emulated_device(tmp_path: Path) -> None:
     run = command_line(
         *("emulate", "--state", tmp_path, "--capture-seconds", "0.1", "--memory-gib", "1", "--"),

@@ -77,6 +77,7 @@ def test_a_manifest_that_arrives_late_takes_no_other_s_place(
     driver._storage.retry_timeout_s = 0.0
     with pytest.raises(StorageError, match="can't write manifest/000003"):
         Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1"))
+    driver._storage.retry_timeout_s = 10.0
     other, data = a_manifest(3, "bbbbb1")
     output.put(manifest_path(3), data)
     proxy.clear()
@@ -212,7 +213,7 @@ def test_a_manifest_that_takes_long_to_write_is_committed(
     monkeypatch.setattr(ledger, "MANIFEST_TIMEOUT_S", 0.5)
     storage = Storage(output.url, server.options_at(proxy.port), retry_timeout_s=0.0)
     fault = proxy.add(Fault("slow", "PUT", "/manifest/"))
-    info, data = a_manifest(3, "aaaaa1", size=3_000_000)
+    info, data = a_manifest(3, "aaaaa1", size=10_000_000)
     assert committed(lambda: Ledger(storage, driver).commit(info, data))
     assert fault.hits == 1
     assert output.get(manifest_path(3)) == data
@@ -238,7 +239,7 @@ def test_a_manifest_on_its_way_is_given_up_when_the_lease_can_t_be_kept_up(
             Ledger(driver._storage, driver).commit(*a_manifest(3, "aaaaa1"))
         given_up.set()
 
-    driver._storage.retry_timeout_s = 0.5
+    driver._storage.retry_timeout_s = 5.0
     fault = proxy.add(Fault("deaf", "PUT", "/manifest/"))
     threading.Thread(target=commit, daemon=True).start()
     wait_until(lambda: fault.hits)

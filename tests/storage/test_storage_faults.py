@@ -410,7 +410,7 @@ def test_storage_that_fails_a_card_as_it_starts_is_not_held_against_the_card(
     proxy.clear()
     started.clear()
     once = proxy.add(Fault("stall", "GET", "/run.json", when=lambda: bool(started), count=1))
-    assert run(dataset, url, storage_options=ours, storage_patience=1) == 3
+    assert run(dataset, url, storage_options=ours, storage_patience=10) == 3
     assert once.hits == 1
     assert content(output) == undisturbed
 
@@ -609,15 +609,15 @@ def test_a_run_stops_when_storage_has_failed_for_as_long_as_the_job_says(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(retrying, "END_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(lease, "LEASE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(retrying, "END_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(lease, "LEASE_TIMEOUT_S", 2.0)
     url, ours = f"s3://bucket/{tmp_path.name}", options(s3, proxy)
     late: dict[str, Any] = {"when": lambda: proxy.asked("PUT .*/images/") > 16}
     fault = proxy.add(Fault(kind, code="SlowDown", message="Please reduce your request rate.", **late))
-    assert run(dataset, url, storage_options=ours, storage_patience=1) == 1
+    assert run(dataset, url, storage_options=ours, storage_patience=3) == 1
     assert fault.hits
     said_once(capsys, "storage_patience", "the same command resumes")
-    assert max(images_sent(proxy.requests).values()) <= 6, "six tries have pauses of 1.5 s at least between them"
+    assert max(images_sent(proxy.requests).values()) <= 7, "seven tries have pauses of 3 s at least between them"
     proxy.clear()
     assert run(dataset, url, storage_options=ours) == 3
     assert content(Storage(url, s3.options)) == undisturbed
