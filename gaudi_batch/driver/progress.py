@@ -58,6 +58,12 @@ class RunProgress:
         self.images_total = images_total
         """Images that the whole plan asks for."""
         self._missing = images_missing
+        missing = schedule.shards.values()
+        self._left = sum(shard.images for shard in missing)  # of shards that are not committed
+        self._replaced = sum(shard.images_before for shard in missing)
+        self._rows_again = sum(shard.rows for shard in missing if shard.is_rerun)
+        self._made = 0
+        self._seen: dict[int, int] = {}  # images that the process of each slot had made
         self._spending = spending
         self._recent_faults: collections.deque[FaultRecord] = collections.deque(maxlen=FAULTS_KEPT)
         self._rate = Rate()
@@ -80,6 +86,9 @@ class RunProgress:
             self._failed.add(info.shard, failed)
         shard = self._schedule.shards[info.shard]
         self._missing += (0 if shard.is_rerun else shard.images) - info.images + info.images_before
+        self._left -= shard.images
+        self._replaced -= shard.images_before
+        self._rows_again -= shard.rows if shard.is_rerun else 0
 
     def limit_reached(self, slots: Collection[Slot]) -> str | None:
         """The budget or the deadline, if the run has just reached it: why it is to stop."""
@@ -89,17 +98,27 @@ class RunProgress:
         return None if reached is None else reached.reason
 
     def note(self, slots: Collection[Slot]) -> None:
-        """Notes how many images there are now, for the rate; to be called every few seconds or more often."""
+        """Notes what the cards have made, for the rate; to be called every few seconds or more often."""
+        for slot in slots:
+            if slot.status is not None:
+                now, before = slot.status.work.images, self._seen.get(slot.number, 0)
+                self._made += now - before if now >= before else now  # fewer: another process has begun
+                self._seen[slot.number] = now
         states = [self._schedule.state(slot.number) for slot in slots]
-        self._rate.note(time.monotonic(), self.images(slots), states.count(CardState.READY))
+        self._rate.note(time.monotonic(), self._made, states.count(CardState.READY))
 
     def images(self, slots: Collection[Slot]) -> int:
-        """Images that are committed, and those that are stored of shards that cards still make."""
-        return self._totals.images + sum(slot.status.images for slot in slots if slot.status and slot.actor)
+        """Images that are committed and are not to be made again, and those that are stored of shards that cards still
+        make."""
+        return self._totals.images - self._replaced + _in_the_making(slots)
+
+    def images_left(self, slots: Collection[Slot]) -> int:
+        """Images that are still to be made, those of rows that are run again included."""
+        return max(0, self._left - _in_the_making(slots))
 
     def left(self, slots: Collection[Slot]) -> TimeLeft:
         """How long the rest takes."""
-        return self._rate.left(self.images_total - self._missing - self.images(slots))
+        return self._rate.left(self.images_left(slots))
 
     def describe(
         self, slots: Collection[Slot], cards: Mapping[str, Sequence[Doing]], waits_for: str | None, state: str
@@ -124,6 +143,8 @@ class RunProgress:
             "images": images,
             "images_total": self.images_total,
             "images_missing": self._missing,
+            "images_left": self.images_left(slots),
+            "rows_again": self._rows_again,
             "failed_rows": self._schedule.failed_rows,
             "failures": self._failed.describe(),
             "images_per_s": None if rate is None else round(rate, 3),
@@ -167,6 +188,10 @@ class RunProgress:
             "throttled": readings.throttled,
             "energy_j": sums["energy_j"],
         }
+
+
+def _in_the_making(slots: Collection[Slot]) -> int:
+    return sum(slot.status.images for slot in slots if slot.status and slot.actor)
 
 
 def _rounded(seconds: float | None) -> int | None:

@@ -65,12 +65,11 @@ class Rate:
 
         Args:
             now: seconds, monotonic.
-            images: images of the run so far, by all its drivers. Where a fault has cost some, those that are made in
-                their place are no progress.
+            images: images that the cards have made so far, those included that a fault has cost: never fewer than
+                before.
             cards: how many cards are ready.
         """
         last = self._last
-        images = images if last is None else max(images, last.images)
         card_s = 0.0 if last is None else last.card_s + (now - last.time) * self._cards
         began = bool(self._samples) or (last is not None and images > last.images)
         self._last, self._cards = Sample(now, images, card_s), cards

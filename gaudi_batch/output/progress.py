@@ -63,6 +63,10 @@ class ProgressRecord(TypedDict):
     images_total: int
     images_missing: int
     """Images that committed shards were to have and have not, since rows failed."""
+    images_left: int
+    """Images that are still to be made, those of rows that are run again included."""
+    rows_again: int
+    """Rows that are run again and whose shard is not committed. They count neither as made nor as failed."""
     failed_rows: int
     failures: list[dict[str, Any]]
     """Failed rows by reason, as `Reasons.describe` has them."""
@@ -90,6 +94,8 @@ _NUMBERS = (
     "images",
     "images_total",
     "images_missing",
+    "images_left",
+    "rows_again",
     "failed_rows",
     "images_per_s",
     "seconds_left",

@@ -20,7 +20,7 @@ GONE = "gone"
 
 def progress_fields(record: Record) -> dict[str, Any]:
     """The progress in numbers, for machines."""
-    names = ("images", "images_total", "images_per_s", "failed_rows")
+    names = ("images", "images_total", "images_left", "images_per_s", "failed_rows", "rows_again")
     left = ("seconds_left", "seconds_left_low", "seconds_left_high", "cost", "cost_expected", "waits_for")
     ready, present = cards_ready(record)
     values = {name: record.get(name) for name in (*names, *left)}
@@ -32,11 +32,13 @@ def progress_line(record: Record) -> str:
     ready, present = cards_ready(record)
     cost = f", {words}" if (words := cost_words(record.get("cost"), record.get("cost_expected"))) else ""
     waits = f"; waits for {record['waits_for']}" if record.get("waits_for") else ""
+    again = f", {counted(count, 'row')} run again" if (count := record.get("rows_again")) else ""
     failed = record.get("failed_rows")
+    rows = f"{'- failed rows' if failed is None else counted(failed, 'failed row')}{again}"
     return (
         f"{number(record.get('images'))}/{number(record.get('images_total'))} images,"
         f" {rate(record.get('images_per_s'))} images/s, {ready}/{present} cards,"
-        f" {'- failed rows' if failed is None else counted(failed, 'failed row')}, {time_left(record)}{cost}{waits}"
+        f" {rows}, {time_left(record)}{cost}{waits}"
     )
 
 

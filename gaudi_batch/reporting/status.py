@@ -94,6 +94,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         "shards": len(plan),
         "shards_committed": len(committed),
         "failed_rows": progress["failed_rows"],
+        "rows_again": progress["rows_again"] if state == "running" else None,
         "failures": progress["failures"] if current is None else sane_failures(current.get("failures")),
         "images_per_s": progress["images_per_s"],
         **{name: progress[name] if state == "running" else None for name in TIME_LEFT},
@@ -166,11 +167,13 @@ def describe_status(status: dict[str, Any]) -> str:
     """The status in lines for a person."""
     reason = status["reason"]
     state = reason if status["state"] == "silent" else f"{status['state']} ({reason})" if reason else status["state"]
+    failed = status["failed_rows"] if status["failed_rows"] is not None else "-"
+    again = f", {status['rows_again']} run again" if status["rows_again"] else ""
     lines = [
         f"{status['output']}: {state}",
         f"images   {status['images_committed']} of {status['images_planned']} committed",
         f"shards   {status['shards_committed']} of {status['shards']}",
-        f"rows     {status['rows']}, failed {status['failed_rows'] if status['failed_rows'] is not None else '-'}",
+        f"rows     {status['rows']}, failed {failed}{again}",
     ]
     failures = status["failures"] or []
     lines += [f"failed   {line}" for line in reason_lines(failures[:REASONS_SHOWN])]

@@ -111,7 +111,10 @@ def _wrapped(text: str, width: int, style: str) -> list[Text]:
 
 def _bar(record: Record, width: int) -> Text:
     # Images of failed rows are made no more, and no one waits for them.
-    done, total = (record.get("images") or 0) + (record.get("images_missing") or 0), record.get("images_total") or 0
+    total, left = record.get("images_total") or 0, record.get("images_left")
+    if left is None:  # of an older driver
+        left = total - (record.get("images") or 0) - (record.get("images_missing") or 0)
+    done = total - left
     share = min(1.0, max(0.0, done / total)) if total else 0.0
     percent = f" {math.floor(1000 * share) / 10:5.1f} %"  # 100 % is for what is complete
     cells = max(1, width - len(percent))

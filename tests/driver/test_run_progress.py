@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from world import RULES, loaded, shards
+from world import BUCKETS, RULES, loaded, shards
 
 from gaudi_batch.card.messages import CardStatus, Ready
 from gaudi_batch.card.readings import Readings
+from gaudi_batch.card.work import CardWork
 from gaudi_batch.config.schema import JobConfig
 from gaudi_batch.dataset.reasons import FailedRows
 from gaudi_batch.driver.progress import FAULTS_KEPT, RunProgress
@@ -20,6 +22,7 @@ from gaudi_batch.output.manifest import CommitInfo
 from gaudi_batch.output.throughput import ThroughputTotals
 from gaudi_batch.output.timeline import Timeline
 from gaudi_batch.output.totals import CommitTotals
+from gaudi_batch.plan import Shard
 from gaudi_batch.scheduling.events import CardPlaced
 from gaudi_batch.scheduling.schedule import Schedule
 from gaudi_batch.scheduling.state import RowCounts
@@ -37,13 +40,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def run() -> RunProgress:
-    schedule = Schedule(shards(3), "a", RowCounts(3 * ROWS), RULES)
+    return run_of(shards(3), CommitTotals())
+
+
+def run_of(missing: list[Shard], totals: CommitTotals) -> RunProgress:
     no_ledger: Any = None
     return RunProgress(
-        schedule,
-        Committed(CommitTotals(), FailedRows({})),
+        Schedule(missing, "a", RowCounts(3 * ROWS), RULES),
+        Committed(totals, FailedRows({})),
         3 * ROWS,
-        0,
+        len(totals.attempts) * ROWS - totals.images,
         Spending(JobConfig(prompts="p", output="o", device="simulated", price_per_card_hour=36.0), "a"),
         Timeline(no_ledger, "a"),
     )
@@ -52,8 +58,13 @@ def run() -> RunProgress:
 def card(number: int, images: int) -> Slot:
     ready = Ready("id", "host", number, 1, 0.5, {}, "", None, 1)
     slot = Slot(number, name=f"host-{number}", ready=ready, actor=object(), placed=0.0)
-    slot.status = CardStatus("batch", 1.0, 0.0, images)
+    slot.status = stored(images)
     return slot
+
+
+def stored(images: int, made: int | None = None) -> CardStatus:
+    """Of a process that has stored so many images of what it makes, and so many in its life."""
+    return CardStatus("batch", 1.0, 0.0, images, work=CardWork(images if made is None else made))
 
 
 def commit(shard: int, images: int) -> CommitInfo:
@@ -79,12 +90,36 @@ def test_images_of_failed_rows_are_missing_from_the_total(run: RunProgress, cloc
     assert (described["images"], described["images_total"], described["images_missing"]) == (2 * ROWS - 1, 3 * ROWS, 1)
 
 
+def test_rows_that_are_run_again_are_left_to_be_made(clock: list[float]) -> None:
+    """Two rows that failed, and two whose images are torn."""
+    totals = CommitTotals()
+    for shard, images in enumerate((ROWS, ROWS - 2, ROWS)):
+        totals.add(commit(shard, images))
+    failed = Shard(3, 0, ROWS, ROWS + 2, BUCKETS[0], 2, 2, only=(ROWS, ROWS + 1), failed_before=2)
+    torn = Shard(4, 0, 0, 2, BUCKETS[0], 2, 2, only=(0, 1), images_before=2)
+    run = run_of([failed, torn], totals)
+    first = run.describe([], {}, None, "running")
+    assert (first["images"], first["images_left"], first["rows_again"]) == (3 * ROWS - 4, 4, 4)
+    assert first["seconds_left"] is None, "no card has made any yet"
+    slot = card(0, 2)
+    begun = run.describe([slot], {}, None, "running")
+    assert (begun["images"], begun["images_left"], begun["rows_again"]) == (3 * ROWS - 2, 2, 4)
+    slot.status = stored(0, made=2)
+    run.committed(replace(commit(4, 2), rows=2, failed_rows=0, images_before=2, again=True), None)
+    again = run.describe([slot], {}, None, "running")
+    assert (again["images"], again["images_left"], again["rows_again"]) == (3 * ROWS - 2, 2, 2)
+    run.committed(replace(commit(3, 1), rows=2, failed_rows=1, failed_before=2, again=True), None)
+    last = run.describe([slot], {}, None, "running")
+    assert (last["images"], last["images_left"], last["rows_again"]) == (3 * ROWS - 1, 0, 0)
+    assert (last["images_missing"], last["seconds_left"]) == (1, 0)
+
+
 def test_the_rate_is_that_of_the_last_minute(run: RunProgress, clock: list[float]) -> None:
     rates = []
     for second in range(120):
         clock[0] = 1000.0 + second
-        stored = second if second < 60 else 60 + 2 * (second - 60)
-        rates.append(run.describe([card(0, stored)], {}, None, "running")["images_per_s"])
+        images = second if second < 60 else 60 + 2 * (second - 60)
+        rates.append(run.describe([card(0, images)], {}, None, "running")["images_per_s"])
     assert rates[:3] == [None, None, None], "a rate of a moment says nothing"
     known = [rate for rate in rates if rate is not None]
     assert known[50] == pytest.approx(1.0)
@@ -94,11 +129,34 @@ def test_the_rate_is_that_of_the_last_minute(run: RunProgress, clock: list[float
 
 def test_a_rate_needs_no_image_that_is_not_committed_yet(run: RunProgress, clock: list[float]) -> None:
     """As where shards are committed as fast as they are stored."""
+    slot = card(0, 0)
     for shard in range(3):
+        slot.status = stored(0, made=shard * ROWS)
         run.committed(commit(shard, ROWS), None)
-        rate = run.describe([], {}, None, "running")["images_per_s"]
+        rate = run.describe([slot], {}, None, "running")["images_per_s"]
         clock[0] += 4.0
     assert rate == 1.0
+
+
+def test_what_a_fault_has_cost_is_left_to_be_made_at_the_rate_of_the_cards(
+    run: RunProgress, clock: list[float]
+) -> None:
+    cards = [card(0, 0), card(1, 0)]
+    for number in (0, 1):
+        run._schedule.handle(CardPlaced(number, "node"))
+        run._schedule.handle(loaded(number, "node"))
+    for made in (0, 1, 2, 3):
+        cards[0].status, cards[1].status = stored(made), stored(made)
+        clock[0] += 4.0
+        before = run.describe(cards, {}, None, "running")
+    assert (before["images_per_s"], before["images_left"], before["seconds_left"]) == (0.5, 6, 12)
+    for made in (0, 1, 2):  # another process of the second card
+        cards[0].status, cards[1].status = stored(made), stored(made)
+        clock[0] += 4.0
+        described = run.describe(cards, {}, None, "running")
+    assert described["images_per_s"] == pytest.approx(0.5, abs=0.15), "the cards are as fast as they were"
+    assert described["images_left"] == 3 * ROWS - 4
+    assert described["seconds_left"] == pytest.approx(2 * (3 * ROWS - 4), abs=6)
 
 
 def test_the_latest_faults_are_kept_and_all_are_counted(run: RunProgress, clock: list[float]) -> None:
@@ -126,9 +184,9 @@ def test_what_a_run_costs_is_told_with_what_it_will_at_the_present_rate(run: Run
         run._schedule.handle(CardPlaced(number, "node"))
         run._schedule.handle(loaded(number, "node"))
     assert run.describe(cards, {}, None, "running")["cost"] == 20.0, "two cards for 1000 s"
-    for stored in (1, 2, 3):
+    for images in (1, 2, 3):
         clock[0] += 10.0
-        cards[0].status = CardStatus("batch", 1.0, 0.0, stored)
+        cards[0].status = stored(images)
         described = run.describe(cards, {}, None, "running")
     assert described["cost"] == 20.6
     assert described["images_per_s"] == 0.1

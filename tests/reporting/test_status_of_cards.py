@@ -25,6 +25,7 @@ def line_of(cards: dict[str, Any]) -> str:
         "seconds_left",
         "cost",
         "cost_expected",
+        "rows_again",
         "images_per_s",
         "progress_time",
     )
