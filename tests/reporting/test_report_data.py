@@ -17,9 +17,11 @@ from helpers import REPOSITORY, called
 from PIL import Image
 
 from gaudi_batch.output.formats import WRITERS
+from gaudi_batch.output.reader import OutputReader
+from gaudi_batch.output.records import read_records
 from gaudi_batch.reporting.report import pictures
 from gaudi_batch.reporting.report.page import render
-from gaudi_batch.reporting.report.report import _flag_near_limits, _flag_unlike, _now
+from gaudi_batch.reporting.report.report import _flag_near_limits, _flag_unlike, _now, describe_report
 from gaudi_batch.storage.store import Storage
 
 
@@ -43,6 +45,47 @@ def test_a_run_of_an_older_version_has_a_report(kept: str, tmp_path: Path) -> No
     assert sum(card["images"] for card in data["cards"]) == data["images"]
     assert len(data["pictures"]) == data["images"]
     assert data["stretches"], "what its batches took is drawn"
+
+
+AS_OF = "2026-11-24T23:03:11.000+00:00"
+DOING = {"phase": "batch", "phase_s": 40.0, "limit_s": 60.0, "doing": "batch of 64x64, 40 s of 60 s"}
+
+
+def described_before_its_end(tmp_path: Path, state: str, **written: Any) -> dict[str, Any]:
+    """The report of a run of two drivers, of which the second has not ended it: it wrote progress.json a second after
+    it began, and has committed more since.
+
+    Args:
+        tmp_path: gets its output.
+        state: as `status` has it.
+        written: more of progress.json.
+    """
+    output = tmp_path / state
+    shutil.copytree(REPOSITORY / "tests/data/half_done/simulated/output", output)
+    (output / "summary.json").unlink()
+    lease, progress = (json.loads((output / name).read_text()) for name in ("lease.json", "progress.json"))
+    (output / "lease.json").write_text(json.dumps(lease | {"released": False}))
+    begun = {"psagv": "2026-11-24T23:02:50.000+00:00", lease["driver"]: "2026-11-24T23:03:10.000+00:00"}
+    spans = [
+        {"driver": driver, "started_at": at, "ended_at": AS_OF, "wall_s": wall_s}
+        for (driver, at), wall_s in zip(begun.items(), (8.0, 1.0), strict=True)
+    ]
+    cards = {name: card | DOING for name, card in progress["cards"].items()}
+    running = {"time": AS_OF, "state": "running", "drivers": spans, "cards": cards}
+    (output / "progress.json").write_text(json.dumps(progress | running | written))
+    return describe_report(read_records(OutputReader(Storage(str(output)))), state, None)
+
+
+def test_a_run_that_may_be_over_is_not_said_to_go_on(tmp_path: Path) -> None:
+    """Its driver, on another machine, was killed, so that nobody can know what has become of it."""
+    running, silent = (described_before_its_end(tmp_path, state) for state in ("running", "silent"))
+    assert running["note"].startswith("The run goes on.")
+    assert silent["note"].startswith(f"The run may be over: its driver wrote last at {AS_OF}, and")
+    assert (running["as_of"], silent["as_of"]) == (None, AS_OF)
+    assert {card["now"] for card in silent["cards"]} == {DOING["doing"]}, "which is what they were at then"
+    near = "near its limit: batch, 40 s of 60 s"
+    assert [near in card["flags"] for card in (*running["cards"], *silent["cards"])] == [True, True, False, False]
+    assert "goes on" not in silent["kinds"]["uncommitted"]
 
 
 def test_the_first_images_of_an_object_are_read_without_the_others(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from gaudi_batch.config.command import run_command
 from gaudi_batch.layout import driver_of
 from gaudi_batch.output.cost import money
 from gaudi_batch.output.holder import read_lease
-from gaudi_batch.output.progress import is_sane, sane_progress
+from gaudi_batch.output.progress import is_sane, sane_progress, sane_text
 from gaudi_batch.output.records import RunRecords
 from gaudi_batch.output.spans import card_hours, wall_seconds
 from gaudi_batch.output.throughput import rounded
@@ -69,10 +69,12 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     clock = RunClock(records.spans, batches, lines)
     lease = read_lease(records.reader.storage) if state in ("running", "silent") else None
     # The cards are the last driver's; another may have taken over, and has reported nothing yet.
-    goes_on = lease is not None and [lease.driver] == [name for name, _, _ in clock.drivers[-1:]]
-    progress = sane_progress(records.reader.get_json("progress.json") or {})["cards"]
+    may_go_on = lease is not None and [lease.driver] == [name for name, _, _ in clock.drivers[-1:]]
+    written = sane_progress(records.reader.get_json("progress.json") or {})
+    progress = written["cards"]
+    as_of = sane_text(written["time"]) if may_go_on and state == "silent" else None
     at_work = {} if state.startswith("complete") else _at_work(progress)
-    cards = timelines(lines, batches, clock, at_work, UNCOMMITTED if goes_on else LOST)
+    cards = timelines(lines, batches, clock, at_work, UNCOMMITTED if may_go_on else LOST)
     totals = records.totals()
     cards += [CardTimeline(name, was_ready=True) for name in totals.cards.keys() - {card.name for card in cards}]
     # A place that was given back before its card had loaded is no card; its time counts.
@@ -89,9 +91,10 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         of_card = figures["cards"][card.name] | measured.get(card.name, {})
         of_card["images"] -= images_again[card.name]
         of_card["failed_rows"] -= failed_again[card.name]
-        described.append(_card(card, of_card, paces) | _now(progress.get(card.name, {}) if goes_on else {}))
+        described.append(_card(card, of_card, paces) | _now(progress.get(card.name, {}) if may_go_on else {}))
     _flag_unlike(described)
-    _flag_near_limits(described)
+    if state == "running":
+        _flag_near_limits(described)
     listed = _most_notable(described)
     places = {name: place for place, name in enumerate(card["name"] for card in listed)}
     short = short_hosts(card["node"] for card in listed)
@@ -108,6 +111,8 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "base": base,
         "state": state,
         "reason": reason,
+        "note": _note(state, as_of),
+        "as_of": as_of,
         "made_at": now,
         "version": version(),
         "run_id": records.info.run_id,
@@ -140,6 +145,18 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "rates": _rates(batches, clock, places),
         "pictures": [describe(picture) for picture in pictures(records)],
     }
+
+
+def _note(state: str, as_of: str | None) -> str | None:
+    """What a reader must know of a run of which nobody has said that it is over; None for any other."""
+    count = "Images count once their shard is committed, and show in the rates then."
+    if state == "running":
+        return f"The run goes on. {count}"
+    if state != "silent":
+        return None
+    if as_of is None:
+        return f"The run may be over: its driver has written nothing yet. {count}"
+    return f"The run may be over: its driver wrote last at {as_of}, and its cards are shown as they were then. {count}"
 
 
 def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, float]) -> dict[str, Any]:
@@ -201,7 +218,7 @@ def _at_work(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
 
 
 def _now(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card of a run that goes on is at."""
+    """What a card is at, as its driver wrote last."""
     return {name: card.get(name) for name in ("phase", "phase_s", "limit_s")} | {"now": card.get("doing")}
 
 

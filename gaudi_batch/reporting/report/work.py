@@ -14,7 +14,7 @@ KINDS: Mapping[str, str] = {
     START: "loaded, before the first batch",
     WARMUP: "first batches of a shape, which compile",
     GENERATING: "batches that were committed",
-    UNCOMMITTED: "work on shards that are not committed yet, while the run goes on",
+    UNCOMMITTED: "work on shards that were not committed yet when the driver wrote last",
     BACKUP: "work on a backup attempt, which is committed or which the other card overtook",
     WAITING: "idle between two batches",
     LOST: "work that was never committed: a fault, a hang, a run that was ended, an attempt that a backup overtook",

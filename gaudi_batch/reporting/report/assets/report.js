@@ -44,7 +44,6 @@ function clock(seconds) {
 // -- the head ------------------------------------------------------------------------------------------------------
 
 const stateClass = data.state.startsWith("complete") ? "complete" : data.state === "running" ? "running" : "stopped";
-const goesOn = data.state === "running" || data.state === "silent";
 const signs = { complete: "\u2713", running: "\u25b6", stopped: "\u25a0" };
 const tile = (label, value, bad) => el("div", { class: bad ? "tile bad" : "tile", "data-name": label }, el("b", {}, value), el("span", {}, label));
 
@@ -54,10 +53,10 @@ root.append(
     el("h1", {}, data.output),
     el("p", {}, el("span", { class: `state ${stateClass}` }, `${signs[stateClass]} ${data.state}`), data.reason ? ` ${data.reason}` : ""),
     el("p", { class: "quiet" }, `run ${data.run_id || "without an id"}, begun ${data.created_at}; this page was made ${data.made_at} by gaudi-batch ${data.version}`),
-    goesOn ? el("p", {}, "The run goes on. Images count once their shard is committed, and show in the rates then.") : null,
+    data.note ? el("p", {}, data.note) : null,
   ),
   el("section", { class: "tiles", "aria-label": "figures" },
-    tile(`images ${goesOn ? "committed, " : ""}of ${number(data.images_planned)} planned`, number(data.images)),
+    tile(`images ${data.note ? "committed, " : ""}of ${number(data.images_planned)} planned`, number(data.images)),
     tile(`failed rows of ${number(data.rows)} done`, number(data.failed_rows), data.failed_rows > 0),
     tile(data.drivers.length > 1 ? `wall time, ${data.drivers.length} drivers` : "wall time", duration(data.wall_s)),
     tile("images/s of wall time", rate(data.images_per_s_wall)),
@@ -246,7 +245,7 @@ const columns = [
   data.cards.some((card) => card.joules_per_image) ? ["J an image", (card) => number(card.joules_per_image, 1), "number"] : null,
   data.cards.some((card) => card.watts) ? ["W", (card) => number(card.watts, 0), "number"] : null,
   data.cards.some((card) => card.temperature_c) ? ["max \u00b0C", (card) => number(card.temperature_c, 0), "number"] : null,
-  data.cards.some((card) => card.now) ? ["now", (card) => card.now ?? "", "text"] : null,
+  data.cards.some((card) => card.now) ? [data.as_of ? `at ${data.as_of}` : "now", (card) => card.now ?? "", "text"] : null,
   ["", (card) => card.flags.join("; "), "text"],
 ].filter(Boolean);
 if (names.length) {
