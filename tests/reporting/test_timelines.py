@@ -116,6 +116,71 @@ def test_the_moment_until_a_driver_hears_that_a_card_is_idle_is_no_work() -> Non
     ]
 
 
+def test_a_card_that_begins_nothing_after_others_have_begun_is_idle() -> None:
+    """Its process was replaced when nothing was left for it, and got a shard after a minute; one came when all was
+    begun; all others began as soon as there was a plan."""
+    first = [line(1, "starting"), line(2, "ready"), line(5, "works"), line(8, "starting"), line(9, "ready")]
+    late = [line(9, "starting", 1, "b"), line(10, "ready", 1, "b")]
+    soon = [line(1, "starting", 2, "c"), line(2, "ready", 2, "c"), line(5, "works", 2, "c"), line(13, "idle", 2, "c")]
+    lines = {"aaaaa": [*first, line(70, "works"), line(72, "idle"), *late, *soon]}
+    made = [batch(5.5, wait=3.5), batch(70.5, 1.5, wait=61.5)]
+    clock = RunClock([span("aaaaa", 0, 80)], made, lines)
+    drawn_of = {
+        card.name: [(stretch.kind, round(stretch.start, 2), round(stretch.stop, 2)) for stretch in card.stretches]
+        for card in timelines(lines, made, clock, {})
+    }
+    assert drawn_of["a"] == [
+        ("loading", 1, 2),
+        ("start", 2, 5),
+        ("start", 5, 5.5),
+        ("generating", 5.5, 6.5),
+        ("lost", 6.5, 8),
+        ("loading", 8, 9),
+        ("tail", 9, 70),
+        ("start", 70, 70.5),
+        ("generating", 70.5, 72),
+        ("tail", 72, 80),
+    ]
+    assert drawn_of["b"] == [("loading", 9, 10), ("tail", 10, 80)]
+    assert drawn_of["c"] == [("loading", 1, 2), ("start", 2, 5), ("lost", 5, 13), ("tail", 13, 80)]
+
+
+def test_a_card_that_has_no_work_a_moment_longer_than_others_is_at_its_start() -> None:
+    others = [line(1, "starting", 1, "b"), line(2, "ready", 1, "b"), line(2, "works", 1, "b")]
+    lines = {"aaaaa": [*START, line(3.8, "works"), *others]}
+    made = [batch(4, wait=1)]
+    (card, _) = timelines(lines, made, RunClock([span("aaaaa", 0, 5)], made, lines), {})
+    assert [stretch.kind for stretch in card.stretches] == ["loading", "start", "start", "generating"]
+
+
+def test_cards_that_wait_for_the_plan_are_at_their_start() -> None:
+    assert told(START, []) == [("loading", 1, 3), ("start", 3, 20)]
+
+
+def test_idle_time_after_work_that_came_to_nothing_is_no_start() -> None:
+    overtaken = [*WORKS, line(5, "dropped", attempt="aaaaa7"), line(6, "idle"), line(9, "works")]
+    assert told(overtaken, [batch(9.5, wait=3.5)], 10.5)[1:] == [
+        ("lost", 3, 6),
+        ("tail", 6, 9),
+        ("start", 9, 9.5),
+        ("generating", 9.5, 10.5),
+    ]
+
+
+def test_a_batch_that_began_before_its_card_was_ready_is_drawn() -> None:
+    """Clocks are read one after the other."""
+    lines = [line(1, "starting"), line(10, "ready"), line(10, "works")]
+    assert told(lines, [batch(9.7, 30.3)], 40)[1:] == [("generating", 10, 40)]
+    lines = [*WORKS, line(9, "starting"), line(11, "ready"), line(11, "works")]
+    assert told(lines, [batch(3, 3), batch(10.6, 9.4)]) == [
+        ("loading", 1, 3),
+        ("generating", 3, 6),
+        ("lost", 6, 9),
+        ("loading", 9, 11),
+        ("generating", 11, 20),
+    ]
+
+
 def test_work_without_a_committed_batch_is_lost_and_idle_time_before_it_is_not() -> None:
     """It was idle, and then its process died at a shard; and an attempt of another was overtaken before a batch."""
     died = [*WORKS, line(4, "idle"), line(8, "works"), line(11, "starting"), line(12, "ready"), line(12, "works")]

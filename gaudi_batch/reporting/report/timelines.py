@@ -145,6 +145,8 @@ def timelines(
     for driver, begin, end in clock.drivers:
         is_last = end == clock.wall_s
         lives = [*_lives(lines.get(driver, ()), clock, driver, (begin, end))]
+        begun = [clock.at(of_card[0].start, driver) for (of, _), of_card in made.items() if of == driver]
+        begun += [time for life in lives for up in life.ups for time, what in up.changes if what == "works"]
         told = {life.name for life in lives}
         for of, name in made:
             if of == driver and name not in told:  # an older version wrote no timeline, or the line comes later
@@ -162,6 +164,7 @@ def timelines(
             if is_last and at_work is not None:
                 lost_from = end - at_work[life.name] if life.name in at_work else None
             life.unfinished = unfinished if is_last else LOST
+            life.begun = min(begun, default=math.inf)
             card.stretches += life.fill(made.get((driver, life.name), []), clock, driver, lost_from)
     return [cards[name] for name in sorted(cards)]
 
@@ -185,6 +188,8 @@ class _Life:
     """Since when it was then at work that was not committed; None if it was not."""
     unfinished: str = LOST
     """The kind of that work."""
+    begun: float = math.inf
+    """When a card of its driver first had work."""
     tells_work: bool = False
     """Whether its driver says when its cards have work."""
 
@@ -205,13 +210,13 @@ class _Life:
         stretches = list(self.stretches)
         for up in self.ups:
             work = up.work() if self.tells_work else self._guessed_work(up, made, lost_from)
-            stretches += up.fill(made, work, self.unfinished)
+            stretches += up.fill(made, work, self.unfinished, self.begun)
         return sorted(stretches, key=lambda each: each.start)
 
     def _guessed_work(self, up: Up, made: Iterable[Made], lost_from: float | None) -> list[Stretch]:
         """When it had work, by a driver of an older version, which did not say so: up to its last batch, and while it
         was at what is known not to be committed."""
-        at = max((min(batch.stop, up.stop) for batch in made if up.start <= batch.stop), default=up.start)
+        at = max((min(batch.stop, up.stop) for batch in made if up.holds(batch)), default=up.start)
         dropped, attempt = max(((time, name) for time, name in self.dropped if at < time <= up.stop), default=(at, ""))
         begun = min(max(at, self.backups.get(attempt, at)), dropped)  # it was idle until it began a backup
         lost = up.stop

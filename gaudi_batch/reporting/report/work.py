@@ -28,6 +28,9 @@ FAILED = ("starting", QUARANTINED, NODE_GONE)
 MIN_LOST_S = 0.25
 """A gap between two batches, or after the last, below this is no work that was lost: clocks are read one after the
 other."""
+MIN_IDLE_S = 1.0
+"""A card that gets its first shard later than this after it could have had one was idle until then."""
+IDLE = (START, TAIL)
 
 
 class Stretch(NamedTuple):
@@ -70,32 +73,36 @@ class Up:
             kind, since = {"works": LOST, "backup": BACKUP}.get(what, ""), now
         return periods + (stretch(kind, since, self.stop) if kind else [])
 
-    def fill(self, made: Iterable[Made], work: Sequence[Stretch], unfinished: str) -> list[Stretch]:
+    def holds(self, batch: Made) -> bool:
+        """Whether a batch was made in it. Clocks are read one after the other, so it may seem to begin before."""
+        return batch.stop >= self.start and batch.start <= self.stop
+
+    def fill(self, made: Iterable[Made], work: Sequence[Stretch], unfinished: str, begun: float) -> list[Stretch]:
         """All that the card was at, in order.
 
         Args:
             made: its batches, in order; those of other processes are passed over.
             work: the times in which it had work.
             unfinished: what work is that had not ended with the driver, or goes on.
+            begun: when a card of the same driver first had work.
         """
         stretches: list[Stretch] = []
-        at, idle, pause = self.start, START, START
-        for batch in made:
-            if not self.start - MIN_LOST_S <= batch.start <= self.stop + MIN_LOST_S:
-                continue
+        pieces = self._pieces(work, begun)
+        at, pause = self.start, START
+        for batch in filter(self.holds, made):
             begin = max(batch.start, at)
             end = max(begin, min(batch.stop, self.stop))
             waits = begin - batch.wait_s if begin - at - batch.wait_s >= MIN_LOST_S else at
-            for piece in _pieces(at, begin, work, idle):
-                if piece.kind == idle:
+            for piece in _between(at, begin, pieces):
+                if piece.kind in IDLE:
                     stretches.append(piece)
                 else:
                     between = min(max(piece.start, waits), piece.stop)
                     stretches += stretch(piece.kind, piece.start, between) + stretch(pause, between, piece.stop)
             stretches += stretch(batch.kind, begin, end)
-            at, idle, pause = end, TAIL, WAITING
-        for piece in _pieces(at, self.stop, work, TAIL):
-            kind = piece.kind if piece.stop - piece.start >= MIN_LOST_S else TAIL
+            at, pause = end, WAITING
+        for piece in _between(at, self.stop, pieces):
+            kind = piece.kind if piece.kind in IDLE or piece.stop - piece.start >= MIN_LOST_S else TAIL
             if kind == LOST and not self.end:
                 kind = unfinished
             elif kind == BACKUP and self.end in FAILED and piece.stop == self.stop:
@@ -103,19 +110,25 @@ class Up:
             stretches += stretch(kind, piece.start, piece.stop)
         return stretches
 
+    def _pieces(self, work: Sequence[Stretch], begun: float) -> list[Stretch]:
+        """Its whole time, cut into that in which it had work and that in which it was idle: at its start, until there
+        was any work, and else since nothing was left to begin."""
+        first = work[0].start if work else self.stop
+        at = max(self.start, min(begun, first))
+        if work and first - at < MIN_IDLE_S:
+            at = first
+        pieces = stretch(START, self.start, at)
+        for period in work:
+            pieces += [*stretch(TAIL, at, period.start), period]
+            at = period.stop
+        return pieces + stretch(TAIL, at, self.stop)
+
 
 def stretch(kind: str, start: float, stop: float) -> list[Stretch]:
     """A stretch, or none if it has no length."""
     return [Stretch(kind, start, stop)] if stop > start else []
 
 
-def _pieces(start: float, stop: float, work: Sequence[Stretch], idle: str) -> list[Stretch]:
-    """A time, cut into those in which there was work and those in which there was none."""
-    pieces: list[Stretch] = []
-    at = start
-    for period in work:
-        begin, end = max(period.start, at), min(period.stop, stop)
-        if end > begin:
-            pieces += stretch(idle, at, begin) + stretch(period.kind, begin, end)
-            at = end
-    return pieces + stretch(idle, at, stop)
+def _between(start: float, stop: float, pieces: Iterable[Stretch]) -> list[Stretch]:
+    """What lies between two moments."""
+    return [part for kind, *of in pieces for part in stretch(kind, max(of[0], start), min(of[1], stop))]
