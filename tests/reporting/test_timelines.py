@@ -235,6 +235,35 @@ def test_what_is_in_the_making_is_not_lost_while_the_run_goes_on() -> None:
     assert card.seconds()["uncommitted"] == pytest.approx(16), "however short the batch is at which it is"
 
 
+def test_a_shard_that_is_committed_after_the_next_one_is_not_lost_while_the_run_goes_on() -> None:
+    """Rows of it are in doubt until another card has confirmed them."""
+
+    def between(more: list[dict[str, Any]], next_attempt: str = "aaaaa3", unfinished: str = UNCOMMITTED) -> str:
+        lines = {"aaaaa": [*WORKS, *more]}
+        made = [batch(3), batch(9, attempt=next_attempt)]
+        (card,) = timelines(lines, made, RunClock([span("aaaaa", 0, 20)], made, lines), None, unfinished)
+        (kind,) = [stretch.kind for stretch in card.stretches if (stretch.start, stretch.stop) == (4, 9)]
+        return kind
+
+    assert between([]) == "uncommitted"
+    assert between([line(2, "fault", error="before")]) == "uncommitted"
+    assert between([line(8, "dropped", attempt="aaaaa2")]) == "lost"
+    assert between([line(9.5, "fault", error="failed at aaaaa2: no")]) == "lost", "which is heard of a moment later"
+    assert between([line(15, "starting")]) == "lost", "with its process"
+    assert between([], "aaaaa1") == "lost", "all batches of that shard are known"
+    assert between([], unfinished="lost") == "lost"
+
+
+def test_a_card_of_an_older_driver_that_goes_on_has_been_at_work_since_its_last_batch() -> None:
+    """No line says when it had work, and what it reported last says only since when it is at its present batch."""
+    lines = {"aaaaa": [*START, line(1, "starting", 1, "b"), line(3, "ready", 1, "b")]}
+    made = [batch(3), batch(3, 12, card="b")]
+    clock = RunClock([span("aaaaa", 0, 20)], made, lines)
+    slow, idle = timelines(lines, made, clock, {"a": 2.0}, UNCOMMITTED)
+    assert [(stretch.kind, stretch.stop - stretch.start) for stretch in slow.stretches[2:]] == [("uncommitted", 16)]
+    assert [(stretch.kind, stretch.stop - stretch.start) for stretch in idle.stretches[2:]] == [("tail", 5)]
+
+
 def test_a_card_that_is_given_back_was_idle() -> None:
     assert told([*START, line(6, "released")], [batch(3)])[2:] == [("tail", 4, 6)]
     assert told([*START, line(6, "released", node_gone=True)], [batch(3)])[2:] == [("lost", 4, 6)], "with its node"

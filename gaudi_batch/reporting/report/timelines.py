@@ -134,8 +134,8 @@ def timelines(
         batches: what was committed.
         clock: of the run.
         at_work: cards that were making something when the last driver reported last, with for how many seconds; None
-            if that is not known, so that all since a card's last batch counts as such work. Of an older version, which
-            has not said in its lines when its cards had work.
+            if that is not known. Of an older version, which has not said in its lines when its cards had work: if that
+            is not known, or the run goes on, all since such a card's last batch counts as work.
         unfinished: what work is that had not ended when the last driver reported last.
     """
     cards: dict[str, CardTimeline] = {}
@@ -161,8 +161,10 @@ def timelines(
             card.node = life.node or card.node
             card.marks += life.marks
             lost_from: float | None = 0.0
-            if is_last and at_work is not None:
-                lost_from = end - at_work[life.name] if life.name in at_work else None
+            if is_last and at_work is not None and life.name not in at_work:
+                lost_from = None
+            elif is_last and at_work is not None and unfinished == LOST:
+                lost_from = end - at_work[life.name]
             life.unfinished = unfinished if is_last else LOST
             life.begun = min(begun, default=math.inf)
             card.stretches += life.fill(made.get((driver, life.name), []), clock, driver, lost_from)
@@ -205,7 +207,8 @@ class _Life:
         made = []
         for batch in batches:
             kind = BACKUP if batch.attempt in self.backups else WARMUP if batch.warmup else GENERATING
-            made.append(Made(kind, clock.at(batch.start, driver), clock.at(batch.stop, driver), batch.wait_s))
+            start, stop = clock.at(batch.start, driver), clock.at(batch.stop, driver)
+            made.append(Made(kind, start, stop, batch.wait_s, batch.attempt))
         lost_from = self.lost_from if self.is_over else lost_from
         stretches = list(self.stretches)
         for up in self.ups:
@@ -275,7 +278,8 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
             life.marks.append(
                 Mark(what, at, error or (NODE_GONE if line.get("node_gone") else "its place was given back"))
             )
-    _close(life, state, Up(since, span[1], changes=changes))
+    failed_at = max((mark.time for mark in life.marks if mark.kind in ("fault", "dropped")), default=-math.inf)
+    _close(life, state, Up(since, span[1], changes=changes, failed_at=failed_at))
     return life
 
 

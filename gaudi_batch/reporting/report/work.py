@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -49,6 +50,8 @@ class Made(NamedTuple):
     stop: float
     wait_s: float
     """Seconds for which the device was idle before."""
+    attempt: str
+    """The attempt at a shard that it is of."""
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Up:
     """The line that ended it; none where the driver ended, or goes on."""
     changes: list[tuple[float, str]] = field(default_factory=list)
     """The lines `works`, `backup` and `idle`."""
+    failed_at: float = -math.inf
+    """When an attempt of it last failed, or was ended."""
 
     def work(self) -> list[Stretch]:
         """The times in which it had work, each with what that is if it is not committed."""
@@ -88,19 +93,22 @@ class Up:
         """
         stretches: list[Stretch] = []
         pieces = self._pieces(work, begun)
-        at, pause = self.start, START
+        at, pause, attempt = self.start, START, ""
         for batch in filter(self.holds, made):
             begin = max(batch.start, at)
             end = max(begin, min(batch.stop, self.stop))
             waits = begin - batch.wait_s if begin - at - batch.wait_s >= MIN_LOST_S else at
+            # A shard can be committed after the next one: while another card has to confirm what failed of it.
+            is_open = not self.end and batch.attempt != attempt and at >= self.failed_at
             for piece in _between(at, begin, pieces):
                 if piece.kind in IDLE:
                     stretches.append(piece)
                 else:
                     between = min(max(piece.start, waits), piece.stop)
-                    stretches += stretch(piece.kind, piece.start, between) + stretch(pause, between, piece.stop)
+                    kind = unfinished if is_open and piece.kind == LOST else piece.kind
+                    stretches += stretch(kind, piece.start, between) + stretch(pause, between, piece.stop)
             stretches += stretch(batch.kind, begin, end)
-            at, pause = end, WAITING
+            at, pause, attempt = end, WAITING, batch.attempt
         for piece in _between(at, self.stop, pieces):
             kind = piece.kind if piece.kind in IDLE or piece.stop - piece.start >= MIN_LOST_S else TAIL
             if kind == LOST and not self.end:
