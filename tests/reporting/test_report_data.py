@@ -88,6 +88,21 @@ def test_a_run_that_may_be_over_is_not_said_to_go_on(tmp_path: Path) -> None:
     assert "goes on" not in silent["kinds"]["uncommitted"]
 
 
+@pytest.mark.parametrize("state", ["running", "silent"])
+def test_the_figures_of_a_run_that_has_not_ended_are_of_one_moment(state: str, tmp_path: Path) -> None:
+    """It has committed images since its driver wrote its time and its cost."""
+    data = described_before_its_end(tmp_path, state, images=10, cost=2.5)
+    assert data["wall_s"] == data["time_s"] == pytest.approx(10.4, abs=0.1), "as the plots have it"
+    assert data["images"] == 21
+    assert data["images_per_s_wall"] == pytest.approx(21 / data["time_s"], abs=0.001)
+    assert (data["cost"], data["cost_per_image"]) == (2.5, 0.25), "what the images cost that it had then"
+
+
+def test_the_cost_of_an_image_is_not_known_before_there_is_one(tmp_path: Path) -> None:
+    data = described_before_its_end(tmp_path, "running", images=0, cost=2.5)
+    assert (data["cost"], data["cost_per_image"]) == (2.5, None)
+
+
 def test_the_first_images_of_an_object_are_read_without_the_others(tmp_path: Path) -> None:
     def png(shade: int) -> bytes:
         file = io.BytesIO()

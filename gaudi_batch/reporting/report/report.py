@@ -67,7 +67,8 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     batches = read_batches(records)
     lines = records.timelines()
     clock = RunClock(records.spans, batches, lines)
-    lease = read_lease(records.reader.storage) if state in ("running", "silent") else None
+    is_open = state in ("running", "silent")
+    lease = read_lease(records.reader.storage) if is_open else None
     # The cards are the last driver's; another may have taken over, and has reported nothing yet.
     may_go_on = lease is not None and [lease.driver] == [name for name, _, _ in clock.drivers[-1:]]
     written = sane_progress(records.reader.get_json("progress.json") or {})
@@ -103,8 +104,10 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         card_record["label"] = card_record["name"].replace(node, short.get(node, node)) if node else card_record["name"]
     committers = {driver_of(commit.info.attempt) for commit in records.commits}
     wall_s = wall_seconds(records.spans, committers)
+    if wall_s is not None and is_open:  # it has committed images since it wrote its time, and they count
+        wall_s = round(clock.wall_s, 3)
     images = figures["images"]
-    cost, each = _cost(records, images)
+    cost, each = _cost(records, None if is_open else images)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "output": records.reader.storage.url,
@@ -180,8 +183,13 @@ def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, fl
     }
 
 
-def _cost(records: RunRecords, images: int) -> tuple[float | None, float | None]:
-    """What the run has cost, as its last driver has counted it, and what an image has; None if that is not known."""
+def _cost(records: RunRecords, images: int | None) -> tuple[float | None, float | None]:
+    """What the run has cost, as its last driver has counted it, and what an image has; None if that is not known.
+
+    Args:
+        records: of the run.
+        images: what it has made; None if it goes on, so that those count which it had made when the cost was counted.
+    """
     summary, progress = (records.reader.get_json(name) or {} for name in ("summary.json", "progress.json"))
     # A driver that was killed has left no summary, and that of the one before it says less.
     last = (
@@ -192,7 +200,10 @@ def _cost(records: RunRecords, images: int) -> tuple[float | None, float | None]
     cost, each = last.get("cost"), last.get("cost_per_image")
     if not is_sane(cost):
         return None, None
-    if not is_sane(each) or last.get("images") != images:
+    counted = last.get("images")
+    if images is None:
+        each = cost / counted if is_sane(counted) and counted >= 1 else None
+    elif not is_sane(each) or counted != images:
         each = cost / images if images else None
     return cost, each
 
