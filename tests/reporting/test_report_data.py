@@ -88,6 +88,11 @@ def test_a_run_that_may_be_over_is_not_said_to_go_on(tmp_path: Path) -> None:
     assert "goes on" not in silent["kinds"]["uncommitted"]
 
 
+def test_rows_that_are_run_again_are_told_while_the_run_goes_on(tmp_path: Path) -> None:
+    data = described_before_its_end(tmp_path, "running", rows_again=3)
+    assert data["note"].endswith(" 3 rows are run again, and still count as they were.")
+
+
 @pytest.mark.parametrize("state", ["running", "silent"])
 def test_the_figures_of_a_run_that_has_not_ended_are_of_one_moment(state: str, tmp_path: Path) -> None:
     """It has committed images since its driver wrote its time and its cost."""

@@ -27,7 +27,7 @@ from gaudi_batch.reporting.report.rates import rate_of_all, rates_by_card
 from gaudi_batch.reporting.report.timelines import AT_WORK, CardTimeline, Mark, RunClock, timelines
 from gaudi_batch.reporting.report.work import BACKUP, GENERATING, KINDS, LOADING, LOST, UNCOMMITTED, WARMUP
 from gaudi_batch.reporting.view import NEAR_LIMIT
-from gaudi_batch.text import one_line, short_hosts
+from gaudi_batch.text import counted, one_line, short_hosts
 
 COMMIT = re.compile("[0-9a-f]{40}")
 """The revision of a hub's model; that of a directory has more digits."""
@@ -114,7 +114,7 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "base": base,
         "state": state,
         "reason": reason,
-        "note": _note(state, as_of),
+        "note": _note(state, as_of, int(written["rows_again"] or 0) if may_go_on else 0),
         "as_of": as_of,
         "made_at": now,
         "version": version(),
@@ -150,9 +150,11 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     }
 
 
-def _note(state: str, as_of: str | None) -> str | None:
+def _note(state: str, as_of: str | None, rows_again: int) -> str | None:
     """What a reader must know of a run of which nobody has said that it is over; None for any other."""
     count = "Images count once their shard is committed, and show in the rates then."
+    if rows_again:
+        count += f" {counted(rows_again, 'row is', 'rows are')} run again, and still count as they were."
     if state == "running":
         return f"The run goes on. {count}"
     if state != "silent":
@@ -200,10 +202,10 @@ def _cost(records: RunRecords, images: int | None) -> tuple[float | None, float 
     cost, each = last.get("cost"), last.get("cost_per_image")
     if not is_sane(cost):
         return None, None
-    counted = last.get("images")
+    made = last.get("images")
     if images is None:
-        each = cost / counted if is_sane(counted) and counted >= 1 else None
-    elif not is_sane(each) or counted != images:
+        each = cost / made if is_sane(made) and made >= 1 else None
+    elif not is_sane(each) or made != images:
         each = cost / images if images else None
     return cost, each
 
