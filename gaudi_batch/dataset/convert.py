@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from gaudi_batch.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_INT32, MAX_SEED, MAX_STEPS
 from gaudi_batch.config.schema import PROMPT_COLUMNS
 from gaudi_batch.dataset.csv_tables import TypedText
-from gaudi_batch.dataset.lines import BadLine, Line, PromptTable
+from gaudi_batch.dataset.lines import BadLine, Line, PromptTable, number_of
 from gaudi_batch.errors import InputError
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage
@@ -232,9 +232,7 @@ def _known(name: str, value: Any) -> Any:
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
             raise ValueError
-        if isinstance(value, str) and (not value.isascii() or "_" in value):
-            raise ValueError
-        number = Decimal(value)  # which keeps all digits
+        number = number_of(value) if isinstance(value, str) else Decimal(value)
         if not least <= number <= most or (is_whole and number != int(number)):
             raise ValueError
     except (ValueError, ArithmeticError):

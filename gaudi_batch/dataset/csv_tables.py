@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gaudi_batch.dataset.lines import Line, Lines, checked, has_surrogates
+from gaudi_batch.dataset.lines import Line, Lines, checked, has_surrogates, number_of
 from gaudi_batch.errors import InputError
 from gaudi_batch.text import counted, one_line
 
@@ -91,9 +91,9 @@ class CsvTable(Lines):
                     if len(taken) > 1 and _are_rows([text for _, text in taken], width):
                         first, last = taken[0][0], taken[-1][0]
                         raise _NotClosed(
-                            f"lines {first} to {last} are taken for rows of their own, as each has all fields and a"
-                            f" number in the same column; close the quote in line {first}, or give a row over several"
-                            " lines as JSON"
+                            f"lines {first} to {last} are taken for rows of their own, as each has all fields, and a"
+                            f" number or nothing in the same column; close the quote in line {first}, or give a row"
+                            " over several lines as JSON"
                         )
                     yield Record(taken[0][0], values, span=len(taken))
                     width = width or len(values)
@@ -117,11 +117,23 @@ def _reason(error: csv.Error, lines: int) -> str:
 
 def _are_rows(lines: Sequence[str], width: int) -> bool:
     """Whether each of the lines of a record is a row of its own, which only a quote that is not closed has made a part
-    of another: it has all fields, and in one column all of them have a number. A text over several lines rarely has."""
+    of another: it has all fields, and one column has numbers. A text over several lines rarely has."""
     rows = [line.rstrip("\r\n").split(",") for line in lines]
-    return all(len(row) == width for row in rows) and any(
-        all(_NUMERIC.fullmatch(value) for value in column) for column in zip(*rows, strict=True)
-    )
+    return all(len(row) == width for row in rows) and any(map(_has_numbers, zip(*rows, strict=True)))
+
+
+def _has_numbers(column: Sequence[str]) -> bool:
+    """Whether a column has numbers and nothing else, where it is not empty. One number is not enough: a text whose
+    lines all end with commas has one after its end."""
+    values = [value for value in column if value.strip()]
+    return len(values) > 1 and all(map(_is_number, values))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return number_of(text).is_finite()
+    except (ValueError, ArithmeticError):
+        return False
 
 
 class TsvTable(CsvTable):
@@ -142,7 +154,6 @@ class TsvTable(CsvTable):
             width = width or len(values)
 
 
-_NUMERIC = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})\.\d{1,17}([eE][+-]?\d{1,2})?", re.ASCII)
 _TRUTH = {"true": True, "false": False, "True": True, "False": False}

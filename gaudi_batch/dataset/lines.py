@@ -10,6 +10,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import IO, Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -221,6 +222,14 @@ def checked(number: int, values: Mapping[str, Any], span: int = 1) -> Line:
         if isinstance(value, Undecodable) or (isinstance(value, str) and has_surrogates(value)):
             return Line(number, error=f"{name or 'it'} is not UTF-8", span=span)
     return Line(number, values, span=span)
+
+
+def number_of(text: str) -> Decimal:
+    """A number with all its digits, as a field may have it: spaces around it do not count. Raises ValueError or
+    ArithmeticError."""
+    if not text.isascii() or "_" in text:
+        raise ValueError
+    return Decimal(text)
 
 
 def has_surrogates(text: str) -> bool:

@@ -127,11 +127,36 @@ def test_a_quote_that_a_later_line_closes_by_chance_costs_its_own_line(converted
     """All lines that it would take have a number in the same column, and all their fields."""
     rows, bad = converted("p.csv", BROKEN)
     assert bad == [
-        "line 4: lines 4 to 7 are taken for rows of their own, as each has all fields and a number in the same column;"
-        " close the quote in line 4, or give a row over several lines as JSON"
+        "line 4: lines 4 to 7 are taken for rows of their own, as each has all fields, and a number or nothing in"
+        " the same column; close the quote in line 4, or give a row over several lines as JSON"
     ]
     assert [row["id"] for row in rows] == ["1", "2", "7", "8", "9", "10"]
     assert rows[-2]["prompt"] == 'blue 5"'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt, seed, tag\np 1, 1, x\n"a cat, 2, x\np 3, 3, x\na tv of 6", 6, x\np 7, 7, x\n',
+        'prompt,seed,tag\np 1,1,x\n"a cat,+2,x\np 3,1e3,x\na tv of 6",6.,x\np 7,7,x\n',
+        'prompt,seed,tag\np 1,1,x\n"a cat,2,x\np 3,,x\na tv of 6",6,x\np 7,7,x\n',
+        'prompt,seed,tag\np 1,1,x\n"a cat,,x\np 3,3,x\na tv of 6",6,x\np 7,7,x\n',
+    ],
+)
+def test_rows_that_a_quote_would_take_may_have_their_numbers_as_any_row(converted: Convert, text: str) -> None:
+    rows, bad = converted("p.csv", text.encode())
+    assert [row["prompt"] for row in rows] == ["p 1", "p 3", 'a tv of 6"', "p 7"]
+    assert [line.partition(" are taken")[0] for line in bad] == ["line 3: lines 3 to 5"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['prompt,seed\n"masterpiece,\nbest quality,\na cat",5\n', 'seed,prompt\n5,"masterpiece\n,best quality\n,a cat"\n'],
+)
+def test_a_sound_row_whose_lines_end_with_commas_stays_whole(converted: Convert, text: str) -> None:
+    rows, bad = converted("p.csv", text.encode())
+    assert [row["seed"] for row in rows] == [5]
+    assert not bad
 
 
 def test_a_row_over_several_lines_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
