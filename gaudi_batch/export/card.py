@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 from PIL import Image
 
 from gaudi_batch.dataset.reasons import Reasons
 from gaudi_batch.export.export import ASSETS, CARD, Export, put_if_new, some_images
 from gaudi_batch.export.licence import licence_of
+from gaudi_batch.export.selection import REST
 from gaudi_batch.export.source import read_images
 from gaudi_batch.output.formats.loadable import loadable
 from gaudi_batch.output.manifest import FILES
@@ -36,6 +38,8 @@ SIZE_CATEGORIES = (
     (1_000_000_000, "100M<n<1B"),
 )
 """The hub's names of sizes."""
+MAX_FILTER = 5000
+"""Characters of a filter that are shown."""
 SHA256_DIGITS = 64
 """Of the revision of a directory; that of a hub's model has fewer."""
 JSON_TYPES = (
@@ -104,18 +108,26 @@ def card(export: Export, prompts: Sequence[str]) -> str:
     name = str(fingerprint.get("model") or job.get("model") or "simulated")
     revision = str(fingerprint.get("model_revision") or "")
     model = _model_shown(name, revision)
-    images = len(export.rows) - export.rows["path"].null_count
-    rows = len(set(export.rows["row"].to_pylist()))
+    present = _rows(export.rows)
+    made = export.rows.filter(pc.is_valid(export.rows["path"]))
+    contents = []
+    if len(made):
+        contents.append(f"{counted(len(made), 'image')} of {counted(_rows(made), 'prompt')}")
+    if failed := len(export.rows) - len(made):
+        contents.append(f"{counted(failed, 'failed row')} without an image")
     lines = [
         "---",
         yaml.safe_dump(_front_matter(export), sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {counted(images, 'image')} by {_code(model)}",
+        f"# {counted(len(made), 'image') if len(made) else counted(failed, 'failed row')} by {_code(model)}",
         "",
-        f"{counted(images, 'image')} of {counted(rows, 'prompt')}, made by gaudi-batch"
-        f" {info.versions.get('gaudi-batch', '')}".rstrip()
-        + ("." if export.run.is_complete else f" in a run that was not complete: {rows} of {info.rows} rows are here."),
+        f"{', and '.join(contents)}, made by gaudi-batch {info.versions.get('gaudi-batch', '')}".rstrip()
+        + (
+            "."
+            if export.run.is_complete
+            else f" in a run that was not complete: {present} of {info.rows} rows are here."
+        ),
         "",
     ]
     if prompts:
@@ -145,7 +157,7 @@ def card(export: Export, prompts: Sequence[str]) -> str:
     lines += ["## What it has", "", "| split | rows | objects |", "| --- | --- | --- |"]
     for split, count in export.splits.items():
         lines.append(f"| {split} | {count} | {sum(part.split == split for part in export.parts)} |")
-    lines += ["", *_failures(export)]
+    lines += ["", *_selection(export), *_failures(export)]
     return "\n".join(lines)
 
 
@@ -225,6 +237,27 @@ def _how_to_load(export: Export) -> list[str]:
     return lines
 
 
+def _rows(images: pa.Table) -> int:
+    """Of how many rows of the prompts they are."""
+    return pc.count_distinct(images["row"]).as_py()  # type: ignore[no-any-return]
+
+
+def _selection(export: Export) -> list[str]:
+    """How its rows were chosen and split."""
+    lines = []
+    if export.filters:
+        filters = ", ".join(_code(text, MAX_FILTER) for text in export.filters)
+        lines += [f"Of the run's rows it has those that pass all filters: {filters}.", ""]
+    if export.split is not None:
+        lines += [
+            f"Splits are by a hash of each row's id: {_code(export.split)}; `{REST}` has what no share takes."
+            if "=" in export.split
+            else f"Splits are the values of the column {_code(export.split)}.",
+            "",
+        ]
+    return lines
+
+
 def _failures(export: Export) -> list[str]:
     failed = export.failures
     if not len(failed):
@@ -232,7 +265,15 @@ def _failures(export: Export) -> list[str]:
     reasons = Reasons()
     for identity, error in zip(failed["id"].to_pylist(), failed["error"].to_pylist(), strict=True):
         reasons.add(error or "", identity)
-    lines = [f"{counted(len(failed), 'row')} of the run failed, and has no image:", ""]
+    here = pc.sum(pc.equal(export.rows["status"], "failed")).as_py()
+    told = f"{counted(len(failed), 'row')} of the run failed"
+    if not here:
+        told += f" and {'is' if len(failed) == 1 else 'are'} not in the set:"
+    elif here == len(failed):
+        told += f"; {'it is' if here == 1 else 'they are'} in the set, without an image:"
+    else:
+        told += f"; {here} of them {'is' if here == 1 else 'are'} in the set, without an image:"
+    lines = [told, ""]
     lines += [f"- {counted(reason['rows'], 'row')}: {_code(reason['reason'])}" for reason in reasons.describe()]
     return [*lines, ""]
 
@@ -255,6 +296,6 @@ def _model_shown(name: str, revision: str) -> str:
     return name if is_named or name.startswith("builtin:") else _place_shown(name)
 
 
-def _code(value: object) -> str:
+def _code(value: object, most: int = 300) -> str:
     """A value in Markdown, as code in one line."""
-    return f"`{one_line(value, 300).replace('`', chr(39))}`"
+    return f"`{one_line(value, most).replace('`', chr(39))}`"

@@ -23,7 +23,7 @@ from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
 from gaudi_batch.export.parts import PartTask, Spans, is_written, located, write_tasks
 from gaudi_batch.export.plan import Part, in_order, parse_size, plan
-from gaudi_batch.export.selection import Splits, select
+from gaudi_batch.export.selection import Splits, select, takes_failed
 from gaudi_batch.export.source import ImageAt, places, sizes
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output import manifest
@@ -83,13 +83,17 @@ class Export:
     rows: pa.Table
     """Its rows of the manifest, in order."""
     failures: pa.Table
-    """Failed rows of the run, which are not in it."""
+    """Failed rows of the run, whether they are in it or not."""
     parts: Sequence[Part]
     tasks: Sequence[PartTask]
     digest: str
     """Of all that decides what is written."""
     spans: Spans = field(default_factory=dict)
     """See `write_tasks`."""
+    filters: Sequence[str] = ()
+    """By which its rows were chosen."""
+    split: str | None = None
+    """By what they were split."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -131,7 +135,7 @@ def plan_export(request: ExportRequest) -> Export:
     names = [f"{name}.{suffix}" for name in template.names(rows)]
     parts = plan(splits, sizes(source, images), output_format, target_size)
     described = manifest.described(rows, has_members=has_members)
-    if any("status" in text for text in request.filters):
+    if takes_failed(request.filters):
         described = described.append_column("status", rows["status"]).append_column("error", rows["error"])
     tasks = [
         PartTask(
@@ -145,7 +149,18 @@ def plan_export(request: ExportRequest) -> Export:
     ]
     failures = every.filter(pc.equal(every["status"], "failed"))
     target = _target(request)
-    return Export(run, target, output_format, rows, failures, parts, tasks, _digest(run, output_format, tasks))
+    return Export(
+        run,
+        target,
+        output_format,
+        rows,
+        failures,
+        parts,
+        tasks,
+        _digest(run, output_format, tasks),
+        filters=request.filters,
+        split=request.split,
+    )
 
 
 def _target(request: ExportRequest) -> Storage:

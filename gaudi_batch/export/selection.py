@@ -41,17 +41,8 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
     Raises:
         InputError: a filter can't be read, or names a column that is not there.
     """
-    names = []
     for text in filters:
-        match = _FILTER.fullmatch(text)
-        if match is None:
-            raise InputError(f"--filter {text!r}: must be COLUMN=VALUE, or with !=, <, <=, > or >= in place of =")
-        column, sign, value = match.groups()
-        if sign not in _SIGNS:
-            raise InputError(
-                f"--filter {text!r}: {sign!r} compares nothing; it must be {', '.join(_SIGNS[:-1])} or {_SIGNS[-1]},"
-                " and a value that begins with one of = ! < > stands in double quotes"
-            )
+        column, sign, value = _parsed(text)
         if column not in rows.column_names:
             raise InputError(
                 f"--filter {text!r}: the manifest has no column {column!r}; {did_you_mean(column, rows.column_names)}it"
@@ -59,7 +50,6 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
             )
         if pa.types.is_nested(rows.column(column).type):
             raise InputError(f"--filter {text!r}: {column!r} is a column of lists or structs, which have no order")
-        names.append(column)
         try:
             mask = _mask(rows.column(column), sign, value, text)
         except pa.ArrowNotImplementedError:
@@ -68,7 +58,31 @@ def select(rows: pa.Table, filters: Sequence[str]) -> pa.Table:
                 f"--filter {text!r}: {column!r} is a column of type {kind}, which can't be compared"
             ) from None
         rows = rows.filter(mask)
-    return rows if "status" in names else rows.filter(pc.equal(rows.column("status"), "ok"))
+    return rows if takes_failed(filters) else rows.filter(pc.equal(rows.column("status"), "ok"))
+
+
+def takes_failed(filters: Sequence[str]) -> bool:
+    """Whether rows without an image may pass. Raises InputError if a filter can't be read."""
+    return any(_parsed(text).column == "status" for text in filters)
+
+
+class _Filter(NamedTuple):
+    column: str
+    sign: str
+    value: str
+
+
+def _parsed(text: str) -> _Filter:
+    match = _FILTER.fullmatch(text)
+    if match is None:
+        raise InputError(f"--filter {text!r}: must be COLUMN=VALUE, or with !=, <, <=, > or >= in place of =")
+    parsed = _Filter(*match.groups())
+    if parsed.sign not in _SIGNS:
+        raise InputError(
+            f"--filter {text!r}: {parsed.sign!r} compares nothing; it must be {', '.join(_SIGNS[:-1])} or {_SIGNS[-1]},"
+            " and a value that begins with one of = ! < > stands in double quotes"
+        )
+    return parsed
 
 
 def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.ChunkedArray:
