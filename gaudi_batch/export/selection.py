@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gaudi_batch.dataset.arrow import is_text, python_rows
+from gaudi_batch.dataset.lines import number_of
 from gaudi_batch.errors import InputError
 from gaudi_batch.export.names import is_device
 from gaudi_batch.text import did_you_mean, one_line
@@ -23,6 +24,8 @@ _COMPARE = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater
 _SIGNS = ("=", "==", "!=", *_COMPARE)
 _VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|((?!")[^,]*?))\s*(,|\Z)', re.DOTALL)
 """A value of a filter, and the comma after it."""
+_EXACT = pa.decimal256(76, 38)
+"""Exact numbers of any column, and those that they are compared with."""
 _SHARE = re.compile(r"\s*(\w+)\s*=\s*(\d+(?:\.\d+)?)\s*%\s*")
 _SPLIT_NAME = re.compile(r"\w{1,64}", re.ASCII)
 MAX_SPLITS = 100
@@ -86,7 +89,6 @@ def _parsed(text: str) -> _Filter:
 
 
 def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.ChunkedArray:
-    kind = column.type
     parts = _parts(value, text)
     values = [part.value for part in parts]
     if sign in _COMPARE:
@@ -94,17 +96,19 @@ def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.Chunk
             raise InputError(
                 f"--filter {text!r}: {sign} takes one value; one with a comma in it stands in double quotes"
             )
-        return _COMPARE[sign](column, _scalar(values[0], kind, text))
+        column, (bound,) = _comparable(column, [values[0]], text)
+        return _COMPARE[sign](column, bound)
     is_several = len(parts) > 1 and not all(part.is_quoted for part in parts)
-    if is_several and is_text(kind) and pc.any(pc.equal(column, value)).as_py():
+    if is_several and is_text(column.type) and pc.any(pc.equal(column, value)).as_py():
         quoted = '"{}"'.format(value.replace('"', '""'))
         raise InputError(
             f"--filter {text!r}: {value!r} is several values, and one value of the column; as {quoted} it is one, and"
             " with each of them in double quotes it is several"
         )
+    column, scalars = _comparable(column, [each for each in values if each is not None], text)
     # Of scalars and not of Python's values, which have no nanoseconds.
-    given = [pa.array([_scalar(each, kind, text)], kind) for each in values if each is not None]
-    mask = pc.is_in(column, pa.concat_arrays(given) if given else pa.array([], kind))
+    given = [pa.array([each], column.type) for each in scalars]
+    mask = pc.is_in(column, pa.concat_arrays(given) if given else pa.array([], column.type))
     if None in values:
         mask = pc.or_(mask, pc.is_null(column))
     return pc.invert(mask) if sign == "!=" else mask
@@ -138,16 +142,50 @@ def _parts(value: str, text: str) -> list[_Part]:
     return parts
 
 
-def _scalar(value: str, kind: pa.DataType, text: str) -> pa.Scalar:
+def _comparable(column: pa.ChunkedArray, values: Sequence[str], text: str) -> tuple[pa.ChunkedArray, list[pa.Scalar]]:
+    """A column and values in one type: its own, or a wider one where it has exact numbers, and a value has more digits
+    than they. Raises InputError."""
+    kind = column.type
+    scalars = [_cast(value, kind) for value in values]
+    if None in scalars and _is_exact(kind):
+        numbers = [
+            _number(value) if scalar is None else scalar.cast(_EXACT)
+            for value, scalar in zip(values, scalars, strict=True)
+        ]
+        if None not in numbers:
+            return column.cast(_EXACT), numbers
+        scalars = numbers
+    if None in scalars:
+        value = values[scalars.index(None)]
+        example = "; a time is as 2026-11-29 or 2026-11-29T14:30:00" if pa.types.is_timestamp(kind) else ""
+        told = f"{value!r} is no value of a column of type {one_line(kind, 80)}{example}"
+        raise InputError(f"--filter {text!r}: {told}")
+    return column, scalars
+
+
+def _cast(value: str, kind: pa.DataType) -> pa.Scalar | None:
+    """A value in a type; None if it has none there."""
     kinds = [kind]
     if pa.types.is_timestamp(kind) and kind.tz is not None:
         kinds.append(pa.timestamp(kind.unit))  # a time without a zone, which the second cast takes as UTC
     for given in kinds:
         with contextlib.suppress(pa.ArrowInvalid, ValueError):
             return pa.scalar(value).cast(given).cast(kind)
-    example = "; a time is as 2026-11-29 or 2026-11-29T14:30:00" if pa.types.is_timestamp(kind) else ""
-    told = f"{value!r} is no value of a column of type {one_line(kind, 80)}{example}"
-    raise InputError(f"--filter {text!r}: {told}")
+    return None
+
+
+def _is_exact(kind: pa.DataType) -> bool:
+    """Whether values of a type are exact numbers, all of which `_EXACT` has, too."""
+    if pa.types.is_decimal(kind):
+        return max(kind.scale, kind.precision - kind.scale) <= _EXACT.scale  # type: ignore[no-any-return]
+    return bool(pa.types.is_integer(kind))
+
+
+def _number(value: str) -> pa.Scalar | None:
+    """A number as an exact one; None if it is none."""
+    with contextlib.suppress(pa.ArrowInvalid, ValueError, ArithmeticError):
+        return pa.scalar(number_of(value), _EXACT)
+    return None
 
 
 class Splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ ROWS = pa.table(
         "finished_at": pa.array([0, 3600 * 10**6, 86_400 * 10**6, None], pa.timestamp("us", "UTC")),
         "half": pa.array(np.array([0, 1, 2, 3], np.float16)),
         "hour": pa.array([0, 1, 2, 3], pa.time32("s")),
+        "price": pa.array([Decimal("0.50"), Decimal("0.51"), None, Decimal("1.00")], pa.decimal128(10, 2)),
     }
 )
 
@@ -52,6 +54,17 @@ def selected(*filters: str) -> str:
         (["topic!=x,null"], "b"),
         (["width>=128"], "bc"),
         (["width<256", "topic=y"], "b"),
+        (["width<1.285e2"], "ab"),
+        (["width=128.0, 256"], "bc"),
+        (["width!=128.5"], "abc"),
+        (["width<1e30", "width>=-1e30", "width>0x40"], "bc"),
+        (["width=0x40,256.0"], "ac"),
+        (["price=0.51"], "b"),
+        (["price=0.505"], ""),
+        (["price>0.505"], "b"),
+        (["price<=0.505"], "a"),
+        (["price!=0.505,0.500"], "bc"),
+        (["price=0.500,null"], "ac"),
         (["status=failed"], "d"),
         (["status=ok,failed", "topic=x"], "ad"),
         (['label="a,b"'], "a"),
@@ -85,6 +98,10 @@ def test_a_filter_takes_the_rows_that_it_says(filters: list[str], ids: str) -> N
         ("nsfw", "must be COLUMN=VALUE"),
         ("nsf=true", "the manifest has no column 'nsf'; did you mean 'nsfw'?"),
         ("width=wide", "'wide' is no value of a column of type int32"),
+        ("width=1e2,wide", "'wide' is no value of a column of type int32"),
+        ("width=1e2,nan", "'nan' is no value of a column of type int32"),
+        ("width<1e99", "'1e99' is no value of a column of type int32"),
+        ("price<1_0", "'1_0' is no value of a column of type decimal128(10, 2)"),
         ("width<1,2", "< takes one value; one with a comma in it stands in double quotes"),
         ("width<null", "< takes one value"),
         ('label="a,b', "a value that begins with a double quote must end with one"),
