@@ -222,9 +222,14 @@ def _known(name: str, value: Any) -> Any:
     if value is None or (value == "" and kind != pa.string()):
         return None
     if kind == pa.string():
+        if isinstance(value, bytes):  # older versions of Spark write texts so
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                raise BadLine(f"{name} is not UTF-8") from None
         if isinstance(value, str):
             return value
-        if name == "id" and isinstance(value, int | float) and not isinstance(value, bool):
+        if name == "id" and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             return str(value)
         raise BadLine(f"{name} is {short_repr(value, 80)}; it must be a text")
     is_whole = kind == pa.int64()

@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,21 @@ def test_another_parquet_file_keeps_its_types(converted: Convert, tmp_path: Path
     rows, bad = converted("in.parquet", (tmp_path / "in.parquet").read_bytes(), prompt="text")
     assert rows == [{"prompt": "a", "tags": ["x"], "width": 64}]
     assert bad == ["row 2: prompt is empty", f"row 3: width is 'no'; it {WIDTH}"]
+
+
+def test_ids_that_are_decimals_and_texts_that_are_binary_are_taken(converted: Convert, tmp_path: Path) -> None:
+    """As DuckDB and Spark write them."""
+    ids = pa.array([Decimal(1), Decimal(10**30), Decimal(3), None], pa.decimal128(38, 0))
+    texts = pa.array(["a é".encode(), b"b", b"\xff", b"c"], pa.binary())
+    table = pa.table({"id": ids, "prompt": texts, "negative_prompt": texts, "seed": [b"1", None, None, None]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    data = (tmp_path / "in.parquet").read_bytes()
+    rows, bad = converted("in.parquet", data)
+    assert rows == [
+        {"id": str(10**30), "prompt": "b", "negative_prompt": "b", "seed": None},
+        {"id": None, "prompt": "c", "negative_prompt": "c", "seed": None},
+    ]
+    assert bad == [f"row 1: seed is b'1'; it {SEED}", "row 3: prompt is not UTF-8"]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
