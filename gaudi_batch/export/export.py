@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from gaudi_batch.output import manifest
 from gaudi_batch.output.dataset_view import CommittedRun, open_committed
 from gaudi_batch.output.formats.encoding import SUFFIXES
 from gaudi_batch.output.formats.image_folder import ImageFolder
+from gaudi_batch.storage.reading import ReadableStorage
 from gaudi_batch.storage.scratch import scratch_directory, scratch_errors
 from gaudi_batch.storage.store import Storage
 from gaudi_batch.text import counted
@@ -113,7 +115,8 @@ def plan_export(request: ExportRequest) -> Export:
     """
     target_size = parse_size(request.target_size)
     run = open_committed(request.output, request.storage_options, RETRY_TIMEOUT_S)
-    source = run.reader.storage
+    source, target = run.reader.storage, _target(request)
+    require_outside(target, source)
     if not run.is_complete:
         if request.complete:
             raise InputError(f"{source.url}: the run is not complete; without --complete what is committed is exported")
@@ -148,7 +151,6 @@ def plan_export(request: ExportRequest) -> Export:
         for part in parts
     ]
     failures = every.filter(pc.equal(every["status"], "failed"))
-    target = _target(request)
     return Export(
         run,
         target,
@@ -161,6 +163,23 @@ def plan_export(request: ExportRequest) -> Export:
         filters=request.filters,
         split=request.split,
     )
+
+
+def require_outside(target: Storage, run: ReadableStorage) -> None:
+    """Makes sure that a destination does not lie within a run, whose loaders would find it.
+
+    Raises:
+        InputError: it does.
+        StorageError: storage failed.
+    """
+    place, whole = (os.path.realpath(each.root) if each.local else each.root for each in (target, run))
+    if type(target.filesystem) is not type(run.filesystem) or not f"{place}/".startswith(f"{whole.rstrip('/')}/"):
+        return
+    # In a store of the same kind at another address, a place of the same name is another.
+    if target.local or target.at(run.root).get("run.json") == run.get("run.json"):
+        raise InputError(
+            f"{target.url} lies within the run {run.url}, whose loaders would find it; name a place outside it"
+        )
 
 
 def _target(request: ExportRequest) -> Storage:

@@ -11,10 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+from helpers import StoreServer
 
+from gaudi_batch.errors import InputError
 from gaudi_batch.export import export
 from gaudi_batch.export.card import card
-from gaudi_batch.export.export import Export, ExportRequest, plan_export
+from gaudi_batch.export.export import Export, ExportRequest, plan_export, require_outside
 from gaudi_batch.layout import image_path
 from gaudi_batch.output import manifest
 from gaudi_batch.output.dataset_view import CommittedRun
@@ -116,3 +118,37 @@ def test_the_card_counts_images_and_failed_rows_apart(
     for line in (head, made, failures, "- 2 rows: `boom`", "- 1 row: `bang`"):
         assert line in text
     assert "No row of the run had failed" in card(planned(failed=False), [])
+
+
+@pytest.mark.parametrize("place", ["", "images/set", "data/x", "manifest/x", "set", "../out/set", "../link/set"])
+def test_a_place_within_the_run_is_refused(planned: Planned, tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to("out")
+    with pytest.raises(InputError, match=r"within the run .*/out, .*; name a place outside it"):
+        planned(target=str(tmp_path / "out" / place))
+    assert planned(target=str(tmp_path / "out-set")).parts
+    assert planned(target="s3://bucket/out/set", target_options={"key": "k", "secret": "s"}).parts
+
+
+def test_a_place_within_the_run_is_refused_in_a_store(tmp_path: Path, s3: StoreServer) -> None:
+    def at(path: str) -> Storage:
+        return Storage(s3.url(f"{tmp_path.name}/{path}"), s3.options)
+
+    run = at("out")
+    run.put("run.json", b"{}")
+    for place in ("out", "out/images/set", "out/set/"):
+        with pytest.raises(InputError, match="name a place outside it"):
+            require_outside(at(place), run)
+    for place in ("", "set", "out-set"):
+        require_outside(at(place), run)
+
+
+def test_a_place_of_the_same_name_in_another_store_is_none_within_the_run(tmp_path: Path, s3: StoreServer) -> None:
+    target = Storage(s3.url(f"{tmp_path.name}/out/set"), s3.options)
+    other: Any = SimpleNamespace(
+        filesystem=target.filesystem,
+        local=False,
+        root=f"bucket/{tmp_path.name}/out",
+        get=lambda _: b"{}",
+        url="s3://other",
+    )
+    require_outside(target, other)
