@@ -59,9 +59,15 @@ def set_timeouts() -> None:
     configure_http_backend(session)
 
 
-def from_hub(repository: str, ask: Callable[[], T]) -> T:
+def from_hub(repository: str, ask: Callable[[], T], came_further: Callable[[], bool] = lambda: False) -> T:
     """What the hub answers; tried again while it does not answer or says that it can't, for RETRY_TIMEOUT_S after the
     first time.
+
+    Args:
+        repository: that is asked for.
+        ask: asks once.
+        came_further: called each time that it fails: whether it has come further since the last time. The time then
+            begins anew.
 
     Raises:
         InputError: it refuses.
@@ -81,7 +87,8 @@ def from_hub(repository: str, ask: Callable[[], T]) -> T:
             if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
                 raise _disk_refuses(repository, told) from None
             now = time.monotonic()
-            failing_since = now if failing_since is None else failing_since
+            if came_further() or failing_since is None:
+                failing_since = now
             if now - failing_since + delay > RETRY_TIMEOUT_S or isinstance(error, OfflineModeIsEnabled):
                 raise StorageError(f"--push {repository!r}: the hub can't be reached: {told}") from None
             log.warning("%s: the hub can't be reached, trying again: %s", repository, one_line(error, 200))
@@ -125,7 +132,12 @@ def upload_until_done(upload: Callable[[], None], repository: str, cache: Path) 
         InputError: the hub refuses.
         StorageError: it has failed for RETRY_TIMEOUT_S without any progress, or this disk refuses.
     """
-    from_hub(repository, lambda: _upload(upload, repository, Progress(cache)))
+    progress = Progress(cache)
+    from_hub(
+        repository,
+        lambda: _upload(upload, repository, Progress(cache)),
+        came_further=lambda: progress.was_made(at_once=True),
+    )
 
 
 class _Errors(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -118,6 +119,25 @@ def test_time_that_an_upload_took_before_it_failed_does_not_count(
         upload()
 
     hub.upload_until_done(late, REPOSITORY, tmp_path)
+
+
+@pytest.mark.parametrize("comes_further", [True, False])
+def test_an_upload_that_fails_twice_is_over_unless_it_came_further_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_further: bool
+) -> None:
+    now, calls = [0.0], itertools.count()
+    clock: Any = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None)
+    monkeypatch.setattr(hub, "time", clock)
+    upload = raising(answer(502), answer(502))
+
+    def slow() -> None:
+        if comes_further:
+            (tmp_path / f"{next(calls)}.metadata").touch()
+        now[0] += 2 * RETRY_TIMEOUT_S
+        upload()
+
+    with contextlib.nullcontext() if comes_further else pytest.raises(StorageError, match="can't be reached: 502"):
+        hub.upload_until_done(slow, REPOSITORY, tmp_path)
 
 
 @pytest.mark.parametrize(
