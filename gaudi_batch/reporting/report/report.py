@@ -157,11 +157,8 @@ def _note(state: str, as_of: str | None, rows_again: int) -> str | None:
         count += f" {counted(rows_again, 'row is', 'rows are')} run again, and still count as they were."
     if state == "running":
         return f"The run goes on. {count}"
-    if state != "silent":
-        return None
-    if as_of is None:
-        return f"The run may be over: its driver has written nothing yet. {count}"
-    return f"The run may be over: its driver wrote last at {as_of}, and its cards are shown as they were then. {count}"
+    wrote = f"wrote last at {as_of}, and its cards are shown as they were then" if as_of else "has written nothing yet"
+    return f"The run may be over: its driver {wrote}. {count}" if state == "silent" else None
 
 
 def _card(card: CardTimeline, figures: Mapping[str, Any], paces: Mapping[str, float]) -> dict[str, Any]:
