@@ -219,7 +219,7 @@ def _values(line: Line, names: Mapping[str, str]) -> dict[str, Any]:
 def _known(name: str, value: Any) -> Any:
     """The value of a column that a job knows, in its type. Raises BadLine."""
     kind = TYPES[name]
-    if value is None or (value == "" and kind != pa.string()):
+    if value is None or (kind != pa.string() and isinstance(value, str) and not value.strip()):
         return None
     if kind == pa.string():
         if isinstance(value, bytes):  # older versions of Spark write texts so

@@ -84,11 +84,11 @@ class CsvTable(Lines):
                 yield line[1]
 
         csv.field_size_limit(MAX_FIELD)
-        width = 0
+        width, has_spaces = 0, False  # of the header
         while True:
             try:
                 for values in csv.reader(texts(), strict=True):
-                    if len(taken) > 1 and _are_rows([text for _, text in taken], width):
+                    if len(taken) > 1 and _are_rows([text for _, text in taken], width, has_spaces):
                         first, last = taken[0][0], taken[-1][0]
                         raise _NotClosed(
                             f"lines {first} to {last} are taken for rows of their own, as each has all fields, and a"
@@ -96,7 +96,8 @@ class CsvTable(Lines):
                             " over several lines as JSON"
                         )
                     yield Record(taken[0][0], values, span=len(taken))
-                    width = width or len(values)
+                    if not width:
+                        width, has_spaces = len(values), any(name[:1].isspace() for name in values)
                     taken.clear()
                 return
             except csv.Error as error:
@@ -115,23 +116,28 @@ def _reason(error: csv.Error, lines: int) -> str:
     return _OPEN if lines > 1 or "unexpected end" in str(error) else f"not CSV: {one_line(error)}"
 
 
-def _are_rows(lines: Sequence[str], width: int) -> bool:
+def _are_rows(lines: Sequence[str], width: int, has_spaces: bool) -> bool:
     """Whether each of the lines of a record is a row of its own, which only a quote that is not closed has made a part
-    of another: it has all fields, and one column has numbers. A text over several lines rarely has."""
+    of another: it has all fields, and one column has numbers. A text over several lines rarely has. Where the file has
+    no spaces after its commas, as a text has, a number with one is a part of a text."""
     rows = [line.rstrip("\r\n").split(",") for line in lines]
-    return all(len(row) == width for row in rows) and any(map(_has_numbers, zip(*rows, strict=True)))
+    if any(len(row) != width for row in rows):
+        return False
+    if has_spaces:
+        rows = [[value.strip() for value in row] for row in rows]
+    return any(_has_numbers(column, 0 < place < width - 1) for place, column in enumerate(zip(*rows, strict=True)))
 
 
-def _has_numbers(column: Sequence[str]) -> bool:
-    """Whether a column has numbers and nothing else, where it is not empty. One number is not enough: a text whose
-    lines all end with commas has one after its end."""
-    values = [value for value in column if value.strip()]
-    return len(values) > 1 and all(map(_is_number, values))
+def _has_numbers(column: Sequence[str], is_within: bool) -> bool:
+    """Whether a column has numbers and nothing else, where it is not empty. In the first or the last column one number
+    is not enough: a text whose lines all end with commas has one after its end."""
+    values = [value for value in column if value]
+    return len(values) > (0 if is_within else 1) and all(map(_is_number, values))
 
 
 def _is_number(text: str) -> bool:
     try:
-        return number_of(text).is_finite()
+        return text == text.strip() and number_of(text).is_finite()
     except (ValueError, ArithmeticError):
         return False
 

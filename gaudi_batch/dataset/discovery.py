@@ -163,6 +163,7 @@ def _map_columns(
     if not (is_text(kind) or pa.types.is_null(kind)):
         raise InputError(
             f"prompts: column {columns['prompt']!r} is of type {one_line(kind, 100)}; a prompt must be a string"
+            f"{'; `gaudi-batch prompts IN OUT.parquet` makes strings of it' if is_binary(kind) else ''}"
         )
     return columns
 

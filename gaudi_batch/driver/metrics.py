@@ -49,7 +49,7 @@ IMAGES_DONE = Metric(
     "gaudi_batch_images_done",
     "gauge",
     (),
-    "Images of the run that are committed, and those in storage of shards that are being made.",
+    "Images of the run that are committed and not made again, and those in storage of shards that are being made.",
 )
 FAILED_ROWS = Metric("gaudi_batch_failed_rows", "gauge", (), "Rows of the run that failed.")
 SHARDS_PENDING = Metric("gaudi_batch_shards_pending", "gauge", (), "Shards that wait for a card: the queue.")

@@ -110,11 +110,17 @@ class RunProgress:
     def images(self, slots: Collection[Slot]) -> int:
         """Images that are committed and are not to be made again, and those that are stored of shards that cards still
         make."""
-        return self._totals.images - self._replaced + _in_the_making(slots)
+        return self._totals.images - self._replaced + self._in_the_making(slots)
 
     def images_left(self, slots: Collection[Slot]) -> int:
         """Images that are still to be made, those of rows that are run again included."""
-        return max(0, self._left - _in_the_making(slots))
+        return self._left - self._in_the_making(slots)
+
+    def _in_the_making(self, slots: Collection[Slot]) -> int:
+        """Images that are stored of shards that are not committed: not all of these, since one that a backup attempt
+        makes, too, is counted twice."""
+        stored = sum(slot.status.images for slot in slots if slot.status and slot.actor)
+        return min(stored, max(0, self._left - 1))
 
     def left(self, slots: Collection[Slot]) -> TimeLeft:
         """How long the rest takes."""
@@ -144,6 +150,7 @@ class RunProgress:
             "images_total": self.images_total,
             "images_missing": self._missing,
             "images_left": self.images_left(slots),
+            "images_again": self._replaced,
             "rows_again": self._rows_again,
             "failed_rows": self._schedule.failed_rows,
             "failures": self._failed.describe(),
@@ -188,10 +195,6 @@ class RunProgress:
             "throttled": readings.throttled,
             "energy_j": sums["energy_j"],
         }
-
-
-def _in_the_making(slots: Collection[Slot]) -> int:
-    return sum(slot.status.images for slot in slots if slot.status and slot.actor)
 
 
 def _rounded(seconds: float | None) -> int | None:

@@ -15,7 +15,7 @@ from PIL import Image
 from gaudi_batch.dataset.reasons import Reasons
 from gaudi_batch.export.export import ASSETS, CARD, Export, put_if_new, some_images
 from gaudi_batch.export.licence import licence_of
-from gaudi_batch.export.selection import REST
+from gaudi_batch.export.selection import REST, Splits
 from gaudi_batch.export.source import read_images
 from gaudi_batch.output.formats.loadable import loadable
 from gaudi_batch.output.manifest import FILES
@@ -249,12 +249,14 @@ def _selection(export: Export) -> list[str]:
         filters = ", ".join(_code(text, MAX_FILTER) for text in export.filters)
         lines += [f"Of the run's rows it has those that pass all filters: {filters}.", ""]
     if export.split is not None:
-        lines += [
-            f"Splits are by a hash of each row's id: {_code(export.split)}; `{REST}` has what no share takes."
-            if "=" in export.split
-            else f"Splits are the values of the column {_code(export.split)}.",
-            "",
-        ]
+        splits = Splits(export.split, export.rows.column_names)
+        if splits.shares:
+            told, has_rest = f"by a hash of each row's id: {_code(export.split)}", splits.has_rest
+            rest = "has what no share takes" + (", too" if REST in dict(splits.shares) else "")
+        else:
+            told, has_rest = f"the values of the column {_code(export.split)}", export.rows[export.split].null_count > 0
+            rest = "has the rows without one"
+        lines += [f"Splits are {told}{f'; `{REST}` {rest}' if has_rest else ''}.", ""]
     return lines
 
 

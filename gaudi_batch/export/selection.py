@@ -26,6 +26,8 @@ _VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|((?!")[^,]*?))\s*(,|\Z)', re.DOTALL
 """A value of a filter, and the comma after it."""
 _EXACT = pa.decimal256(76, 38)
 """Exact numbers of any column, and those that they are compared with."""
+_MAX_EXPONENT = 100
+"""Of the power of ten of a number in a filter: no column has others, and pyarrow reads some of them out of bounds."""
 _SHARE = re.compile(r"\s*(\w+)\s*=\s*(\d+(?:\.\d+)?)\s*%\s*")
 _SPLIT_NAME = re.compile(r"\w{1,64}", re.ASCII)
 MAX_SPLITS = 100
@@ -89,6 +91,8 @@ def _parsed(text: str) -> _Filter:
 
 
 def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     parts = _parts(value, text)
     values = [part.value for part in parts]
     if sign in _COMPARE:
@@ -165,6 +169,8 @@ def _comparable(column: pa.ChunkedArray, values: Sequence[str], text: str) -> tu
 
 def _cast(value: str, kind: pa.DataType) -> pa.Scalar | None:
     """A value in a type; None if it has none there."""
+    if pa.types.is_decimal(kind) and _is_out_of_bounds(value):
+        return None
     kinds = [kind]
     if pa.types.is_timestamp(kind) and kind.tz is not None:
         kinds.append(pa.timestamp(kind.unit))  # a time without a zone, which the second cast takes as UTC
@@ -184,8 +190,15 @@ def _is_exact(kind: pa.DataType) -> bool:
 def _number(value: str) -> pa.Scalar | None:
     """A number as an exact one; None if it is none."""
     with contextlib.suppress(pa.ArrowInvalid, ValueError, ArithmeticError):
-        return pa.scalar(number_of(value), _EXACT)
+        return None if _is_out_of_bounds(value) else pa.scalar(number_of(value), _EXACT)
     return None
+
+
+def _is_out_of_bounds(value: str) -> bool:
+    try:
+        return abs(number_of(value).adjusted()) > _MAX_EXPONENT
+    except (ValueError, ArithmeticError):
+        return False
 
 
 class Splits:
@@ -202,7 +215,8 @@ class Splits:
 
     def __init__(self, text: str | None, columns: Sequence[str]) -> None:
         self._column: str | None = None
-        self._shares: list[tuple[str, float]] = []
+        self.shares: list[tuple[str, float]] = []
+        """Names with shares, 0 to 1; what none of them takes is in `REST`."""
         if text is None:
             return
         if "=" not in text:
@@ -219,13 +233,13 @@ class Splits:
             if match is None or not 0 < float(match[2]) <= 100:
                 raise InputError(f"--split {text!r}: {part.strip()!r} is no share; it must be as test=5%")
             _require_split(match[1], text)
-            if match[1].casefold() in {name.casefold() for name, _ in self._shares}:
+            if match[1].casefold() in {name.casefold() for name, _ in self.shares}:
                 raise InputError(f"--split {text!r}: {match[1]!r} is there twice")
             total += float(match[2])
-            self._shares.append((match[1], float(match[2]) / 100))
+            self.shares.append((match[1], float(match[2]) / 100))
         if total > 100 + 1e-9:
             raise InputError(f"--split {text!r}: the shares are {total:g} % together; they must be at most 100 %")
-        for name, _ in self._shares:
+        for name, _ in self.shares:
             if name != REST and name.casefold() == REST:
                 raise InputError(f"--split {text!r}: {name!r} differs from {REST!r}, which has the rest, in case alone")
 
@@ -247,7 +261,7 @@ class Splits:
             if len({name.casefold() for name in names.values()}) < len(set(names.values())):
                 raise InputError(f"--split {self._column!r}: it has values that differ in case alone")
             return [names[value] for value in values]
-        if not self._shares:
+        if not self.shares:
             return [REST] * len(rows)
         ids = rows.column("id").to_pylist()
         of_id = {identity: self._of_share(identity) for identity in set(ids)}
@@ -255,11 +269,16 @@ class Splits:
 
     def _of_share(self, identity: str) -> str:
         place = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
-        for name, share in self._shares:
+        for name, share in self.shares:
             if place < share:
                 return name
             place -= share
-        return self._shares[-1][0] if sum(share for _, share in self._shares) > 1 - 1e-9 else REST
+        return REST if self.has_rest else self.shares[-1][0]
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether the shares leave something over."""
+        return sum(share for _, share in self.shares) <= 1 - 1e-9
 
 
 def _split_name(value: Any, column: str) -> str:

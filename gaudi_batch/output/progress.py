@@ -65,6 +65,8 @@ class ProgressRecord(TypedDict):
     """Images that committed shards were to have and have not, since rows failed."""
     images_left: int
     """Images that are still to be made, those of rows that are run again included."""
+    images_again: int
+    """Images that manifests name and that are made again, since they are gone or torn; `images` is without them."""
     rows_again: int
     """Rows that are run again and whose shard is not committed. They count neither as made nor as failed."""
     failed_rows: int
@@ -95,6 +97,7 @@ _NUMBERS = (
     "images_total",
     "images_missing",
     "images_left",
+    "images_again",
     "rows_again",
     "failed_rows",
     "images_per_s",

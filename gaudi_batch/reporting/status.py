@@ -61,7 +61,7 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
     written = ledger.get_json("progress.json") or {}
     progress = sane_progress(written)
     planned = sum(shard.images for shard in plan if shard.number in committed and not shard.is_rerun)
-    images = planned - (progress.get("images_missing") or 0)
+    images = planned - (progress["images_missing"] or 0) - (progress["images_again"] or 0)
     reason, silent_s = summary.get("reason") if summary else None, None
     if summary is not None and is_current(summary, record.rows, len(plan), len(committed)):
         state = str(summary.get("state"))

@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
         "--simulated.slow-modules": "[1]",
         "--simulated.slow-factor": 2.5,
         "--simulated.raise-rows": BAD,
-        "--limits.batch": 12,
+        "--limits.batch": 16,
         "--limits.answer": 20,
     }
     flags = [str(part) for item in fields.items() for part in item]
@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
     wait_until(lambda: HUNG in (output / "progress.json").read_text())
     running = called("report", output, "--to", directory / "running.html")
     assert running.returncode == 0, running.stderr
-    wait_for_commits(output, ROWS // SHARD - 20)
+    wait_for_commits(output, ROWS // SHARD - 12)
     os.kill(processes[3], signal.SIGSTOP)
     assert driver.wait(timeout=120) == 3
     return output
@@ -137,7 +137,7 @@ def test_a_slow_card_a_hang_and_a_backup_are_in_the_timeline(page: Page, run: Pa
     assert [title for title in begun if "begins a backup attempt" in title]
     assert [title for title in page.titles('[aria-description="dropped"]') if title.startswith(f"{late} at")]
     made = {card["name"]: card["pace"] for card in data_of(page)["cards"]}
-    assert made[slow] == pytest.approx(1 / 2.5, abs=0.08)
+    assert 0.35 < made[slow] < 0.6, "1 / 2.5, and what a batch takes beside that"
     assert max(pace for name, pace in made.items() if name != slow) == pytest.approx(1, abs=0.15)
 
 

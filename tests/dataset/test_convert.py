@@ -142,6 +142,8 @@ def test_a_quote_that_a_later_line_closes_by_chance_costs_its_own_line(converted
         'prompt,seed,tag\np 1,1,x\n"a cat,+2,x\np 3,1e3,x\na tv of 6",6.,x\np 7,7,x\n',
         'prompt,seed,tag\np 1,1,x\n"a cat,2,x\np 3,,x\na tv of 6",6,x\np 7,7,x\n',
         'prompt,seed,tag\np 1,1,x\n"a cat,,x\np 3,3,x\na tv of 6",6,x\np 7,7,x\n',
+        'prompt,seed,tag\np 1,1,x\n"a cat,,x\np 3,3,x\na tv of 6",,x\np 7,7,x\n',
+        'prompt, seed, tag\np 1, 1, x\n"a cat, 2, x\np 3, , x\na tv of 6", 6, x\np 7, 7, x\n',
     ],
 )
 def test_rows_that_a_quote_would_take_may_have_their_numbers_as_any_row(converted: Convert, text: str) -> None:
@@ -152,9 +154,14 @@ def test_rows_that_a_quote_would_take_may_have_their_numbers_as_any_row(converte
 
 @pytest.mark.parametrize(
     "text",
-    ['prompt,seed\n"masterpiece,\nbest quality,\na cat",5\n', 'seed,prompt\n5,"masterpiece\n,best quality\n,a cat"\n'],
+    [
+        'prompt,seed\n"masterpiece,\nbest quality,\na cat",5\n',
+        'prompt,seed\n"masterpiece, 8\n1girl, 8\na cat",5\n',
+        'prompt,seed\n"masterpiece,\n1girl, 8\nbest,\na cat",5\n',
+        'seed,prompt\n5,"masterpiece\n,best quality\n,a cat"\n',
+    ],
 )
-def test_a_sound_row_whose_lines_end_with_commas_stays_whole(converted: Convert, text: str) -> None:
+def test_a_sound_row_whose_lines_have_commas_as_a_text_has_stays_whole(converted: Convert, text: str) -> None:
     rows, bad = converted("p.csv", text.encode())
     assert [row["seed"] for row in rows] == [5]
     assert not bad

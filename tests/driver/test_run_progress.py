@@ -83,6 +83,13 @@ def test_images_are_those_of_commits_and_those_that_cards_have_stored(run: RunPr
     )
 
 
+def test_an_image_that_a_backup_attempt_makes_too_is_not_two(run: RunProgress, clock: list[float]) -> None:
+    for shard in (0, 1):
+        run.committed(commit(shard, ROWS), None)
+    described = run.describe([card(0, ROWS - 1), card(1, 2)], {}, None, "running")
+    assert (described["images"], described["images_left"]) == (3 * ROWS - 1, 1), "more come before all is committed"
+
+
 def test_images_of_failed_rows_are_missing_from_the_total(run: RunProgress, clock: list[float]) -> None:
     run.committed(commit(0, ROWS - 1), None)
     run.committed(commit(1, ROWS), None)
@@ -100,6 +107,7 @@ def test_rows_that_are_run_again_are_left_to_be_made(clock: list[float]) -> None
     run = run_of([failed, torn], totals)
     first = run.describe([], {}, None, "running")
     assert (first["images"], first["images_left"], first["rows_again"]) == (3 * ROWS - 4, 4, 4)
+    assert first["images_again"] == 2
     assert first["seconds_left"] is None, "no card has made any yet"
     slot = card(0, 2)
     begun = run.describe([slot], {}, None, "running")
@@ -111,7 +119,7 @@ def test_rows_that_are_run_again_are_left_to_be_made(clock: list[float]) -> None
     run.committed(replace(commit(3, 1), rows=2, failed_rows=1, failed_before=2, again=True), None)
     last = run.describe([slot], {}, None, "running")
     assert (last["images"], last["images_left"], last["rows_again"]) == (3 * ROWS - 1, 0, 0)
-    assert (last["images_missing"], last["seconds_left"]) == (1, 0)
+    assert (last["images_missing"], last["images_again"], last["seconds_left"]) == (1, 0, 0)
 
 
 def test_the_rate_is_that_of_the_last_minute(run: RunProgress, clock: list[float]) -> None:

@@ -76,6 +76,9 @@ def test_the_card_names_filters_and_splits(planned: Planned) -> None:
     text = card(planned("exit_status!=3", "prompt!=`a`\n# [x](y)", split="test=20%"), [])
     assert "Of the run's rows it has those that pass all filters: `exit_status!=3`, `prompt!='a' # [x](y)`." in text
     assert "Splits are by a hash of each row's id: `test=20%`; `train` has what no share takes." in text
+    whole, some = "train=80%,test=20%", "train=50%,test=20%"
+    assert f"Splits are by a hash of each row's id: `{whole}`." in card(planned(split=whole), [])
+    assert f"`{some}`; `train` has what no share takes, too." in card(planned(split=some), [])
     assert "Splits are the values of the column `exit_status`." in card(planned(split="exit_status"), [])
     text = card(planned(), [])
     assert "filter" not in text

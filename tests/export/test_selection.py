@@ -30,6 +30,7 @@ ROWS = pa.table(
         "finished_at": pa.array([0, 3600 * 10**6, 86_400 * 10**6, None], pa.timestamp("us", "UTC")),
         "half": pa.array(np.array([0, 1, 2, 3], np.float16)),
         "hour": pa.array([0, 1, 2, 3], pa.time32("s")),
+        "style": pa.array(["x", "y", None, "x"]).dictionary_encode(),
         "price": pa.array([Decimal("0.50"), Decimal("0.51"), None, Decimal("1.00")], pa.decimal128(10, 2)),
     }
 )
@@ -49,6 +50,8 @@ def selected(*filters: str) -> str:
         (["nsfw!=null"], "ab"),
         (["topic=x"], "a"),
         (["topic==x"], "a"),
+        (["style=x,null"], "ac"),
+        (["style<y"], "a"),
         (["topic == x,y"], "ab"),
         (["topic = x,y"], "ab"),
         (["topic!=x,null"], "b"),
@@ -101,6 +104,8 @@ def test_a_filter_takes_the_rows_that_it_says(filters: list[str], ids: str) -> N
         ("width=1e2,wide", "'wide' is no value of a column of type int32"),
         ("width=1e2,nan", "'nan' is no value of a column of type int32"),
         ("width<1e99", "'1e99' is no value of a column of type int32"),
+        ("width<1e-99999999", "'1e-99999999' is no value of a column of type int32"),
+        ("price<1e-99999999", "'1e-99999999' is no value of a column of type decimal128(10, 2)"),
         ("price<1_0", "'1_0' is no value of a column of type decimal128(10, 2)"),
         ("width<1,2", "< takes one value; one with a comma in it stands in double quotes"),
         ("width<null", "< takes one value"),

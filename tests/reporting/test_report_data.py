@@ -90,13 +90,13 @@ def test_a_run_that_may_be_over_is_not_said_to_go_on(tmp_path: Path) -> None:
 
 def test_rows_that_are_run_again_are_told_while_the_run_goes_on(tmp_path: Path) -> None:
     data = described_before_its_end(tmp_path, "running", rows_again=3)
-    assert data["note"].endswith(" 3 rows are run again, and still count as they were.")
+    assert data["note"].endswith(" 3 rows to be run again still count as they were.")
 
 
-@pytest.mark.parametrize("state", ["running", "silent"])
+@pytest.mark.parametrize("state", ["running", "silent", "stopped"])
 def test_the_figures_of_a_run_that_has_not_ended_are_of_one_moment(state: str, tmp_path: Path) -> None:
-    """It has committed images since its driver wrote its time and its cost."""
-    data = described_before_its_end(tmp_path, state, images=10, cost=2.5)
+    """It has committed images since its driver wrote its time and its cost. One that is stopped was killed."""
+    data = described_before_its_end(tmp_path, state, images=8, images_again=2, cost=2.5)
     assert data["wall_s"] == data["time_s"] == pytest.approx(10.4, abs=0.1), "as the plots have it"
     assert data["images"] == 21
     assert data["images_per_s_wall"] == pytest.approx(21 / data["time_s"], abs=0.001)

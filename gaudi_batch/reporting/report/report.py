@@ -67,11 +67,11 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
     batches = read_batches(records)
     lines = records.timelines()
     clock = RunClock(records.spans, batches, lines)
-    is_open = state in ("running", "silent")
-    lease = read_lease(records.reader.storage) if is_open else None
+    lease = read_lease(records.reader.storage) if state in ("running", "silent") else None
     # The cards are the last driver's; another may have taken over, and has reported nothing yet.
     may_go_on = lease is not None and [lease.driver] == [name for name, _, _ in clock.drivers[-1:]]
-    written = sane_progress(records.reader.get_json("progress.json") or {})
+    written = sane_progress(raw := records.reader.get_json("progress.json") or {})
+    is_open = lease is not None or (state == "stopped" and raw.get("state") == "running")  # it was killed
     progress = written["cards"]
     as_of = sane_text(written["time"]) if may_go_on and state == "silent" else None
     at_work = {} if state.startswith("complete") else _at_work(progress)
@@ -154,7 +154,7 @@ def _note(state: str, as_of: str | None, rows_again: int) -> str | None:
     """What a reader must know of a run of which nobody has said that it is over; None for any other."""
     count = "Images count once their shard is committed, and show in the rates then."
     if rows_again:
-        count += f" {counted(rows_again, 'row is', 'rows are')} run again, and still count as they were."
+        count += f" {counted(rows_again, 'row')} to be run again still count as they were."
     if state == "running":
         return f"The run goes on. {count}"
     wrote = f"wrote last at {as_of}, and its cards are shown as they were then" if as_of else "has written nothing yet"
@@ -201,6 +201,7 @@ def _cost(records: RunRecords, images: int | None) -> tuple[float | None, float 
         return None, None
     made = last.get("images")
     if images is None:
+        made = made + again if is_sane(made) and is_sane(again := last.get("images_again")) else made
         each = cost / made if is_sane(made) and made >= 1 else None
     elif not is_sane(each) or made != images:
         each = cost / images if images else None

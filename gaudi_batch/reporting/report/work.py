@@ -110,9 +110,9 @@ class Up:
             stretches += stretch(batch.kind, begin, end)
             at, pause, attempt = end, WAITING, batch.attempt
         for piece in _between(at, self.stop, pieces):
-            kind = piece.kind if piece.kind in IDLE or piece.stop - piece.start >= MIN_LOST_S else TAIL
-            if kind == LOST and not self.end:
-                kind = unfinished
+            kind = unfinished if piece.kind == LOST and not self.end else piece.kind
+            if kind not in (*IDLE, UNCOMMITTED) and piece.stop - piece.start < MIN_LOST_S:
+                kind = TAIL
             elif kind == BACKUP and self.end in FAILED and piece.stop == self.stop:
                 kind = LOST
             stretches += stretch(kind, piece.start, piece.stop)
