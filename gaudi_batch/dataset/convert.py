@@ -209,7 +209,7 @@ def _values(line: Line, names: Mapping[str, str]) -> dict[str, Any]:
     if line.error is not None:
         raise BadLine(line.error)
     values = {names.get(column, column): value for column, value in line.values.items()}
-    for name in TYPES.keys() & values.keys():
+    for name in filter(values.__contains__, TYPES):
         values[name] = _known(name, values[name])
     if not (values.get("prompt") or "").strip():
         raise BadLine("prompt is empty")

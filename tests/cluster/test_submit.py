@@ -21,6 +21,7 @@ from raynodes import RAY, RayCluster, add_cards
 
 from gaudi_batch.cluster import jobs_client
 from gaudi_batch.errors import RunStopped
+from gaudi_batch.text import duration
 
 SECRET = "a-secret-of-whoever-submits"
 
@@ -227,7 +228,10 @@ def test_the_grace_that_stop_gives_reaches_the_driver(
     wait_until(lambda: list(output.glob("images/*/*")))
     stopped = command_line("stop", name, "--address", nodes.jobs_address, "--grace", grace)
     assert stopped.stdout == f"job {name}: STOPPED\n", stopped.stderr
-    assert f"what has begun is committed first, for up to {grace} s; a shard takes {8 * seconds} s" in stopped.stderr
+    assert (
+        f"what has begun is committed first, for up to {grace} s; a shard takes {duration(8 * seconds)}"
+        in stopped.stderr
+    )
     assert ("what is not done by then is made again" in stopped.stderr) == (grace == "0")
     assert len(list(output.glob("manifest/*"))) == committed
     assert not (output / "stop.json").exists()
