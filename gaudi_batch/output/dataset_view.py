@@ -8,7 +8,6 @@ from os import PathLike, fspath
 from typing import Any
 
 import pyarrow.dataset as ds
-import pyarrow.fs
 
 from gaudi_batch.errors import InputError
 from gaudi_batch.layout import JOINED, manifest_path
@@ -17,6 +16,7 @@ from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.output.rollup import counting
 from gaudi_batch.output.run_info import RunInfo
 from gaudi_batch.output.totals import is_current
+from gaudi_batch.storage.arrow import arrow_filesystem
 from gaudi_batch.storage.store import Storage
 
 
@@ -105,7 +105,7 @@ def open_committed(
     """The same as `load_manifest`, with what else is known of the run."""
     reader, info = _opened(output, storage_options, retry_timeout_s)
     storage = reader.storage
-    filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.filesystem))
+    filesystem = arrow_filesystem(storage.filesystem)
     plan, committed = reader.plan(info.rows), reader.committed_shards()
     if is_current(reader.get_json("summary.json") or {}, info.rows, len(plan), len(committed)):
         joined = ds.dataset(storage.full(JOINED), filesystem=filesystem, format="parquet")
