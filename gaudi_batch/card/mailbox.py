@@ -82,6 +82,7 @@ class Mailbox:
                 storing_s=now - self._storing_since if self._storing else 0.0,
                 work=self._work,
                 readings=self._readings(),
+                images_of=dict(self._images),
             )
             return CardReport(tuple(self._events), status)
 

@@ -131,6 +131,8 @@ class CardStatus:
     """What its process has done since it started."""
     readings: Readings = field(default_factory=Readings)
     """What its counters say now."""
+    images_of: Mapping[str, int] = field(default_factory=dict)
+    """The same images by attempt."""
 
 
 @dataclass(frozen=True)

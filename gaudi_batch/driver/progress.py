@@ -114,13 +114,18 @@ class RunProgress:
 
     def images_left(self, slots: Collection[Slot]) -> int:
         """Images that are still to be made, those of rows that are run again included."""
-        return self._left - self._in_the_making(slots)
+        return max(0, self._left - self._in_the_making(slots))
 
     def _in_the_making(self, slots: Collection[Slot]) -> int:
-        """Images that are stored of shards that are not committed: not all of these, since one that a backup attempt
-        makes, too, is counted twice."""
-        stored = sum(slot.status.images for slot in slots if slot.status and slot.actor)
-        return min(stored, max(0, self._left - 1))
+        """Images that are stored of shards that are not committed; of one that a backup attempt makes, too, those of
+        the attempt that has more."""
+        of_shards = {shard: self._schedule.shards[shard].images for shard in self._schedule.committing}
+        for slot in slots:
+            for attempt, images in slot.status.images_of.items() if slot.status and slot.actor else ():
+                shard = self._schedule.shard_of(attempt)
+                if shard is not None:
+                    of_shards[shard] = max(images, of_shards.get(shard, 0))
+        return sum(of_shards.values())
 
     def left(self, slots: Collection[Slot]) -> TimeLeft:
         """How long the rest takes."""

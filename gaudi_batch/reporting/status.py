@@ -75,8 +75,8 @@ def read_status(ledger: OutputReader, watch_s: float | None = None) -> dict[str,
         elif lease is not None and silent_s is not None:
             gone = f"its driver, {lease.holder}, may be dead; the same command resumes"
             reason = f"silent for {duration(silent_s)}; {gone}"
-    if state in ("stopped", "silent") and written.get("state") != "over":
-        # Its driver was killed: what it wrote last is older than its last commits.
+    if state in ("stopped", "silent") and (written.get("state") != "over" or progress["rows_again"]):
+        # Its driver was killed: what it wrote last is older than its last commits. Or rows are run again no more.
         records = read_records(ledger)
         totals = records.totals()
         images, counts = totals.images, {"failed_rows": totals.failed_rows, "failures": records.failed().describe()}

@@ -34,7 +34,7 @@ The rules:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from gaudi_batch.plan import Shard
@@ -161,6 +161,16 @@ class Schedule:
     def state(self, number: int) -> CardState:
         """The state of a card's life; a card that the cluster has not placed is waiting."""
         return self._state.cards.state(number)
+
+    def shard_of(self, attempt: str) -> int | None:
+        """The shard of an attempt that may still commit; None of any other."""
+        live = self._work.attempts.get(attempt)
+        return None if live is None else live.shard
+
+    @property
+    def committing(self) -> Collection[int]:
+        """The shards that are made and whose commit is under way."""
+        return self._state.committing
 
     def is_live(self, attempt: str) -> bool:
         """Whether an attempt may still commit."""

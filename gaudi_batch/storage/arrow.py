@@ -2,13 +2,14 @@
 
 A thread of Arrow that needs Python while the process ends aborts the process, or hangs it: when it reads, or frees what
 Python has read. So files of a disk and small objects are read without Python once they are open, and the end of the
-process waits until no thread is at a large object.
+process waits until no thread is at a large object. Who reads in a daemon thread while the process ends is not safe.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-WHOLE_BYTES = 1 << 24
-"""Bytes up to which an object is read whole when it is opened, in one request: manifests of shards are that small."""
+WHOLE_BYTES = 1 << 19
+"""Bytes up to which an object is read whole when it is opened, in one request: manifests of shards are that small. Of
+others that is read which is asked for."""
 QUIET_S = 0.05
 """Seconds without a call after which the threads of Arrow have ended."""
 OPEN_S = 1.0
@@ -53,9 +55,9 @@ class _File:
         self._file = file
         _open[id(self)] = self
 
-    def read_buffer(self, size: int) -> pa.Buffer:
+    def read(self, size: int = -1) -> bytes:
         with _calls.one():
-            return _copied(self._file.read(size))
+            return self._file.read(size)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -72,9 +74,14 @@ class _Calls:
     """Calls by threads of Arrow."""
 
     def __init__(self) -> None:
+        self._is_over = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets all calls: a forked process has no threads but its own."""
         self._lock = threading.Lock()
         self._begun = self._running = 0
-        self._is_over = False
+        _open.clear()
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
@@ -107,3 +114,4 @@ class _Calls:
 _open: WeakValueDictionary[int, _File] = WeakValueDictionary()
 _calls = _Calls()
 atexit.register(_calls.end)
+os.register_at_fork(after_in_child=_calls.forget)

@@ -38,6 +38,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+@pytest.fixture(autouse=True)
+def attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last character of an attempt's name is the number of its shard."""
+    monkeypatch.setattr(Schedule, "shard_of", lambda self, attempt: int(attempt[-1]))
+
+
 @pytest.fixture
 def run() -> RunProgress:
     return run_of(shards(3), CommitTotals())
@@ -58,13 +64,14 @@ def run_of(missing: list[Shard], totals: CommitTotals) -> RunProgress:
 def card(number: int, images: int) -> Slot:
     ready = Ready("id", "host", number, 1, 0.5, {}, "", None, 1)
     slot = Slot(number, name=f"host-{number}", ready=ready, actor=object(), placed=0.0)
-    slot.status = stored(images)
+    slot.status = stored(images, attempt=f"aaaaa{number}")
     return slot
 
 
-def stored(images: int, made: int | None = None) -> CardStatus:
-    """Of a process that has stored so many images of what it makes, and so many in its life."""
-    return CardStatus("batch", 1.0, 0.0, images, work=CardWork(images if made is None else made))
+def stored(images: int, made: int | None = None, attempt: str = "aaaaa0") -> CardStatus:
+    """Of a process that has stored so many images of an attempt, and so many in its life."""
+    work = CardWork(images if made is None else made)
+    return CardStatus("batch", 1.0, 0.0, images, work=work, images_of={attempt: images})
 
 
 def commit(shard: int, images: int) -> CommitInfo:
@@ -86,8 +93,9 @@ def test_images_are_those_of_commits_and_those_that_cards_have_stored(run: RunPr
 def test_an_image_that_a_backup_attempt_makes_too_is_not_two(run: RunProgress, clock: list[float]) -> None:
     for shard in (0, 1):
         run.committed(commit(shard, ROWS), None)
-    described = run.describe([card(0, ROWS - 1), card(1, 2)], {}, None, "running")
-    assert (described["images"], described["images_left"]) == (3 * ROWS - 1, 1), "more come before all is committed"
+    cards = [card(2, ROWS - 2), card(22, ROWS - 1)]
+    described = run.describe(cards, {}, None, "running")
+    assert (described["images"], described["images_left"]) == (3 * ROWS - 1, 1)
 
 
 def test_images_of_failed_rows_are_missing_from_the_total(run: RunProgress, clock: list[float]) -> None:
@@ -154,12 +162,12 @@ def test_what_a_fault_has_cost_is_left_to_be_made_at_the_rate_of_the_cards(
         run._schedule.handle(CardPlaced(number, "node"))
         run._schedule.handle(loaded(number, "node"))
     for made in (0, 1, 2, 3):
-        cards[0].status, cards[1].status = stored(made), stored(made)
+        cards = [card(0, made), card(1, made)]
         clock[0] += 4.0
         before = run.describe(cards, {}, None, "running")
     assert (before["images_per_s"], before["images_left"], before["seconds_left"]) == (0.5, 6, 12)
     for made in (0, 1, 2):  # another process of the second card
-        cards[0].status, cards[1].status = stored(made), stored(made)
+        cards = [card(0, made), card(1, made)]
         clock[0] += 4.0
         described = run.describe(cards, {}, None, "running")
     assert described["images_per_s"] == pytest.approx(0.5, abs=0.15), "the cards are as fast as they were"

@@ -47,6 +47,21 @@ def test_a_run_of_an_older_version_has_a_report(kept: str, tmp_path: Path) -> No
     assert data["stretches"], "what its batches took is drawn"
 
 
+@pytest.mark.parametrize("state", ["over", "running"])
+def test_rows_that_a_stopped_run_was_to_run_again_count_as_they_were(tmp_path: Path, state: str) -> None:
+    """Whether its driver ended it or was killed; `status` says the same as the report."""
+    output = tmp_path / "out"
+    shutil.copytree(REPOSITORY / "tests/data/half_done/simulated/output", output)
+    progress = json.loads((output / "progress.json").read_text())
+    again = {"state": state, "rows_again": 5, "images_again": 4, "images": progress["images"] - 4, "failed_rows": 1}
+    (output / "progress.json").write_text(json.dumps(progress | again))
+    made = called("report", output, "--to", tmp_path / "report.html")
+    data = data_of(tmp_path / "report.html")
+    status = json.loads(called("status", output, "--json").stdout)
+    assert made.returncode == 0, made.stderr
+    assert (status["images_committed"], status["failed_rows"]) == (data["images"], data["failed_rows"])
+
+
 AS_OF = "2026-11-24T23:03:11.000+00:00"
 DOING = {"phase": "batch", "phase_s": 40.0, "limit_s": 60.0, "doing": "batch of 64x64, 40 s of 60 s"}
 

@@ -47,7 +47,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return storage
 
 
-@pytest.mark.parametrize("whole_bytes", [1 << 24, 0], ids=["small", "large"])
+@pytest.mark.parametrize("whole_bytes", [1 << 19, 0], ids=["small", "large"])
 @pytest.mark.parametrize("reading", ["whole", "half"])
 def test_the_end_of_a_process_is_no_abort(storage: Storage, reading: str, whole_bytes: int) -> None:
     arguments = [storage.url, json.dumps(storage.options), str(whole_bytes), reading]
