@@ -137,7 +137,7 @@ def test_a_node_that_announces_its_end_finishes_what_it_has_begun_and_gets_nothi
     told, _ = (add_cards(nodes, 1) for _ in range(2))
     nodes.wait_for(4)
     output = tmp_path / "out"
-    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "2")
+    driver = start_job(nodes, dataset, output, "--simulated.batch-seconds", "1.5")
     wait_until(lambda: commits(output) >= 3)
     drain_spot_node(nodes)
     assert told.process is not None

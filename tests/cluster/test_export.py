@@ -346,6 +346,7 @@ def test_a_push_that_is_killed_goes_on_and_nothing_is_there_twice(make: Make, tm
     assert sum(json.loads(printed.strip().splitlines()[-1].replace("'", '"')).values()) == 39
 
 
+@pytest.mark.thorough
 def test_a_second_repository_gets_all_and_no_file_that_is_not_of_the_export(
     make: Make, tmp_path: Path, hub: DataHub
 ) -> None:

@@ -103,7 +103,7 @@ def test_the_job_waits_for_a_store_that_fails_for_a_while(
     nothing_was_held_against_cards(output)
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT|POST"])
+@pytest.mark.parametrize("method", [pytest.param("GET", marks=pytest.mark.thorough), "PUT|POST"])
 def test_what_the_store_forbids_ends_the_run_at_once(
     method: str,
     dataset: Path,

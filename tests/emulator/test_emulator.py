@@ -160,6 +160,7 @@ def test_optimum_habana_runs_on_the_emulated_device(tmp_path: Path) -> None:
     assert " passed" in run.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.torch
 def test_diffusers_own_pipelines_run_on_the_emulated_device_in_eager_mode(tmp_path: Path) -> None:
     """Which it is in if no variable says so."""

@@ -598,7 +598,7 @@ def test_a_run_that_fails_at_each_of_its_steps_takes_nothing_half_done_for_done(
     assert content(output) == undisturbed
 
 
-@pytest.mark.parametrize("kind", ["503", "stall"])
+@pytest.mark.parametrize("kind", ["503", pytest.param("stall", marks=pytest.mark.thorough)])
 def test_a_run_stops_when_storage_has_failed_for_as_long_as_the_job_says(
     kind: str,
     dataset: Path,
