@@ -143,7 +143,8 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
         yield started
 
 
-@pytest.mark.parametrize(("cards", "group_rows"), [pytest.param(1, 8, marks=pytest.mark.thorough), (2, 40)])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("cards", "group_rows"), [(1, 8), (2, 40)])
 def test_rows_whose_reading_kills_are_found_and_no_other_row_fails(
     cards: int, group_rows: int, nodes: RayCluster, s3: S3Server, proxy: FaultProxy, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_card_that_paints_wrong_now_and_then_is_quarantined_and_costs_no_row(
     assert re.findall(r"module (\d)\) is quarantined: \d+ times in \d+ images it failed", log) == ["2"]
 
 
+@pytest.mark.thorough
 def test_large_images_have_a_time_limit_of_their_own(nodes: RayCluster, tmp_path: Path) -> None:
     """A small batch takes 0.05 s, a large one 6 s: longer than limits.batch, and than ten small ones."""
     sizes = [128 if row % 4 == 3 else 64 for row in range(96)]

@@ -15,6 +15,7 @@ from gaudi_batch.scheduling.event_log import load, main, replay
 from gaudi_batch.scheduling.events import CardDied, CardLoaded, ShardFailed, ShardMade
 
 
+@pytest.mark.thorough
 def test_the_log_of_a_run_with_faults_is_replayed_with_the_same_decisions(
     write_prompts: Callable[..., Path], tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,7 @@ def test_cards_that_hang_while_they_load_are_given_up_and_named(prompts: Path, t
         make(prompts, tmp_path / "out", cluster, {"load_seconds": 600}, limits={"loading": 1}, cards=1)
 
 
+@pytest.mark.thorough
 def test_a_card_whose_process_stands_still_is_replaced(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     command = (

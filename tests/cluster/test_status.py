@@ -37,6 +37,7 @@ def hours_ago(hours: float) -> str:
     return (datetime.now(timezone.utc) - timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@pytest.mark.thorough
 def test_a_driver_that_died_elsewhere_is_silent_and_one_that_counts_runs(
     write_prompts: Callable[..., Path],
     tmp_path: Path,

@@ -38,6 +38,9 @@ def undisturbed(dataset: Path, cluster: str, tmp_path_factory: pytest.TempPathFa
         yield content(Storage(str(output)))
 
 
+GCS_AND_THOROUGHLY_AZURE = ["gcs", pytest.param("azure", marks=pytest.mark.thorough)]
+
+
 @pytest.fixture(params=["gcs", "azure"], scope="module")
 def server(request: pytest.FixtureRequest) -> StoreServer:
     store: StoreServer = request.getfixturevalue(request.param)
@@ -88,6 +91,7 @@ def test_a_killed_driver_s_run_is_finished(
     assert run(dataset, url, storage_options=server.options) == 3
 
 
+@pytest.mark.parametrize("server", GCS_AND_THOROUGHLY_AZURE, indirect=True)
 def test_the_job_waits_for_a_store_that_fails_for_a_while(
     dataset: Path, server: StoreServer, proxy: FaultProxy, url: str, output: Storage, undisturbed: Content
 ) -> None:

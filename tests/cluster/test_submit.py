@@ -215,7 +215,9 @@ def test_a_shell_that_keeps_its_token_back_is_told_so(nodes: RayCluster) -> None
     assert "no authentication token was found" not in line
 
 
-@pytest.mark.parametrize(("grace", "seconds", "committed"), [("0", 20, 0), ("60", 3, 1)])
+@pytest.mark.parametrize(
+    ("grace", "seconds", "committed"), [pytest.param("0", 20, 0, marks=pytest.mark.thorough), ("60", 3, 1)]
+)
 def test_the_grace_that_stop_gives_reaches_the_driver(
     nodes: RayCluster, tmp_path: Path, grace: str, seconds: int, committed: int
 ) -> None:

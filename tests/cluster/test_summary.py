@@ -73,6 +73,7 @@ def test_a_run_of_two_drivers_took_the_time_of_both(prompts: Path, tmp_path: Pat
     assert again["drivers"] == summary["drivers"], "a driver that makes nothing adds nothing to the time"
 
 
+@pytest.mark.thorough
 def test_a_card_that_takes_the_place_of_one_that_is_lost_does_not_add_to_the_rate(
     nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:

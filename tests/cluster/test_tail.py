@@ -41,7 +41,8 @@ def test_the_defaults_give_every_card_its_share(prompts: Path, tmp_path: Path, c
     assert max(images) <= 4 * 8, "no card has a batch more than its share"
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("count", [16, 20])
 def test_a_card_that_stands_still_in_the_last_batch_costs_no_limit(
     count: int, write_prompts: Callable[..., Path], tmp_path: Path, cluster: str
 ) -> None:

@@ -86,7 +86,10 @@ def options(s3: S3Server, proxy: FaultProxy) -> dict[str, Any]:
     return s3.quick_options_at(proxy.port)
 
 
-@pytest.mark.parametrize("kind", ["500", "503", "reset", "lost answer", "cut", "stall"])
+@pytest.mark.parametrize(
+    "kind",
+    ["503", "lost answer", "stall", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("500", "reset", "cut"))],
+)
 def test_cards_wait_for_an_output_that_fails_for_a_while(
     kind: str, dataset: Path, s3: S3Server, proxy: FaultProxy, tmp_path: Path, undisturbed: Content
 ) -> None:
