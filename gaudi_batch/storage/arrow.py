@@ -21,8 +21,8 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 WHOLE_BYTES = 1 << 19
-"""Bytes up to which an object is read whole when it is opened, in one request: manifests of shards are that small. Of
-others that is read which is asked for."""
+"""Bytes up to which an object is read whole when it is opened: manifests of shards are that small. Of others that is
+read which is asked for."""
 QUIET_S = 0.05
 """Seconds without a call after which the threads of Arrow have ended."""
 OPEN_S = 1.0
