@@ -113,6 +113,14 @@ def the_log_is_as_an_application_finds_it() -> Iterator[None]:
     reset()
 
 
+@pytest.fixture(autouse=True)
+def the_hub_s_connections_end_with_their_test() -> Iterator[None]:
+    """Else one that a test without hub has opened, or with other timeouts, refuses another test of the same process."""
+    yield
+    if http := sys.modules.get("huggingface_hub.utils._http"):
+        http.configure_http_backend()
+
+
 @pytest.fixture
 def thread_cards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process have their cards in it, too; see threadcards.py."""

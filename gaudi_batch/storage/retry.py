@@ -41,7 +41,8 @@ PERMANENT_ERRORS = (
     ValueError,
     TypeError,
 )
-PERMANENT_NAMES = ("PartialCredentialsError", "ParamValidationError")
+PERMANENT_NAMES = ("PartialCredentialsError", "ParamValidationError", "OfflineModeIsEnabled")
+"""Names of errors of botocore, and of huggingface_hub where HF_HUB_OFFLINE is set."""
 NO_CREDENTIALS_NAMES = ("NoCredentialsError", "CredentialUnavailableError", "ClientAuthenticationError")
 """Names of botocore's and Azure's errors for missing credentials; the last one counts if no answer came with it."""
 GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}

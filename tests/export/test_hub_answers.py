@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import requests
-from huggingface_hub import configure_http_backend, get_session
+from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from gaudi_batch.errors import GaudiBatchError, InputError, StorageError
@@ -221,19 +221,15 @@ def silent() -> Iterator[str]:
 
 
 def test_a_hub_that_never_answers_a_request_has_failed_it(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure_http_backend()  # another test may have left a session of a mode without hub
     adapter = type(get_session().get_adapter(silent))
     monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 0.05)
     hub.set_timeouts()
-    try:
-        with pytest.raises(requests.Timeout):
-            get_session().post(f"{silent}/api/datasets/owner/name/preupload/main", json={})
-        monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 600.0)
-        with pytest.raises(requests.Timeout):
-            get_session().get(silent, timeout=0.05)
-        assert type(get_session().get_adapter(silent)) is adapter
-    finally:
-        configure_http_backend()
+    with pytest.raises(requests.Timeout):
+        get_session().post(f"{silent}/api/datasets/owner/name/preupload/main", json={})
+    monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 600.0)
+    with pytest.raises(requests.Timeout):
+        get_session().get(silent, timeout=0.05)
+    assert type(get_session().get_adapter(silent)) is adapter
 
 
 def test_failing_begins_with_the_first_request_that_is_made_again(

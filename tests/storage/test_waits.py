@@ -48,6 +48,13 @@ def test_prompts_of_a_hub_that_is_out_of_reach_name_the_network(tmp_path: Path) 
     assert "the network does not lead to 127.0.0.1: [Errno 111] Connection refused" in lines[-1]
 
 
+def test_prompts_of_a_hub_that_the_environment_forbids_are_refused_at_once(tmp_path: Path) -> None:
+    flags = ("--prompts", "hf://datasets/owner/name/*.parquet", "--output", tmp_path / "out", *JOB)
+    result = command_line("check", *flags, HF_HUB_OFFLINE="1")
+    assert result.returncode == 1
+    assert "please unset the `HF_HUB_OFFLINE` environment variable" in result.stderr.splitlines()[-1]
+
+
 def test_a_server_that_answers_nothing_is_not_a_file_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
