@@ -85,11 +85,12 @@ NO_ROOM = "mount -t tmpfs -o size=4k none {output}/images && mount -t tmpfs -o s
 OTHER_PROMPTS = "mount --bind {other} {prompts}"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "failures",
     [
         {READ_ONLY: "Read-only file system", NO_ROOM: "No space left on device"},
-        pytest.param({OTHER_PROMPTS: "is not what it was when it was planned"}, marks=pytest.mark.thorough),
+        {OTHER_PROMPTS: "is not what it was when it was planned"},
     ],
     ids=["output", "prompts"],
 )

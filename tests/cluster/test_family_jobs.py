@@ -32,7 +32,9 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=GUIDANCE)
+@pytest.fixture(
+    scope="module", params=["xl", "qwen", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd3", "flux"))]
+)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -180,7 +180,9 @@ def test_two_drivers_that_are_both_forced_to_run_make_every_image_once(
     assert files_named(output) == files_there(output)
 
 
-@pytest.mark.parametrize("seen", ["lease.json", "images/*/*.png", "manifest/*.parquet"])
+@pytest.mark.parametrize(
+    "seen", [pytest.param("lease.json", marks=pytest.mark.thorough), "images/*/*.png", "manifest/*.parquet"]
+)
 def test_a_driver_killed_at_any_moment_leaves_a_run_that_finishes(
     prompts: Path, tmp_path: Path, cluster: str, seen: str
 ) -> None:
@@ -450,6 +452,7 @@ def test_what_a_driver_that_was_taken_for_dead_commits_after_all_stays(
 
 
 @pytest.mark.usefixtures("thread_cards")
+@pytest.mark.thorough
 def test_a_refused_start_does_not_forget_who_left_orphans(prompts: Path, tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "out"
     make(prompts, output, cluster, {})

@@ -182,7 +182,7 @@ run(JobConfig.model_validate_json(sys.argv[1]), address=sys.argv[2])
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("output_format", ["webdataset", "files", MORE])
+@pytest.mark.parametrize("output_format", ["webdataset", pytest.param("files", marks=pytest.mark.thorough), MORE])
 def test_a_driver_and_a_card_that_are_killed_change_no_byte(
     make: Make, prompts: Path, tmp_path: Path, cluster: str, output_format: str
 ) -> None:

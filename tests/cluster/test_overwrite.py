@@ -69,7 +69,11 @@ def test_a_run_is_not_removed_for_cards_whose_stack_is_not_here(prompts: Path, o
     [
         (NO_CARD, "the cluster has no card for this job"),
         ({"simulated": {"unloadable_modules": [0, 1, 2, 3]}}, "of 4 cards that were free none could load the model"),
-        ({"simulated": {"load_seconds": 600}, "limits": {"loading": 1}}, "of 4 cards that were free none"),
+        pytest.param(
+            {"simulated": {"load_seconds": 600}, "limits": {"loading": 1}},
+            "of 4 cards that were free none",
+            marks=pytest.mark.thorough,
+        ),
         ({"device": "hpu", "model": "builtin:shapes"}, "habana_frameworks"),
     ],
     ids=["no card", "can't load", "loads for ever", "no stack in the cluster"],

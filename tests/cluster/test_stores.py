@@ -72,6 +72,7 @@ def fresh(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     proxy.clear()
 
 
+@pytest.mark.parametrize("server", GCS_AND_THOROUGHLY_AZURE, indirect=True)
 def test_a_killed_driver_s_run_is_finished(
     dataset: Path, server: StoreServer, cluster: str, url: str, output: Storage, undisturbed: Content, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_killed_driver_s_run_is_finished(
 
 
 @pytest.mark.parametrize("server", GCS_AND_THOROUGHLY_AZURE, indirect=True)
+@pytest.mark.thorough
 def test_the_job_waits_for_a_store_that_fails_for_a_while(
     dataset: Path, server: StoreServer, proxy: FaultProxy, url: str, output: Storage, undisturbed: Content
 ) -> None:
@@ -108,6 +110,7 @@ def test_the_job_waits_for_a_store_that_fails_for_a_while(
 
 
 @pytest.mark.parametrize("method", [pytest.param("GET", marks=pytest.mark.thorough), "PUT|POST"])
+@pytest.mark.parametrize("server", GCS_AND_THOROUGHLY_AZURE, indirect=True)
 def test_what_the_store_forbids_ends_the_run_at_once(
     method: str,
     dataset: Path,
@@ -143,6 +146,7 @@ def without_bucket(proxy: FaultProxy, count: int | None = None, when: Callable[[
     return [proxy.add(Fault("404", method, count=count, when=when, code="ContainerNotFound")) for method in methods]
 
 
+@pytest.mark.parametrize("server", GCS_AND_THOROUGHLY_AZURE, indirect=True)
 def test_cards_wait_for_a_bucket_that_seems_gone_for_a_moment(
     dataset: Path, server: StoreServer, proxy: FaultProxy, url: str, output: Storage, undisturbed: Content
 ) -> None:

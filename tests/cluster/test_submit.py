@@ -131,6 +131,7 @@ def test_a_python_without_the_package_is_named_with_the_ways_out(
     assert re.search(re.escape(here) + r"\w+; gaudi_batch needs it", depending.stdout)
 
 
+@pytest.mark.thorough
 def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(nodes: RayCluster, dataset: Path, tmp_path: Path) -> None:
     """As in `gaudi-batch follow job | head -1`."""
     address = ("--address", nodes.jobs_address)
@@ -151,6 +152,7 @@ def test_who_closes_the_log_of_a_job_is_told_that_it_goes_on(nodes: RayCluster, 
     assert command_line("follow", "closed", *address).returncode == 3
 
 
+@pytest.mark.thorough
 def test_a_job_whose_id_can_t_be_printed_is_named_all_the_same(
     nodes: RayCluster, dataset: Path, tmp_path: Path
 ) -> None:
@@ -215,9 +217,8 @@ def test_a_shell_that_keeps_its_token_back_is_told_so(nodes: RayCluster) -> None
     assert "no authentication token was found" not in line
 
 
-@pytest.mark.parametrize(
-    ("grace", "seconds", "committed"), [pytest.param("0", 20, 0, marks=pytest.mark.thorough), ("60", 3, 1)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("grace", "seconds", "committed"), [("0", 20, 0), ("60", 3, 1)])
 def test_the_grace_that_stop_gives_reaches_the_driver(
     nodes: RayCluster, tmp_path: Path, grace: str, seconds: int, committed: int
 ) -> None:

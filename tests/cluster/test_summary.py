@@ -117,7 +117,9 @@ def test_when_a_shard_was_made_is_known_by_the_drivers_clock(nodes: RayCluster, 
     assert all(moment is not None and began <= moment <= ended for moment in times), times
 
 
-@pytest.mark.parametrize("drivers", [None, "nonsense", [{"driver": "aaaaa", "wall_s": -1}]])
+@pytest.mark.parametrize(
+    "drivers", [None, pytest.param("nonsense", marks=pytest.mark.thorough), [{"driver": "aaaaa", "wall_s": -1}]]
+)
 def test_a_run_that_older_code_began_has_no_wall_time(
     drivers: Any, prompts: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

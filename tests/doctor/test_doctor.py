@@ -71,6 +71,7 @@ def test_a_driver_of_another_release_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.thorough
 def test_a_share_of_a_node_is_told_and_modules_that_are_not_there_are_a_fault(tmp_path: Path) -> None:
     node_of_two = Node(tmp_path)
     code, lines = node_of_two.ask(HABANA_VISIBLE_MODULES="1")

@@ -22,6 +22,8 @@ from optimum.habana import GaudiConfig
 from optimum.habana import diffusers as gaudi_diffusers
 from optimum.habana.diffusers import GaudiFluxPipeline, GaudiStableDiffusion3Pipeline, GaudiStableDiffusionXLPipeline
 
+pytestmark = pytest.mark.thorough
+
 PROMPTS = ["a red circle on a blue background", "a green square on a white background", "a blue triangle on a red one"]
 NEGATIVE = {"negative_prompt": ["blurry"] * len(PROMPTS)}
 STEPS = 3

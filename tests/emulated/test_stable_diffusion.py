@@ -17,6 +17,8 @@ from optimum.habana.utils import get_driver_version, get_habana_frameworks_versi
 
 import gaudi_batch
 
+pytestmark = pytest.mark.thorough
+
 SHAPES = Path(gaudi_batch.__file__).parent / "models" / "shapes"
 PROMPTS = ["a red circle on a blue background", "a green square on a white background", "a blue triangle on a red one"]
 STEPS = 4

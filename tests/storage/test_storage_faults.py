@@ -477,7 +477,9 @@ def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> N
     assert storage.get("x/i.png") is None
 
 
-@pytest.mark.parametrize(("status", "code"), [("403", "AccessDenied"), ("400", "ExpiredToken")])
+@pytest.mark.parametrize(
+    ("status", "code"), [pytest.param("403", "AccessDenied", marks=pytest.mark.thorough), ("400", "ExpiredToken")]
+)
 def test_credentials_that_expire_stop_the_run_with_the_stores_own_words(
     status: str,
     code: str,
