@@ -76,6 +76,8 @@ def check(config: JobConfig, strict: bool = False, job_file: str | None = None) 
     require_writable(storage)
     ledger = OutputReader(storage)
     record = ledger.run()
+    if record is None:
+        spending.refuse_if_over()
     job = resolve(
         with_device(config, None, record.job["device"] if record else None),
         record.fixed if record else None,

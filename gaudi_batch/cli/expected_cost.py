@@ -56,7 +56,9 @@ def money_lines(work: Work, spending: Spending, used: dict[str, Any]) -> list[st
         lines.append(f"cost     {'; '.join(parts)}")
         lines += _budget(spending.budget, spending.spent(Held()), rest)
     left = spending.seconds_left
-    if left is not None and work.seconds is not None and work.seconds > left:
+    if left is not None and left <= 0 and work.card_s != 0:
+        lines.append("deadline is over: the run would stop at once")
+    elif left is not None and work.seconds is not None and work.seconds > max(0, left):
         lines.append(
             f"deadline is in {duration(left)}, and the rest takes about {duration(work.seconds)}: the run would stop"
             " before its end"

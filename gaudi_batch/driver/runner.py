@@ -85,6 +85,8 @@ def run(
     lease = LeaseKeeper(storage, driver)
     ledger = Ledger(storage, lease)
     record = None if overwrite else ledger.run()
+    if record is None:
+        spending.refuse_if_over()
     address = address_of(address)
     device = record.job["device"] if record else None
     kept_log = LogKeeper(storage, lease)

@@ -34,9 +34,6 @@ class Spending:
     Args:
         config: the job.
         driver: prefix of this driver's attempts.
-
-    Raises:
-        InputError: the deadline is over.
     """
 
     def __init__(self, config: JobConfig, driver: str) -> None:
@@ -50,9 +47,12 @@ class Spending:
         self._is_partly_unknown = False
         self._deadline = config.deadline
         self._end = parse_deadline(config.deadline) if config.deadline else None
+
+    def refuse_if_over(self) -> None:
+        """Raises InputError if the deadline is a time that is over: a run that is new could only stop at once."""
         if isinstance(self._end, datetime) and self._end <= (now := _now()):
             raise InputError(
-                f"deadline: {config.deadline} is over, it is {now.isoformat(timespec='seconds')}; name a later one"
+                f"deadline: {self._deadline} is over, it is {now.isoformat(timespec='seconds')}; name a later one"
             )
 
     def read_earlier(self, ledger: OutputReader) -> None:

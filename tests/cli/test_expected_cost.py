@@ -72,6 +72,10 @@ def test_a_job_that_would_be_stopped_is_warned_of() -> None:
     ]
     assert lines(Work(40 * HOUR, 8), deadline="5h1m") == []
     assert lines(Work(40 * HOUR, None), deadline="1h") == []
+    assert lines(Work(40 * HOUR, 8), deadline="2020-01-01T00:00:00Z") == [
+        "deadline is over: the run would stop at once"
+    ]
+    assert lines(Work(0.0, 8), deadline="2020-01-01T00:00:00Z") == []
     (line,) = lines(Work(40 * HOUR, 8), deadline="4h")
     assert line.startswith("deadline is in ")
     assert line.endswith(", and the rest takes about 5 h 00 min: the run would stop before its end")

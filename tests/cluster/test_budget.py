@@ -35,10 +35,10 @@ def output(tmp_path: Path) -> Path:
 def make(write_prompts: Callable[..., Path], output: Path, cluster: str) -> Callable[..., RunResult]:
     prompts = write_prompts({"prompt": [f"prompt {row}" for row in range(SHARDS * ROWS)]})
 
-    def call(**fields: Any) -> RunResult:
+    def call(overwrite: bool = False, **fields: Any) -> RunResult:
         job = {"device": "simulated", "shard_size": ROWS, "batch_size": 2, "cards": CARDS, "output": str(output)}
         job |= {"simulated": {"batch_seconds": 0.02}, "prompts": str(prompts)}
-        return run(JobConfig.model_validate(job | fields), address=cluster)
+        return run(JobConfig.model_validate(job | fields), address=cluster, overwrite=overwrite)
 
     return call
 
@@ -155,6 +155,24 @@ def test_a_deadline_that_is_over_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="deadline: 2020-01-01T00:00:00Z is over"):
         make(deadline="2020-01-01T00:00:00Z")
     assert not output.exists()
+
+
+def test_a_deadline_that_is_over_stops_a_run_that_is_there_and_leaves_a_complete_one(
+    make: Callable[..., RunResult], output: Path, at_limit: list[int]
+) -> None:
+    over = "2126-01-01T00:00:00Z"
+    with pytest.raises(RunStopped):
+        make(deadline=over)
+    before = committed(output)
+    with pytest.raises(RunStopped, match=f"the deadline, {over}, is reached.*the same command with a later deadline"):
+        make(deadline=over)
+    assert committed(output) == before
+    assert make().exit_code == 0
+    made = images(output)
+    assert make(deadline=over).exit_code == 0
+    with pytest.raises(InputError, match=f"deadline: {over} is over"):
+        make(deadline=over, overwrite=True)
+    assert images(output) == made
 
 
 def test_a_deadline_ends_a_run_that_waits_for_a_card(make: Callable[..., RunResult]) -> None:

@@ -112,8 +112,9 @@ def test_a_time_that_is_over_is_refused_and_one_to_come_is_reached(monkeypatch: 
     monkeypatch.setattr("gaudi_batch.driver.spending._now", lambda: now)
     for over in ("2026-12-01T07:00:00Z", "2026-12-01T08:00:00+01:00"):
         with pytest.raises(InputError, match="is over, it is 2026-12-01T07:00:00"):
-            Spending(a_job(deadline=over), "b")
+            Spending(a_job(deadline=over), "b").refuse_if_over()
     spending = Spending(a_job(deadline="2026-12-01T08:00:01+01:00"), "b")
+    spending.refuse_if_over()
     assert spending.examine(Held()) is None
     now += timedelta(seconds=1)
     reached = spending.examine(Held())
