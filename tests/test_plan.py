@@ -182,6 +182,7 @@ def test_a_shard_is_no_more_than_some_minutes_of_work() -> None:
     assert small[0].images == MAX_IMAGES
 
 
+@pytest.mark.thorough
 def test_a_hundred_million_prompts_are_under_a_million_shards() -> None:
     plan = plan_shards([RowSpan(0, 0, 10**8, BUCKETS[0], 1)], 10**8, ShardSizes(8, cards=10_000))
     last = deque(plan, maxlen=1)[0]

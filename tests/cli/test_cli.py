@@ -26,6 +26,7 @@ def test_help_and_version_answer() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_code_that_a_job_brings_along_needs_no_installation(prompts: Path, tmp_path: Path) -> None:
     """Here with the packages that it depends on, and without its own."""
     packages = tmp_path / "packages"

@@ -121,6 +121,7 @@ def test_verify_lists_what_is_missing_torn_and_foreign_and_repair_makes_just_tho
     assert all(hashes[row] == paths[row]["sha256"] for row in paths)
 
 
+@pytest.mark.thorough
 def test_repair_and_retries_go_together_in_any_order(make: Make, output: Path) -> None:
     make([5, 6], {"num_images": 2})
     rows = [row for row in read_manifest(output) if row["row"] == 0]

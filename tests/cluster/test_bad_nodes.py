@@ -228,6 +228,7 @@ def test_large_images_have_a_time_limit_of_their_own(nodes: RayCluster, tmp_path
     assert "took longer" not in log
 
 
+@pytest.mark.thorough
 def test_a_size_that_takes_longer_than_its_limit_everywhere_is_set_aside_by_name(
     nodes: RayCluster, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def test_three_nodes_of_which_one_is_killed_and_another_joins(
     assert ready[4][0] in made, "the new node's card made nothing"
 
 
+@pytest.mark.thorough
 def test_a_node_that_announces_its_end_finishes_what_it_has_begun_and_gets_nothing_more(
     nodes: RayCluster, dataset: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:

@@ -337,6 +337,7 @@ def test_no_file_of_a_run_is_taken_for_prompts(where: str, made: Path, tmp_path:
     assert dataset.rows == 3
 
 
+@pytest.mark.thorough
 def test_a_run_beside_its_prompts_is_resumed_and_started_afresh(tmp_path: Path, cluster: str) -> None:
     data = tmp_path / "data"
     data.mkdir()

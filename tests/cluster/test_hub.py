@@ -36,6 +36,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_nodes_and_cards_that_start_together_fetch_a_model_once(
     nodes: RayCluster, hub: Hub, prompts: Path, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def stacks_written(output: Path) -> bool:
     return (output / "run.json").exists() and bool(stacks(output))
 
 
+@pytest.mark.thorough
 def test_a_head_with_other_versions_than_the_cards_warns_of_nothing(
     cluster: str, prompts: Path, tmp_path: Path
 ) -> None:

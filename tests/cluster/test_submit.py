@@ -113,6 +113,7 @@ def test_a_job_is_stopped_gently_and_resumed_by_submitting_it_again(
     assert len(read_manifest(output)) == 64
 
 
+@pytest.mark.thorough
 def test_a_python_without_the_package_is_named_with_the_ways_out(
     nodes: RayCluster, dataset: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_job_whose_id_can_t_be_printed_is_named_all_the_same(
     assert command_line("follow", name, "--address", nodes.jobs_address).returncode == 3
 
 
+@pytest.mark.thorough
 def test_ray_s_own_command_submits_the_script(nodes: RayCluster, dataset: Path, tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(f"prompts: {dataset}\noutput: {tmp_path / 'out'}\n")

@@ -101,6 +101,7 @@ datetime.datetime = Late
 """
 
 
+@pytest.mark.thorough
 def test_when_a_shard_was_made_is_known_by_the_drivers_clock(nodes: RayCluster, prompts: Path, tmp_path: Path) -> None:
     """The clock of the node is an hour fast for all Python on it."""
     output, site = tmp_path / "out", tmp_path / "site"

@@ -114,6 +114,7 @@ def test_a_driver_that_was_cut_off_changes_nothing_of_the_run_that_another_took_
     assert {row["seed"] for row in require_every_image_once(output)} == seeds
 
 
+@pytest.mark.thorough
 def test_a_driver_that_was_cut_off_for_a_moment_goes_on(
     prompts: Path, cluster: str, s3: S3Server, proxy: FaultProxy, tmp_path: Path
 ) -> None:

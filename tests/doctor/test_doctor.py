@@ -433,6 +433,7 @@ def test_all_nodes_of_a_cluster_are_asked(cluster: str) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_node_whose_clock_is_off_and_one_with_an_output_of_its_own_are_named(
     nodes: RayCluster, prompts: Path, tmp_path: Path
 ) -> None:

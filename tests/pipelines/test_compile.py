@@ -130,6 +130,7 @@ def test_each_shape_is_one_graph_without_a_break(name: str, saved: Callable[[str
         assert np.abs(one - other).max() < 1e-5
 
 
+@pytest.mark.thorough
 def test_shapes_beyond_torchs_own_limit_are_compiled_and_go_together(
     saved: Callable[[str], Path], breaks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
