@@ -1,16 +1,13 @@
 """An export: what the manifests of a run name, and nothing else, in another place, format and packing.
 
-All is planned from the manifests and from listings. The plan has a digest, which stands in the destination before the
-first image: the same command goes on with what is not there yet, and another one is refused.
+All is planned from the manifests and from listings. The plan stands in the destination before the first image: the same
+command goes on with what is not there yet, and another one is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +20,8 @@ from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
 from gaudi_batch.export.parts import PartTask, Spans, is_written, located, write_tasks
-from gaudi_batch.export.plan import Part, in_order, parse_size, plan
+from gaudi_batch.export.plan import Part, cut, in_order, parse_size, parts_of
+from gaudi_batch.export.record import RECORD, cuts_of, digest, put_record
 from gaudi_batch.export.selection import Splits, select, takes_failed
 from gaudi_batch.export.source import ImageAt, places, sizes
 from gaudi_batch.layout import METADATA
@@ -38,13 +36,9 @@ from gaudi_batch.text import counted
 
 log = logging.getLogger(__name__)
 
-RECORD = ".gaudi-batch/export.json"
-"""What a destination holds, hidden from loaders."""
 CARD, ASSETS = "README.md", "assets"
 """The dataset card, and the directory of its pictures."""
 OWN_NAMES = (CARD, ASSETS)
-SETTLE_S = 1.0
-"""Seconds after which a record that was put in a store is looked at again."""
 RETRY_TIMEOUT_S = 600.0
 """Seconds for which storage that fails is tried again."""
 
@@ -136,10 +130,20 @@ def plan_export(request: ExportRequest) -> Export:
         raise InputError("failed rows have no image; format webdataset or parquet takes them, files do not")
     suffix = SUFFIXES[run.info.job.get("encoding", {}).get("type", "png")]
     names = [f"{name}.{suffix}" for name in template.names(rows)]
-    parts = plan(splits, sizes(source, images), output_format, target_size)
     described = manifest.described(rows, has_members=has_members)
     if takes_failed(request.filters):
         described = described.append_column("status", rows["status"]).append_column("error", rows["error"])
+    packing = None if output_format == manifest.FILES else target_size
+    its_digest = digest(
+        {"run": run.info.run_id, "format": output_format, "packing": packing, "columns": described.column_names},
+        zip(splits, names, (None if image is None else image.sha256 for image in images), strict=True),
+    )
+    # The bytes of an object that was torn, and has been made again since, would pack the rest in another way.
+    cuts = cuts_of(target.get(RECORD), its_digest)
+    if cuts is None:
+        counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(every["path"]).to_pylist()}
+        cuts = cut(splits, sizes(source, images, counts), output_format, target_size)
+    parts = parts_of(cuts, output_format)
     tasks = [
         PartTask(
             part,
@@ -159,7 +163,7 @@ def plan_export(request: ExportRequest) -> Export:
         failures,
         parts,
         tasks,
-        _digest(run, output_format, tasks),
+        its_digest,
         filters=request.filters,
         split=request.split,
     )
@@ -195,14 +199,6 @@ def _plain(rows: pa.Table) -> pa.Table:
     return pa.table([cast(*each) for each in zip(rows.columns, schema.types, strict=True)], schema=schema)
 
 
-def _digest(run: CommittedRun, output_format: str, tasks: Sequence[PartTask]) -> str:
-    digest = hashlib.sha256(json.dumps([run.info.run_id, output_format]).encode())
-    for task in tasks:
-        sums = [None if image is None else image.sha256 for image in task.images]
-        digest.update(json.dumps([task.part.path, list(task.names), sums, task.described.column_names]).encode())
-    return digest.hexdigest()
-
-
 def begin(export: Export) -> None:
     """Puts the record of an export in its destination, unless it is there.
 
@@ -210,36 +206,18 @@ def begin(export: Export) -> None:
         InputError: the destination holds something else.
         StorageError: storage failed.
     """
-    target = export.target
-    data = target.get(RECORD)
-    if data is not None:
-        if digest_of(data) != export.digest:
-            raise InputError(
-                f"{target.url} holds another export: this one differs in images, names, splits, format or packing; name"
-                " another place, or remove what is there"
-            )
-        return
-    if names := target.names(""):
-        raise InputError(f"{target.url} holds something else, {names[0]!r}; name a place that is empty or not there")
+    cuts: dict[str, list[int]] = {}
+    for part in export.parts:
+        cuts.setdefault(part.split, []).append(part.stop)
     record = {
         "digest": export.digest,
         "run": export.run.info.run_id,
         "format": export.format,
         "images": len(export.rows),
         "objects": len(export.parts),
+        "cuts": cuts,
     }
-    target.put(RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    # Another may have begun at the same moment; the record that is there now decides for both.
-    time.sleep(0.0 if target.local else SETTLE_S)
-    begin(export)
-
-
-def digest_of(record: bytes) -> str | None:
-    """The digest in the record of an export; None if it is none."""
-    try:
-        return str(json.loads(record)["digest"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    put_record(export.target, record)
 
 
 def write_parts(export: Export, address: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -36,8 +36,10 @@ class Part:
     start: int
     """The first of its rows, of the export's rows in order."""
     stop: int
-    size: int
-    """Bytes of its images, about."""
+
+
+Cuts = Mapping[str, Sequence[int]]
+"""Of each split, in order, the row after the last of each part."""
 
 
 def parse_size(text: str) -> int:
@@ -57,7 +59,7 @@ def in_order(rows: pa.Table, splits: Sequence[str]) -> tuple[pa.Table, list[str]
     return rows.take(order), [splits[place] for place in order.to_pylist()]
 
 
-def plan(splits: Sequence[str], sizes: Sequence[int], output_format: str, target_size: int) -> list[Part]:
+def cut(splits: Sequence[str], sizes: Sequence[int], output_format: str, target_size: int) -> Cuts:
     """Packs images, each split by itself.
 
     Args:
@@ -67,28 +69,37 @@ def plan(splits: Sequence[str], sizes: Sequence[int], output_format: str, target
         target_size: bytes of an object, about; an image that is larger is one by itself. Of files a folder has
             FOLDER_FILES at most.
     """
-    parts: list[Part] = []
+    cuts: dict[str, list[int]] = {}
     for split in dict.fromkeys(splits):
         start = splits.index(split)
-        stop = start + splits.count(split)
-        cuts = list(_cuts(sizes, range(start, stop), output_format, target_size))
-        for number, (first, end) in enumerate(cuts):
+        rows = range(start, start + splits.count(split))
+        cuts[split] = list(_ends(sizes, rows, output_format, target_size))
+    return cuts
+
+
+def parts_of(cuts: Cuts, output_format: str) -> list[Part]:
+    """The parts of an export."""
+    parts: list[Part] = []
+    first = 0
+    for split, ends in cuts.items():
+        for number, end in enumerate(ends):
             if output_format == FILES:
                 path = f"{split}/{number:05d}"
             else:
-                path = f"{DATA}/{split}-{number:05d}-of-{len(cuts):05d}.{SUFFIXES[output_format]}"
-            parts.append(Part(path, split, first, end, sum(sizes[first:end])))
+                path = f"{DATA}/{split}-{number:05d}-of-{len(ends):05d}.{SUFFIXES[output_format]}"
+            parts.append(Part(path, split, first, end))
+            first = end
     return parts
 
 
-def _cuts(sizes: Sequence[int], rows: range, output_format: str, target_size: int) -> Iterator[tuple[int, int]]:
+def _ends(sizes: Sequence[int], rows: range, output_format: str, target_size: int) -> Iterator[int]:
     first, size = rows.start, 0
     for row in rows:
         more = sizes[row] + OVERHEAD
         is_full = row - first >= FOLDER_FILES if output_format == FILES else size + more > target_size
         if is_full and row > first:
-            yield first, row
+            yield row
             first, size = row, 0
         size += more
-    if rows.stop > first:
-        yield first, rows.stop
+    if rows:
+        yield rows.stop

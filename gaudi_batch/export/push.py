@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.card import GRID
-from gaudi_batch.export.export import CARD, RECORD, Export, digest_of
+from gaudi_batch.export.export import CARD, Export
 from gaudi_batch.export.hub import from_hub, set_timeouts, upload_until_done
 from gaudi_batch.export.plan import HUB_FILES, HUB_FOLDER_FILES
+from gaudi_batch.export.record import RECORD, digest_of
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
 from gaudi_batch.storage.reading import PART_BYTES

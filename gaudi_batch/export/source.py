@@ -65,26 +65,28 @@ def places(rows: pa.Table, *, has_members: bool) -> list[ImageAt | None]:
     ]
 
 
-def sizes(storage: Storage, images: Sequence[ImageAt | None]) -> list[int]:
+def sizes(storage: Storage, images: Sequence[ImageAt | None], members: Mapping[str, int]) -> list[int]:
     """The bytes of each image, by listings alone: of an image in an object with others, their mean.
+
+    Args:
+        storage: of the run.
+        images: where they are.
+        members: how many images each object has, these and others.
 
     Raises:
         StorageError: storage failed, or an image is not there.
     """
-    members: dict[str, int] = {}
-    for image in images:
-        if image is not None:
-            members[image.path] = members.get(image.path, 0) + 1
-    directories = sorted({path.rpartition("/")[0] for path in members})
+    paths = dict.fromkeys(image.path for image in images if image is not None)
+    directories = sorted({path.rpartition("/")[0] for path in paths})
     with ThreadPoolExecutor(READ_THREADS) as pool:
         listings = dict(zip(directories, pool.map(storage.entries, directories), strict=True))
     known: dict[str, int] = {}
-    for path, count in members.items():
+    for path in paths:
         directory, _, name = path.rpartition("/")
         entry = listings[directory].get(name)
         if entry is not None:
-            known[path] = entry.size if directory != DATA else max(1, entry.size // count - OVERHEAD)
-    if missing := [path for path in members if path not in known]:
+            known[path] = entry.size if directory != DATA else max(1, entry.size // members[path] - OVERHEAD)
+    if missing := [path for path in paths if path not in known]:
         raise StorageError(
             f"{storage.url}: {counted(len(missing), 'object')} of images that the manifest names"
             f" {'is' if len(missing) == 1 else 'are'} not there, the first {missing[0]};"

@@ -26,7 +26,7 @@ from PIL import Image
 
 from gaudi_batch import JobConfig, RunStopped, run
 from gaudi_batch.export import push
-from gaudi_batch.export.export import RECORD
+from gaudi_batch.export.record import RECORD
 from gaudi_batch.storage.store import Storage
 
 pytestmark = pytest.mark.usefixtures("thread_cards")
@@ -183,6 +183,9 @@ def test_the_nodes_of_a_cluster_export(make: Make, tmp_path: Path, cluster: str)
     export(output, tmp_path / "here")
     export(output, tmp_path / "there", "--address", cluster)
     assert files(tmp_path / "there") == files(tmp_path / "here")
+    size = sum(path.stat().st_size for path in output.glob("data/*"))
+    told = called("export", output, tmp_path / "some", "--target-size", str(size // 4), "--filter", "row<10")
+    assert "9 rows in 1 part" in told.stdout, "an image is as large as it is among all of its object"
     torn = next(output.glob("data/*"))
     torn.write_bytes(torn.read_bytes()[:2000])
     result = called("export", output, tmp_path / "torn", "--address", cluster)
@@ -192,12 +195,17 @@ def test_the_nodes_of_a_cluster_export(make: Make, tmp_path: Path, cluster: str)
 def test_what_is_not_what_the_manifest_says_is_not_exported(make: Make, tmp_path: Path) -> None:
     output = make()
     torn, gone = sorted(output.glob("images/*/*.png"))[:2]
-    torn.write_bytes(b"?")
-    result = called("export", output, tmp_path / "a")
+    whole = torn.read_bytes()
+    torn.write_bytes(b"?" * 20_000)
+    result = called("export", output, tmp_path / "a", "--target-size", "15kB")
     assert (result.returncode, f"{torn.relative_to(output)} is not what its manifest says" in result.stderr) == (
         1,
         True,
     )
+    torn.write_bytes(whole)
+    assert "39 rows in" in export(output, tmp_path / "a"), "the same command goes on, though the image has another size"
+    export(output, tmp_path / "undisturbed")
+    assert images(tmp_path / "a") == images(tmp_path / "undisturbed")
     gone.unlink()
     result = called("export", output, tmp_path / "b")
     assert (

@@ -129,7 +129,7 @@ def test_a_place_within_the_run_is_refused(planned: Planned, tmp_path: Path, pla
     with pytest.raises(InputError, match=r"within the run .*/out, .*; name a place outside it"):
         planned(target=str(tmp_path / "out" / place))
     assert planned(target=str(tmp_path / "out-set")).parts
-    assert planned(target="s3://bucket/out/set", target_options={"key": "k", "secret": "s"}).parts
+    require_outside(Storage("s3://bucket/out/set", {"key": "k", "secret": "s"}), Storage(str(tmp_path / "out")))
 
 
 def test_a_place_within_the_run_is_refused_in_a_store(tmp_path: Path, s3: StoreServer) -> None:

@@ -17,7 +17,7 @@ import pytest
 from gaudi_batch.errors import StorageError
 from gaudi_batch.export import parts
 from gaudi_batch.export.parts import PartTask, Spans, located, write_tasks
-from gaudi_batch.export.plan import plan
+from gaudi_batch.export.plan import cut, parts_of
 from gaudi_batch.export.source import ImageAt, read_images
 from gaudi_batch.output.formats import SUFFIXES, WRITERS
 from gaudi_batch.storage.store import Storage
@@ -68,7 +68,8 @@ def tasks_of(at: dict[int, ImageAt], splits: list[str]) -> list[PartTask]:
     """The parts of all rows, those of a split together, in some objects a split."""
     rows = sorted(at, key=lambda row: (splits[row], row))
     tasks = []
-    for part in plan(sorted(splits), [len(image_of(row)) for row in rows], "parquet", 100_000):
+    cuts = cut(sorted(splits), [len(image_of(row)) for row in rows], "parquet", 100_000)
+    for part in parts_of(cuts, "parquet"):
         of_part = rows[part.start : part.stop]
         names = [name_of(row) for row in of_part]
         tasks.append(PartTask(part, described(of_part), [at[row] for row in of_part], names, "parquet"))
