@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -70,7 +70,7 @@ def open_prompts(config: JobConfig) -> PromptDataset:
     storage, located = _find_files(config)
     slow = told_if_slow(lambda: f"prompts {storage.url}: still reading {len(located)} footers{storage.last_error}")
     with slow, ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda name: _footer(storage, name), sorted(located)))
+        footers = list(pool.map(lambda name: _footer(storage, name, config.columns), sorted(located)))
     files: list[PromptFile] = []
     first_row = 0
     footer_bytes = 0
@@ -259,7 +259,7 @@ def _find_files(config: JobConfig) -> tuple[Storage, list[str]]:
     _say_what_is_passed_over(whole, files_found, of_other_runs)
     if not files_found.taken:
         names = [name[len(files_found.base) :].lstrip("/") for name in files_found.others]
-        way_out = how_to_convert(whole.url, names)
+        way_out = how_to_convert(whole.url, names, config.columns, bool(whole.options))
         besides = f", and {_some(files_found.others, files_found.base)} is" if files_found.others else ""
         raise InputError(
             f"prompts {whole.url!r}: no Parquet file (*.parquet) is there{besides}"
@@ -324,7 +324,7 @@ def _some(names: Collection[str], base: str, visible: int = 3) -> str:
     return first + (f" and {len(names) - visible} more" if len(names) > visible else "")
 
 
-def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, bytes, str]:
+def _footer(storage: Storage, name: str, columns: Mapping[str, str]) -> tuple[pq.FileMetaData, pa.Schema, bytes, str]:
     info = storage.info(name)  # some stores tell more here than in a listing, and other marks of a version
     size = int(info["size"] or 0)
     if size == 0 and info.get("size") is not None:
@@ -338,7 +338,7 @@ def _footer(storage: Storage, name: str) -> tuple[pq.FileMetaData, pa.Schema, by
         if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
             raise pa.ArrowInvalid("its numbers of rows disagree")
     except (pa.ArrowException, OSError, ValueError) as error:
-        way_out = how_to_convert(storage.url, [name])
+        way_out = how_to_convert(storage.url, [name], columns, bool(storage.options))
         raise InputError(
             f"prompts file {name!r} is not a readable Parquet file: {way_out or one_line(error, 300)}"
         ) from None

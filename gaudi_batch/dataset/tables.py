@@ -50,12 +50,16 @@ OPENERS: Mapping[str, Callable[[IO[bytes]], Any]] = {
 _SUFFIX = re.compile(rf"\.({'|'.join(KINDS)})(\.({'|'.join(OPENERS)}))?$", re.IGNORECASE)
 
 
-def how_to_convert(place: str, names: Iterable[str]) -> str | None:
+def how_to_convert(
+    place: str, names: Iterable[str], columns: Mapping[str, str], has_options: bool = False
+) -> str | None:
     """The command that converts the first of some files that is a table, as a part of a sentence; None if none is.
 
     Args:
         place: the directory in which they lie, or the file itself, or a glob of such files.
         names: of the files in that directory.
+        columns: as the job has them.
+        has_options: whether the job has options for the storage of the files.
     """
     if glob := re.search(r"[*?\[{]", place):
         place = place[: glob.start()].rpartition("/")[0]
@@ -64,8 +68,14 @@ def how_to_convert(place: str, names: Iterable[str]) -> str | None:
         if match and KINDS[match[1].lower()] != "parquet":
             target = name[: match.start()].rpartition("/")[2] + ".parquet"
             path = place if f"/{place}".endswith(f"/{name}") else f"{place}/{name}"
-            command = shlex.join(["gaudi-batch", "prompts", path, target])
-            return f"a job reads Parquet alone, which `{command}` makes of it"
+            renamed = ",".join(f"{name}={column}" for name, column in columns.items())
+            flags = ["--columns", renamed] if renamed else []
+            command = shlex.join(["gaudi-batch", "prompts", path, target, *flags])
+            return (
+                f"a job reads Parquet alone, which `{command}` makes of it"
+                + (" (with --prompts-storage-options as the job has them)" if has_options else "")
+                + ("; the job then needs no `columns`" if renamed else "")
+            )
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from gaudi_batch.dataset.lines import number_of
 from gaudi_batch.errors import InputError
 from gaudi_batch.export.names import is_device
 from gaudi_batch.text import did_you_mean, one_line
+
+log = logging.getLogger(__name__)
 
 REST = "train"
 """The split of what no share takes."""
@@ -100,6 +103,8 @@ def _mask(column: pa.ChunkedArray, sign: str, value: str, text: str) -> pa.Chunk
             raise InputError(
                 f"--filter {text!r}: {sign} takes one value; one with a comma in it stands in double quotes"
             )
+        if is_text(column.type) and _number(values[0]) is not None:
+            log.warning("--filter %r compares texts letter by letter: '10' comes before '9'", text)
         column, (bound,) = _comparable(column, [values[0]], text)
         return _COMPARE[sign](column, bound)
     is_several = len(parts) > 1 and not all(part.is_quoted for part in parts)

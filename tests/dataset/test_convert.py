@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import lzma
+import shlex
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -442,6 +443,23 @@ def test_run_on_such_a_file_says_the_command(tmp_path: Path, where: str) -> None
         open_prompts(job)
     command = str(refused.value).partition("`")[2].partition("`")[0]
     assert command == f"gaudi-batch prompts {tmp_path}/prompts.csv prompts.parquet"
+
+
+def test_the_command_names_the_columns_that_the_job_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.csv").write_text("caption,key\na,k\n")
+    job = {"prompts": str(tmp_path / "captions.csv"), "output": str(tmp_path / "out"), "device": "simulated"}
+    options = {"prompts_storage_options": {"auto_mkdir": False}}
+    with pytest.raises(InputError) as refused:
+        open_prompts(JobConfig(**job, **options, columns={"prompt": "caption", "id": "key"}))
+    _, command, rest = str(refused.value).split("`", 2)
+    assert rest == " makes of it (with --prompts-storage-options as the job has them); the job then needs no `columns`"
+    result = called(*shlex.split(command)[1:])
+    assert result.returncode == 0, result.stderr
+    assert open_prompts(JobConfig(**(job | {"prompts": str(tmp_path / "captions.parquet")}))).columns == {
+        "prompt": "prompt",
+        "id": "id",
+    }
 
 
 def test_a_column_that_no_job_knows_costs_no_row_and_stays_what_it_is(converted: Convert, tmp_path: Path) -> None:

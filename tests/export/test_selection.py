@@ -95,6 +95,14 @@ def test_a_filter_takes_the_rows_that_it_says(filters: list[str], ids: str) -> N
     assert selected(*filters) == ids
 
 
+def test_who_compares_a_text_with_a_number_is_told_how_texts_compare(caplog: pytest.LogCaptureFixture) -> None:
+    for filters in (["width<128.5"], ["label<b"], ["label=1"], ["said>2026-11-29"]):
+        selected(*filters)
+    assert not caplog.records
+    selected("label<=10")
+    assert "--filter 'label<=10' compares texts letter by letter: '10' comes before '9'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
