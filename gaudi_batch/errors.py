@@ -13,6 +13,9 @@ GaudiBatchError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gaudi_batch.redaction import redact
 
 
@@ -78,6 +81,11 @@ class RunStopped(GaudiBatchError):
     ...     print(error.exit_code, str(error)[:27])
     1 stopped: no card is left; t
     """
+
+    def __init__(self, message: str, summary: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.summary = summary
+        """What summary.json says of the run; None where the run ended before it was written."""
 
 
 class Interrupted(RunStopped):

@@ -15,7 +15,7 @@ from gaudi_batch.cli.parser import RUN_SWITCHES
 from gaudi_batch.errors import InputError
 from gaudi_batch.redaction import redact
 from gaudi_batch.reporting.console import OutputLost, require_reader, say
-from gaudi_batch.reporting.json_log import FIELDS, JsonFormatter, logs_json
+from gaudi_batch.reporting.json_log import FIELDS, JsonFormatter, figures, logs_json
 
 if TYPE_CHECKING:
     from gaudi_batch.cluster.jobs_client import JobsClient
@@ -265,8 +265,7 @@ def _print_result(output: str, summary: dict[str, Any]) -> None:
 
 def _as_json(message: str, summary: dict[str, Any]) -> str:
     """The outcome of a run as a log line: the log of a submitted job has both streams of its driver."""
-    fields = {name: value for name, value in summary.items() if not isinstance(value, (dict, list))}
-    attributes = {"name": "gaudi_batch", "levelname": "INFO", "msg": message, FIELDS: fields}
+    attributes = {"name": "gaudi_batch", "levelname": "INFO", "msg": message, FIELDS: figures(summary)}
     return JsonFormatter().format(logging.makeLogRecord(attributes))
 
 

@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from gaudi_batch.cli.commands import COMMANDS, INTERRUPTED
 from gaudi_batch.cli.parser import asks_for_json, parse
-from gaudi_batch.errors import GaudiBatchError, InputError
+from gaudi_batch.errors import GaudiBatchError, InputError, RunStopped
 from gaudi_batch.redaction import redact
 from gaudi_batch.reporting.console import LossyStream, OutputLost, open_streams
-from gaudi_batch.reporting.json_log import JsonFormatter, logs_json
+from gaudi_batch.reporting.json_log import FIELDS, JsonFormatter, figures, logs_json
 from gaudi_batch.text import OneLineFormatter, one_line, printable
 
 log = logging.getLogger("gaudi_batch")
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except GaudiBatchError as error:
-        log.error("%s", error)
+        summary = error.summary if isinstance(error, RunStopped) else None
+        log.error("%s", error, extra={FIELDS: figures(summary or {})})
         return error.exit_code
     except KeyboardInterrupt:
         # Other commands make nothing that could be resumed.

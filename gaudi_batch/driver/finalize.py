@@ -50,6 +50,7 @@ def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
         StorageError: the summary of a run that is complete can't be written.
     """
     reason, rows = ended.reason, totals.rows
+    summary: dict[str, Any] | None = None
     try:
         summary = run.summary = write_summary(run, totals, ended)
         rows, reason = summary["rows"], summary["reason"]
@@ -65,9 +66,10 @@ def sum_up(run: Run, totals: CommitTotals, ended: Ended) -> RunResult:
             _write_report(run, summary)
     total = run.info.rows
     if reason == INTERRUPTED:
-        raise Interrupted(f"interrupted with {rows} of {total} rows done; the same command resumes")
+        raise Interrupted(f"interrupted with {rows} of {total} rows done; the same command resumes", summary)
     if reason is not None:
-        raise RunStopped(f"stopped: {reason} ({rows} of {total} rows are done; {ended.way_out})")
+        raise RunStopped(f"stopped: {reason} ({rows} of {total} rows are done; {ended.way_out})", summary)
+    assert summary is not None
     return RunResult(run.ledger.storage.place, summary, run.ledger.storage.options)
 
 

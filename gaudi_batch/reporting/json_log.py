@@ -34,6 +34,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(_redacted(line), default=str).replace("\x7f", "\\u007f")
 
 
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the line of a run's end has of its summary.json."""
+    return {name: value for name, value in summary.items() if not isinstance(value, (Mapping, list))}
+
+
 def _redacted(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,11 +10,15 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
 from helpers import REPOSITORY, S3Server, called, command_line, read_manifest
+
+from gaudi_batch.cli import commands
+from gaudi_batch.cli.main import main
+from gaudi_batch.errors import RunStopped
 
 JOB = ("--device", "simulated", "--simulated.batch-seconds", "0.02", "--cards", "2")
 
@@ -23,6 +28,21 @@ def test_help_and_version_answer() -> None:
     assert command_line("--version").stdout.strip()
     help_of_run = " ".join(command_line("run", "--help").stdout.split())
     assert "Seed of the run, from which rows without a seed get theirs. (default: 0)" in help_of_run
+
+
+def test_the_last_line_for_machines_has_the_figures_of_a_run_that_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: argparse.Namespace) -> int:
+        raise RunStopped("stopped: enough", {"state": "stopped", "images": 3, "cards": {}, "drivers": []})
+
+    monkeypatch.setitem(cast(Any, commands.COMMANDS), "status", stopped)
+    assert main(["status", "out", "--log-format", "json"]) == 1
+    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    del line["time"], line["logger"]
+    assert line == {"level": "ERROR", "message": "stopped: enough", "state": "stopped", "images": 3}
+    assert main(["status", "out"]) == 1
+    assert capsys.readouterr().err.endswith(" stopped: enough\n")
 
 
 @pytest.mark.ray

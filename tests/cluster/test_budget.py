@@ -117,6 +117,7 @@ def test_a_run_stops_at_a_limit_and_goes_on_to_the_same_images(
     assert summary["reason"].startswith(reason)
     assert summary["rows"] == ROWS * committed(output), "what had begun is committed"
     assert summary["retries"] == 0
+    assert stopped.value.summary == summary
     before = committed(output)
     with pytest.raises(RunStopped, match=f"stopped: {reason}"):
         make(**limit)
