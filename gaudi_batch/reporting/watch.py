@@ -6,10 +6,12 @@ records are, as `status` does: in a large run their list alone is hundreds of re
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +21,14 @@ from gaudi_batch.output.progress import sane_progress, without_doings
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting.progress_text import progress_fields, progress_line
 from gaudi_batch.reporting.status import TIME_LEFT, WATCH_TIMEOUT_S, read_status
+from gaudi_batch.storage.retry import begin
 from gaudi_batch.text import duration, printable
 
 EXIT_CODES = {"complete": 0, "complete with failed rows": 3}
 """Of a run that has ended so; of any other end 1, as `run` has it."""
+
+ANSWER_S = 5.0
+"""Seconds for which storage may think before the view says that it does not answer."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ class Watcher:
         if isinstance(seen, Seen):
             self._seen = seen
         return seen
+
+    def unanswered(self, seconds: float) -> Seen:
+        """What was so before storage was asked, so many seconds ago."""
+        return dataclasses.replace(self._seen, notes=(f"storage has not answered for {duration(seconds)}",))
 
     def _judge(self, now: float) -> Seen | dict[str, Any]:
         lease, written = read_lease(self._reader.storage), self._reader.get_json("progress.json") or {}
@@ -156,7 +166,11 @@ def watch(watcher: Watcher, show: Callable[[Seen], None], interval_s: float) -> 
     """
     while True:
         began = time.monotonic()
-        seen = watcher.ask()
+        asked = begin(watcher.ask)
+        while not wait([asked], 1.0).done:
+            if (waited := time.monotonic() - began) > ANSWER_S:
+                show(watcher.unanswered(waited))
+        seen = asked.result()
         if not isinstance(seen, Seen):
             return seen
         show(seen)

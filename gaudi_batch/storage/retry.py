@@ -55,13 +55,9 @@ class BucketGone(FileNotFoundError):
     """Not the object is missing but its bucket."""
 
 
-def run_with_timeout(operation: Callable[[], T], seconds: float) -> T:
-    """Runs an operation in a thread of its own, which is left behind if it does not end: nothing can end an operation
-    that a disk blocks, and a thread of a pool would keep the process alive.
-
-    Raises:
-        TimeoutError: it has not ended.
-    """
+def begin(operation: Callable[[], T]) -> Future[T]:
+    """Begins an operation in a thread of its own, which may be left behind: nothing can end an operation that a disk
+    blocks, and a thread of a pool would keep the process alive."""
     ended: Future[T] = Future()
 
     def target() -> None:
@@ -71,6 +67,16 @@ def run_with_timeout(operation: Callable[[], T], seconds: float) -> T:
             ended.set_exception(error)
 
     threading.Thread(target=target, daemon=True).start()
+    return ended
+
+
+def run_with_timeout(operation: Callable[[], T], seconds: float) -> T:
+    """Runs an operation, and leaves it behind if it does not end.
+
+    Raises:
+        TimeoutError: it has not ended.
+    """
+    ended = begin(operation)
     try:
         return ended.result(seconds)
     except FutureTimeout:

@@ -24,7 +24,7 @@ from gaudi_batch.output.holder import LEASE_TTL_S
 from gaudi_batch.output.reader import OutputReader
 from gaudi_batch.reporting import watch as watching
 from gaudi_batch.reporting.status import WATCH_TIMEOUT_S
-from gaudi_batch.reporting.watch import Seen, Watcher
+from gaudi_batch.reporting.watch import Seen, Watcher, watch
 from gaudi_batch.storage.store import Storage
 
 LEASE = {"driver": "aaaaa", "host": "driver-pod-7", "machine": "another boot", "pid": 12, "started": "1"}
@@ -184,6 +184,29 @@ def test_storage_that_fails_for_a_while_is_told_of_and_no_silence_of_the_driver(
     assert seen(watcher).notes == ()
     clock[0] += WATCH_TIMEOUT_S - 1.0
     assert seen(watcher).state == "running"
+
+
+def test_storage_that_does_not_answer_is_told_of_meanwhile(
+    driver: Driver, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "ANSWER_S", -1.0)
+    driver.write("run.json", {})
+    driver.renew()
+    driver.report()
+    told, get = threading.Event(), Storage.get
+    shown: list[Seen] = []
+
+    def show(seen: Seen) -> None:
+        shown.append(seen)
+        if "storage has not answered for" in seen.line():
+            told.set()
+            driver.renew(released=True)  # and so it is over
+        else:
+            monkeypatch.setattr(Storage, "get", lambda *arguments: told.wait(60) and get(*arguments))
+
+    watch(watcher, show, 0.0)
+    assert shown[0].record == shown[-1].record, "the figures of before"
+    assert shown[-1].state == "running"
 
 
 def test_storage_that_refuses_the_first_question_is_an_error(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
