@@ -227,6 +227,39 @@ def test_each_backup_attempt_is_drawn_as_one_whatever_became_of_it() -> None:
     assert told(died, [batch(3, seconds=2)])[2:] == [("tail", 5, 7), ("lost", 7, 9), ("loading", 9, 20)]
 
 
+def test_a_backup_attempt_that_is_in_the_making_when_its_driver_ends_is_lost() -> None:
+    begun = [*WORKS, line(5, "idle"), *backup(7, "aaaaa7")]
+    over = line(20, "over", phase="batch", phase_s=13)
+    made = [batch(3, seconds=2)]
+    assert told([*begun, over], made)[2:] == [("tail", 5, 7), ("lost", 7, 20)]
+    overtaken = line(9, "dropped", attempt="aaaaa7")
+    assert told([*begun, overtaken, over], made)[3:] == [("backup", 7, 20)], "its card has not ended it"
+    earlier = [overtaken, line(10, "idle"), *backup(12, "aaaaa8"), over]
+    assert told([*begun, *earlier], made)[3:] == [("backup", 7, 10), ("tail", 10, 12), ("lost", 12, 20)]
+    committed = [batch(7, attempt="aaaaa7"), batch(8, attempt="aaaaa7")]
+    assert told([*begun, line(9, "idle")], [*made, *committed])[3:] == [
+        ("backup", 7, 8),
+        ("backup", 8, 9),
+        ("tail", 9, 20),
+    ]
+
+
+def test_a_backup_attempt_that_is_in_the_making_is_not_committed_while_the_run_goes_on() -> None:
+    begun = [*WORKS, line(5, "idle"), *backup(7, "aaaaa7")]
+
+    def last(more: list[dict[str, Any]], of: str = "aaaaa") -> str:
+        lines = {"aaaaa": [*begun, *more], "bbbbb": [line(30, "starting")]}
+        spans = [span("aaaaa", 0, 20), *([span("bbbbb", 25, 10)] if of != "aaaaa" else [])]
+        made = [batch(3, seconds=2)]
+        (card,) = timelines(lines, made, RunClock(spans, made, lines), None, UNCOMMITTED)
+        (kind,) = [stretch.kind for stretch in card.stretches if stretch.start == 7]
+        return kind
+
+    assert last([]) == "uncommitted"
+    assert last([line(9, "dropped", attempt="aaaaa7")]) == "backup"
+    assert last([], of="bbbbb") == "lost", "its driver has ended, and another goes on"
+
+
 def test_what_is_in_the_making_is_not_lost_while_the_run_goes_on() -> None:
     lines = {"aaaaa": [*WORKS, line(5, "idle"), line(5, "works")]}
     clock = RunClock([span("aaaaa", 0, 20)], [batch(3)], lines)

@@ -279,7 +279,8 @@ def _life(slot: str, lines: Sequence[tuple[float, Mapping[str, Any]]], span: tup
                 Mark(what, at, error or (NODE_GONE if line.get("node_gone") else "its place was given back"))
             )
     failed_at = max((mark.time for mark in life.marks if mark.kind in ("fault", "dropped")), default=-math.inf)
-    _close(life, state, Up(since, span[1], changes=changes, failed_at=failed_at))
+    overtaken_at = max((time for time, attempt in life.dropped if attempt in life.backups), default=-math.inf)
+    _close(life, state, Up(since, span[1], changes=changes, failed_at=failed_at, overtaken_at=overtaken_at))
     return life
 
 

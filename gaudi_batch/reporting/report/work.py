@@ -66,6 +66,8 @@ class Up:
     """The lines `works`, `backup` and `idle`."""
     failed_at: float = -math.inf
     """When an attempt of it last failed, or was ended."""
+    overtaken_at: float = -math.inf
+    """When another card last overtook a backup attempt of it."""
 
     def work(self) -> list[Stretch]:
         """The times in which it had work, each with what that is if it is not committed."""
@@ -110,13 +112,20 @@ class Up:
             stretches += stretch(batch.kind, begin, end)
             at, pause, attempt = end, WAITING, batch.attempt
         for piece in _between(at, self.stop, pieces):
-            kind = unfinished if piece.kind == LOST and not self.end else piece.kind
+            kind = self._last_kind(piece, unfinished)
             if kind not in (*IDLE, UNCOMMITTED) and piece.stop - piece.start < MIN_LOST_S:
                 kind = TAIL
-            elif kind == BACKUP and self.end in FAILED and piece.stop == self.stop:
-                kind = LOST
             stretches += stretch(kind, piece.start, piece.stop)
         return stretches
+
+    def _last_kind(self, piece: Stretch, unfinished: str) -> str:
+        """What a piece is that follows all batches."""
+        goes_on = piece.kind == BACKUP and piece.stop == self.stop
+        if goes_on and self.end in FAILED:
+            return LOST
+        if not self.end and (piece.kind == LOST or (goes_on and self.overtaken_at < piece.start)):
+            return unfinished
+        return piece.kind
 
     def _pieces(self, work: Sequence[Stretch], begun: float) -> list[Stretch]:
         """Its whole time, cut into that in which it had work and that in which it was idle: at its start, until there
