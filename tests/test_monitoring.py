@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from helpers import REPOSITORY
 
 from gaudi_batch.card.work import BATCH_BOUNDS_S
+from gaudi_batch.driver import metrics
 from gaudi_batch.driver.metrics import MAX_CARDS, METRICS
 from gaudi_batch.scheduling.cards import CardState
 
@@ -96,6 +98,7 @@ def test_the_docs_list_every_metric_with_its_kind_and_labels() -> None:
     assert f"the first {MAX_CARDS} cards" in DOCS
     assert f"at most {series(MAX_CARDS + 1)} series" in DOCS
     assert f"with 8 cards, {series(8)}" in DOCS
+    assert f"what is scraped: {series(MAX_CARDS + 1)} at most." in inspect.getsource(metrics)
 
 
 def series(cards: int) -> int:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_CARDS = 64
 """Cards that have series of their own, those that were seen first; all others are one, named OTHER. Ray's agent keeps
-the counters of a driver until its node restarts, so each driver adds its own to what is scraped: 303 at most."""
+the counters of a driver until its node restarts, so each driver adds its own to what is scraped: 379 at most."""
 OTHER = "other"
 NAME_LENGTH = 40
 """Characters of an output's name that the label `run` has."""
