@@ -70,17 +70,25 @@ root.append(
 // -- plots ---------------------------------------------------------------------------------------------------------
 
 const names = data.cards.map((card) => card.name);
-const flagged = new Set(data.cards.filter((card) => card.flags.length).map((card) => card.name));
+const flags = new Map(data.cards.map((card) => [card.name, card.flags.join("; ")]));
 const words = new Map(data.cards.map((card) => [card.name, card.flags.map((flag) => flag.split(":")[0]).filter((flag) => !/fault/.test(flag)).join(", ")]));
 const labels = new Map(data.cards.map((card) => [card.name, card.label]));
-const label = (card) => {
-  const name = labels.get(card);
-  const short = name.length > 24 ? `${name.slice(0, 11)}\u2026${name.slice(-12)}` : name;
-  return flagged.has(card) ? `\u26a0 ${short}${words.get(card) ? ` (${words.get(card)})` : ""}` : short;
-};
+const shortened = (name, length) => name.length <= length ? name : `${name.slice(0, Math.floor((length - 1) / 2))}\u2026${name.slice(-Math.ceil((length - 1) / 2))}`;
+const sign = (card) => flags.get(card) ? "\u26a0 " : "";
+const label = (card) => `${sign(card)}${shortened(labels.get(card), 24)}${words.get(card) ? ` (${words.get(card)})` : ""}`;
 const breaks = data.drivers.slice(1).map((driver) => driver.start);
 const big = matchMedia("(min-width: 1900px)");
 const rowHeight = () => (names.length <= 16 ? 26 : names.length <= 48 ? 18 : names.length <= 128 ? 12 : 9) * (big.matches ? 1.4 : 1);
+
+// Where there is little room the words of a card are left out first, and then the middle of its name.
+const pen = document.createElement("canvas").getContext("2d");
+function fitted(card, room) {
+  const name = labels.get(card);
+  const shorter = d3.range(24, 5, -1).map((length) => shortened(name.split(", ")[0], length));
+  const texts = [label(card), ...[shortened(name, 24), ...shorter].map((text) => sign(card) + text)];
+  pen.font = `${big.matches ? 14 : 11}px system-ui, sans-serif`;
+  return texts.find((text) => pen.measureText(text).width <= room) ?? texts.at(-1);
+}
 
 function axes(width) {
   const longest = Math.max(4, ...names.map((name) => label(name).length));
@@ -92,6 +100,14 @@ function axes(width) {
     marginBottom: 34,
     x: { domain: [0, Math.max(data.time_s, 1e-3)], tickFormat: clock, label: "time of the run", ticks: Math.max(2, Math.floor(width / 140)) },
   };
+}
+function cardAxis(width) {
+  const room = axes(width).marginLeft - 10; // a name ends before the bars begin
+  return Plot.axisY({
+    tickSize: 0,
+    tickFormat: (card) => fitted(card, room),
+    title: (card) => [card, flags.get(card)].filter(Boolean).join(": "),
+  });
 }
 const rules = () => Plot.ruleX(breaks, { stroke: "currentColor", strokeDasharray: "4 3", title: () => "another driver goes on" });
 
@@ -121,8 +137,8 @@ function timeline(width) {
   return Plot.plot({
     ...axes(width),
     height: names.length * rowHeight() + 48,
-    y: { domain: names, label: null, tickFormat: label, tickSize: 0, padding: 0.1 },
-    marks: [...bars, rules(), ...marks],
+    y: { domain: names, label: null, padding: 0.1 },
+    marks: [cardAxis(width), ...bars, rules(), ...marks],
     ariaLabel: "timeline of the cards",
   });
 }
@@ -150,9 +166,10 @@ function rateByCard(width) {
   return Plot.plot({
     ...axes(width),
     height: names.length * rowHeight() * 0.8 + 48,
-    y: { domain: names, label: null, tickFormat: label, tickSize: 0, padding: 0.1 },
+    y: { domain: names, label: null, padding: 0.1 },
     color: { scheme: "cividis", domain: [0, Math.max(...cells.map((cell) => cell.value), 1e-9)] },
     marks: [
+      cardAxis(width),
       Plot.barX(cells, { y: "card", x1: "x1", x2: "x2", fill: "value", shapeRendering: "crispEdges", ariaDescription: "images a second of a card", title: (cell) => `${cell.card}, ${clock(cell.x1)} to ${clock(cell.x2)}: ${rate(cell.value)} images/s` }),
       rules(),
     ],
@@ -162,7 +179,9 @@ function rateByCard(width) {
 
 function rateLegend() {
   const most = Math.max(...data.rates.cards.flatMap(([, values]) => values), 1e-9);
-  return Plot.legend({ color: { scheme: "cividis", domain: [0, most], label: "images/s of a card" }, width: 220 });
+  const margin = 6; // half of the 0 lies in it
+  const tickFormat = (value) => value.toLocaleString("en", { maximumSignificantDigits: 6 });
+  return Plot.legend({ color: { scheme: "cividis", domain: [0, most], label: "images/s of a card" }, tickFormat, marginLeft: margin, width: 220 + margin });
 }
 
 const plots = [];
@@ -234,7 +253,7 @@ if (spentTotal > 0) {
 // -- cards ---------------------------------------------------------------------------------------------------------
 
 const columns = [
-  ["card", (card) => card.name, ""],
+  ["card", (card) => card.name, "name"],
   ["images", (card) => number(card.images), "number"],
   ["images/s", (card) => rate(card.images_per_s), "number"],
   ["pace", (card) => card.pace === null ? "-" : card.pace.toFixed(2), "number"],
