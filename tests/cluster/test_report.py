@@ -105,6 +105,7 @@ def test_its_numbers_are_those_of_the_manifests(page: Page, run: Path) -> None:
     assert tiles[f"failed rows of {ROWS} done"] == str(len(failed)) == str(len(BAD))
     assert float(tiles["images/s of generation"]) == pytest.approx(summary["images_per_s"], abs=0.006)
     assert float(tiles["images/s of wall time"]) == pytest.approx(summary["images_per_s_wall"], abs=0.006)
+    assert [value for name, value in tiles.items() if name.startswith("cards")] == [str(len(summary["cards"]))]
     cards = {cells[0]: cells for cells in page.table("#cards")}
     assert {name: int(cells[1]) for name, cells in cards.items()} == Counter(row["card"] for row in ok)
     reasons = page.table("#failures")

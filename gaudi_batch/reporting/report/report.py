@@ -141,6 +141,7 @@ def describe_report(records: RunRecords, state: str, reason: str | None, base: s
         "failed": _failed_rows(records),
         "cards": listed,
         "cards_total": len(described),
+        "cards_ready": sum(card.was_ready for card in present),
         "kinds": KINDS,
         "spent": _spent(cards),
         "stretches": _stretches([card for card in cards if card.name in places], places, clock.wall_s),

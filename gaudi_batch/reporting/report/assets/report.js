@@ -61,7 +61,7 @@ root.append(
     tile(data.drivers.length > 1 ? `wall time, ${data.drivers.length} drivers` : "wall time", duration(data.wall_s)),
     tile("images/s of wall time", rate(data.images_per_s_wall)),
     tile("images/s of generation", rate(data.images_per_s)),
-    tile(data.card_hours === null ? "cards" : `cards, ${number(data.card_hours, 2)} card-hours`, number(data.cards_total)),
+    tile(data.card_hours === null ? "cards" : `cards, ${number(data.card_hours, 2)} card-hours`, number(data.cards_ready)),
     data.joules_per_image ? tile(`joules an image; ${number(data.energy_j / 3.6e6, 2)} kWh`, number(data.joules_per_image, 1)) : null,
     data.cost_words[0] ? tile(data.cost_words[1] ? `cost; ${data.cost_words[1]} an image` : "cost", data.cost_words[0]) : null,
   ),
