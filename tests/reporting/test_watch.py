@@ -194,10 +194,10 @@ def test_storage_that_does_not_answer_is_told_of_meanwhile(
     driver.renew()
     driver.report()
     told, get = threading.Event(), Storage.get
-    shown: list[Seen] = []
+    views: list[Seen] = []
 
     def show(seen: Seen) -> None:
-        shown.append(seen)
+        views.append(seen)
         if "storage has not answered for" in seen.line():
             told.set()
             driver.renew(released=True)  # and so it is over
@@ -205,8 +205,8 @@ def test_storage_that_does_not_answer_is_told_of_meanwhile(
             monkeypatch.setattr(Storage, "get", lambda *arguments: told.wait(60) and get(*arguments))
 
     watch(watcher, show, 0.0)
-    assert shown[0].record == shown[-1].record, "the figures of before"
-    assert shown[-1].state == "running"
+    assert views[0].record == views[-1].record, "the figures of before"
+    assert views[-1].state == "running"
 
 
 def test_storage_that_refuses_the_first_question_is_an_error(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
