@@ -53,7 +53,8 @@ class DataHub(ThreadingHTTPServer):
     @property
     def head(self) -> str:
         """The newest commit."""
-        return hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
+        every = [len(self.commits), *sorted(self.files.items())]
+        return hashlib.sha1(repr(every).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):

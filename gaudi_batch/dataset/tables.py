@@ -74,7 +74,7 @@ def how_to_convert(
             return (
                 f"a job reads Parquet alone, which `{command}` makes of it"
                 + (" (with --prompts-storage-options as the job has them)" if has_options else "")
-                + ("; the job then needs no `columns`" if renamed else "")
+                + (", for the job without its `columns`" if renamed else "")
             )
     return None
 

@@ -103,7 +103,8 @@ def verify_images(run: Run) -> None:
         noun = "image" if run.job.config.format == manifest.FILES else "object"
         raise RunStopped(
             f"missing: {counted(len(report.missing), noun)}, torn: {counted(len(report.torn), noun)}; the same"
-            " command with --repair makes them again"
+            " command with --repair makes them again",
+            run.summary,
         )
 
 

@@ -20,7 +20,7 @@ from gaudi_batch.dataset.columns import cast, plain
 from gaudi_batch.errors import InputError, StorageError
 from gaudi_batch.export.names import DEFAULT_TEMPLATE, Template
 from gaudi_batch.export.parts import PartTask, Spans, is_written, located, write_tasks
-from gaudi_batch.export.plan import Part, cut, in_order, parse_size, parts_of
+from gaudi_batch.export.plan import Cuts, Part, cut, in_order, parse_size, parts_of
 from gaudi_batch.export.record import RECORD, cuts_of, digest, put_record
 from gaudi_batch.export.selection import Splits, select, takes_failed
 from gaudi_batch.export.source import ImageAt, places, sizes
@@ -90,6 +90,14 @@ class Export:
     """By which its rows were chosen."""
     split: str | None = None
     """By what they were split."""
+
+    @property
+    def cuts(self) -> Cuts:
+        """How it is packed."""
+        cuts: dict[str, list[int]] = {}
+        for part in self.parts:
+            cuts.setdefault(part.split, []).append(part.stop)
+        return cuts
 
     @property
     def splits(self) -> dict[str, int]:
@@ -206,16 +214,13 @@ def begin(export: Export) -> None:
         InputError: the destination holds something else.
         StorageError: storage failed.
     """
-    cuts: dict[str, list[int]] = {}
-    for part in export.parts:
-        cuts.setdefault(part.split, []).append(part.stop)
     record = {
         "digest": export.digest,
         "run": export.run.info.run_id,
         "format": export.format,
         "images": len(export.rows),
         "objects": len(export.parts),
-        "cuts": cuts,
+        "cuts": export.cuts,
     }
     put_record(export.target, record)
 

@@ -18,7 +18,7 @@ from gaudi_batch.export.card import GRID
 from gaudi_batch.export.export import CARD, Export
 from gaudi_batch.export.hub import from_hub, set_timeouts, upload_until_done
 from gaudi_batch.export.plan import HUB_FILES, HUB_FOLDER_FILES
-from gaudi_batch.export.record import RECORD, digest_of
+from gaudi_batch.export.record import RECORD, difference
 from gaudi_batch.layout import METADATA
 from gaudi_batch.output.manifest import FILES
 from gaudi_batch.storage.reading import PART_BYTES
@@ -100,10 +100,8 @@ def claim(export: Export, repository: str, *, private: bool) -> str:
             )
             return url
         path = api.hf_hub_download(repository, RECORD, repo_type="dataset", revision=info.sha)
-        if digest_of(Path(path).read_bytes()) != export.digest:
-            raise InputError(
-                f"--push {repository!r}: the repository has another export; remove its files, or name another"
-            )
+        if told := difference(Path(path).read_bytes(), export.digest, export.cuts):
+            raise InputError(f"--push {repository!r}: the repository has {told}; remove its files, or name another")
         if others := sorted(present - {*_OF_HUB, RECORD, CARD, GRID, *_paths(export)}):
             raise InputError(f"--push {repository!r}: the repository has other files, as {others[0]!r}; remove them")
         return url

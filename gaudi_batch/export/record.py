@@ -41,7 +41,22 @@ def digest_of(record: bytes) -> str | None:
 
 def cuts_of(record: bytes | None, digest: str) -> Cuts | None:
     """How an export that has begun is packed; None if the record is that of another, or there is none."""
-    return json.loads(record)["cuts"] if record is not None and digest_of(record) == digest else None
+    return json.loads(record).get("cuts") if record is not None and digest_of(record) == digest else None
+
+
+def difference(record: bytes, digest: str, cuts: Cuts) -> str | None:
+    """What another record says of a place for an export, as a part of a sentence; None if it is this export's.
+
+    Args:
+        record: that is there.
+        digest: of the export.
+        cuts: of the export.
+    """
+    if digest_of(record) != digest:
+        return "another export: this one differs in images, names, splits, format or packing"
+    if cuts_of(record, digest) != cuts:
+        return "this export, packed in another way"
+    return None
 
 
 def put_record(target: Storage, record: Mapping[str, Any]) -> None:
@@ -66,10 +81,5 @@ def put_record(target: Storage, record: Mapping[str, Any]) -> None:
         time.sleep(0.0 if target.local else SETTLE_S)
         put_record(target, record)
         return
-    if digest_of(data) != record["digest"]:
-        raise InputError(
-            f"{target.url} holds another export: this one differs in images, names, splits, format or packing; name"
-            " another place, or remove what is there"
-        )
-    if cuts_of(data, record["digest"]) != record["cuts"]:
-        raise InputError(f"{target.url}: another process has just begun this export; the same command goes on with it")
+    if told := difference(data, record["digest"], record["cuts"]):
+        raise InputError(f"{target.url} holds {told}; name another place, or remove what is there")

@@ -89,6 +89,8 @@ class Watcher:
             failing = f"storage has failed for {duration(time.monotonic() - self._failing_since)}, and is asked again"
             return Seen(self._seen.output, self._seen.state, self._seen.record, (f"{failing}: {error}",))
         self._any_answer, self._failing_since = True, None
+        if (took := time.monotonic() - began) > ANSWER_S:
+            self._sign_at += took  # the driver may have waited for storage, too
         if isinstance(seen, Seen):
             self._seen = seen
         return seen
@@ -166,10 +168,12 @@ def watch(watcher: Watcher, show: Callable[[Seen], None], interval_s: float) -> 
     """
     while True:
         began = time.monotonic()
-        asked = begin(watcher.ask)
+        asked, told_s, unanswered = begin(watcher.ask), ANSWER_S, None
         while not wait([asked], 1.0).done:
-            if (waited := time.monotonic() - began) > ANSWER_S:
-                show(watcher.unanswered(waited))
+            if (waited := time.monotonic() - began) > told_s:
+                unanswered, told_s = watcher.unanswered(waited), waited + interval_s
+            if unanswered is not None:
+                show(unanswered)
         seen = asked.result()
         if not isinstance(seen, Seen):
             return seen

@@ -403,6 +403,9 @@ def test_a_hub_that_refuses_ends_a_push(make: Make, tmp_path: Path, hub: DataHub
     result = pushed(output, tmp_path / "out")
     assert (result.returncode, "the repository has another export" in result.stderr) == (2, True)
     assert hub.files["data/train-00000-of-00001.parquet"] == b"somebody else's"
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    hub.files[RECORD] = json.dumps(record | {"cuts": {"train": [1]}}).encode()
+    assert "the repository has this export, packed in another way" in pushed(output, tmp_path / "out").stderr
     hub.files[RECORD] = b"no record"
     assert "the repository has another export" in pushed(output, tmp_path / "out").stderr
     assert "is public" in pushed(output, tmp_path / "out", "--private").stderr

@@ -453,7 +453,9 @@ def test_the_command_names_the_columns_that_the_job_names(tmp_path: Path, monkey
     with pytest.raises(InputError) as refused:
         open_prompts(JobConfig(**job, **options, columns={"prompt": "caption", "id": "key"}))
     _, command, rest = str(refused.value).split("`", 2)
-    assert rest == " makes of it (with --prompts-storage-options as the job has them); the job then needs no `columns`"
+    assert (
+        rest == " makes of it (with --prompts-storage-options as the job has them), for the job without its `columns`"
+    )
     result = called(*shlex.split(command)[1:])
     assert result.returncode == 0, result.stderr
     assert open_prompts(JobConfig(**(job | {"prompts": str(tmp_path / "captions.parquet")}))).columns == {

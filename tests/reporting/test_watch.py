@@ -198,15 +198,38 @@ def test_storage_that_does_not_answer_is_told_of_meanwhile(
 
     def show(seen: Seen) -> None:
         views.append(seen)
-        if "storage has not answered for" in seen.line():
+        if len(views) == 3:
             told.set()
             driver.renew(released=True)  # and so it is over
-        else:
+        elif len(views) == 1:
             monkeypatch.setattr(Storage, "get", lambda *arguments: told.wait(60) and get(*arguments))
 
     watch(watcher, show, 0.0)
-    assert views[0].record == views[-1].record, "the figures of before"
-    assert views[-1].state == "running"
+    assert views[0].record == views[1].record, "the figures of before"
+    assert (views[1].state, views[1].notes) == ("running", ("storage has not answered for 0 s",))
+    assert views[1] is views[2], "who writes lines writes it once an interval"
+
+
+def test_time_in_which_storage_did_not_answer_is_no_silence_of_the_driver(
+    driver: Driver, watcher: Watcher, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.write("run.json", {})
+    driver.renew()
+    driver.report()
+    assert seen(watcher).state == "running"
+    get = Storage.get
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += WATCH_TIMEOUT_S
+        return get(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "get", slow)
+        assert seen(watcher).state == "running"
+    clock[0] += 5.0
+    assert seen(watcher).state == "running"
+    clock[0] += WATCH_TIMEOUT_S
+    assert watcher.ask() == {"state": "complete"}
 
 
 def test_storage_that_refuses_the_first_question_is_an_error(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
