@@ -170,10 +170,7 @@ def test_one_that_nobody_has_seen_alive_is_waited_for_no_longer_than_by_status(
 def test_storage_that_fails_for_a_while_is_told_of_and_no_silence_of_the_driver(
     driver: Driver, watcher: Watcher, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver.write("run.json", {})
-    driver.renew()
-    driver.report()
-    assert seen(watcher).state == "running"
+    begin(driver, watcher)
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "get", lambda *_: (_ for _ in ()).throw(StorageError("no answer", refused=True)))
         for waited in ("0 s", "1 min 40 s"):
@@ -213,10 +210,7 @@ def test_storage_that_does_not_answer_is_told_of_meanwhile(
 def test_time_in_which_storage_did_not_answer_is_no_silence_of_the_driver(
     driver: Driver, watcher: Watcher, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver.write("run.json", {})
-    driver.renew()
-    driver.report()
-    assert seen(watcher).state == "running"
+    begin(driver, watcher)
     get = Storage.get
 
     def slow(*arguments: Any) -> Any:
