@@ -99,6 +99,22 @@ def named(output: Path) -> dict[str, str]:
     return {f"{row['row']:08d}-{row['image_index']:02d}.png": row["sha256"] for row in rows}
 
 
+def prompts_beside(place: Path) -> dict[str, str]:
+    """The prompt that an export has beside each image, by the image's name."""
+    beside: dict[str, str] = {}
+    for path in place.glob("data/*.parquet"):
+        beside |= {row["image"]["path"]: row["prompt"] for row in pq.read_table(path).to_pylist()}
+    for path in place.glob("data/*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".json") and (member := tar.extractfile(name)) is not None:
+                    beside[name.replace(".json", ".png")] = json.loads(member.read())["prompt"]
+    for path in place.glob("*/metadata.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        beside |= {row["file_name"].rpartition("/")[2]: row["prompt"] for row in rows}
+    return beside
+
+
 @pytest.mark.parametrize("source", FORMATS)
 def test_any_format_is_exported_to_any_other(make: Make, tmp_path: Path, source: str) -> None:
     """A run whose torn image was made again, and that has an image which nobody names."""
@@ -113,6 +129,7 @@ def test_any_format_is_exported_to_any_other(make: Make, tmp_path: Path, source:
         assert "78 rows" in export(output, place, "--format", target, "--split", "test=20%")
         stored = images(place)
         assert {name: hashlib.sha256(data).hexdigest() for name, data in stored.items()} == expected
+        assert prompts_beside(place) == {name: f"prompt number {int(name[:8])}" for name in expected}
         parts = list(place.glob("data/*")) or list(place.glob("*/0*"))
         assert {path.name.partition("-")[0] for path in place.glob("data/*")} <= {"train", "test"}
         assert len(parts) > 2 or target == "files"
